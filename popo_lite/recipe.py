@@ -1,0 +1,310 @@
+"""The recipe: every setting of a run, its type, range, default and meaning. Free of torch.
+
+This schema is the only place where a setting is documented: `docs/recipes.md`, `recipes/template.toml` and
+`popo-lite recipe show` are written from it. Reading files and reporting faults is `recipe_file`'s work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0)]
+ColumnValue = bool | int | float | str
+
+
+class Section(BaseModel):
+    """A table of the recipe: frozen, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelRecipe(Section):
+    """The base model. It stays frozen; only LoRA adapters and the predictor head are trained."""
+
+    id: str = "tiny"
+    """`tiny` (ships with the package), a folder, or a Hub model id such as `Qwen/Qwen2.5-Math-1.5B`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    backend: Literal["transformers", "unsloth"] = "transformers"
+    """Library that loads base and adapters. `unsloth` needs a CUDA GPU and the `gpu` extra."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """`nf4`: 4-bit NormalFloat by bitsandbytes. `none`: the base stays in `dtype`."""
+    double_quantization: bool = True
+    """Quantise the NF4 scales too: about 0.4 bits a parameter less."""
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
+    """Compute dtype. Adapters, predictor head and siamese are at least float32 whatever this says."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+
+class LoraRecipe(Section):
+    """The trainable adapters (PEFT)."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank r of the update BA."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout in front of A. At 0 the policy that samples is the policy that is trained."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """`all-linear`, or a list of module names. The LM head cannot be one of them."""
+    rslora: bool = False
+    """Rank-stabilised scaling."""
+    dora: bool = False
+    """Weight-decomposed LoRA."""
+    init_from: str | None = None
+    """Folder of an adapter (PEFT format) to start from, for a base that rarely answers right."""
+
+
+class SiameseRecipe(Section):
+    """The siamese network: an exponential moving average of adapters and predictor head, in float32."""
+
+    tau: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    """Decay per optimizer step: xi <- tau * xi + (1 - tau) * theta."""
+    head_width: Positive = 1024
+    """Hidden width H of the predictor head, Linear(D, H) - LayerNorm - ReLU - Linear(H, D)."""
+
+
+class ObjectiveRecipe(Section):
+    """What is optimised: L = L_nll + alpha * L_sim + beta * L_ent. See docs/method.md."""
+
+    algorithm: Literal["popo"] = "popo"
+    """The objective."""
+    alpha: Rate = 0.1
+    """Weight of the similarity term; 0 leaves out the siamese pass."""
+    beta: Rate = 0.01
+    """Weight of the entropy term."""
+    target_entropy: Annotated[float, Field(gt=0)] | None = None
+    """Mean token entropy in nats that beta is steered to. Unset: beta stays constant."""
+    beta_gain: Annotated[float, Field(gt=0)] = 0.05
+    """With `target_entropy`: log(beta) moves by this times the relative entropy error, each step."""
+    weights: Literal["mean_logprob", "uniform", "sequence_logprob"] = "mean_logprob"
+    """Self-normalised weights over a prompt's positives: softmax of the mean token log-prob, uniform, or
+    softmax of the summed log-prob (nearly winner-take-all)."""
+    weight_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of that softmax."""
+    weights_from: Literal["sampler", "trainer"] = "sampler"
+    """Whose log-probs make the weights: those that came with the rollouts (free), or a no-grad pass."""
+    normalizer: Literal["token_mean", "reference", "sequence_sum", "sequence_mean"] = "token_mean"
+    """What L_nll is divided by, fixed for a whole step. `sequence_mean` is biased to short answers."""
+    target: Literal["predictor", "features"] = "predictor"
+    """What the policy's predictor output is compared with: the siamese's predictor output or features."""
+    noise_sigma: Rate = 0.02
+    """Gaussian noise on that target, relative to its root mean square."""
+    entropy_over: Literal["positives", "all"] = "positives"
+    """Rollouts whose entropy counts. `all` forwards the negatives too."""
+    reward_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """A rollout is positive when its reward is above this."""
+
+
+class RolloutRecipe(Section):
+    """How answers are sampled."""
+
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """`hf` samples from the trainer's own model; `vllm` from an engine; `auto` takes the fastest present."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """G, rollouts per prompt."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; training uses the same one."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling. Must stay 1: the log-probs of a cut distribution are not the policy's."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Top-k sampling. Must stay 0 (off), for the same reason."""
+    max_prompt_tokens: Positive = 512
+    """Longest rendered prompt."""
+    max_completion_tokens: Positive = 1024
+    """Longest answer; a longer one is cut and graded as it stands."""
+    batch_size: Positive = 64
+    """Sequences decoded at once by the `hf` sampler."""
+
+
+class DatasetRecipe(Section):
+    """Where problems come from."""
+
+    dataset: str | None = None
+    """`arithmetic`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
+    config: str | None = None
+    """Configuration name of a Hub dataset."""
+    split: str | None = None
+    """Split of a Hub dataset."""
+    prompt_column: str | None = None
+    """Column with the question; known datasets bring their own."""
+    answer_column: str | None = None
+    """Column with the reference answer; known datasets bring their own."""
+    filter: dict[str, ColumnValue | tuple[ColumnValue, ...]] = {}
+    """Keep rows whose column equals a value or is among a list: `filter = { level = [4, 5] }`."""
+    limit: Positive | None = None
+    """Use only this many rows, the first ones."""
+
+
+class DataRecipe(DatasetRecipe):
+    """What is trained on."""
+
+    dataset: str = "arithmetic"
+    """`arithmetic`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
+    digits: Annotated[int, Field(ge=1, le=6)] = 2
+    """Digits of each number of the built-in arithmetic."""
+    system_prompt: str | None = None
+    """System message in front of every question."""
+    chat_template: str | None = None
+    """A Jinja chat template to use instead of the tokenizer's."""
+    overlong_prompts: Literal["error", "skip"] = "error"
+    """What to do with a prompt longer than `rollout.max_prompt_tokens`; skipped ones are counted."""
+    prompts_per_step: Positive = 32
+    """P, prompts per optimizer step."""
+
+
+class RewardRecipe(Section):
+    """How answers are graded, in worker processes that can be killed."""
+
+    function: str = "math"
+    """`math` (math-verify), or any Python function as `module:name`. See docs/rewards.md."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 2
+    """Grading processes."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Time for one answer before its worker is killed."""
+    max_answer_characters: Positive = 20000
+    """Only this much of an answer's end is graded."""
+    max_ungraded_share: Share = 0.2
+    """Stop the run when more of a step than this times out or errs."""
+
+
+class OptimizerRecipe(Section):
+    """How adapters and predictor head are updated."""
+
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """AdamW by torch, or with 8-bit state by bitsandbytes."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate of the adapters."""
+    head_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of the predictor head."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_share: Share = 0.1
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: Rate = 0.01
+    """Decoupled weight decay; biases and norms are spared."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+class TrainRecipe(Section):
+    """The run itself."""
+
+    steps: Positive = 100
+    """Optimizer steps."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Everything random is derived from this."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a CUDA GPU where there is one."""
+    cpu_threads: Annotated[int, Field(ge=0)] = 0
+    """Threads of torch on the CPU; 0 leaves torch's choice. Tiny models are fastest with 1."""
+    tokens_per_microbatch: Positive = 8192
+    """Token budget of one forward and backward pass, padding included. Does not change the update."""
+    logits_chunk_tokens: Positive = 256
+    """Tokens whose logits exist at the same time. Does not change the update."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_every: Positive = 50
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints to keep."""
+
+
+class EvalRecipe(DatasetRecipe):
+    """What is measured before and after training. Unset `dataset`: problems held out from training."""
+
+    problems: Annotated[int, Field(ge=0)] = 200
+    """Held-out problems; 0 turns evaluation off."""
+    samples_per_problem: Positive = 1
+    """Sampled answers per problem; k of pass@k goes up to this."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate every so many steps as well; 0 is only before and after."""
+
+
+class OutputRecipe(Section):
+    """Where results go."""
+
+    dir: str = "runs"
+    """Folder that run folders are made in."""
+    samples_per_step: Annotated[int, Field(ge=0)] = 2
+    """Prompts per step whose answers are written to samples.jsonl."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    model: ModelRecipe = ModelRecipe()
+    lora: LoraRecipe = LoraRecipe()
+    siamese: SiameseRecipe = SiameseRecipe()
+    objective: ObjectiveRecipe = ObjectiveRecipe()
+    rollout: RolloutRecipe = RolloutRecipe()
+    data: DataRecipe = DataRecipe()
+    reward: RewardRecipe = RewardRecipe()
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    train: TrainRecipe = TrainRecipe()
+    eval: EvalRecipe = EvalRecipe()
+    output: OutputRecipe = OutputRecipe()
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Sections as plain data; unset optional keys are left out, as TOML has no null."""
+        return {
+            name: {key: value for key, value in section.items() if value is not None}
+            for name, section in self.model_dump(mode="json").items()
+        }
+
+
+def impossible_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """(key, value, why and what instead) for every pair of settings that cannot go together."""
+    rollout, model, lora = recipe.rollout, recipe.model, recipe.lora
+    if rollout.top_p < 1:
+        yield (
+            "rollout.top_p",
+            rollout.top_p,
+            "positives must be drawn from the policy itself, and a cut distribution is another one; set 1.0",
+        )
+    if rollout.top_k > 0:
+        yield (
+            "rollout.top_k",
+            rollout.top_k,
+            "positives must be drawn from the policy itself, and a cut distribution is another one; set 0",
+        )
+    targets = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
+    for target in targets:
+        if target.split(".")[-1] in ("lm_head", "embed_out", "output_layer"):
+            yield (
+                "lora.targets",
+                target,
+                "the chunked loss reads the LM head's weight itself, so an adapter on it would be ignored; "
+                "leave it out",
+            )
+    if not targets or "" in targets:
+        yield "lora.targets", lora.targets, 'names no module; use "all-linear" or a list of module names'
+    if model.backend == "unsloth" and model.dtype in ("float32", "float64"):
+        yield "model.dtype", model.dtype, 'unsloth computes in 16 bit; use "bfloat16" or "float16"'
+    if model.quantization == "nf4" and model.dtype == "float64":
+        yield "model.dtype", model.dtype, 'NF4 computes in "bfloat16", "float16" or "float32"'
+    if model.attention == "flash_attention_2" and model.dtype in ("float32", "float64"):
+        yield "model.attention", model.attention, f'needs a 16-bit model.dtype, not "{model.dtype}"; use "sdpa"'
+    if model.id == "tiny" and model.backend == "unsloth":
+        yield "model.backend", model.backend, 'the model "tiny" is loaded by "transformers"'
+    if recipe.optimizer.name == "paged_adamw8bit" and recipe.train.device == "cpu":
+        yield "optimizer.name", recipe.optimizer.name, 'paging needs a GPU; use "adamw8bit" or "adamw" on a CPU'
+    if ":" not in recipe.reward.function and recipe.reward.function != "math":
+        yield "reward.function", recipe.reward.function, 'is neither "math" nor "module:function"'
+    for name, part in (("data", recipe.data), ("eval", recipe.eval)):
+        if part.dataset == "arithmetic" and (part.filter or part.prompt_column or part.answer_column):
+            yield f"{name}.dataset", part.dataset, "the built-in arithmetic takes no columns and no filter"
+    if recipe.data.system_prompt is not None and not recipe.data.system_prompt.strip():
+        yield "data.system_prompt", recipe.data.system_prompt, "is empty; leave the key out instead"

@@ -1,0 +1,24 @@
+"""What a task is: problems with checkable answers, some to train on and others to measure with."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from popo_lite.types import Problem
+
+
+class Task(Protocol):
+    """A source of problems. Both methods are pure functions of their arguments."""
+
+    @property
+    def name(self) -> str:
+        """How the task is called in logs and reports."""
+
+    def train_problem(self, seed: int, index: int) -> Problem:
+        """The `index`-th problem of the endless training stream that belongs to `seed`."""
+
+    def held_out(self, count: int) -> list[Problem]:
+        """`count` distinct problems that no training stream ever yields. Raises DataError if there are fewer."""
+
+    def shows_working(self, text: str) -> bool | None:
+        """Whether an answer works towards its result step by step; None where the task cannot tell."""

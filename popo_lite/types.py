@@ -1,0 +1,219 @@
+"""The nouns of a run: what the rooms hand to one another. Frozen, keyword-only, free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from popo_lite.errors import PopoError
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended: an end-of-sequence token, or the token limit."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Outcome(StrEnum):
+    """What grading found. Only `CORRECT` and `INCORRECT` say anything about the answer."""
+
+    CORRECT = "correct"
+    INCORRECT = "incorrect"
+    UNPARSED = "unparsed"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+    @property
+    def is_graded(self) -> bool:
+        """True where the grader reached a verdict. An answer with none in it is a verdict: not correct."""
+        return self not in (Outcome.TIMEOUT, Outcome.ERROR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A question with a checkable answer. `messages` are chat messages (`role`, `content`)."""
+
+    id: str
+    messages: tuple[Mapping[str, str], ...]
+    answer: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        """The last message's text: what a person reads as the question."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A problem rendered to token ids, generation prompt included."""
+
+    problem: Problem
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled answer.
+
+    `sampler_logps[t]` is the log-prob in nats of `token_ids[t]` under the sampling temperature, as the
+    sampler computed it. The end-of-sequence token is part of both; `text` is without special tokens.
+    """
+
+    token_ids: tuple[int, ...]
+    sampler_logps: tuple[float, ...]
+    finish_reason: FinishReason
+    text: str
+
+    def __post_init__(self) -> None:
+        if not self.token_ids or len(self.token_ids) != len(self.sampler_logps):
+            raise PopoError(
+                f"a completion of {len(self.token_ids)} tokens came with {len(self.sampler_logps)} log-probs; "
+                "a sampler must return at least one token and one log-prob for each"
+            )
+
+    @property
+    def mean_logp(self) -> float:
+        """Mean log-prob per token, nats."""
+        return sum(self.sampler_logps) / len(self.sampler_logps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """A verdict: `value` in [0, 1], how it came about, and the final answer found in the text, if any."""
+
+    value: float
+    outcome: Outcome
+    answer: str | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One completion of one prompt with its reward. `index` numbers the samples of the prompt from 0."""
+
+    prompt: Prompt
+    completion: Completion
+    reward: Reward
+    policy_version: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """All rollouts of one prompt, made by one version of the policy."""
+
+    rollouts: tuple[Rollout, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rollouts:
+            raise PopoError("a group needs at least one rollout")
+        prompts = {rollout.prompt.problem.id for rollout in self.rollouts}
+        versions = {rollout.policy_version for rollout in self.rollouts}
+        if len(prompts) > 1 or len(versions) > 1:
+            raise PopoError(
+                f"a group holds rollouts of one prompt and one policy version, not of prompts "
+                f"{sorted(prompts)} and versions {sorted(versions)}"
+            )
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt that all rollouts answer."""
+        return self.rollouts[0].prompt
+
+    def positives(self, threshold: float) -> tuple[Rollout, ...]:
+        """S+: the rollouts whose reward is above `threshold`."""
+        return tuple(rollout for rollout in self.rollouts if rollout.reward.value > threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One training step as one line of `metrics.jsonl`. Shares are in [0, 1]; log-probs and entropies in nats.
+
+    `skipped_reason` is set where the step changed no weights; the loss figures are None then.
+    """
+
+    step: int
+    policy_version: int
+    skipped_reason: str | None
+    # what was sampled
+    prompts: int
+    rollouts: int
+    positives: int
+    groups_none_right: int
+    groups_some_right: int
+    groups_all_right: int
+    groups_ungraded: int
+    outcomes: Mapping[str, int]
+    pass_rate: float
+    prompts_with_positive_share: float
+    unique_answers_mean: float
+    step_by_step_share: float | None
+    truncated_share: float
+    completion_tokens_mean: float
+    positive_tokens_mean: float | None
+    rollout_tokens: int
+    trained_tokens: int
+    # what was learned from it
+    loss: float | None
+    loss_nll: float | None
+    loss_similarity: float | None
+    loss_entropy: float | None
+    entropy: float | None
+    entropy_over_start: float | None
+    beta: float
+    effective_sample_size: float | None
+    effective_sample_share: float | None
+    siamese_cosine: float | None
+    siamese_drift: float
+    siamese_drift_over_bound: float | None
+    logp_gap_mean: float | None
+    logp_gap_max: float | None
+    grad_norm: float | None
+    update_norm: float | None
+    learning_rate: float
+    head_learning_rate: float
+    micro_batches: int
+    # what it took
+    seconds: Mapping[str, float]
+    tokens_per_second: Mapping[str, float]
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Sampled accuracy on held-out problems. `pass_at_k` maps k to the unbiased estimate."""
+
+    weights: str
+    problems: int
+    samples_per_problem: int
+    pass_at_1: float
+    pass_at_k: Mapping[int, float]
+    step_by_step_share: float | None
+    truncated_share: float
+    ungraded_share: float
+    completion_tokens_mean: float
+    rollout_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleView:
+    """One prompt of a step with a right and a wrong answer, where there is one, for people to read."""
+
+    step: int
+    question: str
+    reference: str
+    right: str | None
+    wrong: str | None
+
+
+def count_outcomes(rewards: Sequence[Reward]) -> dict[str, int]:
+    """How often each outcome occurred, every outcome named."""
+    counts = {outcome.value: 0 for outcome in Outcome}
+    for reward in rewards:
+        counts[reward.outcome.value] += 1
+    return counts
