@@ -38,7 +38,7 @@ class ModelRecipe(Section):
     """`nf4`: 4-bit NormalFloat by bitsandbytes. `none`: the base stays in `dtype`."""
     double_quantization: bool = True
     """Quantise the NF4 scales too: about 0.4 bits a parameter less."""
-    dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """Compute dtype. Adapters, predictor head and siamese are at least float32 whatever this says."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
@@ -265,46 +265,72 @@ class Recipe(Section):
         }
 
 
-def impossible_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
-    """(key, value, why and what instead) for every pair of settings that cannot go together."""
-    rollout, model, lora = recipe.rollout, recipe.model, recipe.lora
-    if rollout.top_p < 1:
-        yield (
-            "rollout.top_p",
-            rollout.top_p,
-            "positives must be drawn from the policy itself, and a cut distribution is another one; set 1.0",
-        )
-    if rollout.top_k > 0:
-        yield (
-            "rollout.top_k",
-            rollout.top_k,
-            "positives must be drawn from the policy itself, and a cut distribution is another one; set 0",
-        )
+Combination = tuple[tuple[str, ...], Any, str]
+"""Keys, value, why and what instead. The first key is to blame and holds the value; the others do not go with it."""
+
+
+def impossible_combinations(recipe: Recipe) -> Iterator[Combination]:
+    """Every group of settings that cannot go together, though each of them is valid alone."""
+    rollout, lora = recipe.rollout, recipe.lora
+    for key, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
+        if value != off:
+            yield (
+                (f"rollout.{key}",),
+                value,
+                f"positives must be drawn from the policy itself, and a cut distribution is another one; set {off}",
+            )
     targets = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
     for target in targets:
         if target.split(".")[-1] in ("lm_head", "embed_out", "output_layer"):
             yield (
-                "lora.targets",
+                ("lora.targets",),
                 target,
                 "the chunked loss reads the LM head's weight itself, so an adapter on it would be ignored; "
                 "leave it out",
             )
+    if isinstance(lora.targets, str) and lora.targets not in ("", "all-linear"):
+        yield ("lora.targets",), lora.targets, f'one name goes into a list as well; write ["{lora.targets}"]'
     if not targets or "" in targets:
-        yield "lora.targets", lora.targets, 'names no module; use "all-linear" or a list of module names'
-    if model.backend == "unsloth" and model.dtype in ("float32", "float64"):
-        yield "model.dtype", model.dtype, 'unsloth computes in 16 bit; use "bfloat16" or "float16"'
-    if model.quantization == "nf4" and model.dtype == "float64":
-        yield "model.dtype", model.dtype, 'NF4 computes in "bfloat16", "float16" or "float32"'
-    if model.attention == "flash_attention_2" and model.dtype in ("float32", "float64"):
-        yield "model.attention", model.attention, f'needs a 16-bit model.dtype, not "{model.dtype}"; use "sdpa"'
-    if model.id == "tiny" and model.backend == "unsloth":
-        yield "model.backend", model.backend, 'the model "tiny" is loaded by "transformers"'
+        yield ("lora.targets",), lora.targets, 'names no module; use "all-linear" or a list of module names'
+    yield from _impossible_models(recipe)
     if recipe.optimizer.name == "paged_adamw8bit" and recipe.train.device == "cpu":
-        yield "optimizer.name", recipe.optimizer.name, 'paging needs a GPU; use "adamw8bit" or "adamw" on a CPU'
+        why = 'paging needs a GPU; use "adamw8bit" or "adamw" on a CPU'
+        yield ("optimizer.name", "train.device"), recipe.optimizer.name, why
+    longest, budget = rollout.max_prompt_tokens + rollout.max_completion_tokens, recipe.train.tokens_per_microbatch
+    if budget < longest:
+        why = f"one prompt with its answer may take {longest} tokens; set at least that"
+        keys = ("train.tokens_per_microbatch", "rollout.max_prompt_tokens", "rollout.max_completion_tokens")
+        yield keys, budget, why
     if ":" not in recipe.reward.function and recipe.reward.function != "math":
-        yield "reward.function", recipe.reward.function, 'is neither "math" nor "module:function"'
+        yield ("reward.function",), recipe.reward.function, 'is neither "math" nor "module:function"'
+    reasons = {
+        "arithmetic": "the built-in arithmetic is generated and has no such setting; leave the key out",
+        None: "describes a dataset, and eval.dataset names none; set it, or leave this key out",
+    }
     for name, part in (("data", recipe.data), ("eval", recipe.eval)):
-        if part.dataset == "arithmetic" and (part.filter or part.prompt_column or part.answer_column):
-            yield f"{name}.dataset", part.dataset, "the built-in arithmetic takes no columns and no filter"
+        for key in ("config", "split", "prompt_column", "answer_column", "filter", "limit"):
+            value = getattr(part, key)
+            if part.dataset in reasons and value not in (None, {}):
+                yield (f"{name}.{key}", f"{name}.dataset"), value, reasons[part.dataset]
     if recipe.data.system_prompt is not None and not recipe.data.system_prompt.strip():
-        yield "data.system_prompt", recipe.data.system_prompt, "is empty; leave the key out instead"
+        yield ("data.system_prompt",), recipe.data.system_prompt, "is empty; leave the key out instead"
+
+
+def _impossible_models(recipe: Recipe) -> Iterator[Combination]:
+    model, device = recipe.model, recipe.train.device
+    wide = model.dtype in ("float32", "float64")
+    if model.backend == "unsloth" and wide:
+        why = 'unsloth computes in 16 bit; use "bfloat16"'
+        yield ("model.dtype", "model.backend"), model.dtype, why
+    if model.backend == "unsloth" and device == "cpu":
+        yield ("model.backend", "train.device"), model.backend, 'needs a CUDA GPU; use "transformers" on a CPU'
+    if model.backend == "unsloth" and model.id == "tiny":
+        yield ("model.backend", "model.id"), model.backend, 'the model "tiny" is loaded by "transformers"'
+    if model.quantization == "nf4" and model.dtype == "float64":
+        why = 'NF4 computes in "bfloat16" or "float32"'
+        yield ("model.dtype", "model.quantization"), model.dtype, why
+    if model.attention == "flash_attention_2" and wide:
+        why = f'needs a 16-bit model.dtype, not "{model.dtype}"; use "sdpa"'
+        yield ("model.attention", "model.dtype"), model.attention, why
+    if model.attention == "flash_attention_2" and device == "cpu":
+        yield ("model.attention", "train.device"), model.attention, 'needs a CUDA GPU; use "sdpa" on a CPU'

@@ -1,0 +1,43 @@
+"""The commands. Importing this must stay cheap: what needs torch is imported inside the commands."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+import click
+
+from popo_lite.cli.eval import eval_
+from popo_lite.cli.export import export
+from popo_lite.cli.generate import generate
+from popo_lite.cli.recipe import recipe
+from popo_lite.cli.train import train
+from popo_lite.errors import PopoError
+
+
+class _Commands(click.Group):
+    """Turns a PopoError into its message and exit code; any other exception keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PopoError as error:
+            from popo_lite.console.output import print_error
+
+            print_error(error)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(metadata.version("popo-lite"), prog_name="popo-lite")
+def main() -> None:
+    """Make a language model better at something that can be checked, on one consumer GPU.
+
+    \b
+    popo-lite train tiny_cpu                       the whole method in minutes, on any CPU
+    popo-lite train recipes/qwen_1_5b_lora.toml    Qwen2.5-Math-1.5B on a 24 GB card
+    """
+
+
+for command in (train, eval_, generate, export, recipe):
+    main.add_command(command)

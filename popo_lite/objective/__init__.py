@@ -1,0 +1,1 @@
+"""The objective: credit, losses and log-probs. Pure functions of tensors."""

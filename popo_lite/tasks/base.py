@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from popo_lite.types import Problem
@@ -19,6 +20,9 @@ class Task(Protocol):
 
     def held_out(self, count: int) -> list[Problem]:
         """`count` distinct problems that no training stream ever yields. Raises DataError if there are fewer."""
+
+    def longest_candidates(self) -> Iterable[Problem]:
+        """Training problems among which is the one with the longest prompt, to be checked before a run."""
 
     def shows_working(self, text: str) -> bool | None:
         """Whether an answer works towards its result step by step; None where the task cannot tell."""

@@ -1,0 +1,1 @@
+"""The training step, and what a run keeps."""

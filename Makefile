@@ -1,0 +1,48 @@
+# make train [RECIPE=recipes/tiny_cpu.toml]   install what is needed into .venv, then train
+# make test                                   the tests, without a GPU
+# make check                                  format, lint, types, import contracts
+
+RECIPE ?= recipes/tiny_cpu.toml
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The first interpreter that really runs and is one we support.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+# A CUDA GPU gets the vLLM sampler and the unsloth backend as well.
+EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo '[gpu]')
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: train test check docs clean
+
+train: $(VENV)/.installed
+	$(BIN)/popo-lite train $(RECIPE) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m popo_lite.recipe_docs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "popo-lite needs Python 3.11, 3.12 or 3.13 on the PATH" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python $(INPUTS)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	$(PIP) install --quiet --constraint constraints.txt --editable '.$(EXTRA)'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

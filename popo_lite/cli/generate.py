@@ -1,0 +1,56 @@
+"""`popo-lite generate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("question")
+@click.option("--weights", type=click.Choice(["policy", "siamese"]), default="policy", show_default=True)
+@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers to draw.")
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=0.7, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("as_json", "--json", is_flag=True, help="Print the answers as JSON.")
+def generate(
+    run: Path, question: str, weights: str, samples: int, temperature: float, seed: int, as_json: bool
+) -> None:
+    """Ask the model that RUN trained a QUESTION."""
+    from popo_lite.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    recipe = folder.recipe()
+    adapter = folder.trained_adapter(weights)
+
+    import torch
+
+    from popo_lite.policy.trained import load_trained_policy
+    from popo_lite.samplers import SamplingParams, open_sampler
+    from popo_lite.tasks.rendering import Renderer
+    from popo_lite.types import Problem
+
+    if recipe.train.cpu_threads:
+        torch.set_num_threads(recipe.train.cpu_threads)
+    policy = load_trained_policy(recipe, adapter)
+    renderer = Renderer.of(recipe, policy.tokenizer)
+    prompt = renderer.render(Problem(id=question, messages=({"role": "user", "content": question},), answer=""))
+    sampler, _ = open_sampler(recipe.rollout, policy, text=renderer.text)
+    with sampler:
+        sampler.sync(policy.version)
+        answers = sampler.sample(
+            [prompt],
+            count=samples,
+            params=SamplingParams(temperature=temperature, max_completion_tokens=recipe.rollout.max_completion_tokens),
+            policy_version=policy.version,
+            stream=("generate", seed),
+        )[0]
+    if as_json:
+        found = [{"text": a.text, "finish_reason": a.finish_reason.value, "mean_logp": a.mean_logp} for a in answers]
+        click.echo(json.dumps({"question": question, "answers": found}))
+        return
+    for answer in answers:
+        click.echo(answer.text)

@@ -1,0 +1,89 @@
+"""`popo-lite train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+INTERRUPTED = 130
+"""Exit code of a run that was stopped by Ctrl-C, as shells have it."""
+
+
+@click.command()
+@click.argument("recipe", metavar="RECIPE")
+@click.option("--seed", type=click.IntRange(min=0), help="Same as --set train.seed=N.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the run; default runs/<recipe>-seed<N>.")
+@click.option(
+    "--resume", is_flag=True, help="Continue the newest unfinished run of this recipe, or the one in --output."
+)
+@click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
+@click.option(
+    "--view",
+    type=click.Choice(["auto", "live", "plain", "silent"]),
+    default="auto",
+    show_default=True,
+    help="Live view on a terminal, one plain line a step elsewhere.",
+)
+@click.option("as_json", "--json", is_flag=True, help="Print the summary as JSON at the end and nothing else.")
+def train(
+    recipe: str,
+    seed: int | None,
+    output: Path | None,
+    resume: bool,
+    overrides: tuple[str, ...],
+    view: str,
+    as_json: bool,
+) -> None:
+    """Train with RECIPE: a TOML file, or the name of a shipped recipe (`popo-lite recipe list`).
+
+    Leaves a run folder with recipe, metrics, samples, checkpoints, adapters and summary. Ctrl-C finishes the step,
+    saves, and says how to go on; twice abandons the step and saves.
+    """
+    from popo_lite.recipe_file import load_recipe
+    from popo_lite.run_folder import find_run_folder, new_run_folder, refuse_other_recipe
+
+    if seed is not None:
+        overrides = (*overrides, f"train.seed={seed}")
+    settings = load_recipe(recipe, overrides)
+    name = Path(recipe).stem
+    if resume:
+        run = find_run_folder(settings, name, output)
+        refuse_other_recipe(run, settings)
+
+    # Only now what takes seconds to import: a recipe with faults is refused at once.
+    from popo_lite.console.reports import closing_report
+    from popo_lite.console.views import open_view
+    from popo_lite.training.loop import Trainer
+
+    if settings.model.backend == "unsloth":
+        from popo_lite.policy.load import import_unsloth
+
+        import_unsloth()
+    with open_view("silent" if as_json else view) as watcher:  # type: ignore[arg-type]  # click checks the choice
+        watcher.message(f"loading {settings.model.id}")
+        with Trainer(settings, watcher) as trainer:
+            # The folder is made when everything has loaded: a run that cannot start leaves nothing behind.
+            if not resume:
+                run = new_run_folder(settings, name, output)
+            outcome = trainer.run(run, resume=resume)
+    resume_command = f"popo-lite train {run.recipe_path} --resume --output {run.path}"
+    if outcome.summary is None:
+        click.echo(
+            f"stopped before step {outcome.next_step + 1} of {settings.train.steps}; saved. To go on:\n"
+            f"  {resume_command}",
+            err=as_json,
+        )
+        raise SystemExit(INTERRUPTED)
+    if as_json:
+        click.echo(json.dumps(outcome.summary))
+        return
+    closing_report(
+        outcome.summary,
+        [
+            f'popo-lite generate {run.path} "What is 17 + 25?"',
+            f"popo-lite eval {run.path}",
+            f"popo-lite export {run.path}",
+        ],
+    )

@@ -1,0 +1,92 @@
+"""Reward functions: how one is found by its name, and what its return value means."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import traceback
+from collections.abc import Callable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from popo_lite.errors import UserInputError, nearest
+from popo_lite.types import Outcome, Reward
+
+GradeFunction = Callable[[str, Mapping[str, Any]], Reward]
+
+
+def load_function(name: str) -> GradeFunction:
+    """The grading function called `name`: `math`, or `module:function` on `sys.path`.
+
+    Raises UserInputError where the module cannot be imported or has no such function.
+    """
+    if name == "math":
+        from popo_lite.grading.symbolic import grade_math  # sympy is for workers only
+
+        return grade_math
+    function = _find(name)
+    return lambda text, problem: as_reward(function(text, dict(problem)))
+
+
+def as_reward(returned: object) -> Reward:
+    """The meaning of what a reward function returned. Anything but None and numbers in [0, 1] is an ERROR."""
+    if returned is None:
+        return Reward(value=0.0, outcome=Outcome.UNPARSED)
+    value = float(returned) if isinstance(returned, Real) else math.nan
+    if not 0 <= value <= 1:  # written so that NaN is refused
+        detail = f"the reward function returned {returned!r:.80}; a reward is a number from 0 to 1, a bool or None"
+        return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
+    return Reward(value=value, outcome=Outcome.CORRECT if value > 0.5 else Outcome.INCORRECT)
+
+
+def describe_exception(error: BaseException) -> str:
+    """The last line of the traceback and where it was raised, such as `ValueError: no (rewards.py:12)`."""
+    line = f"{type(error).__name__}: {error}".removesuffix(": ")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    if not frames or isinstance(error, SyntaxError):  # a SyntaxError names its file itself
+        return line
+    return f"{line} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+
+
+def _find(name: str) -> Callable[..., object]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _refusal(name, f"importing it failed: {describe_exception(error)}") from error
+        raise _refusal(
+            name,
+            f"there is no module {error.name!r} on sys.path or in {Path.cwd()}",
+            next_step="start popo-lite in the folder of that module, or put the folder on PYTHONPATH",
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise _refusal(name, f"importing it failed: {describe_exception(error)}") from error
+    where = f"module {module_name!r} ({getattr(module, '__file__', None) or 'built in'})"
+    if not hasattr(module, attribute):
+        guess = nearest(attribute, [key for key, value in vars(module).items() if callable(value)])
+        raise _refusal(
+            name,
+            f"{where} has no attribute {attribute!r}",
+            next_step=f'set reward.function = "{module_name}:{guess}"' if guess else None,
+        )
+    function: Callable[..., object] = getattr(module, attribute)
+    if not callable(function):
+        raise _refusal(name, f"{attribute!r} of {where} is not callable but of type {type(function).__name__}")
+    try:
+        inspect.signature(function).bind("text", {})
+    except TypeError as error:
+        raise _refusal(name, f"it must take (text, problem): {error}") from error
+    except ValueError:
+        pass  # a function in C without a signature; calling it will tell
+    return function
+
+
+def _refusal(name: str, fault: str, next_step: str | None = None) -> UserInputError:
+    return UserInputError(
+        f'"{name}" cannot be used: {fault}',
+        where="reward.function",
+        next_step=next_step or "correct the module or reward.function; see docs/rewards.md",
+    )

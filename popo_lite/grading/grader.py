@@ -1,0 +1,105 @@
+"""Grading as the training loop sees it: texts in, rewards out, and a stop where too few could be graded."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from popo_lite.errors import GradingError
+from popo_lite.grading.math import decide_exactly, final_answer
+from popo_lite.grading.pool import WorkerPool
+from popo_lite.recipe import RewardRecipe
+from popo_lite.types import Outcome, Problem, Reward, count_outcomes
+
+_SHOWN_DETAIL_CHARACTERS = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradeRequest:
+    """The text of one completion and the problem it answers."""
+
+    text: str
+    problem: Problem
+
+
+class Grader:
+    """Grades answers with the recipe's reward function. A context manager; leaving it ends all processes.
+
+    Processes are started when an answer needs one. An answer that hangs is a TIMEOUT, one that ends its process
+    twice an ERROR: never a silent 0. May be used from any thread.
+    """
+
+    def __init__(self, reward: RewardRecipe) -> None:
+        self._exact = reward.function == "math"
+        self._max_characters = reward.max_answer_characters
+        self._pool = WorkerPool(reward.function, size=reward.workers, timeout_seconds=reward.timeout_seconds)
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def check(self) -> None:
+        """Load the reward function in one worker. Raises UserInputError where that fails."""
+        self._pool.start()
+
+    def grade(self, requests: Sequence[GradeRequest]) -> list[Reward]:
+        """One reward per request, in order.
+
+        Raises UserInputError where the reward function cannot be loaded, and GradingError where a worker
+        cannot be started any more.
+        """
+        rewards: dict[int, Reward] = {}
+        lines: dict[int, bytes] = {}
+        texts = [request.text[-self._max_characters :] for request in requests]
+        for index, (text, request) in enumerate(zip(texts, requests, strict=True)):
+            decided = decide_exactly(text, request.problem) if self._exact else None
+            if decided is None:
+                try:
+                    lines[index] = self._encode(text, request.problem)
+                except (TypeError, ValueError) as error:
+                    detail = f"problem {request.problem.id!r} has a meta value that JSON cannot hold: {error}"
+                    decided = Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
+            if decided is not None:
+                rewards[index] = decided
+        for index, reward in zip(lines, self._pool.grade(list(lines.values())), strict=True):
+            rewards[index] = reward if reward.answer is not None else replace(reward, answer=final_answer(texts[index]))
+        return [rewards[index] for index in range(len(requests))]
+
+    def close(self) -> None:
+        """End all grading processes; may be called again."""
+        self._pool.close()
+
+    def _encode(self, text: str, problem: Problem) -> bytes:
+        content: dict[str, Any] = {"id": problem.id, "answer": problem.answer}
+        if not self._exact:
+            content |= {"question": problem.question, "meta": dict(problem.meta)}
+        return json.dumps({"text": text, "problem": content}).encode() + b"\n"
+
+
+def ungraded_share(rewards: Sequence[Reward]) -> float:
+    """The share of `rewards`, in [0, 1], that are no verdict; 0 for none at all."""
+    return sum(not reward.outcome.is_graded for reward in rewards) / len(rewards) if rewards else 0.0
+
+
+def refuse_ungraded(rewards: Sequence[Reward], limit: float, step: int) -> None:
+    """Raise GradingError where more than the share `limit` of a step could not be graded.
+
+    To a positive-only objective a broken grader looks like a hard task; training on would hide it.
+    """
+    if ungraded_share(rewards) <= limit:
+        return
+    ungraded = [reward for reward in rewards if not reward.outcome.is_graded]
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in count_outcomes(rewards).items() if count)
+    details = [textwrap.shorten(reward.detail, _SHOWN_DETAIL_CHARACTERS) for reward in ungraded[:2]]
+    raise GradingError(
+        f"{len(ungraded)} of {len(rewards)} answers could not be graded ({counts}), more than "
+        f"reward.max_ungraded_share = {limit:g} allows; the first: {' | '.join(details)}",
+        where=f"step {step}",
+        next_step="for timeouts raise reward.timeout_seconds or lower reward.max_answer_characters; "
+        "for errors correct reward.function or the data it names",
+    )

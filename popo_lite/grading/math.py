@@ -1,0 +1,108 @@
+"""Mathematical answers, the cheap part: find the final answer and compare it exactly where that decides.
+
+Nothing here needs sympy, so the trainer's own process settles ordinary answers without a worker. What is left
+over goes to `symbolic`.
+"""
+
+from __future__ import annotations
+
+import re
+
+from popo_lite.types import Outcome, Problem, Reward
+
+MAX_BOX_CHARACTERS = 1000
+"""A longer `\\boxed{}` holds no final answer, and parsing one of 100,000 characters takes minutes."""
+
+MAX_NESTING = 20
+"""Brackets deeper than this hold no final answer either; the LaTeX parser is exponential in the depth."""
+
+# An escaped character is a token of its own, so that the braces of a set, \{1, 2\}, do not count.
+_BOX_TOKENS = re.compile(r"(?P<box>\\boxed\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
+_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+")
+_NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])0*([0-9]*)(?:\.([0-9]*?)0*)?")
+
+
+def last_box(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` whose braces balance, or None. Of nested boxes, the innermost."""
+    contents: list[int | None] = []  # for every open brace, where the content of its box starts, if it is a box
+    found = (-1, -1)
+    for token in _BOX_TOKENS.finditer(text):
+        if token.lastgroup == "box":
+            contents.append(token.end())
+        elif token.lastgroup == "open":
+            contents.append(None)
+        elif token.lastgroup == "close" and contents:
+            start = contents.pop()
+            if start is not None and start > found[0]:
+                found = (start, token.start())
+    return text[found[0] : found[1]] if found[0] >= 0 else None
+
+
+def plain_number(text: str) -> str | None:
+    """The one spelling that all ways to write a plain integer or decimal share, or None for anything else.
+
+    Two plain numbers are equal exactly when these strings are, whatever their number of digits.
+    """
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    parts = _NUMBER.fullmatch(text)
+    if parts is None:
+        return None
+    whole, fraction = parts[2] or "0", parts[3] or ""
+    sign = "-" if parts[1] == "-" and (whole != "0" or fraction) else ""
+    return f"{sign}{whole}.{fraction}" if fraction else f"{sign}{whole}"
+
+
+def normalise(answer: str) -> str:
+    """`answer` without dollar signs and a full stop around it; a plain number in its one spelling."""
+    answer = answer.strip().replace("−", "-")
+    inner = answer.strip("$")
+    if "$" not in inner:  # otherwise several formulas, whose signs belong together
+        answer = inner.strip()
+    if answer.endswith(".") and not answer.endswith(r"\right."):
+        answer = answer[:-1].rstrip()
+    return plain_number(answer) or answer
+
+
+def final_answer(text: str) -> str | None:
+    """What the last box of `text` holds, in normal form, or None where nothing is boxed."""
+    box = last_box(text)
+    return None if box is None else normalise(box)
+
+
+def unwrap(reference: str) -> str:
+    """A reference answer in normal form; datasets write it bare, between dollar signs, or in a box."""
+    boxed = final_answer(reference)
+    return normalise(reference) if boxed is None else boxed
+
+
+def too_complex(expression: str) -> str | None:
+    """Why `expression` is not to be given to the LaTeX parser, or None."""
+    if len(expression) > MAX_BOX_CHARACTERS:
+        return f"{len(expression):,} characters long; the limit is {MAX_BOX_CHARACTERS:,}"
+    depth = deepest = 0
+    for character in expression:
+        if character in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in ")]}":
+            depth -= 1
+    return f"nested {deepest} deep; the limit is {MAX_NESTING}" if deepest > MAX_NESTING else None
+
+
+def decide_exactly(text: str, problem: Problem) -> Reward | None:
+    """The verdict on an answer that needs no algebra, or None where it does or where nothing is boxed."""
+    box = last_box(text)
+    if box is None:
+        return None
+    if fault := too_complex(box):
+        return Reward(value=0.0, outcome=Outcome.UNPARSED, detail=f"the boxed answer is {fault}")
+    answer = normalise(box)
+    if not answer:
+        return Reward(value=0.0, outcome=Outcome.UNPARSED, detail="the box is empty")
+    reference = unwrap(problem.answer)
+    if answer == reference:
+        return Reward(value=1.0, outcome=Outcome.CORRECT, answer=answer)
+    if plain_number(answer) and plain_number(reference):
+        return Reward(value=0.0, outcome=Outcome.INCORRECT, answer=answer)
+    return None

@@ -1,0 +1,68 @@
+"""Mathematical answers that need algebra: math-verify. Imported by workers only, as it can hang or eat memory."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from math_verify import parse, verify
+
+from popo_lite.grading.math import final_answer, too_complex, unwrap
+from popo_lite.types import Outcome, Reward
+
+# Its one warning says that its timeouts are off. They are signal.alarm, whole seconds and main thread only;
+# the parent's deadline takes their place.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+_UNESCAPED_DOLLAR = re.compile(r"(?<!\\)\$")
+
+
+def grade_math(text: str, problem: Mapping[str, Any]) -> Reward:
+    """Whether the final answer of `text` equals `problem["answer"]`.
+
+    The final answer is the last box; in a text without one, the expression or number that math-verify takes
+    for it. A reference answer that cannot be parsed is an ERROR: it says nothing about the text.
+    """
+    reference = unwrap(problem["answer"])
+    gold = _parse_reference(reference)
+    if not _holds_expression(gold):
+        fault = too_complex(reference) or "not an expression that math-verify can parse"
+        return Reward(
+            value=0.0,
+            outcome=Outcome.ERROR,
+            detail=f"the reference answer of problem {problem['id']!r} is {fault}: {reference[:80]!r}",
+        )
+    answer = final_answer(text)
+    # Only the last box: given the whole text, math-verify joins all boxes of it to a set.
+    found = _parse(text) if answer is None else _parse_expression(answer)
+    if not found:
+        return Reward(value=0.0, outcome=Outcome.UNPARSED, answer=answer)
+    if answer is None:
+        answer = next((item for item in found if isinstance(item, str)), None)
+    if verify(gold, found, timeout_seconds=None, raise_on_error=True):
+        return Reward(value=1.0, outcome=Outcome.CORRECT, answer=answer)
+    outcome = Outcome.INCORRECT if _holds_expression(found) else Outcome.UNPARSED
+    return Reward(value=0.0, outcome=outcome, answer=answer)
+
+
+@lru_cache(maxsize=1024)
+def _parse_reference(reference: str) -> list[Any]:
+    return [] if too_complex(reference) else _parse_expression(reference)
+
+
+def _parse_expression(expression: str) -> list[Any]:
+    # Bare LaTeX has to be in a box to be seen as such; text with formulas marks them itself.
+    return _parse(expression if _UNESCAPED_DOLLAR.search(expression) else rf"\boxed{{{expression}}}")
+
+
+def _parse(text: str) -> list[Any]:
+    """What math-verify extracts: a sympy expression, where it could make one, and the string it came from."""
+    extracted: list[Any] = parse(text, parsing_timeout=None, raise_on_error=True)
+    return extracted
+
+
+def _holds_expression(extracted: list[Any]) -> bool:
+    return any(not isinstance(item, str) for item in extracted)

@@ -1,0 +1,96 @@
+"""A grading process: one JSON request a line on stdin, one JSON verdict a line on stdout.
+
+`pool` runs this file as it is, with the interpreter's `-P`, and sends the path to import from as the first line.
+So workers import what their parent would, and nothing of popo_lite is imported before that line. A `-m` would
+search the working directory first, and without `-P` this folder would come first: a `random.py` of the user or
+our own `math.py` would then take the place of the standard library's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import resource
+import signal
+import sys
+from typing import BinaryIO
+
+MEMORY_LIMIT_BYTES = 4 * 2**30
+"""Address space of one worker: an answer such as 9^(9^(9^9)) fails here and does not eat the machine."""
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main() -> None:
+    """Greet, load the reward function, then grade until stdin ends."""
+    requests, replies = take_protocol_streams()
+    limit_memory()
+    die_with_parent()
+    greeting = requests.readline()
+    if not greeting:
+        return
+    settings = json.loads(greeting)
+    sys.path[:] = settings["path"]
+
+    from popo_lite.errors import UserInputError
+    from popo_lite.grading.functions import describe_exception, load_function
+    from popo_lite.types import Outcome, Reward
+
+    try:
+        grade = load_function(settings["function"])
+    except UserInputError as error:
+        reply(replies, {"refused": error.what, "next_step": error.next_step})
+        return
+    reply(replies, {"ready": True})
+    for line in requests:
+        request = json.loads(line)
+        out_of_memory = False
+        try:
+            reward = grade(request["text"], request["problem"])
+        except (Exception, SystemExit) as error:
+            out_of_memory = isinstance(error, MemoryError)
+            reward = Reward(value=0.0, outcome=Outcome.ERROR, detail=describe_exception(error))
+        # What else went wrong for want of memory is unknown; the next answer gets a fresh process.
+        reply(replies, {"reward": dataclasses.asdict(reward), "leaving": out_of_memory})
+        if out_of_memory:
+            return
+
+
+def take_protocol_streams() -> tuple[BinaryIO, BinaryIO]:
+    """The two pipes to the parent, out of reach of `print` and `input`: fd 1 goes to stderr, fd 0 is empty."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def limit_memory() -> None:
+    """Cap the address space, under whatever cap there is already."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent is gone.
+
+    An idle worker ends at the end of stdin anyway. One inside a long computation does not come back to read
+    it, and no thread of ours would get the interpreter lock to end it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def reply(replies: BinaryIO, message: object) -> None:
+    """Send one line. The pipe is unbuffered and the parent reads all the time, so a line leaves at once."""
+    line = json.dumps(message).encode() + b"\n"
+    while line:
+        line = line[replies.write(line) :]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""LoRA adapters by PEFT: adding them to a frozen base, and writing and reading them in PEFT's own format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from popo_lite.errors import ModelError, nearest
+from popo_lite.recipe import LoraRecipe
+from popo_lite.seeding import stream_seed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def add_adapters(base: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PeftModel:
+    """`base` with fresh adapters (B = 0, so the policy starts as the base), or those of `lora.init_from`."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if recipe.init_from is not None:
+        folder = adapter_folder(recipe.init_from, key="lora.init_from")
+        _refuse_other_shape(folder, recipe)
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # PEFT says int and takes any number
+        lora_dropout=recipe.dropout,
+        target_modules=recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets),
+        use_rslora=recipe.rslora,
+        use_dora=recipe.dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(stream_seed("adapters", seed))
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        names = {name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+        wanted = recipe.targets if isinstance(recipe.targets, str) else recipe.targets[0]
+        hint = nearest(wanted, names)
+        raise ModelError(
+            f"no adapter could be added to {recipe.targets!r}: {error}",
+            where="lora.targets",
+            next_step=(f'did you mean "{hint}"? ' if hint else "") + f"linear layers here: {', '.join(sorted(names))}",
+        ) from error
+
+
+def adapter_folder(path: str | Path, *, key: str) -> Path:
+    """The folder at `path` if it holds a PEFT adapter in safetensors, else ModelError naming `key`."""
+    folder = Path(path).expanduser()
+    missing = [name for name in ("adapter_config.json", ADAPTER_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{folder} is no adapter in PEFT format: it lacks {' and '.join(missing)}",
+            where=key,
+            next_step="name the adapter/ folder of a run, or leave the key out",
+        )
+    return folder
+
+
+def _refuse_other_shape(folder: Path, recipe: LoraRecipe) -> None:
+    """The loaded adapter brings its own rank and scale, so a recipe that names others would not be what runs."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    pairs = (("rank", "r"), ("alpha", "lora_alpha"), ("rslora", "use_rslora"), ("dora", "use_dora"))
+    for key, theirs in pairs:
+        if getattr(recipe, key) != config.get(theirs, False):
+            raise ModelError(
+                f"the adapter in {folder} was made with {theirs} = {config.get(theirs)}",
+                where=f"lora.{key} = {getattr(recipe, key)}",
+                next_step=f"--set lora.{key}={json.dumps(config.get(theirs))}",
+            )
+
+
+def save_adapter(model: PeftModel, folder: Path, *, base_id: str) -> None:
+    """Write the adapter the way PEFT does, naming the base as the recipe does and not by a local path."""
+    config = model.peft_config["default"]
+    known_as, config.base_model_name_or_path = config.base_model_name_or_path, base_id
+    try:
+        # "auto" would ask the Hub about the base's vocabulary; embeddings are frozen here.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    finally:
+        config.base_model_name_or_path = known_as
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; `popo-lite export` writes a real card
+
+
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Overwrite the model's adapter with the one in `folder`. Raises ModelError where the tensors do not match."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    result: Any = set_peft_model_state_dict(model, load_file(str(folder / ADAPTER_FILE)))
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        raise ModelError(
+            f"{folder} holds an adapter of another shape: {len(missing)} tensors missing, "
+            f"{len(result.unexpected_keys)} unknown",
+            where=str(folder),
+            next_step="use the recipe that the adapter was trained with",
+        )

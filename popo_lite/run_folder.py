@@ -1,0 +1,249 @@
+"""The folder a run leaves behind: its layout, and writing to it so that a killed process loses at most a step.
+
+recipe.toml, environment.json, metrics.jsonl, samples.jsonl, checkpoints/, adapter/, siamese/, summary.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from popo_lite.errors import CheckpointError, UserInputError
+from popo_lite.recipe import Recipe
+from popo_lite.recipe_file import dump_recipe, load_recipe
+
+if TYPE_CHECKING:
+    import torch
+
+MAY_CHANGE_ON_RESUME = {
+    "output.dir",
+    "output.samples_per_step",
+    "reward.workers",
+    "rollout.batch_size",
+    "train.checkpoint_every",
+    "train.cpu_threads",
+    "train.keep_checkpoints",
+    "train.logits_chunk_tokens",
+    "train.tokens_per_microbatch",
+}
+"""Settings that change speed or bookkeeping and not what is learned."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside one run's folder."""
+
+    path: Path
+
+    @property
+    def recipe_path(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.toml"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One line a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples_path(self) -> Path:
+        """A few groups a step, whole."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def summary_path(self) -> Path:
+        """What the run came to; written when it ends."""
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Everything needed to go on."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, PEFT format."""
+        return self.path / "adapter"
+
+    @property
+    def siamese(self) -> Path:
+        """The averaged adapter, PEFT format."""
+        return self.path / "siamese"
+
+    def trained_adapter(self, weights: str) -> Path:
+        """Folder of the trained adapter: `weights` is "policy" or "siamese". Raises CheckpointError before the end."""
+        folder = self.siamese if weights == "siamese" else self.adapter
+        recipe = self.recipe_path
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"the run has not ended, so there is no {folder.name}/ yet",
+                where=str(self.path),
+                next_step=f"popo-lite train {recipe} --resume --output {self.path}",
+            )
+        return folder
+
+    def recipe(self) -> Recipe:
+        """The recipe this run was started with."""
+        if not self.recipe_path.is_file():
+            raise CheckpointError(
+                "there is no run here: recipe.toml is missing",
+                where=str(self.path),
+                next_step="give the folder that `popo-lite train` printed, for instance runs/tiny_cpu-seed0",
+            )
+        return load_recipe(self.recipe_path)
+
+
+def new_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder:
+    """A fresh folder: `output`, or `<output.dir>/<name>-seed<N>`, numbered on where that holds a run already."""
+    if output is not None:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserInputError(
+                "the folder is not empty, and no run is ever overwritten",
+                where=f"--output {output}",
+                next_step="add --resume to continue the run in it, or name another folder",
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        return RunFolder(output)
+    parent = Path(recipe.output.dir).expanduser()
+    for number in range(1, 10_000):
+        suffix = "" if number == 1 else f"-{number}"
+        candidate = parent / f"{name}-seed{recipe.train.seed}{suffix}"
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return RunFolder(candidate)
+    raise UserInputError(f"{parent} holds 9,999 runs of {name} already", where="output.dir")
+
+
+def find_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder:
+    """The folder to resume: `output`, or the newest run of this recipe and seed that has not ended."""
+    if output is not None:
+        return RunFolder(output)
+    parent = Path(recipe.output.dir).expanduser()
+    stem = f"{name}-seed{recipe.train.seed}"
+    found = [
+        folder
+        for folder in (parent.iterdir() if parent.is_dir() else ())
+        if (folder / "recipe.toml").is_file()
+        and (folder.name == stem or folder.name.removeprefix(f"{stem}-").isdigit())
+        and not (folder / "summary.json").is_file()
+    ]
+    if not found:
+        raise CheckpointError(
+            f"no unfinished run of {name} with seed {recipe.train.seed} is in {parent}",
+            where="--resume",
+            next_step="name its folder with --output, or leave --resume out to start a run",
+        )
+    return RunFolder(max(found, key=lambda folder: folder.stat().st_mtime))
+
+
+def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """Raise CheckpointError where `recipe` would continue the run as another experiment."""
+    before, now = _flat(run.recipe()), _flat(recipe)
+    changed = sorted(
+        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in MAY_CHANGE_ON_RESUME
+    )
+    if changed:
+        shown = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed[:5])
+        raise CheckpointError(
+            f"the recipe differs from the one this run was started with: {shown}",
+            where=str(run.recipe_path),
+            next_step=f"popo-lite train {run.recipe_path} --resume --output {run.path}",
+        )
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in recipe.to_dict().items() for key, value in keys.items()}
+
+
+def start_files(run: RunFolder, recipe: Recipe, device: torch.device) -> None:
+    """Write recipe.toml and environment.json."""
+    write_atomically(run.recipe_path, dump_recipe(recipe))
+    write_atomically(run.path / "environment.json", json.dumps(environment(device), indent=2) + "\n")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions that a figure belongs to."""
+    import torch
+
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "vllm", "unsloth", "math-verify", "popo-lite")
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    gpu = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = {"name": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "packages": versions,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """CUDA: most bytes that torch has reserved. CPU: most resident bytes of this process."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_reserved(device))
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line and hand it to the operating system."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def keep_lines_before(paths: Iterable[Path], step: int) -> None:
+    """Drop lines of `step` and later: a resumed run writes them again. A torn last line goes too."""
+    for path in paths:
+        if not path.is_file():
+            continue
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                keeps = json.loads(line)["step"] < step
+            except json.JSONDecodeError:
+                keeps = False
+            if keeps:
+                kept.append(line + "\n")
+        write_atomically(path, "".join(kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`; after a crash it holds either the old content or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,70 @@
+"""What a sampler is: the one thing that makes rollouts, and that says which policy it made them with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from popo_lite.errors import StalePolicyError
+from popo_lite.types import Completion, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to draw. Positives must come from the policy itself, so there is no top-p and no top-k."""
+
+    temperature: float
+    max_completion_tokens: int
+
+
+class Sampler(Protocol):
+    """Draws completions. Every implementation passes the suite in tests/contract."""
+
+    @property
+    def engine(self) -> str:
+        """The engine's name in the recipe."""
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the policy that this sampler's adapter is."""
+
+    def sync(self, policy_version: int) -> None:
+        """Take over the trainer's current adapter, which is `policy_version`."""
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        count: int,
+        params: SamplingParams,
+        policy_version: int,
+        stream: tuple[int | str, ...],
+        finished: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """`count` completions for each prompt, in order.
+
+        Sample i of a prompt draws from the random stream of (*stream, problem id, i) alone, so what else is in the
+        batch changes nothing beyond rounding. `finished` is told how many sequences have just ended. Raises
+        StalePolicyError where `policy_version` is not the sampler's.
+        """
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def refuse_stale(held: int, wanted: int) -> None:
+    """Raise StalePolicyError where a sampler holds another version than the one asked for."""
+    if held != wanted:
+        raise StalePolicyError(
+            f"the sampler holds policy version {held} and version {wanted} was asked for; its rollouts would belong "
+            "to another policy",
+            next_step="this is a bug in the order of a step: sync the sampler after every update",
+        )

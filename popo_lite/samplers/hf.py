@@ -1,0 +1,201 @@
+"""Sampling from the trainer's own model: no second copy of anything, on every machine. The slow, simple engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from popo_lite.policy.policy import Policy
+from popo_lite.samplers.base import SamplingParams, refuse_stale
+from popo_lite.seeding import stream_seed
+from popo_lite.types import Completion, FinishReason, Prompt
+
+COMPACT_BELOW = 0.5
+"""Finished sequences leave the batch when no more than this share of it is still running."""
+
+
+@dataclass(kw_only=True)
+class _Sequence:
+    """A completion in the making. `uniforms` [max tokens] is its whole random stream."""
+
+    prompt_index: int
+    sample_index: int
+    uniforms: Any
+    token_ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    stopped: bool = False
+
+
+class HFSampler:
+    """Batched, left-padded decoding with a KV cache over the policy's live weights."""
+
+    engine = "hf"
+
+    def __init__(self, policy: Policy, *, text: Callable[[Sequence[int]], str], batch_size: int) -> None:
+        self._policy = policy
+        self._text = text
+        self._batch_size = batch_size
+        self.policy_version = policy.version
+
+    def sync(self, policy_version: int) -> None:
+        """The weights are shared, so there is nothing to move; only the version is noted."""
+        self.policy_version = policy_version
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        count: int,
+        params: SamplingParams,
+        policy_version: int,
+        stream: tuple[int | str, ...],
+        finished: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """See `Sampler.sample`."""
+        refuse_stale(self.policy_version, policy_version)
+        was_training = self._policy.model.training
+        self._policy.model.eval()
+        try:
+            # Prompts of like length share a batch: less padding. The draws do not depend on it.
+            order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].token_ids))
+            sequences = [
+                _Sequence(
+                    prompt_index=prompt_index,
+                    sample_index=sample,
+                    uniforms=_uniforms(
+                        params.max_completion_tokens, (*stream, prompts[prompt_index].problem.id, sample)
+                    ),
+                )
+                for prompt_index in order
+                for sample in range(count)
+            ]
+            for start in range(0, len(sequences), self._batch_size):
+                self._decode(prompts, sequences[start : start + self._batch_size], params, finished)
+        finally:
+            self._policy.model.train(was_training)
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        for sequence in sorted(sequences, key=lambda s: (s.prompt_index, s.sample_index)):
+            groups[sequence.prompt_index].append(
+                Completion(
+                    token_ids=tuple(sequence.token_ids),
+                    sampler_logps=tuple(sequence.logps),
+                    finish_reason=FinishReason.STOP if sequence.stopped else FinishReason.LENGTH,
+                    text=self._text(sequence.token_ids),
+                )
+            )
+        return groups
+
+    def _decode(
+        self,
+        prompts: Sequence[Prompt],
+        sequences: list[_Sequence],
+        params: SamplingParams,
+        finished: Callable[[int], None] | None,
+    ) -> None:
+        """Fill in `sequences` token by token."""
+        device = self._policy.device
+        hidden, cache, mask = self._prefill(prompts, sequences)
+        running = list(sequences)
+        uniforms = torch.from_numpy(np.stack([sequence.uniforms for sequence in sequences])).to(device)
+        stop_ids = torch.tensor(sorted(self._policy.stop_ids), device=device)
+        alive = torch.ones(len(sequences), dtype=torch.bool, device=device)
+        for position in range(params.max_completion_tokens):
+            tokens, logps = _draw(self._next_logp(hidden, params.temperature), uniforms[:, position])
+            stopped = torch.isin(tokens, stop_ids)
+            for sequence, token, logp, is_alive, stops in zip(
+                running, tokens.tolist(), logps.tolist(), alive.tolist(), stopped.tolist(), strict=True
+            ):
+                if is_alive:
+                    sequence.token_ids.append(token)
+                    sequence.logps.append(logp)
+                    sequence.stopped = stops
+            ended = int((alive & stopped).sum())
+            alive &= ~stopped
+            if finished is not None and ended:
+                finished(ended)
+            count_alive = int(alive.sum())
+            if count_alive == 0 or position + 1 == params.max_completion_tokens:
+                break
+            if count_alive <= COMPACT_BELOW * len(running):
+                keep = alive.nonzero().squeeze(-1)
+                running = [running[index] for index in keep.tolist()]
+                cache.batch_select_indices(keep)
+                tokens, mask, uniforms, alive = tokens[keep], mask[keep], uniforms[keep], alive[keep]
+            mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
+            output = self._policy.trunk(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(dim=1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            hidden = output.last_hidden_state[:, -1]
+        if finished is not None and bool(alive.any()):
+            finished(int(alive.sum()))
+
+    def _prefill(self, prompts: Sequence[Prompt], sequences: Sequence[_Sequence]) -> tuple[Tensor, Any, Tensor]:
+        """Run each distinct prompt once and repeat its cache for its samples: (hidden [B, D], cache, mask [B, T])."""
+        from transformers import DynamicCache
+
+        device = self._policy.device
+        distinct = list(dict.fromkeys(sequence.prompt_index for sequence in sequences))
+        row_of = {prompt_index: row for row, prompt_index in enumerate(distinct)}
+        width = max(len(prompts[index].token_ids) for index in distinct)
+        ids = torch.full((len(distinct), width), self._policy.pad_id)
+        mask = torch.zeros((len(distinct), width), dtype=torch.long)
+        for row, index in enumerate(distinct):
+            length = len(prompts[index].token_ids)
+            ids[row, width - length :] = torch.tensor(prompts[index].token_ids)
+            mask[row, width - length :] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        config: Any = self._policy.trunk.config
+        cache = DynamicCache(config=config)
+        output = self._policy.trunk(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        rows = torch.tensor([row_of[sequence.prompt_index] for sequence in sequences], device=device)
+        cache.batch_select_indices(rows)
+        return output.last_hidden_state[:, -1][rows], cache, mask[rows]
+
+    def _next_logp(self, hidden: Tensor, temperature: float) -> Tensor:
+        """[B, D] -> log-probs of the next token [B, V] under the sampling temperature."""
+        head = self._policy.head
+        z, _ = head.logits(hidden)
+        return torch.log_softmax(z * (head.temperature / temperature), dim=-1)
+
+
+def _uniforms(count: int, key: tuple[int | str, ...]) -> Any:
+    """`count` float64 uniforms in [0, 1), a pure function of `key`."""
+    return np.random.Generator(np.random.Philox(key=stream_seed(*key))).random(count)
+
+
+def _draw(logp: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling: `logp` [B, V], `uniforms` [B] -> (token ids [B], their log-probs [B])."""
+    # Summed in float64: in float32 the tail of a large vocabulary would be lost in the sum's rounding.
+    cumulative = logp.double().exp().cumsum(dim=-1)
+    # Scaled by the total, which is 1 up to rounding, so that the last uniforms cannot fall off the end.
+    threshold = uniforms[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logp.shape[-1] - 1)
+    return tokens.squeeze(-1), logp.gather(-1, tokens).squeeze(-1)

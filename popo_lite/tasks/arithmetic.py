@@ -1,0 +1,90 @@
+"""The built-in task: sums of whole numbers, a pure function of (seed, index), with answers that can be checked.
+
+Whether a sum belongs to training or is held out depends on its two numbers alone, so no seed and no order of
+the numbers can bring a held-out sum into training.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+from popo_lite.errors import DataError
+from popo_lite.seeding import stream_seed
+from popo_lite.types import Problem
+
+HELD_OUT_ONE_IN = 10
+_BOX = re.compile(r"\\boxed\{")
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """True for about one in ten sums; a + b and b + a always fall on the same side."""
+    return stream_seed("arithmetic/split", min(a, b), max(a, b)) % HELD_OUT_ONE_IN == 0
+
+
+def working(a: int, b: int) -> str:
+    """Column addition written out, lowest digit first: `7+5=12, 1+2+1=4`."""
+    steps, carry = [], 0
+    for place in range(max(len(str(a)), len(str(b)))):
+        x, y = a // 10**place % 10, b // 10**place % 10
+        total = x + y + carry
+        steps.append(f"{x}+{y}{'+1' if carry else ''}={total}")
+        carry = total // 10
+    return ", ".join(steps)
+
+
+@dataclass(frozen=True)
+class ArithmeticTask:
+    """Sums of two numbers of exactly `digits` digits each."""
+
+    digits: int = 2
+    name: str = "arithmetic"
+
+    def _draw(self, source: random.Random, *, held_out: bool) -> tuple[int, int]:
+        low, high = 10 ** (self.digits - 1), 10**self.digits - 1
+        while True:
+            a, b = source.randint(low, high), source.randint(low, high)
+            if is_held_out(a, b) == held_out:
+                return a, b
+
+    def _problem(self, a: int, b: int) -> Problem:
+        return Problem(
+            id=f"arithmetic/{a}+{b}",
+            messages=({"role": "user", "content": f"What is {a} + {b}?"},),
+            answer=str(a + b),
+        )
+
+    def train_problem(self, seed: int, index: int) -> Problem:
+        """The `index`-th training sum of `seed`, drawn uniformly from those not held out."""
+        source = random.Random(stream_seed("arithmetic/train", seed, index))  # noqa: S311
+        return self._problem(*self._draw(source, held_out=False))
+
+    def held_out(self, count: int) -> list[Problem]:
+        """`count` distinct held-out sums, the same for every seed. Raises DataError where there are too few."""
+        pairs = 9 * 10 ** (self.digits - 1)
+        # Small ranges are listed to know their size; large ones always hold enough.
+        if self.digits <= 2:
+            numbers = range(10 ** (self.digits - 1), 10**self.digits)
+            available = sum(is_held_out(a, b) for a in numbers for b in numbers)
+        else:
+            available = pairs * pairs // (2 * HELD_OUT_ONE_IN)
+        if count > available:
+            raise DataError(
+                f"only {available} sums of {self.digits}-digit numbers are held out, {count} were asked for",
+                where="eval.problems",
+                next_step=f"set eval.problems to at most {available}, or raise data.digits",
+            )
+        source = random.Random(stream_seed("arithmetic/held-out", self.digits))  # noqa: S311
+        found: dict[tuple[int, int], None] = {}
+        while len(found) < count:
+            found[self._draw(source, held_out=True)] = None
+        return [self._problem(a, b) for a, b in found]
+
+    def longest_candidates(self) -> list[Problem]:
+        """One sum: all have the same number of digits."""
+        return [self.train_problem(0, 0)]
+
+    def shows_working(self, text: str) -> bool:
+        """True where an addition is written out before the boxed result."""
+        return "=" in _BOX.split(text, maxsplit=1)[0]

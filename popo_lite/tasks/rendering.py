@@ -1,0 +1,77 @@
+"""Problem -> token ids, by the tokenizer's chat template or the recipe's. The only place that does it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from popo_lite.errors import DataError, ModelError
+from popo_lite.recipe import Recipe
+from popo_lite.types import Problem, Prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renderer:
+    """Turns problems into prompts and token ids back into text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    system_prompt: str | None = None
+    chat_template: str | None = None
+    max_prompt_tokens: int
+
+    def __post_init__(self) -> None:
+        if not (self.chat_template or self.tokenizer.chat_template):
+            raise ModelError(
+                f"the tokenizer of {self.tokenizer.name_or_path} has no chat template",
+                where="data.chat_template",
+                next_step="set data.chat_template to a Jinja template, for a base model for instance "
+                '"{% for m in messages %}{{ m.content }}\\n{% endfor %}"',
+            )
+
+    @classmethod
+    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+        """The renderer that `recipe` asks for."""
+        return cls(
+            tokenizer=tokenizer,
+            system_prompt=recipe.data.system_prompt,
+            chat_template=recipe.data.chat_template,
+            max_prompt_tokens=recipe.rollout.max_prompt_tokens,
+        )
+
+    def token_ids(self, problem: Problem) -> tuple[int, ...]:
+        """Token ids of the problem with the generation prompt, whatever their number."""
+        messages: list[dict[str, Any]] = [dict(message) for message in problem.messages]
+        if self.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        ids = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        return tuple(cast("list[int]", ids))
+
+    def fits(self, problem: Problem) -> bool:
+        """True where the rendered problem is within `max_prompt_tokens`."""
+        return len(self.token_ids(problem)) <= self.max_prompt_tokens
+
+    def render(self, problem: Problem) -> Prompt:
+        """The prompt of `problem`. Raises DataError where it is longer than `max_prompt_tokens`."""
+        ids = self.token_ids(problem)
+        if len(ids) > self.max_prompt_tokens:
+            raise DataError(
+                f"its prompt has {len(ids)} tokens, the limit is rollout.max_prompt_tokens = {self.max_prompt_tokens}",
+                where=f"problem {problem.id}",
+                next_step=f"--set rollout.max_prompt_tokens={len(ids)}, or --set data.overlong_prompts=skip",
+            )
+        return Prompt(problem=problem, token_ids=ids)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Text of a completion without special tokens."""
+        return cast("str", self.tokenizer.decode(list(token_ids), skip_special_tokens=True))

@@ -1,0 +1,155 @@
+"""Checkpoints: adapter, predictor head, siamese, optimizer and cursor, written atomically, in safetensors and JSON.
+
+There is no random state to keep: every draw of a run is a function of the seed and the step (`seeding`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from popo_lite.errors import CheckpointError
+from popo_lite.policy.adapters import load_adapter_weights, save_adapter
+from popo_lite.policy.policy import Policy
+from popo_lite.policy.siamese import Siamese
+
+_PREFIX = "step-"
+_OPTIMIZER, _PREDICTOR, _SIAMESE, _CURSOR = (
+    "optimizer.safetensors",
+    "predictor.safetensors",
+    "siamese.safetensors",
+    "cursor.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cursor:
+    """Where a run stands: the next step to take, and what later steps and the summary need from earlier ones."""
+
+    next_step: int
+    beta: float
+    start_entropy: float | None
+    rollout_tokens: int
+    trained_tokens: int
+    seconds: dict[str, float]
+    before: dict[str, Any] | None
+
+
+def save_checkpoint(
+    parent: Path,
+    *,
+    policy: Policy,
+    siamese: Siamese,
+    optimizer: torch.optim.Optimizer,
+    cursor: Cursor,
+    base_id: str,
+    keep: int,
+) -> Path:
+    """Write `parent/step-NNNNNN` and drop all but the newest `keep`. A folder with that name is always complete."""
+    target = parent / f"{_PREFIX}{cursor.next_step:06d}"
+    if target.is_dir():
+        return target  # the state after a step is a function of the step, so it is this one
+    partial = parent / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_adapter(policy.model, partial / "adapter", base_id=base_id)
+    save_file(_on_cpu(policy.predictor.state_dict()), str(partial / _PREDICTOR))
+    averages, scalars = siamese.state()
+    save_file(_on_cpu(averages), str(partial / _SIAMESE))
+    tensors, plain = _split_optimizer_state(optimizer)
+    save_file(_on_cpu(tensors), str(partial / _OPTIMIZER))
+    content = {
+        "cursor": cursor.__dict__,
+        "siamese": scalars,
+        "optimizer": plain,
+        "policy_version": policy.version,
+    }
+    (partial / _CURSOR).write_text(json.dumps(content, indent=2) + "\n")
+    for file in partial.rglob("*"):
+        if file.is_file():
+            _sync_to_disk(file)
+    partial.replace(target)
+    _sync_to_disk(parent)
+    for old in checkpoint_folders(parent)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(folder: Path, *, policy: Policy, siamese: Siamese, optimizer: torch.optim.Optimizer) -> Cursor:
+    """Restore everything from `folder`. Raises CheckpointError where it is incomplete or of another shape."""
+    try:
+        content = json.loads((folder / _CURSOR).read_text())
+        load_adapter_weights(policy.model, folder / "adapter")
+        policy.predictor.load_state_dict(load_file(str(folder / _PREDICTOR)))
+        siamese.load_state(load_file(str(folder / _SIAMESE)), content["siamese"])
+        _restore_optimizer(optimizer, load_file(str(folder / _OPTIMIZER)), content["optimizer"])
+        policy.version = content["policy_version"]
+        return Cursor(**content["cursor"])
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint cannot be read: {type(error).__name__}: {error}",
+            where=str(folder),
+            next_step="delete this folder to resume from the one before it",
+        ) from error
+
+
+def checkpoint_folders(parent: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(parent.glob(f"{_PREFIX}*")) if parent.is_dir() else []
+
+
+def latest_checkpoint(parent: Path) -> Path:
+    """The newest checkpoint. Raises CheckpointError where there is none."""
+    folders = checkpoint_folders(parent)
+    if not folders:
+        raise CheckpointError(
+            "no checkpoint was written before this run ended",
+            where=str(parent),
+            next_step="leave --resume out to start the run anew",
+        )
+    return folders[-1]
+
+
+def _split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """State by parameter number: tensors as `number/name`, everything else as plain JSON."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for number, entries in optimizer.state_dict()["state"].items():
+        plain[str(number)] = {}
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}/{name}"] = value
+            else:
+                plain[str(number)][name] = value
+    return tensors, plain
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, dict[str, Any]]
+) -> None:
+    state: dict[int, dict[str, Any]] = {int(number): dict(entries) for number, entries in plain.items()}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition("/")
+        state[int(number)][name] = tensor
+    # Groups hold settings of the recipe, which is the same; only the state travels.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _sync_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,186 @@
+"""Measuring a step: seconds by stage, and the StepRecord that becomes its line in metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from popo_lite.console.base import RunView
+from popo_lite.objective.losses import LossTerms
+from popo_lite.tasks.base import Task
+from popo_lite.training.batching import StepPlan
+from popo_lite.types import FinishReason, Group, SampleView, count_outcomes
+
+
+class StageClock:
+    """Wall-clock seconds by stage, told to the view as they start."""
+
+    def __init__(self, view: RunView, synchronize: Callable[[], None]) -> None:
+        self.seconds: dict[str, float] = {}
+        self._view = view
+        self._synchronize = synchronize
+
+    @contextmanager
+    def __call__(self, stage: str, *, total: int | None = None) -> Iterator[None]:
+        """Time what runs within as `stage`; `total` is its amount of work, for the view."""
+        self._view.stage(stage, total=total)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()  # kernels run on after the call that queued them
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(kw_only=True)
+class UpdateFigures:
+    """Sums over a step's micro-batches, in nats; `record` turns them into the record's figures."""
+
+    loss: float = 0.0
+    nll: float = 0.0
+    similarity: float = 0.0
+    entropy_term: float = 0.0
+    cosine: float = 0.0
+    gap_sum: float = 0.0
+    gap_max: float = 0.0
+    tokens: int = 0
+    micro_batches: int = 0
+    grad_norm: float = math.nan
+    update_norm: float | None = None
+
+    def add(self, terms: LossTerms) -> None:
+        """Add a micro-batch's share of the loss."""
+        self.loss += float(terms.total.detach())
+        self.nll += float(terms.nll.detach())
+        self.similarity += float(terms.similarity.detach())
+        self.entropy_term += float(terms.entropy.detach())
+        self.cosine += float(terms.similarity_cosine)
+
+    def add_gaps(self, gaps: Tensor) -> None:
+        """Add |sampler - policy| log-probs [N] of a micro-batch."""
+        self.gap_sum += float(gaps.sum())
+        self.gap_max = max(self.gap_max, float(gaps.max()))
+        self.tokens += gaps.numel()
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of the trained completion tokens, nats."""
+        return -self.entropy_term
+
+
+def rollout_figures(groups: Sequence[Group], task: Task, threshold: float) -> dict[str, Any]:
+    """The part of a StepRecord that rollouts and rewards alone decide."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    counts = [len(group.positives(threshold)) for group in groups]
+    sizes = [len(group.rollouts) for group in groups]
+    positives = [rollout for group in groups for rollout in group.positives(threshold)]
+    workings = [task.shows_working(rollout.completion.text) for rollout in rollouts]
+    told = [shown for shown in workings if shown is not None]
+    return {
+        "prompts": len(groups),
+        "rollouts": len(rollouts),
+        "positives": len(positives),
+        "groups_none_right": counts.count(0),
+        "groups_some_right": sum(0 < count < size for count, size in zip(counts, sizes, strict=True)),
+        "groups_all_right": sum(count == size for count, size in zip(counts, sizes, strict=True)),
+        "groups_ungraded": sum(all(not r.reward.outcome.is_graded for r in group.rollouts) for group in groups),
+        "outcomes": count_outcomes([rollout.reward for rollout in rollouts]),
+        "pass_rate": len(positives) / len(rollouts),
+        "prompts_with_positive_share": sum(count > 0 for count in counts) / len(groups),
+        "unique_answers_mean": statistics.fmean(
+            len({r.reward.answer for r in group.rollouts if r.reward.answer is not None}) for group in groups
+        ),
+        "step_by_step_share": statistics.fmean(told) if told else None,
+        "truncated_share": statistics.fmean(r.completion.finish_reason is FinishReason.LENGTH for r in rollouts),
+        "completion_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in rollouts),
+        "positive_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in positives) if positives else None,
+        "rollout_tokens": sum(len(r.completion.token_ids) for r in rollouts),
+    }
+
+
+def update_figures(
+    figures: UpdateFigures | None, plan: StepPlan | None, start_entropy: float | None, *, similarity_on: bool
+) -> dict[str, Any]:
+    """The part of a StepRecord that the update decides; None throughout where there was none."""
+    if figures is None or plan is None:
+        names = (
+            "loss",
+            "loss_nll",
+            "loss_similarity",
+            "loss_entropy",
+            "entropy",
+            "entropy_over_start",
+            "effective_sample_size",
+            "effective_sample_share",
+            "siamese_cosine",
+            "logp_gap_mean",
+            "logp_gap_max",
+            "grad_norm",
+            "update_norm",
+        )
+        return {**dict.fromkeys(names), "trained_tokens": 0, "micro_batches": 0}
+    return {
+        "loss": figures.loss,
+        "loss_nll": figures.nll,
+        "loss_similarity": figures.similarity,
+        "loss_entropy": figures.entropy_term,
+        "entropy": figures.entropy,
+        "entropy_over_start": figures.entropy / start_entropy if start_entropy else None,
+        "effective_sample_size": statistics.fmean(size for size, _ in plan.sample_sizes),
+        "effective_sample_share": statistics.fmean(size / count for size, count in plan.sample_sizes),
+        "siamese_cosine": figures.cosine if similarity_on else None,
+        "logp_gap_mean": figures.gap_sum / figures.tokens,
+        "logp_gap_max": figures.gap_max,
+        "grad_norm": figures.grad_norm,
+        "update_norm": figures.update_norm,
+        "trained_tokens": sum(sequence.length for sequence in plan.sequences),
+        "micro_batches": figures.micro_batches,
+    }
+
+
+def sample_views(step: int, groups: Sequence[Group], threshold: float, count: int) -> list[SampleView]:
+    """`count` prompts with a right and a wrong answer each, those that have both first."""
+    views = []
+    for group in groups:
+        right = [r.completion.text for r in group.rollouts if r.reward.value > threshold]
+        wrong = [r.completion.text for r in group.rollouts if r.reward.value <= threshold]
+        views.append(
+            SampleView(
+                step=step,
+                question=group.prompt.problem.question,
+                reference=group.prompt.problem.answer,
+                right=right[0] if right else None,
+                wrong=wrong[0] if wrong else None,
+            )
+        )
+    views.sort(key=lambda view: (view.right is None) + (view.wrong is None))
+    return views[:count]
+
+
+def sample_line(step: int, group: Group) -> dict[str, Any]:
+    """One line of samples.jsonl: a whole group."""
+    problem = group.prompt.problem
+    return {
+        "step": step,
+        "problem": problem.id,
+        "question": problem.question,
+        "reference": problem.answer,
+        "answers": [
+            {
+                "text": rollout.completion.text,
+                "tokens": len(rollout.completion.token_ids),
+                "finish_reason": rollout.completion.finish_reason.value,
+                "reward": rollout.reward.value,
+                "outcome": rollout.reward.outcome.value,
+                "detail": rollout.reward.detail,
+            }
+            for rollout in group.rollouts
+        ],
+    }

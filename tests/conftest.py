@@ -1,0 +1,57 @@
+"""Fixtures: the tiny model as a run has it, and the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from popo_lite.recipe import Recipe
+from popo_lite.recipe_file import load_recipe
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_recipe() -> Callable[..., Recipe]:
+    """`tiny_recipe("lora.rank=4", ...)`: the shipped CPU recipe with overrides."""
+
+    def make(*overrides: str) -> Recipe:
+        return load_recipe(ROOT / "recipes" / "tiny_cpu.toml", overrides)
+
+    return make
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`command("train", "tiny_cpu", ...)`: the real command in a fresh process and an empty folder."""
+
+    def run(*arguments: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "popo_lite", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Every line of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

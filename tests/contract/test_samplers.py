@@ -1,0 +1,190 @@
+"""One suite that every sampler passes. A new engine adds itself to `ENGINES`."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from popo_lite.errors import EngineError, StalePolicyError
+from popo_lite.objective.logprobs import token_logprobs
+from popo_lite.policy.policy import load_policy
+from popo_lite.samplers import SamplingParams, open_sampler
+from popo_lite.tasks import ArithmeticTask
+from popo_lite.tasks.rendering import Renderer
+from popo_lite.types import FinishReason, Problem
+
+ENGINES = ("hf",)
+LOGP_TOLERANCE = 1e-4
+
+
+@pytest.fixture(params=ENGINES, scope="module")
+def setup(request):
+    from popo_lite.recipe_file import load_recipe
+
+    recipe = load_recipe("tiny_cpu", [f"rollout.engine={request.param}", "rollout.max_prompt_tokens=400",
+                                      "rollout.batch_size=16"])  # fmt: skip
+    policy = load_policy(recipe)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for _, parameter in policy.adapter_parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    renderer = Renderer.of(recipe, policy.tokenizer)
+    sampler, _ = open_sampler(recipe.rollout, policy, text=renderer.text)
+    with sampler:
+        sampler.sync(policy.version)
+        yield policy, renderer, sampler
+
+
+def prompts_of(renderer, count=6):
+    problems = ArithmeticTask(2).held_out(count)
+    long = Problem(
+        id="long", messages=({"role": "user", "content": "What is 12 + 34? " * 30},), answer="46"
+    )
+    return [renderer.render(problem) for problem in [*problems, long]]
+
+
+def draw(setup, prompts, *, count=4, temperature=1.0, limit=40, stream=("test", 0), finished=None):
+    policy, _, sampler = setup
+    return sampler.sample(
+        prompts,
+        count=count,
+        params=SamplingParams(temperature=temperature, max_completion_tokens=limit),
+        policy_version=policy.version,
+        stream=stream,
+        finished=finished,
+    )
+
+
+@torch.no_grad()
+def scored(policy, prompt, completion, temperature):
+    """The trainer's log-probs of the completion's tokens."""
+    tokens = torch.tensor([prompt.token_ids + completion.token_ids])
+    hidden = policy.hidden_states(tokens, torch.ones_like(tokens))[0, len(prompt.token_ids) - 1 : -1]
+    head = type(policy.head)(**{**policy.head.__dict__, "temperature": temperature})
+    return token_logprobs(hidden, torch.tensor(completion.token_ids), head)[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logps_are_the_trainers_under_the_sampling_temperature(setup, temperature):
+    policy, renderer, _ = setup
+    prompts = prompts_of(renderer)
+    assert max(len(prompt.token_ids) for prompt in prompts) > 300
+    for prompt, group in zip(prompts, draw(setup, prompts, temperature=temperature), strict=True):
+        for completion in group:
+            expected = scored(policy, prompt, completion, temperature)
+            gap = (torch.tensor(completion.sampler_logps) - expected).abs().max()
+            assert gap < LOGP_TOLERANCE
+
+
+def test_shapes_stops_and_text(setup):
+    policy, renderer, _ = setup
+    prompts = prompts_of(renderer)
+    groups = draw(setup, prompts, count=3, limit=9)
+    assert [len(group) for group in groups] == [3] * len(prompts)
+    reasons = set()
+    for completion in (one for group in groups for one in group):
+        reasons.add(completion.finish_reason)
+        stops = [token in policy.stop_ids for token in completion.token_ids]
+        assert not any(stops[:-1])
+        assert stops[-1] == (completion.finish_reason is FinishReason.STOP)
+        if completion.finish_reason is FinishReason.LENGTH:
+            assert len(completion.token_ids) == 9
+        assert completion.text == policy.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    assert reasons == {FinishReason.STOP, FinishReason.LENGTH}
+
+
+def test_every_id_of_the_stop_set_ends_an_answer(setup):
+    policy, renderer, _ = setup
+    box = policy.tokenizer.encode("}")[-1]
+    original = policy.stop_ids
+    try:
+        policy.stop_ids = original | {box}
+        endings = {one.token_ids[-1] for group in draw(setup, prompts_of(renderer)) for one in group}
+    finally:
+        policy.stop_ids = original
+    assert box in endings
+
+
+def test_draws_do_not_depend_on_the_batch(setup):
+    _, renderer, _ = setup
+    prompts = prompts_of(renderer)
+    together = draw(setup, prompts)
+    alone = [draw(setup, [prompt])[0] for prompt in prompts]
+    fewer = [group[:2] for group in draw(setup, prompts[::-1], count=2)[::-1]]
+    for first, second in [*zip(together, alone, strict=True), *zip([g[:2] for g in together], fewer, strict=True)]:
+        assert [one.token_ids for one in first] == [one.token_ids for one in second]
+        for one, other in zip(first, second, strict=True):
+            assert one.sampler_logps == pytest.approx(other.sampler_logps, abs=LOGP_TOLERANCE)
+
+
+def test_streams_differ_by_seed_step_and_sample(setup):
+    _, renderer, _ = setup
+    prompts = prompts_of(renderer)[:3]
+    first, second = draw(setup, prompts, count=8), draw(setup, prompts, count=8, stream=("test", 1))
+    assert [[one.token_ids for one in group] for group in first] != [
+        [one.token_ids for one in group] for group in second
+    ]
+    assert all(len({one.token_ids for one in group}) > 1 for group in first)
+
+
+def test_frequencies_are_the_policys(setup):
+    """1,600 draws of a first token against the policy's own distribution; the limit is five standard errors."""
+    policy, renderer, _ = setup
+    prompt = prompts_of(renderer)[0]
+    draws = [one.token_ids[0] for one in draw(setup, [prompt], count=1600, limit=1)[0]]
+    with torch.no_grad():
+        tokens = torch.tensor([prompt.token_ids])
+        z, _ = policy.head.logits(policy.hidden_states(tokens, torch.ones_like(tokens))[0, -1:])
+    probabilities = torch.softmax(z[0], dim=0)
+    for token, probability in enumerate(probabilities.tolist()):
+        error = math.sqrt(probability * (1 - probability) / len(draws))
+        assert abs(draws.count(token) / len(draws) - probability) <= 5 * error + 1 / len(draws)
+
+
+def test_progress_counts_every_sequence_once(setup):
+    _, renderer, _ = setup
+    told = []
+    groups = draw(setup, prompts_of(renderer), limit=12, finished=told.append)
+    assert sum(told) == sum(map(len, groups))
+
+
+def test_another_version_is_refused(setup):
+    policy, renderer, sampler = setup
+    with pytest.raises(StalePolicyError, match=f"holds policy version {policy.version}"):
+        sampler.sample(
+            prompts_of(renderer)[:1],
+            count=1,
+            params=SamplingParams(temperature=1.0, max_completion_tokens=4),
+            policy_version=policy.version + 1,
+            stream=("test",),
+        )
+
+
+def test_weights_in_use_are_the_latest(setup):
+    policy, renderer, sampler = setup
+    prompt = prompts_of(renderer)[-1]
+    name, parameter = policy.adapter_parameters()[-1]
+    kept = parameter.detach().clone()
+    draw(setup, [prompt])  # so that a cache of the old weights exists
+    try:
+        with torch.no_grad():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        policy.version += 1
+        sampler.sync(policy.version)
+        for completion in draw(setup, [prompt])[0]:
+            gap = (torch.tensor(completion.sampler_logps) - scored(policy, prompt, completion, 1.0)).abs().max()
+            assert gap < LOGP_TOLERANCE, name
+    finally:
+        with torch.no_grad():
+            parameter.copy_(kept)
+        policy.version += 1
+        sampler.sync(policy.version)
+
+
+def test_an_engine_that_is_not_here_names_the_alternative(tiny_recipe):
+    recipe = tiny_recipe('rollout.engine="vllm"')
+    policy = load_policy(recipe)
+    with pytest.raises(EngineError, match="rollout.engine"):
+        open_sampler(recipe.rollout, policy, text=str)

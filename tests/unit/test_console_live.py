@@ -1,0 +1,272 @@
+"""The live view at every size, shown a scripted run with skipped steps, missing figures and hostile text."""
+
+import io
+import logging
+import re
+import sys
+import time
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+from test_console_state import FACTS, HOSTILE, STEPS, play, record
+
+from popo_lite.console.capture import caught_output
+from popo_lite.console.dashboard import Section, share_height
+from popo_lite.console.live import LiveView
+from popo_lite.types import SampleView
+
+SIZES = [(80, 24), (100, 30), (140, 50)]
+
+
+def live_view(width: int, height: int, **options) -> tuple[LiveView, io.StringIO, list[float]]:
+    clock = [100.0]
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=width, height=height, _environ={}, **options)
+    return LiveView(console, refresh_seconds=0.02, clock=lambda: clock[0]), stream, clock
+
+
+def screen(view: LiveView) -> list[str]:
+    return [line.plain for line in view.render().renderables]
+
+
+def played(width: int, height: int, steps: int = STEPS) -> tuple[LiveView, list[float]]:
+    """A view after the scripted run, closed; what it showed last can still be rendered."""
+    view, _, clock = live_view(width, height)
+    with view:
+        view.start(title="train " + HOSTILE, facts=FACTS, total_steps=60, first_step=0)
+        play(view, clock, steps)
+    return view, clock
+
+
+@pytest.mark.parametrize(("width", "height"), [*SIZES, (200, 70), (60, 20), (40, 12), (30, 6), (10, 3), (1, 1)])
+@pytest.mark.parametrize("steps", [0, 1, 4, 30, 60])
+def test_live_fits_every_terminal(width, height, steps):
+    view, clock = played(width, height, steps)
+    for _ in range(3):
+        lines = screen(view)
+        assert len(lines) <= height
+        assert max(cell_len(line) for line in lines) <= width
+        assert not any(re.search(r"[\x00-\x1f\x7f-\x9f]", line) for line in lines)
+        clock[0] += 11.0  # the next sample
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_live_shows_the_run_at_every_common_size(width, height):
+    view, clock = played(width, height)
+    lines = screen(view)
+    text = "\n".join(lines)
+    bar = next(line for line in lines if line.startswith(" step 30/60"))
+    assert re.fullmatch(r" step 30/60 +(━+)(─+)   50%   6:00 elapsed   6:00 left", bar)
+    assert bar.count("━") == pytest.approx(bar.count("─"), abs=1)
+    assert re.search(r"rollout +━+─+   25%   64 of 256   0\.0 s", text)
+    assert "12.0 s a step   done about " in text
+    assert "2 of 30 steps skipped" in text
+    assert re.search(r"now +40\.0%", text)
+    assert "steps 1 to 30, chart from 0 to 40%" in text
+    assert "█ 5 all right  ▓ 14 some  ░ 12 none  ? 1 ungraded" in text
+    for expected in (
+        r"learning rate 2\.0e-05",
+        r"loss +0\.4312",
+        r"nll +0\.4421",
+        r"similarity +0\.0013",
+        r"entropy +-1\.2043  beta 0\.0100",
+        r"token entropy +1\.2043  96% of start",
+        r"eff\. positives +3\.12  97% of them",
+        r"cosine +0\.9987  to siamese",
+        r"drift +0\.0123  4% of bound",
+        r"mean tokens +143\.2  2\.3% cut off",
+        r"peak 3\.00 GiB",
+        r"rollout +8\.2 s  [━─]+ +4,210 tok/s",
+        r"update +3\.1 s  [━─]+ +3,870 tok/s",
+        r"sample of step \d+ ─+ the answer is 71",
+        r"question +What is 23 \+ 48\?",
+        r"✓ right +20 \+ 40 \+ 11 = 71",
+        r"✗ wrong +61",
+        r"\d\d:\d\d  checkpoint of step 30 saved to runs/x/step-000030",
+    ):
+        assert re.search(expected, text), expected
+    clock[0] += 10.0
+    text = "\n".join(screen(view))
+    assert "[bold]markup[/] 日本語 👩🔬 nul�" in text
+    assert "✓ right         none among the answers to this" in text
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_live_keeps_its_columns_below_one_another(width, height):
+    lines = screen(played(width, height)[0])
+    for names, expected in (
+        (("answers ", "mean tokens ", "different ", "time and memory "), 1 + (width - 2 - 3) // 2 + 3),
+        (("20 + 40 + 11 = 71", "What is 23 + 48?", "12.0 s a step"), 17),
+    ):
+        for name in names:
+            assert {line.index(name) for line in lines if name in line and "tok/s" not in line} == {expected}, name
+
+
+def test_live_has_more_where_there_is_room():
+    def text(width, height):
+        return "\n".join(screen(played(width, height)[0]))
+
+    # The label and the value stay, and the course of the figure comes beside them.
+    assert re.search(r"nll +0\.4421 +▄+", text(140, 50))
+    assert not re.search(r"nll +0\.4421 +▄+", text(80, 24))
+    assert "gradient norm" in text(140, 50)
+    assert "run folder" in text(140, 50)
+    assert "run folder" not in text(80, 24)
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_live_says_why_a_step_was_skipped(width, height):
+    text = "\n".join(screen(played(width, height, steps=17)[0]))
+    assert "step 17 changed no weights: none of its 32 prompts" in text
+    assert "(2 of 17 skipped)" in text
+    assert re.search(r"loss +- ", text)
+    assert not re.search(r"\bNone\b|\bnan\b", text)
+
+
+def test_live_marks_a_drift_beyond_its_bound():
+    view, _, _ = live_view(100, 30)
+    view.step(record(1, siamese_drift_over_bound=1.5))
+    row = next(line for line in view.render().renderables if "drift" in line.plain)
+    assert "150% of bound" in row.plain
+    assert any("red" in str(span.style) for span in row.spans)
+
+
+def test_live_before_the_first_step_has_no_empty_headings():
+    view, _, clock = live_view(80, 24)
+    with view:
+        view.start(title="train", facts=FACTS, total_steps=60, first_step=20)
+        view.stage("evaluate", total=200)
+        clock[0] += 70
+        view.advance(50)
+    text = "\n".join(screen(view))
+    assert re.search(r"step 20/60 +━+─+   33%   1:10 elapsed\n evaluate +━+─+   25%   50 of 200   1:10\n", text)
+    for heading in ("pass rate", "learning", "sample", "messages"):
+        assert heading not in text
+
+
+def test_live_bears_figures_that_are_no_numbers():
+    view, _, _ = live_view(140, 50)
+    for step in range(12):
+        view.step(record(step, pass_rate=float("nan"), loss=float("inf"), outcomes={}, seconds={}))
+        view.samples([SampleView(step=step, question="q", reference="r", right="", wrong=None)])
+    text = "\n".join(screen(view))
+    assert re.search(r"now +- ", text)
+    assert re.search(r"loss +inf", text)
+    assert "an answer without any text" in text
+
+
+def test_height_goes_to_the_lowest_rank_first():
+    def section(rank, least, good, most):
+        return Section(rank, lambda rows: [], least, good, most)
+
+    sections = [section(0, 1, 2, 3), section(2, 4, 4, 9), section(1, 2, 5, 5)]
+    assert share_height(sections, 0) == [0, 0, 0]
+    assert share_height(sections, 3) == [1, 0, 2]
+    assert share_height(sections, 6) == [2, 0, 4]
+    assert share_height(sections, 7) == [1, 4, 2]
+    assert share_height(sections, 10) == [2, 4, 4]
+    assert share_height(sections, 13) == [3, 5, 5]
+    assert share_height(sections, 99) == [3, 9, 5]
+
+
+# ESC and what may follow it: colours, cursor home and visibility, alternate screen, wrapping.
+ALLOWED = re.compile(r"\x1b\[(?:[0-9;]*m|H|\?25[lh]|\?1049[lh]|\?7[lh])")
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_live_gives_the_terminal_back_after_an_exception(width, height):
+    view, stream, clock = live_view(width, height, color_system="truecolor")
+    before = sys.stdout, sys.stderr
+    with pytest.raises(RuntimeError, match="boom"), view:  # noqa: PT012
+        view.start(title="train", facts=FACTS, total_steps=60, first_step=0)
+        play(view, clock)
+        view.message(HOSTILE)
+        time.sleep(0.1)  # some frames
+        raise RuntimeError("boom")
+    output = stream.getvalue()
+    for taken, given in (("\x1b[?25l", "\x1b[?25h"), ("\x1b[?1049h", "\x1b[?1049l"), ("\x1b[?7l", "\x1b[?7h")):
+        assert output.count(taken) == output.count(given) == 1
+        assert output.index(taken) < output.index(given)
+    rest = ALLOWED.sub("", output)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", rest)
+    assert (sys.stdout, sys.stderr) == before
+    # On the screen that the person comes back to: where the run got to, and every message.
+    farewell = output[output.rindex("\x1b[?7h") :]
+    assert "train: 30 of 60 steps, 6:00 in this session" in farewell
+    assert "step 30/60  pass 40.0%" in farewell
+    for step in (10, 20, 30):
+        assert f"checkpoint of step {step} saved to runs/x/step-{step:06}" in farewell
+    assert "[bold]markup[/]" in farewell
+    view.close()
+    assert stream.getvalue() == output
+
+
+def test_live_without_colour_has_no_colour():
+    view, stream, clock = live_view(100, 30, no_color=True)
+    with view:
+        view.start(title="train", facts=FACTS, total_steps=60, first_step=0)
+        play(view, clock)
+        time.sleep(0.1)
+    codes = {code for found in re.findall(r"\x1b\[([0-9;]*)m", stream.getvalue()) for code in found.split(";")}
+    assert codes <= {"", "0", "1", "2"}  # bold and dim only
+    assert "step 30/60" in stream.getvalue()
+
+
+def test_live_in_a_terminal_without_unicode():
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii", errors="strict", newline="")
+    console = Console(file=stream, force_terminal=True, width=100, height=30, _environ={})
+    view = LiveView(console, refresh_seconds=0.02)
+    with view:
+        view.start(title="train " + HOSTILE, facts=FACTS, total_steps=60, first_step=0)
+        play(view)
+        time.sleep(0.1)
+        lines = screen(view)
+    assert all(line.isascii() for line in lines)
+    assert any(re.search(r"step 30/60 +=+-+   50%", line) for line in lines)
+    assert any("# 5 all right  + 14 some  . 12 none  ? 1 ungraded" in line for line in lines)
+    assert raw.getvalue().isascii()
+
+
+def test_live_writes_messages_at_once_where_it_has_no_screen():
+    view, stream, _ = live_view(100, 30)
+    view.message("loading [/red]\x1b[2J")
+    assert stream.getvalue() == "loading [/red]�[2J\n"
+    view.close()
+    assert stream.getvalue() == "loading [/red]�[2J\n"
+
+
+def test_live_keeps_what_others_print():
+    view, stream, _ = live_view(100, 30)
+    old_handler = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("popo_lite.tests.console")
+    logger.addHandler(old_handler)
+    logger.addHandler(logging.lastResort)  # follows sys.stderr, and has no stream to turn
+    held = old_handler.stream
+    try:
+        with view:
+            view.start(title="train", facts={}, total_steps=60, first_step=0)
+            sys.stdout.write("printed \x1b[2J by a library\n")
+            sys.stderr.write("half a line")
+            logger.warning("logged")
+            lines = "\n".join(screen(view))
+            assert old_handler.stream is not held
+        assert old_handler.stream is held
+    finally:
+        logger.handlers.clear()
+    assert "3 lines of other output, shown at the end" in lines
+    farewell = stream.getvalue()[stream.getvalue().rindex("\x1b[?7h") :]
+    assert "Other output during the run (3 lines):" in farewell
+    assert "printed �[2J by a library" in farewell
+    assert farewell.count("logged") == 2
+    assert "half a linelogged" in farewell
+
+
+def test_caught_output_keeps_the_last_state_of_a_progress_bar():
+    caught = []
+    with caught_output(caught.append):
+        for done in range(1000):
+            sys.stderr.write(f"\rloading {done}")
+        sys.stderr.write("\n\n  \nafter")
+    assert caught == ["loading 999", "after"]

@@ -1,0 +1,143 @@
+"""What a view knows of a run; and the scripted run that the tests of all views play."""
+
+from dataclasses import replace
+
+import pytest
+
+from popo_lite.console.state import RunState, by_stage
+from popo_lite.types import SampleView, StepRecord
+
+HOSTILE = "[/red] \x1b[31m\x1b[2J\x9b2J bell\x07 \u202e \ud800 [bold]markup[/] 日本語 👩\u200d🔬\tnul\x00\r\n"
+FACTS = {
+    "model": "Qwen/Qwen2.5-Math-1.5B",
+    "quantisation": "nf4",
+    "adapters": "rank 16, all-linear",
+    "data": "arithmetic",
+    "engine": "hf",
+    "device": "cpu",
+    "run folder": "runs/2026-11-21_" + "long-name-" * 9,
+}
+STEPS = 30
+SKIPPED = (3, 16)
+
+
+def record(step: int, **changes) -> StepRecord:
+    made = StepRecord(
+        step=step,
+        policy_version=step,
+        skipped_reason=None,
+        prompts=32,
+        rollouts=256,
+        positives=80,
+        groups_none_right=12,
+        groups_some_right=14,
+        groups_all_right=5,
+        groups_ungraded=1,
+        outcomes={"correct": 80, "incorrect": 160, "unparsed": 12, "timeout": 3, "error": 1},
+        pass_rate=0.11 + 0.01 * step,
+        prompts_with_positive_share=0.6,
+        unique_answers_mean=3.2,
+        step_by_step_share=None,
+        truncated_share=0.023,
+        completion_tokens_mean=143.25,
+        positive_tokens_mean=120.0,
+        rollout_tokens=36_000,
+        trained_tokens=12_000,
+        loss=0.4312,
+        loss_nll=0.4421,
+        loss_similarity=0.0013,
+        loss_entropy=-1.2043,
+        entropy=1.2043,
+        entropy_over_start=0.96,
+        beta=0.01,
+        effective_sample_size=3.12,
+        effective_sample_share=0.97,
+        siamese_cosine=0.9987,
+        siamese_drift=0.0123,
+        siamese_drift_over_bound=0.04,
+        logp_gap_mean=0.0012,
+        logp_gap_max=0.031,
+        grad_norm=0.83,
+        update_norm=1e-4,
+        learning_rate=2e-5,
+        head_learning_rate=1e-3,
+        micro_batches=4,
+        seconds={"rollout": 8.2, "grade": 0.3, "siamese": 0.6, "update": 3.1},
+        tokens_per_second={"rollout": 4210.0, "update": 3870.0},
+        peak_memory_bytes=3 * 2**30,
+    )
+    return replace(made, **changes)
+
+
+def skipped(step: int) -> StepRecord:
+    none = dict.fromkeys(
+        (
+            *("loss", "loss_nll", "loss_similarity", "loss_entropy", "entropy", "entropy_over_start", "grad_norm"),
+            *("effective_sample_size", "effective_sample_share", "siamese_cosine", "siamese_drift_over_bound"),
+            *("logp_gap_mean", "logp_gap_max", "update_norm", "positive_tokens_mean"),
+        )
+    )
+    reason = "none of its 32 prompts has a right answer"
+    return record(step, skipped_reason=reason, pass_rate=0.0, positives=0, **none)
+
+
+def play(view, clock=None, steps: int = STEPS) -> None:
+    """The first `steps` of 60 steps, 12 seconds each; stops in the middle of a rollout."""
+    for step in range(steps):
+        view.stage("rollout", total=256)
+        view.advance(256)
+        view.stage("update")
+        if clock is not None:
+            clock[0] += 12.0
+        view.step(skipped(step) if step in SKIPPED else record(step))
+        view.samples(
+            [
+                SampleView(
+                    step=step, question="What is 23 + 48?", reference="71", right="20 + 40 + 11 = 71", wrong="61"
+                ),
+                SampleView(step=step, question=HOSTILE, reference=HOSTILE, right=None, wrong=HOSTILE * 40),
+            ]
+        )
+        if (step + 1) % 10 == 0:
+            view.message(f"checkpoint of step {step + 1} saved to runs/x/step-{step + 1:06}")
+    view.stage("rollout", total=256)
+    view.advance(64)
+
+
+def test_samples_stay_until_they_can_have_been_read():
+    clock = [0.0]
+    state = RunState(lambda: clock[0])
+    first, second = (SampleView(step=1, question=name, reference="", right=None, wrong=None) for name in "ab")
+    state.samples([first, second])
+    assert state.shown_sample() == first
+    state.samples([replace(first, question="new"), second])
+    clock[0] = 9.9
+    assert state.shown_sample() == first
+    clock[0] = 10.0
+    assert state.shown_sample().question == "new"
+    clock[0] = 20.0
+    assert state.shown_sample() == second
+
+
+def test_time_left_is_the_median_pace_times_the_steps_left():
+    clock = [0.0]
+    state = RunState(lambda: clock[0])
+    state.start("t", {}, total_steps=50, first_step=40)
+    clock[0] = 500.0  # an evaluation before training is no step
+    assert state.seconds_left is None
+    state.step(record(41))
+    assert state.step_seconds == pytest.approx(12.2, abs=1e-9)
+    for took in (10.0, 11.0, 300.0, 10.0):
+        clock[0] += took
+        state.step(record(42))
+    assert state.step_seconds == 11.0
+    assert (state.steps_done, state.seconds_left) == (45, 55.0)
+    assert RunState(lambda: 0.0).elapsed_seconds == 0.0
+
+
+def test_the_total_among_the_seconds_is_no_stage():
+    state = RunState(lambda: 0.0)
+    state.step(record(1, seconds={"rollout": 3.0, "update": 1.0, "total": 5.0}))
+    assert state.step_seconds == 5.0
+    assert by_stage({"rollout": 3.0, "total": 5.0}) == ({"rollout": 3.0}, 5.0)
+    assert by_stage({"rollout": 3.0, "update": 1.5}) == ({"rollout": 3.0, "update": 1.5}, 4.5)

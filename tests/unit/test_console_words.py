@@ -1,0 +1,149 @@
+"""Figures, foreign text and small drawings."""
+
+import math
+from datetime import datetime
+
+import pytest
+from rich.cells import cell_len
+
+from popo_lite.console import draw, words
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "-"),
+        (0.0, "0.0000"),
+        (-0.04123, "-0.0412"),
+        (12.346, "12.35"),
+        (2e-5, "2.0e-05"),
+        (-2e-5, "-2.0e-05"),
+        (12345.6, "12346"),
+        (1.5e7, "1.5e+07"),
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
+    ],
+)
+def test_figure(value, shown):
+    assert words.figure(value) == shown
+    assert len(shown) <= 8
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (None, "-"),
+        (3.24, "3.2 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1:00"),
+        (723, "12:03"),
+        (3599.6, "1:00:00"),
+        (4323, "1:12:03"),
+    ],
+)
+def test_duration(seconds, shown):
+    assert words.duration(seconds) == shown
+
+
+def test_share_and_memory():
+    assert words.share(0.4256) == "42.6%"
+    assert words.share(None) == "-"
+    assert words.memory(2**30 * 3) == "3.00 GiB"
+    assert words.memory(2**20 * 90) == "90.0 MiB"
+
+
+def test_clock_time_names_the_day_only_where_it_is_another():
+    now = datetime(2026, 11, 21, 22, 0)
+    assert words.clock_time(now, 3600) == "23:00"
+    assert words.clock_time(now, 3 * 3600) == "Sun 01:00"
+    assert words.clock_time(now, 10 * 86400) == "01 Dec 22:00"
+
+
+def test_clean_leaves_nothing_that_a_terminal_obeys():
+    hostile = "a\x1b[31mb\x07c\x9b2Jd\u202ee\ud800f\ng\th\u2028i\x00j\u200dk\ufe0fl [/red]"
+    assert words.clean(hostile) == "a�[31mb�c�2Jde�f g h i�jkl [/red]"
+    words.clean(hostile).encode("utf-8")
+
+
+def test_clean_keeps_ordinary_writing():
+    text = r"Δ = \frac{1}{2}, 日本語, café, ≤ × π"
+    assert words.clean(text) == text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_encodable_keeps_the_number_of_characters(encoding):
+    text = "━━── ▁▂▃▄▅▆▇█ ▓░ … ✓ ✗ ± � π日"
+    shown = words.encodable(text, encoding)
+    assert len(shown) == len(text)
+    assert shown.encode(encoding).decode(encoding) == shown
+    assert shown.startswith("==-- .:-=+*%# +. ~ v x ")
+    assert words.encodable(text, "UTF-8") == text
+
+
+@pytest.mark.parametrize("text", ["x" * 200, "日本語" * 60, "one two three " * 20, "a", "", "e\u0301" * 90])
+@pytest.mark.parametrize("width", [1, 2, 4, 5, 17, 80])
+def test_cut_text_fits(text, width):
+    for cut in (draw.cut_end, draw.cut_middle):
+        assert cell_len(cut(text, width)) <= width
+    if cell_len(text) <= width:
+        assert draw.cut_end(text, width) == draw.cut_middle(text, width) == text
+
+
+def test_cut_middle_keeps_both_ends():
+    assert draw.cut_middle("The answer is clearly seventeen", 20) == "The answ … seventeen"
+
+
+@pytest.mark.parametrize("text", ["x" * 500, "日" * 300, "one two three " * 50, "a bb ccc", ""])
+@pytest.mark.parametrize("width", [2, 7, 40])
+@pytest.mark.parametrize("height", [1, 2, 5])
+def test_wrap_fits(text, width, height):
+    lines = draw.wrap(text, width, height)
+    assert 1 <= len(lines) <= height
+    assert max(cell_len(line) for line in lines) <= width
+
+
+def test_wrap_breaks_between_words_and_keeps_all_of_what_fits():
+    assert draw.wrap("one two three four", 9, 3) == ["one two", "three", "four"]
+
+
+def test_chart_draws_levels_in_eighths():
+    assert draw.chart([0.0, 0.25, 0.5, 1.0], 4, 1, 0, 1) == ["▁▂▄█"]
+    assert draw.chart([0.0, 0.25, 0.5, 1.0], 4, 2, 0, 1) == ["   █", "▁▄██"]
+
+
+def test_chart_shows_what_is_missing_as_a_gap():
+    assert draw.chart([1.0, None, None, 1.0], 4, 1, 0, 1) == ["█  █"]
+
+
+def test_chart_has_a_mean_per_column_where_there_are_more_values():
+    assert draw.chart([0.0, 0.5, 1.0, 1.0, None, 0.5], 3, 1, 0, 1) == ["▂█▄"]
+
+
+def test_chart_is_as_wide_as_the_run_will_be_long():
+    assert draw.chart([1.0, 0.0], 12, 1, 0, 1, expected=4) == ["███▁▁▁"]
+    assert draw.chart([1.0, 0.0], 12, 1, 0, 1, expected=100) == ["█▁"]
+
+
+def test_sparkline_of_a_constant_is_flat():
+    assert draw.sparkline([3.12] * 40, 7) == "▄" * 7
+    assert draw.sparkline([None, None], 7) == ""
+    assert draw.sparkline([1.0, None, 2.0], 7, expected=7) == "▁ █"
+
+
+def test_ceiling_is_the_next_round_share():
+    assert draw.ceiling([]) == 0.01
+    assert draw.ceiling([0.0, None, 0.31]) == 0.4
+    assert draw.ceiling([1.0]) == 1.0
+
+
+def test_stacked_bar_is_exactly_as_wide_as_asked():
+    for parts in ([1, 1, 1, 0], [7, 11, 13, 1], [0, 0, 0, 5], [1, 0, 0, 0]):
+        drawn = draw.stacked_bar([(amount, character, "") for amount, character in zip(parts, "abcd", strict=True)], 10)
+        assert drawn.cell_len == 10
+    assert draw.stacked_bar([(3, "a", ""), (1, "b", "")], 8).plain == "aaaaaabb"
+    assert draw.stacked_bar([(0, "a", "")], 8).plain == ""
+
+
+def test_bar():
+    assert draw.bar(0.5, 8, "").plain == "━━━━────"
+    assert draw.bar(7.0, 4, "").plain == "━━━━"

@@ -1,0 +1,390 @@
+"""Recipes as files: what is read, what is refused and how it is said, and that writing loses nothing."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import tomllib
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pytest
+
+from popo_lite.errors import RecipeError
+from popo_lite.recipe import Recipe, impossible_combinations
+from popo_lite.recipe_file import (
+    SECTIONS,
+    allowed_values,
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    shipped_recipes,
+    to_toml,
+)
+
+TOP_P = "positives must be drawn from the policy itself, and a cut distribution is another one; set 1.0"
+LM_HEAD = "the chunked loss reads the LM head's weight itself, so an adapter on it would be ignored; leave it out"
+
+
+Write = Callable[[str], str]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str) -> str:
+        (tmp_path / "x.toml").write_text(text, encoding="utf-8", newline="\n")
+        return "x.toml"
+
+    return write
+
+
+def faults_of(source: str | Path, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(source, overrides)
+    assert caught.value.exit_code == 2
+    assert caught.value.next_step
+    return caught.value.what.split("\n")
+
+
+# One fault, one line.
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[lora]\nrank = 0", "lora.rank = 0: must be at least 1 and at most 1024"),
+        ("[lora]\nrank = 8.0", "lora.rank = 8.0: must be a whole number, at least 1 and at most 1024"),
+        ("[lora]\nrank = true", "lora.rank = true: must be a whole number, at least 1 and at most 1024"),
+        ("[lora]\ndropout = 1", "lora.dropout = 1: must be at least 0 and below 1"),
+        ('[lora]\nalpha = "x"', 'lora.alpha = "x": must be a number, above 0'),
+        ("[lora]\ntargets = [1]", "lora.targets = [1]: must be text or a list of text"),
+        ("[lora]\nrslora = 1", "lora.rslora = 1: must be true or false"),
+        ("[model]\nid = 1979-05-27", "model.id = 1979-05-27: must be text"),
+        ("[objective]\nbeta = nan", "objective.beta = nan: must be a finite number, at least 0"),
+        ("[objective]\ntarget_entropy = 0", "objective.target_entropy = 0: must be above 0"),
+        ('[objective]\nalgorithm = "grpo"', 'objective.algorithm = "grpo": must be "popo"'),
+        ("[data]\nlimit = 0", "data.limit = 0: must be at least 1"),
+        ("[rollout]\ngroup_size = 1", "rollout.group_size = 1: must be at least 2"),
+        (
+            '[optimizer]\nschedule = "cosin"',
+            'optimizer.schedule = "cosin": must be one of "cosine", "linear", "constant"; did you mean "cosine"?',
+        ),
+        (
+            '[data]\ndataset = "x"\nfilter = { level = [[4]] }',
+            "data.filter = { level = [[4]] }: must be a table of columns, each with true or false, a number, text, "
+            "or a list of these",
+        ),
+        ("[objective]\nalfa = 0.1", "objective.alfa = 0.1: unknown key; did you mean objective.alpha?"),
+        ("[lora]\ngroup_size = 4", "lora.group_size = 4: belongs to [rollout]"),
+        ("[train]\ntemperature = 1.0", "train.temperature = 1.0: belongs to [rollout] or [eval]"),
+        (
+            "[lora]\nlearning_rat = 1.0",
+            "lora.learning_rat = 1.0: unknown key; did you mean learning_rate of [optimizer]?",
+        ),
+        ('[siamese]\n"a b" = 1', 'siamese."a b" = 1: unknown key; [siamese] has tau, head_width'),
+        ("[objectives]\nalpha = 1", "[objectives]: unknown section; did you mean [objective]?"),
+        ("rank = 8", "rank = 8: belongs to [lora]"),
+        ("train = 5", "train = 5: must be a section, written [train]"),
+        ("[[lora]]\nrank = 8", "lora = [{ rank = 8 }]: must be a section, written [lora]"),
+        ("[rollout]\ntop_p = 0.9", f"rollout.top_p = 0.9: {TOP_P}"),
+        ('[lora]\ntargets = ["q_proj", "lm_head"]', f'lora.targets = "lm_head": {LM_HEAD}'),
+        ("[lora]\ntargets = []", 'lora.targets = []: names no module; use "all-linear" or a list of module names'),
+        (
+            '[lora]\ntargets = "q_proj"',
+            'lora.targets = "q_proj": one name goes into a list as well; write ["q_proj"]',
+        ),
+        (
+            "[data]\nlimit = 100",
+            "data.limit = 100: the built-in arithmetic is generated and has no such setting; leave the key out",
+        ),
+        (
+            '[eval]\nsplit = "test"',
+            'eval.split = "test": describes a dataset, and eval.dataset names none; set it, or leave this key out',
+        ),
+    ],
+)
+def test_a_fault_is_one_line_with_file_key_value_and_what_is_allowed(write: Write, text: str, fault: str) -> None:
+    assert faults_of(write(text)) == [f"x.toml: {fault}"]
+
+
+def test_an_unknown_section_without_a_near_name_lists_the_sections(write: Write) -> None:
+    assert faults_of(write("[qqq]")) == [f"x.toml: [qqq]: unknown section; there are {', '.join(SECTIONS)}"]
+
+
+def test_a_fault_stays_on_one_line_of_bounded_length(write: Write) -> None:
+    [fault] = faults_of(write('[train]\nsteps = """\nfirst\nsecond\u2028third\u0085' + 500 * "x" + '"""'))
+    assert "second\\u2028third\\u0085xxx" in fault
+    assert fault.endswith(" ...: must be a whole number, at least 1")
+    assert len(fault) < 200
+
+
+# All faults at once.
+
+
+def test_all_faults_of_file_and_overrides_are_reported_together(write: Write) -> None:
+    path = write(
+        """
+        [lora]
+        rank = 0
+        drpout = 0.1
+        [model]
+        attention = "flash_attention_2"
+        dtype = "float32"
+        [rollout]
+        top_k = 50
+        group_size = 4
+        [objectiv]
+        """
+    )
+    overrides = ("rollout.group_size=1", "reward.workers=many", "seed=3", "lor.rank=8", "nonsense", "model.id=")
+    assert sorted(faults_of(path, *overrides)) == sorted(
+        [
+            "x.toml: [objectiv]: unknown section; did you mean [objective]?",
+            "x.toml: lora.drpout = 0.1: unknown key; did you mean lora.dropout?",
+            "x.toml: lora.rank = 0: must be at least 1 and at most 1024",
+            'x.toml: model.attention = "flash_attention_2": needs a 16-bit model.dtype, not "float32"; use "sdpa"',
+            f"x.toml: rollout.top_k = 50: {TOP_P.replace('1.0', '0')}",
+            "--set rollout.group_size = 1: must be at least 2",
+            '--set reward.workers = "many": must be a whole number, at least 1 and at most 64',
+            '--set "seed=3": belongs to [train]',
+            "--set lor.rank: unknown section; did you mean [lora]?",
+            '--set "nonsense": must be section.key=value',
+            "--set model.id: has no value; the form is section.key=value",
+        ]
+    )
+
+
+def test_a_combination_is_not_reported_when_one_of_its_keys_is_itself_at_fault(write: Write) -> None:
+    # With the faulty id replaced by its default, "tiny", the backend would be refused as well.
+    assert faults_of(write('[model]\nbackend = "unsloth"\nid = 3')) == ["x.toml: model.id = 3: must be text"]
+    assert faults_of(write("[rollout]\ntop_p = 2.0")) == ["x.toml: rollout.top_p = 2.0: must be above 0 and at most 1"]
+
+
+def test_a_combination_names_the_override_that_brought_it_about(write: Write) -> None:
+    path = write('[model]\nid = "some/model"\n[train]\ndevice = "cpu"')
+    assert faults_of(path, "optimizer.name=paged_adamw8bit", "model.backend=unsloth") == [
+        '--set model.backend = "unsloth": needs a CUDA GPU; use "transformers" on a CPU',
+        '--set optimizer.name = "paged_adamw8bit": paging needs a GPU; use "adamw8bit" or "adamw" on a CPU',
+    ]
+
+
+# Overrides.
+
+
+def test_override_values_are_toml_or_else_text(write: Write) -> None:
+    recipe = load_recipe(
+        write("[lora]\nrank = 0"),
+        (
+            "lora.rank=4",
+            " lora.rank = 8 ",
+            "lora.alpha=16",
+            'lora.targets=["q_proj", "v_proj"]',
+            "model.id=Qwen/Qwen2.5-1.5B",
+            'model.revision="1234"',
+            "data.dataset=a=b",
+            "data.filter={ level = [4, 5], hard = true }",
+            "train.gradient_checkpointing=false",
+        ),
+    )
+    assert recipe.lora.rank == 8  # the last one wins, also over a faulty value in the file
+    assert recipe.lora.alpha == 16.0
+    assert recipe.lora.targets == ("q_proj", "v_proj")
+    assert recipe.model.id == "Qwen/Qwen2.5-1.5B"
+    assert recipe.model.revision == "1234"
+    assert recipe.data.dataset == "a=b"
+    assert recipe.data.filter == {"level": (4, 5), "hard": True}
+    assert recipe.train.gradient_checkpointing is False
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        (
+            "lora.targets=[q_proj]",
+            'lora.targets = "[q_proj]": is not valid TOML; text inside a list or table needs quotes',
+        ),
+        ("model.id=a\udcff", 'model.id = "a\\udcff": is not UTF-8 text'),
+        ("lora.rank=8\n[train]\nsteps=1", 'lora.rank = "8\\n[train]\\nsteps=1": must be a whole number'),
+        ("model.revision=1234", "model.revision = 1234: must be text"),
+    ],
+)
+def test_an_override_that_cannot_be_meant_so_is_refused(write: Write, override: str, fault: str) -> None:
+    [found] = faults_of(write(""), override)
+    assert found.startswith(f"--set {fault}")
+
+
+# Files.
+
+
+def test_an_empty_file_is_the_default_recipe(write: Write) -> None:
+    assert load_recipe(write("")) == Recipe()
+
+
+def test_a_byte_order_mark_is_read_over(write: Write) -> None:
+    assert load_recipe(write("\ufeff[lora]\nrank = 3")).lora.rank == 3
+
+
+def test_a_syntax_error_names_file_line_and_column(write: Write) -> None:
+    assert faults_of(write("[lora]\nrank = = 3")) == ["x.toml: line 2, column 8: not valid TOML: Invalid value"]
+    assert faults_of(write("[lora]\nrank = 3\nrank = 4\n")) == [
+        "x.toml: line 3, column 9: not valid TOML: Cannot overwrite a value"
+    ]
+    [fault] = faults_of(write('[model]\nid = "'))
+    assert fault.startswith("x.toml: end of file: not valid TOML: ")
+
+
+def test_a_file_that_is_not_utf8_is_refused(write: Write) -> None:
+    Path(write("")).write_bytes(b'[model]\nid = "\xff"')
+    assert faults_of("x.toml") == ["x.toml: is not UTF-8 text (byte 14)"]
+
+
+def test_a_missing_file_names_the_nearest_shipped_recipe(write: Write) -> None:
+    write("")
+    known = f"(shipped: {', '.join(shipped_recipes())})"
+    assert faults_of("tiny_cup") == [f"tiny_cup: no such recipe; did you mean the shipped recipe tiny_cpu? {known}"]
+    assert faults_of("zzz/qq.toml") == [f"zzz/qq.toml: no such recipe {known}"]
+    assert faults_of(".") == [f".: is a folder, not a recipe {known}"]
+
+
+def test_a_path_is_never_replaced_by_a_shipped_recipe_of_that_name(write: Write) -> None:
+    write("")
+    [fault] = faults_of("recipes/tiny_cpu.toml")
+    assert fault.startswith("recipes/tiny_cpu.toml: no such recipe; did you mean the shipped recipe tiny_cpu?")
+
+
+def test_a_file_wins_over_a_shipped_recipe(write: Write, tmp_path: Path) -> None:
+    assert find_recipe("tiny_cpu") == find_recipe("tiny_cpu.toml") == shipped_recipes()["tiny_cpu"]
+    Path(write("")).rename("tiny_cpu.toml")
+    assert find_recipe("tiny_cpu.toml").resolve() == tmp_path / "tiny_cpu.toml"
+
+
+def test_every_shipped_recipe_loads_and_says_what_it_is_and_how_to_run_it() -> None:
+    shipped = shipped_recipes()
+    folder = Path(__file__).parents[2] / "recipes"
+    assert {path.resolve() for path in shipped.values()} == {path.resolve() for path in folder.rglob("*.toml")}
+    assert {"tiny_cpu", "qwen_1_5b_lora", "template"} <= shipped.keys()
+    for name, path in shipped.items():
+        load_recipe(name)
+        first, second, *_ = path.read_text(encoding="utf-8").split("\n")
+        assert first.startswith("# ")
+        assert second.startswith("# popo-lite ")
+
+
+# Writing.
+
+NASTY = (
+    "", " ", '"', "'", "\\", '\\"', '"""', "'''", "\\boxed{}", "\n", "\r\n", "\t\b\f", "a\x00b\x1b[0m\x7f\x85",
+    "\u2028\u2029", "häßlich", "数学", "🙂", "# no comment", "module:name", "true", "1.5", "\ufeff", "\\u0041",
+    "\ud7ff\ue000",
+)  # fmt: skip
+
+
+def example(annotation: Any, metadata: tuple[Any, ...], source: random.Random) -> Any:
+    """A random value that the schema accepts for an annotation."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return example(arguments[0], tuple(arguments[1].metadata), source)
+    if origin is Literal:
+        return source.choice(arguments)
+    if origin in (Union, types.UnionType):
+        return example(source.choice(arguments), metadata, source)
+    if origin is tuple:
+        return tuple(example(arguments[0], (), source) for _ in range(source.randrange(4)))
+    if origin is dict:
+        return {text: example(arguments[1], (), source) for text in source.sample(NASTY, source.randrange(4))}
+    if annotation is types.NoneType:
+        return None
+    if annotation is bool:
+        return source.random() < 0.5
+    if annotation is str:
+        return "".join(source.sample(NASTY, source.randrange(4)))
+    bounds = {name: getattr(m, name) for m in metadata for name in ("ge", "gt", "le", "lt") if hasattr(m, name)}
+    low = bounds.get("ge", bounds.get("gt", -1e9 if annotation is float else -(10**9)))
+    high = bounds.get("le", bounds.get("lt"))
+    if annotation is int:
+        return source.randint(low, high if high is not None else 10**30)
+    drawn = source.uniform(low, high) if high is not None else low + 10 ** source.uniform(-300, 300)
+    return drawn if low < drawn and (high is None or drawn < high) else (low + (high or low + 1)) / 2
+
+
+def random_recipe(source: random.Random) -> Recipe:
+    """A valid recipe with every key drawn at random, save for those that make impossible combinations."""
+    tables = {
+        section: {key: example(field.annotation, tuple(field.metadata), source) for key, field in keys.items()}
+        for section, keys in SECTIONS.items()
+    }
+    while True:
+        recipe = Recipe.model_validate(tables)
+        blamed = {names[0] for names, _, _ in impossible_combinations(recipe)}
+        if not blamed:
+            return recipe
+        for name in blamed:
+            section, key = name.split(".")
+            del tables[section][key]
+
+
+def test_dumping_and_loading_gives_the_same_recipe(tmp_path: Path) -> None:
+    source = random.Random(0)  # noqa: S311
+    path = tmp_path / "dumped.toml"
+    default = Recipe()
+    changed = set()
+    for _ in range(200):
+        recipe = random_recipe(source)
+        path.write_text(dump_recipe(recipe), encoding="utf-8", newline="\n")
+        assert load_recipe(path) == recipe
+        assert dump_recipe(load_recipe(path)) == dump_recipe(recipe)
+        changed |= {
+            (name, key)
+            for name, section in recipe
+            for key, value in section
+            if value != getattr(getattr(default, name), key)
+        }
+    every = {(name, key) for name, keys in SECTIONS.items() for key in keys}
+    assert every - changed == {("objective", "algorithm"), ("rollout", "top_p"), ("rollout", "top_k")}
+
+
+def test_dumping_leaves_out_no_key_that_is_set() -> None:
+    dumped = tomllib.loads(dump_recipe(load_recipe("qwen_1_5b_lora")))
+    assert dumped == load_recipe("qwen_1_5b_lora").to_dict()
+    assert dumped["data"]["system_prompt"].endswith(r"\boxed{}.")
+    assert "revision" not in dumped["model"]
+
+
+def test_text_survives_toml_on_one_printable_line() -> None:
+    for text in (*NASTY, *map(chr, range(0x300))):
+        written = to_toml(text)
+        assert tomllib.loads(f"value = {written}") == {"value": text}
+        assert tomllib.loads(f"value = {to_toml({text: 1})}") == {"value": {text: 1}}
+        assert written.isprintable() or any(character in text for character in "\xa0\xad\ufeff\ue000")
+
+
+@pytest.mark.parametrize("value", [0, -7, 2**70, 0.1, 1e-5, 2e-05, 1.5e-10, 1e16, 1e300, 5e-324, float("inf"), -0.0])
+def test_numbers_survive_toml(value: float) -> None:
+    read = tomllib.loads(f"value = {to_toml(value)}")["value"]
+    assert (read, type(read), str(read)) == (value, type(value), str(value))
+
+
+def test_allowed_values_are_known_for_every_key() -> None:
+    words = {
+        f"{section}.{key}": allowed_values(field) for section, keys in SECTIONS.items() for key, field in keys.items()
+    }
+    assert words["objective.target_entropy"] == "a number, above 0"
+    assert words["data.limit"] == "a whole number, at least 1"
+    assert words["model.revision"] == "text"
+    assert words["siamese.tau"] == "a number, at least 0 and below 1"
+
+
+def test_reading_recipes_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, popo_lite.recipe_file as r\n"
+        "r.load_recipe('tiny_cpu'); r.dump_recipe(r.Recipe())\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'datasets', 'peft'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
