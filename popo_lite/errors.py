@@ -25,6 +25,11 @@ class PopoError(Exception):
         self.where = where
         self.next_step = next_step
 
+    def within(self, place: str) -> PopoError:
+        """The same error with `place`, a file for instance, in front of where it happened."""
+        where = f"{place}: {self.where}" if self.where else place
+        return type(self)(self.what, where=where, next_step=self.next_step)
+
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
         if self.next_step:

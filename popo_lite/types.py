@@ -141,7 +141,6 @@ class StepRecord:
     skipped_reason: str | None
     # what was sampled
     prompts: int
-    prompts_overlong: int = 0
     rollouts: int
     positives: int
     groups_none_right: int

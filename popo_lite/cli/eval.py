@@ -81,6 +81,7 @@ def eval_(
     results = []
     sampler, _ = open_sampler(recipe.rollout, policy, text=renderer.text)
     with Grader(recipe.reward) as grader, sampler:
+        grader.check()
         for name in wanted:
             load_adapter_weights(policy.model, adapters[name])
             policy.version += 1

@@ -78,7 +78,7 @@ def export(
 
     from popo_lite.console.output import progress
     from popo_lite.export import export_run
-    from popo_lite.export.hub import card_for, check_repo_id, push
+    from popo_lite.export.hub import check_repo_id, name_in_card, push
 
     if repo_id is not None:
         check_repo_id(repo_id)
@@ -94,13 +94,8 @@ def export(
         reuse=repo_id is not None,
         progress=progress,
     )
-    if repo_id is None or dry_run:
-        upload = None
-    else:
-        with progress(f"uploading to {repo_id}"):
-            upload = push(report.folder, repo_id, private=private)
-
-    card = card_for(report.folder, repo_id) if repo_id is not None and dry_run else None
+    upload = push(report.folder, repo_id, private=private) if repo_id is not None and not dry_run else None
+    card = name_in_card(report.folder, repo_id) if repo_id is not None and dry_run else None
     if as_json:
         planned = {"repo_id": repo_id, "private": private, "card": card} if dry_run else None
         content = {**report.as_json(), "upload": asdict(upload) if upload else None, "dry_run": planned}
@@ -115,14 +110,15 @@ def export(
 
 def _print_report(report: ExportReport, upload: Upload | None) -> None:
     from popo_lite.console.reports import table
-    from popo_lite.console.words import memory
 
     facts = {"folder": report.folder, "what": report.what, "weights": report.weights, "base": report.base}
     if report.dtype is not None:
         facts["precision"] = report.dtype
     if upload is not None:
         facts |= {"repository": upload.url, "visibility": "private" if upload.private else "public"}
-    table("Reused, as it was exported before" if report.reused else "Exported", ("", ""), list(facts.items()))
+    table(
+        "Reused, as it was exported before" if report.reused else "Exported", ("", "this export"), list(facts.items())
+    )
     if report.verification is not None:
-        table("Merged against trained", ("", ""), report.verification.rows())
-    table("Files", ("file", "size"), [(name, memory(size)) for name, size in report.files.items()])
+        table("Merged against trained", ("measure", "figure"), report.verification.rows())
+    table("Files", ("file", "bytes"), [(name, f"{size:,}") for name, size in report.files.items()])

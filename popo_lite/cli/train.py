@@ -41,6 +41,7 @@ def train(
     Leaves a run folder with recipe, metrics, samples, checkpoints, adapters and summary. Ctrl-C finishes the step,
     saves, and says how to go on; twice abandons the step and saves.
     """
+    from popo_lite.errors import UserInputError
     from popo_lite.recipe_file import load_recipe
     from popo_lite.run_folder import find_run_folder, new_run_folder, refuse_other_recipe
 
@@ -63,7 +64,11 @@ def train(
         import_unsloth()
     with open_view("silent" if as_json else view) as watcher:  # type: ignore[arg-type]  # click checks the choice
         watcher.message(f"loading {settings.model.id}")
-        with Trainer(settings, watcher) as trainer:
+        try:
+            trainer = Trainer(settings, watcher)
+        except UserInputError as error:
+            raise error.within(recipe) from error
+        with trainer:
             # The folder is made when everything has loaded: a run that cannot start leaves nothing behind.
             if not resume:
                 run = new_run_folder(settings, name, output)

@@ -66,8 +66,6 @@ def sampling_rows(state: RunState, record: StepRecord, width: int) -> list[Text]
     unparsed, late, failed = (record.outcomes.get(name, 0) for name in ("unparsed", "timeout", "error"))
     if unparsed or late or failed:
         rows.append(("no answer", words.decimals(unparsed, 0), "", None))
-    if record.prompts_overlong:
-        rows.append(("left out", words.decimals(record.prompts_overlong, 0), "prompts", None))
     if late or failed:
         rows.append(("ungraded", words.decimals(late + failed, 0), f"{late} late {failed} failed", None))
     return [_row(state, width, *row, "") for row in rows]

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from popo_lite.grading import Grader, GradeRequest
+from popo_lite.grading import Grader, GradeRequest, ungraded_share
 from popo_lite.policy.policy import Policy
 from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.tasks import Task
@@ -79,7 +79,7 @@ def evaluate(
         pass_at_k=estimates,
         step_by_step_share=statistics.fmean(told) if told else None,
         truncated_share=statistics.fmean(completion.finish_reason is FinishReason.LENGTH for completion in flat),
-        ungraded_share=statistics.fmean(not reward.outcome.is_graded for reward in rewards),
+        ungraded_share=ungraded_share(rewards),
         completion_tokens_mean=statistics.fmean(len(completion.token_ids) for completion in flat),
         rollout_tokens=sum(len(completion.token_ids) for completion in flat),
         seconds=time.perf_counter() - start,

@@ -11,14 +11,14 @@ from popo_lite.policy.load import model_source
 from popo_lite.recipe import OutputRecipe, Recipe
 from popo_lite.recipe_file import dump_recipe
 
+CARD_FILE = "README.md"
 TABLE_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 METHOD = """\
 Positive-Only Policy Optimization (POPO) samples several answers to each prompt, has them graded by a program, and
 raises the likelihood of the right ones alone, weighted within each prompt. An average of the trained weights (the
 siamese) keeps the representation from drifting, and an entropy term keeps the answers varied. Wrong answers are never
-trained on. The base stayed frozen; LoRA adapters were trained with
-popo-lite."""
+trained on. The base stayed frozen; popo-lite trained LoRA adapters on it."""
 
 CITATION = """\
 ```bibtex
@@ -35,20 +35,22 @@ MEASURES = (
     ("cut off", "truncated_share", "{:.1%}"),
     ("mean tokens", "completion_tokens_mean", "{:.1f}"),
     ("problems", "problems", "{:,}"),
+    ("answers each", "samples_per_problem", "{:,}"),
 )
 
 
 def model_card(
     recipe: Recipe,
     summary: Mapping[str, Any],
-    what: str,
+    *,
     weights: str,
     dtype: str | None,
     verification: Verification | None,
 ) -> str:
-    """README.md of an export. `summary` is the content of the run's summary.json."""
+    """README.md of an export. `summary` is the content of the run's summary.json, `dtype` None for an adapter."""
     base = known_as(recipe.model.id)
-    kept_as = f"merged into the base in {dtype}" if what == "merged" else "a LoRA adapter (PEFT)"
+    what = "adapter" if dtype is None else "merged"
+    kept_as = "a LoRA adapter (PEFT)" if dtype is None else f"merged into the base in {dtype}"
     of = "the siamese, the running average of the trained adapters" if weights == "siamese" else "the trained policy"
     parts = [
         f"---\n{_front_matter(recipe, what)}\n---",
@@ -177,8 +179,7 @@ def _results(summary: Mapping[str, Any], weights: str) -> str:
         values = [result.get(key) for result in found.values()]
         if any(value is not None for value in values):
             rows.append([name, *("" if value is None else form.format(value) for value in values)])
-    text = f"On held-out problems, {next(iter(found.values()))['samples_per_problem']} sampled answers each:\n\n"
-    text += _table(["", *found], rows)
+    text = f"Sampled answers to problems held out from training.\n\n{_table(['', *found], rows)}"
     if weights == "siamese" and "siamese" not in found:
         text += "\n\nMeasured with the trained policy; the siamese, which these weights are, was not measured."
     return text

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from popo_lite.errors import ExportError, UserInputError
+from popo_lite.export.card import CARD_FILE
 
 WEIGHT_FILES = (
     "model*.safetensors",
@@ -45,10 +46,13 @@ def check_repo_id(repo_id: str) -> None:
         )
 
 
-def card_for(folder: Path, repo_id: str) -> str:
-    """The folder's model card with `repo_id` as what its example loads. Edits made by hand are kept."""
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    return re.sub(r'^model_id = ".*"$', f'model_id = "{repo_id}"', card, count=1, flags=re.MULTILINE)
+def name_in_card(folder: Path, repo_id: str) -> str:
+    """Make `repo_id` what the example of the folder's model card loads, and return the card. Other edits are kept."""
+    path = folder / CARD_FILE
+    line = f'model_id = "{repo_id}"'
+    card = re.sub(r'^model_id = ".*"$', line, path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    path.write_text(card, encoding="utf-8")
+    return card
 
 
 def push(folder: Path, repo_id: str, *, private: bool) -> Upload:
@@ -60,7 +64,7 @@ def push(folder: Path, repo_id: str, *, private: bool) -> Upload:
     from httpx import HTTPError
     from huggingface_hub import HfApi
 
-    (folder / "README.md").write_text(card_for(folder, repo_id), encoding="utf-8")
+    name_in_card(folder, repo_id)
     api = HfApi()
     try:
         # Without --private the owner's own default decides.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from popo_lite.errors import ExportError
 from popo_lite.policy.load import load_base
@@ -59,7 +60,14 @@ def write_merged(model: PreTrainedModel, folder: Path, stop_ids: frozenset[int])
     except ValueError:
         # Some bases name a temperature and not do_sample. transformers reads such a file and refuses to write it.
         config.do_sample = True
-    model.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
+    try:
+        model.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
+    except SafetensorError as error:
+        raise ExportError(
+            f"the weights could not be written: {error}",
+            where=str(folder),
+            next_step="name a folder with enough space with --output",
+        ) from error
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str | None) -> None:

@@ -7,8 +7,8 @@ import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from popo_lite.errors import CheckpointError, ExportError, UserInputError
-from popo_lite.export.card import is_local, known_as, model_card
+from popo_lite.export.card import CARD_FILE, is_local, known_as, model_card
 from popo_lite.export.merge import load_merged, load_unmerged, merge, write_merged, write_tokenizer
 from popo_lite.export.verify import (
     Answerer,
@@ -36,16 +36,9 @@ from popo_lite.recipe import Recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.types import Problem
 
-NOT_WRITABLE = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EEXIST,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-}
+NOT_WRITABLE = (errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 CONFIG_FILE = "adapter_config.json"
 REPORT_FILE = "export.json"
 UNMERGED_ANSWERS = 4
@@ -54,7 +47,7 @@ UNMERGED_ANSWERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What lies in `folder`. `dtype` and `verification` belong to merged models; `files` maps names to bytes.
+    """What lies in `folder`. `dtype` and `verification` belong to merged models.
 
     `reused` is True where the folder was there already and has been left as it is.
     """
@@ -65,13 +58,22 @@ class ExportReport:
     base: str
     dtype: str | None
     adapter_sha256: str
-    verification: Verification | None
-    files: dict[str, int]
+    verification: Verification | None = None
     reused: bool = False
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Bytes of every file in the folder."""
+        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in found}
+
+    def made_from(self) -> dict[str, Any]:
+        """What the folder's content follows from, as plain data: equal for two exports of the same thing."""
+        return {key: getattr(self, key) for key in ("what", "weights", "base", "dtype", "adapter_sha256")}
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
-        return {**asdict(self), "folder": str(self.folder)}
+        return {**asdict(self), "folder": str(self.folder), "files": self.files}
 
 
 def export_run(
@@ -102,40 +104,37 @@ def export_run(
             next_step=f"popo-lite train {run.recipe_path} --resume --output {run.path}",
         )
     adapter = adapter_folder(run.trained_adapter(weights), key="run folder")
-    target = output if output is not None else run.path / "export" / f"{what}-{weights}"
+    precision = (dtype or recipe.model.dtype) if what == "merged" else None
     report = ExportReport(
-        folder=target,
+        folder=output if output is not None else run.path / "export" / f"{what}-{weights}",
         what=what,
         weights=weights,
         base=known_as(recipe.model.id),
-        dtype=(dtype or recipe.model.dtype) if what == "merged" else None,
+        dtype=precision,
         adapter_sha256=_sha256(adapter / ADAPTER_FILE),
-        verification=None,
-        files={},
     )
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if report.folder.exists() and not (report.folder.is_dir() and not any(report.folder.iterdir())):
         found = _earlier(report) if reuse else None
         if found is None:
             raise UserInputError(
                 "the folder is not empty, and no export is ever overwritten",
-                where=str(target),
+                where=str(report.folder),
                 next_step="remove it, or name another one with --output",
             )
         return found
 
-    with _complete_folder(target) as folder:
-        if what == "merged":
-            precision = dtype or recipe.model.dtype
-            verified = _export_merged(_for_export(recipe, adapter), adapter, folder, precision, prompts, progress)
-            report = replace(report, dtype=precision, verification=verified)
-        else:
+    with _complete_folder(report.folder) as folder:
+        if precision is None:
             _export_adapter(recipe, adapter, folder)
+        else:
+            verification = _export_merged(_for_export(recipe, adapter), adapter, folder, precision, prompts, progress)
+            report = replace(report, verification=verification)
         summary = json.loads(run.summary_path.read_text(encoding="utf-8"))
-        card = model_card(recipe, summary, what, weights, report.dtype, report.verification)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        content = {key: value for key, value in report.as_json().items() if key not in ("folder", "files", "reused")}
+        card = model_card(recipe, summary, weights=weights, dtype=precision, verification=report.verification)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        content = report.made_from() | {"verification": asdict(report)["verification"]}
         (folder / REPORT_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return replace(report, files=_sizes(target))
+    return report
 
 
 def _for_export(recipe: Recipe, adapter: Path) -> Recipe:
@@ -162,7 +161,8 @@ def _export_merged(
     recipe: Recipe, adapter: Path, folder: Path, dtype: str, prompts: int, progress: Progress
 ) -> Verification:
     """Trained policy, merging and merged model come one after the other: never two of them are in memory."""
-    trained = _ask_trained(recipe, adapter, prompts, progress)
+    problems = _problems(recipe, prompts)
+    trained = _ask_trained(recipe, adapter, problems, progress)
     _free_memory()
     same_base = recipe.model.quantization == "none" and recipe.model.dtype == dtype
     checked = slice(0 if same_base else UNMERGED_ANSWERS)
@@ -174,6 +174,7 @@ def _export_merged(
         write_tokenizer(load_tokenizer(recipe.model), folder, recipe.data.chat_template)
     del model, beside
     _free_memory()
+    _refuse_other_tokens(recipe, folder, problems, trained)
     found, logps = compare(load_merged(folder, recipe.model, pick_device(recipe.train.device)), trained, progress)
     if same_base:
         mean, worst, parting = found.mean_difference, found.worst_difference, found.widest_parting
@@ -185,28 +186,33 @@ def _export_merged(
     return found
 
 
-def _ask_trained(recipe: Recipe, adapter: Path, prompts: int, progress: Progress) -> Trained:
-    with progress("loading the trained policy", None):
-        policy = load_trained_policy(recipe, adapter)
-    rendered = _prompts(recipe, Renderer.of(recipe, policy.tokenizer), prompts)
-    return ask_trained(policy, rendered, recipe.rollout.max_completion_tokens, progress)
-
-
-def _prompts(recipe: Recipe, renderer: Renderer, count: int) -> list[tuple[int, ...]]:
-    """Prompts held out from training; where the run kept none back, those that it trained on."""
+def _problems(recipe: Recipe, count: int) -> list[Problem]:
+    """Problems held out from training; where the run kept none back, those that it trained on."""
     train, evaluation = open_tasks(recipe)
     if recipe.eval.problems:
-        problems = evaluation.held_out(min(count, recipe.eval.problems))
-    else:
-        problems = [train.train_problem(recipe.train.seed, index) for index in range(count)]
-    rendered = [renderer.render(problem).token_ids for problem in problems if renderer.fits(problem)]
-    if not rendered:
-        raise ExportError(
-            f"none of {len(problems)} prompts is within the limit of {recipe.rollout.max_prompt_tokens} tokens",
-            where="rollout.max_prompt_tokens",
-            next_step="compare on more prompts with --prompts",
-        )
-    return rendered
+        return evaluation.held_out(min(count, recipe.eval.problems))
+    return [train.train_problem(recipe.train.seed, index) for index in range(count)]
+
+
+def _ask_trained(recipe: Recipe, adapter: Path, problems: Sequence[Problem], progress: Progress) -> Trained:
+    with progress("loading the trained policy", None):
+        policy = load_trained_policy(recipe, adapter)
+    renderer = Renderer.of(recipe, policy.tokenizer)
+    prompts = [renderer.token_ids(problem) for problem in problems]
+    return ask_trained(policy, prompts, recipe.rollout.max_completion_tokens, progress)
+
+
+def _refuse_other_tokens(recipe: Recipe, folder: Path, problems: Sequence[Problem], trained: Trained) -> None:
+    """The folder's own tokenizer and chat template must make the prompts that the policy was trained with."""
+    tokenizer = load_tokenizer(recipe.model.model_copy(update={"id": str(folder), "revision": None}))
+    renderer = replace(Renderer.of(recipe, tokenizer), chat_template=None)
+    for problem, prompt in zip(problems, trained.prompts, strict=True):
+        if renderer.token_ids(problem) != prompt:
+            raise ExportError(
+                "the exported tokenizer makes other tokens of a prompt than the trained policy's",
+                where=f"problem {problem.id}",
+                next_step="this is a bug: please report it with the model's name",
+            )
 
 
 def _export_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:
@@ -223,53 +229,38 @@ def _complete_folder(target: Path) -> Iterator[Path]:
     """A folder to fill. It becomes `target` when the block ends, and is gone without a trace where it raises."""
     made = [parent for parent in target.absolute().parents if not parent.exists()]
     partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         partial.replace(target)
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE:
-            raise
-        raise ExportError(
-            f"the export could not be written: {error.strerror or error}",
-            where=str(target),
-            next_step="name a folder with enough space that can be written to with --output",
-        ) from error
-    finally:
-        if not target.exists() or partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-            for parent in made:
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # it was never made, or somebody else put something into it
                 parent.rmdir()
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            raise ExportError(
+                f"the export could not be written: {error.strerror}",
+                where=str(target),
+                next_step="name a folder with enough space that can be written to with --output",
+            ) from error
+        raise
 
 
 def _earlier(wanted: ExportReport) -> ExportReport | None:
     """The finished export of the same adapter in the folder, if that is what lies there."""
     path = wanted.folder / REPORT_FILE
-    if not path.is_file():
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if {key: content.get(key) for key in wanted.made_from()} != wanted.made_from():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    verification = content.pop("verification")
-    found = ExportReport(
-        folder=wanted.folder,
-        files=_sizes(wanted.folder),
-        verification=Verification(**verification) if verification else None,
-        reused=True,
-        **content,
-    )
-    same = replace(found, verification=None, files={}, reused=False) == wanted
-    return found if same else None
+    verification = content["verification"]
+    return replace(wanted, verification=Verification(**verification) if verification else None, reused=True)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
-    }
 
 
 def _free_memory() -> None:

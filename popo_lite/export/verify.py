@@ -22,9 +22,10 @@ Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], No
 """(description, total) -> a context that yields what is to be told each amount done, as `console.output.progress`."""
 
 BATCH = 16
-ROUNDING = {"float64": 1e-6, "float32": 1e-4, "float16": 0.02, "bfloat16": 0.05}
-"""Mean difference of log-probs in nats that rounding to a dtype may make. A single token may differ by more."""
-WORST_OVER_MEAN = 20
+ROUNDING = {"float64": 1e-6, "float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}
+"""Mean difference of log-probs in nats that rounding may make: ten times or more what was measured on small models."""
+WORST_OVER_MEAN = 50
+"""A single token may differ by so many times more."""
 
 
 @contextmanager

@@ -19,7 +19,7 @@ MAX_NESTING = 20
 # An escaped character is a token of its own, so that the braces of a set, \{1, 2\}, do not count.
 _BOX_TOKENS = re.compile(r"(?P<box>\\boxed\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
 _THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+")
-_NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])0*([0-9]*)(?:\.([0-9]*?)0*)?")
+_NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])0*+([0-9]*+)(?:\.([0-9]*+))?")
 
 
 def last_box(text: str) -> str | None:
@@ -48,7 +48,7 @@ def plain_number(text: str) -> str | None:
     parts = _NUMBER.fullmatch(text)
     if parts is None:
         return None
-    whole, fraction = parts[2] or "0", parts[3] or ""
+    whole, fraction = parts[2] or "0", (parts[3] or "").rstrip("0")
     sign = "-" if parts[1] == "-" and (whole != "0" or fraction) else ""
     return f"{sign}{whole}.{fraction}" if fraction else f"{sign}{whole}"
 
@@ -95,14 +95,14 @@ def decide_exactly(text: str, problem: Problem) -> Reward | None:
     box = last_box(text)
     if box is None:
         return None
-    if fault := too_complex(box):
-        return Reward(value=0.0, outcome=Outcome.UNPARSED, detail=f"the boxed answer is {fault}")
     answer = normalise(box)
     if not answer:
         return Reward(value=0.0, outcome=Outcome.UNPARSED, detail="the box is empty")
     reference = unwrap(problem.answer)
     if answer == reference:
         return Reward(value=1.0, outcome=Outcome.CORRECT, answer=answer)
+    if fault := too_complex(answer):
+        return Reward(value=0.0, outcome=Outcome.UNPARSED, detail=f"the boxed answer is {fault}")
     if plain_number(answer) and plain_number(reference):
         return Reward(value=0.0, outcome=Outcome.INCORRECT, answer=answer)
     return None

@@ -30,7 +30,7 @@ STARTUP_SECONDS = 120.0
 STDERR_TAIL_BYTES = 4096
 """How much of what a worker wrote to stderr is kept for the detail of an ERROR."""
 
-_LONGEST_WAIT_SECONDS = 60.0
+_LONGEST_WAIT_SECONDS = 60.0  # select() refuses waits of years
 _READ_BYTES = 2**16  # the capacity of a pipe
 
 
@@ -159,7 +159,7 @@ class WorkerPool:
 
     def _end_dead(self, worker: _Worker, batch: _Batch) -> None:
         """A worker that is gone: its answer gets one more try."""
-        ended = self._end(worker, grace_seconds=1.0)
+        ended = self._end(worker)
         if not worker.ready:
             raise self._startup_error(f"its worker ended while importing it ({ended})", worker)
         if worker.job is None:
@@ -192,13 +192,13 @@ class WorkerPool:
         for worker in list(self._workers):
             self._end(worker)
 
-    def _end(self, worker: _Worker, grace_seconds: float = 0.0) -> str:
+    def _end(self, worker: _Worker) -> str:
         """Kill and reap a worker and whatever it started. Returns how it ended."""
         self._workers.remove(worker)
         for stream in (worker.stdin, worker.stdout, worker.stderr):
             if stream in self._selector.get_map():
                 self._selector.unregister(stream)
-        return worker.kill(grace_seconds)
+        return worker.kill()
 
 
 class _Batch:
@@ -276,17 +276,19 @@ class _Worker:
         text = "".join(character if character.isprintable() or character == "\n" else " " for character in text)
         return f"; the worker wrote:\n{text}" if text else ""
 
-    def kill(self, grace_seconds: float) -> str:
-        """End the process and its group, and reap it. Returns how it ended, by itself if within the grace."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(grace_seconds)
+    def kill(self) -> str:
+        """End the process and its group, and reap it. Returns how it ended.
+
+        One that was ending by itself when its pipes closed keeps its exit code. The signal comes before the
+        reaping, while the process id cannot yet belong to anything else.
+        """
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
         self.read_stderr()
         for stream in (self.stdin, self.stdout, self.stderr):
             stream.close()
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"signal {-code}: {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
 
 
 def _read(stream: IO[bytes]) -> bytes | None:

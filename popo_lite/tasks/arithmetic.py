@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from popo_lite.errors import DataError
@@ -84,6 +85,12 @@ class ArithmeticTask:
     def longest_candidates(self) -> list[Problem]:
         """One sum: all have the same number of digits."""
         return [self.train_problem(0, 0)]
+
+    def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
+        """All sums are alike in length, so it is none of them or all, and all is an error."""
+        if unwanted(self.train_problem(0, 0)):
+            raise DataError("every sum is unwanted, so nothing remains to train on", where="data.dataset")
+        return 0
 
     def shows_working(self, text: str) -> bool:
         """True where an addition is written out before the boxed result."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from popo_lite.types import Problem
@@ -23,6 +23,9 @@ class Task(Protocol):
 
     def longest_candidates(self) -> Iterable[Problem]:
         """Training problems among which is the one with the longest prompt, to be checked before a run."""
+
+    def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
+        """Leave `unwanted` problems out of training; returns how many. Raises DataError where none remain."""
 
     def shows_working(self, text: str) -> bool | None:
         """Whether an answer works towards its result step by step; None where the task cannot tell."""

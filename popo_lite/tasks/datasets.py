@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -67,6 +67,19 @@ class DatasetTask:
                 next_step=f"set eval.problems to at most {len(self._held_out)}",
             )
         return [self._rows.problem(row) for row in self._held_out[:count]]
+
+    def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
+        """Leave the rows of `unwanted` problems out of training; returns how many. Raises DataError for all."""
+        kept = [row for row in self._training if not unwanted(self._rows.problem(row))]
+        dropped = len(self._training) - len(kept)
+        if not kept:
+            raise DataError(
+                f"none of the {dropped} training rows of {self.name} can be used",
+                where="data.dataset",
+                next_step="raise rollout.max_prompt_tokens, or choose other rows with data.filter",
+            )
+        self._training = kept
+        return dropped
 
     def longest_candidates(self) -> Iterator[Problem]:
         """All training problems, those with the most bytes of text first.

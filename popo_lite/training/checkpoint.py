@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def load_checkpoint(folder: Path, *, policy: Policy, siamese: Siamese, optimizer
         _restore_optimizer(optimizer, load_file(str(folder / _OPTIMIZER)), content["optimizer"])
         policy.version = content["policy_version"]
         return Cursor(**content["cursor"])
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint cannot be read: {type(error).__name__}: {error}",
             where=str(folder),
@@ -118,33 +119,40 @@ def latest_checkpoint(parent: Path) -> Path:
     return folders[-1]
 
 
-def _split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """State by parameter number: tensors as `number/name`, everything else as plain JSON."""
+def _split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, everything else as plain JSON), both under paths such as `3/exp_avg` into the state."""
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
+    plain: dict[str, Any] = {}
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, Tensor):
+            tensors[path] = value
+        elif isinstance(value, dict):  # bitsandbytes nests its quantisation state
+            for key, inner in value.items():
+                visit(inner, f"{path}/{key}")
+        else:
+            plain[path] = value
+
     for number, entries in optimizer.state_dict()["state"].items():
-        plain[str(number)] = {}
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{number}/{name}"] = value
-            else:
-                plain[str(number)][name] = value
+        visit(entries, str(number))
     return tensors, plain
 
 
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, dict[str, Any]]
-) -> None:
-    state: dict[int, dict[str, Any]] = {int(number): dict(entries) for number, entries in plain.items()}
-    for key, tensor in tensors.items():
-        number, _, name = key.partition("/")
-        state[int(number)][name] = tensor
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    for path, value in {**tensors, **plain}.items():
+        number, *keys, last = path.split("/")
+        target = state.setdefault(int(number), {})
+        for key in keys:
+            target = target.setdefault(key, {})
+        target[last] = value
     # Groups hold settings of the recipe, which is the same; only the state travels.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: the 8-bit optimizer shares its quantisation maps between parameters, and safetensors shares nothing.
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _sync_to_disk(path: Path) -> None:

@@ -142,7 +142,7 @@ class Trainer:
         torch.manual_seed(stream_seed("step", self.recipe.train.seed, step))
 
         with clock("prompts"):
-            prompts, overlong = self._prompts(step)
+            prompts = self._prompts(step)
         with clock("rollout", total=len(prompts) * self.recipe.rollout.group_size):
             completions = self._roll_out(step, prompts)
         with clock("grade"):
@@ -171,19 +171,17 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             with clock("sync"):
                 self.sampler.sync(self.policy.version)
-            record = self._record(step, groups, overlong, plan, figures, skipped, clock)
+            record = self._record(step, groups, plan, figures, skipped, clock)
             self._write_step(record, groups)
 
     # ------------------------------------------------------------------ the stages of a step
 
-    def _prompts(self, step: int) -> tuple[list[Prompt], int]:
-        """P distinct prompts, a function of (seed, step), and how many were left out as too long."""
+    def _prompts(self, step: int) -> list[Prompt]:
+        """P prompts, a function of (seed, step); fewer where a problem was drawn twice."""
         count, seed = self.recipe.data.prompts_per_step, self.recipe.train.seed
         problems = [self.train_task.train_problem(seed, step * count + index) for index in range(count)]
-        distinct = list({problem.id: problem for problem in problems}.values())
-        if self.recipe.data.overlong_prompts == "skip":
-            distinct = [problem for problem in distinct if self.renderer.fits(problem)]
-        return [self.renderer.render(problem) for problem in distinct], len(problems) - len(distinct)
+        distinct = {problem.id: problem for problem in problems}.values()
+        return [self.renderer.render(problem) for problem in distinct]
 
     def _roll_out(self, step: int, prompts: Sequence[Prompt]) -> list[list[Completion]]:
         return self.sampler.sample(
@@ -322,7 +320,6 @@ class Trainer:
         self,
         step: int,
         groups: Sequence[Group],
-        overlong: int,
         plan: StepPlan | None,
         figures: UpdateFigures | None,
         skipped: str | None,
@@ -340,7 +337,6 @@ class Trainer:
             step=step,
             policy_version=self.policy.version,
             skipped_reason=skipped,
-            prompts_overlong=overlong,
             beta=self.cursor.beta,
             siamese_drift=drift,
             siamese_drift_over_bound=drift / bound if bound > 0 else None,
@@ -349,7 +345,11 @@ class Trainer:
             seconds=seconds,
             tokens_per_second={
                 "rollout": made["rollout_tokens"] / max(seconds["rollout"], 1e-9),
-                "update": learned["trained_tokens"] / max(seconds.get("update", 0.0), 1e-9),
+                **{
+                    stage: learned["trained_tokens"] / max(seconds[stage], 1e-9)
+                    for stage in ("siamese", "update")
+                    if stage in seconds
+                },
             },
             peak_memory_bytes=peak_memory_bytes(self.policy.device),
             **made,
@@ -474,12 +474,19 @@ class Trainer:
         }
 
     def _check_prompts(self) -> None:
-        """Find prompts that are too long now and not at step 400; held-out ones must fit in any case."""
-        for problem in self.held_out:
+        """Find prompts that are too long now and not at step 400."""
+        if self.recipe.data.overlong_prompts == "skip":
+            dropped = self.train_task.drop_training(lambda problem: not self.renderer.fits(problem))
+            fitting = [problem for problem in self.held_out if self.renderer.fits(problem)]
+            left_out, self.held_out = len(self.held_out) - len(fitting), fitting
+            if dropped or left_out:
+                self.view.message(
+                    f"prompts longer than {self.renderer.max_prompt_tokens} tokens left out: {dropped} of "
+                    f"training, {left_out} of evaluation"
+                )
+            return
+        for problem in (*self.held_out, *self.train_task.longest_candidates()):
             self.renderer.render(problem)
-        if self.recipe.data.overlong_prompts == "error":
-            for problem in self.train_task.longest_candidates():
-                self.renderer.render(problem)
 
     def _collate(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         return [

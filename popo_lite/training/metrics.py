@@ -78,8 +78,10 @@ class UpdateFigures:
 def rollout_figures(groups: Sequence[Group], task: Task, threshold: float) -> dict[str, Any]:
     """The part of a StepRecord that rollouts and rewards alone decide."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    counts = [len(group.positives(threshold)) for group in groups]
-    sizes = [len(group.rollouts) for group in groups]
+    ungraded = [all(not r.reward.outcome.is_graded for r in group.rollouts) for group in groups]
+    graded = [group for group, lost in zip(groups, ungraded, strict=True) if not lost]
+    counts = [len(group.positives(threshold)) for group in graded]
+    sizes = [len(group.rollouts) for group in graded]
     positives = [rollout for group in groups for rollout in group.positives(threshold)]
     workings = [task.shows_working(rollout.completion.text) for rollout in rollouts]
     told = [shown for shown in workings if shown is not None]
@@ -90,7 +92,7 @@ def rollout_figures(groups: Sequence[Group], task: Task, threshold: float) -> di
         "groups_none_right": counts.count(0),
         "groups_some_right": sum(0 < count < size for count, size in zip(counts, sizes, strict=True)),
         "groups_all_right": sum(count == size for count, size in zip(counts, sizes, strict=True)),
-        "groups_ungraded": sum(all(not r.reward.outcome.is_graded for r in group.rollouts) for group in groups),
+        "groups_ungraded": sum(ungraded),
         "outcomes": count_outcomes([rollout.reward for rollout in rollouts]),
         "pass_rate": len(positives) / len(rollouts),
         "prompts_with_positive_share": sum(count > 0 for count in counts) / len(groups),

@@ -254,7 +254,7 @@ def test_a_worker_that_dies_every_time_is_an_error_with_what_it_wrote(function):
     assert rewards[0].detail == (
         "grading this answer ended the worker twice (exit code 7); the worker wrote:\nlast words"
     )
-    assert "killed by SIGSEGV" in rewards[2].detail
+    assert "(signal 11: Segmentation fault)" in rewards[2].detail
 
 
 def test_exiting_is_an_error_and_not_the_end_of_the_worker(function):

@@ -76,6 +76,8 @@ def test_finding_a_box_takes_linear_time():
         ("-.50", "-0.5"),
         ("5.", "5"),
         ("5.000", "5"),
+        ("10.010", "10.01"),
+        ("-00.0", "0"),
         ("000", "0"),
         ("1,234", "1234"),
         ("-12,345,678", "-12345678"),
@@ -112,6 +114,13 @@ def test_plain_numbers_have_one_spelling(text, number):
 def test_normal_form(text, normal):
     assert normalise(text) == normal
     assert normalise(normal) == normal
+
+
+def test_normal_form_takes_linear_time():
+    started = time.perf_counter()
+    for text in ("0" * 200_000 + "x", "." + "0" * 200_000 + "x", "1" + ",000" * 50_000 + "x", "$" * 200_000 + "x"):
+        normalise(text)
+    assert time.perf_counter() - started < 2
 
 
 def test_references_come_bare_boxed_or_between_dollars():
@@ -168,6 +177,11 @@ def test_huge_or_deep_boxes_are_unparsed_without_sympy():
         assert (reward.value, reward.outcome) == (0.0, Outcome.UNPARSED)
         assert "the limit is" in reward.detail
     assert time.perf_counter() - started < 0.5
+
+
+def test_a_huge_answer_that_repeats_the_reference_is_correct():
+    latex = "+".join(rf"\frac{{1}}{{{i}}}" for i in range(2, 200))
+    assert exact(rf"\boxed{{{latex}}}", latex) == Outcome.CORRECT
 
 
 def test_limits_are_inclusive():

@@ -1,0 +1,76 @@
+"""Broken recipes through the real command: one clear message, exit code 2, no traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+BROKEN = {
+    "unknown key": ("[objective]\nalhpa = 0.2\n", ["objective.alhpa", "objective.alpha"]),
+    "wrong type": ('[lora]\nrank = "many"\n', ['lora.rank = "many"', "whole number"]),
+    "missing file": ('[data]\ndataset = "absent.jsonl"\n', ["absent.jsonl", "data.dataset"]),
+    "rank 0": ("[lora]\nrank = 0\n", ["lora.rank = 0", "at least 1"]),
+    "unknown algorithm": ('[objective]\nalgorithm = "ppo"\n', ['objective.algorithm = "ppo"', "popo"]),
+    "group size 1": ("[rollout]\ngroup_size = 1\n", ["rollout.group_size = 1", "at least 2"]),
+    "top_p with positives only": ("[rollout]\ntop_p = 0.9\n", ["rollout.top_p = 0.9", "1.0"]),
+    "adapter on the head": ('[lora]\ntargets = ["q_proj", "lm_head"]\n', ["lora.targets", "lm_head"]),
+    "missing column": (
+        '[data]\ndataset = "rows.jsonl"\nprompt_column = "questoin"\nanswer_column = "answer"\n',
+        ["questoin", "question", "data.prompt_column"],
+    ),
+    "longer than the context": (
+        "[rollout]\nmax_prompt_tokens = 900\nmax_completion_tokens = 900\n",
+        ["900 + 900 = 1800", "1024", "rollout.max_completion_tokens"],
+    ),
+    "too long a prompt": ("[rollout]\nmax_prompt_tokens = 6\nmax_completion_tokens = 64\n", ["rollout.max_prompt_tokens = 6"]),
+    "reward function that is not there": ('[reward]\nfunction = "nowhere:grade"\n', ["reward.function", "nowhere"]),
+    "model that is not there": ('[model]\nid = "/no/such/folder"\n', ["model.id", "/no/such/folder"]),
+    "broken TOML": ("[lora\nrank = 1\n", ["line 1"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_recipe_is_one_clear_message(name, command, tmp_path):
+    text, expected = BROKEN[name]
+    (tmp_path / "rows.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
+    (tmp_path / "broken.toml").write_text(text)
+    done = command("train", "broken.toml")
+    assert done.returncode == 2, done.stderr
+    message = " ".join(done.stderr.split())
+    for part in expected:
+        assert part in message
+    assert "Traceback" not in message
+    assert "broken.toml" in message
+    assert len(done.stdout.splitlines()) <= 1  # that the model is being loaded
+    assert len(message) < 1200
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_that_is_not_there(command):
+    done = command("train", "tiny_cpi")
+    assert done.returncode == 2
+    assert "tiny_cpu" in done.stderr
+
+
+def test_vllm_is_refused_before_anything_is_loaded(command):
+    done = command("train", "tiny_cpu", "--set", "rollout.engine=vllm")
+    assert done.returncode != 0
+    assert 'rollout.engine="hf"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("code", ["import popo_lite.cli", "import popo_lite.console.base, popo_lite.grading.worker"])
+def test_help_and_validation_need_no_torch(code):
+    check = f"import sys; {code}; print(sorted({{'torch', 'transformers', 'numpy', 'rich'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_names_every_command(command):
+    done = command("--help")
+    assert done.returncode == 0
+    for name in ("train", "eval", "generate", "export", "recipe"):
+        assert f"\n  {name}" in done.stdout
+        assert command(name, "--help").returncode == 0

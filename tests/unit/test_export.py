@@ -1,0 +1,375 @@
+"""`export_run`: what it writes, whether that is the trained policy, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from popo_lite.errors import CheckpointError, ExportError, UserInputError
+from popo_lite.export import export_run, pipeline
+from popo_lite.policy.adapters import ADAPTER_FILE, save_adapter
+from popo_lite.policy.policy import load_policy
+from popo_lite.policy.tiny_model import TINY_FOLDER
+from popo_lite.policy.trained import load_trained_policy
+from popo_lite.recipe_file import dump_recipe, load_recipe
+from popo_lite.run_folder import RunFolder
+from popo_lite.tasks import open_tasks
+from popo_lite.tasks.rendering import Renderer
+
+PLAIN = "model.quantization=none"
+EVALUATION = {
+    "problems": 200,
+    "samples_per_problem": 1,
+    "pass_at_1": 0.295,
+    "pass_at_k": {"1": 0.295},
+    "step_by_step_share": 0.3,
+    "truncated_share": 0.0,
+    "completion_tokens_mean": 12.4,
+}
+SUMMARY = {
+    "steps": 60,
+    "before": EVALUATION,
+    "after": {**EVALUATION, "pass_at_1": 0.965, "pass_at_k": {"1": 0.965}, "completion_tokens_mean": 23.5},
+}
+
+
+def finished_run(path: Path, *overrides: str, noise: float = 0.02) -> RunFolder:
+    """A run folder as `popo-lite train` leaves it, its two adapters moved at random instead of by training."""
+    recipe = load_recipe("tiny_cpu", overrides)
+    run = RunFolder(path)
+    path.mkdir(parents=True)
+    run.recipe_path.write_text(dump_recipe(recipe))
+    policy = load_policy(recipe)
+    source = torch.Generator().manual_seed(0)
+    for folder in (run.adapter, run.siamese):
+        with torch.no_grad():
+            for _, parameter in policy.adapter_parameters():
+                parameter.add_(noise * torch.randn(parameter.shape, generator=source).to(parameter))
+        save_adapter(policy.model, folder, base_id=recipe.model.id)
+    run.summary_path.write_text(json.dumps(SUMMARY))
+    return run
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def expected_weights(adapter: Path) -> dict[str, Tensor]:
+    """Merged weights from the files alone, in float64: W + s B A, or DoRA's m (W + s B A) / ||W + s B A||."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    tensors = {name: tensor.double() for name, tensor in load_file(adapter / ADAPTER_FILE).items()}
+    merged = weights_of(TINY_FOLDER)
+    for name in [name for name in tensors if name.endswith("lora_A.weight")]:
+        module = name.removesuffix(".lora_A.weight")
+        target = module.removeprefix("base_model.model.") + ".weight"
+        merged[target] = merged[target] + scale * tensors[f"{module}.lora_B.weight"] @ tensors[name]
+        if config["use_dora"]:
+            magnitude = tensors[f"{module}.lora_magnitude_vector"]
+            merged[target] *= (magnitude / merged[target].norm(dim=1))[:, None]
+    return merged
+
+
+def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def test_a_merged_model_answers_as_the_trained_policy(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", PLAIN)
+    report = export_run(run, prompts=8)
+
+    recipe = run.recipe()
+    policy = load_trained_policy(recipe, run.adapter)
+    renderer = Renderer.of(recipe, policy.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(report.folder)
+    model = AutoModelForCausalLM.from_pretrained(report.folder)
+    assert not any("lora" in name for name in model.state_dict())
+    assert model.dtype == torch.float32
+    # By transformers' own generate: none of this goes through the code that verified the export.
+    held_out = open_tasks(recipe)[1].held_out(200)
+    same = 0
+    for problem in held_out:
+        ids = tokenizer.apply_chat_template(
+            [dict(message) for message in problem.messages], add_generation_prompt=True, return_dict=False
+        )
+        assert tuple(ids) == renderer.render(problem).token_ids
+        prompt = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        ours = model.generate(**prompt, do_sample=False, max_new_tokens=64)
+        theirs = policy.model.generate(**prompt, do_sample=False, max_new_tokens=64)
+        same += ours.tolist() == theirs.tolist()
+    assert same / len(held_out) >= 0.99
+
+
+@pytest.mark.parametrize("adapter", ["lora.dropout=0.1", "lora.rslora=true", "lora.dora=true"])
+def test_every_kind_of_adapter_merges_to_rounding(tmp_path: Path, adapter: str) -> None:
+    run = finished_run(tmp_path / "run", PLAIN, adapter)
+    report = export_run(run)
+    assert largest_difference(weights_of(report.folder), expected_weights(run.adapter)) < 1e-6
+    found = report.verification
+    assert found is not None
+    assert found.prompts == 32
+    assert found.tokens > 32
+    assert found.greedy_agreement == 1.0
+    assert found.mean_difference < 2e-6
+    assert found.worst_difference < 1e-4
+    assert found.adapter_difference > 0.02
+
+
+def test_a_policy_trained_in_nf4_is_merged_into_the_wide_base_and_its_distance_reported(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    report = export_run(run)
+    assert largest_difference(weights_of(report.folder), expected_weights(run.adapter)) < 1e-6
+    found = report.verification
+    assert found is not None
+    assert 1e-3 < found.mean_difference < 0.1
+    assert found.mean_difference < found.worst_difference
+    card = (report.folder / "README.md").read_text()
+    assert "trained on the 4-bit (NF4) base" in card
+    assert f"| {found.greedy_agreement:.1%} |" in card
+    assert f"| {found.mean_difference:.2g} |" in card
+
+
+def test_sixteen_bit_answers_may_part_at_near_ties(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", PLAIN, "model.dtype=bfloat16")
+    report = export_run(run, prompts=200)
+    found = report.verification
+    assert found is not None
+    assert report.dtype == "bfloat16"
+    assert found.greedy_agreement < 1.0
+    assert 0 < found.widest_parting < 0.1
+    assert 1e-4 < found.mean_difference < 0.01
+
+
+@pytest.mark.parametrize(("base", "dtype"), [(PLAIN, torch.float16), ("model.dtype=bfloat16", torch.bfloat16)])
+def test_precision(tmp_path: Path, base: str, dtype: torch.dtype) -> None:
+    run = finished_run(tmp_path / "run", base)
+    name = str(dtype).removeprefix("torch.")
+    report = export_run(run, dtype=name, prompts=4)
+    assert {tensor.dtype for tensor in load_file(report.folder / "model.safetensors").values()} == {dtype}
+    assert AutoModelForCausalLM.from_pretrained(report.folder).dtype == dtype
+    assert f"merged into the base in {name}" in (report.folder / "README.md").read_text()
+
+
+def test_siamese_weights(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", PLAIN)
+    policy, siamese = export_run(run, prompts=4), export_run(run, weights="siamese", prompts=4)
+    assert (policy.folder, siamese.folder) == (
+        run.path / "export" / "merged-policy",
+        run.path / "export" / "merged-siamese",
+    )
+    assert largest_difference(weights_of(siamese.folder), expected_weights(run.siamese)) < 1e-6
+    assert largest_difference(weights_of(siamese.folder), weights_of(policy.folder)) > 1e-3
+    assert "the siamese, which these weights are, was not measured" in (siamese.folder / "README.md").read_text()
+
+
+def test_an_adapter_is_exported_as_it_was_trained(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    report = export_run(run, what="adapter", output=tmp_path / "made" / "adapter")
+    assert (report.dtype, report.verification) == (None, None)
+    assert (report.folder / ADAPTER_FILE).read_bytes() == (run.adapter / ADAPTER_FILE).read_bytes()
+    config = json.loads((report.folder / "adapter_config.json").read_text())
+    assert config == json.loads((run.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    assert {"README.md", "export.json", "tokenizer.json", "chat_template.jinja"} <= report.files.keys()
+    assert ModelCard.load(report.folder / "README.md").data.library_name == "peft"
+
+
+# --------------------------------------------------------------------------------------------- a base of one's own
+
+
+@pytest.fixture
+def local_base(tmp_path: Path) -> Path:
+    """The model `tiny` as somebody's own: two stop tokens, sampling settings as some bases have them, a licence."""
+    folder = tmp_path / "secret-place" / "my-model"
+    shutil.copytree(TINY_FOLDER, folder)
+    generation = {"eos_token_id": [1, 4], "pad_token_id": 0, "temperature": 0.7, "top_p": 0.8}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n# Mine\n")
+    return folder
+
+
+def test_stop_tokens_and_sampling_settings_of_the_base_are_kept(tmp_path: Path, local_base: Path) -> None:
+    report = export_run(finished_run(tmp_path / "run", f"model.id={local_base}", PLAIN), prompts=4)
+    found = GenerationConfig.from_pretrained(report.folder)
+    assert (found.eos_token_id, found.pad_token_id) == ([1, 4], 0)
+    assert (found.temperature, found.top_p, found.do_sample) == (0.7, 0.8, True)
+
+
+@pytest.mark.parametrize("what", ["merged", "adapter"])
+def test_no_local_path_leaves_the_machine(tmp_path: Path, local_base: Path, what: str) -> None:
+    overrides = (f"model.id={local_base}", f"output.dir={tmp_path}", "eval.problems=0", PLAIN)
+    run = finished_run(tmp_path / "run", *overrides)
+    report = export_run(run, what=what, prompts=4)
+    for name in report.files:
+        assert str(tmp_path).encode() not in (report.folder / name).read_bytes(), name
+    card = (report.folder / "README.md").read_text()
+    data = ModelCard(card).data
+    assert (data.license, data.license_name, data.license_link) == ("other", "mine", "LICENSE")
+    assert data.base_model is None
+    recipe = tomllib.loads(card.partition("```toml\n")[2].partition("```")[0])
+    assert recipe["model"]["id"] == "my-model"
+    assert recipe["output"]["dir"] == "runs"
+    assert recipe["lora"] == run.recipe().to_dict()["lora"]
+    if what == "adapter":
+        config = json.loads((report.folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] is None
+        assert 'from_pretrained("path/to/my-model"' in card
+
+
+def test_the_chat_template_of_the_recipe_is_exported(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<|assistant|>"
+    run = finished_run(tmp_path / "run", PLAIN, f"data.chat_template={template}", "data.system_prompt=Add.")
+    report = export_run(run, prompts=4)
+    tokenizer = AutoTokenizer.from_pretrained(report.folder)
+    assert tokenizer.chat_template == template
+    assert "{'role': 'system', 'content': 'Add.'}" in (report.folder / "README.md").read_text()
+
+
+def test_the_card_tells_what_the_run_came_to(tmp_path: Path) -> None:
+    report = export_run(finished_run(tmp_path / "run", PLAIN), prompts=4)
+    card = ModelCard.load(report.folder / "README.md")
+    assert card.data.base_model is None
+    assert card.data.license is None
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert {"popo", "rlvr", "lora"} <= set(card.data.tags)
+    assert "| pass@1 | 29.5% | 96.5% |" in card.text
+    assert "| mean tokens | 12.4 | 23.5 |" in card.text
+    assert "2605.06650" in card.text
+    assert "@article{xu2026popo" in card.text
+    assert tomllib.loads(card.text.partition("```toml\n")[2].partition("```")[0])["lora"]["rank"] == 16
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+def traces(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("base", [PLAIN, "model.quantization=nf4"])
+def test_a_wrong_merge_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+    run = finished_run(tmp_path / "run", base)
+    before = traces(tmp_path)
+
+    def merge_leaving_one_layer_out(model: Any) -> Any:
+        for name, parameter in model.named_parameters():
+            if name.endswith("layers.1.self_attn.o_proj.lora_B.default.weight"):
+                parameter.data.zero_()
+        return merge(model)
+
+    merge = pipeline.merge
+    monkeypatch.setattr(pipeline, "merge", merge_leaving_one_layer_out)
+    with pytest.raises(ExportError, match="the merged model is not the trained policy"):
+        export_run(run, prompts=8)
+    assert traces(tmp_path) == before
+
+
+def test_an_adapter_that_changes_between_the_two_loads_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(tmp_path / "run", PLAIN)
+    load_unmerged = pipeline.load_unmerged
+
+    def load_another(recipe: Any, adapter: Path, dtype: str) -> Any:
+        shutil.copyfile(run.siamese / ADAPTER_FILE, adapter / ADAPTER_FILE)
+        return load_unmerged(recipe, adapter, dtype)
+
+    monkeypatch.setattr(pipeline, "load_unmerged", load_another)
+    with pytest.raises(ExportError, match="the merged model is not the trained policy"):
+        export_run(run, prompts=8)
+
+
+def test_other_stop_tokens_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished_run(tmp_path / "run", PLAIN)
+    write_merged = pipeline.write_merged
+    monkeypatch.setattr(pipeline, "write_merged", lambda model, folder, _: write_merged(model, folder, frozenset({2})))
+    with pytest.raises(ExportError, match=r"stops at the tokens \[2\], the trained policy at \[1\]"):
+        export_run(run, prompts=4)
+
+
+def test_another_chat_template_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<|assistant|>"
+    run = finished_run(tmp_path / "run", PLAIN, f"data.chat_template={template}")
+    write_tokenizer = pipeline.write_tokenizer
+    monkeypatch.setattr(
+        pipeline, "write_tokenizer", lambda tokenizer, folder, _: write_tokenizer(tokenizer, folder, None)
+    )
+    with pytest.raises(ExportError, match="makes other tokens of a prompt"):
+        export_run(run, prompts=4)
+
+
+def test_a_broken_adapter_is_not_worth_exporting(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", PLAIN)
+    tensors = load_file(run.adapter / ADAPTER_FILE)
+    first = sorted(tensors)[0]
+    save_file({**tensors, first: tensors[first] * float("nan")}, run.adapter / ADAPTER_FILE)
+    with pytest.raises(ExportError, match="not finite"):
+        export_run(run, prompts=4)
+    assert not (run.path / "export").exists()
+
+
+def test_a_quantised_base_cannot_be_merged_into_but_its_adapter_exported(tmp_path: Path) -> None:
+    base = tmp_path / "tiny-4bit"
+    policy = load_policy(load_recipe("tiny_cpu"))
+    policy.model.unload().save_pretrained(base)
+    policy.tokenizer.save_pretrained(base)
+    run = finished_run(tmp_path / "run", f"model.id={base}")
+    with pytest.raises(ExportError, match="stored quantised") as caught:
+        export_run(run, prompts=4)
+    assert "--what adapter" in str(caught.value)
+    assert ADAPTER_FILE in export_run(run, what="adapter").files
+
+
+def test_a_run_that_has_not_ended_is_refused(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", PLAIN)
+    run.summary_path.unlink()
+    with pytest.raises(CheckpointError, match="has not ended") as caught:
+        export_run(run)
+    assert caught.value.next_step == f"popo-lite train {run.recipe_path} --resume --output {run.path}"
+    with pytest.raises(CheckpointError, match="there is no run here"):
+        export_run(RunFolder(tmp_path / "nowhere"))
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", PLAIN)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("mine")
+    for reuse in (False, True):
+        with pytest.raises(UserInputError, match="not empty"):
+            export_run(run, output=full, reuse=reuse)
+    assert traces(full) == {"mine.txt"}
+    with pytest.raises(UserInputError, match="not empty"):
+        export_run(run, output=full / "mine.txt")
+    with pytest.raises(ExportError, match="could not be written: Not a directory"):
+        export_run(run, output=full / "mine.txt" / "deeper", prompts=4)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "model.safetensors" in export_run(run, output=empty, prompts=4).files
+
+
+def test_an_earlier_export_is_reused_only_for_the_same_thing(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", PLAIN)
+    first = export_run(run, prompts=4)
+    card = first.folder / "README.md"
+    card.write_text(card.read_text() + "\nA line of my own.\n")
+    again = export_run(run, prompts=4, reuse=True)
+    assert again.reused
+    assert (again.verification, again.files) == (first.verification, first.files)
+    assert "A line of my own." in card.read_text()
+    with pytest.raises(UserInputError, match="not empty"):
+        export_run(run, dtype="bfloat16", prompts=4, reuse=True)
+    shutil.copyfile(run.siamese / ADAPTER_FILE, run.adapter / ADAPTER_FILE)
+    with pytest.raises(UserInputError, match="not empty"):
+        export_run(run, prompts=4, reuse=True)

@@ -1,0 +1,78 @@
+"""The comparison itself: greedy answers and log-probs against transformers' own, and what counts as rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from popo_lite.errors import ExportError
+from popo_lite.export.verify import ROUNDING, Answer, Answerer, _parting, refuse_beyond_rounding
+from popo_lite.policy.policy import load_policy
+from popo_lite.recipe_file import load_recipe
+from popo_lite.tasks import open_tasks
+from popo_lite.tasks.rendering import Renderer
+
+RECIPE = load_recipe("tiny_cpu", ("model.quantization=none", "rollout.temperature=0.5"))
+
+
+@pytest.fixture(scope="module")
+def asked() -> tuple[object, Answerer, list[tuple[int, ...]], list[Answer]]:
+    policy = load_policy(RECIPE)
+    renderer = Renderer.of(RECIPE, policy.tokenizer)
+    # Prompts of several lengths, more than one batch, and an answer limit that cuts some of them.
+    prompts = [renderer.token_ids(problem) for problem in open_tasks(RECIPE)[1].held_out(20)]
+    prompts[3] = prompts[3] + prompts[3]
+    answerer = Answerer.of_policy(policy)
+    return policy.model, answerer, prompts, answerer.greedy(prompts, 12)
+
+
+def test_greedy_answers_are_those_of_generate(asked: tuple) -> None:
+    model, _, prompts, answers = asked
+    lengths = set()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        expected = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
+        )
+        assert answer.token_ids == tuple(expected[0, len(prompt) :].tolist())
+        assert len(answer.logps) == len(answer.token_ids)
+        lengths.add(len(answer.token_ids))
+    assert 12 in lengths
+    assert len(lengths) > 1
+
+
+def test_logps_are_those_of_the_whole_softmax_at_temperature_one(asked: tuple) -> None:
+    model, answerer, prompts, answers = asked
+    for prompt, answer, found in zip(prompts, answers, answerer.logps(prompts, answers), strict=True):
+        ids = torch.tensor([[*prompt, *answer.token_ids]])
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
+        expected = logits.log_softmax(dim=-1)[len(prompt) - 1 : -1].gather(-1, ids[0, len(prompt) :, None])[:, 0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+        # The same by way of the cache, token after token.
+        torch.testing.assert_close(torch.tensor(answer.logps, dtype=torch.float64), expected, rtol=0, atol=2e-5)
+
+
+def test_parting() -> None:
+    theirs = Answer(token_ids=(5, 6, 7), logps=(-0.1, -0.2, -0.3))
+    by_merged = torch.tensor([-0.1, -0.9, -0.3])
+    assert _parting(theirs, theirs, by_merged) is None
+    ours = Answer(token_ids=(5, 8), logps=(-0.1, -0.5))
+    assert _parting(theirs, ours, by_merged) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_what_rounding_explains(dtype: str) -> None:
+    allowed = ROUNDING[dtype]
+    refuse_beyond_rounding(dtype, mean=allowed, worst=50 * allowed, parting=50 * allowed)
+    nan = float("nan")
+    for mean, worst, parting in (
+        (1.01 * allowed, 0, 0),
+        (0, 51 * allowed, 0),
+        (0, 0, 51 * allowed),
+        (nan, 0, 0),
+        (0, nan, 0),
+        (0, 0, nan),
+    ):
+        with pytest.raises(ExportError):
+            refuse_beyond_rounding(dtype, mean=mean, worst=worst, parting=parting)

@@ -1,0 +1,249 @@
+"""Batching, schedule, checkpoints, run folders, interrupts, and pass@k."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+
+import pytest
+import torch
+from conftest import json_lines
+
+from popo_lite.errors import CheckpointError, PopoError, UserInputError
+from popo_lite.evaluation import pass_at_k
+from popo_lite.policy.policy import load_policy
+from popo_lite.policy.siamese import Siamese
+from popo_lite.recipe import OptimizerRecipe
+from popo_lite.run_folder import (
+    RunFolder,
+    append_line,
+    find_run_folder,
+    keep_lines_before,
+    new_run_folder,
+    refuse_other_recipe,
+    start_files,
+)
+from popo_lite.training.batching import collate, cut
+from popo_lite.training.checkpoint import (
+    Cursor,
+    checkpoint_folders,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from popo_lite.training.interrupt import Interrupts, StopRequested
+from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
+from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
+
+CURSOR = Cursor(
+    next_step=3, beta=0.02, start_entropy=0.5, rollout_tokens=10, trained_tokens=5, seconds={"update": 1.5}, before=None
+)
+
+
+def rollout(prompt: int, answer: int, problem: str = "p", index: int = 0, version: int = 0) -> Rollout:
+    return Rollout(
+        prompt=Prompt(
+            problem=Problem(id=problem, messages=({"role": "user", "content": "?"},), answer="1"),
+            token_ids=tuple(range(10, 10 + prompt)),
+        ),
+        completion=Completion(
+            token_ids=tuple(range(50, 50 + answer)),
+            sampler_logps=(-0.5,) * answer,
+            finish_reason=FinishReason.STOP,
+            text="",
+        ),
+        reward=Reward(value=1.0, outcome=Outcome.CORRECT),
+        policy_version=version,
+        index=index,
+    )
+
+
+def test_groups_refuse_what_does_not_belong_together():
+    with pytest.raises(PopoError, match="one prompt"):
+        Group(rollouts=(rollout(2, 2, "a"), rollout(2, 2, "b")))
+    with pytest.raises(PopoError, match="one policy version"):
+        Group(rollouts=(rollout(2, 2), rollout(2, 2, version=1)))
+
+
+def test_a_completion_needs_a_log_prob_for_every_token():
+    with pytest.raises(PopoError, match="3 tokens came with 2"):
+        Completion(token_ids=(1, 2, 3), sampler_logps=(0.0, 0.0), finish_reason=FinishReason.STOP, text="")
+
+
+def test_micro_batches_hold_everything_once_and_keep_the_budget():
+    rollouts = [rollout(5, answer) for answer in (1, 30, 7, 8, 22, 2, 15, 40)]
+    batches = cut(rollouts, budget_tokens=90)
+    assert sorted(itertools.chain(*batches)) == list(range(8))
+    for batch in batches:
+        assert len(batch) * max(5 + len(rollouts[i].completion.token_ids) for i in batch) <= 90
+    assert len(batches) < 6
+    with pytest.raises(PopoError, match="a sequence of 45 tokens exceeds"):
+        cut(rollouts, budget_tokens=44)
+
+
+def test_collate_points_at_the_right_positions():
+    rollouts = [rollout(3, 2), rollout(2, 4)]
+    batch = collate(rollouts, (1, 0), pad_id=0, device=torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[10, 11, 50, 51, 52, 53], [10, 11, 12, 50, 51, 0]]
+    assert batch.attention_mask.tolist() == [[1] * 6, [1] * 5 + [0]]
+    flat = batch.input_ids.reshape(-1)
+    assert batch.targets.tolist() == flat[batch.answering].tolist() == [50, 51, 52, 53, 50, 51]
+    assert flat[batch.predicting].tolist() == [11, 50, 51, 52, 12, 50]
+    assert batch.sequence_of_token.tolist() == [0, 0, 0, 0, 1, 1]
+    hidden = torch.arange(12.0).reshape(2, 6, 1)
+    assert batch.mean_features(hidden).tolist() == [[(2 + 3 + 4 + 5) / 4], [(9 + 10) / 2]]
+
+
+def test_learning_rate():
+    cosine = OptimizerRecipe(warmup_share=0.1)
+    factors = [learning_rate_factor(step, 100, cosine) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[99] < 0.001
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
+    assert learning_rate_factor(55, 100, OptimizerRecipe(schedule="linear")) == pytest.approx(0.5)
+    assert learning_rate_factor(99, 100, OptimizerRecipe(schedule="constant")) == 1.0
+    assert learning_rate_factor(0, 1, OptimizerRecipe(warmup_share=0.0)) == 1.0
+
+
+def test_head_and_adapters_have_their_own_rates(tiny_recipe):
+    policy = load_policy(tiny_recipe())
+    recipe = OptimizerRecipe(learning_rate=0.5, head_learning_rate=0.25, weight_decay=0.1)
+    optimizer = build_optimizer(policy, recipe)
+    set_learning_rate(optimizer, 0.5)
+    by_tensor = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(by_tensor) == len(policy.trainable_parameters())
+    for name, parameter in policy.trainable_parameters():
+        group = by_tensor[id(parameter)]
+        assert group["lr"] == (0.125 if name.startswith("predictor.") else 0.25)
+        assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
+
+
+def one_update(policy, optimizer, siamese, seed):
+    torch.manual_seed(seed)
+    for _, parameter in policy.trainable_parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    siamese.update(1.0 + seed)
+    policy.version += 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_a_checkpoint_brings_everything_back(tiny_recipe, tmp_path, name):
+    """Two updates, a checkpoint, two more; and the last two again from the checkpoint: bit for bit the same."""
+
+    def fresh():
+        policy = load_policy(tiny_recipe(f'optimizer.name="{name}"', "siamese.head_width=64"))
+        siamese = Siamese(policy.trainable_parameters(), 0.9)
+        return policy, siamese, build_optimizer(policy, tiny_recipe(f'optimizer.name="{name}"').optimizer)
+
+    policy, siamese, optimizer = fresh()
+    for seed in (0, 1):
+        one_update(policy, optimizer, siamese, seed)
+    folder = save_checkpoint(
+        tmp_path, policy=policy, siamese=siamese, optimizer=optimizer, cursor=CURSOR, base_id="tiny", keep=2
+    )
+    other, other_siamese, other_optimizer = fresh()
+    assert load_checkpoint(folder, policy=other, siamese=other_siamese, optimizer=other_optimizer) == CURSOR
+    assert other.version == 2
+    for seed in (2, 3):
+        one_update(policy, optimizer, siamese, seed)
+        one_update(other, other_optimizer, other_siamese, seed)
+    for (key, ours), (_, theirs) in zip(policy.trainable_parameters(), other.trainable_parameters(), strict=True):
+        assert torch.equal(ours, theirs), key
+    for key, tensor in siamese.state()[0].items():
+        assert torch.equal(tensor, other_siamese.state()[0][key]), key
+    assert siamese.drift_bound() == other_siamese.drift_bound()
+
+
+def test_old_checkpoints_go_and_partial_ones_do_not_count(tiny_recipe, tmp_path):
+    policy = load_policy(tiny_recipe())
+    siamese = Siamese(policy.trainable_parameters(), 0.9)
+    optimizer = build_optimizer(policy, tiny_recipe().optimizer)
+    for step in (1, 2, 3):
+        cursor = Cursor(**{**CURSOR.__dict__, "next_step": step})
+        save_checkpoint(
+            tmp_path, policy=policy, siamese=siamese, optimizer=optimizer, cursor=cursor, base_id="tiny", keep=2
+        )
+    (tmp_path / ".step-000009.partial").mkdir()
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-000002", "step-000003"]
+    assert not any(file.suffix in (".pt", ".bin", ".pkl") for file in tmp_path.rglob("*"))
+    newest = latest_checkpoint(tmp_path)
+    (newest / "optimizer.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="delete this folder"):
+        load_checkpoint(newest, policy=policy, siamese=siamese, optimizer=optimizer)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        latest_checkpoint(tmp_path / "nothing")
+
+
+def test_run_folders_are_never_overwritten(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(f'output.dir="{tmp_path}"')
+    first, second = (new_run_folder(recipe, "tiny", None) for _ in range(2))
+    assert (first.path.name, second.path.name) == ("tiny-seed0", "tiny-seed0-2")
+    (first.path / "something").touch()
+    with pytest.raises(UserInputError, match="no run is ever overwritten"):
+        new_run_folder(recipe, "tiny", first.path)
+
+
+def test_resume_finds_the_newest_unfinished_run(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(f'output.dir="{tmp_path}"')
+    with pytest.raises(CheckpointError, match="no unfinished run of tiny with seed 0"):
+        find_run_folder(recipe, "tiny", None)
+    runs = [new_run_folder(recipe, "tiny", None) for _ in range(3)]
+    for age, run in enumerate(reversed(runs)):
+        start_files(run, recipe, torch.device("cpu"))
+        os.utime(run.path, (1e9 - age, 1e9 - age))
+    runs[2].summary_path.write_text("{}")
+    os.utime(runs[2].path, (2e9, 2e9))
+    assert find_run_folder(recipe, "tiny", None) == runs[1]
+    environment = json.loads((runs[0].path / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    refuse_other_recipe(runs[0], tiny_recipe(f'output.dir="{tmp_path}"', "rollout.batch_size=7"))
+    with pytest.raises(CheckpointError, match=r"lora.rank was 16 and is 8"):
+        refuse_other_recipe(runs[0], tiny_recipe("lora.rank=8"))
+
+
+def test_a_folder_that_is_no_run_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no run here"):
+        RunFolder(tmp_path).recipe()
+
+
+def test_lines_of_steps_to_be_repeated_go(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in range(5):
+        append_line(path, {"step": step})
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    keep_lines_before([path, tmp_path / "absent.jsonl"], 3)
+    assert [line["step"] for line in json_lines(path)] == [0, 1, 2]
+
+
+def test_the_second_interrupt_abandons_but_not_inside_an_update():
+    told = []
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts(told.append) as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.requested
+        with interrupts.protected():
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(StopRequested):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert len(told) == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(("samples", "right"), [(1, 0), (1, 1), (8, 0), (8, 1), (8, 5), (8, 8), (10, 3)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(samples, right):
+    answers = [True] * right + [False] * (samples - right)
+    for k in range(1, samples + 1):
+        subsets = list(itertools.combinations(answers, k))
+        assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize(("samples", "right", "k"), [(4, 2, 5), (4, 5, 1), (4, -1, 1), (4, 2, 0)])
+def test_pass_at_k_refuses_nonsense(samples, right, k):
+    with pytest.raises(ValueError, match="pass@"):
+        pass_at_k(samples, right, k)
