@@ -187,7 +187,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         gpu = {"name": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),

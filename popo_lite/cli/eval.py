@@ -12,7 +12,7 @@ import click
 WEIGHTS = ("base", "adapter", "siamese")
 
 
-@click.command("eval")
+@click.command("eval", short_help="Measure base, adapter and siamese of a run.")
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 @click.option(
     "weights",
@@ -79,7 +79,7 @@ def eval_(
     policy = load_trained_policy(recipe, adapters[wanted[0]])
     renderer = Renderer.of(recipe, policy.tokenizer)
     results = []
-    sampler, _ = open_sampler(recipe.rollout, policy, text=renderer.text)
+    sampler = open_sampler(recipe.rollout, policy, text=renderer.text)
     with Grader(recipe.reward) as grader, sampler:
         grader.check()
         for name in wanted:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Ask the model that a run trained.")
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 @click.argument("question")
 @click.option("--weights", type=click.Choice(["policy", "siamese"]), default="policy", show_default=True)
@@ -38,7 +38,7 @@ def generate(
     policy = load_trained_policy(recipe, adapter)
     renderer = Renderer.of(recipe, policy.tokenizer)
     prompt = renderer.render(Problem(id=question, messages=({"role": "user", "content": question},), answer=""))
-    sampler, _ = open_sampler(recipe.rollout, policy, text=renderer.text)
+    sampler = open_sampler(recipe.rollout, policy, text=renderer.text)
     with sampler:
         sampler.sync(policy.version)
         answers = sampler.sample(

@@ -11,7 +11,7 @@ INTERRUPTED = 130
 """Exit code of a run that was stopped by Ctrl-C, as shells have it."""
 
 
-@click.command()
+@click.command(short_help="Train with a recipe.")
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--seed", type=click.IntRange(min=0), help="Same as --set train.seed=N.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run; default runs/<recipe>-seed<N>.")

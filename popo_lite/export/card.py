@@ -61,7 +61,7 @@ def model_card(
         f"## Results\n\n{_results(summary, weights)}",
     ]
     if verification is not None:
-        parts.append(f"## Merged against trained\n\n{_verified(recipe, verification)}")
+        parts.append(f"## Merged against trained\n\n{_verified(verification)}")
     parts += [
         f"## Method\n\n{METHOD}\n\nSource: Xu and Fang, [arXiv 2605.06650](https://arxiv.org/abs/2605.06650).",
         CITATION,
@@ -185,8 +185,8 @@ def _results(summary: Mapping[str, Any], weights: str) -> str:
     return text
 
 
-def _verified(recipe: Recipe, found: Verification) -> str:
-    trained_on = "the 4-bit (NF4) base" if recipe.model.quantization == "nf4" else f"the base in {recipe.model.dtype}"
+def _verified(found: Verification) -> str:
+    trained_on = "the 4-bit (NF4) base" if found.trained_base == "nf4" else f"the base in {found.trained_base}"
     return (
         f"The policy was trained on {trained_on}. This model was loaded again and compared with it on real prompts of "
         f"the task; differences are of log-probs in nats.\n\n{_table(['', ''], found.rows())}"

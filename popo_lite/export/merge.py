@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from popo_lite.errors import ExportError
+from popo_lite.policy.adapters import load_adapter_weights
 from popo_lite.policy.load import load_base
 from popo_lite.recipe import ModelRecipe
 
@@ -35,7 +36,9 @@ def load_unmerged(recipe: ModelRecipe, adapter: Path, dtype: str) -> PeftModel:
             where="model.id",
             next_step="export the adapter (--what adapter), or train on the base that it was quantised from",
         )
-    return PeftModel.from_pretrained(base, str(adapter))
+    model = PeftModel.from_pretrained(base, str(adapter))
+    load_adapter_weights(model, adapter)  # once more, as PEFT only warns of tensors that fit nowhere
+    return model
 
 
 def merge(model: PeftModel) -> PreTrainedModel:

@@ -166,7 +166,7 @@ def _export_merged(
     _free_memory()
     same_base = recipe.model.quantization == "none" and recipe.model.dtype == dtype
     checked = slice(0 if same_base else UNMERGED_ANSWERS)
-    with progress("merging", None):
+    with progress("merging on the CPU", None):
         model = load_unmerged(recipe.model, adapter, dtype)
         beside = Answerer.of_model(model.get_base_model(), pad_id=trained.pad_id)
         unmerged = beside.logps(trained.prompts[checked], trained.answers[checked])

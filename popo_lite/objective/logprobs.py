@@ -130,7 +130,7 @@ def token_logprobs(hidden: Tensor, targets: Tensor, head: Head, *, chunk: int = 
     """
     if hidden.dtype != head.weight.dtype:
         hidden = hidden.to(head.weight.dtype)
-    return cast("tuple[Tensor, Tensor]", _ChunkedLogprobs.apply(hidden, targets, head, chunk))
+    return cast("tuple[Tensor, Tensor]", _ChunkedLogprobs.apply(hidden, targets, head, chunk))  # type: ignore[no-untyped-call]
 
 
 def naive_token_logprobs(hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:

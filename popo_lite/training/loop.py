@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ from popo_lite.run_folder import (
     start_files,
     write_atomically,
 )
-from popo_lite.samplers import SamplingParams, open_sampler
+from popo_lite.samplers import SamplingParams, open_sampler, pick_engine
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
@@ -73,18 +74,19 @@ class Trainer:
         self.recipe, self.view = recipe, view
         if recipe.train.cpu_threads:
             torch.set_num_threads(recipe.train.cpu_threads)
-        self._resources = ExitStack()
-        self.grader = self._resources.enter_context(Grader(recipe.reward))
-        self.grader.check()
-        self.train_task, self.eval_task = open_tasks(recipe)
-        self.held_out = self.eval_task.held_out(recipe.eval.problems) if recipe.eval.problems else []
-        self.policy: Policy = load_policy(recipe)
-        self.renderer = Renderer.of(recipe, self.policy.tokenizer)
-        self._check_prompts()
-        self.siamese = Siamese(self.policy.trainable_parameters(), recipe.siamese.tau)
-        self.optimizer = build_optimizer(self.policy, recipe.optimizer)
-        sampler, self.engine = open_sampler(recipe.rollout, self.policy, text=self.renderer.text)
-        self.sampler = self._resources.enter_context(sampler)
+        _, self.engine = pick_engine(recipe.rollout)
+        with ExitStack() as stack:
+            self.grader = stack.enter_context(Grader(recipe.reward))
+            self.grader.check()
+            self.train_task, self.eval_task = open_tasks(recipe)
+            self.held_out = self.eval_task.held_out(recipe.eval.problems) if recipe.eval.problems else []
+            self.policy: Policy = load_policy(recipe)
+            self.renderer = Renderer.of(recipe, self.policy.tokenizer)
+            self._check_prompts()
+            self.siamese = Siamese(self.policy.trainable_parameters(), recipe.siamese.tau)
+            self.optimizer = build_optimizer(self.policy, recipe.optimizer)
+            self.sampler = stack.enter_context(open_sampler(recipe.rollout, self.policy, text=self.renderer.text))
+            self._resources = stack.pop_all()
         self.cursor = Cursor(
             next_step=0,
             beta=recipe.objective.beta,
@@ -391,6 +393,7 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         self.view.stage("checkpoint")
+        start = time.perf_counter()
         folder = save_checkpoint(
             self.run_folder.checkpoints,
             policy=self.policy,
@@ -400,6 +403,7 @@ class Trainer:
             base_id=self.recipe.model.id,
             keep=self.recipe.train.keep_checkpoints,
         )
+        self._set_cursor(seconds=_added(self.cursor.seconds, {"checkpoint": time.perf_counter() - start}))
         self.view.message(f"checkpoint: {folder}")
 
     def _restore(self) -> None:

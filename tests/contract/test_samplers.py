@@ -31,7 +31,7 @@ def setup(request):
         for _, parameter in policy.adapter_parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     renderer = Renderer.of(recipe, policy.tokenizer)
-    sampler, _ = open_sampler(recipe.rollout, policy, text=renderer.text)
+    sampler = open_sampler(recipe.rollout, policy, text=renderer.text)
     with sampler:
         sampler.sync(policy.version)
         yield policy, renderer, sampler
@@ -39,9 +39,7 @@ def setup(request):
 
 def prompts_of(renderer, count=6):
     problems = ArithmeticTask(2).held_out(count)
-    long = Problem(
-        id="long", messages=({"role": "user", "content": "What is 12 + 34? " * 30},), answer="46"
-    )
+    long = Problem(id="long", messages=({"role": "user", "content": "What is 12 + 34? " * 30},), answer="46")
     return [renderer.render(problem) for problem in [*problems, long]]
 
 

@@ -24,7 +24,10 @@ BROKEN = {
         "[rollout]\nmax_prompt_tokens = 900\nmax_completion_tokens = 900\n",
         ["900 + 900 = 1800", "1024", "rollout.max_completion_tokens"],
     ),
-    "too long a prompt": ("[rollout]\nmax_prompt_tokens = 6\nmax_completion_tokens = 64\n", ["rollout.max_prompt_tokens = 6"]),
+    "too long a prompt": (
+        "[rollout]\nmax_prompt_tokens = 6\nmax_completion_tokens = 64\n",
+        ["rollout.max_prompt_tokens = 6"],
+    ),
     "reward function that is not there": ('[reward]\nfunction = "nowhere:grade"\n', ["reward.function", "nowhere"]),
     "model that is not there": ('[model]\nid = "/no/such/folder"\n', ["model.id", "/no/such/folder"]),
     "broken TOML": ("[lora\nrank = 1\n", ["line 1"]),

@@ -25,9 +25,16 @@ def phi(tmp_path_factory):
     torch.manual_seed(0)
     model = transformers.PhiForCausalLM(
         transformers.PhiConfig(
-            vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=512, eos_token_id=1, pad_token_id=0, bos_token_id=None,
-        )  # fmt: skip
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            eos_token_id=1,
+            pad_token_id=0,
+            bos_token_id=None,
+        )
     )
     for parameter in model.parameters():
         parameter.data *= 4  # distributions far from uniform
@@ -111,7 +118,9 @@ def assert_same(found, expected):
     norm = torch.stack([tensor.norm() for name, tensor in expected.items() if name != "loss"]).norm()
     for name, tensor in expected.items():
         scale = float(norm) if name != "loss" else 1.0
-        torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-12 * scale, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-9, atol=1e-12 * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 VARIANTS = [

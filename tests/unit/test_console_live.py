@@ -178,7 +178,7 @@ ALLOWED = re.compile(r"\x1b\[(?:[0-9;]*m|H|\?25[lh]|\?1049[lh]|\?7[lh])")
 def test_live_gives_the_terminal_back_after_an_exception(width, height):
     view, stream, clock = live_view(width, height, color_system="truecolor")
     before = sys.stdout, sys.stderr
-    with pytest.raises(RuntimeError, match="boom"), view:  # noqa: PT012
+    with pytest.raises(RuntimeError, match="boom"), view:
         view.start(title="train", facts=FACTS, total_steps=60, first_step=0)
         play(view, clock)
         view.message(HOSTILE)

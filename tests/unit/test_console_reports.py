@@ -270,7 +270,7 @@ def test_progress_that_fails_does_not_say_done():
 def test_progress_on_a_terminal_leaves_it_in_order():
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, _environ={})
-    with pytest.raises(RuntimeError), progress("exporting [/red]", total=3, console=console) as advance:  # noqa: PT012
+    with pytest.raises(RuntimeError), progress("exporting [/red]", total=3, console=console) as advance:
         advance(2)
         raise RuntimeError
     text = stream.getvalue()

@@ -9,35 +9,37 @@ from popo_lite.errors import ExportError
 from popo_lite.export.verify import ROUNDING, Answer, Answerer, _parting, refuse_beyond_rounding
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe_file import load_recipe
-from popo_lite.tasks import open_tasks
+from popo_lite.tasks import ArithmeticTask
 from popo_lite.tasks.rendering import Renderer
 
 RECIPE = load_recipe("tiny_cpu", ("model.quantization=none", "rollout.temperature=0.5"))
+LIMIT = 8
 
 
 @pytest.fixture(scope="module")
 def asked() -> tuple[object, Answerer, list[tuple[int, ...]], list[Answer]]:
     policy = load_policy(RECIPE)
     renderer = Renderer.of(RECIPE, policy.tokenizer)
-    # Prompts of several lengths, more than one batch, and an answer limit that cuts some of them.
-    prompts = [renderer.token_ids(problem) for problem in open_tasks(RECIPE)[1].held_out(20)]
-    prompts[3] = prompts[3] + prompts[3]
+    # Prompts of several lengths, more than one batch, and a limit that cuts the longest answers.
+    problems = [problem for digits in (2, 3, 4) for problem in ArithmeticTask(digits).held_out(8)]
+    prompts = [renderer.token_ids(problem) for problem in problems]
     answerer = Answerer.of_policy(policy)
-    return policy.model, answerer, prompts, answerer.greedy(prompts, 12)
+    return policy.model, answerer, prompts, answerer.greedy(prompts, LIMIT)
 
 
 def test_greedy_answers_are_those_of_generate(asked: tuple) -> None:
-    model, _, prompts, answers = asked
+    model, answerer, prompts, answers = asked
     lengths = set()
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt])
         expected = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=LIMIT
         )
         assert answer.token_ids == tuple(expected[0, len(prompt) :].tolist())
         assert len(answer.logps) == len(answer.token_ids)
         lengths.add(len(answer.token_ids))
-    assert 12 in lengths
+    stops = {answer.token_ids[-1] in answerer.stop_ids for answer in answers}
+    assert stops == {True, False}
     assert len(lengths) > 1
 
 

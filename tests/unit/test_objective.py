@@ -20,9 +20,7 @@ from popo_lite.objective.losses import (
 from popo_lite.policy.siamese import Siamese
 from popo_lite.recipe import ObjectiveRecipe
 
-NORMALIZERS = StepNormalizers(
-    prompts=2, positives=3, positive_tokens=12, entropy_tokens=12, max_completion_tokens=10
-)
+NORMALIZERS = StepNormalizers(prompts=2, positives=3, positive_tokens=12, entropy_tokens=12, max_completion_tokens=10)
 
 
 def test_weights_are_a_softmax_of_mean_logps():

@@ -329,7 +329,7 @@ def random_recipe(source: random.Random) -> Recipe:
 
 
 def test_dumping_and_loading_gives_the_same_recipe(tmp_path: Path) -> None:
-    source = random.Random(0)  # noqa: S311
+    source = random.Random(0)
     path = tmp_path / "dumped.toml"
     default = Recipe()
     changed = set()

@@ -132,6 +132,7 @@ def test_a_policy_trained_in_nf4_is_merged_into_the_wide_base_and_its_distance_r
     assert largest_difference(weights_of(report.folder), expected_weights(run.adapter)) < 1e-6
     found = report.verification
     assert found is not None
+    assert (found.trained_base, found.merged_base) == ("nf4", "float32")
     assert 1e-3 < found.mean_difference < 0.1
     assert found.mean_difference < found.worst_difference
     card = (report.folder / "README.md").read_text()
@@ -229,7 +230,7 @@ def test_no_local_path_leaves_the_machine(tmp_path: Path, local_base: Path, what
 
 def test_the_chat_template_of_the_recipe_is_exported(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}<|assistant|>"
-    run = finished_run(tmp_path / "run", PLAIN, f"data.chat_template={template}", "data.system_prompt=Add.")
+    run = finished_run(tmp_path / "run", PLAIN, f'data.chat_template="{template}"', "data.system_prompt=Add.")
     report = export_run(run, prompts=4)
     tokenizer = AutoTokenizer.from_pretrained(report.folder)
     assert tokenizer.chat_template == template
@@ -300,7 +301,7 @@ def test_other_stop_tokens_are_found_out(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_another_chat_template_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}<|assistant|>"
-    run = finished_run(tmp_path / "run", PLAIN, f"data.chat_template={template}")
+    run = finished_run(tmp_path / "run", PLAIN, f'data.chat_template="{template}"')
     write_tokenizer = pipeline.write_tokenizer
     monkeypatch.setattr(
         pipeline, "write_tokenizer", lambda tokenizer, folder, _: write_tokenizer(tokenizer, folder, None)
