@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safetensors import SafetensorError
+
 from popo_lite.errors import ModelError, nearest
 from popo_lite.recipe import LoraRecipe
 from popo_lite.seeding import stream_seed
@@ -26,7 +28,10 @@ def add_adapters(base: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PeftMo
     if recipe.init_from is not None:
         folder = adapter_folder(recipe.init_from, key="lora.init_from")
         _refuse_other_shape(folder, recipe)
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        try:
+            return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        except (SafetensorError, RuntimeError) as error:  # torn file; shapes of another base
+            raise _unreadable(folder, error) from error
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # PEFT says int and takes any number
@@ -77,6 +82,15 @@ def _refuse_other_shape(folder: Path, recipe: LoraRecipe) -> None:
             )
 
 
+def _unreadable(folder: Path, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0]
+    return ModelError(
+        f"the adapter cannot be loaded on this base: {reason}",
+        where=str(folder / ADAPTER_FILE),
+        next_step="check that the file is whole and belongs to the recipe's model.id",
+    )
+
+
 def save_adapter(model: PeftModel, folder: Path, *, base_id: str) -> None:
     """Write the adapter the way PEFT does, naming the base as the recipe does and not by a local path."""
     config = model.peft_config["default"]
@@ -94,7 +108,10 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    result: Any = set_peft_model_state_dict(model, load_file(str(folder / ADAPTER_FILE)))
+    try:
+        result: Any = set_peft_model_state_dict(model, load_file(str(folder / ADAPTER_FILE)))
+    except (SafetensorError, RuntimeError) as error:
+        raise _unreadable(folder, error) from error
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
         raise ModelError(

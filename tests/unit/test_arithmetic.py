@@ -61,6 +61,19 @@ def test_the_teaching_text_has_no_held_out_sum():
         assert not is_held_out(a, b)
 
 
+def test_transformers_reads_the_tokenizer_as_it_was_taught(tiny_recipe):
+    """AutoTokenizer makes it a Qwen2Tokenizer, with a pre-tokenizer of its own; the ids must not differ."""
+    import random
+
+    from tokenizers import Tokenizer
+
+    taught = Tokenizer.from_file(str(TINY_FOLDER / "tokenizer.json"))
+    loaded = load_tokenizer(tiny_recipe().model)
+    source = random.Random(2)
+    for text in (part for _ in range(500) for part in teaching_pair(source)):
+        assert loaded.encode(text) == taught.encode(text).ids
+
+
 def test_working_is_column_addition():
     assert working(47, 85) == "7+5=12, 4+8+1=13"
     assert working(12, 34) == "2+4=6, 1+3=4"

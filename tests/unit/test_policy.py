@@ -267,3 +267,13 @@ def test_heads_of_other_architectures(tiny_recipe, tmp_path, architecture, extra
 
     with pytest.raises(ModelError, match="not known here"):
         _refuse_unknown_head(policy)
+
+
+def test_a_torn_adapter_is_one_clear_error(policy, tiny_recipe, tmp_path):
+    save_adapter(policy.model, tmp_path / "adapter", base_id="tiny")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot be loaded on this base"):
+        load_adapter_weights(policy.model, tmp_path / "adapter")
+    with pytest.raises(ModelError, match="cannot be loaded on this base"):
+        load_policy(tiny_recipe(f'lora.init_from="{tmp_path / "adapter"}"'))
