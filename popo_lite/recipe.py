@@ -209,7 +209,8 @@ class TrainRecipe(Section):
     cpu_threads: Annotated[int, Field(ge=0)] = 0
     """Threads of torch on the CPU; 0 leaves torch's choice. Tiny models are fastest with 1."""
     tokens_per_microbatch: Positive = 8192
-    """Token budget of one forward and backward pass, padding included. Does not change the update."""
+    """Token budget of one forward and backward pass, padding included. Without dropout it does not change the
+    update beyond rounding."""
     logits_chunk_tokens: Positive = 256
     """Tokens whose logits exist at the same time. Does not change the update."""
     gradient_checkpointing: bool = True
@@ -301,6 +302,9 @@ def impossible_combinations(recipe: Recipe) -> Iterator[Combination]:
         why = f"one prompt with its answer may take {longest} tokens; set at least that"
         keys = ("train.tokens_per_microbatch", "rollout.max_prompt_tokens", "rollout.max_completion_tokens")
         yield keys, budget, why
+    if recipe.objective.target_entropy is not None and recipe.objective.beta == 0:
+        why = "is multiplied up and down to reach the target entropy, and 0 stays 0; set a positive start"
+        yield ("objective.beta", "objective.target_entropy"), recipe.objective.beta, why
     if ":" not in recipe.reward.function and recipe.reward.function != "math":
         yield ("reward.function",), recipe.reward.function, 'is neither "math" nor "module:function"'
     reasons = {
@@ -322,6 +326,15 @@ def _impossible_models(recipe: Recipe) -> Iterator[Combination]:
     if model.backend == "unsloth" and wide:
         why = 'unsloth computes in 16 bit; use "bfloat16"'
         yield ("model.dtype", "model.backend"), model.dtype, why
+    if model.backend == "unsloth" and recipe.lora.init_from is not None:
+        why = 'cannot start from an adapter through this backend; use "transformers"'
+        yield ("model.backend", "lora.init_from"), model.backend, why
+    if model.backend == "unsloth" and model.attention != "sdpa":
+        why = "unsloth chooses its attention itself; leave the key out"
+        yield ("model.attention", "model.backend"), model.attention, why
+    if model.backend == "unsloth" and not model.double_quantization:
+        why = "unsloth always quantises the scales; leave the key out"
+        yield ("model.double_quantization", "model.backend"), model.double_quantization, why
     if model.backend == "unsloth" and device == "cpu":
         yield ("model.backend", "train.device"), model.backend, 'needs a CUDA GPU; use "transformers" on a CPU'
     if model.backend == "unsloth" and model.id == "tiny":

@@ -1,6 +1,7 @@
-"""The folder a run leaves behind: its layout, and writing to it so that a killed process loses at most a step.
+"""The folder a run leaves behind: its layout, and writing to it so that a kill leaves nothing half.
 
-recipe.toml, environment.json, metrics.jsonl, samples.jsonl, checkpoints/, adapter/, siamese/, summary.json
+recipe.toml, environment.json, metrics.jsonl, samples.jsonl, evaluations.jsonl, checkpoints/, adapter/, siamese/,
+summary.json
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +34,7 @@ MAY_CHANGE_ON_RESUME = {
     "train.logits_chunk_tokens",
     "train.tokens_per_microbatch",
 }
-"""Settings that change speed or bookkeeping and not what is learned."""
+"""Settings that change speed, bookkeeping and rounding, and nothing else of what is learned."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class RunFolder:
     def samples_path(self) -> Path:
         """A few groups a step, whole."""
         return self.path / "samples.jsonl"
+
+    @property
+    def evaluations_path(self) -> Path:
+        """One line an evaluation on held-out problems."""
+        return self.path / "evaluations.jsonl"
 
     @property
     def summary_path(self) -> Path:
@@ -81,9 +87,9 @@ class RunFolder:
         """Folder of the trained adapter: `weights` is "policy" or "siamese". Raises CheckpointError before the end."""
         folder = self.siamese if weights == "siamese" else self.adapter
         recipe = self.recipe_path
-        if not folder.is_dir():
+        if not self.summary_path.is_file():
             raise CheckpointError(
-                f"the run has not ended, so there is no {folder.name}/ yet",
+                f"the run has not ended, so its {folder.name}/ is not there yet",
                 where=str(self.path),
                 next_step=f"popo-lite train {recipe} --resume --output {self.path}",
             )
@@ -146,10 +152,17 @@ def find_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder
 
 
 def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
-    """Raise CheckpointError where `recipe` would continue the run as another experiment."""
+    """Raise CheckpointError where the run has ended, or `recipe` would continue it as another experiment."""
+    if run.summary_path.is_file():
+        raise CheckpointError(
+            "the run has ended, there is nothing to resume",
+            where=str(run.path),
+            next_step="train on from it in a new run with lora.init_from, or leave --resume out",
+        )
     before, now = _flat(run.recipe()), _flat(recipe)
+    may_change = MAY_CHANGE_ON_RESUME - ({"train.tokens_per_microbatch"} if recipe.lora.dropout else set())
     changed = sorted(
-        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in MAY_CHANGE_ON_RESUME
+        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in may_change
     )
     if changed:
         shown = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed[:5])
@@ -223,20 +236,20 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def keep_lines_before(paths: Iterable[Path], step: int) -> None:
-    """Drop lines of `step` and later: a resumed run writes them again. A torn last line goes too."""
-    for path in paths:
-        if not path.is_file():
-            continue
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                keeps = json.loads(line)["step"] < step
-            except json.JSONDecodeError:
-                keeps = False
-            if keeps:
-                kept.append(line + "\n")
-        write_atomically(path, "".join(kept))
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines of a JSONL file that `keep` refuses: a resumed run writes them again. A torn line goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    # Not str.splitlines: answers may hold separators that it takes for ends of lines.
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            keeps = bool(line) and keep(json.loads(line))
+        except json.JSONDecodeError:
+            keeps = False
+        if keeps:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
 
 
 def write_atomically(path: Path, text: str) -> None:

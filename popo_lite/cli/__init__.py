@@ -35,7 +35,7 @@ def main() -> None:
 
     \b
     popo-lite train tiny_cpu                       the whole method in minutes, on any CPU
-    popo-lite train recipes/qwen_1_5b_lora.toml    Qwen2.5-Math-1.5B on a 24 GB card
+    popo-lite train recipes/qwen_1_5b_lora.toml    Qwen2.5-Math-1.5B on a GPU
     """
 
 

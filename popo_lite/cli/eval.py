@@ -64,7 +64,7 @@ def eval_(
 
     from popo_lite.console.output import progress
     from popo_lite.console.reports import eval_report
-    from popo_lite.evaluation import evaluate
+    from popo_lite.evaluation import evaluate, fitting
     from popo_lite.grading import Grader
     from popo_lite.policy.adapters import load_adapter_weights
     from popo_lite.policy.trained import load_trained_policy
@@ -75,9 +75,9 @@ def eval_(
     if recipe.train.cpu_threads:
         torch.set_num_threads(recipe.train.cpu_threads)
     task = open_tasks(recipe)[1]
-    held_out = task.held_out(count)
     policy = load_trained_policy(recipe, adapters[wanted[0]])
     renderer = Renderer.of(recipe, policy.tokenizer)
+    held_out = fitting(task.held_out(count), renderer, recipe)
     results = []
     sampler = open_sampler(recipe.rollout, policy, text=renderer.text)
     with Grader(recipe.reward) as grader, sampler:
@@ -107,6 +107,7 @@ def eval_(
                             max_completion_tokens=recipe.rollout.max_completion_tokens,
                         ),
                         threshold=recipe.objective.reward_threshold,
+                        max_ungraded_share=recipe.reward.max_ungraded_share,
                         seed=seed,
                         progress=bar,
                     )

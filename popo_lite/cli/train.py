@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -73,11 +74,11 @@ def train(
             if not resume:
                 run = new_run_folder(settings, name, output)
             outcome = trainer.run(run, resume=resume)
+            question = trainer.held_out[0].question if trainer.held_out else ""
     resume_command = f"popo-lite train {run.recipe_path} --resume --output {run.path}"
     if outcome.summary is None:
         click.echo(
-            f"stopped before step {outcome.next_step + 1} of {settings.train.steps}; saved. To go on:\n"
-            f"  {resume_command}",
+            f"stopped after {outcome.next_step} of {settings.train.steps} steps; saved. To go on:\n  {resume_command}",
             err=as_json,
         )
         raise SystemExit(INTERRUPTED)
@@ -87,7 +88,7 @@ def train(
     closing_report(
         outcome.summary,
         [
-            f'popo-lite generate {run.path} "What is 17 + 25?"',
+            f"popo-lite generate {run.path} {shlex.quote(question if 0 < len(question) < 80 else 'your question')}",
             f"popo-lite eval {run.path}",
             f"popo-lite export {run.path}",
         ],

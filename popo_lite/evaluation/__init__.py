@@ -7,14 +7,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from popo_lite.grading import Grader, GradeRequest, ungraded_share
+from popo_lite.grading import Grader, GradeRequest, refuse_ungraded, ungraded_share
 from popo_lite.policy.policy import Policy
+from popo_lite.recipe import Recipe
 from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.tasks import Task
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import EvalResult, FinishReason, Problem
 
-__all__ = ["evaluate", "pass_at_k"]
+__all__ = ["evaluate", "fitting", "pass_at_k"]
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -25,6 +26,13 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     if not 1 <= k <= samples or not 0 <= right <= samples:
         raise ValueError(f"pass@{k} needs 1 <= k <= samples and 0 <= right <= samples, not {right} of {samples}")
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def fitting(problems: Sequence[Problem], renderer: Renderer, recipe: Recipe) -> list[Problem]:
+    """`problems` without those that `data.overlong_prompts = "skip"` leaves out; else all of them."""
+    if recipe.data.overlong_prompts == "error":
+        return list(problems)
+    return [problem for problem in problems if renderer.fits(problem)]
 
 
 def evaluate(
@@ -39,13 +47,15 @@ def evaluate(
     samples_per_problem: int,
     params: SamplingParams,
     threshold: float,
+    max_ungraded_share: float,
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> EvalResult:
     """Sample `samples_per_problem` answers to every problem and grade them.
 
     The random streams depend on `seed` and the problem alone, so two policies are compared on the same draws.
-    `weights` names what is measured in the result.
+    `weights` names what is measured in the result. Raises GradingError where more than `max_ungraded_share` of the
+    answers cannot be graded: counted as wrong, a broken grader would look like a bad model.
     """
     start = time.perf_counter()
     answers = sampler.sample(
@@ -64,6 +74,7 @@ def evaluate(
             for completion in completions
         ]
     )
+    refuse_ungraded(rewards, max_ungraded_share, f"evaluation of the {weights}")
     right = [
         sum(reward.value > threshold for reward in rewards[start : start + samples_per_problem])
         for start in range(0, len(rewards), samples_per_problem)

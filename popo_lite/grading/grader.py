@@ -86,8 +86,8 @@ def ungraded_share(rewards: Sequence[Reward]) -> float:
     return sum(not reward.outcome.is_graded for reward in rewards) / len(rewards) if rewards else 0.0
 
 
-def refuse_ungraded(rewards: Sequence[Reward], limit: float, step: int) -> None:
-    """Raise GradingError where more than the share `limit` of a step could not be graded.
+def refuse_ungraded(rewards: Sequence[Reward], limit: float, where: str) -> None:
+    """Raise GradingError where more than the share `limit` of `rewards` is no verdict. `where` says whose they are.
 
     To a positive-only objective a broken grader looks like a hard task; training on would hide it.
     """
@@ -99,7 +99,7 @@ def refuse_ungraded(rewards: Sequence[Reward], limit: float, step: int) -> None:
     raise GradingError(
         f"{len(ungraded)} of {len(rewards)} answers could not be graded ({counts}), more than "
         f"reward.max_ungraded_share = {limit:g} allows; the first: {' | '.join(details)}",
-        where=f"step {step}",
+        where=where,
         next_step="for timeouts raise reward.timeout_seconds or lower reward.max_answer_characters; "
         "for errors correct reward.function or the data it names",
     )

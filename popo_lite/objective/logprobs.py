@@ -51,6 +51,7 @@ class Head:
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, V] in `compute_dtype`; 16-bit operands are accumulated and returned in float32."""
+        hidden = hidden.to(self.weight.dtype)
         if self.weight.dtype == self.compute_dtype:
             logits = hidden @ self.weight.T
         elif self.weight.is_cuda:
@@ -125,11 +126,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
 def token_logprobs(hidden: Tensor, targets: Tensor, head: Head, *, chunk: int = 256) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each distribution, both differentiable in `hidden`.
 
-    `hidden` [N, D] in the head's dtype, `targets` [N] token ids; returns two [N] tensors in nats, float32 (float64
-    for a float64 head). At most `chunk` x V logits exist at a time. With N = 0 both are empty and still on the graph.
+    `hidden` [N, D], cast to the head's dtype, `targets` [N] token ids; returns two [N] tensors in nats, float32
+    (float64 for a float64 head). At most `chunk` x V logits exist at a time. With N = 0 both are empty and
+    still on the graph.
     """
-    if hidden.dtype != head.weight.dtype:
-        hidden = hidden.to(head.weight.dtype)
     return cast("tuple[Tensor, Tensor]", _ChunkedLogprobs.apply(hidden, targets, head, chunk))  # type: ignore[no-untyped-call]
 
 

@@ -6,6 +6,7 @@ micro-batches, however it is cut.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -112,8 +113,12 @@ def popo_loss(
 
 
 def steered_beta(beta: float, entropy: float, recipe: ObjectiveRecipe) -> float:
-    """The next step's beta: constant, or moved towards `target_entropy` in log space (an integral controller)."""
+    """The next step's beta: constant, or moved towards `target_entropy` in log space (an integral controller).
+
+    It stays within a factor of 100 of the recipe's beta, or it would wind up while the target is out of reach.
+    """
     if recipe.target_entropy is None:
         return beta
     error = (recipe.target_entropy - entropy) / recipe.target_entropy
-    return beta * float(torch.exp(torch.tensor(recipe.beta_gain * max(-1.0, min(1.0, error)), dtype=torch.float64)))
+    moved = beta * math.exp(recipe.beta_gain * max(-1.0, min(1.0, error)))
+    return max(recipe.beta / 100, min(recipe.beta * 100, moved))

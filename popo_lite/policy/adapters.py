@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from safetensors import SafetensorError
 
 from popo_lite.errors import ModelError, nearest
@@ -27,7 +26,7 @@ def add_adapters(base: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PeftMo
 
     if recipe.init_from is not None:
         folder = adapter_folder(recipe.init_from, key="lora.init_from")
-        _refuse_other_shape(folder, recipe)
+        _refuse_other_shape(folder, recipe, base)
         try:
             return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
         except (SafetensorError, RuntimeError) as error:  # torn file; shapes of another base
@@ -46,7 +45,7 @@ def add_adapters(base: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PeftMo
     try:
         return get_peft_model(base, config)
     except ValueError as error:
-        names = {name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+        names = linear_names(base)
         wanted = recipe.targets if isinstance(recipe.targets, str) else recipe.targets[0]
         hint = nearest(wanted, names)
         raise ModelError(
@@ -69,17 +68,42 @@ def adapter_folder(path: str | Path, *, key: str) -> Path:
     return folder
 
 
-def _refuse_other_shape(folder: Path, recipe: LoraRecipe) -> None:
-    """The loaded adapter brings its own rank and scale, so a recipe that names others would not be what runs."""
+def _refuse_other_shape(folder: Path, recipe: LoraRecipe, base: PreTrainedModel) -> None:
+    """The loaded adapter brings its own settings, so a recipe that names others would not be what runs."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    pairs = (("rank", "r"), ("alpha", "lora_alpha"), ("rslora", "use_rslora"), ("dora", "use_dora"))
-    for key, theirs in pairs:
+    keys = (
+        ("rank", "r"),
+        ("alpha", "lora_alpha"),
+        ("dropout", "lora_dropout"),
+        ("rslora", "use_rslora"),
+        ("dora", "use_dora"),
+    )
+    for key, theirs in keys:
         if getattr(recipe, key) != config.get(theirs, False):
             raise ModelError(
                 f"the adapter in {folder} was made with {theirs} = {config.get(theirs)}",
                 where=f"lora.{key} = {getattr(recipe, key)}",
                 next_step=f"--set lora.{key}={json.dumps(config.get(theirs))}",
             )
+    wanted = linear_names(base) if recipe.targets == "all-linear" else {name.split(".")[-1] for name in recipe.targets}
+    made_for = config.get("target_modules") or ()
+    found = {name.split(".")[-1] for name in ([made_for] if isinstance(made_for, str) else made_for)}
+    if found != wanted:
+        raise ModelError(
+            f"the adapter in {folder} was made for {', '.join(sorted(found))}",
+            where=f"lora.targets = {recipe.targets!r}",
+            next_step=f"--set 'lora.targets={json.dumps(sorted(found))}'",
+        )
+
+
+def linear_names(base: PreTrainedModel) -> set[str]:
+    """Last names of the linear layers that `all-linear` means: all but the LM head."""
+    head = base.get_output_embeddings()
+    return {
+        name.split(".")[-1]
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
 
 
 def _unreadable(folder: Path, error: Exception) -> ModelError:

@@ -13,7 +13,7 @@ from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import LoraRecipe, ModelRecipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def quiet_libraries() -> None:
@@ -105,37 +105,56 @@ def import_unsloth() -> None:
 
 
 def load_unsloth(
-    recipe: ModelRecipe, lora: LoraRecipe, *, context_tokens: int, seed: int
+    recipe: ModelRecipe, lora: LoraRecipe, *, sequence_tokens: int, seed: int, gradient_checkpointing: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Base with adapters and tokenizer through unsloth. Raises ModelError where it cannot run here."""
     import_unsloth()
     from unsloth import FastLanguageModel
 
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name=recipe.id,
-        revision=recipe.revision,
-        max_seq_length=context_tokens,
-        dtype=getattr(torch, recipe.dtype),
-        load_in_4bit=recipe.quantization == "nf4",
-        trust_remote_code=recipe.trust_remote_code,
-        use_gradient_checkpointing="unsloth",
-    )
+    checkpointing = "unsloth" if gradient_checkpointing else False
     targets = lora.targets
     if targets == "all-linear":
         targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    try:
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            model_name=model_source(recipe),
+            revision=recipe.revision,
+            max_seq_length=sequence_tokens,
+            dtype=getattr(torch, recipe.dtype),
+            load_in_4bit=recipe.quantization == "nf4",
+            trust_remote_code=recipe.trust_remote_code,
+            use_gradient_checkpointing=checkpointing,
+            use_exact_model_name=True,  # or it would take a repository of its own in place of the recipe's
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded(recipe, "model", error) from error
     model = FastLanguageModel.get_peft_model(
         model,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(targets) if not isinstance(targets, str) else targets,
+        target_modules=list(targets),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         bias="none",
         random_state=seed,
-        use_gradient_checkpointing="unsloth",
+        use_gradient_checkpointing=checkpointing,
     )
     return model, tokenizer
+
+
+def load_config(recipe: ModelRecipe) -> PreTrainedConfig:
+    """The model's config alone. Raises ModelError where it cannot be had."""
+    from transformers import AutoConfig
+
+    quiet_libraries()
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            model_source(recipe), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded(recipe, "config", error) from error
+    return config
 
 
 def quantized_modules(model: torch.nn.Module) -> int:
@@ -171,6 +190,12 @@ def _nf4_config(recipe: ModelRecipe, dtype: torch.dtype) -> Any:
 
 def _not_loaded(recipe: ModelRecipe, part: str, error: Exception) -> ModelError:
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, ImportError):
+        return ModelError(
+            f"the {part} of {recipe.id} needs a package that is not here: {reason}",
+            where="model",
+            next_step='install it, or use model.attention = "sdpa" where it is flash-attention that is missing',
+        )
     return ModelError(
         f"the {part} of {recipe.id} could not be loaded: {reason}",
         where="model.id",

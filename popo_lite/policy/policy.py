@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +11,14 @@ from torch import Tensor, nn
 from popo_lite.errors import ModelError
 from popo_lite.objective.logprobs import Head
 from popo_lite.policy.adapters import add_adapters
-from popo_lite.policy.load import load_base, load_tokenizer, load_unsloth, pick_device, quantized_modules
+from popo_lite.policy.load import (
+    load_base,
+    load_config,
+    load_tokenizer,
+    load_unsloth,
+    pick_device,
+    quantized_modules,
+)
 from popo_lite.policy.predictor import PredictorHead
 from popo_lite.recipe import Recipe
 from popo_lite.seeding import stream_seed
@@ -59,19 +65,20 @@ class Policy:
 def load_policy(recipe: Recipe) -> Policy:
     """Base, adapters and head as the recipe says. Raises ModelError where the model does not fit the recipe."""
     device = pick_device(recipe.train.device)
+    # Before gigabytes are read, and before unsloth would stretch the context with another rotary scaling.
+    _refuse_beyond_context(recipe, _context_tokens(load_config(recipe.model)))
     if recipe.model.backend == "unsloth":
         model, tokenizer = load_unsloth(
             recipe.model,
             recipe.lora,
-            context_tokens=recipe.rollout.max_prompt_tokens + recipe.rollout.max_completion_tokens,
+            sequence_tokens=recipe.rollout.max_prompt_tokens + recipe.rollout.max_completion_tokens,
             seed=stream_seed("adapters", recipe.train.seed) % 2**31,
+            gradient_checkpointing=recipe.train.gradient_checkpointing,
         )
         peft_model = cast("PeftModel", model)
     else:
         tokenizer = load_tokenizer(recipe.model)
         base = load_base(recipe.model, device)
-        context = _context_tokens(base.config)
-        _refuse_beyond_context(recipe, context)
         peft_model = add_adapters(base, recipe.lora, recipe.train.seed)
         if recipe.train.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -97,7 +104,7 @@ def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Re
         predictor=predictor,
         head=head,
         device=device,
-        stop_ids=frozenset(_stop_ids(base, tokenizer)),
+        stop_ids=stop_ids_of(base, tokenizer, recipe.data.chat_template),
         pad_id=cast("int", tokenizer.pad_token_id),
         context_tokens=_context_tokens(base.config),
         quantized_modules=quantized_modules(model),
@@ -142,8 +149,9 @@ def _refuse_unknown_head(policy: Policy) -> None:
     expected = policy.model(input_ids=ids, attention_mask=mask).logits[0]
     found, _ = policy.head.logits(policy.hidden_states(ids, mask)[0])
     found = found * policy.head.temperature
-    # The model may round its logits to 16 bit, ours are not rounded.
-    tolerance = 8 * torch.finfo(expected.dtype).eps * float(expected.abs().max().clamp(min=1.0))
+    # The model may round its logits to the head's precision, ours are not rounded; half an eps is the most that does.
+    eps = max(torch.finfo(dtype).eps for dtype in (expected.dtype, policy.head.weight.dtype))
+    tolerance = 2 * eps * float(expected.abs().max().clamp(min=1.0))
     gap = float((found - expected).abs().max())
     if gap > max(tolerance, 1e-4):
         raise ModelError(
@@ -154,12 +162,36 @@ def _refuse_unknown_head(policy: Policy) -> None:
         )
 
 
-def _stop_ids(base: Any, tokenizer: PreTrainedTokenizerBase) -> Iterable[int]:
-    """Every id that ends an answer: models often have several, and one left out makes answers run on."""
+def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> frozenset[int]:
+    """Every id that ends an answer: all EOS ids of model and tokenizer, and the token that ends a turn in the chat.
+
+    A base model's EOS is often not its template's end of turn. Answers would run on into a next turn, unseen as
+    special tokens are not shown, and positives would be trained on it. Raises ModelError where nothing ends an answer.
+    """
+    found: set[int] = set()
     for owner in (base.generation_config, base.config, tokenizer):
-        found = getattr(owner, "eos_token_id", None)
-        if found is not None:
-            yield from [found] if isinstance(found, int) else found
+        ids = getattr(owner, "eos_token_id", None)
+        if ids is not None:
+            found.update([ids] if isinstance(ids, int) else ids)
+    template = chat_template or tokenizer.chat_template
+    if template:
+        text = str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}],
+                chat_template=template,
+                tokenize=False,
+            )
+        )
+        after = tokenizer.encode(text.rpartition("answer")[2], add_special_tokens=False)
+        if after and after[0] in tokenizer.all_special_ids:
+            found.add(after[0])
+    if not found:
+        raise ModelError(
+            "neither model, tokenizer nor chat template names a token that ends an answer",
+            where="model.id",
+            next_step="give the model an eos_token_id in generation_config.json",
+        )
+    return frozenset(found)
 
 
 def _context_tokens(config: Any) -> int:

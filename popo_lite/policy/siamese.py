@@ -5,7 +5,6 @@ Note that averaging the LoRA factors A and B is not averaging the product BA.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -69,7 +68,7 @@ class Siamese:
     def drift(self) -> float:
         """||theta - xi||, global L2 norm over all averaged weights."""
         differences = torch._foreach_sub([p.detach() for p in self._live], self._average)
-        return math.sqrt(sum(float(norm) ** 2 for norm in torch._foreach_norm(differences)))
+        return float(torch.stack(torch._foreach_norm(differences)).double().norm())
 
     def drift_bound(self) -> float:
         """Lemma 3.2: drift <= tau * (largest update norm so far) / (1 - tau), for any optimizer."""

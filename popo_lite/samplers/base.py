@@ -46,8 +46,9 @@ class Sampler(Protocol):
         """`count` completions for each prompt, in order.
 
         Sample i of a prompt draws from the random stream of (*stream, problem id, i) alone, so what else is in the
-        batch changes nothing beyond rounding. `finished` is told how many sequences have just ended. Raises
-        StalePolicyError where `policy_version` is not the sampler's.
+        batch changes nothing beyond rounding. `finished` is told, often and also when it is none, how many sequences
+        have just ended; it may raise.
+        Raises StalePolicyError where `policy_version` is not the sampler's.
         """
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from popo_lite.errors import EngineError
 from popo_lite.policy.policy import Policy
 from popo_lite.samplers.base import SamplingParams, refuse_stale
 from popo_lite.seeding import stream_seed
@@ -115,30 +117,36 @@ class HFSampler:
         hidden, cache, mask = self._prefill(prompts, sequences)
         running = list(sequences)
         uniforms = torch.from_numpy(np.stack([sequence.uniforms for sequence in sequences])).to(device)
-        stop_ids = torch.tensor(sorted(self._policy.stop_ids), device=device)
-        alive = torch.ones(len(sequences), dtype=torch.bool, device=device)
+        alive = [True] * len(running)
         for position in range(params.max_completion_tokens):
             tokens, logps = _draw(self._next_logp(hidden, params.temperature), uniforms[:, position])
-            stopped = torch.isin(tokens, stop_ids)
-            for sequence, token, logp, is_alive, stops in zip(
-                running, tokens.tolist(), logps.tolist(), alive.tolist(), stopped.tolist(), strict=True
-            ):
-                if is_alive:
-                    sequence.token_ids.append(token)
-                    sequence.logps.append(logp)
-                    sequence.stopped = stops
-            ended = int((alive & stopped).sum())
-            alive &= ~stopped
-            if finished is not None and ended:
+            # One transfer a token; float64 holds every token id exactly.
+            drawn = torch.stack([tokens.double(), logps.double()]).tolist()
+            ended = 0
+            for row, (sequence, token, logp) in enumerate(zip(running, *drawn, strict=True)):
+                if not alive[row]:
+                    continue
+                if not math.isfinite(logp):
+                    raise EngineError(
+                        "the model's log-probs are not finite, so its weights or activations are not either",
+                        where=f"problem {prompts[sequence.prompt_index].problem.id}",
+                        next_step="go back to an earlier checkpoint with a lower optimizer.learning_rate",
+                    )
+                sequence.token_ids.append(int(token))
+                sequence.logps.append(logp)
+                sequence.stopped = int(token) in self._policy.stop_ids
+                alive[row] = not sequence.stopped
+                ended += sequence.stopped
+            if finished is not None:
                 finished(ended)
-            count_alive = int(alive.sum())
-            if count_alive == 0 or position + 1 == params.max_completion_tokens:
+            if not any(alive) or position + 1 == params.max_completion_tokens:
                 break
-            if count_alive <= COMPACT_BELOW * len(running):
-                keep = alive.nonzero().squeeze(-1)
-                running = [running[index] for index in keep.tolist()]
-                cache.batch_select_indices(keep)
-                tokens, mask, uniforms, alive = tokens[keep], mask[keep], uniforms[keep], alive[keep]
+            if sum(alive) <= COMPACT_BELOW * len(running):
+                keep = [row for row, is_alive in enumerate(alive) if is_alive]
+                running, alive = [running[row] for row in keep], [True] * len(keep)
+                rows = torch.tensor(keep, device=device)
+                cache = _rows_of(cache, rows)
+                tokens, mask, uniforms = tokens[rows], mask[rows], uniforms[rows]
             mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
             output = self._policy.trunk(
                 input_ids=tokens[:, None],
@@ -147,14 +155,12 @@ class HFSampler:
                 past_key_values=cache,
                 use_cache=True,
             )
-            hidden = output.last_hidden_state[:, -1]
-        if finished is not None and bool(alive.any()):
-            finished(int(alive.sum()))
+            hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
+        if finished is not None and any(alive):
+            finished(sum(alive))
 
     def _prefill(self, prompts: Sequence[Prompt], sequences: Sequence[_Sequence]) -> tuple[Tensor, Any, Tensor]:
         """Run each distinct prompt once and repeat its cache for its samples: (hidden [B, D], cache, mask [B, T])."""
-        from transformers import DynamicCache
-
         device = self._policy.device
         distinct = list(dict.fromkeys(sequence.prompt_index for sequence in sequences))
         row_of = {prompt_index: row for row, prompt_index in enumerate(distinct)}
@@ -166,24 +172,25 @@ class HFSampler:
             ids[row, width - length :] = torch.tensor(prompts[index].token_ids)
             mask[row, width - length :] = 1
         ids, mask = ids.to(device), mask.to(device)
-        config: Any = self._policy.trunk.config
-        cache = DynamicCache(config=config)
         output = self._policy.trunk(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0), use_cache=True
         )
         rows = torch.tensor([row_of[sequence.prompt_index] for sequence in sequences], device=device)
-        cache.batch_select_indices(rows)
-        return output.last_hidden_state[:, -1][rows], cache, mask[rows]
+        return output.last_hidden_state[:, -1][rows], _rows_of(output.past_key_values, rows), mask[rows]
 
     def _next_logp(self, hidden: Tensor, temperature: float) -> Tensor:
         """[B, D] -> log-probs of the next token [B, V] under the sampling temperature."""
         head = self._policy.head
         z, _ = head.logits(hidden)
         return torch.log_softmax(z * (head.temperature / temperature), dim=-1)
+
+
+def _rows_of(cache: Any, rows: Tensor) -> Any:
+    """The cache of the sequences `rows`; transformers' caches, or the nested tuples of patched models."""
+    if hasattr(cache, "batch_select_indices"):
+        cache.batch_select_indices(rows)
+        return cache
+    return tuple(tuple(part[rows] for part in layer) for layer in cache)
 
 
 def _uniforms(count: int, key: tuple[int | str, ...]) -> Any:

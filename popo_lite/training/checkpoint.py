@@ -21,6 +21,7 @@ from popo_lite.errors import CheckpointError
 from popo_lite.policy.adapters import load_adapter_weights, save_adapter
 from popo_lite.policy.policy import Policy
 from popo_lite.policy.siamese import Siamese
+from popo_lite.run_folder import write_atomically
 
 _PREFIX = "step-"
 _OPTIMIZER, _PREDICTOR, _SIAMESE, _CURSOR = (
@@ -56,23 +57,22 @@ def save_checkpoint(
 ) -> Path:
     """Write `parent/step-NNNNNN` and drop all but the newest `keep`. A folder with that name is always complete."""
     target = parent / f"{_PREFIX}{cursor.next_step:06d}"
+    content = {"cursor": cursor.__dict__, "policy_version": policy.version}
+    averages, siamese_scalars = siamese.state()
+    tensors, plain = _split_optimizer_state(optimizer)
+    content |= {"siamese": siamese_scalars, "optimizer": plain}
     if target.is_dir():
-        return target  # the state after a step is a function of the step, so it is this one
+        # Weights after a step are a function of the step; only times and evaluations can have moved on.
+        write_atomically(target / _CURSOR, json.dumps(content, indent=2) + "\n")
+        return target
+    for leftover in parent.glob(f".{_PREFIX}*"):  # of a process that was killed while saving
+        shutil.rmtree(leftover)
     partial = parent / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_adapter(policy.model, partial / "adapter", base_id=base_id)
     save_file(_on_cpu(policy.predictor.state_dict()), str(partial / _PREDICTOR))
-    averages, scalars = siamese.state()
     save_file(_on_cpu(averages), str(partial / _SIAMESE))
-    tensors, plain = _split_optimizer_state(optimizer)
     save_file(_on_cpu(tensors), str(partial / _OPTIMIZER))
-    content = {
-        "cursor": cursor.__dict__,
-        "siamese": scalars,
-        "optimizer": plain,
-        "policy_version": policy.version,
-    }
     (partial / _CURSOR).write_text(json.dumps(content, indent=2) + "\n")
     for file in partial.rglob("*"):
         if file.is_file():
@@ -80,7 +80,8 @@ def save_checkpoint(
     partial.replace(target)
     _sync_to_disk(parent)
     for old in checkpoint_folders(parent)[:-keep]:
-        shutil.rmtree(old)
+        # Renamed first: a folder under a checkpoint's name is whole, also while it is being deleted.
+        shutil.rmtree(old.rename(parent / f".{old.name}.old"))
     return target
 
 
@@ -107,16 +108,10 @@ def checkpoint_folders(parent: Path) -> list[Path]:
     return sorted(parent.glob(f"{_PREFIX}*")) if parent.is_dir() else []
 
 
-def latest_checkpoint(parent: Path) -> Path:
-    """The newest checkpoint. Raises CheckpointError where there is none."""
+def latest_checkpoint(parent: Path) -> Path | None:
+    """The newest checkpoint, if there is one."""
     folders = checkpoint_folders(parent)
-    if not folders:
-        raise CheckpointError(
-            "no checkpoint was written before this run ended",
-            where=str(parent),
-            next_step="leave --resume out to start the run anew",
-        )
-    return folders[-1]
+    return folders[-1] if folders else None
 
 
 def _split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,26 +1,29 @@
-"""Ctrl-C during training: once finishes the step, twice abandons it; never in the middle of an update."""
+"""Ctrl-C during training: once finishes the step, twice abandons it, and never in the middle of an update."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
 
 class StopRequested(Exception):  # noqa: N818  # a request, not an error
-    """The step in progress is to be abandoned. Raised at a place where no weight has changed yet."""
+    """The step in progress is to be abandoned."""
 
 
 class Interrupts:
-    """Catches SIGINT and SIGTERM while it is entered. Outside the main thread it catches nothing."""
+    """Notes SIGINT and SIGTERM while it is entered. Outside the main thread it notes nothing.
+
+    A signal never raises by itself, as it may come while weights are swapped or half updated; `check` does, at
+    the places that call it.
+    """
 
     def __init__(self, notify: Callable[[str], None]) -> None:
         self.requested = False
+        self._abandon = False
         self._notify = notify
-        self._protected = False
         self._previous: dict[int, signal.Handlers | Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> Self:
@@ -34,18 +37,13 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if not self.requested:
+        if self.requested:
+            self._abandon = True
+        else:
             self.requested = True
             self._notify("finishing this step, then saving; Ctrl-C again abandons the step and saves")
-            return
-        if not self._protected:
-            raise StopRequested
 
-    @contextmanager
-    def protected(self) -> Iterator[None]:
-        """Within, a second signal is as patient as the first: weights, siamese, version and record belong together."""
-        self._protected = True
-        try:
-            yield
-        finally:
-            self._protected = False
+    def check(self) -> None:
+        """Raise StopRequested where a second signal has come. To be called where no weight is half changed."""
+        if self._abandon:
+            raise StopRequested

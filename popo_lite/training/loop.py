@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from popo_lite.console.base import RunView
-from popo_lite.evaluation import evaluate
+from popo_lite.errors import EngineError, PopoError
+from popo_lite.evaluation import evaluate, fitting
 from popo_lite.grading import Grader, GradeRequest, refuse_ungraded
 from popo_lite.objective.logprobs import token_logprobs
 from popo_lite.objective.losses import LossTerms, noisy_target, popo_loss, steered_beta
@@ -30,7 +31,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.run_folder import (
     RunFolder,
     append_line,
-    keep_lines_before,
+    keep_lines,
     peak_memory_bytes,
     start_files,
     write_atomically,
@@ -96,6 +97,8 @@ class Trainer:
             seconds={},
             before=None,
         )
+        self.interrupts = Interrupts(view.message)
+        self._whole = True
         self._skipped_in_a_row = 0
 
     def __enter__(self) -> Self:
@@ -111,33 +114,37 @@ class Trainer:
         self.run_folder = folder
         if resume:
             self._restore()
-        else:
-            start_files(self.run_folder, self.recipe, self.policy.device)
+        start_files(folder, self.recipe, self.policy.device)
         steps = self.recipe.train.steps
         self.view.start(
-            title=f"{self.run_folder.path.name}",
-            facts=self._facts(),
-            total_steps=steps,
-            first_step=self.cursor.next_step,
+            title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=self.cursor.next_step
         )
-        after = None
-        with Interrupts(self.view.message) as interrupts:
+        with self.interrupts as interrupts:
             try:
-                if self.cursor.before is None and self.held_out and self.cursor.next_step == 0:
+                if self.cursor.before is None and self.held_out:
                     self._set_cursor(before=asdict(self._evaluate("before")))
                 while self.cursor.next_step < steps and not interrupts.requested:
-                    self.train_step(self.cursor.next_step, interrupts)
+                    self.train_step(self.cursor.next_step)
                     self._after_step()
-                if self.held_out and not interrupts.requested:
-                    after = asdict(self._evaluate("after"))
+                if not interrupts.requested:
+                    after = asdict(self._evaluate("after")) if self.held_out else None
+                    return RunOutcome(summary=self._finish(after), next_step=steps)
             except StopRequested:
-                self.optimizer.zero_grad(set_to_none=True)
-            if interrupts.requested:
-                self._checkpoint()
-                return RunOutcome(summary=None, next_step=self.cursor.next_step)
-        return RunOutcome(summary=self._finish(after), next_step=steps)
+                pass
+            except torch.OutOfMemoryError as error:
+                self._save_what_is_whole()
+                raise EngineError(
+                    "the GPU ran out of memory; the steps before this one are saved",
+                    where=f"step {self.cursor.next_step}",
+                    next_step="lower rollout.batch_size or train.tokens_per_microbatch, then resume",
+                ) from error
+            except PopoError:
+                self._save_what_is_whole()
+                raise
+            self._save_what_is_whole()
+        return RunOutcome(summary=None, next_step=self.cursor.next_step)
 
-    def train_step(self, step: int, interrupts: Interrupts) -> None:
+    def train_step(self, step: int) -> None:
         """One step, read top to bottom: problems, rollouts, rewards, weights, siamese features, update, sync."""
         clock = StageClock(self.view, self._synchronize)
         # All that torch draws in a step (LoRA dropout) follows from the step, so a resumed run needs no state.
@@ -165,16 +172,17 @@ class Trainer:
                 else:
                     figures, skipped = None, "the gradient is not finite"
 
-        # From here to the written line nothing may come between, or a resumed run would take the step twice.
-        with interrupts.protected():
-            if figures is not None:
-                with clock("update"):
-                    self._apply(step, figures)
-            self.optimizer.zero_grad(set_to_none=True)
-            with clock("sync"):
-                self.sampler.sync(self.policy.version)
-            record = self._record(step, groups, plan, figures, skipped, clock)
-            self._write_step(record, groups)
+        # From here to the written line weights and cursor belong to different steps: nothing may save or stop.
+        self._whole = False
+        if figures is not None:
+            with clock("update"):
+                self._apply(step, figures)
+        self.optimizer.zero_grad(set_to_none=True)
+        with clock("sync"):
+            self.sampler.sync(self.policy.version)
+        record = self._record(step, groups, plan, figures, skipped, clock)
+        self._write_step(record, groups)
+        self._whole = True
 
     # ------------------------------------------------------------------ the stages of a step
 
@@ -192,7 +200,7 @@ class Trainer:
             params=self._sampling(self.recipe.rollout.temperature),
             policy_version=self.policy.version,
             stream=("rollout", self.recipe.train.seed, step),
-            finished=self.view.advance,
+            finished=self._advance,
         )
 
     def _grade(self, step: int, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Group]:
@@ -204,7 +212,7 @@ class Trainer:
         rewards = self.grader.grade(
             [GradeRequest(text=completion.text, problem=prompt.problem) for prompt, _, completion in pairs]
         )
-        refuse_ungraded(rewards, self.recipe.reward.max_ungraded_share, step)
+        refuse_ungraded(rewards, self.recipe.reward.max_ungraded_share, f"step {step}")
         rollouts = [
             Rollout(
                 prompt=prompt, completion=completion, reward=reward, policy_version=self.policy.version, index=index
@@ -277,7 +285,7 @@ class Trainer:
             terms = self._loss(plan, batch, target, figures)
             terms.total.backward()
             figures.add(terms)
-            self.view.advance(len(batch.members))
+            self._advance(len(batch.members))
         parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
         figures.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.max_grad_norm))
         return figures
@@ -377,19 +385,27 @@ class Trainer:
         self.view.step(record)
         self.view.samples(sample_views(record.step, groups, self.recipe.objective.reward_threshold, max(count, 1)))
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record.skipped_reason else 0
-        if self._skipped_in_a_row % QUIET_STEPS == 0 and record.skipped_reason:
-            self.view.message(
-                f"{self._skipped_in_a_row} steps in a row changed nothing: {record.skipped_reason}. Easier problems "
-                "(data.filter), a larger rollout.group_size, or a warm start (lora.init_from) give positives"
+        if self._skipped_in_a_row and self._skipped_in_a_row % QUIET_STEPS == 0:
+            advice = (
+                "easier problems (data.filter), a larger rollout.group_size or a warm start (lora.init_from) give some"
+                if not record.positives
+                else "lower optimizer.learning_rate and start again from an earlier checkpoint"
             )
+            self.view.message(f"{self._skipped_in_a_row} steps changed nothing: {record.skipped_reason}; {advice}")
 
     def _after_step(self) -> None:
-        """Checkpoint and evaluation where they are due."""
+        """Evaluation and checkpoint where they are due, in this order: a checkpoint covers what is on record."""
         done, train, every = self.cursor.next_step, self.recipe.train, self.recipe.eval.every
-        if done % train.checkpoint_every == 0 or done == train.steps:
-            self._checkpoint()
         if every and done % every == 0 and done < train.steps and self.held_out:
             self._evaluate(f"step {done}")
+        if done % train.checkpoint_every == 0 or done == train.steps:
+            self._checkpoint()
+
+    def _save_what_is_whole(self) -> None:
+        """Checkpoint the last completed step, unless an error struck between its update and its record."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._whole:
+            self._checkpoint()
 
     def _checkpoint(self) -> None:
         self.view.stage("checkpoint")
@@ -407,14 +423,22 @@ class Trainer:
         self.view.message(f"checkpoint: {folder}")
 
     def _restore(self) -> None:
-        self.cursor = load_checkpoint(
-            latest_checkpoint(self.run_folder.checkpoints),
-            policy=self.policy,
-            siamese=self.siamese,
-            optimizer=self.optimizer,
+        """Go back to the newest checkpoint; to step 0 where the run was killed before its first."""
+        checkpoint = latest_checkpoint(self.run_folder.checkpoints)
+        if checkpoint is not None:
+            self.cursor = load_checkpoint(
+                checkpoint, policy=self.policy, siamese=self.siamese, optimizer=self.optimizer
+            )
+            self.sampler.sync(self.policy.version)
+        done, before = self.cursor.next_step, self.cursor.before
+        for path in (self.run_folder.metrics_path, self.run_folder.samples_path):
+            keep_lines(path, lambda line: line["step"] < done)
+        keep_lines(
+            self.run_folder.evaluations_path,
+            lambda line: before is not None
+            if line["when"] == "before"
+            else line["when"] != "after" and line["step"] <= done,
         )
-        self.sampler.sync(self.policy.version)
-        keep_lines_before((self.run_folder.metrics_path, self.run_folder.samples_path), self.cursor.next_step)
 
     def _evaluate(self, when: str) -> EvalResult:
         self.view.stage("evaluate", total=len(self.held_out) * self.recipe.eval.samples_per_problem)
@@ -429,12 +453,11 @@ class Trainer:
             samples_per_problem=self.recipe.eval.samples_per_problem,
             params=self._sampling(self.recipe.eval.temperature),
             threshold=self.recipe.objective.reward_threshold,
+            max_ungraded_share=self.recipe.reward.max_ungraded_share,
             seed=self.recipe.train.seed,
-            progress=self.view.advance,
+            progress=self._advance,
         )
-        append_line(
-            self.run_folder.path / "evaluations.jsonl", {"when": when, "step": self.cursor.next_step, **asdict(result)}
-        )
+        append_line(self.run_folder.evaluations_path, {"when": when, "step": self.cursor.next_step, **asdict(result)})
         self._set_cursor(seconds=_added(self.cursor.seconds, {"evaluate": result.seconds}))
         self.view.message(f"{when}: pass@1 {result.pass_at_1:.1%} of {result.problems} held-out problems")
         return result
@@ -473,6 +496,7 @@ class Trainer:
             "siamese": f"+{self.siamese.extra_bytes / 2**20:.2f} MiB",
             "data": self.train_task.name,
             "rollouts": f"{self.engine}, {self.recipe.data.prompts_per_step} x {self.recipe.rollout.group_size}",
+            "stops at": " ".join(self.policy.tokenizer.convert_ids_to_tokens(sorted(self.policy.stop_ids))),
             "device": str(self.policy.device),
             "folder": str(self.run_folder.path),
         }
@@ -481,8 +505,8 @@ class Trainer:
         """Find prompts that are too long now and not at step 400."""
         if self.recipe.data.overlong_prompts == "skip":
             dropped = self.train_task.drop_training(lambda problem: not self.renderer.fits(problem))
-            fitting = [problem for problem in self.held_out if self.renderer.fits(problem)]
-            left_out, self.held_out = len(self.held_out) - len(fitting), fitting
+            asked, self.held_out = len(self.held_out), fitting(self.held_out, self.renderer, self.recipe)
+            left_out = asked - len(self.held_out)
             if dropped or left_out:
                 self.view.message(
                     f"prompts longer than {self.renderer.max_prompt_tokens} tokens left out: {dropped} of "
@@ -491,6 +515,12 @@ class Trainer:
             return
         for problem in (*self.held_out, *self.train_task.longest_candidates()):
             self.renderer.render(problem)
+
+    def _advance(self, amount: int) -> None:
+        """Progress inside a stage; also where an impatient Ctrl-C is heard."""
+        self.interrupts.check()
+        if amount:
+            self.view.advance(amount)
 
     def _collate(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         return [

@@ -181,6 +181,24 @@ def test_weights_in_use_are_the_latest(setup):
         sampler.sync(policy.version)
 
 
+def test_a_diverged_model_is_an_error(setup):
+    policy, renderer, sampler = setup
+    _, parameter = policy.adapter_parameters()[0]
+    kept = parameter.detach().clone()
+    try:
+        with torch.no_grad():
+            parameter.fill_(math.nan)
+        policy.version += 1
+        sampler.sync(policy.version)
+        with pytest.raises(EngineError, match="not finite"):
+            draw(setup, prompts_of(renderer)[:1])
+    finally:
+        with torch.no_grad():
+            parameter.copy_(kept)
+        policy.version += 1
+        sampler.sync(policy.version)
+
+
 def test_an_engine_that_is_not_here_names_the_alternative(tiny_recipe):
     recipe = tiny_recipe('rollout.engine="vllm"')
     policy = load_policy(recipe)

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 SMALL = (
     "--set", "train.steps=6", "--set", "train.checkpoint_every=2", "--set", "data.prompts_per_step=8",
     "--set", "rollout.group_size=4", "--set", "eval.problems=20", "--set", "optimizer.warmup_share=0.0",
+    "--set", "eval.every=1",
 )  # fmt: skip
 
 
@@ -47,7 +48,9 @@ def test_training_learns_to_work_step_by_step(trained):
     assert after["step_by_step_share"] > before["step_by_step_share"] + 0.3
     assert summary["quantized_modules"] == 14
     assert summary["steps"] == 60
-    assert summary["rollout_tokens"] > summary["trained_tokens"] * 0 < summary["trained_tokens"]
+    metrics = json_lines(run / "metrics.jsonl")
+    for key in ("rollout_tokens", "trained_tokens"):
+        assert summary[key] == sum(line[key] for line in metrics) > 0
     assert "Traceback" not in done.stderr
     assert "pass@1" in done.stdout
     assert f"popo-lite export {run.relative_to(run.parent.parent)}" in done.stdout
@@ -152,9 +155,18 @@ def stop_at(folder: Path, step: int, *signals: int) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGKILL,), (signal.SIGINT,), (signal.SIGINT, signal.SIGINT)])
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(unbroken, tmp_path, command, signals):
-    process = stop_at(tmp_path, 3, *signals)
+@pytest.mark.parametrize(
+    ("step", "signals"),
+    [
+        (1, (signal.SIGKILL,)),  # before the first checkpoint
+        (3, (signal.SIGKILL,)),
+        (3, (signal.SIGINT,)),
+        (3, (signal.SIGINT, signal.SIGINT, signal.SIGINT)),
+        (6, (signal.SIGTERM,)),  # after the last step
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(unbroken, tmp_path, command, step, signals):
+    process = stop_at(tmp_path, step, *signals)
     out, err = process.communicate(timeout=120)
     if signal.SIGKILL not in signals:
         assert process.returncode == 130, err
@@ -167,6 +179,10 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(unbroken, tmp_path, co
     resumed = command("train", "run/recipe.toml", "--resume", "--output", "run", "--view", "plain")
     assert resumed.returncode == 0, resumed.stderr
     assert learned(tmp_path / "run") == learned(unbroken)
+    for name in ("samples.jsonl", "evaluations.jsonl"):
+        lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in json_lines(run / name)]
+                 for run in (tmp_path / "run", unbroken)]  # fmt: skip
+        assert lines[0] == lines[1], name
     ours, theirs = weights_of(tmp_path / "run"), weights_of(unbroken)
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
@@ -178,8 +194,13 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(unbroken, tmp_path, co
         assert kept[0] == kept[1], key
 
 
-def test_another_recipe_cannot_continue_a_run(unbroken, command):
-    done = command("train", "tiny_cpu", "--resume", "--output", unbroken, "--set", "lora.rank=4")
+def test_only_the_same_unfinished_run_can_be_resumed(unbroken, command):
+    done = command("train", "tiny_cpu", *SMALL, "--resume", "--output", unbroken)
+    assert done.returncode == 2
+    assert "the run has ended" in done.stderr
+    (unbroken / "summary.json").rename(unbroken / "set-aside.json")
+    done = command("train", "tiny_cpu", *SMALL, "--resume", "--output", unbroken, "--set", "lora.rank=4")
+    (unbroken / "set-aside.json").rename(unbroken / "summary.json")
     assert done.returncode == 2
     assert "lora.rank was 16 and is 4" in done.stderr
 

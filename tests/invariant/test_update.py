@@ -13,7 +13,6 @@ import transformers
 
 from popo_lite.console.views import SilentView
 from popo_lite.policy.tiny_model import TINY_FOLDER
-from popo_lite.training.interrupt import Interrupts
 from popo_lite.training.loop import Trainer
 from popo_lite.training.metrics import StageClock
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Prompt, Reward, Rollout
@@ -128,6 +127,8 @@ VARIANTS = [
     ('objective.target="features"',),
     ('objective.entropy_over="all"',),
     ('objective.normalizer="sequence_mean"', "objective.alpha=0"),
+    ('objective.normalizer="reference"',),
+    ('objective.normalizer="sequence_sum"', "rollout.max_completion_tokens=30"),
     ('objective.weights_from="trainer"', 'objective.weights="sequence_logprob"'),
     ("rollout.temperature=0.7",),
 ]
@@ -243,7 +244,7 @@ def test_a_step_without_positives_changes_nothing_and_says_so(tiny_recipe, tmp_p
     with Trainer(recipe, SilentView()) as trainer:
         trainer.run_folder = RunFolder(tmp_path)
         before = {name: p.detach().clone() for name, p in trainer.policy.trainable_parameters()}
-        trainer.train_step(0, Interrupts(print))
+        trainer.train_step(0)
         assert all(torch.equal(p, before[name]) for name, p in trainer.policy.trainable_parameters())
         assert trainer.policy.version == 0
         assert trainer.cursor.next_step == 1

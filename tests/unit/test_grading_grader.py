@@ -540,10 +540,10 @@ def test_the_ungraded_share_counts_what_is_no_verdict():
 
 
 def test_a_step_with_too_few_verdicts_is_refused():
-    refuse_ungraded(graded(6, 1, 1), limit=0.25, step=3)
-    refuse_ungraded([], limit=0.0, step=3)
+    refuse_ungraded(graded(6, 1, 1), limit=0.25, where="step 3")
+    refuse_ungraded([], limit=0.0, where="step 3")
     with pytest.raises(GradingError) as caught:
-        refuse_ungraded(graded(6, 1, 2), limit=0.25, step=3)
+        refuse_ungraded(graded(6, 1, 2), limit=0.25, where="step 3")
     assert caught.value.where == "step 3"
     assert "3 of 9 answers could not be graded (6 correct, 1 timeout, 2 error)" in caught.value.what
     assert "too slow | oops" in caught.value.what

@@ -130,6 +130,10 @@ def test_beta_is_constant_or_steered():
     steered = ObjectiveRecipe(target_entropy=0.4, beta_gain=0.1)
     assert steered_beta(0.01, 0.2, steered) == pytest.approx(0.01 * math.exp(0.05))
     assert steered_beta(0.01, 0.4, steered) == pytest.approx(0.01)
+    beta = 0.01
+    for _ in range(1000):
+        beta = steered_beta(beta, 0.0, steered)
+    assert beta == pytest.approx(1.0)  # a hundred times the recipe's
     assert steered_beta(0.01, 40.0, steered) == pytest.approx(0.01 * math.exp(-0.1))
 
 

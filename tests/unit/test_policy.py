@@ -12,8 +12,9 @@ from popo_lite.errors import ModelError, PopoError
 from popo_lite.objective.logprobs import token_logprobs
 from popo_lite.policy.adapters import adapter_folder, load_adapter_weights, save_adapter
 from popo_lite.policy.load import import_unsloth, load_base
-from popo_lite.policy.policy import load_policy
+from popo_lite.policy.policy import _refuse_unknown_head, load_policy, stop_ids_of
 from popo_lite.policy.siamese import Siamese
+from popo_lite.policy.trained import load_trained_policy
 
 
 @pytest.fixture
@@ -65,6 +66,8 @@ def test_a_fresh_adapter_changes_nothing(policy):
 
 def test_gradients_survive_rollouts(policy):
     """On AVX512-BF16 machines bitsandbytes repacks weights in an eval forward, and gradients would be lost."""
+    layers = [module for module in policy.model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)  # on other machines nothing else can show it
     disturb(policy)
     before = loss_gradients(policy)
     weight = policy.trunk.layers[0].mlp.down_proj.base_layer.weight
@@ -182,6 +185,9 @@ def test_adapter_round_trip(policy, tiny_recipe, tmp_path):
         assert torch.equal(ours, theirs)
     with pytest.raises(ModelError, match="made with r = 16"):
         load_policy(tiny_recipe(f'lora.init_from="{tmp_path / "adapter"}"', "lora.rank=8"))
+    for override, wrong in (("lora.dropout=0.1", "lora_dropout = 0.0"), ('lora.targets=["q_proj"]', "was made for")):
+        with pytest.raises(ModelError, match=wrong):
+            load_policy(tiny_recipe(f'lora.init_from="{tmp_path / "adapter"}"', override))
     with pytest.raises(ModelError, match="another shape"):
         load_adapter_weights(load_policy(tiny_recipe('lora.targets=["q_proj"]')).model, tmp_path / "adapter")
 
@@ -263,8 +269,6 @@ def test_heads_of_other_architectures(tiny_recipe, tmp_path, architecture, extra
     assert policy.head.scale == pytest.approx(extra.get("logit_scale", 1 / extra.get("logits_scaling", 1.0)))
     assert (policy.head.bias is not None) == (architecture == "Phi")
     policy.head.__dict__["scale"] = 0.5 * policy.head.scale
-    from popo_lite.policy.policy import _refuse_unknown_head
-
     with pytest.raises(ModelError, match="not known here"):
         _refuse_unknown_head(policy)
 
@@ -277,3 +281,34 @@ def test_a_torn_adapter_is_one_clear_error(policy, tiny_recipe, tmp_path):
         load_adapter_weights(policy.model, tmp_path / "adapter")
     with pytest.raises(ModelError, match="cannot be loaded on this base"):
         load_policy(tiny_recipe(f'lora.init_from="{tmp_path / "adapter"}"'))
+
+
+def test_the_templates_end_of_turn_ends_an_answer(policy):
+    """A base model's EOS is often another token than the one its chat template closes a turn with."""
+    base, tokenizer = policy.model.get_base_model(), policy.tokenizer
+    template = "{% for m in messages %}{{ m['content'] + '<|system|>\\n' }}{% endfor %}"
+    ids = stop_ids_of(base, tokenizer, template)
+    assert {tokenizer.decode([one]) for one in ids} == {"<|end|>", "<|system|>"}
+    assert stop_ids_of(base, tokenizer, "{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}") == {1}
+
+
+def test_a_model_that_nothing_stops_is_refused(policy):
+    base, tokenizer = policy.model.get_base_model(), policy.tokenizer
+    base.generation_config.eos_token_id = base.config.eos_token_id = tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="names a token that ends an answer"):
+        stop_ids_of(base, tokenizer, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+def test_a_logit_scale_that_is_a_little_off_is_noticed_in_16_bit(tiny_recipe):
+    policy = load_policy(tiny_recipe('model.dtype="bfloat16"'))
+    policy.head.__dict__["scale"] = 1.05
+    with pytest.raises(ModelError, match="not known here"):
+        _refuse_unknown_head(policy)
+
+
+def test_a_run_can_be_loaded_without_the_adapter_it_started_from(policy, tiny_recipe, tmp_path):
+    disturb(policy)
+    save_adapter(policy.model, tmp_path / "adapter", base_id="tiny")
+    trained = load_trained_policy(tiny_recipe('lora.init_from="/gone"'), tmp_path / "adapter")
+    for (_, ours), (_, theirs) in zip(policy.adapter_parameters(), trained.adapter_parameters(), strict=True):
+        assert torch.equal(ours, theirs)

@@ -320,12 +320,15 @@ def random_recipe(source: random.Random) -> Recipe:
     }
     while True:
         recipe = Recipe.model_validate(tables)
-        blamed = {names[0] for names, _, _ in impossible_combinations(recipe)}
-        if not blamed:
+        combinations = [names for names, _, _ in impossible_combinations(recipe)]
+        if not combinations:
             return recipe
-        for name in blamed:
-            section, key = name.split(".")
-            del tables[section][key]
+        for names in combinations:
+            # The blamed key goes back to its default, or the ones beside it where it has.
+            pairs = [tuple(name.split(".")) for name in names]
+            drawn = [(section, key) for section, key in pairs if key in tables[section]]
+            for section, key in drawn[:1]:
+                del tables[section][key]
 
 
 def test_dumping_and_loading_gives_the_same_recipe(tmp_path: Path) -> None:

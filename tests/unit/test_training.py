@@ -20,7 +20,7 @@ from popo_lite.run_folder import (
     RunFolder,
     append_line,
     find_run_folder,
-    keep_lines_before,
+    keep_lines,
     new_run_folder,
     refuse_other_recipe,
     start_files,
@@ -175,8 +175,18 @@ def test_old_checkpoints_go_and_partial_ones_do_not_count(tiny_recipe, tmp_path)
     (newest / "optimizer.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="delete this folder"):
         load_checkpoint(newest, policy=policy, siamese=siamese, optimizer=optimizer)
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        latest_checkpoint(tmp_path / "nothing")
+    assert latest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_repeated_checkpoint_brings_the_cursor_up_to_date(tiny_recipe, tmp_path):
+    policy = load_policy(tiny_recipe())
+    siamese = Siamese(policy.trainable_parameters(), 0.9)
+    optimizer = build_optimizer(policy, tiny_recipe().optimizer)
+    parts = {"policy": policy, "siamese": siamese, "optimizer": optimizer}
+    for before in (None, {"pass_at_1": 0.3}):
+        cursor = Cursor(**{**CURSOR.__dict__, "before": before})
+        folder = save_checkpoint(tmp_path, **parts, cursor=cursor, base_id="tiny", keep=2)
+    assert load_checkpoint(folder, **parts).before == {"pass_at_1": 0.3}
 
 
 def test_run_folders_are_never_overwritten(tiny_recipe, tmp_path):
@@ -216,21 +226,26 @@ def test_lines_of_steps_to_be_repeated_go(tmp_path):
     for step in range(5):
         append_line(path, {"step": step})
     with path.open("a") as file:
-        file.write('{"step": 5, "lo')
-    keep_lines_before([path, tmp_path / "absent.jsonl"], 3)
-    assert [line["step"] for line in json_lines(path)] == [0, 1, 2]
+        file.write('{"step": 5, "lo\n')
+    separators = "one\u2028line\x85still"
+    append_line(path, {"step": 0, "text": separators})
+    keep_lines(path, lambda line: line["step"] < 3)
+    keep_lines(tmp_path / "absent.jsonl", lambda _: True)
+    assert json_lines(path).pop()["text"] == separators
+    assert [line["step"] for line in json_lines(path)] == [0, 1, 2, 0]
 
 
-def test_the_second_interrupt_abandons_but_not_inside_an_update():
+def test_signals_are_noted_and_raise_only_where_asked():
     told = []
     before = signal.getsignal(signal.SIGINT)
     with Interrupts(told.append) as interrupts:
+        interrupts.check()
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupts.requested
-        with interrupts.protected():
-            os.kill(os.getpid(), signal.SIGINT)
+        interrupts.check()
+        os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(StopRequested):
-            os.kill(os.getpid(), signal.SIGTERM)
+            interrupts.check()
     assert len(told) == 1
     assert signal.getsignal(signal.SIGINT) is before
 
