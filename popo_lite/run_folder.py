@@ -236,12 +236,17 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every line of a JSONL file."""
+    # Not str.splitlines: answers may hold separators that it takes for ends of lines.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the lines of a JSONL file that `keep` refuses: a resumed run writes them again. A torn line goes too."""
     if not path.is_file():
         return
     kept = []
-    # Not str.splitlines: answers may hold separators that it takes for ends of lines.
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             keeps = bool(line) and keep(json.loads(line))

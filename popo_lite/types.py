@@ -134,6 +134,12 @@ class StepRecord:
     """One training step as one line of `metrics.jsonl`. Shares are in [0, 1]; log-probs and entropies in nats.
 
     `skipped_reason` is set where the step changed no weights; the loss figures are None then.
+
+    An adaptive budget gives hard prompts more rollouts and stops at positives, so shares over all rollouts would say
+    how it samples and not what the policy does. `pass_rate`, `unique_answers_mean`, `step_by_step_share`,
+    `truncated_share` and `completion_tokens_mean` therefore count the first round alone, in which all prompts have
+    equally many rollouts; under a fixed budget that is all of them. The figures per positive prompt, None without
+    one, count all rollouts of the step.
     """
 
     step: int
@@ -141,6 +147,8 @@ class StepRecord:
     skipped_reason: str | None
     # what was sampled
     prompts: int
+    prompts_skipped: int
+    prompts_with_positive: int
     rollouts: int
     positives: int
     groups_none_right: int
@@ -156,6 +164,8 @@ class StepRecord:
     completion_tokens_mean: float
     positive_tokens_mean: float | None
     rollout_tokens: int
+    rollouts_per_positive_prompt: float | None
+    rollout_tokens_per_positive_prompt: float | None
     trained_tokens: int
     # what was learned from it
     loss: float | None
@@ -171,7 +181,9 @@ class StepRecord:
     siamese_drift: float
     siamese_drift_over_bound: float | None
     logp_gap_mean: float | None
+    logp_gap_p99: float | None
     logp_gap_max: float | None
+    logp_k3: float | None
     grad_norm: float | None
     update_norm: float | None
     learning_rate: float

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network; read when huggingface_hub is imported
+
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 

@@ -79,7 +79,7 @@ def eval_(
     renderer = Renderer.of(recipe, policy.tokenizer)
     held_out = fitting(task.held_out(count), renderer, recipe)
     results = []
-    sampler = open_sampler(recipe.rollout, policy, text=renderer.text)
+    sampler = open_sampler(recipe, policy, text=renderer.text)
     with Grader(recipe.reward) as grader, sampler:
         grader.check()
         for name in wanted:

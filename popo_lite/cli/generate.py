@@ -38,7 +38,7 @@ def generate(
     policy = load_trained_policy(recipe, adapter)
     renderer = Renderer.of(recipe, policy.tokenizer)
     prompt = renderer.render(Problem(id=question, messages=({"role": "user", "content": question},), answer=""))
-    sampler = open_sampler(recipe.rollout, policy, text=renderer.text)
+    sampler = open_sampler(recipe, policy, text=renderer.text)
     with sampler:
         sampler.sync(policy.version)
         answers = sampler.sample(

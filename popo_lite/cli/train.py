@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 from pathlib import Path
 
 import click
@@ -77,6 +78,7 @@ def train(
             question = trainer.held_out[0].question if trainer.held_out else ""
     resume_command = f"popo-lite train {run.recipe_path} --resume --output {run.path}"
     if outcome.summary is None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is saved: one Ctrl-C more has nothing left to stop
         click.echo(
             f"stopped after {outcome.next_step} of {settings.train.steps} steps; saved. To go on:\n  {resume_command}",
             err=as_json,

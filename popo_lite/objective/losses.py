@@ -81,6 +81,7 @@ def noisy_target(features: Tensor, noise: Tensor, sigma: float) -> Tensor:
 def popo_loss(
     *,
     logps: Tensor,
+    token_weights: Tensor | None = None,
     entropies: Tensor,
     sequence_of_token: Tensor,
     nll_coefficient: Tensor,
@@ -95,9 +96,13 @@ def popo_loss(
 
     `logps`, `entropies` [N] in nats; `sequence_of_token` [N] indexes the B sequences; `nll_coefficient`, `weights`
     [B] are 0 for negatives, which are here for their entropy alone; `predictions` and `targets` [B, D] (the targets
-    with their noise), or None where the similarity term is off.
+    with their noise), or None where the similarity term is off; `token_weights` [N], detached, multiply the
+    coefficients of single tokens.
     """
-    nll = -(nll_coefficient[sequence_of_token] * logps).sum()
+    coefficients = nll_coefficient[sequence_of_token]
+    if token_weights is not None:
+        coefficients = coefficients * token_weights
+    nll = -(coefficients * logps).sum()
     entropy = -entropies.sum() / normalizers.entropy_tokens
     if predictions is None or targets is None:
         similarity = nll.new_zeros(())
@@ -110,6 +115,15 @@ def popo_loss(
         mean_cosine = (share * cosines).sum().detach()
     total = nll + alpha * similarity + beta * entropy
     return LossTerms(total=total, nll=nll, similarity=similarity, entropy=entropy, similarity_cosine=mean_cosine)
+
+
+def truncated_importance(log_ratios: Tensor, cap: float | None) -> Tensor | None:
+    """min(policy / sampler probability, cap) of each token [N], detached; None where `cap` is None.
+
+    `log_ratios` [N] are policy minus sampler log-probs. Corrects for a sampler that is not quite the policy, such as
+    one in lower precision (truncated importance sampling).
+    """
+    return None if cap is None else log_ratios.detach().exp().clamp(max=cap)
 
 
 def steered_beta(beta: float, entropy: float, recipe: ObjectiveRecipe) -> float:

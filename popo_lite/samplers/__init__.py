@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from popo_lite.errors import EngineError
 from popo_lite.policy.policy import Policy
-from popo_lite.recipe import RolloutRecipe
+from popo_lite.recipe import Recipe
 from popo_lite.samplers.base import Sampler, SamplingParams
 
 __all__ = ["Sampler", "SamplingParams", "open_sampler", "pick_engine"]
 
+Engine = Literal["hf", "vllm", "server"]
 
-def pick_engine(recipe: RolloutRecipe) -> tuple[str, str]:
-    """(engine, one line that says which it is and why). Raises EngineError where the wanted one is not here."""
-    if recipe.engine == "vllm":
+
+def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
+    """(engine, one line that says which it is and why). Raises EngineError where the wanted one cannot serve.
+
+    Loads nothing, so that a run finds out before its model is read.
+    """
+    from popo_lite.samplers.vllm import why_not
+
+    wanted = recipe.rollout.engine
+    if wanted in ("hf", "server"):
+        return wanted, f"{wanted} (chosen by the recipe)"
+    reason = why_not(recipe)
+    if reason is None:
+        return "vllm", "vllm (chosen by the recipe)" if wanted == "vllm" else "vllm (the fastest here)"
+    if wanted == "vllm":
         raise EngineError(
-            "the vLLM engine is not part of this release",
+            reason,
             where='rollout.engine = "vllm"',
             next_step='--set rollout.engine="hf" samples from the trainer\'s own model',
         )
-    reason = "chosen by the recipe" if recipe.engine == "hf" else "the only engine of this release"
-    return "hf", f"hf ({reason})"
+    return "hf", f"hf ({reason.partition(':')[0]})"
 
 
-def open_sampler(recipe: RolloutRecipe, policy: Policy, *, text: Callable[[Sequence[int]], str]) -> Sampler:
-    """The sampler that `rollout.engine` names, for `policy`; `text` decodes token ids."""
+def open_sampler(recipe: Recipe, policy: Policy, *, text: Callable[[Sequence[int]], str]) -> Sampler:
+    """The sampler that `rollout.engine` names, for `policy`, holding its current version; `text` decodes ids."""
+    engine, _ = pick_engine(recipe)
+    if engine == "vllm":
+        from popo_lite.samplers.vllm import VLLMSampler
+
+        return VLLMSampler(policy, recipe, text=text)
     from popo_lite.samplers.hf import HFSampler
 
-    pick_engine(recipe)
-    return HFSampler(policy, text=text, batch_size=recipe.batch_size)
+    return HFSampler(policy, text=text, batch_size=recipe.rollout.batch_size)

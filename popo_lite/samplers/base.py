@@ -27,8 +27,8 @@ class Sampler(Protocol):
         """The engine's name in the recipe."""
 
     @property
-    def policy_version(self) -> int:
-        """Version of the policy that this sampler's adapter is."""
+    def policy_version(self) -> int | None:
+        """Version of the policy that this sampler's adapter is; None where it holds none."""
 
     def sync(self, policy_version: int) -> None:
         """Take over the trainer's current adapter, which is `policy_version`."""
@@ -41,15 +41,23 @@ class Sampler(Protocol):
         params: SamplingParams,
         policy_version: int,
         stream: tuple[int | str, ...],
+        first_index: int = 0,
         finished: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """`count` completions for each prompt, in order.
+        """`count` completions for each prompt, in order: samples `first_index` and on of each.
 
         Sample i of a prompt draws from the random stream of (*stream, problem id, i) alone, so what else is in the
-        batch changes nothing beyond rounding. `finished` is told, often and also when it is none, how many sequences
+        batch changes nothing beyond rounding, and 4 samples and 4 more are those of one call for 8. `finished` is told, often and also when it is none, how many sequences
         have just ended; it may raise.
         Raises StalePolicyError where `policy_version` is not the sampler's.
         """
+
+    @property
+    def swap_seconds(self) -> Sequence[float]:
+        """Seconds of every adapter swap so far; empty where weights are shared."""
+
+    def sleep(self) -> None:
+        """Give GPU memory back until the next `sync` or `sample`, where the engine can."""
 
     def close(self) -> None:
         """Give back what the engine holds."""
@@ -61,11 +69,11 @@ class Sampler(Protocol):
     ) -> None: ...
 
 
-def refuse_stale(held: int, wanted: int) -> None:
-    """Raise StalePolicyError where a sampler holds another version than the one asked for."""
+def refuse_stale(held: int | None, wanted: int) -> None:
+    """Raise StalePolicyError where a sampler holds another version than the one asked for, or none."""
     if held != wanted:
+        holds = "no policy" if held is None else f"policy version {held}"
         raise StalePolicyError(
-            f"the sampler holds policy version {held} and version {wanted} was asked for; its rollouts would belong "
-            "to another policy",
+            f"the sampler holds {holds} and version {wanted} was asked for; its rollouts would belong to another policy",
             next_step="this is a bug in the order of a step: sync the sampler after every update",
         )

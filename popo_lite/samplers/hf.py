@@ -49,6 +49,14 @@ class HFSampler:
         """The weights are shared, so there is nothing to move; only the version is noted."""
         self.policy_version = policy_version
 
+    @property
+    def swap_seconds(self) -> list[float]:
+        """Empty: nothing is swapped."""
+        return []
+
+    def sleep(self) -> None:
+        """Nothing is held that could be given back."""
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -69,6 +77,7 @@ class HFSampler:
         params: SamplingParams,
         policy_version: int,
         stream: tuple[int | str, ...],
+        first_index: int = 0,
         finished: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
         """See `Sampler.sample`."""
@@ -87,7 +96,7 @@ class HFSampler:
                     ),
                 )
                 for prompt_index in order
-                for sample in range(count)
+                for sample in range(first_index, first_index + count)
             ]
             for start in range(0, len(sequences), self._batch_size):
                 self._decode(prompts, sequences[start : start + self._batch_size], params, finished)

@@ -22,6 +22,7 @@ from popo_lite.policy.adapters import load_adapter_weights, save_adapter
 from popo_lite.policy.policy import Policy
 from popo_lite.policy.siamese import Siamese
 from popo_lite.run_folder import write_atomically
+from popo_lite.training.history import History, Seen
 
 _PREFIX = "step-"
 _OPTIMIZER, _PREDICTOR, _SIAMESE, _CURSOR = (
@@ -34,11 +35,20 @@ _OPTIMIZER, _PREDICTOR, _SIAMESE, _CURSOR = (
 
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
-    """Where a run stands: the next step to take, and what later steps and the summary need from earlier ones."""
+    """Where a run stands: the next step to take, and what later steps and the summary need from earlier ones.
+
+    `next_problem` is the position in the stream of training problems; `history` is empty unless known problems are
+    skipped. `prompts_with_positive`, `rollouts` and the like are sums over all steps.
+    """
 
     next_step: int
+    next_problem: int
+    history: History
     beta: float
     start_entropy: float | None
+    prompts_skipped: int
+    prompts_with_positive: int
+    rollouts: int
     rollout_tokens: int
     trained_tokens: int
     seconds: dict[str, float]
@@ -94,7 +104,9 @@ def load_checkpoint(folder: Path, *, policy: Policy, siamese: Siamese, optimizer
         siamese.load_state(load_file(str(folder / _SIAMESE)), content["siamese"])
         _restore_optimizer(optimizer, load_file(str(folder / _OPTIMIZER)), content["optimizer"])
         policy.version = content["policy_version"]
-        return Cursor(**content["cursor"])
+        held = content["cursor"]
+        history = {problem: Seen(*last) for problem, last in held["history"].items()}
+        return Cursor(**{**held, "history": history})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint cannot be read: {type(error).__name__}: {error}",

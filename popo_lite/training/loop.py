@@ -21,9 +21,9 @@ from torch import Tensor
 from popo_lite.console.base import RunView
 from popo_lite.errors import EngineError, PopoError
 from popo_lite.evaluation import evaluate, fitting
-from popo_lite.grading import Grader, GradeRequest, refuse_ungraded
+from popo_lite.grading import Grader
 from popo_lite.objective.logprobs import token_logprobs
-from popo_lite.objective.losses import LossTerms, noisy_target, popo_loss, steered_beta
+from popo_lite.objective.losses import LossTerms, noisy_target, popo_loss, steered_beta, truncated_importance
 from popo_lite.policy.adapters import save_adapter
 from popo_lite.policy.policy import Policy, load_policy
 from popo_lite.policy.siamese import Siamese
@@ -32,30 +32,39 @@ from popo_lite.run_folder import (
     RunFolder,
     append_line,
     keep_lines,
+    read_lines,
     peak_memory_bytes,
     start_files,
     write_atomically,
 )
 from popo_lite.samplers import SamplingParams, open_sampler, pick_engine
+from popo_lite.samplers.probe import prove_adapter_in_use
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.training.batching import MicroBatch, StepPlan, collate, cut, plan_step
 from popo_lite.training.checkpoint import Cursor, latest_checkpoint, load_checkpoint, save_checkpoint
+from popo_lite.training.collect import Budget, collect
+from popo_lite.training.history import Choice, choose_problems, remember
 from popo_lite.training.interrupt import Interrupts, StopRequested
 from popo_lite.training.metrics import (
     StageClock,
     UpdateFigures,
     rollout_figures,
+    sampler_summary,
     sample_line,
     sample_views,
     update_figures,
 )
 from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
-from popo_lite.types import Completion, EvalResult, Group, Prompt, Rollout, StepRecord
+from popo_lite.types import EvalResult, Group, Prompt, Rollout, StepRecord
 
 QUIET_STEPS = 5
 """So many steps in a row without a positive call for a word of advice."""
+
+PROBE_PROMPTS = 4
+ROUNDING_NATS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-3}
+"""Mean gap between two right computations of a token's log-prob, by dtype; a probe can only find more than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +84,7 @@ class Trainer:
         self.recipe, self.view = recipe, view
         if recipe.train.cpu_threads:
             torch.set_num_threads(recipe.train.cpu_threads)
-        _, self.engine = pick_engine(recipe.rollout)
+        _, self.engine = pick_engine(recipe)
         with ExitStack() as stack:
             self.grader = stack.enter_context(Grader(recipe.reward))
             self.grader.check()
@@ -86,12 +95,17 @@ class Trainer:
             self._check_prompts()
             self.siamese = Siamese(self.policy.trainable_parameters(), recipe.siamese.tau)
             self.optimizer = build_optimizer(self.policy, recipe.optimizer)
-            self.sampler = stack.enter_context(open_sampler(recipe.rollout, self.policy, text=self.renderer.text))
+            self.sampler = stack.enter_context(open_sampler(recipe, self.policy, text=self.renderer.text))
             self._resources = stack.pop_all()
         self.cursor = Cursor(
             next_step=0,
+            next_problem=0,
+            history={},
             beta=recipe.objective.beta,
             start_entropy=None,
+            prompts_skipped=0,
+            prompts_with_positive=0,
+            rollouts=0,
             rollout_tokens=0,
             trained_tokens=0,
             seconds={},
@@ -99,6 +113,7 @@ class Trainer:
         )
         self.interrupts = Interrupts(view.message)
         self._whole = True
+        self._usual_gap = ROUNDING_NATS[self.policy.head.weight.dtype]
         self._skipped_in_a_row = 0
 
     def __enter__(self) -> Self:
@@ -115,6 +130,7 @@ class Trainer:
         if resume:
             self._restore()
         start_files(folder, self.recipe, self.policy.device)
+        self._prove_sampler()
         steps = self.recipe.train.steps
         self.view.start(
             title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=self.cursor.next_step
@@ -151,11 +167,10 @@ class Trainer:
         torch.manual_seed(stream_seed("step", self.recipe.train.seed, step))
 
         with clock("prompts"):
-            prompts = self._prompts(step)
-        with clock("rollout", total=len(prompts) * self.recipe.rollout.group_size):
-            completions = self._roll_out(step, prompts)
-        with clock("grade"):
-            groups = self._grade(step, prompts, completions)
+            choice = self._choose(step)
+            prompts = [self.renderer.render(problem) for problem in choice.problems]
+        groups = self._collect(step, prompts, clock)
+        self.sampler.sleep()
         with clock("weights"):
             plan = self._credit(groups)
         figures: UpdateFigures | None = None
@@ -167,6 +182,7 @@ class Trainer:
                 targets = self._siamese_targets(step, plan, batches)
             with clock("update", total=len(plan.sequences)):
                 figures = self._backward(plan, batches, targets)
+                self._refuse_gap(step, figures)
                 if math.isfinite(figures.grad_norm):
                     skipped = None
                 else:
@@ -180,47 +196,33 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with clock("sync"):
             self.sampler.sync(self.policy.version)
-        record = self._record(step, groups, plan, figures, skipped, clock)
+        record = self._record(step, choice, groups, plan, figures, skipped, clock)
         self._write_step(record, groups)
         self._whole = True
 
     # ------------------------------------------------------------------ the stages of a step
 
-    def _prompts(self, step: int) -> list[Prompt]:
-        """P prompts, a function of (seed, step); fewer where a problem was drawn twice."""
-        count, seed = self.recipe.data.prompts_per_step, self.recipe.train.seed
-        problems = [self.train_task.train_problem(seed, step * count + index) for index in range(count)]
-        distinct = {problem.id: problem for problem in problems}.values()
-        return [self.renderer.render(problem) for problem in distinct]
+    def _choose(self, step: int) -> Choice:
+        return choose_problems(
+            self.train_task,
+            self.recipe,
+            step=step,
+            first=self.cursor.next_problem,
+            history=self.cursor.history,
+        )
 
-    def _roll_out(self, step: int, prompts: Sequence[Prompt]) -> list[list[Completion]]:
-        return self.sampler.sample(
+    def _collect(self, step: int, prompts: Sequence[Prompt], clock: StageClock) -> list[Group]:
+        """Whole groups, in rounds of the stages "rollout" and "grade"."""
+        return collect(
             prompts,
-            count=self.recipe.rollout.group_size,
-            params=self._sampling(self.recipe.rollout.temperature),
+            self.recipe,
+            sampler=self.sampler,
+            grader=self.grader,
             policy_version=self.policy.version,
-            stream=("rollout", self.recipe.train.seed, step),
+            step=step,
+            clock=clock,
             finished=self._advance,
         )
-
-    def _grade(self, step: int, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Group]:
-        pairs = [
-            (prompt, index, completion)
-            for prompt, group in zip(prompts, completions, strict=True)
-            for index, completion in enumerate(group)
-        ]
-        rewards = self.grader.grade(
-            [GradeRequest(text=completion.text, problem=prompt.problem) for prompt, _, completion in pairs]
-        )
-        refuse_ungraded(rewards, self.recipe.reward.max_ungraded_share, f"step {step}")
-        rollouts = [
-            Rollout(
-                prompt=prompt, completion=completion, reward=reward, policy_version=self.policy.version, index=index
-            )
-            for (prompt, index, completion), reward in zip(pairs, rewards, strict=True)
-        ]
-        size = self.recipe.rollout.group_size
-        return [Group(rollouts=tuple(rollouts[start : start + size])) for start in range(0, len(rollouts), size)]
 
     def _credit(self, groups: Sequence[Group]) -> StepPlan | None:
         """Weights on whole groups, from the sampler's log-probs or from a no-grad pass over the positives."""
@@ -293,10 +295,12 @@ class Trainer:
     def _loss(self, plan: StepPlan, batch: MicroBatch, target: Tensor | None, figures: UpdateFigures) -> LossTerms:
         hidden = self.policy.hidden_states(batch.input_ids, batch.attention_mask)
         logps, entropies = self._logps(hidden, batch)
-        figures.add_gaps((logps.detach() - batch.sampler_logps).abs())
+        ratios = logps.detach() - batch.sampler_logps
+        figures.add_gaps(ratios)
         members = [plan.sequences[member] for member in batch.members]
         return popo_loss(
             logps=logps,
+            token_weights=truncated_importance(ratios, self.recipe.objective.importance_cap),
             entropies=entropies,
             sequence_of_token=batch.sequence_of_token,
             nll_coefficient=logps.new_tensor([member.nll_coefficient for member in members]),
@@ -311,6 +315,19 @@ class Trainer:
     def _logps(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         flat = hidden.reshape(-1, hidden.shape[-1])[batch.predicting]
         return token_logprobs(flat, batch.targets, self.policy.head, chunk=self.recipe.train.logits_chunk_tokens)
+
+    def _refuse_gap(self, step: int, figures: UpdateFigures) -> None:
+        """Stop where sampler and trainer have come to disagree: its rollouts are another policy's then."""
+        limit = self.recipe.rollout.max_gap_multiple * self._usual_gap
+        if figures.gap_mean > limit:
+            raise EngineError(
+                f"log-probs of the {self.sampler.engine} sampler and of the trainer differ by {figures.gap_mean:.3g} "
+                f"nats on average over this step's positives; {self._usual_gap:.3g} is usual here, and the limit is "
+                f"rollout.max_gap_multiple = {self.recipe.rollout.max_gap_multiple:g} times that",
+                where=f"step {step}",
+                next_step="the sampler's adapter, cache or base is not the trainer's; resume, and if it comes back, "
+                'set rollout.engine="hf" and please report it',
+            )
 
     def _apply(self, step: int, figures: UpdateFigures) -> None:
         """Optimizer, siamese and version move together."""
@@ -329,6 +346,7 @@ class Trainer:
     def _record(
         self,
         step: int,
+        choice: Choice,
         groups: Sequence[Group],
         plan: StepPlan | None,
         figures: UpdateFigures | None,
@@ -340,7 +358,12 @@ class Trainer:
             start_entropy = figures.entropy
         drift, bound = self.siamese.drift(), self.siamese.drift_bound()
         factor = learning_rate_factor(step, self.recipe.train.steps, self.recipe.optimizer)
-        made = rollout_figures(groups, self.train_task, self.recipe.objective.reward_threshold)
+        made = rollout_figures(
+            groups,
+            self.train_task,
+            self.recipe.objective.reward_threshold,
+            first_round=Budget.of(self.recipe.rollout).round_size,
+        )
         learned = update_figures(figures, plan, start_entropy, similarity_on=self.recipe.objective.alpha > 0)
         seconds = clock.seconds
         record = StepRecord(
@@ -362,15 +385,21 @@ class Trainer:
                 },
             },
             peak_memory_bytes=peak_memory_bytes(self.policy.device),
+            prompts_skipped=choice.skipped,
             **made,
             **learned,
         )
         self._set_cursor(
             next_step=step + 1,
+            next_problem=choice.next_problem,
+            history=remember(self.cursor.history, groups, self.recipe, step),
             beta=steered_beta(self.cursor.beta, figures.entropy, self.recipe.objective)
             if figures is not None
             else self.cursor.beta,
             start_entropy=start_entropy,
+            prompts_skipped=self.cursor.prompts_skipped + choice.skipped,
+            prompts_with_positive=self.cursor.prompts_with_positive + made["prompts_with_positive"],
+            rollouts=self.cursor.rollouts + record.rollouts,
             rollout_tokens=self.cursor.rollout_tokens + record.rollout_tokens,
             trained_tokens=self.cursor.trained_tokens + record.trained_tokens,
             seconds=_added(self.cursor.seconds, seconds),
@@ -406,6 +435,24 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self._whole:
             self._checkpoint()
+
+    def _prove_sampler(self) -> None:
+        """Show, once before the first step, that the engine samples from the adapter it is given."""
+        if self.sampler.engine == "hf":
+            return  # it has no weights of its own
+        problems = [self.train_task.train_problem(self.recipe.train.seed, index) for index in range(PROBE_PROMPTS)]
+        probe = prove_adapter_in_use(
+            self.sampler,
+            self.policy,
+            [self.renderer.render(problem) for problem in {one.id: one for one in problems}.values()],
+            temperature=self.recipe.rollout.temperature,
+            seed=self.recipe.train.seed,
+        )
+        self._usual_gap = max(self._usual_gap, probe.gap_mean)
+        self.view.message(
+            f"sampler proven: log-probs differ from the trainer's by {probe.probe_gap_mean:.2g} nats, and would by "
+            f"{probe.ignored_gap_mean:.2g} if the adapter were ignored"
+        )
 
     def _checkpoint(self) -> None:
         self.view.stage("checkpoint")
@@ -475,11 +522,17 @@ class Trainer:
             "after": after,
             "steps": self.cursor.next_step,
             "seconds": {**self.cursor.seconds, "total": sum(self.cursor.seconds.values())},
+            "prompts_skipped": self.cursor.prompts_skipped,
+            "prompts_with_positive": self.cursor.prompts_with_positive,
+            "rollouts": self.cursor.rollouts,
             "rollout_tokens": self.cursor.rollout_tokens,
             "trained_tokens": self.cursor.trained_tokens,
             "peak_memory_bytes": peak_memory_bytes(self.policy.device),
             "siamese_extra_bytes": self.siamese.extra_bytes,
             "quantized_modules": self.policy.quantized_modules,
+            "sampler": sampler_summary(
+                self.sampler.engine, self.sampler.swap_seconds, read_lines(self.run_folder.metrics_path)
+            ),
             "output": str(self.run_folder.path),
         }
         write_atomically(self.run_folder.summary_path, json.dumps(summary, indent=2) + "\n")

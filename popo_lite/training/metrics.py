@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from popo_lite.console.base import RunView
@@ -48,9 +49,7 @@ class UpdateFigures:
     similarity: float = 0.0
     entropy_term: float = 0.0
     cosine: float = 0.0
-    gap_sum: float = 0.0
-    gap_max: float = 0.0
-    tokens: int = 0
+    gaps: list[Tensor] = field(default_factory=list)
     micro_batches: int = 0
     grad_norm: float = math.nan
     update_norm: float | None = None
@@ -63,11 +62,29 @@ class UpdateFigures:
         self.entropy_term += float(terms.entropy.detach())
         self.cosine += float(terms.similarity_cosine)
 
-    def add_gaps(self, gaps: Tensor) -> None:
-        """Add |sampler - policy| log-probs [N] of a micro-batch."""
-        self.gap_sum += float(gaps.sum())
-        self.gap_max = max(self.gap_max, float(gaps.max()))
-        self.tokens += gaps.numel()
+    def add_gaps(self, log_ratios: Tensor) -> None:
+        """Add policy minus sampler log-probs [N] of a micro-batch."""
+        self.gaps.append(log_ratios.double().cpu())
+
+    @property
+    def gap_mean(self) -> float:
+        """Mean |sampler - policy| log-prob of the trained tokens, nats."""
+        return float(torch.cat(self.gaps).abs().mean())
+
+    def gap_figures(self) -> dict[str, float]:
+        """How far the sampler is from the policy: mean, 99th percentile and largest |gap| and the k3 divergence.
+
+        k3 = mean of exp(r) - 1 - r with r = policy - sampler log-prob on the sampler's tokens, an unbiased estimate
+        of KL(sampler || policy) that is never negative (Schulman 2020).
+        """
+        ratios = torch.cat(self.gaps)
+        sizes = ratios.abs().sort().values
+        return {
+            "logp_gap_mean": self.gap_mean,
+            "logp_gap_p99": float(sizes[min(len(sizes) - 1, math.ceil(0.99 * len(sizes)) - 1)]),
+            "logp_gap_max": float(sizes[-1]),
+            "logp_k3": float((ratios.exp() - 1 - ratios).mean()),
+        }
 
     @property
     def entropy(self) -> float:
@@ -75,18 +92,25 @@ class UpdateFigures:
         return -self.entropy_term
 
 
-def rollout_figures(groups: Sequence[Group], task: Task, threshold: float) -> dict[str, Any]:
-    """The part of a StepRecord that rollouts and rewards alone decide."""
+def rollout_figures(groups: Sequence[Group], task: Task, threshold: float, *, first_round: int) -> dict[str, Any]:
+    """The part of a StepRecord that rollouts and rewards alone decide.
+
+    `first_round` is how many rollouts every prompt got before any positive was counted.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
+    firsts = [rollout for rollout in rollouts if rollout.index < first_round]
     ungraded = [all(not r.reward.outcome.is_graded for r in group.rollouts) for group in groups]
     graded = [group for group, lost in zip(groups, ungraded, strict=True) if not lost]
     counts = [len(group.positives(threshold)) for group in graded]
     sizes = [len(group.rollouts) for group in graded]
     positives = [rollout for group in groups for rollout in group.positives(threshold)]
-    workings = [task.shows_working(rollout.completion.text) for rollout in rollouts]
+    with_positive = sum(count > 0 for count in counts)
+    tokens = sum(len(r.completion.token_ids) for r in rollouts)
+    workings = [task.shows_working(rollout.completion.text) for rollout in firsts]
     told = [shown for shown in workings if shown is not None]
     return {
         "prompts": len(groups),
+        "prompts_with_positive": with_positive,
         "rollouts": len(rollouts),
         "positives": len(positives),
         "groups_none_right": counts.count(0),
@@ -94,16 +118,19 @@ def rollout_figures(groups: Sequence[Group], task: Task, threshold: float) -> di
         "groups_all_right": sum(count == size for count, size in zip(counts, sizes, strict=True)),
         "groups_ungraded": sum(ungraded),
         "outcomes": count_outcomes([rollout.reward for rollout in rollouts]),
-        "pass_rate": len(positives) / len(rollouts),
-        "prompts_with_positive_share": sum(count > 0 for count in counts) / len(groups),
+        "pass_rate": statistics.fmean(rollout.reward.value > threshold for rollout in firsts),
+        "prompts_with_positive_share": with_positive / len(groups),
         "unique_answers_mean": statistics.fmean(
-            len({r.reward.answer for r in group.rollouts if r.reward.answer is not None}) for group in groups
+            len({r.reward.answer for r in group.rollouts[:first_round] if r.reward.answer is not None})
+            for group in groups
         ),
         "step_by_step_share": statistics.fmean(told) if told else None,
-        "truncated_share": statistics.fmean(r.completion.finish_reason is FinishReason.LENGTH for r in rollouts),
-        "completion_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in rollouts),
+        "truncated_share": statistics.fmean(r.completion.finish_reason is FinishReason.LENGTH for r in firsts),
+        "completion_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in firsts),
         "positive_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in positives) if positives else None,
-        "rollout_tokens": sum(len(r.completion.token_ids) for r in rollouts),
+        "rollout_tokens": tokens,
+        "rollouts_per_positive_prompt": len(rollouts) / with_positive if with_positive else None,
+        "rollout_tokens_per_positive_prompt": tokens / with_positive if with_positive else None,
     }
 
 
@@ -123,7 +150,9 @@ def update_figures(
             "effective_sample_share",
             "siamese_cosine",
             "logp_gap_mean",
+            "logp_gap_p99",
             "logp_gap_max",
+            "logp_k3",
             "grad_norm",
             "update_norm",
         )
@@ -138,12 +167,36 @@ def update_figures(
         "effective_sample_size": statistics.fmean(size for size, _ in plan.sample_sizes),
         "effective_sample_share": statistics.fmean(size / count for size, count in plan.sample_sizes),
         "siamese_cosine": figures.cosine if similarity_on else None,
-        "logp_gap_mean": figures.gap_sum / figures.tokens,
-        "logp_gap_max": figures.gap_max,
+        **figures.gap_figures(),
         "grad_norm": figures.grad_norm,
         "update_norm": figures.update_norm,
         "trained_tokens": sum(sequence.length for sequence in plan.sequences),
         "micro_batches": figures.micro_batches,
+    }
+
+
+def sampler_summary(engine: str, swap_seconds: Sequence[float], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sampler's part of summary.json, over all steps in `lines`; swaps are those of this process.
+
+    `logp_gap` in nats: `mean` and `p99` are means over steps, `max` is over all of them.
+    """
+    trained = [line for line in lines if line["logp_gap_mean"] is not None]
+    with_positive = sum(round(line["prompts_with_positive_share"] * line["prompts"]) for line in lines)
+    return {
+        "engine": engine,
+        "tokens_per_second": sum(line["rollout_tokens"] for line in lines)
+        / max(1e-9, sum(line["seconds"]["rollout"] for line in lines)),
+        "swap_seconds": {"median": statistics.median(swap_seconds), "max": max(swap_seconds)} if swap_seconds else None,
+        "logp_gap": {
+            "mean": statistics.fmean(line["logp_gap_mean"] for line in trained),
+            "p99": statistics.fmean(line["logp_gap_p99"] for line in trained),
+            "max": max(line["logp_gap_max"] for line in trained),
+        }
+        if trained
+        else None,
+        "rollouts_per_prompt_with_positive": sum(line["rollouts"] for line in lines) / with_positive
+        if with_positive
+        else None,
     }
 
 

@@ -31,7 +31,7 @@ def setup(request):
         for _, parameter in policy.adapter_parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     renderer = Renderer.of(recipe, policy.tokenizer)
-    sampler = open_sampler(recipe.rollout, policy, text=renderer.text)
+    sampler = open_sampler(recipe, policy, text=renderer.text)
     with sampler:
         sampler.sync(policy.version)
         yield policy, renderer, sampler
@@ -43,7 +43,7 @@ def prompts_of(renderer, count=6):
     return [renderer.render(problem) for problem in [*problems, long]]
 
 
-def draw(setup, prompts, *, count=4, temperature=1.0, limit=40, stream=("test", 0), finished=None):
+def draw(setup, prompts, *, count=4, temperature=1.0, limit=40, stream=("test", 0), first_index=0, finished=None):
     policy, _, sampler = setup
     return sampler.sample(
         prompts,
@@ -51,6 +51,7 @@ def draw(setup, prompts, *, count=4, temperature=1.0, limit=40, stream=("test", 
         params=SamplingParams(temperature=temperature, max_completion_tokens=limit),
         policy_version=policy.version,
         stream=stream,
+        first_index=first_index,
         finished=finished,
     )
 
@@ -115,6 +116,22 @@ def test_draws_do_not_depend_on_the_batch(setup):
         assert [one.token_ids for one in first] == [one.token_ids for one in second]
         for one, other in zip(first, second, strict=True):
             assert one.sampler_logps == pytest.approx(other.sampler_logps, abs=LOGP_TOLERANCE)
+
+
+def test_a_later_round_goes_on_where_the_one_before_ended(setup):
+    _, renderer, _ = setup
+    prompts = prompts_of(renderer)
+    at_once = draw(setup, prompts, count=8)
+    # The second round is for some of the prompts only, as an adaptive budget has it.
+    first, second = draw(setup, prompts), draw(setup, prompts[2:5], first_index=4)
+    for group, expected in [
+        *zip(first, at_once, strict=True),
+        *zip(second, [g[4:] for g in at_once[2:5]], strict=True),
+    ]:
+        for one, other in zip(group, expected[:4], strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.sampler_logps == pytest.approx(other.sampler_logps, abs=LOGP_TOLERANCE)
+    assert second != first[2:5]
 
 
 def test_streams_differ_by_seed_step_and_sample(setup):
@@ -203,4 +220,4 @@ def test_an_engine_that_is_not_here_names_the_alternative(tiny_recipe):
     recipe = tiny_recipe('rollout.engine="vllm"')
     policy = load_policy(recipe)
     with pytest.raises(EngineError, match="rollout.engine"):
-        open_sampler(recipe.rollout, policy, text=str)
+        open_sampler(recipe, policy, text=str)

@@ -27,6 +27,8 @@ def record(step: int, **changes) -> StepRecord:
         policy_version=step,
         skipped_reason=None,
         prompts=32,
+        prompts_skipped=0,
+        prompts_with_positive=19,
         rollouts=256,
         positives=80,
         groups_none_right=12,
@@ -42,6 +44,8 @@ def record(step: int, **changes) -> StepRecord:
         completion_tokens_mean=143.25,
         positive_tokens_mean=120.0,
         rollout_tokens=36_000,
+        rollouts_per_positive_prompt=256 / 19,
+        rollout_tokens_per_positive_prompt=36_000 / 19,
         trained_tokens=12_000,
         loss=0.4312,
         loss_nll=0.4421,
@@ -56,7 +60,9 @@ def record(step: int, **changes) -> StepRecord:
         siamese_drift=0.0123,
         siamese_drift_over_bound=0.04,
         logp_gap_mean=0.0012,
+        logp_gap_p99=0.02,
         logp_gap_max=0.031,
+        logp_k3=0.001,
         grad_norm=0.83,
         update_norm=1e-4,
         learning_rate=2e-5,
@@ -74,7 +80,7 @@ def skipped(step: int) -> StepRecord:
         (
             *("loss", "loss_nll", "loss_similarity", "loss_entropy", "entropy", "entropy_over_start", "grad_norm"),
             *("effective_sample_size", "effective_sample_share", "siamese_cosine", "siamese_drift_over_bound"),
-            *("logp_gap_mean", "logp_gap_max", "update_norm", "positive_tokens_mean"),
+            *("logp_gap_mean", "logp_gap_p99", "logp_gap_max", "logp_k3", "update_norm", "positive_tokens_mean"),
         )
     )
     reason = "none of its 32 prompts has a right answer"

@@ -33,12 +33,24 @@ from popo_lite.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from popo_lite.training.history import Seen
 from popo_lite.training.interrupt import Interrupts, StopRequested
 from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
 
 CURSOR = Cursor(
-    next_step=3, beta=0.02, start_entropy=0.5, rollout_tokens=10, trained_tokens=5, seconds={"update": 1.5}, before=None
+    next_step=3,
+    next_problem=40,
+    history={"p": Seen(8, 0, 1), "q/2": Seen(4, 4, 2)},
+    beta=0.02,
+    start_entropy=0.5,
+    prompts_skipped=1,
+    prompts_with_positive=2,
+    rollouts=24,
+    rollout_tokens=10,
+    trained_tokens=5,
+    seconds={"update": 1.5},
+    before=None,
 )
 
 

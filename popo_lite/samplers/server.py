@@ -1,0 +1,320 @@
+"""Rollouts from vLLM servers, on this machine or others: adapters pass through a shared folder, the rest over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import shlex
+import shutil
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+
+from popo_lite.errors import EngineError
+from popo_lite.policy.adapters import save_adapter
+from popo_lite.policy.load import model_source
+from popo_lite.policy.policy import Policy
+from popo_lite.recipe import Recipe
+from popo_lite.samplers.base import SamplingParams, refuse_stale
+from popo_lite.samplers.server_client import Answer, ServerClient, ServerFault
+from popo_lite.samplers.vllm import LORA_RANKS
+from popo_lite.seeding import stream_seed
+from popo_lite.types import Completion, FinishReason, Prompt
+
+TOKEN_VARIABLE = "POPO_SERVER_TOKEN"  # noqa: S105  # a name, not a token
+HEARTBEAT_SECONDS = 0.25
+"""How often `finished` is called where nothing ends."""
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """One sample that is wanted."""
+
+    prompt: Prompt
+    seed: int
+
+
+class ServerSampler:
+    """Any number of vLLM servers that take the same adapter.
+
+    Which server answers does not change a draw beyond rounding: each has its own seed. A server that fails is set
+    aside with a notice and its requests go to the others; every `sync` offers it the current adapter again, and only
+    with that is it used. At the start all servers must be in order.
+    """
+
+    engine = "server"
+
+    def __init__(
+        self,
+        policy: Policy,
+        recipe: Recipe,
+        *,
+        text: Callable[[Sequence[int]], str],
+        notify: Callable[[str], None] = log.warning,
+    ) -> None:
+        self._policy, self._recipe, self._text, self._notify = policy, recipe, text, notify
+        self.policy_version: int | None = None
+        self.swap_seconds: list[float] = []
+        # Prefix caches outlive adapters and know them by name and path, so neither is ever used twice, in no run.
+        self._name = f"popo-lite-{uuid.uuid4().hex[:12]}"
+        self._numbers = itertools.count(1)
+        # The same path must lead there on every machine, so nothing but the home folder is resolved in it.
+        self._folder = Path(recipe.rollout.shared_dir or ".").expanduser().absolute() / self._name
+        token = os.environ.get(TOKEN_VARIABLE, "").strip() or None
+        self._servers = [ServerClient(url, token=token) for url in recipe.rollout.servers]
+        self._connected: set[ServerClient] = set()
+        self._faults: dict[ServerClient, ServerFault] = {}
+        self._runner = asyncio.Runner()
+        self._started = self._closed = False
+        try:
+            self.sync(policy.version)
+            if self._faults:
+                raise self._unusable()
+        except BaseException:
+            self.close()
+            raise
+        self._started = True
+
+    def sync(self, policy_version: int) -> None:
+        """Give every server the trainer's current adapter under a new name, those set aside too where they are back.
+
+        Raises EngineError where no server has taken it.
+        """
+        start = time.perf_counter()
+        self.policy_version = None  # until all of it is done, no version can be sampled
+        name = f"{self._name}-{next(self._numbers)}"
+        former = sorted(self._folder.glob("*"))
+        try:
+            save_adapter(self._policy.model, self._folder / name, base_id=self._recipe.model.id)
+        except OSError as error:
+            raise EngineError(
+                f"no adapter can be written: {error}",
+                where=f'rollout.shared_dir = "{self._recipe.rollout.shared_dir}"',
+                next_step="name a folder that trainer and servers see under the same path",
+            ) from error
+        self._run(self._on_each(self._servers, lambda server: self._offer(server, name)))
+        if not self._usable():
+            raise self._unusable()
+        # A server reads an adapter again when its memory was needed, so only those of earlier versions go.
+        for folder in former:
+            shutil.rmtree(folder)
+        self.policy_version = policy_version
+        self.swap_seconds.append(time.perf_counter() - start)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        count: int,
+        params: SamplingParams,
+        policy_version: int,
+        stream: tuple[int | str, ...],
+        first_index: int = 0,
+        finished: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """See `Sampler.sample`. Raises EngineError where no server is left."""
+        refuse_stale(self.policy_version, policy_version)
+        requests = [
+            _Request(prompt=prompt, seed=stream_seed(*stream, prompt.problem.id, first_index + index))
+            for prompt in prompts
+            for index in range(count)
+        ]
+        answers = self._run(self._collect(requests, params, finished))
+        completions = [self._completion(answer) for answer in answers]
+        return [completions[row * count : (row + 1) * count] for row in range(len(prompts))]
+
+    def sleep(self) -> None:
+        """Nothing is held here; the servers' memory is their own."""
+
+    def close(self) -> None:
+        """Take the adapter off the servers and out of the shared folder. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._run(self._on_each(self._usable(), _release))
+            self._run(self._on_each(self._servers, ServerClient.aclose))
+        finally:
+            self.policy_version = None
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ requests
+
+    async def _collect(
+        self, requests: Sequence[_Request], params: SamplingParams, finished: Callable[[int], None] | None
+    ) -> list[Answer]:
+        """An answer to every request, in order; none is under way any more when this ends, however it does."""
+        found: dict[int, Answer] = {}
+        waiting = deque(range(len(requests)))
+        running: dict[asyncio.Task[Answer], tuple[int, ServerClient]] = {}
+        watches = {asyncio.create_task(server.watch()): server for server in self._usable()}
+        try:
+            while len(found) < len(requests):
+                for index, server in self._dispatch(waiting, running):
+                    asked = server.complete(
+                        requests[index].prompt.token_ids,
+                        params=params,
+                        seed=requests[index].seed,
+                        stop_ids=self._policy.stop_ids,
+                    )
+                    running[asyncio.create_task(asked)] = (index, server)
+                if not running:
+                    raise self._unusable()
+                await asyncio.wait([*running, *watches], timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                ended = 0
+                for task in [task for task in running if task.done()]:
+                    index, server = running.pop(task)
+                    if task.cancelled():
+                        waiting.append(index)
+                        continue
+                    try:
+                        found[index] = task.result()
+                        ended += 1
+                    except ServerFault as fault:
+                        waiting.append(index)
+                        self._set_aside(server, fault)
+                for watch in [watch for watch in watches if watch.done()]:
+                    server = watches.pop(watch)
+                    try:
+                        watch.result()
+                    except ServerFault as fault:
+                        self._set_aside(server, fault)
+                for task, (_, server) in running.items():
+                    if server not in self._connected:
+                        task.cancel()
+                if finished is not None:
+                    finished(ended)
+        finally:
+            for leftover in (*running, *watches):
+                leftover.cancel()
+            await asyncio.gather(*running, *watches, return_exceptions=True)
+        return [found[index] for index in range(len(requests))]
+
+    def _dispatch(
+        self, waiting: deque[int], running: dict[asyncio.Task[Answer], tuple[int, ServerClient]]
+    ) -> list[tuple[int, ServerClient]]:
+        """Requests to send now: every usable server has up to `rollout.batch_size` at a time, the idlest first."""
+        load = dict.fromkeys(self._usable(), 0)
+        for _, server in running.values():
+            if server in load:
+                load[server] += 1
+        chosen: list[tuple[int, ServerClient]] = []
+        while waiting and load:
+            server = min(load, key=load.__getitem__)
+            if load[server] >= self._recipe.rollout.batch_size:
+                break
+            load[server] += 1
+            chosen.append((waiting.popleft(), server))
+        return chosen
+
+    def _completion(self, answer: Answer) -> Completion:
+        stopped = answer.token_ids[-1] in self._policy.stop_ids
+        return Completion(
+            token_ids=answer.token_ids,
+            sampler_logps=answer.logps,
+            finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+            text=self._text(answer.token_ids),
+        )
+
+    # ------------------------------------------------------------------ servers
+
+    async def _offer(self, server: ServerClient, name: str) -> None:
+        """Load the adapter `name`, after a look at the server where it is new or was set aside."""
+        try:
+            if server not in self._connected:
+                if server in self._faults:
+                    await server.check_health(attempts=1)  # most often it is still gone; a step must not wait for it
+                rollout = self._recipe.rollout
+                await server.connect(context_tokens=rollout.max_prompt_tokens + rollout.max_completion_tokens)
+            await server.load(name, self._folder / name)
+        except ServerFault as fault:
+            self._set_aside(server, fault)
+            return
+        self._connected.add(server)
+        if self._faults.pop(server, None) is not None:
+            self._notify(f"server {server.url} is back")
+
+    def _set_aside(self, server: ServerClient, fault: ServerFault) -> None:
+        """Use `server` no more until it is back, and say why unless that was said."""
+        known = self._faults.get(server)
+        if (known is None or str(known) != str(fault)) and self._started:
+            self._notify(f"server {server.url} is set aside: {fault}")
+        self._connected.discard(server)
+        self._faults[server] = fault
+
+    def _usable(self) -> list[ServerClient]:
+        return [server for server in self._servers if server in self._connected]
+
+    def _unusable(self) -> EngineError:
+        """What is wrong with every server that is set aside, and what helps the first of them."""
+        first, fault = next(iter(self._faults.items()))
+        reasons = "; ".join(f"{server.url}: {reason}" for server, reason in self._faults.items())
+        return EngineError(
+            f"{len(self._faults)} of {len(self._servers)} servers cannot be used: {reasons}",
+            where="rollout.servers",
+            next_step=fault.advice or f"start it with: {serve_command(self._recipe, first.url)}",
+        )
+
+    async def _on_each(
+        self, servers: Sequence[ServerClient], act: Callable[[ServerClient], Coroutine[Any, Any, None]]
+    ) -> None:
+        """`act` on all of `servers` at a time. Every one has ended when the first error is raised."""
+        results = await asyncio.gather(*(act(server) for server in servers), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(work)
+
+
+async def _release(server: ServerClient) -> None:
+    try:
+        await server.release()
+    except ServerFault as fault:
+        log.info("server %s keeps its adapter: %s", server.url, fault)  # the run is over, nothing depends on it
+
+
+def serve_command(recipe: Recipe, url: str) -> str:
+    """The shell command that starts the server for `recipe` that is expected at `url`."""
+    place = urlsplit(url)
+    rollout, model = recipe.rollout, recipe.model
+    own = model.quantization == "none"
+    options = {
+        "--host": place.hostname or "127.0.0.1",
+        "--port": str(place.port or 80),
+        "--dtype": model.dtype,
+        "--max-model-len": str(rollout.max_prompt_tokens + rollout.max_completion_tokens),
+        "--max-num-seqs": str(rollout.batch_size),
+        "--max-loras": "1",
+        "--max-cpu-loras": "2",
+        "--max-lora-rank": str(next((rank for rank in LORA_RANKS if rank >= recipe.lora.rank), recipe.lora.rank)),
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",
+    }
+    if own and model.revision is not None:
+        options["--revision"] = model.revision
+    flags = ["--enable-lora", *(["--trust-remote-code"] if model.trust_remote_code else [])]
+    command = ["vllm", "serve", model_source(model) if own else "DEQUANTIZED_BASE", *flags]
+    return "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True " + shlex.join([*command, *itertools.chain(*options.items())])

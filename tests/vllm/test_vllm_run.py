@@ -1,0 +1,95 @@
+"""Runs with the vLLM engine: they learn as with the trainer's own model, and stop when the adapter is the wrong one.
+
+One engine at a time and a process may hold it: shutting one down takes vLLM's process groups with it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from popo_lite.console.views import SilentView
+from popo_lite.errors import EngineError
+from popo_lite.recipe_file import load_recipe
+from popo_lite.run_folder import RunFolder, read_lines
+from popo_lite.samplers.engine_adapter import EngineAdapter
+from popo_lite.training.loop import Trainer
+
+
+@pytest.mark.slow
+def test_the_shipped_recipe_learns_as_with_the_hf_sampler(command, tmp_path):
+    done = command("train", "tiny_vllm", "--json", timeout=900)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert 0.20 <= summary["before"]["pass_at_1"] <= 0.50
+    assert summary["after"]["pass_at_1"] >= 0.85
+    assert summary["steps"] == 60
+    sampler = summary["sampler"]
+    assert sampler["engine"] == "vllm"
+    assert sampler["logp_gap"]["max"] < 1e-4
+    assert 0 < sampler["swap_seconds"]["median"] <= 0.05
+    assert sampler["tokens_per_second"] > 0
+    assert 1 <= sampler["rollouts_per_prompt_with_positive"] < 16
+    assert "Traceback" not in done.stderr
+
+
+def stale_swap(self, version, swap=EngineAdapter.swap):
+    """Only the first two adapters (probe and policy) ever reach the engine."""
+    if self._current is None or version < 1:
+        swap(self, version)
+    self.version = version
+
+
+def reused_id_swap(self, version):
+    """One name and id for every version, and the prefix cache left as it is."""
+    from vllm.lora.request import LoRARequest
+
+    folder = self._folder / "reused"
+    shutil.rmtree(folder, ignore_errors=True)
+    self._write(folder)
+    self._engine.remove_lora(1)
+    self._current = LoRARequest("policy", 1, str(folder))
+    self._engine.add_lora(self._current)
+    if version < 1:
+        self._engine.reset_prefix_cache()  # so that the probe passes
+    self.version = version
+    self.swap_seconds.append(0.0)
+
+
+def base_request(self, version, request=EngineAdapter.request):
+    """The probe passes, and then requests go out without the adapter."""
+    found = request(self, version)
+    return found if version < 2 else None
+
+
+@pytest.mark.parametrize(
+    ("method", "broken"),
+    [("swap", stale_swap), ("swap", reused_id_swap), ("request", base_request), ("swap", None)],
+    ids=["stale adapter", "reused id without reset", "base model", "nothing broken"],
+)
+def test_the_run_itself_stops_when_the_adapter_is_wrong(tmp_path, monkeypatch, method, broken):
+    # A system prompt longer than a cache block, so that prompts of all steps share cached blocks; the tiny model makes
+    # no sense of it, so every answer counts as right.
+    (tmp_path / "kind_rewards.py").write_text("def right(text, problem):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    system_prompt = "You add numbers. " * 20
+    recipe = load_recipe(
+        "tiny_vllm",
+        ["rollout.max_prompt_tokens=400", 'reward.function="kind_rewards:right"', "data.prompts_per_step=8",
+         f'data.system_prompt="{system_prompt}"', "train.steps=6", "eval.problems=0", "optimizer.warmup_share=0.0",
+         "rollout.batch_size=64"],
+    )  # fmt: skip
+    run = tmp_path / "run"
+    run.mkdir()
+    if broken is not None:
+        monkeypatch.setattr(EngineAdapter, method, broken)
+    with Trainer(recipe, SilentView()) as trainer:
+        if broken is None:
+            assert trainer.run(RunFolder(run)).summary is not None
+            gaps = [line["logp_gap_max"] for line in read_lines(run / "metrics.jsonl")]
+            assert max(gaps) < 1e-4
+            return
+        with pytest.raises(EngineError, match="sampler and of the trainer differ by"):
+            trainer.run(RunFolder(run))
