@@ -66,7 +66,7 @@ def eval_(
     from popo_lite.console.reports import eval_report
     from popo_lite.evaluation import evaluate, fitting
     from popo_lite.grading import Grader
-    from popo_lite.policy.adapters import load_adapter_weights
+    from popo_lite.policy.adapters import empty_adapter, load_adapter_weights
     from popo_lite.policy.trained import load_trained_policy
     from popo_lite.samplers import SamplingParams, open_sampler
     from popo_lite.tasks import open_tasks
@@ -84,6 +84,9 @@ def eval_(
         grader.check()
         for name in wanted:
             load_adapter_weights(policy.model, adapters[name])
+            if name == "base":
+                # Emptied and not only switched off: an engine with weights of its own is given the adapter too.
+                empty_adapter(policy.model)
             policy.version += 1
             sampler.sync(policy.version)
             with (

@@ -29,7 +29,8 @@ def generate(
     import torch
 
     from popo_lite.policy.trained import load_trained_policy
-    from popo_lite.samplers import SamplingParams, open_sampler
+    from popo_lite.samplers import SamplingParams
+    from popo_lite.samplers.hf import HFSampler
     from popo_lite.tasks.rendering import Renderer
     from popo_lite.types import Problem
 
@@ -38,8 +39,8 @@ def generate(
     policy = load_trained_policy(recipe, adapter)
     renderer = Renderer.of(recipe, policy.tokenizer)
     prompt = renderer.render(Problem(id=question, messages=({"role": "user", "content": question},), answer=""))
-    sampler = open_sampler(recipe, policy, text=renderer.text)
-    with sampler:
+    # Whatever engine trained it: for one question, starting another would take longer than answering.
+    with HFSampler(policy, text=renderer.text, batch_size=samples) as sampler:
         sampler.sync(policy.version)
         answers = sampler.sample(
             [prompt],

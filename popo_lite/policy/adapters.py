@@ -127,6 +127,14 @@ def save_adapter(model: PeftModel, folder: Path, *, base_id: str) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; `popo-lite export` writes a real card
 
 
+def empty_adapter(model: PeftModel) -> None:
+    """Set every B to 0, so that the adapter adds nothing (DoRA's magnitudes stay, and need the adapter disabled)."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_B" in name:
+                parameter.zero_()
+
+
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     """Overwrite the model's adapter with the one in `folder`. Raises ModelError where the tensors do not match."""
     from peft import set_peft_model_state_dict

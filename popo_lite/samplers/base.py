@@ -47,8 +47,8 @@ class Sampler(Protocol):
         """`count` completions for each prompt, in order: samples `first_index` and on of each.
 
         Sample i of a prompt draws from the random stream of (*stream, problem id, i) alone, so what else is in the
-        batch changes nothing beyond rounding, and 4 samples and 4 more are those of one call for 8. `finished` is told, often and also when it is none, how many sequences
-        have just ended; it may raise.
+        batch changes nothing beyond rounding, and 4 samples and 4 more are those of one call for 8. `finished` is
+        told, often and also when it is none, how many sequences have just ended; it may raise.
         Raises StalePolicyError where `policy_version` is not the sampler's.
         """
 
@@ -74,6 +74,6 @@ def refuse_stale(held: int | None, wanted: int) -> None:
     if held != wanted:
         holds = "no policy" if held is None else f"policy version {held}"
         raise StalePolicyError(
-            f"the sampler holds {holds} and version {wanted} was asked for; its rollouts would belong to another policy",
+            f"the sampler holds {holds} and version {wanted} was asked for; its rollouts would be another policy's",
             next_step="this is a bug in the order of a step: sync the sampler after every update",
         )

@@ -23,6 +23,9 @@ MEMORY_BACKED = Path("/dev/shm")  # noqa: S108  # a private folder is made in it
 """Where adapters pass from trainer to engine without touching a disk; elsewhere the temporary folder serves."""
 
 
+_PREFIX = "popo-lite-adapter-"
+
+
 class EngineAdapter:
     """Puts versions of the adapter into `engine` (vLLM's LLMEngine), one at a time.
 
@@ -33,9 +36,9 @@ class EngineAdapter:
         self._engine = engine
         self._write = write
         self._ids = itertools.count(1)
-        self._folder = Path(
-            tempfile.mkdtemp(prefix="popo-lite-", dir=MEMORY_BACKED if os.access(MEMORY_BACKED, os.W_OK) else None)
-        )
+        parent = MEMORY_BACKED if os.access(MEMORY_BACKED, os.W_OK) else Path(tempfile.gettempdir())
+        _remove_orphans(parent)
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
         self._current: Any = None
         self.version: int | None = None
         self.swap_seconds: list[float] = []
@@ -73,3 +76,11 @@ class EngineAdapter:
     def close(self) -> None:
         """Leave no file behind."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _remove_orphans(parent: Path) -> None:
+    """Delete what runs that were killed have left in memory."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc", str(os.getpid())).exists():
+            shutil.rmtree(folder, ignore_errors=True)

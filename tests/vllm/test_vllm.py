@@ -58,7 +58,7 @@ def move(policy, scale=0.01):
 
 
 def left_behind():
-    return [path.name for path in MEMORY_BACKED.glob("popo-lite-*")]
+    return [path.name for path in MEMORY_BACKED.glob("popo-lite-adapter-*")]
 
 
 def test_twenty_moves_of_the_adapter_are_followed(setup):
