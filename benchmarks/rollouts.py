@@ -121,7 +121,7 @@ def main() -> None:
         for engine in arguments.engines:
             chosen = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": engine})})
             before = used_bytes()
-            with open_sampler(chosen, policy, text=renderer.text) as sampler:
+            with open_sampler(chosen, policy, text=renderer.text, notify=print) as sampler:
                 found = measure(sampler, policy, renderer, arguments)
                 if before is not None and engine == "vllm":
                     awake = used_bytes() or 0

@@ -148,17 +148,19 @@ class RolloutRecipe(Section):
     """Folder that trainer and servers both see, for adapters; needed by engine `server`."""
     budget: Literal["fixed", "adaptive"] = "fixed"
     """`fixed`: G rollouts for every prompt. `adaptive`: rounds of `round_size` until a prompt has
-    `positives_wanted` positives or `max_rollouts` rollouts."""
+    `positives_wanted` positives or `max_rollouts` rollouts; what easy prompts save goes to hard ones, and a step makes
+    at most P * G rollouts."""
     positives_wanted: Positive = 2
-    """Adaptive budget: stop sampling a prompt with this many positives."""
+    """Adaptive budget: a prompt with this many positives is sampled no further. All its positives are trained on."""
     round_size: Positive = 4
-    """Adaptive budget: rollouts per prompt and round."""
+    """Adaptive budget: rollouts per prompt and round; at most `group_size`."""
     max_rollouts: Annotated[int, Field(ge=2)] = 32
     """Adaptive budget: most rollouts of one prompt."""
     skip_known: bool = False
-    """Leave out prompts that were all right or hopeless when they were last sampled."""
+    """Leave out prompts that were all right (4 rollouts or more) or hopeless (G or more) when last sampled. For data
+    sets that are gone through several times."""
     explore_share: Share = 0.1
-    """With `skip_known`: chance that such a prompt is sampled all the same."""
+    """With `skip_known`: chance, each time such a prompt comes up, that it is sampled all the same."""
 
 
 class DatasetRecipe(Section):
@@ -359,15 +361,24 @@ def _impossible_rollouts(recipe: Recipe) -> Iterator[Combination]:
     rollout = recipe.rollout
     if recipe.lora.dora and rollout.engine in ("vllm", "server"):
         yield ("rollout.engine", "lora.dora"), rollout.engine, 'vLLM cannot serve DoRA adapters; use "hf"'
+    if recipe.model.dtype == "float64" and rollout.engine in ("vllm", "server"):
+        yield ("rollout.engine", "model.dtype"), rollout.engine, 'vLLM does not compute in float64; use "hf"'
     if rollout.engine == "server":
         for key in ("servers", "shared_dir"):
             if not getattr(rollout, key):
                 yield (f"rollout.{key}", "rollout.engine"), getattr(rollout, key), 'is needed by the engine "server"'
     elif rollout.servers:
         yield ("rollout.servers", "rollout.engine"), rollout.servers, 'only the engine "server" uses them'
-    if rollout.budget == "adaptive" and rollout.round_size > rollout.max_rollouts:
-        why = f"a round is more than the whole budget of {rollout.max_rollouts}"
-        yield ("rollout.round_size", "rollout.max_rollouts"), rollout.round_size, why
+    if rollout.budget == "adaptive":
+        if rollout.round_size > rollout.group_size:
+            why = (
+                f"a step makes at most group_size = {rollout.group_size} rollouts a prompt on average; set at most that"
+            )
+            yield ("rollout.round_size", "rollout.group_size"), rollout.round_size, why
+        for key in ("round_size", "positives_wanted"):
+            if getattr(rollout, key) > rollout.max_rollouts:
+                why = f"a prompt gets at most max_rollouts = {rollout.max_rollouts}"
+                yield (f"rollout.{key}", "rollout.max_rollouts"), getattr(rollout, key), why
 
 
 def _impossible_models(recipe: Recipe) -> Iterator[Combination]:

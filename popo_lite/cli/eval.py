@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
@@ -79,7 +80,7 @@ def eval_(
     renderer = Renderer.of(recipe, policy.tokenizer)
     held_out = fitting(task.held_out(count), renderer, recipe)
     results = []
-    sampler = open_sampler(recipe, policy, text=renderer.text)
+    sampler = open_sampler(recipe, policy, text=renderer.text, notify=partial(click.echo, err=True))
     with Grader(recipe.reward) as grader, sampler:
         grader.check()
         for name in wanted:

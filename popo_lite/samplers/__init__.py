@@ -37,9 +37,18 @@ def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
     return "hf", f"hf ({reason.partition(':')[0]})"
 
 
-def open_sampler(recipe: Recipe, policy: Policy, *, text: Callable[[Sequence[int]], str]) -> Sampler:
-    """The sampler that `rollout.engine` names, for `policy`, holding its current version; `text` decodes ids."""
+def open_sampler(
+    recipe: Recipe, policy: Policy, *, text: Callable[[Sequence[int]], str], notify: Callable[[str], None]
+) -> Sampler:
+    """The sampler that `rollout.engine` names, for `policy`, holding its current version.
+
+    `text` decodes token ids; `notify` takes notices that must not be lost, such as of a server that died.
+    """
     engine, _ = pick_engine(recipe)
+    if engine == "server":
+        from popo_lite.samplers.server import ServerSampler
+
+        return ServerSampler(policy, recipe, text=text, notify=notify)
     if engine == "vllm":
         from popo_lite.samplers.vllm import VLLMSampler
 

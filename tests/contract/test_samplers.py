@@ -31,7 +31,7 @@ def setup(request):
         for _, parameter in policy.adapter_parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     renderer = Renderer.of(recipe, policy.tokenizer)
-    sampler = open_sampler(recipe, policy, text=renderer.text)
+    sampler = open_sampler(recipe, policy, text=renderer.text, notify=print)
     with sampler:
         sampler.sync(policy.version)
         yield policy, renderer, sampler
@@ -220,4 +220,4 @@ def test_an_engine_that_is_not_here_names_the_alternative(tiny_recipe):
     recipe = tiny_recipe('rollout.engine="vllm"')
     policy = load_policy(recipe)
     with pytest.raises(EngineError, match="rollout.engine"):
-        open_sampler(recipe, policy, text=str)
+        open_sampler(recipe, policy, text=str, notify=print)

@@ -136,10 +136,10 @@ def unbroken(tmp_path_factory):
     return folder / "run"
 
 
-def stop_at(folder: Path, step: int, *signals: int) -> subprocess.Popen[str]:
+def stop_at(folder: Path, step: int, *signals: int, options: tuple[str, ...] = SMALL) -> subprocess.Popen[str]:
     """Start the small run in `folder`/run and send `signals` once step `step` is on record."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "popo_lite", "train", "tiny_cpu", *SMALL, "--output", "run", "--view", "plain"],
+        [sys.executable, "-m", "popo_lite", "train", "tiny_cpu", *options, "--output", "run", "--view", "plain"],
         cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
@@ -192,6 +192,35 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(unbroken, tmp_path, co
         kept = [{k: v for k, v in (s[key] or {}).items() if k != "seconds"} if isinstance(s[key], dict) else s[key]
                 for s in (first, second)]  # fmt: skip
         assert kept[0] == kept[1], key
+
+
+def test_a_killed_run_remembers_what_it_knew_of_its_problems(tmp_path, command):
+    """Adaptive budget and skipping, on a file so small that every problem comes up again and again."""
+    pairs = [(a, a + 7) for a in range(20, 32)] + [(a, a + 7) for a in range(2000, 2012)]  # can be, and hopeless
+    rows = [json.dumps({"prompt": f"What is {a} + {b}?", "answer": a + b}) for a, b in pairs]
+    (tmp_path / "sums.jsonl").write_text("\n".join(rows) + "\n")
+    options = (
+        "--set", f"data.dataset={tmp_path / 'sums.jsonl'}", "--set", "data.prompts_per_step=8",
+        "--set", "rollout.budget=adaptive", "--set", "rollout.skip_known=true", "--set", "rollout.group_size=6",
+        "--set", "rollout.max_rollouts=12", "--set", "train.steps=8", "--set", "train.checkpoint_every=3",
+        "--set", "eval.problems=0", "--set", "optimizer.warmup_share=0.0",
+    )  # fmt: skip
+    whole = command("train", "tiny_cpu", *options, "--output", "whole", "--json")
+    assert whole.returncode == 0, whole.stderr
+    process = stop_at(tmp_path, 5, signal.SIGKILL, options=options)
+    process.communicate(timeout=120)
+    resumed = command("train", "run/recipe.toml", "--resume", "--output", "run", "--view", "plain")
+    assert resumed.returncode == 0, resumed.stderr
+    ours, theirs = (learned(tmp_path / name) for name in ("run", "whole"))
+    assert ours == theirs
+    assert len({line["rollouts"] / line["prompts"] for line in ours}) > 1
+    assert sum(line["prompts_skipped"] for line in ours[3:]) > 0
+    for (key, tensor), other in zip(weights_of(tmp_path / "run").items(), weights_of(tmp_path / "whole").values(),
+                                    strict=True):  # fmt: skip
+        assert (tensor == other).all(), key
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "whole")]
+    for key in ("rollouts", "rollout_tokens", "prompts_with_positive", "prompts_skipped"):
+        assert summaries[0][key] == summaries[1][key] == sum(line[key] for line in ours), key
 
 
 def test_only_the_same_unfinished_run_can_be_resumed(unbroken, command):

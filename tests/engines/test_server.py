@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -13,12 +14,12 @@ import time
 import httpx
 import pytest
 import torch
+from contract import test_samplers as contract
 from contract.test_samplers import (  # noqa: F401  # the suite, run here with this module's `setup`
     LOGP_TOLERANCE,
     draw,
     prompts_of,
     scored,
-    test_a_diverged_model_is_an_error,
     test_a_later_round_goes_on_where_the_one_before_ended,
     test_another_version_is_refused,
     test_draws_do_not_depend_on_the_batch,
@@ -86,10 +87,8 @@ class Server:
 
     def kill(self):
         if self.process is not None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self.process.wait()
             self.process = None
 
@@ -283,3 +282,8 @@ def test_a_server_that_dies_is_set_aside_and_one_that_is_back_is_used(setup, ser
     ended = 0
     assert close_to_the_trainer(policy, prompts, draw(setup, prompts, count=8))
     assert len(notices) == 3
+
+
+def test_a_diverged_model_is_refused(setup):
+    """Last in this file: what is not finite stays in the servers' KV blocks."""
+    contract.test_a_diverged_model_is_an_error(setup)

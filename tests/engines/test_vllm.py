@@ -46,7 +46,7 @@ def setup():
         for _, parameter in policy.adapter_parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     renderer = Renderer.of(recipe, policy.tokenizer)
-    with open_sampler(recipe, policy, text=renderer.text) as sampler:
+    with open_sampler(recipe, policy, text=renderer.text, notify=print) as sampler:
         yield policy, renderer, sampler
 
 
@@ -159,7 +159,7 @@ def test_the_engine_is_chosen_and_the_choice_explained(tiny_recipe):
 def test_four_bit_serving_needs_a_gpu(setup):
     policy, renderer, _ = setup
     with pytest.raises(EngineError, match="on a GPU only"):
-        open_sampler(load_recipe("tiny_vllm", ["rollout.base=nf4"]), policy, text=renderer.text)
+        open_sampler(load_recipe("tiny_vllm", ["rollout.base=nf4"]), policy, text=renderer.text, notify=print)
 
 
 def test_a_diverged_model_is_refused(setup):

@@ -1,0 +1,406 @@
+"""The server engine's dealings with servers that misbehave, over real HTTP and without vLLM."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from popo_lite.errors import EngineError, StalePolicyError
+from popo_lite.policy.policy import load_policy
+from popo_lite.samplers import SamplingParams, server_client
+from popo_lite.samplers.server import ServerSampler, serve_command
+from popo_lite.seeding import stream_seed
+from popo_lite.types import Problem, Prompt
+
+END = 1
+PARAMS = SamplingParams(temperature=1.0, max_completion_tokens=8)
+PROMPTS = [
+    Prompt(problem=Problem(id=f"p{n}", messages=({"role": "user", "content": "?"},), answer="0"), token_ids=(5, 6, 7))
+    for n in range(5)
+]
+
+
+class Script(ThreadingHTTPServer):
+    """Speaks vLLM's protocol. `answer(path, body)` may return (status, text) to answer otherwise, or None."""
+
+    daemon_threads = True
+
+    def __init__(self, port=0):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.adapters, self.seeds, self.asked = {}, [], Counter()
+        self.in_flight = self.most_in_flight = 0
+        self.lock = threading.Lock()
+        self.connections = []
+        self.room, self.token, self.processed = 512, None, True
+        self.answer = lambda path, body: None
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, *_):
+        """Clients that go away are part of the tests."""
+
+    def close(self):
+        """Stop listening, and end the connections that are open as the end of a process would."""
+        self.shutdown()
+        self.server_close()
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def reply(self, path, body):
+        """(status, text) as vLLM has it."""
+        if path == "/health":
+            return 200, ""
+        if path == "/v1/models":
+            return 200, json.dumps({"data": [{"id": "base", "parent": None, "max_model_len": self.room}]})
+        name = body.get("lora_name")
+        if path == "/v1/load_lora_adapter":
+            if not (Path(body["lora_path"]) / "adapter_model.safetensors").is_file():
+                return 404, error(f"Loading lora {name} failed: No adapter found for {body['lora_path']}")
+            self.adapters[name] = body["lora_path"]
+            return 200, "Success"
+        if path == "/v1/unload_lora_adapter":
+            return (200, "Success") if self.adapters.pop(name, None) else (404, error("cannot be found"))
+        if body["model"] != "base" and body["model"] not in self.adapters:
+            return 404, error(f"The model `{body['model']}` does not exist.")
+        self.seeds.append(body["seed"])
+        heat = 1 / body["temperature"] if self.processed else 1.0
+        return 200, completion([2, 3, END], [-0.5, -0.25, -0.125], top={"a": -1.0 * heat, "b": -3.0 * heat})
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def setup(self):
+        super().setup()
+        self.server.connections.append(self.connection)
+
+    def do_GET(self):
+        self.respond({})
+
+    def do_POST(self):
+        self.respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def respond(self, body):
+        server = self.server
+        with server.lock:
+            server.asked[self.path] += 1
+            server.in_flight += self.path == "/v1/completions"
+            server.most_in_flight = max(server.most_in_flight, server.in_flight)
+        allowed = server.token is None or self.headers["Authorization"] == f"Bearer {server.token}"
+        if self.path != "/health" and not allowed:
+            status, text = 401, json.dumps({"error": "Unauthorized"})
+        else:
+            status, text = server.answer(self.path, body) or server.reply(self.path, body)
+        with server.lock:
+            server.in_flight -= self.path == "/v1/completions"
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def error(message):
+    return json.dumps({"error": {"message": message, "code": 0}})
+
+
+def completion(ids, logps, *, top=None, reason="stop"):
+    logprobs = {"token_logprobs": logps, "top_logprobs": [top or {}]}
+    return json.dumps({"choices": [{"token_ids": ids, "logprobs": logprobs, "finish_reason": reason}]})
+
+
+def was_closed(connection):
+    """Whether the other side ended `connection`; waits a moment for it."""
+    connection.settimeout(0.5)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except TimeoutError:
+        return False
+
+
+def sampling(answer):
+    """An `answer` for completions by an adapter alone, which start-up does not ask for."""
+    return lambda path, body: answer(body) if path == "/v1/completions" and body["model"] != "base" else None
+
+
+@pytest.fixture(scope="module")
+def policy():
+    from popo_lite.recipe_file import load_recipe
+
+    policy = load_policy(load_recipe("tiny_cpu", ["model.quantization=none"]))
+    assert END in policy.stop_ids
+    return policy
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    monkeypatch.setattr(server_client, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.delenv("POPO_SERVER_TOKEN", raising=False)
+
+
+@pytest.fixture
+def servers():
+    both = [Script(), Script()]
+    yield both
+    for server in both:
+        server.close()
+
+
+@pytest.fixture
+def start(tiny_recipe, tmp_path, policy):
+    """`start(url, ...)`: (sampler, notices). Everything is closed and no file is left at the end."""
+    opened, shared = [], tmp_path / "shared"
+
+    def make(*urls, **changes):
+        recipe = tiny_recipe(
+            'rollout.engine="server"', f"rollout.servers={list(urls)}", f'rollout.shared_dir="{shared}"',
+            "model.quantization=none", "rollout.batch_size=4",
+            *(f"{key.replace('__', '.')}={value}" for key, value in changes.items()),
+        )  # fmt: skip
+        notices = []
+        sampler = ServerSampler(policy, recipe, text=str, notify=notices.append)
+        opened.append(sampler)
+        return sampler, notices
+
+    yield make
+    for sampler in opened:
+        sampler.close()
+        sampler.close()  # a second call does nothing
+    assert not shared.exists() or not list(shared.iterdir())
+
+
+def sample(sampler, *, count=4, version=0, finished=None, **options):
+    return sampler.sample(
+        PROMPTS, count=count, params=PARAMS, policy_version=version, stream=("t", 0), finished=finished, **options
+    )
+
+
+def test_requests_are_spread_bounded_and_seeded_one_by_one(start, servers):
+    full = threading.Event()
+
+    def hold(body):
+        if sum(server.in_flight for server in servers) == 8:
+            full.set()
+        assert full.wait(20)
+
+    for server in servers:
+        server.answer = sampling(hold)
+    sampler, notices = start(*(server.url for server in servers))
+    told = []
+    groups = sample(sampler, finished=told.append, first_index=3)
+    assert [len(group) for group in groups] == [4] * 5
+    assert groups[0][0].token_ids == (2, 3, END)
+    assert groups[0][0].sampler_logps == (-0.5, -0.25, -0.125)
+    assert sum(told) == 20
+    seeds = [seed for server in servers for seed in server.seeds if seed != 0]
+    assert sorted(seeds) == sorted(stream_seed("t", 0, f"p{n}", index) for n in range(5) for index in range(3, 7))
+    assert [server.most_in_flight for server in servers] == [4, 4]
+    assert notices == []
+
+
+def test_one_adapter_is_held_and_none_after_close(start, servers):
+    sampler, _ = start(*(server.url for server in servers))
+    first = set(servers[0].adapters)
+    sampler.sync(7)
+    (name,) = servers[0].adapters
+    assert servers[1].adapters.keys() == {name} != first
+    folder = Path(servers[0].adapters[name])
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert [one.name for one in folder.parent.iterdir()] == [folder.name]
+    assert sampler.policy_version == 7
+    with pytest.raises(StalePolicyError, match="holds policy version 7"):
+        sample(sampler, version=0)
+    sampler.close()
+    assert [server.adapters for server in servers] == [{}, {}]
+    assert not folder.parent.exists()
+
+
+def test_servers_that_are_not_there_are_named_with_the_command_that_starts_them(start, servers):
+    gone = Script()
+    gone.close()
+    with pytest.raises(EngineError) as caught:
+        start(servers[0].url, gone.url)
+    assert gone.url in caught.value.what
+    assert servers[0].url not in caught.value.what
+    assert f"vllm serve {Path('popo_lite/policy/tiny').resolve()} --enable-lora" in caught.value.next_step
+    assert f"--port {gone.server_port}" in caught.value.next_step
+    assert "--max-lora-rank 16 --logprobs-mode processed_logprobs" in caught.value.next_step
+    assert servers[0].adapters == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "next_step"),
+    [
+        ({"room": 100}, "context is 100 tokens, and prompt and answer may take 128", "--max-model-len 128"),
+        ({"processed": False}, "without --logprobs-mode processed_logprobs", "--logprobs-mode processed_logprobs"),
+        ({"token": "right"}, "refuses the token with 401", "POPO_SERVER_TOKEN"),
+        ({"answer": lambda path, body: (404, '{"detail":"Not Found"}') if "lora" in path else None},
+         "takes no adapters", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve"),
+        ({"answer": lambda path, body: (500, error("LoRA rank 16 is greater than max_lora_rank 8"))
+          if "load" in path else None}, "rank 16 is greater than max_lora_rank 8", "--max-lora-rank 16"),
+        ({"answer": lambda path, body: (404, error("failed: No adapter found for <path>")) if "lora" in path else None},
+         "finds no adapter", "rollout.shared_dir"),
+        ({"answer": lambda path, body: (404, "") if path == "/health" else None}, "404 to GET /health", "vllm serve"),
+        ({"answer": lambda path, body: (200, "<html>") if path == "/v1/models" else None}, "not JSON", "vllm serve"),
+        ({"answer": lambda path, body: (200, "[]") if path == "/v1/models" else None}, "list of models", "vllm serve"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_at_the_start_is_said_with_what_helps(start, servers, monkeypatch, change, what, next_step):
+    monkeypatch.setenv("POPO_SERVER_TOKEN", "a-secret")
+    for name, value in change.items():
+        setattr(servers[1], name, value)
+    with pytest.raises(EngineError) as caught:
+        start(*(server.url for server in servers))
+    assert f"1 of 2 servers cannot be used: {servers[1].url}: " in caught.value.what
+    assert what in caught.value.what
+    assert next_step in caught.value.next_step
+    assert "a-secret" not in str(caught.value)
+
+
+def test_the_token_is_sent(start, servers, monkeypatch):
+    servers[0].token = "right"
+    monkeypatch.setenv("POPO_SERVER_TOKEN", "right")
+    sampler, _ = start(f"{servers[0].url}/v1/")
+    assert len(sample(sampler)) == 5
+
+
+def test_what_is_no_url_is_an_error(start):
+    with pytest.raises(EngineError, match="is no URL"):
+        start("http://127.0.0.1:port")
+    with pytest.raises(EngineError, match="missing an 'http://'"):
+        start("127.0.0.1:8000")
+
+
+def test_a_passing_failure_is_retried_unnoticed(start, servers):
+    failures = iter([500, 503, 429])
+
+    def fail(body):
+        status = next(failures, None)
+        return None if status is None else (status, error("busy"))
+
+    servers[0].answer = sampling(fail)
+    sampler, notices = start(servers[0].url)
+    asked = servers[0].asked["/v1/completions"]
+    assert len(sample(sampler, count=1)) == 5
+    assert servers[0].asked["/v1/completions"] == asked + 5 + 3
+    assert notices == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"),
+    [
+        ((500, error("EngineCore died")), "500 to POST /v1/completions: EngineCore died"),
+        ((400, error("too long")), "refuses a request: too long"),
+        ((404, error("The model `x` does not exist.")), "lost its adapter"),
+        ((200, "<html>"), "not JSON"),
+        ((200, '{"choices": []}'), "holds no completion"),
+        ((200, '{"choices": [{"finish_reason": "stop"}]}'), "lack token ids or log-probs"),
+        ((200, completion([2, 1], [-1.0])), "2 tokens came with 1 log-probs"),
+        ((200, completion([], [])), "0 tokens came with 0 log-probs"),
+        ((200, completion([2, 1], [-1.0, None])), "lack token ids or log-probs"),
+        ((200, completion([2, 3], [-1.0, -1.0], reason="abort")), 'broke off an answer ("abort")'),
+        ((200, completion([2, 3], [-1.0, -1.0])), "another idea of where they end"),
+        ((200, completion([1, 3, 1], [-1.0] * 3)), "another idea of where they end"),
+        ((200, completion([2] * 9, [-1.0] * 9, reason="length")), "another idea of where they end"),
+    ],
+)
+def test_a_server_that_fails_is_set_aside_with_its_reason_until_none_is_left(start, servers, answer, what):
+    servers[0].answer = sampling(lambda body: answer)
+    sampler, notices = start(*(server.url for server in servers))
+    assert [len(group) for group in sample(sampler)] == [4] * 5
+    (notice,) = notices
+    assert notice.startswith(f"server {servers[0].url} is set aside: ")
+    assert what in notice
+    servers[1].answer = servers[0].answer
+    with pytest.raises(EngineError, match="2 of 2 servers cannot be used") as caught:
+        sample(sampler)
+    assert caught.value.what.count(what) == 2
+
+
+@pytest.mark.parametrize("logp", [-9999.0, float("nan"), float("-inf")])
+def test_log_probs_that_are_not_finite_end_the_run(start, servers, logp):
+    servers[0].answer = sampling(lambda body: (200, completion([2, END], [-1.0, logp])))
+    sampler, _ = start(servers[0].url)
+    with pytest.raises(EngineError, match="not finite"):
+        sample(sampler)
+
+
+def test_a_server_that_is_back_gets_the_current_adapter_first(start, servers):
+    sampler, notices = start(*(server.url for server in servers))
+    port = servers[1].server_port
+    servers[1].answer = sampling(lambda body: (500, error("dying")))
+    sample(sampler)
+    servers[1].close()
+    sampler.sync(1)
+    assert len(sample(sampler, version=1)) == 5
+    servers[1] = Script(port)
+    assert len(sample(sampler, version=1)) == 5
+    assert servers[1].asked["/v1/completions"] == 0
+    sampler.sync(2)
+    assert servers[1].adapters == servers[0].adapters
+    assert notices[-1] == f"server {servers[1].url} is back"
+    before = servers[1].asked["/v1/completions"]
+    sample(sampler, version=2)
+    assert servers[1].asked["/v1/completions"] > before
+
+
+def test_no_server_is_left_at_a_sync(start, servers):
+    sampler, _ = start(servers[0].url)
+    servers[0].close()
+    with pytest.raises(EngineError, match="1 of 1 servers cannot be used"):
+        sampler.sync(1)
+    with pytest.raises(StalePolicyError, match="holds no policy"):
+        sample(sampler, version=1)
+
+
+def test_a_host_that_falls_silent_is_found_by_its_health(start, servers, monkeypatch):
+    monkeypatch.setattr(server_client, "HEALTH_EVERY_SECONDS", 0.1)
+    silent = threading.Event()
+    sampler, notices = start(*(server.url for server in servers))
+    sick = sampling(lambda body: silent.wait(20) and None)
+    servers[1].answer = lambda path, body: (503, error("gone")) if path == "/health" else sick(path, body)
+    start_seconds = time.monotonic()
+    assert [len(group) for group in sample(sampler)] == [4] * 5
+    assert time.monotonic() - start_seconds < 10
+    assert "503 to GET /health" in notices[0]
+    silent.set()
+
+
+def test_an_interrupt_ends_every_request(start, servers):
+    hold = threading.Event()
+    for server in servers:
+        server.answer = sampling(lambda body: hold.wait(20) and None)
+    sampler, _ = start(*(server.url for server in servers))
+    calls = []
+
+    def stop(ended):
+        calls.append(ended)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(sampler, finished=stop)
+    assert calls == [0, 0, 0]
+    assert [sum(map(was_closed, server.connections)) for server in servers] == [4, 4]
+    hold.set()
+    assert len(sample(sampler)) == 5
+
+
+def test_the_command_names_what_the_recipe_needs(tiny_recipe):
+    recipe = tiny_recipe("lora.rank=20", "lora.alpha=20.0", "model.trust_remote_code=true", "rollout.batch_size=7")
+    command = serve_command(recipe, "http://node7:8001")
+    assert command.startswith("VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve DEQUANTIZED_BASE --enable-lora")
+    for part in ("--host node7 --port 8001", "--dtype float32", "--max-model-len 128", "--max-num-seqs 7",
+                 "--max-lora-rank 32", "--trust-remote-code", "--generation-config vllm"):  # fmt: skip
+        assert part in command
