@@ -16,17 +16,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from popo_lite.console.base import RunView
 from popo_lite.errors import EngineError, PopoError
 from popo_lite.evaluation import evaluate, fitting
 from popo_lite.grading import Grader
-from popo_lite.objective.logprobs import token_logprobs
-from popo_lite.objective.losses import LossTerms, noisy_target, popo_loss, steered_beta, truncated_importance
+from popo_lite.objective.losses import steered_beta
 from popo_lite.policy.adapters import save_adapter
 from popo_lite.policy.policy import Policy, load_policy
-from popo_lite.policy.siamese import Siamese
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import (
     RunFolder,
@@ -38,15 +35,15 @@ from popo_lite.run_folder import (
     write_atomically,
 )
 from popo_lite.samplers import SamplingParams, open_sampler, pick_engine
-from popo_lite.samplers.probe import prove_adapter_in_use
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.training.batching import MicroBatch, StepPlan, collate, cut, plan_step
+from popo_lite.training.batching import StepPlan
 from popo_lite.training.checkpoint import Cursor, latest_checkpoint, load_checkpoint, save_checkpoint
 from popo_lite.training.collect import Budget, collect
 from popo_lite.training.history import Choice, choose_problems, remember
 from popo_lite.training.interrupt import Interrupts, StopRequested
+from popo_lite.training.learner import Learner
 from popo_lite.training.metrics import (
     StageClock,
     UpdateFigures,
@@ -56,15 +53,12 @@ from popo_lite.training.metrics import (
     sampler_summary,
     update_figures,
 )
-from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
-from popo_lite.types import EvalResult, Group, Prompt, Rollout, StepRecord
+from popo_lite.training.optimizer import learning_rate_factor
+from popo_lite.training.sampler_guard import PROBE_PROMPTS, SamplerGuard
+from popo_lite.types import EvalResult, Group, Prompt, StepRecord
 
 QUIET_STEPS = 5
 """So many steps in a row without a positive call for a word of advice."""
-
-PROBE_PROMPTS = 4
-ROUNDING_NATS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-3}
-"""Mean gap between two right computations of a token's log-prob, by dtype; a probe can only find more than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +87,7 @@ class Trainer:
             self.policy: Policy = load_policy(recipe)
             self.renderer = Renderer.of(recipe, self.policy.tokenizer)
             self._check_prompts()
-            self.siamese = Siamese(self.policy.trainable_parameters(), recipe.siamese.tau)
-            self.optimizer = build_optimizer(self.policy, recipe.optimizer)
+            self.learner = Learner(recipe, self.policy)
             self.sampler = stack.enter_context(
                 open_sampler(recipe, self.policy, text=self.renderer.text, notify=view.message)
             )
@@ -115,7 +108,7 @@ class Trainer:
         )
         self.interrupts = Interrupts(view.message)
         self._whole = True
-        self._usual_gap = ROUNDING_NATS[self.policy.head.weight.dtype]
+        self.guard = SamplerGuard(recipe, self.policy, self.sampler)
         self._skipped_in_a_row = 0
 
     def __enter__(self) -> Self:
@@ -132,7 +125,8 @@ class Trainer:
         if resume:
             self._restore()
         start_files(folder, self.recipe, self.policy.device)
-        self._prove_sampler()
+        problems = [self.train_task.train_problem(self.recipe.train.seed, index) for index in range(PROBE_PROMPTS)]
+        self.guard.prove([self.renderer.render(problem) for problem in problems], self.view.message)
         steps = self.recipe.train.steps
         self.view.start(
             title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=self.cursor.next_step
@@ -174,17 +168,17 @@ class Trainer:
         groups = self._collect(step, prompts, clock)
         self.sampler.sleep()
         with clock("weights"):
-            plan = self._credit(groups)
+            plan = self.learner.credit(groups)
         figures: UpdateFigures | None = None
         skipped: str | None = "no prompt had a positive"
         if plan is not None:
-            batches = self._collate([sequence.rollout for sequence in plan.sequences])
+            batches = self.learner.collate([sequence.rollout for sequence in plan.sequences])
             # Before any graph exists: the averaged weights stand where the trained ones do.
             with clock("siamese"):
-                targets = self._siamese_targets(step, plan, batches)
+                targets = self.learner.siamese_targets(step, plan, batches)
             with clock("update", total=len(plan.sequences)):
-                figures = self._backward(plan, batches, targets)
-                self._refuse_gap(step, figures)
+                figures = self.learner.backward(plan, batches, targets, beta=self.cursor.beta, advance=self._advance)
+                self.guard.check(step, figures)
                 if math.isfinite(figures.grad_norm):
                     skipped = None
                 else:
@@ -194,8 +188,8 @@ class Trainer:
         self._whole = False
         if figures is not None:
             with clock("update"):
-                self._apply(step, figures)
-        self.optimizer.zero_grad(set_to_none=True)
+                self.learner.apply(step, figures)
+        self.learner.optimizer.zero_grad(set_to_none=True)
         with clock("sync"):
             self.sampler.sync(self.policy.version)
         record = self._record(step, choice, groups, plan, figures, skipped, clock)
@@ -226,123 +220,6 @@ class Trainer:
             finished=self._advance,
         )
 
-    def _credit(self, groups: Sequence[Group]) -> StepPlan | None:
-        """Weights on whole groups, from the sampler's log-probs or from a no-grad pass over the positives."""
-        objective = self.recipe.objective
-        positives = [rollout for group in groups for rollout in group.positives(objective.reward_threshold)]
-        if objective.weights_from == "sampler" or objective.weights == "uniform":
-            means = [rollout.completion.mean_logp for rollout in positives]
-        else:
-            means = self._policy_mean_logps(positives)
-        return plan_step(
-            groups,
-            objective,
-            mean_logps={
-                (rollout.prompt.problem.id, rollout.index): mean for rollout, mean in zip(positives, means, strict=True)
-            },
-            max_completion_tokens=self.recipe.rollout.max_completion_tokens,
-        )
-
-    @torch.no_grad()
-    def _policy_mean_logps(self, rollouts: Sequence[Rollout]) -> list[float]:
-        means = [0.0] * len(rollouts)
-        self.policy.model.eval()
-        for batch in self._collate(rollouts):
-            logps, _ = self._logps(self.policy.hidden_states(batch.input_ids, batch.attention_mask), batch)
-            sums = logps.new_zeros(len(batch.members)).index_add(0, batch.sequence_of_token, logps)
-            for member, mean in zip(batch.members, (sums / batch.lengths).tolist(), strict=True):
-                means[member] = mean
-        return means
-
-    @torch.no_grad()
-    def _siamese_targets(self, step: int, plan: StepPlan, batches: Sequence[MicroBatch]) -> list[Tensor | None]:
-        """Each micro-batch's noisy targets [B, D]; None throughout where the similarity term is off."""
-        objective = self.recipe.objective
-        if objective.alpha == 0:
-            return [None] * len(batches)
-        targets: list[Tensor | None] = []
-        self.policy.model.eval()
-        with self.siamese.swapped():
-            for batch in batches:
-                features = batch.mean_features(self.policy.hidden_states(batch.input_ids, batch.attention_mask))
-                if objective.target == "predictor":
-                    features = self.policy.predictor(features)
-                noise = torch.stack([self._noise(step, plan, member, features) for member in batch.members])
-                targets.append(noisy_target(features, noise, objective.noise_sigma))
-        return targets
-
-    def _noise(self, step: int, plan: StepPlan, member: int, like: Tensor) -> Tensor:
-        """Standard normal [D], a function of (seed, step, problem, sample) and not of the batch it is in."""
-        rollout = plan.sequences[member].rollout
-        source = torch.Generator().manual_seed(
-            stream_seed("noise", self.recipe.train.seed, step, rollout.prompt.problem.id, rollout.index)
-        )
-        return torch.randn(like.shape[-1], generator=source, dtype=torch.float64).to(like)
-
-    def _backward(
-        self, plan: StepPlan, batches: Sequence[MicroBatch], targets: Sequence[Tensor | None]
-    ) -> UpdateFigures:
-        """Clipped gradients, micro-batch by micro-batch; their sum is the step's whatever the cut."""
-        figures = UpdateFigures(micro_batches=len(batches))
-        self.policy.model.train()
-        for batch, target in zip(batches, targets, strict=True):
-            terms = self._loss(plan, batch, target, figures)
-            terms.total.backward()
-            figures.add(terms)
-            self._advance(len(batch.members))
-        parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
-        figures.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.max_grad_norm))
-        return figures
-
-    def _loss(self, plan: StepPlan, batch: MicroBatch, target: Tensor | None, figures: UpdateFigures) -> LossTerms:
-        hidden = self.policy.hidden_states(batch.input_ids, batch.attention_mask)
-        logps, entropies = self._logps(hidden, batch)
-        ratios = logps.detach() - batch.sampler_logps
-        figures.add_gaps(ratios)
-        members = [plan.sequences[member] for member in batch.members]
-        return popo_loss(
-            logps=logps,
-            token_weights=truncated_importance(ratios, self.recipe.objective.importance_cap),
-            entropies=entropies,
-            sequence_of_token=batch.sequence_of_token,
-            nll_coefficient=logps.new_tensor([member.nll_coefficient for member in members]),
-            weights=logps.new_tensor([member.weight for member in members]),
-            predictions=None if target is None else self.policy.predictor(batch.mean_features(hidden)),
-            targets=target,
-            normalizers=plan.normalizers,
-            alpha=self.recipe.objective.alpha,
-            beta=self.cursor.beta,
-        )
-
-    def _logps(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        flat = hidden.reshape(-1, hidden.shape[-1])[batch.predicting]
-        return token_logprobs(flat, batch.targets, self.policy.head, chunk=self.recipe.train.logits_chunk_tokens)
-
-    def _refuse_gap(self, step: int, figures: UpdateFigures) -> None:
-        """Stop where sampler and trainer have come to disagree: its rollouts are another policy's then."""
-        limit = self.recipe.rollout.max_gap_multiple * self._usual_gap
-        if figures.gap_mean > limit:
-            raise EngineError(
-                f"log-probs of the {self.sampler.engine} sampler and of the trainer differ by {figures.gap_mean:.3g} "
-                f"nats on average over this step's positives; {self._usual_gap:.3g} is usual here, and the limit is "
-                f"rollout.max_gap_multiple = {self.recipe.rollout.max_gap_multiple:g} times that",
-                where=f"step {step}",
-                next_step="the sampler's adapter, cache or base is not the trainer's; resume, and if it comes back, "
-                'set rollout.engine="hf" and please report it',
-            )
-
-    def _apply(self, step: int, figures: UpdateFigures) -> None:
-        """Optimizer, siamese and version move together."""
-        parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
-        # A copy of the trained weights for the length of the optimizer's step, when no activation is alive.
-        before = [parameter.detach().clone() for parameter in parameters]
-        set_learning_rate(self.optimizer, learning_rate_factor(step, self.recipe.train.steps, self.recipe.optimizer))
-        self.optimizer.step()
-        moved = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
-        figures.update_norm = float(torch.stack(torch._foreach_norm(moved)).double().norm())
-        self.siamese.update(figures.update_norm)
-        self.policy.version += 1
-
     # ------------------------------------------------------------------ records, checkpoints, evaluation
 
     def _record(
@@ -358,7 +235,7 @@ class Trainer:
         start_entropy = self.cursor.start_entropy
         if start_entropy is None and figures is not None:
             start_entropy = figures.entropy
-        drift, bound = self.siamese.drift(), self.siamese.drift_bound()
+        drift, bound = self.learner.siamese.drift(), self.learner.siamese.drift_bound()
         factor = learning_rate_factor(step, self.recipe.train.steps, self.recipe.optimizer)
         made = rollout_figures(
             groups,
@@ -434,27 +311,9 @@ class Trainer:
 
     def _save_what_is_whole(self) -> None:
         """Checkpoint the last completed step, unless an error struck between its update and its record."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.learner.optimizer.zero_grad(set_to_none=True)
         if self._whole:
             self._checkpoint()
-
-    def _prove_sampler(self) -> None:
-        """Show, once before the first step, that the engine samples from the adapter it is given."""
-        if self.sampler.engine == "hf":
-            return  # it has no weights of its own
-        problems = [self.train_task.train_problem(self.recipe.train.seed, index) for index in range(PROBE_PROMPTS)]
-        probe = prove_adapter_in_use(
-            self.sampler,
-            self.policy,
-            [self.renderer.render(problem) for problem in {one.id: one for one in problems}.values()],
-            temperature=self.recipe.rollout.temperature,
-            seed=self.recipe.train.seed,
-        )
-        self._usual_gap = max(self._usual_gap, probe.gap_mean)
-        self.view.message(
-            f"sampler proven: log-probs differ from the trainer's by {probe.probe_gap_mean:.2g} nats, and would by "
-            f"{probe.ignored_gap_mean:.2g} if the adapter were ignored"
-        )
 
     def _checkpoint(self) -> None:
         self.view.stage("checkpoint")
@@ -462,8 +321,8 @@ class Trainer:
         folder = save_checkpoint(
             self.run_folder.checkpoints,
             policy=self.policy,
-            siamese=self.siamese,
-            optimizer=self.optimizer,
+            siamese=self.learner.siamese,
+            optimizer=self.learner.optimizer,
             cursor=self.cursor,
             base_id=self.recipe.model.id,
             keep=self.recipe.train.keep_checkpoints,
@@ -476,7 +335,7 @@ class Trainer:
         checkpoint = latest_checkpoint(self.run_folder.checkpoints)
         if checkpoint is not None:
             self.cursor = load_checkpoint(
-                checkpoint, policy=self.policy, siamese=self.siamese, optimizer=self.optimizer
+                checkpoint, policy=self.policy, siamese=self.learner.siamese, optimizer=self.learner.optimizer
             )
             self.sampler.sync(self.policy.version)
         done, before = self.cursor.next_step, self.cursor.before
@@ -514,7 +373,7 @@ class Trainer:
     def _finish(self, after: dict[str, Any] | None) -> dict[str, Any]:
         """Write adapter/, siamese/ and summary.json."""
         save_adapter(self.policy.model, self.run_folder.adapter, base_id=self.recipe.model.id)
-        with self.siamese.swapped():
+        with self.learner.siamese.swapped():
             save_adapter(self.policy.model, self.run_folder.siamese, base_id=self.recipe.model.id)
         summary = {
             "recipe": self.run_folder.path.name,
@@ -530,7 +389,7 @@ class Trainer:
             "rollout_tokens": self.cursor.rollout_tokens,
             "trained_tokens": self.cursor.trained_tokens,
             "peak_memory_bytes": peak_memory_bytes(self.policy.device),
-            "siamese_extra_bytes": self.siamese.extra_bytes,
+            "siamese_extra_bytes": self.learner.siamese.extra_bytes,
             "quantized_modules": self.policy.quantized_modules,
             "sampler": sampler_summary(
                 self.sampler.engine, self.sampler.swap_seconds, read_lines(self.run_folder.metrics_path)
@@ -548,7 +407,7 @@ class Trainer:
         return {
             "model": f"{self.recipe.model.id} ({quantised}, {self.recipe.model.dtype})",
             "trained": f"{trained:,} weights (LoRA rank {self.recipe.lora.rank} + predictor head)",
-            "siamese": f"+{self.siamese.extra_bytes / 2**20:.2f} MiB",
+            "siamese": f"+{self.learner.siamese.extra_bytes / 2**20:.2f} MiB",
             "data": self.train_task.name,
             "rollouts": f"{self.engine}, {self.recipe.data.prompts_per_step} x {self.recipe.rollout.group_size}",
             "stops at": " ".join(self.policy.tokenizer.convert_ids_to_tokens(sorted(self.policy.stop_ids))),
@@ -576,12 +435,6 @@ class Trainer:
         self.interrupts.check()
         if amount:
             self.view.advance(amount)
-
-    def _collate(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        return [
-            collate(rollouts, members, pad_id=self.policy.pad_id, device=self.policy.device)
-            for members in cut(rollouts, budget_tokens=self.recipe.train.tokens_per_microbatch)
-        ]
 
     def _sampling(self, temperature: float) -> SamplingParams:
         return SamplingParams(temperature=temperature, max_completion_tokens=self.recipe.rollout.max_completion_tokens)

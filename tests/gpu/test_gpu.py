@@ -51,7 +51,7 @@ def test_a_run_in_nf4_and_bfloat16_goes_on_from_its_checkpoint(tiny_recipe, tmp_
         outcome = trainer.run(RunFolder(tmp_path))
         assert outcome.summary is not None
         weights = {name: p.detach().cpu() for name, p in trainer.policy.trainable_parameters()}
-        assert trainer.siamese.drift() <= trainer.siamese.drift_bound()
+        assert trainer.learner.siamese.drift() <= trainer.learner.siamese.drift_bound()
         state = 8 * sum(p.numel() for p in weights.values())
         assert torch.cuda.memory_allocated() - bytes_before < state + 2**24
     with Trainer(recipe, SilentView()) as resumed:

@@ -58,7 +58,7 @@ def trainer(phi, tiny_recipe):
             for _, parameter in found.policy.adapter_parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, dtype=parameter.dtype))
             # As if training had gone on for a while: the siamese is elsewhere.
-            for average in found.siamese.state()[0].values():
+            for average in found.learner.siamese.state()[0].values():
                 average.add_(0.05 * torch.randn(average.shape, dtype=average.dtype))
         return found
 
@@ -97,17 +97,17 @@ def groups_of(trainer: Trainer, *, hopeless: int = 1) -> list[Group]:
 
 def update(trainer: Trainer, groups: list[Group]) -> dict[str, torch.Tensor]:
     """The stages from credit to backward of one step; the gradients, and the loss as `loss`."""
-    plan = trainer._credit(groups)
-    batches = trainer._collate([sequence.rollout for sequence in plan.sequences])
-    targets = trainer._siamese_targets(0, plan, batches)
+    plan = trainer.learner.credit(groups)
+    batches = trainer.learner.collate([sequence.rollout for sequence in plan.sequences])
+    targets = trainer.learner.siamese_targets(0, plan, batches)
     clip, trainer.recipe.optimizer.__dict__["max_grad_norm"] = trainer.recipe.optimizer.max_grad_norm, 1e30
-    figures = trainer._backward(plan, batches, targets)
+    figures = trainer.learner.backward(plan, batches, targets, beta=trainer.cursor.beta, advance=lambda _: None)
     trainer.recipe.optimizer.__dict__["max_grad_norm"] = clip
     found = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in trainer.policy.trainable_parameters()
     }
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.learner.optimizer.zero_grad(set_to_none=True)
     assert figures.grad_norm > 0
     return {**found, "loss": torch.tensor(figures.loss, dtype=torch.float64)}
 
@@ -142,7 +142,7 @@ def test_one_batch_of_all_equals_one_at_a_time(trainer, variant):
     for budget in (70, 128, 200):
         cut = trainer(*variant, f"train.tokens_per_microbatch={budget}", "rollout.max_prompt_tokens=30",
                       "rollout.max_completion_tokens=30", "train.logits_chunk_tokens=7")  # fmt: skip
-        assert len(cut._collate([r for group in groups for r in group.rollouts])) > 3
+        assert len(cut.learner.collate([r for group in groups for r in group.rollouts])) > 3
         assert_same(update(cut, groups), expected)
 
 
@@ -169,7 +169,9 @@ def test_weights_from_sampler_and_trainer_agree_where_their_logps_do(trainer):
     by_sampler, by_trainer = trainer(), trainer('objective.weights_from="trainer"')
     groups = groups_of(by_sampler)
     flat = [rollout for group in groups for rollout in group.rollouts]
-    exact = dict(zip(((r.prompt.problem.id, r.index) for r in flat), by_trainer._policy_mean_logps(flat), strict=True))
+    exact = dict(
+        zip(((r.prompt.problem.id, r.index) for r in flat), by_trainer.learner._policy_mean_logps(flat), strict=True)
+    )
     honest = [
         Group(
             rollouts=tuple(
@@ -199,7 +201,7 @@ def test_the_update_is_the_gradient_of_the_formula(trainer):
     groups = groups_of(one)
     found = update(one, groups)
     recipe, policy = one.recipe, one.policy
-    plan = one._credit(groups)
+    plan = one.learner.credit(groups)
     total = torch.zeros((), dtype=torch.float64)
     lengths = [len(r.completion.token_ids) for group in groups for r in group.positives(0.5)]
     mean_length = sum(lengths) / len(lengths)
@@ -221,10 +223,10 @@ def test_the_update_is_the_gradient_of_the_formula(trainer):
             )
             entropy = entropy - (logp.exp() * logp).sum() / sum(lengths)
             feature = output.hidden_states[-1][0, len(prompt) :].mean(dim=0)
-            with torch.no_grad(), one.siamese.swapped():
+            with torch.no_grad(), one.learner.siamese.swapped():
                 hidden = policy.hidden_states(tokens, mask)[0, len(prompt) :].mean(dim=0)
                 q = policy.predictor(hidden[None])[0]
-            noise = one._noise(0, plan, batches[rollout.prompt.problem.id + str(rollout.index)], q)
+            noise = one.learner._noise(0, plan, batches[rollout.prompt.problem.id + str(rollout.index)], q)
             q = q + 0.02 * q.square().mean().sqrt() * noise
             p = policy.predictor(feature[None])[0]
             similarity = similarity + weight * (1 - p @ q / (p.norm() * q.norm()))
@@ -248,7 +250,7 @@ def test_a_step_without_positives_changes_nothing_and_says_so(tiny_recipe, tmp_p
         assert all(torch.equal(p, before[name]) for name, p in trainer.policy.trainable_parameters())
         assert trainer.policy.version == 0
         assert trainer.cursor.next_step == 1
-        assert trainer.siamese.drift() == 0.0
+        assert trainer.learner.siamese.drift() == 0.0
     (line,) = trainer.run_folder.metrics_path.read_text().splitlines()
     assert '"skipped_reason": "no prompt had a positive"' in line
     assert '"loss": null' in line
