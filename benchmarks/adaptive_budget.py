@@ -2,8 +2,9 @@
 
 The tiny model, warm-started on two-digit sums, meets a file of sums that it nearly always gets right, about half of
 the time, and hardly ever. Every budget trains from the same adapter on the same file with the same seeds and steps.
-Measured: prompts with a positive per 1,000 rollouts, and rollout tokens until a held-out file of the same mixture is
-answered with `TARGET` accuracy. Writes benchmarks/results/adaptive_budget.json.
+Measured: prompts with a positive per 1,000 rollouts, of one and the same policy and over whole runs, and rollout
+tokens until a held-out file of the same mixture is answered with `TARGET` accuracy. Writes
+benchmarks/results/adaptive_budget.json.
 """
 
 from __future__ import annotations
@@ -41,11 +42,20 @@ WARM_STEPS, STEPS, EVALUATE_EVERY = 12, 36, 3
 LEARNING_RATE = 1e-3
 """At 2e-3, the tiny recipe's, the fixed budget first falls below where it started."""
 TARGET = 0.45
+DEEP = ("data.prompts_per_step=16", "rollout.group_size=8")
+WIDE = ("data.prompts_per_step=32", "rollout.group_size=4")
+ADAPTIVE, SKIP = 'rollout.budget="adaptive"', "rollout.skip_known=true"
+SAVING = (ADAPTIVE, "rollout.round_size=2")
 BUDGETS: dict[str, tuple[str, ...]] = {
-    "fixed": (),
-    "adaptive": ('rollout.budget="adaptive"',),
-    "adaptive, known skipped": ('rollout.budget="adaptive"', "rollout.skip_known=true"),
+    "16 x 8, fixed": DEEP,
+    "16 x 8, adaptive, most 32": (*DEEP, ADAPTIVE),
+    "16 x 8, adaptive, most 8": (*DEEP, *SAVING, "rollout.max_rollouts=8"),
+    "16 x 8, adaptive, most 8, known skipped": (*DEEP, *SAVING, "rollout.max_rollouts=8", SKIP),
+    "32 x 4, fixed": WIDE,
+    "32 x 4, adaptive, most 4": (*WIDE, *SAVING, "rollout.max_rollouts=4"),
 }
+"""All make at most 128 rollouts a step, and stop at 2 positives where they are adaptive. With at most 32 rollouts of a
+prompt what easy prompts save goes to hard ones; with at most G it is saved. The first adaptive one has the defaults."""
 
 
 def sums(digits: tuple[int, int], count: int, *, held_out: bool) -> list[dict[str, Any]]:
@@ -111,6 +121,21 @@ def train(overrides: list[str], folder: Path) -> tuple[list[dict[str, Any]], lis
     return lines[0], lines[1]
 
 
+def at_equal_policy(overrides: list[str], folder: Path) -> dict[str, dict[str, float]]:
+    """The warm-started model's first step, over all training rows: what the budgets find before policies part."""
+    folder.mkdir()
+    found = {}
+    for number, name in enumerate(name for name, keys in BUDGETS.items() if SKIP not in keys):
+        whole = [f"data.prompts_per_step={len(CLASSES) * TRAINING_ROWS}", "train.steps=1", "eval.problems=0"]
+        evaluations = {"eval.dataset", "eval.problems", "eval.every"}
+        kept = [override for override in overrides if override.split("=")[0] not in evaluations]
+        metrics, _ = train([*kept, *BUDGETS[name], *whole], folder / str(number))
+        keys = ("prompts", "prompts_with_positive", "rollouts", "rollout_tokens", "rollout_tokens_per_positive_prompt")
+        found[name] = {key: metrics[0][key] for key in keys}
+        found[name]["prompts_with_positive_per_1000_rollouts"] = 1000 / metrics[0]["rollouts_per_positive_prompt"]
+    return found
+
+
 def measure(name: str, seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
     """One run under the budget `name`, and its figures."""
     start = time.perf_counter()
@@ -149,16 +174,21 @@ def median_tokens(runs: list[dict[str, Any]]) -> float | None:
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means, and tokens to the target against the fixed budget, by budget."""
+    """Means, and tokens to the target against the fixed budget with the same P x G, by budget."""
     by_budget = {name: [run for run in runs if run["budget"] == name] for name in BUDGETS}
-    baseline = median_tokens(by_budget["fixed"])
     found: dict[str, Any] = {}
     for name, own in by_budget.items():
         figures = {
             key: statistics.fmean(run[key] for run in own)
-            for key in ("prompts_with_positive_per_1000_rollouts", "rollout_tokens", "trained_tokens", "pass_at_1_after")
+            for key in (
+                "prompts_with_positive_per_1000_rollouts",
+                "rollout_tokens",
+                "trained_tokens",
+                "pass_at_1_after",
+            )
         }
         tokens = median_tokens(own)
+        baseline = median_tokens(by_budget[name.split(",")[0] + ", fixed"])
         found[name] = {
             **figures,
             "prompts_with_positive_share": sum(run["prompts_with_positive"] for run in own)
@@ -196,10 +226,10 @@ def main() -> None:
             f"optimizer.learning_rate={LEARNING_RATE}",
             "rollout.max_completion_tokens=48",
             f"eval.every={EVALUATE_EVERY}",
-            "data.prompts_per_step=16",
             f"train.steps={STEPS}",
             f"train.checkpoint_every={STEPS}",
         ]
+        first_step = at_equal_policy(overrides, folder / "first")
         for seed in range(arguments.seeds):
             for number, name in enumerate(BUDGETS):
                 run = measure(name, seed, overrides, folder / f"{seed}-{number}")
@@ -215,6 +245,7 @@ def main() -> None:
     result = {
         "settings": {"target": TARGET, "warm_steps": WARM_STEPS, "overrides": shown, "budgets": BUDGETS},
         "classes": rates,
+        "at_equal_policy": first_step,
         "summary": summarize(runs),
         "runs": runs,
         "environment": machine,

@@ -120,6 +120,9 @@ def main() -> None:
         renderer = Renderer.of(recipe, policy.tokenizer)
         for engine in arguments.engines:
             chosen = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": engine})})
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()  # what the engine before this one left in torch's cache is not the next one's
             before = used_bytes()
             with open_sampler(chosen, policy, text=renderer.text, notify=print) as sampler:
                 found = measure(sampler, policy, renderer, arguments)
@@ -130,7 +133,6 @@ def main() -> None:
                     found |= {"engine_bytes": awake - before, "bytes_given_back_in_sleep": awake - asleep}
             results["engines"][engine] = found
             print(engine, json.dumps(found), flush=True)
-            gc.collect()
     if {"hf", "vllm"} <= results["engines"].keys():
         rates = {name: found["tokens_per_second"] for name, found in results["engines"].items()}
         results["vllm_over_hf"] = rates["vllm"] / rates["hf"]

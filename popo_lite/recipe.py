@@ -116,7 +116,7 @@ class RolloutRecipe(Section):
     servers elsewhere. `auto` takes `vllm` where it is installed, else `hf`."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """G, rollouts per prompt."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Sampling temperature; training uses the same one."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling. Must stay 1: the log-probs of a cut distribution are not the policy's."""
@@ -155,7 +155,8 @@ class RolloutRecipe(Section):
     round_size: Positive = 4
     """Adaptive budget: rollouts per prompt and round; at most `group_size`."""
     max_rollouts: Annotated[int, Field(ge=2)] = 32
-    """Adaptive budget: most rollouts of one prompt."""
+    """Adaptive budget: most rollouts of one prompt. At `group_size` or below, what easy prompts save is saved and not
+    spent on hard ones."""
     skip_known: bool = False
     """Leave out prompts that were all right (4 rollouts or more) or hopeless (G or more) when last sampled. For data
     sets that are gone through several times."""
@@ -264,7 +265,7 @@ class EvalRecipe(DatasetRecipe):
     """Held-out problems; 0 turns evaluation off."""
     samples_per_problem: Positive = 1
     """Sampled answers per problem; k of pass@k goes up to this."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Sampling temperature."""
     every: Annotated[int, Field(ge=0)] = 0
     """Evaluate every so many steps as well; 0 is only before and after."""
@@ -361,6 +362,12 @@ def _impossible_rollouts(recipe: Recipe) -> Iterator[Combination]:
     rollout = recipe.rollout
     if recipe.lora.dora and rollout.engine in ("vllm", "server"):
         yield ("rollout.engine", "lora.dora"), rollout.engine, 'vLLM cannot serve DoRA adapters; use "hf"'
+    if rollout.base == "nf4" and recipe.model.quantization == "none":
+        why = 'would sample a 4-bit policy while another one is trained; use "dequantized"'
+        yield ("rollout.base", "model.quantization"), rollout.base, why
+    if rollout.base == "nf4" and not recipe.model.double_quantization:
+        why = 'vLLM quantises the scales too; use "dequantized" without double quantisation'
+        yield ("rollout.base", "model.double_quantization"), rollout.base, why
     if recipe.model.dtype == "float64" and rollout.engine in ("vllm", "server"):
         yield ("rollout.engine", "model.dtype"), rollout.engine, 'vLLM does not compute in float64; use "hf"'
     if rollout.engine == "server":

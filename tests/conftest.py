@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -52,8 +50,3 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every line of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().split("\n") if line]

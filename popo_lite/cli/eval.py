@@ -32,6 +32,7 @@ WEIGHTS = ("base", "adapter", "siamese")
 )
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Default as in the run's recipe.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampled answers.")
+@click.option("--engine", type=click.Choice(["auto", "hf", "vllm", "server"]), help="Default as in the run's recipe.")
 @click.option("as_json", "--json", is_flag=True, help="Print the results as JSON.")
 def eval_(
     run: Path,
@@ -40,6 +41,7 @@ def eval_(
     samples: int,
     temperature: float | None,
     seed: int,
+    engine: str | None,
     as_json: bool,
 ) -> None:
     """Measure RUN, a folder that `popo-lite train` left, on held-out problems.
@@ -51,6 +53,8 @@ def eval_(
 
     folder = RunFolder(run)
     recipe = folder.recipe()
+    if engine is not None:
+        recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": engine})})
     wanted = weights or WEIGHTS
     adapters = {name: folder.trained_adapter("siamese" if name == "siamese" else "policy") for name in wanted}
     count = problems or recipe.eval.problems
@@ -72,6 +76,7 @@ def eval_(
     from popo_lite.samplers import SamplingParams, open_sampler
     from popo_lite.tasks import open_tasks
     from popo_lite.tasks.rendering import Renderer
+    from popo_lite.training.sampler_guard import PROBE_PROMPTS, SamplerGuard
 
     if recipe.train.cpu_threads:
         torch.set_num_threads(recipe.train.cpu_threads)
@@ -83,6 +88,9 @@ def eval_(
     sampler = open_sampler(recipe, policy, text=renderer.text, notify=partial(click.echo, err=True))
     with Grader(recipe.reward) as grader, sampler:
         grader.check()
+        SamplerGuard(recipe, policy, sampler).prove(
+            [renderer.render(problem) for problem in held_out[:4]], lambda _: None
+        )
         for name in wanted:
             load_adapter_weights(policy.model, adapters[name])
             if name == "base":

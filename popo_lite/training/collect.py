@@ -84,10 +84,9 @@ def collect(
         going, count = budget.next_round(positives, made=first, total=sum(map(len, made)))
         if not going:
             return [Group(rollouts=tuple(rollouts)) for rollouts in made]
-        asked = [prompts[index] for index in going]
-        with clock("rollout", total=len(asked) * count):
+        with clock("rollout", total=len(going) * count):
             completions = sampler.sample(
-                asked,
+                [prompts[index] for index in going],
                 count=count,
                 first_index=first,
                 params=params,
@@ -96,26 +95,24 @@ def collect(
                 finished=finished,
             )
         with clock("grade"):
-            rewards = iter(
-                grader.grade(
-                    [
-                        GradeRequest(text=completion.text, problem=prompt.problem)
-                        for prompt, answers in zip(asked, completions, strict=True)
-                        for completion in answers
-                    ]
-                )
+            drawn = [
+                (index, first + number, completion)
+                for index, answers in zip(going, completions, strict=True)
+                for number, completion in enumerate(answers)
+            ]
+            rewards = grader.grade(
+                [GradeRequest(text=completion.text, problem=prompts[index].problem) for index, _, completion in drawn]
             )
-            for index, answers in zip(going, completions, strict=True):
-                made[index] += [
+            for (index, sample, completion), reward in zip(drawn, rewards, strict=True):
+                made[index].append(
                     Rollout(
                         prompt=prompts[index],
                         completion=completion,
-                        reward=next(rewards),
+                        reward=reward,
                         policy_version=policy_version,
-                        index=first + number,
+                        index=sample,
                     )
-                    for number, completion in enumerate(answers)
-                ]
+                )
             refuse_ungraded(
                 [rollout.reward for rollouts in made for rollout in rollouts],
                 recipe.reward.max_ungraded_share,

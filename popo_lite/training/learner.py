@@ -105,6 +105,16 @@ class Learner:
         self.policy.version += 1
 
     @torch.no_grad()
+    def gap_mean(self, rollouts: Sequence[Rollout]) -> float:
+        """Mean |sampler - policy| log-prob of the rollouts' tokens, nats, by a forward pass of their own."""
+        self.policy.model.eval()
+        gaps = []
+        for batch in self.collate(rollouts):
+            logps, _ = self._logps(self.policy.hidden_states(batch.input_ids, batch.attention_mask), batch)
+            gaps.append((logps - batch.sampler_logps).abs())
+        return float(torch.cat(gaps).mean())
+
+    @torch.no_grad()
     def _policy_mean_logps(self, rollouts: Sequence[Rollout]) -> list[float]:
         means = [0.0] * len(rollouts)
         self.policy.model.eval()

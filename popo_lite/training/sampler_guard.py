@@ -11,12 +11,15 @@ from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
 from popo_lite.samplers import Sampler
 from popo_lite.samplers.probe import prove_adapter_in_use
-from popo_lite.training.metrics import UpdateFigures
 from popo_lite.types import Prompt
 
 PROBE_PROMPTS = 4
-ROUNDING_NATS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-3}
-"""Mean gap between two right computations of a token's log-prob, by dtype; a probe can only find more than this."""
+ROUNDING_NATS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-3}
+"""Mean gap between two right computations of a token's log-prob, by dtype; less than this is never usual."""
+LARGEST_START = 10
+"""A gap of more than this many times the rounding, before the first step, is no rounding."""
+LARGEST_LIMIT_NATS = 0.2
+"""No limit is wider than this, or twice the usual gap where a sampler is another policy by choice."""
 
 
 class SamplerGuard:
@@ -24,7 +27,9 @@ class SamplerGuard:
 
     def __init__(self, recipe: Recipe, policy: Policy, sampler: Sampler) -> None:
         self._recipe, self._policy, self._sampler = recipe, policy, sampler
-        self._usual_gap = ROUNDING_NATS[policy.head.weight.dtype]
+        self._rounding = self._usual_gap = ROUNDING_NATS[policy.head.weight.dtype]
+        # The original base beside a quantised one: the recipe asks for a sampler that is not quite the policy.
+        self._another_policy = recipe.rollout.base == "bf16" and policy.quantized_modules > 0
 
     def prove(self, prompts: Sequence[Prompt], notify: Callable[[str], None]) -> None:
         """Show that the engine samples from the adapter it is given. Raises EngineError where it does not."""
@@ -37,20 +42,35 @@ class SamplerGuard:
             temperature=self._recipe.rollout.temperature,
             seed=self._recipe.train.seed,
         )
+        if probe.gap_mean > LARGEST_START * self._rounding and not self._another_policy:
+            raise EngineError(
+                f"log-probs of the {self._sampler.engine} sampler differ from the trainer's by {probe.gap_mean:.3g} "
+                f"nats on average, and {self._rounding:.3g} is what rounding explains: it samples from another base",
+                where=f'rollout.engine = "{self._sampler.engine}"',
+                next_step='--set rollout.base="dequantized" serves the base that is trained; servers must too',
+            )
         self._usual_gap = max(self._usual_gap, probe.gap_mean)
         notify(
             f"sampler proven: log-probs differ from the trainer's by {probe.probe_gap_mean:.2g} nats, and would by "
             f"{probe.ignored_gap_mean:.2g} if the adapter were ignored"
         )
 
-    def check(self, step: int, figures: UpdateFigures) -> None:
-        """Raise EngineError where sampler and trainer have come to disagree: its rollouts are another policy's then."""
+    @property
+    def limit(self) -> float:
+        """Largest mean |sampler - policy| log-prob that passes, nats."""
         multiple = self._recipe.rollout.max_gap_multiple
-        if figures.gap_mean > multiple * self._usual_gap:
+        return min(multiple * self._usual_gap, max(LARGEST_LIMIT_NATS, 2 * self._usual_gap))
+
+    def check(self, step: int, gap_mean: float) -> None:
+        """Raise EngineError where sampler and trainer have come to disagree: its rollouts are another policy's then.
+
+        `gap_mean` is the mean |sampler - policy| log-prob of the step's rollouts that were scored, nats.
+        """
+        if not gap_mean <= self.limit:  # not a number is no agreement either
             raise EngineError(
-                f"log-probs of the {self._sampler.engine} sampler and of the trainer differ by {figures.gap_mean:.3g} "
-                f"nats on average over this step's positives; {self._usual_gap:.3g} is usual here, and the limit is "
-                f"rollout.max_gap_multiple = {multiple:g} times that",
+                f"log-probs of the {self._sampler.engine} sampler and of the trainer differ by {gap_mean:.3g} nats on "
+                f"average in this step; {self._usual_gap:.3g} is usual here, and more than {self.limit:.3g} stops the "
+                "run (rollout.max_gap_multiple)",
                 where=f"step {step}",
                 next_step="the sampler's adapter, cache or base is not the trainer's; resume, and if it comes back, "
                 'set rollout.engine="hf" and please report it',

@@ -216,7 +216,8 @@ def test_a_diverged_model_is_an_error(setup):
         sampler.sync(policy.version)
 
 
-def test_an_engine_that_is_not_here_names_the_alternative(tiny_recipe):
+def test_an_engine_that_is_not_here_names_the_alternative(tiny_recipe, monkeypatch):
+    monkeypatch.setattr("popo_lite.samplers.vllm.why_not", lambda _: "vLLM is not installed: install it")
     recipe = tiny_recipe('rollout.engine="vllm"')
     policy = load_policy(recipe)
     with pytest.raises(EngineError, match="rollout.engine"):

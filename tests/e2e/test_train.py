@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import json_lines
+from helpers import json_lines
 from safetensors.numpy import load_file
 
 SMALL = (

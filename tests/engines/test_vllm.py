@@ -14,6 +14,7 @@ from contract.test_samplers import (  # noqa: F401  # the suite, run here with t
     draw,
     prompts_of,
     scored,
+    test_a_later_round_goes_on_where_the_one_before_ended,
     test_another_version_is_refused,
     test_draws_do_not_depend_on_the_batch,
     test_every_id_of_the_stop_set_ends_an_answer,
@@ -30,7 +31,7 @@ from popo_lite.policy.dequantize import write_dequantized_base
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe_file import load_recipe
 from popo_lite.samplers import open_sampler, pick_engine
-from popo_lite.samplers.engine_adapter import MEMORY_BACKED, EngineAdapter
+from popo_lite.samplers.engine_adapter import MEMORY_BACKED, PREFIX, EngineAdapter
 from popo_lite.samplers.probe import prove_adapter_in_use
 from popo_lite.tasks.rendering import Renderer
 
@@ -58,7 +59,7 @@ def move(policy, scale=0.01):
 
 
 def left_behind():
-    return [path.name for path in MEMORY_BACKED.glob("popo-lite-adapter-*")]
+    return [path.name for path in MEMORY_BACKED.glob(f"{PREFIX}{os.getpid()}-*")]
 
 
 def test_twenty_moves_of_the_adapter_are_followed(setup):
@@ -156,10 +157,41 @@ def test_the_engine_is_chosen_and_the_choice_explained(tiny_recipe):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal on a CPU")
-def test_four_bit_serving_needs_a_gpu(setup):
+def test_four_bit_serving_needs_a_gpu(setup, tiny_recipe):
     policy, renderer, _ = setup
+    assert pick_engine(tiny_recipe('rollout.base="nf4"', 'rollout.engine="auto"'))[0] == "hf"
     with pytest.raises(EngineError, match="on a GPU only"):
         open_sampler(load_recipe("tiny_vllm", ["rollout.base=nf4"]), policy, text=renderer.text, notify=print)
+
+
+def test_an_interrupt_leaves_no_request_in_the_engine(setup):
+    _, renderer, sampler = setup
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(setup, prompts_of(renderer), finished=stop)
+    assert not sampler._engine.has_unfinished_requests()
+    assert len(draw(setup, prompts_of(renderer)[:2])) == 2
+
+
+def test_sleep_and_waking_keep_their_order(setup, monkeypatch):
+    """On a CPU the engine cannot sleep; what is asked of it, and when, can be seen all the same."""
+    policy, renderer, sampler = setup
+    asked = []
+    monkeypatch.setattr(sampler, "_can_sleep", True)
+    monkeypatch.setattr(sampler._engine, "sleep", lambda level: asked.append(f"sleep {level}"))
+    monkeypatch.setattr(sampler._engine, "wake_up", lambda tags: asked.append(f"wake {tags[0]}"))
+    swap = sampler._adapter.swap
+    monkeypatch.setattr(sampler._adapter, "swap", lambda version: (asked.append("adapter"), swap(version)))
+    sampler.sleep()
+    sampler.sleep()
+    draw(setup, prompts_of(renderer)[:1], count=1)
+    policy.version += 1
+    sampler.sleep()
+    sampler.sync(policy.version)
+    assert asked == ["sleep 1", "wake weights", "adapter", "wake kv_cache"] * 2
 
 
 def test_a_diverged_model_is_refused(setup):

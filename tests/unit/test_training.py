@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from conftest import json_lines
+from helpers import json_lines
 
 from popo_lite.errors import CheckpointError, PopoError, UserInputError
 from popo_lite.evaluation import pass_at_k
