@@ -88,9 +88,8 @@ def eval_(
     sampler = open_sampler(recipe, policy, text=renderer.text, notify=partial(click.echo, err=True))
     with Grader(recipe.reward) as grader, sampler:
         grader.check()
-        SamplerGuard(recipe, policy, sampler).prove(
-            [renderer.render(problem) for problem in held_out[:4]], lambda _: None
-        )
+        tried = [renderer.render(problem) for problem in held_out[:PROBE_PROMPTS]]
+        SamplerGuard(recipe, policy, sampler).prove(tried, lambda _: None)
         for name in wanted:
             load_adapter_weights(policy.model, adapters[name])
             if name == "base":

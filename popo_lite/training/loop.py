@@ -420,7 +420,8 @@ class Trainer:
             "trained": f"{trained:,} weights (LoRA rank {self.recipe.lora.rank} + predictor head)",
             "siamese": f"+{self.learner.siamese.extra_bytes / 2**20:.2f} MiB",
             "data": self.train_task.name,
-            "rollouts": f"{self.engine}, {self.recipe.data.prompts_per_step} x {self.recipe.rollout.group_size}",
+            "rollouts": f"{self.engine}, {self.recipe.data.prompts_per_step} x {self.recipe.rollout.group_size}"
+            + (" at most, adaptive" if self.recipe.rollout.budget == "adaptive" else ""),
             "stops at": " ".join(self.policy.tokenizer.convert_ids_to_tokens(sorted(self.policy.stop_ids))),
             "device": str(self.policy.device),
             "folder": str(self.run_folder.path),
