@@ -114,7 +114,8 @@ def train(overrides: list[str], folder: Path) -> tuple[list[dict[str, Any]], lis
     """(lines of metrics.jsonl, lines of evaluations.jsonl) of one run."""
     folder.mkdir()
     with Trainer(load_recipe("tiny_cpu", overrides), SilentView()) as trainer:
-        trainer.run(RunFolder(folder))
+        if trainer.run(RunFolder(folder)).summary is None:
+            raise SystemExit("interrupted")
     run = RunFolder(folder)
     paths = (run.metrics_path, run.evaluations_path)
     lines = [[json.loads(line) for line in path.open()] if path.exists() else [] for path in paths]

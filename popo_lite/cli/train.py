@@ -74,16 +74,19 @@ def train(
             # The folder is made when everything has loaded: a run that cannot start leaves nothing behind.
             if not resume:
                 run = new_run_folder(settings, name, output)
+            # The run hears Ctrl-C itself. What it restores when it has stopped and saved is this: one Ctrl-C more has
+            # nothing left to stop.
+            default = signal.signal(signal.SIGINT, signal.SIG_IGN)
             outcome = trainer.run(run, resume=resume)
             question = trainer.held_out[0].question if trainer.held_out else ""
     resume_command = f"popo-lite train {run.recipe_path} --resume --output {run.path}"
     if outcome.summary is None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is saved: one Ctrl-C more has nothing left to stop
         click.echo(
             f"stopped after {outcome.next_step} of {settings.train.steps} steps; saved. To go on:\n  {resume_command}",
             err=as_json,
         )
         raise SystemExit(INTERRUPTED)
+    signal.signal(signal.SIGINT, default)
     if as_json:
         click.echo(json.dumps(outcome.summary))
         return
