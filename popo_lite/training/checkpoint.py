@@ -42,6 +42,7 @@ class Cursor:
     """
 
     next_step: int
+    evaluated: int
     next_problem: int
     history: History
     beta: float

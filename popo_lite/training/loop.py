@@ -94,6 +94,7 @@ class Trainer:
             self._resources = stack.pop_all()
         self.cursor = Cursor(
             next_step=0,
+            evaluated=0,
             next_problem=0,
             history={},
             beta=recipe.objective.beta,
@@ -134,6 +135,8 @@ class Trainer:
             try:
                 if self.cursor.before is None and self.held_out:
                     self._set_cursor(before=asdict(self._evaluate("before")))
+                if self.cursor.next_step:
+                    self._after_step()  # what an interrupt may have left undone
                 while self.cursor.next_step < steps and not interrupts.requested:
                     self.train_step(self.cursor.next_step)
                     self._after_step()
@@ -310,8 +313,9 @@ class Trainer:
     def _after_step(self) -> None:
         """Evaluation and checkpoint where they are due, in this order: a checkpoint covers what is on record."""
         done, train, every = self.cursor.next_step, self.recipe.train, self.recipe.eval.every
-        if every and done % every == 0 and done < train.steps and self.held_out:
+        if every and done % every == 0 and self.cursor.evaluated < done < train.steps and self.held_out:
             self._evaluate(f"step {done}")
+            self._set_cursor(evaluated=done)
         if done % train.checkpoint_every == 0 or done == train.steps:
             self._prove_sampler(lambda _: None)  # in 16 bit the gap alone cannot tell a stale adapter from rounding
             self._checkpoint()
@@ -349,15 +353,16 @@ class Trainer:
                 checkpoint, policy=self.policy, siamese=self.learner.siamese, optimizer=self.learner.optimizer
             )
             self.sampler.sync(self.policy.version)
-        done, before = self.cursor.next_step, self.cursor.before
+        cursor = self.cursor
         for path in (self.run_folder.metrics_path, self.run_folder.samples_path):
-            keep_lines(path, lambda line: line["step"] < done)
-        keep_lines(
-            self.run_folder.evaluations_path,
-            lambda line: before is not None
-            if line["when"] == "before"
-            else line["when"] != "after" and line["step"] <= done,
-        )
+            keep_lines(path, lambda line: line["step"] < cursor.next_step)
+
+        def counts(line: dict[str, Any]) -> bool:
+            if line["when"] == "before":
+                return cursor.before is not None
+            return bool(line["when"] != "after" and line["step"] <= cursor.evaluated)
+
+        keep_lines(self.run_folder.evaluations_path, counts)
 
     def _evaluate(self, when: str) -> EvalResult:
         self.view.stage("evaluate", total=len(self.held_out) * self.recipe.eval.samples_per_problem)

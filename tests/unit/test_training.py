@@ -40,6 +40,7 @@ from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, P
 
 CURSOR = Cursor(
     next_step=3,
+    evaluated=0,
     next_problem=40,
     history={"p": Seen(8, 0, 1), "q/2": Seen(4, 4, 2)},
     beta=0.02,
