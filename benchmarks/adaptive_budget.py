@@ -46,16 +46,17 @@ DEEP = ("data.prompts_per_step=16", "rollout.group_size=8")
 WIDE = ("data.prompts_per_step=32", "rollout.group_size=4")
 ADAPTIVE, SKIP = 'rollout.budget="adaptive"', "rollout.skip_known=true"
 SAVING = (ADAPTIVE, "rollout.round_size=2")
+SPENDING = (ADAPTIVE, "rollout.round_size=4", "rollout.max_rollouts=32")
 BUDGETS: dict[str, tuple[str, ...]] = {
     "16 x 8, fixed": DEEP,
-    "16 x 8, adaptive, most 32": (*DEEP, ADAPTIVE),
+    "16 x 8, adaptive, most 32": (*DEEP, *SPENDING),
     "16 x 8, adaptive, most 8": (*DEEP, *SAVING, "rollout.max_rollouts=8"),
     "16 x 8, adaptive, most 8, known skipped": (*DEEP, *SAVING, "rollout.max_rollouts=8", SKIP),
     "32 x 4, fixed": WIDE,
     "32 x 4, adaptive, most 4": (*WIDE, *SAVING, "rollout.max_rollouts=4"),
 }
 """All make at most 128 rollouts a step, and stop at 2 positives where they are adaptive. With at most 32 rollouts of a
-prompt what easy prompts save goes to hard ones; with at most G it is saved. The first adaptive one has the defaults."""
+prompt what easy prompts save goes to hard ones; with at most G it is saved."""
 
 
 def sums(digits: tuple[int, int], count: int, *, held_out: bool) -> list[dict[str, Any]]:

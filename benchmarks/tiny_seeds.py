@@ -1,6 +1,7 @@
 """The offline default over several seeds, through the real command: `python benchmarks/tiny_seeds.py`.
 
-Writes one line a seed to benchmarks/results/tiny_cpu.jsonl: summary.json of the run with the machine, the versions
+`--recipe tiny_vllm` does the same with rollouts from vLLM. Writes one line a seed to
+benchmarks/results/<recipe>.jsonl: summary.json of the run with the machine, the versions
 and the command beside it, and the seconds of the whole process.
 """
 
@@ -15,12 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "tiny_cpu.jsonl"
+RESULTS = Path(__file__).parent / "results"
 
 
-def run_seed(seed: int, overrides: list[str]) -> dict[str, object]:
+def run_seed(recipe: str, seed: int, overrides: list[str]) -> dict[str, object]:
     """One run in a folder of its own; raises CalledProcessError where it fails."""
-    command = ["popo-lite", "train", "tiny_cpu", "--seed", str(seed), "--output", "run", "--json"]
+    command = ["popo-lite", "train", recipe, "--seed", str(seed), "--output", "run", "--json"]
     for override in overrides:
         command += ["--set", override]
     with tempfile.TemporaryDirectory() as folder:
@@ -35,7 +36,7 @@ def run_seed(seed: int, overrides: list[str]) -> dict[str, object]:
         )
         seconds = time.perf_counter() - start
         environment = json.loads((Path(folder) / "run" / "environment.json").read_text())
-    summary = json.loads(done.stdout)
+    summary = json.loads(done.stdout.splitlines()[-1])
     return {"command": " ".join(command), "process_seconds": seconds, **summary, "environment": environment}
 
 
@@ -44,11 +45,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--recipe", choices=["tiny_cpu", "tiny_vllm"], default="tiny_cpu")
     arguments = parser.parse_args()
     lines = []
     for seed in arguments.seeds:
-        result = run_seed(seed, arguments.overrides)
+        result = run_seed(arguments.recipe, seed, arguments.overrides)
         before, after = result["before"], result["after"]
         print(
             f"seed {seed}: pass@1 {before['pass_at_1']:.1%} -> {after['pass_at_1']:.1%}, step by step "
@@ -57,8 +58,8 @@ def main() -> None:
             flush=True,
         )
         lines.append(json.dumps(result) + "\n")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text("".join(lines))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{arguments.recipe}.jsonl").write_text("".join(lines))
 
 
 if __name__ == "__main__":

@@ -152,9 +152,9 @@ class RolloutRecipe(Section):
     at most P * G rollouts."""
     positives_wanted: Positive = 2
     """Adaptive budget: a prompt with this many positives is sampled no further. All its positives are trained on."""
-    round_size: Positive = 4
+    round_size: Positive = 2
     """Adaptive budget: rollouts per prompt and round; at most `group_size`."""
-    max_rollouts: Annotated[int, Field(ge=2)] = 32
+    max_rollouts: Annotated[int, Field(ge=2)] = 8
     """Adaptive budget: most rollouts of one prompt. At `group_size` or below, what easy prompts save is saved and not
     spent on hard ones."""
     skip_known: bool = False

@@ -119,7 +119,9 @@ def test_adaptive_reaches_more_prompts_with_no_more_rollouts(gathered):
     """Three-digit sums, a pass rate of about a quarter: 32 prompts."""
     options = ("data.digits=3", "data.prompts_per_step=32", "rollout.group_size=4")
     fixed, _ = gathered(*options)
-    adaptive, _ = gathered(*options, 'rollout.budget="adaptive"', "rollout.round_size=2", "rollout.positives_wanted=1")
+    adaptive, _ = gathered(
+        *options, 'rollout.budget="adaptive"', "rollout.positives_wanted=1", "rollout.max_rollouts=32"
+    )
     reached = [sum(bool(group.positives(0.5)) for group in groups) for groups in (fixed, adaptive)]
     assert reached[1] >= reached[0] + 3
     assert sum(len(group.rollouts) for group in adaptive) <= 32 * 4
