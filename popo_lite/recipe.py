@@ -138,7 +138,8 @@ class RolloutRecipe(Section):
     eager: bool = False
     """Run the vLLM engine without compiling it: starts sooner, samples slower."""
     sleep: bool = True
-    """Give the vLLM engine's GPU memory back while training."""
+    """Share the GPU in turns: the vLLM engine gives its memory back while training, and the optimizer's state
+    waits in host memory while answers are sampled."""
     max_gap_multiple: Annotated[float, Field(gt=1)] = 50.0
     """Stop the run when the mean gap between the sampler's and the trainer's log-probs grows to more than this
     multiple of what it was at the start."""

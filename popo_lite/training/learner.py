@@ -15,7 +15,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.seeding import stream_seed
 from popo_lite.training.batching import MicroBatch, StepPlan, collate, cut, plan_step
 from popo_lite.training.metrics import UpdateFigures
-from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
+from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, move_state, set_learning_rate
 from popo_lite.types import Group, Rollout
 
 
@@ -98,7 +98,11 @@ class Learner:
         # A copy of the trained weights for the length of the optimizer's step, when no activation is alive.
         before = [parameter.detach().clone() for parameter in parameters]
         set_learning_rate(self.optimizer, learning_rate_factor(step, self.recipe.train.steps, self.recipe.optimizer))
+        move_state(self.optimizer, self.policy.device)
         self.optimizer.step()
+        if self.recipe.rollout.sleep:
+            # Wanted for this one call a step; until the next the memory belongs to the rollout engine.
+            move_state(self.optimizer, torch.device("cpu"))
         moved = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
         figures.update_norm = float(torch.stack(torch._foreach_norm(moved)).double().norm())
         self.siamese.update(figures.update_norm)

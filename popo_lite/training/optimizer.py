@@ -39,6 +39,17 @@ def build_optimizer(policy: Policy, recipe: OptimizerRecipe) -> torch.optim.Opti
     return optimizer
 
 
+def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Move the optimizer's state to `device`, all but step counts, which torch keeps on the host.
+
+    Paged state stays where it is: the driver moves its pages.
+    """
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.numel() > 1 and not getattr(value, "is_paged", False):
+                state[name] = value.to(device)
+
+
 def learning_rate_factor(step: int, steps: int, recipe: OptimizerRecipe) -> float:
     """Share of the peak learning rate at `step` of `steps`: linear warm-up, then the recipe's schedule down to 0."""
     warmup = round(recipe.warmup_share * steps)

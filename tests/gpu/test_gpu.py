@@ -51,6 +51,9 @@ def test_a_run_in_nf4_and_bfloat16_goes_on_from_its_checkpoint(tiny_recipe, tmp_
         outcome = trainer.run(RunFolder(tmp_path))
         assert outcome.summary is not None
         weights = {name: p.detach().cpu() for name, p in trainer.policy.trainable_parameters()}
+        waiting = [value for state in trainer.learner.optimizer.state.values() for value in state.values()]
+        tensors = [value for value in waiting if isinstance(value, torch.Tensor) and not hasattr(value, "is_paged")]
+        assert optimizer == "paged_adamw8bit" or {value.device.type for value in tensors} == {"cpu"}
         assert trainer.learner.siamese.drift() <= trainer.learner.siamese.drift_bound()
         state = 8 * sum(p.numel() for p in weights.values())
         assert torch.cuda.memory_allocated() - bytes_before < state + 2**24

@@ -35,7 +35,7 @@ from popo_lite.training.checkpoint import (
 )
 from popo_lite.training.history import Seen
 from popo_lite.training.interrupt import Interrupts, StopRequested
-from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
+from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, move_state, set_learning_rate
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
 
 CURSOR = Cursor(
@@ -170,6 +170,24 @@ def test_a_checkpoint_brings_everything_back(tiny_recipe, tmp_path, name):
     for key, tensor in siamese.state()[0].items():
         assert torch.equal(tensor, other_siamese.state()[0][key]), key
     assert siamese.drift_bound() == other_siamese.drift_bound()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_state_that_is_moved_away_and_back_is_the_same_state(tiny_recipe, name):
+    """Optimizers must find their state under the same keys after every tensor of it was replaced by a moved copy."""
+    outcomes = []
+    for moves in (False, True):
+        policy = load_policy(tiny_recipe("siamese.head_width=64"))
+        optimizer = build_optimizer(policy, OptimizerRecipe(name=name, learning_rate=0.01))
+        siamese = Siamese(policy.trainable_parameters(), 0.9)
+        for seed in (0, 1, 2):
+            one_update(policy, optimizer, siamese, seed)
+            if moves:
+                for state in optimizer.state.values():
+                    state.update({k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)})
+                move_state(optimizer, torch.device("cpu"))
+        outcomes.append([p.detach().clone() for _, p in policy.trainable_parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
 def test_old_checkpoints_go_and_partial_ones_do_not_count(tiny_recipe, tmp_path):
