@@ -6,20 +6,33 @@ S = sum exp(z - m), E = sum exp(z - m) (z - m):
     log p_y = (z_y - m) - log S        H = log S - E / S
     d(a log p_y + b H) / du_v = f'(u_v) / T * [a (1[v=y] - p_v) - b p_v (log p_v + H)]
 
-The head is frozen, so no gradient is formed for it. The backward pass recomputes a chunk's logits from the
-hidden states: three matrix products in all, and [N, D] and [N] bytes kept instead of [N, V].
+The head is frozen, so no gradient is formed for it. Two entries, and what each chunk costs in products of [n, D] with
+[D, V] or back:
+
+- `weighted_token_logprobs`, coefficients known: logits, statistics, gradient rows and their product with the head all
+  in the forward pass: 2 products.
+- `token_logprobs`, coefficients not known: the backward pass computes the logits again: 3 products.
+
+Both keep [N, D] and [N] bytes and one buffer [chunk, V], in which the gradient overwrites the logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cache, reduce
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from popo_lite.errors import ModelError
+from popo_lite.objective.chunks import row_block, tile_rows
+
+FORWARD_TERMS, BACKWARD_TERMS = 128, 256
+"""Terms that a float32 product on a CPU adds up in one go: oneDNN rounds after each, so longer sums lose digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +64,9 @@ class Head:
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, V] in `compute_dtype`; 16-bit operands are accumulated and returned in float32."""
-        hidden = hidden.to(self.weight.dtype)
-        if self.weight.dtype == self.compute_dtype:
-            logits = hidden @ self.weight.T
-        elif self.weight.is_cuda:
-            logits = torch.mm(hidden, self.weight.T, out_dtype=self.compute_dtype)
-        else:
-            # The CPU has no product with 16-bit operands and float32 results; products of 16-bit numbers are
-            # exact in float32, so widening the operands loses nothing.
-            logits = hidden.to(self.compute_dtype) @ self.weight.T.to(self.compute_dtype)
-        return logits if self.bias is None else logits + self.bias.to(self.compute_dtype)
+        logits = hidden.new_empty(len(hidden), len(self.weight), dtype=self.compute_dtype)
+        _multiply(hidden, self.weight, out=logits)
+        return logits if self.bias is None else logits.add_(self.bias)
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """(z [n, V], tanh(scale * u / softcap) [n, V] or None); the second is what f' needs."""
@@ -74,63 +80,300 @@ class Head:
         return (raw / self.temperature if self.temperature != 1.0 else raw), bent
 
 
-class _ChunkedLogprobs(torch.autograd.Function):
-    """Keeps hidden states, targets and three numbers a token; see the module's docstring for the mathematics."""
+class Statistics(NamedTuple):
+    """Per token, [n] each: m = max z, S, and E / S."""
+
+    maxima: Tensor
+    sums: Tensor
+    means: Tensor
+
+    @property
+    def entropies(self) -> Tensor:
+        """H = log S - E / S, in nats."""
+        return self.sums.log() - self.means
+
+
+def _scores(raw: Tensor, scale: float, softcap: float | None, temperature: float) -> Tensor:
+    """The scores z = f(u) / T; `raw` itself where f / T is the identity."""
+    if softcap is not None:
+        return (raw * (scale / softcap)).tanh_().mul_(softcap / temperature)
+    return raw if scale == temperature else raw * (scale / temperature)
+
+
+def _row_statistics(
+    raw: Tensor, scale: float, softcap: float | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[r, V] raw logits -> m, S, E / S, [r] each."""
+    z = _scores(raw, scale, softcap, temperature)
+    maxima = z.amax(dim=-1)
+    # m and log S stay apart: one combined logsumexp doubles the gradient's error in float32.
+    shifted = z - maxima[:, None]
+    exp = shifted.exp()
+    sums = exp.sum(dim=-1)
+    return maxima, sums, exp.mul_(shifted).sum(dim=-1) / sums
+
+
+def _row_gradients(
+    raw: Tensor,
+    maxima: Tensor,
+    constant: Tensor,
+    slope: Tensor | None,
+    one_hot: Tensor | None,
+    dtype: torch.dtype,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> Tensor:
+    """Gradient rows f'(u) / f'(0) * (one_hot + exp(z - m) * (constant + slope * (z - m))) of [r, k] raw logits.
+
+    The tensors beside `raw` are [r]. They are what the module's formula comes to with p = exp(z - m) / S and
+    log p + H = (z - m) - E / S.
+    """
+    z = _scores(raw, scale, softcap, temperature)
+    shifted = z - maxima[:, None]
+    row = shifted.exp()
+    row.mul_(constant[:, None] if slope is None else shifted.mul_(slope[:, None]).add_(constant[:, None]))
+    if one_hot is not None:
+        row.add_(one_hot[:, None])
+    if softcap is not None:
+        row.mul_((z * (temperature / softcap)).square_().neg_().add_(1))
+    return row.to(dtype)
+
+
+@cache
+def _row_functions(compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`_row_statistics` and `_row_gradients`; compiled, they go through the logits two times in all, and not eleven."""
+    if not compiled:
+        return _row_statistics, _row_gradients
+    return torch.compile(_row_statistics), torch.compile(_row_gradients)
+
+
+def _multiply(hidden: Tensor, weight: Tensor, *, out: Tensor) -> None:
+    """Write hidden [n, D] times weight [V, D] transposed to `out` [n, V], accumulated in the dtype of `out`."""
+    hidden = hidden.to(weight.dtype)
+    if weight.is_cuda and weight.dtype != out.dtype:
+        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    elif weight.is_cuda or out.dtype == torch.float64:
+        torch.mm(hidden, weight.T, out=out)
+    else:
+        # The CPU has no product with 16-bit operands and float32 results. Those of 16-bit numbers are exact in
+        # float32, so widening the operands loses nothing; tile by tile it needs no second head.
+        terms = FORWARD_TERMS if weight.dtype == torch.float32 else weight.shape[1]
+        for part in _slices(weight.shape[0], tile_rows(weight.shape[1])):
+            sums = (_wide_linear(hidden[:, some], weight[part, some]) for some in _slices(weight.shape[1], terms))
+            out[:, part] = reduce(Tensor.add_, sums)
+
+
+def _multiply_back(rows: Tensor, weight: Tensor, *, out: Tensor) -> None:
+    """Write rows [n, V] times weight [V, D] to `out` [n, D], all of one dtype; accumulated in at least float32."""
+    if rows.is_cuda or rows.dtype != torch.float32:
+        torch.mm(rows, weight, out=out)
+        return
+    out.zero_()
+    for part in _slices(weight.shape[0], BACKWARD_TERMS):
+        out += _wide_linear(rows[:, part], weight[part].T)
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _wide_linear(left: Tensor, weight: Tensor) -> Tensor:
+    """Left [n, k] times weight [m, k] transposed, on a CPU, in float32."""
+    if not torch.backends.mkldnn.is_available():
+        return functional.linear(left.float(), weight.float())
+    # By oneDNN, as MKL, which torch would take, has half its speed on some CPUs.
+    return functional.linear(left.to_mkldnn(torch.float32), weight.to_mkldnn(torch.float32)).to_dense()
+
+
+class _Pass:
+    """One walk over the chunks with one buffer [chunk, V]: a chunk's logits, then its gradient rows in their place."""
+
+    def __init__(self, head: Head, tokens: int, chunk: int, compile_rows: bool) -> None:
+        vocabulary, dtype = head.weight.shape[0], head.compute_dtype
+        self.head, self.tokens, self.chunk = head, tokens, chunk
+        self.buffer = head.weight.new_empty(min(chunk, tokens), vocabulary, dtype=dtype)
+        self.block = row_block(vocabulary, on_gpu=head.weight.is_cuda, logits_bytes=dtype.itemsize)
+        self.row_statistics, self.row_gradients = _row_functions(compile_rows)
+        self.rule = (head.scale, head.softcap, head.temperature)
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of the tokens."""
+        return _slices(self.tokens, self.chunk)
+
+    def fill(self, hidden: Tensor) -> Tensor:
+        """The raw logits [n, V] of a chunk, in the buffer."""
+        raw = self.buffer[: len(hidden)]
+        _multiply(hidden, self.head.weight, out=raw)
+        return raw if self.head.bias is None else raw.add_(self.head.bias)
+
+    def statistics(self, raw: Tensor) -> Statistics:
+        """m, S and E / S of a chunk."""
+        blocks = [self.row_statistics(block, *self.rule) for block in raw.split(self.block)]
+        return Statistics(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+
+    def picked(self, raw: Tensor, targets: Tensor, found: Statistics) -> Tensor:
+        """The targets' log-probs [n] of a chunk."""
+        z = _scores(raw.gather(-1, targets[:, None]), *self.rule).squeeze(-1)
+        return (z - found.maxima) - found.sums.log()
+
+    def gradient(
+        self, raw: Tensor, targets: Tensor, found: Statistics, a: Tensor | None, b: Tensor | None, *, out: Tensor
+    ) -> None:
+        """Write dh [n, D] for the sum of a log p_y + b H to `out`; None is an absent term. Overwrites `raw`."""
+        scale, _, temperature = self.rule
+        factor = scale / temperature
+        slope = None if b is None else -factor * b / found.sums
+        constant = torch.zeros_like(found.sums) if slope is None else -slope * found.means
+        one_hot = None if a is None else factor * a
+        if one_hot is not None:
+            constant -= one_hot / found.sums
+        # The one-hot is folded in before the cast to 16 bit: apart, a confident token's row loses all digits.
+        dtype = self.head.weight.dtype
+        picked = raw.gather(-1, targets[:, None])
+        entries = _row_gradients(picked, found.maxima, constant, slope, one_hot, dtype, *self.rule)
+        # In 16 bit, row r takes the place that row r / 2 had: it has been read already, or belongs to the same block,
+        # all of which is read before any of it is written.
+        rows = self.buffer.view(dtype).view(-1)[: raw.numel()].view(raw.shape)
+        for part in _slices(len(raw), self.block):
+            slopes = None if slope is None else slope[part]
+            rows[part] = self.row_gradients(
+                raw[part], found.maxima[part], constant[part], slopes, None, dtype, *self.rule
+            )
+        rows[torch.arange(len(targets), device=targets.device), targets] = entries.squeeze(-1)
+        _multiply_back(rows, self.head.weight, out=out)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Entry (b). Keeps hidden states, targets and three numbers a token for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk: int) -> tuple[Tensor, Tensor]:
-        tokens = hidden.shape[0]
-        logps, entropies, maxima, log_sums = (hidden.new_empty(tokens, dtype=head.compute_dtype) for _ in range(4))
-        for start in range(0, tokens, chunk):
-            part = slice(start, start + chunk)
-            z, _ = head.logits(hidden[part])
-            maximum = z.amax(dim=-1, keepdim=True)
-            # m and log S stay apart: one combined logsumexp doubles the gradient's error in float32.
-            z -= maximum
-            picked = z.gather(-1, targets[part, None]).squeeze(-1)
-            exp = z.exp()
-            total = exp.sum(dim=-1)
-            log_sum = total.log()
-            logps[part] = picked - log_sum
-            entropies[part] = log_sum - (exp * z).sum(dim=-1) / total
-            maxima[part], log_sums[part] = maximum.squeeze(-1), log_sum
-        ctx.save_for_backward(hidden, targets, maxima, log_sums, entropies)
-        ctx.head, ctx.chunk = head, chunk
-        return logps, entropies
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk: int, compile_rows: bool
+    ) -> tuple[Tensor, Tensor]:
+        walk = _Pass(head, len(hidden), chunk, compile_rows)
+        logps = hidden.new_empty(len(hidden), dtype=head.compute_dtype)
+        found = Statistics(*(torch.empty_like(logps) for _ in range(3)))
+        for part in walk.chunks():
+            raw = walk.fill(hidden[part])
+            statistics = walk.statistics(raw)
+            logps[part] = walk.picked(raw, targets[part], statistics)
+            for whole, piece in zip(found, statistics, strict=True):
+                whole[part] = piece
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, targets, *found)
+        ctx.head, ctx.chunk, ctx.compile_rows = head, chunk, compile_rows
+        return logps, found.entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        hidden, targets, maxima, log_sums, entropies = ctx.saved_tensors
-        grad_logps, grad_entropies = grads
+    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, targets, *found = ctx.saved_tensors
         head: Head = ctx.head
-        grad_hidden = torch.empty_like(hidden)
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            z, bent = head.logits(hidden[part])
-            logp_all = z - maxima[part, None] - log_sums[part, None]
-            p = logp_all.exp()
-            # The one-hot is folded in before the cast to 16 bit: apart, a confident token's row loses all digits.
-            row = (logp_all + entropies[part, None]).mul_(p).mul_(-grad_entropies[part, None])
-            row.addcmul_(p, grad_logps[part, None], value=-1)
-            row.scatter_add_(-1, targets[part, None], grad_logps[part, None])
-            factor = head.scale / head.temperature
-            if bent is not None:
-                row.mul_(1 - bent.square())
-            if factor != 1.0:
-                row.mul_(factor)
-            grad_hidden[part] = row.to(head.weight.dtype) @ head.weight
-        return grad_hidden, None, None, None
+        walk = _Pass(head, len(hidden), ctx.chunk, ctx.compile_rows)
+        grad_hidden = torch.empty(hidden.shape, dtype=head.weight.dtype, device=hidden.device)
+        for part in walk.chunks():
+            a, b = (None if grad is None else grad[part] for grad in (grad_logps, grad_entropies))
+            statistics = Statistics(*(whole[part] for whole in found))
+            walk.gradient(walk.fill(hidden[part]), targets[part], statistics, a, b, out=grad_hidden[part])
+        return grad_hidden.to(hidden.dtype), None, None, None, None
 
 
-def token_logprobs(hidden: Tensor, targets: Tensor, head: Head, *, chunk: int = 256) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    hidden: Tensor, targets: Tensor, head: Head, *, chunk: int = 256, compile_rows: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each distribution, both differentiable in `hidden`.
 
     `hidden` [N, D], cast to the head's dtype, `targets` [N] token ids; returns two [N] tensors in nats, float32
     (float64 for a float64 head). At most `chunk` x V logits exist at a time. With N = 0 both are empty and
-    still on the graph.
+    still on the graph. `compile_rows` puts what happens to the logits row by row through torch.compile.
     """
-    return cast("tuple[Tensor, Tensor]", _ChunkedLogprobs.apply(hidden, targets, head, chunk))  # type: ignore[no-untyped-call]
+    return cast("tuple[Tensor, Tensor]", _Recomputed.apply(hidden, targets, head, chunk, compile_rows))  # type: ignore[no-untyped-call]
+
+
+Factor = Callable[[Tensor, slice], Tensor]
+"""(log-probs [n] of a chunk's tokens, which tokens they are) -> a multiplier [n] of their coefficients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTerms:
+    """`total`, a scalar on the graph; `logps` and `entropies` [N] in nats, detached."""
+
+    total: Tensor
+    logps: Tensor
+    entropies: Tensor
+
+
+class _Weighted(torch.autograd.Function):
+    """Entry (a). The gradient of the total is made in the forward pass and kept, [N, D]; backward scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        logp_coefficients: Tensor,
+        entropy_coefficients: Tensor | None,
+        factor: Factor | None,
+        chunk: int,
+        compile_rows: bool,
+        differentiate: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        walk = _Pass(head, len(hidden), chunk, compile_rows)
+        logps, entropies = (hidden.new_empty(len(hidden), dtype=head.compute_dtype) for _ in range(2))
+        grad_hidden = torch.empty(hidden.shape if differentiate else 0, dtype=head.weight.dtype, device=hidden.device)
+        coefficients = logp_coefficients.clone()
+        for part in walk.chunks():
+            raw = walk.fill(hidden[part])
+            statistics = walk.statistics(raw)
+            logps[part] = walk.picked(raw, targets[part], statistics)
+            entropies[part] = statistics.entropies
+            if factor is not None:
+                coefficients[part] *= factor(logps[part], part)
+            if differentiate:
+                b = None if entropy_coefficients is None else entropy_coefficients[part]
+                walk.gradient(raw, targets[part], statistics, coefficients[part], b, out=grad_hidden[part])
+        total = (coefficients * logps).sum()
+        if entropy_coefficients is not None:
+            total += (entropy_coefficients * entropies).sum()
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype))
+        ctx.mark_non_differentiable(logps, entropies)
+        return total, logps, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        return (grad_hidden * grad_total.to(grad_hidden.dtype), *[None] * 8)
+
+
+def weighted_token_logprobs(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    *,
+    logp_coefficients: Tensor,
+    entropy_coefficients: Tensor | float,
+    factor: Factor | None = None,
+    chunk: int = 256,
+    compile_rows: bool = False,
+) -> TokenTerms:
+    """The sum of a f log p_y + b H over the tokens, with a [N], b [N] or one number for all, and f the `factor`.
+
+    Takes what `token_logprobs` takes and costs two products in place of three, but the coefficients are constants: no
+    gradient reaches them, nor `factor`, which is called once a chunk, when the chunk's log-probs are known. Without
+    grad mode there is one product and no gradient is kept.
+    """
+    a = logp_coefficients.to(head.compute_dtype)
+    if isinstance(entropy_coefficients, Tensor):
+        b: Tensor | None = entropy_coefficients.to(head.compute_dtype)
+    else:
+        b = a.new_full(a.shape, entropy_coefficients) if entropy_coefficients else None
+    differentiate = torch.is_grad_enabled() and hidden.requires_grad
+    arguments = (hidden, targets, head, a, b, factor, chunk, compile_rows, differentiate)
+    total, logps, entropies = _Weighted.apply(*arguments)  # type: ignore[no-untyped-call]
+    return TokenTerms(total=total, logps=logps, entropies=entropies)
 
 
 def naive_token_logprobs(hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ class StepNormalizers:
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
-    """One micro-batch's share of a step's loss: scalars on the graph, already normalised for the step.
+    """One micro-batch's share of a step's loss, already normalised for the step: scalars, `total` on the graph.
 
     `similarity_cosine` is the detached sum of w_i * cos_i over the micro-batch, divided by sum w_i of the step.
     """
@@ -78,34 +78,39 @@ def noisy_target(features: Tensor, noise: Tensor, sigma: float) -> Tensor:
     return (features + sigma * rms * noise).detach()
 
 
+def token_coefficients(
+    nll_coefficient: Tensor, sequence_of_token: Tensor, normalizers: StepNormalizers, *, beta: float
+) -> tuple[Tensor, float]:
+    """(a [N], b) such that L_nll + beta * L_ent is the sum over tokens of a_t * log p_t + b * H_t.
+
+    `nll_coefficient` [B] is 0 for negatives, which are here for their entropy alone; `sequence_of_token` [N] indexes
+    the B sequences. Known before the forward pass, so the gradient can be formed in it.
+    """
+    return -nll_coefficient[sequence_of_token], -beta / normalizers.entropy_tokens
+
+
 def popo_loss(
     *,
+    token_loss: Tensor,
     logps: Tensor,
-    token_weights: Tensor | None = None,
+    logp_coefficients: Tensor,
     entropies: Tensor,
-    sequence_of_token: Tensor,
-    nll_coefficient: Tensor,
     weights: Tensor,
     predictions: Tensor | None,
     targets: Tensor | None,
     normalizers: StepNormalizers,
     alpha: float,
-    beta: float,
 ) -> LossTerms:
     """The loss of one micro-batch of B sequences with N completion tokens in all.
 
-    `logps`, `entropies` [N] in nats; `sequence_of_token` [N] indexes the B sequences; `nll_coefficient`, `weights`
-    [B] are 0 for negatives, which are here for their entropy alone; `predictions` and `targets` [B, D] (the targets
-    with their noise), or None where the similarity term is off; `token_weights` [N], detached, multiply the
-    coefficients of single tokens.
+    `token_loss` is L_nll + beta * L_ent on the graph; `logps`, `entropies` [N] in nats and `logp_coefficients` [N]
+    (`token_coefficients`, times any weights of single tokens) report its parts. `weights` [B] are 0 for negatives;
+    `predictions` and `targets` [B, D] (the targets with their noise), or None where the similarity term is off.
     """
-    coefficients = nll_coefficient[sequence_of_token]
-    if token_weights is not None:
-        coefficients = coefficients * token_weights
-    nll = -(coefficients * logps).sum()
-    entropy = -entropies.sum() / normalizers.entropy_tokens
+    nll = (logp_coefficients * logps).sum().detach()
+    entropy = -entropies.sum().detach() / normalizers.entropy_tokens
     if predictions is None or targets is None:
-        similarity = nll.new_zeros(())
+        similarity = token_loss.new_zeros(())
         mean_cosine = similarity
     else:
         # Weights of a prompt sum to 1, so over the step they sum to the number of prompts with positives.
@@ -113,17 +118,22 @@ def popo_loss(
         cosines = cosine(predictions, targets).to(share.dtype)
         similarity = (share * (1 - cosines)).sum()
         mean_cosine = (share * cosines).sum().detach()
-    total = nll + alpha * similarity + beta * entropy
-    return LossTerms(total=total, nll=nll, similarity=similarity, entropy=entropy, similarity_cosine=mean_cosine)
+    return LossTerms(
+        total=token_loss + alpha * similarity,
+        nll=nll,
+        similarity=similarity,
+        entropy=entropy,
+        similarity_cosine=mean_cosine,
+    )
 
 
-def truncated_importance(log_ratios: Tensor, cap: float | None) -> Tensor | None:
-    """min(policy / sampler probability, cap) of each token [N], detached; None where `cap` is None.
+def truncated_importance(log_ratios: Tensor, cap: float) -> Tensor:
+    """min(policy / sampler probability, cap) of each token [N], detached.
 
     `log_ratios` [N] are policy minus sampler log-probs. Corrects for a sampler that is not quite the policy, such as
     one in lower precision (truncated importance sampling).
     """
-    return None if cap is None else log_ratios.detach().exp().clamp(max=cap)
+    return log_ratios.detach().exp().clamp(max=cap)
 
 
 def steered_beta(beta: float, entropy: float, recipe: ObjectiveRecipe) -> float:

@@ -16,6 +16,7 @@ from popo_lite.objective.losses import (
     noisy_target,
     popo_loss,
     steered_beta,
+    token_coefficients,
 )
 from popo_lite.policy.siamese import Siamese
 from popo_lite.recipe import ObjectiveRecipe
@@ -78,8 +79,6 @@ def hand_case(**changes):
     case = {
         "logps": torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64),
         "entropies": torch.tensor([0.5, 0.7, 0.9], dtype=torch.float64),
-        "sequence_of_token": torch.tensor([0, 0, 1]),
-        "nll_coefficient": torch.tensor([0.25, 0.5], dtype=torch.float64),
         "weights": torch.tensor([0.5, 1.5], dtype=torch.float64),
         "predictions": torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64),
         "targets": torch.tensor([[0.0, 2.0], [3.0, 3.0]], dtype=torch.float64),
@@ -87,9 +86,11 @@ def hand_case(**changes):
             prompts=2, positives=2, positive_tokens=3, entropy_tokens=3, max_completion_tokens=9
         ),
         "alpha": 0.1,
-        "beta": 0.01,
     }
-    return popo_loss(**{**case, **changes})
+    nll_coefficient = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    a, b = token_coefficients(nll_coefficient, torch.tensor([0, 0, 1]), case["normalizers"], beta=0.01)
+    token_loss = (a * case["logps"] + b * case["entropies"]).sum()
+    return popo_loss(**{**case, "token_loss": token_loss, "logp_coefficients": a, **changes})
 
 
 def test_loss_by_hand():
@@ -146,21 +147,24 @@ def test_theorem_3_1():
         positives = torch.tensor([2, 7, 11])
         logp = torch.log_softmax(logits, dim=0)
         weights = torch.softmax(logp[positives].detach(), dim=0)
-        # The same function as in training; its entropy term is minus the entropy.
+        # The same functions as in training.
+        normalizers = StepNormalizers(
+            prompts=1, positives=3, positive_tokens=3, entropy_tokens=1, max_completion_tokens=1
+        )
+        a, b = token_coefficients(weights, torch.arange(3), normalizers, beta=beta)
+        entropies = -(logp.exp() * logp).sum()[None]
         terms = popo_loss(
+            token_loss=(a * logp[positives]).sum() + b * entropies.sum(),
             logps=logp[positives],
-            entropies=-(logp.exp() * logp).sum()[None],
-            sequence_of_token=torch.arange(3),
-            nll_coefficient=weights,
+            logp_coefficients=a,
+            entropies=entropies,
             weights=weights,
             predictions=None,
             targets=None,
-            normalizers=StepNormalizers(
-                prompts=1, positives=3, positive_tokens=3, entropy_tokens=1, max_completion_tokens=1
-            ),
+            normalizers=normalizers,
             alpha=0.0,
-            beta=beta,
         )
+        assert float(terms.total.detach()) == pytest.approx(float(terms.nll) + beta * float(terms.entropy))
         (gradient,) = torch.autograd.grad(terms.total, logits)
         logp = logp.detach()
         pi, entropy = logp.exp(), -(logp.exp() * logp).sum()
