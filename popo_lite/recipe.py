@@ -247,12 +247,18 @@ class TrainRecipe(Section):
     cpu_threads: Annotated[int, Field(ge=0)] = 0
     """Threads of torch on the CPU; 0 leaves torch's choice. Tiny models are fastest with 1."""
     tokens_per_microbatch: Positive = 8192
-    """Token budget of one forward and backward pass, padding included. Without dropout it does not change the
-    update beyond rounding."""
-    logits_chunk_tokens: Positive = 256
-    """Tokens whose logits exist at the same time. Does not change the update."""
+    """Token budget of one forward and backward pass; sequences are packed into it without padding. Lowered by the
+    run itself when memory runs out. Without dropout it does not change the update beyond rounding."""
+    packing: bool = True
+    """Put whole sequences one behind another in a row, each attending to itself alone. Off: one at a time."""
+    logits_mib: Positive = 256
+    """Memory, in MiB, for the logits of one chunk of tokens and for their gradient. Does not change the update."""
+    compile_loss: bool = True
+    """On a GPU, compile the part of the loss that goes through the logits row by row (torch.compile)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    offload_activations: bool = False
+    """With `gradient_checkpointing`: keep each layer's input in host memory until the backward pass needs it."""
     checkpoint_every: Positive = 50
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: Positive = 2
@@ -336,6 +342,11 @@ def impossible_combinations(recipe: Recipe) -> Iterator[Combination]:
     if recipe.optimizer.name == "paged_adamw8bit" and recipe.train.device == "cpu":
         why = 'paging needs a GPU; use "adamw8bit" or "adamw" on a CPU'
         yield ("optimizer.name", "train.device"), recipe.optimizer.name, why
+    if recipe.train.offload_activations and not recipe.train.gradient_checkpointing:
+        why = "offloads what gradient checkpointing keeps; turn that on as well"
+        yield ("train.offload_activations", "train.gradient_checkpointing"), True, why
+    if recipe.train.offload_activations and recipe.train.device == "cpu":
+        yield ("train.offload_activations", "train.device"), True, "frees GPU memory; leave it off on a CPU"
     longest, budget = rollout.max_prompt_tokens + rollout.max_completion_tokens, recipe.train.tokens_per_microbatch
     if budget < longest:
         why = f"one prompt with its answer may take {longest} tokens; set at least that"
@@ -404,6 +415,9 @@ def _impossible_models(recipe: Recipe) -> Iterator[Combination]:
     if model.backend == "unsloth" and not model.double_quantization:
         why = "unsloth always quantises the scales; leave the key out"
         yield ("model.double_quantization", "model.backend"), model.double_quantization, why
+    if model.backend == "unsloth" and recipe.train.offload_activations:
+        why = "unsloth offloads its checkpoints itself; leave the key out"
+        yield ("train.offload_activations", "model.backend"), True, why
     if model.backend == "unsloth" and device == "cpu":
         yield ("model.backend", "train.device"), model.backend, 'needs a CUDA GPU; use "transformers" on a CPU'
     if model.backend == "unsloth" and model.id == "tiny":

@@ -31,7 +31,11 @@ MAY_CHANGE_ON_RESUME = {
     "train.checkpoint_every",
     "train.cpu_threads",
     "train.keep_checkpoints",
-    "train.logits_chunk_tokens",
+    "train.compile_loss",
+    "train.gradient_checkpointing",
+    "train.logits_mib",
+    "train.offload_activations",
+    "train.packing",
     "train.tokens_per_microbatch",
 }
 """Settings that change speed, bookkeeping and rounding, and nothing else of what is learned."""
@@ -160,7 +164,9 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
             next_step="train on from it in a new run with lora.init_from, or leave --resume out",
         )
     before, now = _flat(run.recipe()), _flat(recipe)
-    may_change = MAY_CHANGE_ON_RESUME - ({"train.tokens_per_microbatch"} if recipe.lora.dropout else set())
+    # Dropout's masks depend on how the step is cut and packed.
+    cutting = {"train.tokens_per_microbatch", "train.packing"} if recipe.lora.dropout else set()
+    may_change = MAY_CHANGE_ON_RESUME - cutting
     changed = sorted(
         key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in may_change
     )

@@ -101,6 +101,11 @@ class Rollout:
     policy_version: int
     index: int
 
+    @property
+    def tokens(self) -> int:
+        """Length of prompt and completion, in tokens."""
+        return len(self.prompt.token_ids) + len(self.completion.token_ids)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -140,6 +145,8 @@ class StepRecord:
     `truncated_share` and `completion_tokens_mean` therefore count the first round alone, in which all prompts have
     equally many rollouts; under a fixed budget that is all of them. The figures per positive prompt, None without
     one, count all rollouts of the step.
+
+    `microbatch_tokens` is the budget of a micro-batch, which is lowered when memory runs out.
     """
 
     step: int
@@ -189,6 +196,7 @@ class StepRecord:
     learning_rate: float
     head_learning_rate: float
     micro_batches: int
+    microbatch_tokens: int
     # what it took
     seconds: Mapping[str, float]
     tokens_per_second: Mapping[str, float]

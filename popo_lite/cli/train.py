@@ -28,6 +28,7 @@ INTERRUPTED = 130
     show_default=True,
     help="Live view on a terminal, one plain line a step elsewhere.",
 )
+@click.option("--ignore-plan", is_flag=True, help="Start although the memory plan says that the run does not fit.")
 @click.option("as_json", "--json", is_flag=True, help="Print the summary as JSON at the end and nothing else.")
 def train(
     recipe: str,
@@ -36,12 +37,15 @@ def train(
     resume: bool,
     overrides: tuple[str, ...],
     view: str,
+    ignore_plan: bool,
     as_json: bool,
 ) -> None:
     """Train with RECIPE: a TOML file, or the name of a shipped recipe (`popo-lite recipe list`).
 
     Leaves a run folder with recipe, metrics, samples, checkpoints, adapters and summary. Ctrl-C finishes the step,
     saves, and says how to go on; twice abandons the step and saves.
+
+    On a GPU the memory plan comes first (`popo-lite plan`): a run that will not fit is refused with what to change.
     """
     from popo_lite.errors import UserInputError
     from popo_lite.recipe_file import load_recipe
@@ -67,7 +71,7 @@ def train(
     with open_view("silent" if as_json else view) as watcher:  # type: ignore[arg-type]  # click checks the choice
         watcher.message(f"loading {settings.model.id}")
         try:
-            trainer = Trainer(settings, watcher)
+            trainer = Trainer(settings, watcher, ignore_plan=ignore_plan)
         except UserInputError as error:
             raise error.within(recipe) from error
         with trainer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from popo_lite.errors import ModelError
 from popo_lite.objective.logprobs import Head
 from popo_lite.policy.adapters import add_adapters
+from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions
 from popo_lite.policy.load import (
     load_base,
     load_config,
@@ -30,7 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Policy:
-    """What is trained. `version` counts optimizer steps; a sampler must hold the same version to be used."""
+    """What is trained. `version` counts optimizer steps; a sampler must hold the same version to be used.
+
+    `packing` is the attention that keeps the sequences of a packed row apart ("varlen", "sdpa", "flash_attention_2"),
+    or "off"; `offload` keeps the inputs of checkpointed layers in host memory.
+    """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -41,6 +48,8 @@ class Policy:
     pad_id: int
     context_tokens: int
     quantized_modules: int
+    packing: str = "off"
+    offload: bool = False
     version: int = 0
 
     @property
@@ -48,10 +57,54 @@ class Policy:
         """The decoder without its LM head, adapters included."""
         return trunk_of(self.model)
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, T] token ids and mask (1 = real) -> [B, T, D] after the final norm."""
-        output = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return cast("Tensor", output.last_hidden_state)
+    def hidden_states(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """[T] token ids of sequences one behind another, of `lengths` -> [T, D] after the final norm.
+
+        Each sequence attends to itself alone, in one forward pass of all where `packing` says how, else in one each.
+        """
+        with self._checkpoints_on_host():
+            if self.packing != "off" and len(lengths) > 1:
+                return self._packed(input_ids, lengths)
+            parts = [
+                self.run_trunk(input_ids=part[None], use_cache=False).last_hidden_state[0]
+                for part in input_ids.split(list(lengths))
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _packed(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        options: dict[str, Any] = {"attention_mask": boundaries(lengths)}
+        if self.packing == "flash_attention_2":
+            edges = options["attention_mask"].flatten().to(self.device)
+            options = {
+                "attention_mask": None,
+                "cu_seq_lens_q": edges,
+                "cu_seq_lens_k": edges,
+                "max_length_q": max(lengths),
+                "max_length_k": max(lengths),
+            }
+        output = self.run_trunk(
+            input_ids=input_ids[None], position_ids=positions(lengths, self.device), use_cache=False, **options
+        )
+        return cast("Tensor", output.last_hidden_state[0])
+
+    def run_trunk(self, **inputs: Any) -> Any:
+        """The trunk's output for transformers' `inputs`, in the policy's precision."""
+        with self.precision():
+            return self.trunk(**inputs)
+
+    def precision(self) -> AbstractContextManager[None]:
+        """What the trunk runs in: a 16-bit model multiplies its float32 adapters in 16 bit too, as samplers do.
+
+        Without it PEFT would widen every layer's input to float32 and keep those copies for the backward pass.
+        """
+        narrow = self.head.weight.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow)
+
+    def _checkpoints_on_host(self) -> AbstractContextManager[Any]:
+        """Gradient checkpointing keeps each layer's input through these hooks, and they keep it in host memory."""
+        if self.offload and torch.is_grad_enabled():
+            return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
+        return nullcontext()
 
     def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The trainable LoRA tensors by name."""
@@ -108,8 +161,11 @@ def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Re
         pad_id=cast("int", tokenizer.pad_token_id),
         context_tokens=_context_tokens(base.config),
         quantized_modules=quantized_modules(model),
+        offload=recipe.train.offload_activations,
     )
     _refuse_unknown_head(policy)
+    if recipe.train.packing and recipe.model.backend == "transformers" and recipe.model.attention != "eager":
+        _pack(policy, recipe)
     return policy
 
 
@@ -143,11 +199,11 @@ def head_of(base: Any, *, temperature: float) -> Head:
 @torch.no_grad()
 def _refuse_unknown_head(policy: Policy) -> None:
     """Compare our logits with the model's own, so that an architecture with another rule is found before step 0."""
-    ids = torch.arange(1, 9, device=policy.device)[None]
-    mask = torch.ones_like(ids)
+    ids = torch.arange(1, 9, device=policy.device)
     policy.model.eval()
-    expected = policy.model(input_ids=ids, attention_mask=mask).logits[0]
-    found, _ = policy.head.logits(policy.hidden_states(ids, mask)[0])
+    with policy.precision():
+        expected = policy.model(input_ids=ids[None]).logits[0]
+    found, _ = policy.head.logits(policy.hidden_states(ids, [len(ids)]))
     found = found * policy.head.temperature
     # The model may round its logits to the head's precision, ours are not rounded; half an eps is the most that does.
     eps = max(torch.finfo(dtype).eps for dtype in (expected.dtype, policy.head.weight.dtype))
@@ -159,6 +215,36 @@ def _refuse_unknown_head(policy: Policy) -> None:
             f"(largest difference {gap:.3g})",
             where="model.id",
             next_step="please report the model; logit scaling and soft-capping are what is supported",
+        )
+
+
+@torch.no_grad()
+def _pack(policy: Policy, recipe: Recipe) -> None:
+    """Turn packing on, and hold a packed row against its sequences alone: a model may read its mask in its own way."""
+    base: Any = policy.model.get_base_model()
+    lengths = (5, 17, 9)
+    ids = torch.arange(1, sum(lengths) + 1, device=policy.device)
+    policy.model.eval()
+    alone = policy.hidden_states(ids, lengths)
+    if recipe.model.attention == "flash_attention_2":
+        policy.packing = "flash_attention_2"
+    else:
+        enable_packing(base)
+        config = base.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        policy.packing = kernel_of(policy.device, alone.dtype, width)
+    try:
+        gap = float((policy.hidden_states(ids, lengths) - alone).abs().max())
+        reason = f"the largest difference is {gap:.3g}"
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        gap, reason = float("inf"), str(error).strip().partition("\n")[0]
+    # Rounding differs by kernel and adds up over layers; a sequence that saw its neighbours would differ by its scale.
+    tolerance = min(256 * torch.finfo(alone.dtype).eps, 0.25) * float(alone.abs().max())
+    if not gap <= tolerance and bool(alone.isfinite().all()):  # weights that are not finite are not the mask's fault
+        raise ModelError(
+            f"{type(base).__name__} does not keep the sequences of a packed row apart: {reason}",
+            where="train.packing = true",
+            next_step="--set train.packing=false runs one sequence at a time",
         )
 
 

@@ -42,7 +42,7 @@ def open_sampler(
 ) -> Sampler:
     """The sampler that `rollout.engine` names, for `policy`, holding its current version.
 
-    `text` decodes token ids; `notify` takes notices that must not be lost, such as of a server that died.
+    `text` decodes token ids; `notify` takes notices that must not be lost: a server that died, memory that ran out.
     """
     engine, _ = pick_engine(recipe)
     if engine == "server":
@@ -55,4 +55,4 @@ def open_sampler(
         return VLLMSampler(policy, recipe, text=text)
     from popo_lite.samplers.hf import HFSampler
 
-    return HFSampler(policy, text=text, batch_size=recipe.rollout.batch_size)
+    return HFSampler(policy, text=text, batch_size=recipe.rollout.batch_size, notify=notify)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from popo_lite.errors import EngineError
+from popo_lite.policy.memory import is_out_of_memory, release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.samplers.base import SamplingParams, refuse_stale
 from popo_lite.seeding import stream_seed
@@ -39,10 +40,18 @@ class HFSampler:
 
     engine = "hf"
 
-    def __init__(self, policy: Policy, *, text: Callable[[Sequence[int]], str], batch_size: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        text: Callable[[Sequence[int]], str],
+        batch_size: int,
+        notify: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._policy = policy
         self._text = text
         self._batch_size = batch_size
+        self._notify = notify
         self.policy_version = policy.version
 
     def sync(self, policy_version: int) -> None:
@@ -98,8 +107,11 @@ class HFSampler:
                 for prompt_index in order
                 for sample in range(first_index, first_index + count)
             ]
-            for start in range(0, len(sequences), self._batch_size):
-                self._decode(prompts, sequences[start : start + self._batch_size], params, finished)
+            waiting = sequences
+            while waiting:
+                batch, rest = waiting[: self._batch_size], waiting[self._batch_size :]
+                if self._decoded(prompts, batch, params, finished):
+                    waiting = rest
         finally:
             self._policy.model.train(was_training)
         groups: list[list[Completion]] = [[] for _ in prompts]
@@ -113,6 +125,34 @@ class HFSampler:
                 )
             )
         return groups
+
+    def _decoded(
+        self,
+        prompts: Sequence[Prompt],
+        batch: list[_Sequence],
+        params: SamplingParams,
+        finished: Callable[[int], None] | None,
+    ) -> bool:
+        """Decode `batch`; False where memory ran out, and half as many sequences at once are to be tried from now on.
+
+        Draws do not depend on what else is in the batch, so the answers are the same.
+        """
+        try:
+            self._decode(prompts, batch, params, finished)
+            return True
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(batch) == 1:
+                raise
+        if finished is not None:
+            finished(-sum(sequence.stopped for sequence in batch))
+        for sequence in batch:
+            sequence.token_ids, sequence.logps, sequence.stopped = [], [], False
+        release_memory()
+        self._batch_size = (len(batch) + 1) // 2
+        self._notify(
+            f"memory ran out while {len(batch)} sequences were sampled at once; {self._batch_size} at once from now on"
+        )
+        return False
 
     def _decode(
         self,
@@ -157,7 +197,7 @@ class HFSampler:
                 cache = _rows_of(cache, rows)
                 tokens, mask, uniforms = tokens[rows], mask[rows], uniforms[rows]
             mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
-            output = self._policy.trunk(
+            output = self._policy.run_trunk(
                 input_ids=tokens[:, None],
                 attention_mask=mask,
                 position_ids=mask.sum(dim=1, keepdim=True) - 1,
@@ -181,7 +221,7 @@ class HFSampler:
             ids[row, width - length :] = torch.tensor(prompts[index].token_ids)
             mask[row, width - length :] = 1
         ids, mask = ids.to(device), mask.to(device)
-        output = self._policy.trunk(
+        output = self._policy.run_trunk(
             input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0), use_cache=True
         )
         rows = torch.tensor([row_of[sequence.prompt_index] for sequence in sequences], device=device)

@@ -98,8 +98,8 @@ def _score(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Sequence
     parts = []
     for prompt, group in zip(prompts, answers, strict=True):
         for one in group:
-            ids = torch.tensor([prompt.token_ids + one.token_ids], device=policy.device)
-            hidden = policy.hidden_states(ids, torch.ones_like(ids))[0, len(prompt.token_ids) - 1 : -1]
-            logps, _ = token_logprobs(hidden, ids[0, len(prompt.token_ids) :], policy.head)
+            ids = torch.tensor(prompt.token_ids + one.token_ids, device=policy.device)
+            hidden = policy.hidden_states(ids, [len(ids)])[len(prompt.token_ids) - 1 : -1]
+            logps, _ = token_logprobs(hidden, ids[len(prompt.token_ids) :], policy.head)
             parts.append(logps.float().cpu())
     return torch.cat(parts)

@@ -6,13 +6,13 @@ forward pass, so that the cut cannot change the update.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from popo_lite.errors import PopoError
 from popo_lite.objective.credit import effective_sample_size, positive_weights
 from popo_lite.objective.losses import StepNormalizers, nll_coefficients
 from popo_lite.recipe import ObjectiveRecipe
@@ -27,11 +27,6 @@ class TrainSequence:
     weight: float
     nll_coefficient: float
 
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and completion."""
-        return len(self.rollout.prompt.token_ids) + len(self.rollout.completion.token_ids)
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
@@ -44,30 +39,35 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """B right-padded sequences, T tokens wide, with N completion tokens in all.
+    """B sequences one behind another in a row of T tokens, without padding, with N completion tokens in all.
 
-    `input_ids`, `attention_mask` [B, T] (1 = real); `predicting` [N] and `answering` [N] index the flattened [B * T]
-    positions whose hidden states predict, respectively follow, each completion token; `targets` [N] are those tokens;
-    `sequence_of_token` [N] indexes the B sequences; `lengths` [B] counts completion tokens; `members` are positions
-    in the plan's `sequences`.
+    `input_ids` [T]; `lengths` of the sequences in tokens; `predicting` [N] are the positions whose hidden states
+    predict the completion tokens `targets` [N]; `completions` are where each sequence's completion begins and ends;
+    `sequence_of_token` [N] indexes the B sequences; `sampler_logps` [N]; `members` are positions in what was cut.
     """
 
     members: tuple[int, ...]
     input_ids: Tensor
-    attention_mask: Tensor
+    lengths: tuple[int, ...]
     predicting: Tensor
-    answering: Tensor
     targets: Tensor
+    completions: tuple[tuple[int, int], ...]
     sequence_of_token: Tensor
-    lengths: Tensor
     sampler_logps: Tensor
 
     def mean_features(self, hidden: Tensor) -> Tensor:
-        """Mean features f [B, D]: mean of `hidden` [B, T, D] over each completion's own tokens, in at least float32."""
-        flat = hidden.reshape(-1, hidden.shape[-1])[self.answering]
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        sums = flat.new_zeros(len(self.members), flat.shape[-1]).index_add(0, self.sequence_of_token, flat)
-        return sums / self.lengths[:, None]
+        """Mean features f [B, D]: the mean of `hidden` [T, D] over each completion's own tokens, at least float32."""
+        # The sums are made in float32 without a copy of the whole row in float32.
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        sizes: list[int] = []
+        for length, (start, end) in zip(self.lengths, self.completions, strict=True):
+            sizes += [length - (end - start), end - start]
+        return torch.stack([part.mean(dim=0, dtype=dtype) for part in hidden.split(sizes)[1::2]])
+
+    def sequence_means(self, values: Tensor) -> Tensor:
+        """[N] values of completion tokens -> their means by sequence [B]."""
+        counts = values.new_tensor([end - start for start, end in self.completions])
+        return values.new_zeros(len(self.members)).index_add(0, self.sequence_of_token, values) / counts
 
 
 def plan_step(
@@ -122,49 +122,44 @@ def plan_step(
     )
 
 
-def cut(rollouts: Sequence[Rollout], *, budget_tokens: int) -> list[tuple[int, ...]]:
-    """Indices of `rollouts` in micro-batches of at most `budget_tokens`, padding included; alike lengths together."""
-    lengths = [len(rollout.prompt.token_ids) + len(rollout.completion.token_ids) for rollout in rollouts]
+def cut(rollouts: Sequence[Rollout], members: Sequence[int], *, budget_tokens: int) -> list[tuple[int, ...]]:
+    """Put `members` of `rollouts` into micro-batches of at most `budget_tokens`, by first fit, longest first.
+
+    A sequence longer than the budget goes alone. Recipes are refused whose longest sequence exceeds theirs, so it
+    happens only where the budget had to be lowered since.
+    """
     batches: list[list[int]] = []
-    for index in sorted(range(len(rollouts)), key=lambda i: -lengths[i]):
-        if lengths[index] > budget_tokens:
-            raise PopoError(
-                f"a sequence of {lengths[index]} tokens exceeds train.tokens_per_microbatch = {budget_tokens}",
-                where=f"problem {rollouts[index].prompt.problem.id}",
-                next_step=f"--set train.tokens_per_microbatch={lengths[index]}",
-            )
-        # Sorted longest first, so the first member is as wide as the batch.
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget_tokens:
-            batches[-1].append(index)
-        else:
+    room: list[int] = []
+    for index in sorted(members, key=lambda index: (-rollouts[index].tokens, index)):
+        wanted = rollouts[index].tokens
+        place = next((place for place, left in enumerate(room) if left >= wanted), None)
+        if place is None:
             batches.append([index])
+            room.append(budget_tokens - wanted)
+        else:
+            batches[place].append(index)
+            room[place] -= wanted
     return [tuple(batch) for batch in batches]
 
 
-def collate(rollouts: Sequence[Rollout], members: Sequence[int], *, pad_id: int, device: torch.device) -> MicroBatch:
+def collate(rollouts: Sequence[Rollout], members: Sequence[int], *, device: torch.device) -> MicroBatch:
     """The tensors of one micro-batch: `members` index `rollouts`."""
     chosen = [rollouts[index] for index in members]
-    width = max(len(r.prompt.token_ids) + len(r.completion.token_ids) for r in chosen)
-    ids = torch.full((len(chosen), width), pad_id)
-    mask = torch.zeros((len(chosen), width), dtype=torch.long)
-    answering: list[int] = []
-    owner: list[int] = []
-    for row, rollout in enumerate(chosen):
-        tokens = rollout.prompt.token_ids + rollout.completion.token_ids
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-        answering += range(row * width + len(rollout.prompt.token_ids), row * width + len(tokens))
-        owner += [row] * len(rollout.completion.token_ids)
-    positions = torch.tensor(answering, device=device)
-    ids = ids.to(device)
+    lengths = tuple(rollout.tokens for rollout in chosen)
+    ends = tuple(itertools.accumulate(lengths))
+    counts = [len(rollout.completion.token_ids) for rollout in chosen]
+    completions = tuple((end - count, end) for end, count in zip(ends, counts, strict=True))
+    ids = torch.tensor([token for r in chosen for token in r.prompt.token_ids + r.completion.token_ids], device=device)
+    answering = torch.cat([torch.arange(start, end, device=device) for start, end in completions])
     return MicroBatch(
         members=tuple(members),
         input_ids=ids,
-        attention_mask=mask.to(device),
-        predicting=positions - 1,
-        answering=positions,
-        targets=ids.reshape(-1)[positions],
-        sequence_of_token=torch.tensor(owner, device=device),
-        lengths=torch.tensor([len(r.completion.token_ids) for r in chosen], device=device),
+        lengths=lengths,
+        predicting=answering - 1,
+        targets=ids[answering],
+        completions=completions,
+        sequence_of_token=torch.arange(len(chosen), device=device).repeat_interleave(
+            torch.tensor(counts, device=device)
+        ),
         sampler_logps=torch.tensor([logp for r in chosen for logp in r.completion.sampler_logps], device=device),
     )

@@ -38,7 +38,8 @@ class Cursor:
     """Where a run stands: the next step to take, and what later steps and the summary need from earlier ones.
 
     `next_problem` is the position in the stream of training problems; `history` is empty unless known problems are
-    skipped. `prompts_with_positive`, `rollouts` and the like are sums over all steps.
+    skipped. `prompts_with_positive`, `rollouts` and the like are sums over all steps. `lowered_budget` is (the recipe's
+    token budget of a micro-batch, what it was lowered to when memory ran out), empty where it never did.
     """
 
     next_step: int
@@ -54,6 +55,7 @@ class Cursor:
     trained_tokens: int
     seconds: dict[str, float]
     before: dict[str, Any] | None
+    lowered_budget: tuple[int, ...] = ()
 
 
 def save_checkpoint(
@@ -107,7 +109,7 @@ def load_checkpoint(folder: Path, *, policy: Policy, siamese: Siamese, optimizer
         policy.version = content["policy_version"]
         held = content["cursor"]
         history = {problem: Seen(*last) for problem, last in held["history"].items()}
-        return Cursor(**{**held, "history": history})
+        return Cursor(**{**held, "history": history, "lowered_budget": tuple(held["lowered_budget"])})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint cannot be read: {type(error).__name__}: {error}",

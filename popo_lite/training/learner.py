@@ -7,13 +7,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from popo_lite.objective.logprobs import token_logprobs
-from popo_lite.objective.losses import LossTerms, noisy_target, popo_loss, truncated_importance
+from popo_lite.objective.chunks import chunk_tokens
+from popo_lite.objective.logprobs import token_logprobs, weighted_token_logprobs
+from popo_lite.objective.losses import (
+    LossTerms,
+    noisy_target,
+    popo_loss,
+    token_coefficients,
+    truncated_importance,
+)
 from popo_lite.policy.policy import Policy
 from popo_lite.policy.siamese import Siamese
 from popo_lite.recipe import Recipe
 from popo_lite.seeding import stream_seed
-from popo_lite.training.batching import MicroBatch, StepPlan, collate, cut, plan_step
+from popo_lite.training.backoff import MicroBatches
+from popo_lite.training.batching import MicroBatch, StepPlan, plan_step
 from popo_lite.training.metrics import UpdateFigures
 from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, move_state, set_learning_rate
 from popo_lite.types import Group, Rollout
@@ -22,10 +30,17 @@ from popo_lite.types import Group, Rollout
 class Learner:
     """The policy with its siamese and optimizer. Nothing here samples, grades, records or saves."""
 
-    def __init__(self, recipe: Recipe, policy: Policy) -> None:
+    def __init__(
+        self, recipe: Recipe, policy: Policy, *, notify: Callable[[str], None], relief: Callable[[], str]
+    ) -> None:
         self.recipe, self.policy = recipe, policy
         self.siamese = Siamese(policy.trainable_parameters(), recipe.siamese.tau)
         self.optimizer = build_optimizer(policy, recipe.optimizer)
+        self.micro_batches = MicroBatches(
+            recipe.train.tokens_per_microbatch, policy.device, notify=notify, relief=relief
+        )
+        self._chunk = chunk_tokens(policy.head.weight.shape[0], memory_bytes=recipe.train.logits_mib * 2**20)
+        self._compile_rows = recipe.train.compile_loss and policy.device.type == "cuda"
 
     def credit(self, groups: Sequence[Group]) -> StepPlan | None:
         """Weights on whole groups, from the sampler's log-probs or from a no-grad pass over the positives."""
@@ -44,121 +59,152 @@ class Learner:
             max_completion_tokens=self.recipe.rollout.max_completion_tokens,
         )
 
-    def collate(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        """Micro-batches of `rollouts` within the token budget, on the policy's device."""
-        return [
-            collate(rollouts, members, pad_id=self.policy.pad_id, device=self.policy.device)
-            for members in cut(rollouts, budget_tokens=self.recipe.train.tokens_per_microbatch)
-        ]
-
     @torch.no_grad()
-    def siamese_targets(self, step: int, plan: StepPlan, batches: Sequence[MicroBatch]) -> list[Tensor | None]:
-        """Each micro-batch's noisy targets [B, D]; None throughout where the similarity term is off."""
+    def siamese_targets(self, step: int, plan: StepPlan) -> Tensor | None:
+        """The noisy targets [S, D] of the plan's sequences; None where the similarity term is off."""
         objective = self.recipe.objective
         if objective.alpha == 0:
-            return [None] * len(batches)
-        targets: list[Tensor | None] = []
+            return None
+        rollouts = [sequence.rollout for sequence in plan.sequences]
+        first = next(self.policy.predictor.parameters())
+        targets = first.new_zeros(len(rollouts), self.policy.head.weight.shape[1])
         self.policy.model.eval()
+
+        def learn(batch: MicroBatch) -> None:
+            features = batch.mean_features(self.policy.hidden_states(batch.input_ids, batch.lengths))
+            if objective.target == "predictor":
+                features = self.policy.predictor(features)
+            noise = torch.stack([self._noise(step, rollouts[member], features) for member in batch.members])
+            targets[list(batch.members)] = noisy_target(features, noise, objective.noise_sigma)
+
         with self.siamese.swapped():
-            for batch in batches:
-                features = batch.mean_features(self.policy.hidden_states(batch.input_ids, batch.attention_mask))
-                if objective.target == "predictor":
-                    features = self.policy.predictor(features)
-                noise = torch.stack([self._noise(step, plan, member, features) for member in batch.members])
-                targets.append(noisy_target(features, noise, objective.noise_sigma))
+            self.micro_batches.run(rollouts, learn, stage="siamese")
         return targets
 
     def backward(
-        self,
-        plan: StepPlan,
-        batches: Sequence[MicroBatch],
-        targets: Sequence[Tensor | None],
-        *,
-        beta: float,
-        advance: Callable[[int], None],
+        self, plan: StepPlan, targets: Tensor | None, *, beta: float, advance: Callable[[int], None]
     ) -> UpdateFigures:
-        """Clipped gradients, micro-batch by micro-batch; their sum is the step's whatever the cut.
+        """Clipped gradients, summed over micro-batches; the sum is the step's whatever the cut.
 
         `advance` is told how many sequences are done, and may raise.
         """
-        figures = UpdateFigures(micro_batches=len(batches))
-        self.policy.model.train()
-        for batch, target in zip(batches, targets, strict=True):
-            terms = self._loss(plan, batch, target, beta, figures)
-            terms.total.backward()
-            figures.add(terms)
-            advance(len(batch.members))
+        figures = UpdateFigures()
         parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
+        sums: list[Tensor | None] = [None] * len(parameters)
+        self.policy.model.train()
+
+        def learn(batch: MicroBatch) -> None:
+            # The sums stand apart, so that a micro-batch that runs out of memory half-way has added nothing.
+            for parameter in parameters:
+                parameter.grad = None
+            terms, ratios = self._loss(plan, batch, targets, beta)
+            terms.total.backward()
+            for index, parameter in enumerate(parameters):
+                if parameter.grad is not None:
+                    before = sums[index]
+                    sums[index] = parameter.grad if before is None else before.add_(parameter.grad)
+            figures.add(terms, ratios)
+            advance(len(batch.members))
+
+        rollouts = [sequence.rollout for sequence in plan.sequences]
+        figures.micro_batches = self.micro_batches.run(rollouts, learn, stage="update")
+        for parameter, total in zip(parameters, sums, strict=True):
+            parameter.grad = total
         figures.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.max_grad_norm))
         return figures
 
-    def apply(self, step: int, figures: UpdateFigures) -> None:
-        """Optimizer, siamese and version move together."""
-        parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
-        # A copy of the trained weights for the length of the optimizer's step, when no activation is alive.
-        before = [parameter.detach().clone() for parameter in parameters]
-        set_learning_rate(self.optimizer, learning_rate_factor(step, self.recipe.train.steps, self.recipe.optimizer))
+    def prepare(self) -> list[Tensor]:
+        """A copy of the trained weights, and the optimizer's state on the device: all the memory `apply` needs.
+
+        Apart from it because nothing has changed yet if there is none left.
+        """
         move_state(self.optimizer, self.policy.device)
+        return [parameter.detach().clone() for _, parameter in self.policy.trainable_parameters()]
+
+    def apply(self, step: int, figures: UpdateFigures, before: list[Tensor]) -> None:
+        """Optimizer, siamese and version move together; `before` comes from `prepare`, and is used up."""
+        set_learning_rate(self.optimizer, learning_rate_factor(step, self.recipe.train.steps, self.recipe.optimizer))
         self.optimizer.step()
         if self.recipe.rollout.sleep:
             # Wanted for this one call a step; until the next the memory belongs to the rollout engine.
             move_state(self.optimizer, torch.device("cpu"))
-        moved = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
-        figures.update_norm = float(torch.stack(torch._foreach_norm(moved)).double().norm())
+        torch._foreach_sub_(before, [parameter.detach() for _, parameter in self.policy.trainable_parameters()])
+        figures.update_norm = float(torch.stack(torch._foreach_norm(before)).double().norm())
         self.siamese.update(figures.update_norm)
         self.policy.version += 1
 
-    @torch.no_grad()
     def gap_mean(self, rollouts: Sequence[Rollout]) -> float:
         """Mean |sampler - policy| log-prob of the rollouts' tokens, nats, by a forward pass of their own."""
-        self.policy.model.eval()
-        gaps = []
-        for batch in self.collate(rollouts):
-            logps, _ = self._logps(self.policy.hidden_states(batch.input_ids, batch.attention_mask), batch)
-            gaps.append((logps - batch.sampler_logps).abs())
+        gaps = [(logps - batch.sampler_logps).abs() for batch, logps in self._scored(rollouts)]
         return float(torch.cat(gaps).mean())
 
-    @torch.no_grad()
     def _policy_mean_logps(self, rollouts: Sequence[Rollout]) -> list[float]:
         means = [0.0] * len(rollouts)
-        self.policy.model.eval()
-        for batch in self.collate(rollouts):
-            logps, _ = self._logps(self.policy.hidden_states(batch.input_ids, batch.attention_mask), batch)
-            sums = logps.new_zeros(len(batch.members)).index_add(0, batch.sequence_of_token, logps)
-            for member, mean in zip(batch.members, (sums / batch.lengths).tolist(), strict=True):
+        for batch, logps in self._scored(rollouts):
+            for member, mean in zip(batch.members, batch.sequence_means(logps).tolist(), strict=True):
                 means[member] = mean
         return means
 
-    def _noise(self, step: int, plan: StepPlan, member: int, like: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _scored(self, rollouts: Sequence[Rollout]) -> list[tuple[MicroBatch, Tensor]]:
+        """Micro-batches of `rollouts` with the policy's log-probs [N] of their completion tokens."""
+        self.policy.model.eval()
+        found: list[tuple[MicroBatch, Tensor]] = []
+
+        def score(batch: MicroBatch) -> None:
+            hidden = self.policy.hidden_states(batch.input_ids, batch.lengths)[batch.predicting]
+            logps, _ = token_logprobs(
+                hidden, batch.targets, self.policy.head, chunk=self._chunk, compile_rows=self._compile_rows
+            )
+            found.append((batch, logps))
+
+        self.micro_batches.run(rollouts, score, stage="weights")
+        return found
+
+    def _noise(self, step: int, rollout: Rollout, like: Tensor) -> Tensor:
         """Standard normal [D], a function of (seed, step, problem, sample) and not of the batch it is in."""
-        rollout = plan.sequences[member].rollout
         source = torch.Generator().manual_seed(
             stream_seed("noise", self.recipe.train.seed, step, rollout.prompt.problem.id, rollout.index)
         )
         return torch.randn(like.shape[-1], generator=source, dtype=torch.float64).to(like)
 
-    def _loss(
-        self, plan: StepPlan, batch: MicroBatch, target: Tensor | None, beta: float, figures: UpdateFigures
-    ) -> LossTerms:
-        hidden = self.policy.hidden_states(batch.input_ids, batch.attention_mask)
-        logps, entropies = self._logps(hidden, batch)
-        ratios = logps.detach() - batch.sampler_logps
-        figures.add_gaps(ratios)
+    def _loss(self, plan: StepPlan, batch: MicroBatch, targets: Tensor | None, beta: float) -> tuple[LossTerms, Tensor]:
+        """The micro-batch's terms, and policy minus sampler log-probs [N]."""
+        cap = self.recipe.objective.importance_cap
         members = [plan.sequences[member] for member in batch.members]
-        return popo_loss(
-            logps=logps,
-            token_weights=truncated_importance(ratios, self.recipe.objective.importance_cap),
-            entropies=entropies,
-            sequence_of_token=batch.sequence_of_token,
-            nll_coefficient=logps.new_tensor([member.nll_coefficient for member in members]),
-            weights=logps.new_tensor([member.weight for member in members]),
-            predictions=None if target is None else self.policy.predictor(batch.mean_features(hidden)),
-            targets=target,
+        hidden = self.policy.hidden_states(batch.input_ids, batch.lengths)
+        nll_coefficient = hidden.new_tensor(
+            [member.nll_coefficient for member in members], dtype=self.policy.head.compute_dtype
+        )
+        logp_coefficients, entropy_coefficient = token_coefficients(
+            nll_coefficient, batch.sequence_of_token, plan.normalizers, beta=beta
+        )
+        # Known before the pass, up to importance weights of which each needs its own token's log-prob alone: the
+        # gradient is formed in the forward pass, and no chunk of logits is computed twice.
+        terms = weighted_token_logprobs(
+            hidden.index_select(0, batch.predicting),
+            batch.targets,
+            self.policy.head,
+            logp_coefficients=logp_coefficients,
+            entropy_coefficients=entropy_coefficient,
+            factor=None
+            if cap is None
+            else lambda logps, part: truncated_importance(logps - batch.sampler_logps[part], cap),
+            chunk=self._chunk,
+            compile_rows=self._compile_rows,
+        )
+        ratios = terms.logps - batch.sampler_logps
+        loss = popo_loss(
+            token_loss=terms.total,
+            logps=terms.logps,
+            logp_coefficients=logp_coefficients
+            if cap is None
+            else logp_coefficients * truncated_importance(ratios, cap),
+            entropies=terms.entropies,
+            weights=nll_coefficient.new_tensor([member.weight for member in members]),
+            predictions=None if targets is None else self.policy.predictor(batch.mean_features(hidden)),
+            targets=None if targets is None else targets[list(batch.members)],
             normalizers=plan.normalizers,
             alpha=self.recipe.objective.alpha,
-            beta=beta,
         )
-
-    def _logps(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        flat = hidden.reshape(-1, hidden.shape[-1])[batch.predicting]
-        return token_logprobs(flat, batch.targets, self.policy.head, chunk=self.recipe.train.logits_chunk_tokens)
+        return loss, ratios

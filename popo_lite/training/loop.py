@@ -22,7 +22,10 @@ from popo_lite.errors import EngineError, PopoError
 from popo_lite.evaluation import evaluate, fitting
 from popo_lite.grading import Grader
 from popo_lite.objective.losses import steered_beta
+from popo_lite.planning import relief
 from popo_lite.policy.adapters import save_adapter
+from popo_lite.policy.load import pick_device
+from popo_lite.policy.memory import is_out_of_memory, refuse_without_room
 from popo_lite.policy.policy import Policy, load_policy
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import (
@@ -74,8 +77,10 @@ class Trainer:
 
     run_folder: RunFolder
 
-    def __init__(self, recipe: Recipe, view: RunView) -> None:
+    def __init__(self, recipe: Recipe, view: RunView, *, ignore_plan: bool = False) -> None:
         self.recipe, self.view = recipe, view
+        if not ignore_plan:
+            refuse_without_room(recipe, pick_device(recipe.train.device), view.message)
         if recipe.train.cpu_threads:
             torch.set_num_threads(recipe.train.cpu_threads)
         _, self.engine = pick_engine(recipe)
@@ -87,7 +92,7 @@ class Trainer:
             self.policy: Policy = load_policy(recipe)
             self.renderer = Renderer.of(recipe, self.policy.tokenizer)
             self._check_prompts()
-            self.learner = Learner(recipe, self.policy)
+            self.learner = Learner(recipe, self.policy, notify=view.message, relief=self._relief)
             self.sampler = stack.enter_context(
                 open_sampler(recipe, self.policy, text=self.renderer.text, notify=view.message)
             )
@@ -145,16 +150,20 @@ class Trainer:
                     return RunOutcome(summary=self._finish(after), next_step=steps)
             except StopRequested:
                 pass
-            except torch.OutOfMemoryError as error:
-                self._save_what_is_whole()
-                raise EngineError(
-                    "the GPU ran out of memory; the steps before this one are saved",
-                    where=f"step {self.cursor.next_step}",
-                    next_step="lower rollout.batch_size or train.tokens_per_microbatch, then resume",
-                ) from error
             except PopoError:
                 self._save_what_is_whole()
                 raise
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not is_out_of_memory(error):
+                    raise
+                self._save_what_is_whole()
+                saved = latest_checkpoint(folder.checkpoints)
+                raise EngineError(
+                    f"the GPU ran out of memory; {f'the run is saved in {saved}' if saved else 'no step was done'}",
+                    where=f"step {self.cursor.next_step}",
+                    next_step="lower rollout.gpu_memory_share or rollout.batch_size where it was the engine's; else "
+                    f"{self._relief()}; then resume",
+                ) from error
             self._save_what_is_whole()
         return RunOutcome(summary=None, next_step=self.cursor.next_step)
 
@@ -172,14 +181,13 @@ class Trainer:
         figures: UpdateFigures | None = None
         skipped: str | None = "no prompt had a positive"
         if plan is not None:
-            batches = self.learner.collate([sequence.rollout for sequence in plan.sequences])
             # Before any graph exists: the averaged weights stand where the trained ones do.
             with clock("siamese"):
-                targets = self.learner.siamese_targets(step, plan, batches)
+                targets = self.learner.siamese_targets(step, plan)
             with clock("update", total=len(plan.sequences)):
                 # All that torch draws in a step (LoRA dropout) follows from the step, so a resumed run needs no state.
                 torch.manual_seed(stream_seed("step", self.recipe.train.seed, step))
-                figures = self.learner.backward(plan, batches, targets, beta=self.cursor.beta, advance=self._advance)
+                figures = self.learner.backward(plan, targets, beta=self.cursor.beta, advance=self._advance)
                 self.guard.check(step, figures.gap_mean)
                 if math.isfinite(figures.grad_norm):
                     skipped = None
@@ -191,11 +199,12 @@ class Trainer:
             unscored = [group.rollouts[0] for group in groups[:PROBE_PROMPTS]]
             self.guard.check(step, self.learner.gap_mean(unscored))
 
+        before = self.learner.prepare() if figures is not None else []
         # From here to the written line weights and cursor belong to different steps: nothing may save or stop.
         self._whole = False
         if figures is not None:
             with clock("update"):
-                self.learner.apply(step, figures)
+                self.learner.apply(step, figures, before)
         self.learner.optimizer.zero_grad(set_to_none=True)
         record = self._record(step, choice, groups, plan, figures, skipped, clock)
         self._write_step(record, groups)
@@ -274,6 +283,7 @@ class Trainer:
             },
             peak_memory_bytes=peak_memory_bytes(self.policy.device),
             prompts_skipped=choice.skipped,
+            microbatch_tokens=self.learner.micro_batches.budget_tokens,
             **made,
             **learned,
         )
@@ -285,6 +295,7 @@ class Trainer:
             if figures is not None
             else self.cursor.beta,
             start_entropy=start_entropy,
+            lowered_budget=self._lowered_budget(),
             prompts_skipped=self.cursor.prompts_skipped + choice.skipped,
             prompts_with_positive=self.cursor.prompts_with_positive + made["prompts_with_positive"],
             rollouts=self.cursor.rollouts + record.rollouts,
@@ -353,6 +364,8 @@ class Trainer:
                 checkpoint, policy=self.policy, siamese=self.learner.siamese, optimizer=self.learner.optimizer
             )
             self.sampler.sync(self.policy.version)
+            if self.cursor.lowered_budget and self.cursor.lowered_budget[0] == self.recipe.train.tokens_per_microbatch:
+                self.learner.micro_batches.budget_tokens = self.cursor.lowered_budget[1]
         cursor = self.cursor
         for path in (self.run_folder.metrics_path, self.run_folder.samples_path):
             keep_lines(path, lambda line: line["step"] < cursor.next_step)
@@ -429,6 +442,7 @@ class Trainer:
             + (" at most, adaptive" if self.recipe.rollout.budget == "adaptive" else ""),
             "stops at": " ".join(self.policy.tokenizer.convert_ids_to_tokens(sorted(self.policy.stop_ids))),
             "device": str(self.policy.device),
+            "sequences": "one at a time" if self.policy.packing == "off" else f"packed ({self.policy.packing})",
             "folder": str(self.run_folder.path),
         }
 
@@ -455,6 +469,15 @@ class Trainer:
 
     def _sampling(self, temperature: float) -> SamplingParams:
         return SamplingParams(temperature=temperature, max_completion_tokens=self.recipe.rollout.max_completion_tokens)
+
+    def _lowered_budget(self) -> tuple[int, ...]:
+        """What a resumed run must not try again; another budget in the recipe is a new try."""
+        asked, held = self.recipe.train.tokens_per_microbatch, self.learner.micro_batches.budget_tokens
+        return (asked, held) if held < asked else ()
+
+    def _relief(self) -> str:
+        """What to change where the GPU ran out of memory while the policy was trained."""
+        return relief(self.recipe)
 
     def _set_cursor(self, **changes: Any) -> None:
         self.cursor = Cursor(**{**self.cursor.__dict__, **changes})

@@ -54,17 +54,14 @@ class UpdateFigures:
     grad_norm: float = math.nan
     update_norm: float | None = None
 
-    def add(self, terms: LossTerms) -> None:
-        """Add a micro-batch's share of the loss."""
+    def add(self, terms: LossTerms, log_ratios: Tensor) -> None:
+        """Add a micro-batch's share of the loss, and its policy minus sampler log-probs [N]."""
+        self.gaps.append(log_ratios.double().cpu())
         self.loss += float(terms.total.detach())
         self.nll += float(terms.nll.detach())
         self.similarity += float(terms.similarity.detach())
         self.entropy_term += float(terms.entropy.detach())
         self.cosine += float(terms.similarity_cosine)
-
-    def add_gaps(self, log_ratios: Tensor) -> None:
-        """Add policy minus sampler log-probs [N] of a micro-batch."""
-        self.gaps.append(log_ratios.double().cpu())
 
     @property
     def gap_mean(self) -> float:
@@ -170,7 +167,7 @@ def update_figures(
         **figures.gap_figures(),
         "grad_norm": figures.grad_norm,
         "update_norm": figures.update_norm,
-        "trained_tokens": sum(sequence.length for sequence in plan.sequences),
+        "trained_tokens": sum(sequence.rollout.tokens for sequence in plan.sequences),
         "micro_batches": figures.micro_batches,
     }
 

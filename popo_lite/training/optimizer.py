@@ -31,7 +31,8 @@ def build_optimizer(policy: Policy, recipe: OptimizerRecipe) -> torch.optim.Opti
                     }
                 )
     if recipe.name == "adamw":
-        return torch.optim.AdamW(groups)
+        # Fused where there is a GPU: one kernel, and no temporary as large as what is trained.
+        return torch.optim.AdamW(groups, fused=policy.device.type == "cuda")
     import bitsandbytes as bnb
 
     kind = bnb.optim.AdamW8bit if recipe.name == "adamw8bit" else bnb.optim.PagedAdamW8bit

@@ -60,7 +60,7 @@ def draw(setup, prompts, *, count=4, temperature=1.0, limit=40, stream=("test", 
 def scored(policy, prompt, completion, temperature):
     """The trainer's log-probs of the completion's tokens."""
     tokens = torch.tensor([prompt.token_ids + completion.token_ids])
-    hidden = policy.hidden_states(tokens, torch.ones_like(tokens))[0, len(prompt.token_ids) - 1 : -1]
+    hidden = policy.hidden_states(tokens[0], [tokens.shape[1]])[len(prompt.token_ids) - 1 : -1]
     head = type(policy.head)(**{**policy.head.__dict__, "temperature": temperature})
     return token_logprobs(hidden, torch.tensor(completion.token_ids), head)[0]
 
@@ -151,7 +151,7 @@ def test_frequencies_are_the_policys(setup):
     draws = [one.token_ids[0] for one in draw(setup, [prompt], count=1600, limit=1)[0]]
     with torch.no_grad():
         tokens = torch.tensor([prompt.token_ids])
-        z, _ = policy.head.logits(policy.hidden_states(tokens, torch.ones_like(tokens))[0, -1:])
+        z, _ = policy.head.logits(policy.hidden_states(tokens[0], [tokens.shape[1]])[-1:])
     probabilities = torch.softmax(z[0], dim=0)
     for token, probability in enumerate(probabilities.tolist()):
         error = math.sqrt(probability * (1 - probability) / len(draws))

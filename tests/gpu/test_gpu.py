@@ -63,3 +63,76 @@ def test_a_run_in_nf4_and_bfloat16_goes_on_from_its_checkpoint(tiny_recipe, tmp_
         assert resumed.cursor.next_step == 3
         for name, parameter in resumed.policy.trainable_parameters():
             assert torch.equal(parameter.detach().cpu(), weights[name])
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+def test_varlen_attention_equals_length_by_length(heads, monkeypatch):
+    """FlashAttention over a packed row against SDPA, in bfloat16, forward and backward."""
+    from popo_lite.policy import attention
+
+    if attention._varlen() is None:
+        pytest.skip("this torch release has no attention over unequal lengths with a scale")
+    assert attention.kernel_of(torch.device("cuda"), torch.bfloat16, 64) == "varlen"
+    torch.manual_seed(0)
+    lengths = (3, 200, 1, 77, 130)
+    shapes = [(1, heads[0], sum(lengths), 64), *[(1, heads[1], sum(lengths), 64)] * 2]
+    parts = [torch.randn(shape, device="cuda") for shape in shapes]
+    direction = torch.randn(1, sum(lengths), heads[0], 64, device="cuda")
+
+    def run(dtype, kernel):
+        monkeypatch.setattr(attention, "kernel_of", lambda *_: kernel)
+        inputs = [part.to(dtype).requires_grad_() for part in parts]
+        mask = attention.boundaries(lengths)
+        output, _ = attention._attention(torch.nn.Identity(), *inputs, mask, scaling=0.1)
+        grads = torch.autograd.grad((output * direction.to(dtype)).sum(), inputs)
+        return [tensor.double() for tensor in (output, *grads)]
+
+    exact = run(torch.float64, "sdpa")
+    for found, twin, reference in zip(run(torch.bfloat16, "varlen"), run(torch.bfloat16, "sdpa"), exact, strict=True):
+        error, theirs = ((one - reference).norm() / reference.norm() for one in (found, twin))
+        assert error < 1.5 * theirs + 1e-3
+        assert error < 2e-2
+
+
+def test_checkpoints_on_the_host_take_less_of_the_gpu_and_change_no_gradient(tiny_recipe):
+    from popo_lite.policy.policy import load_policy
+
+    def run(flag):
+        policy = load_policy(
+            tiny_recipe(
+                'train.device="cuda"',
+                'model.dtype="bfloat16"',
+                "train.gradient_checkpointing=true",
+                f"train.offload_activations={flag}",
+            )
+        )
+        policy.model.train()
+        lengths = [4096] * 8
+        ids = torch.randint(5, 300, (sum(lengths),), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+        torch.cuda.reset_peak_memory_stats()
+        policy.hidden_states(ids, lengths).float().square().mean().backward()
+        return torch.cuda.max_memory_allocated(), [p.grad for _, p in policy.adapter_parameters()]
+
+    (kept, expected), (offloaded, found) = run("false"), run("true")
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert offloaded < kept
+
+
+def test_a_run_that_really_runs_out_of_memory_goes_on_with_smaller_micro_batches(tiny_recipe, tmp_path):
+    from popo_lite.console.views import SilentView
+    from popo_lite.training.loop import Trainer
+
+    recipe = tiny_recipe(
+        'train.device="cuda"', 'model.dtype="bfloat16"', "train.steps=2", "eval.problems=0", "train.packing=false",
+        "data.prompts_per_step=64", "rollout.group_size=16", "train.tokens_per_microbatch=1000000",
+    )  # fmt: skip
+    with Trainer(recipe, SilentView()) as trainer:
+        fits = torch.cuda.memory_reserved() + 48 * 2**20
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(fits / torch.cuda.get_device_properties(0).total_memory)
+        try:
+            outcome = trainer.run(RunFolder(tmp_path))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert outcome.summary is not None
+        assert trainer.learner.micro_batches.budget_tokens < 1000000

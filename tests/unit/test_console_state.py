@@ -68,6 +68,7 @@ def record(step: int, **changes) -> StepRecord:
         learning_rate=2e-5,
         head_learning_rate=1e-3,
         micro_batches=4,
+        microbatch_tokens=8192,
         seconds={"rollout": 8.2, "grade": 0.3, "siamese": 0.6, "update": 3.1},
         tokens_per_second={"rollout": 4210.0, "update": 3870.0},
         peak_memory_bytes=3 * 2**30,

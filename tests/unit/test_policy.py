@@ -27,10 +27,15 @@ def ids(batch=4, width=12):
     return torch.randint(5, 300, (batch, width))
 
 
+def states(policy, tokens):
+    """[B, T, D] of sequences that are all T long."""
+    return policy.hidden_states(tokens.flatten(), [tokens.shape[1]] * len(tokens)).unflatten(0, tokens.shape)
+
+
 def loss_gradients(policy):
     policy.model.train()
     tokens = ids()
-    hidden = policy.hidden_states(tokens, torch.ones_like(tokens))
+    hidden = states(policy, tokens)
     logps, entropies = token_logprobs(hidden[:, :-1].reshape(-1, 128), tokens[:, 1:].reshape(-1), policy.head)
     (logps.mean() + entropies.mean()).backward()
     found = {name: p.grad.clone() for name, p in policy.adapter_parameters()}
@@ -56,12 +61,12 @@ def test_the_base_is_nf4_and_frozen(policy):
 def test_a_fresh_adapter_changes_nothing(policy):
     tokens = ids()
     with torch.no_grad():
-        adapted = policy.hidden_states(tokens, torch.ones_like(tokens))
+        adapted = states(policy, tokens)
         with policy.model.disable_adapter():
-            base = policy.hidden_states(tokens, torch.ones_like(tokens))
+            base = states(policy, tokens)
         assert torch.equal(adapted, base)
         disturb(policy)
-        assert not torch.allclose(policy.hidden_states(tokens, torch.ones_like(tokens)), base, atol=1e-2)
+        assert not torch.allclose(states(policy, tokens), base, atol=1e-2)
 
 
 def test_gradients_survive_rollouts(policy):

@@ -87,26 +87,38 @@ def test_a_completion_needs_a_log_prob_for_every_token():
 
 def test_micro_batches_hold_everything_once_and_keep_the_budget():
     rollouts = [rollout(5, answer) for answer in (1, 30, 7, 8, 22, 2, 15, 40)]
-    batches = cut(rollouts, budget_tokens=90)
+    batches = cut(rollouts, range(8), budget_tokens=90)
     assert sorted(itertools.chain(*batches)) == list(range(8))
-    for batch in batches:
-        assert len(batch) * max(5 + len(rollouts[i].completion.token_ids) for i in batch) <= 90
-    assert len(batches) < 6
-    with pytest.raises(PopoError, match="a sequence of 45 tokens exceeds"):
-        cut(rollouts, budget_tokens=44)
+    assert all(sum(rollouts[i].tokens for i in batch) <= 90 for batch in batches)
+    assert len(batches) == 2  # 165 tokens, and no padding
+    assert cut(rollouts, [3, 1], budget_tokens=90) == [(1, 3)]
+
+
+def test_a_sequence_beyond_a_lowered_budget_goes_alone():
+    rollouts = [rollout(5, answer) for answer in (40, 1, 2)]
+    assert cut(rollouts, range(3), budget_tokens=20) == [(0,), (2, 1)]
 
 
 def test_collate_points_at_the_right_positions():
     rollouts = [rollout(3, 2), rollout(2, 4)]
-    batch = collate(rollouts, (1, 0), pad_id=0, device=torch.device("cpu"))
-    assert batch.input_ids.tolist() == [[10, 11, 50, 51, 52, 53], [10, 11, 12, 50, 51, 0]]
-    assert batch.attention_mask.tolist() == [[1] * 6, [1] * 5 + [0]]
-    flat = batch.input_ids.reshape(-1)
-    assert batch.targets.tolist() == flat[batch.answering].tolist() == [50, 51, 52, 53, 50, 51]
-    assert flat[batch.predicting].tolist() == [11, 50, 51, 52, 12, 50]
+    batch = collate(rollouts, (1, 0), device=torch.device("cpu"))
+    assert batch.input_ids.tolist() == [10, 11, 50, 51, 52, 53, 10, 11, 12, 50, 51]
+    assert batch.lengths == (6, 5)
+    assert batch.completions == ((2, 6), (9, 11))
+    assert batch.targets.tolist() == [50, 51, 52, 53, 50, 51]
+    assert batch.input_ids[batch.predicting].tolist() == [11, 50, 51, 52, 12, 50]
     assert batch.sequence_of_token.tolist() == [0, 0, 0, 0, 1, 1]
-    hidden = torch.arange(12.0).reshape(2, 6, 1)
+    hidden = torch.arange(11.0)[:, None]
     assert batch.mean_features(hidden).tolist() == [[(2 + 3 + 4 + 5) / 4], [(9 + 10) / 2]]
+    assert batch.sequence_means(torch.arange(6.0)).tolist() == [1.5, 4.5]
+
+
+def test_features_of_16_bit_states_are_summed_in_float32():
+    batch = collate([rollout(3, 300)], (0,), device=torch.device("cpu"))
+    hidden = torch.rand(303, 4).bfloat16()
+    found = batch.mean_features(hidden)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found[0], hidden[3:].double().mean(dim=0).float(), rtol=1e-6, atol=0)
 
 
 def test_learning_rate():

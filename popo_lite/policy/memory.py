@@ -1,0 +1,46 @@
+"""The GPU's memory: whether a run will fit, whether it ran out, and giving back what a failed attempt held."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+from popo_lite.errors import ModelError
+from popo_lite.planning import refuse_unless_fits
+from popo_lite.planning.vram import CUDA_CONTEXT_BYTES
+from popo_lite.recipe import Recipe
+
+
+def refuse_without_room(recipe: Recipe, device: torch.device, notify: Callable[[str], None]) -> None:
+    """Raise UserInputError, with what to change, where the memory plan says that the run does not fit `device`.
+
+    A model of an architecture that cannot be planned goes on, and `notify` says so.
+    """
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    try:
+        # Asking has made this process's CUDA context, which the plan counts.
+        refuse_unless_fits(recipe, min(total, free + CUDA_CONTEXT_BYTES))
+    except ModelError as error:
+        notify(f"no memory plan: {error.what}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that an allocation on the GPU failed: torch's own, or that of a library below it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("CUDA out of memory" in text or "_STATUS_ALLOC_FAILED" in text)
+
+
+def release_memory() -> None:
+    """Collect what nothing refers to any more and hand torch's cached blocks back.
+
+    To be called outside the `except` block: a caught error keeps the frames of the failed attempt, and their tensors.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

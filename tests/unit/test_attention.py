@@ -1,0 +1,192 @@
+"""Packed rows: each sequence attends to itself alone, as if it were computed by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from popo_lite.errors import ModelError
+from popo_lite.policy.attention import _alike, boundaries, enable_packing, kernel_of, positions
+from popo_lite.policy.policy import load_policy
+from popo_lite.policy.tiny_model import TINY_FOLDER
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+}
+CONFIGS = {
+    "qwen2": transformers.Qwen2Config(**SIZES, num_key_value_heads=2),
+    "llama": transformers.LlamaConfig(**SIZES, num_key_value_heads=4),
+    "mistral, a window of 6": transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=6),
+    "phi": transformers.PhiConfig(**SIZES),
+}
+LENGTHS = (1, 9, 30, 2, 8, 17, 5, 3)
+
+
+def build(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype, attn_implementation="sdpa")
+    for parameter in model.parameters():
+        parameter.data *= 3
+    return model.eval()
+
+
+def rows(lengths):
+    torch.manual_seed(3)
+    return torch.randint(5, 300, (sum(lengths),))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lengths", [LENGTHS, (12,), (7, 7, 7)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_one_at_a_time_forward_and_backward(name, lengths, checkpointing):
+    model = build(name)
+    # Llama's and Qwen's norms and rotary angles pass through float32 whatever the model's dtype.
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if name == "phi" else {"rtol": 1e-4, "atol": 2e-5}
+    ids = rows(lengths)
+    alone = torch.cat([model.model(input_ids=part[None]).last_hidden_state[0] for part in ids.split(lengths)])
+    direction = torch.randn(alone.shape, dtype=alone.dtype)
+    weights = [p for p in model.model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad((alone * direction).sum(), weights)
+    enable_packing(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    packed = model.model(
+        input_ids=ids[None],
+        attention_mask=boundaries(lengths),
+        position_ids=positions(lengths, ids.device),
+        use_cache=False,
+    ).last_hidden_state[0]
+    torch.testing.assert_close(packed, alone, **tolerance)
+    for found, wanted in zip(torch.autograd.grad((packed * direction).sum(), weights), expected, strict=True):
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(found / scale, wanted / scale, **tolerance)
+
+
+def test_a_sequence_does_not_see_its_neighbours():
+    """To the last bit: whatever stands before and behind it."""
+    model = build("qwen2", torch.float32)
+    enable_packing(model)
+    lengths = (10, 12, 9)
+    ids = rows(lengths)
+    other = ids.clone()
+    other[:10], other[22:] = 7, 9
+
+    def middle(tokens):
+        return model.model(
+            input_ids=tokens[None], attention_mask=boundaries(lengths), position_ids=positions(lengths, ids.device)
+        ).last_hidden_state[0, 10:22]
+
+    assert torch.equal(middle(ids), middle(other))
+    other[12] = 11
+    assert not torch.allclose(middle(ids), middle(other), atol=1e-2)
+
+
+def test_without_boundaries_it_is_transformers_sdpa():
+    """Left-padded batches, as generation has them, with a cache."""
+    plain, packing = build("qwen2", torch.float32), build("qwen2", torch.float32)
+    enable_packing(packing)
+    ids = rows((24,)).reshape(3, 8)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[2, :5] = 0
+    for found, expected in zip(*(model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=6, output_logits=True, return_dict_in_generate=True
+    ).logits for model in (packing, plain)), strict=True):  # fmt: skip
+        assert torch.equal(found, expected)
+
+
+def test_classes_of_like_lengths_hold_every_token_once_and_are_at_most_half_padding():
+    classes, back = _alike(LENGTHS, torch.device("cpu"))
+    tokens = torch.cat([part[part >= 0] for part in classes])
+    assert tokens[back].tolist() == list(range(sum(LENGTHS)))
+    assert sum(part.numel() for part in classes) < 2 * sum(LENGTHS)
+    assert len(classes) <= 6
+
+
+def test_the_kernel_is_chosen_by_what_there_is():
+    assert kernel_of(torch.device("cpu"), torch.bfloat16, 128) == "sdpa"
+    if torch.cuda.is_available():
+        assert kernel_of(torch.device("cuda"), torch.float32, 128) == "sdpa"
+
+
+def test_the_policy_packs_where_it_can(tiny_recipe):
+    assert load_policy(tiny_recipe()).packing == "sdpa"
+    assert load_policy(tiny_recipe("train.packing=false")).packing == "off"
+    assert load_policy(tiny_recipe('model.attention="eager"')).packing == "off"
+
+
+def test_a_policy_in_bfloat16_packs_within_its_rounding(tiny_recipe):
+    packed, alone = (
+        load_policy(tiny_recipe('model.dtype="bfloat16"', f"train.packing={flag}")) for flag in ("true", "false")
+    )
+    ids, lengths = rows(LENGTHS), LENGTHS
+    found, expected = (policy.hidden_states(ids, lengths).float() for policy in (packed, alone))
+    assert float(((found - expected).norm() / expected.norm()).detach()) < 1e-2
+
+
+def test_a_model_with_a_mask_of_its_own_is_refused_and_runs_unpacked(tiny_recipe, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, eos_token_id=1, bos_token_id=0
+    )
+    transformers.FalconForCausalLM(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(TINY_FOLDER).save_pretrained(tmp_path)
+    overrides = (f'model.id="{tmp_path}"', 'model.quantization="none"', 'lora.targets=["query_key_value"]')
+    with pytest.raises(ModelError, match=r"does not keep the sequences of a packed row apart") as caught:
+        load_policy(tiny_recipe(*overrides))
+    assert caught.value.next_step == "--set train.packing=false runs one sequence at a time"
+    policy = load_policy(tiny_recipe(*overrides, "train.packing=false"))
+    lengths = (4, 7)
+    ids = rows(lengths)
+    found = policy.hidden_states(ids, lengths)
+    expected = torch.cat([policy.trunk(input_ids=part[None]).last_hidden_state[0] for part in ids.split(lengths)])
+    assert torch.equal(found, expected)
+
+
+def test_checkpoints_on_the_host_are_the_layers_inputs_and_change_nothing(tiny_recipe, monkeypatch):
+    """Counted through torch's own hook: with checkpointing on, only what each layer is given leaves the device."""
+    kept = []
+    original = torch.autograd.graph.save_on_cpu.__init__
+
+    def counting(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        pack = self.pack_hook
+
+        def count(tensor):
+            kept.append(tuple(tensor.shape))
+            return pack(tensor)
+
+        self.pack_hook = count
+
+    def gradients(policy):
+        ids, lengths = rows(LENGTHS), LENGTHS
+        policy.model.train()
+        policy.hidden_states(ids, lengths).square().sum().backward()
+        return [p.grad.clone() for _, p in policy.adapter_parameters()]
+
+    plain = load_policy(tiny_recipe("train.gradient_checkpointing=true"))
+    offloaded = load_policy(
+        tiny_recipe("train.gradient_checkpointing=true", "train.offload_activations=true", 'train.device="auto"')
+    )
+    for policy in (plain, offloaded):
+        torch.manual_seed(9)
+        for _, parameter in policy.adapter_parameters():
+            parameter.data.add_(0.02 * torch.randn_like(parameter))
+    expected = gradients(plain)
+    assert not kept
+    monkeypatch.setattr(torch.autograd.graph.save_on_cpu, "__init__", counting)
+    found = gradients(offloaded)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    width = (1, sum(LENGTHS), 128)
+    layers = offloaded.trunk.config.num_hidden_layers
+    assert layers <= kept.count(width) <= layers + 3  # and the final norm's
+    assert sum(shape[-1] > 128 for shape in kept) == 0  # nothing from inside a layer

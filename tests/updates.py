@@ -1,0 +1,67 @@
+"""One update of a trainer on made-up rollouts, for the tests that hold updates against each other."""
+
+from __future__ import annotations
+
+import torch
+
+from popo_lite.training.loop import Trainer
+from popo_lite.types import Completion, FinishReason, Group, Outcome, Prompt, Reward, Rollout
+
+
+def groups_of(trainer: Trainer, *, hopeless: int = 1) -> list[Group]:
+    """Five prompts with 1, 3, 4, 2 and 4 of 4 right, answers of very different lengths, and `hopeless` without any."""
+    torch.manual_seed(7)
+    groups = []
+    for number, right in enumerate([1, 3, 4, 2, 4] + [0] * hopeless):
+        problem = trainer.train_task.train_problem(0, number)
+        prompt = Prompt(problem=problem, token_ids=trainer.renderer.token_ids(problem))
+        rollouts = []
+        for index in range(4):
+            length = 3 + 7 * index + 5 * number
+            rollouts.append(
+                Rollout(
+                    prompt=prompt,
+                    completion=Completion(
+                        token_ids=tuple(torch.randint(5, 300, (length,)).tolist()),
+                        sampler_logps=tuple((-torch.rand(length, dtype=torch.float64)).tolist()),
+                        finish_reason=FinishReason.STOP,
+                        text="",
+                    ),
+                    reward=Reward(value=float(index < right), outcome=Outcome.CORRECT),
+                    policy_version=0,
+                    index=index,
+                )
+            )
+        groups.append(Group(rollouts=tuple(rollouts)))
+    return groups
+
+
+def update(trainer: Trainer, groups: list[Group]) -> dict[str, torch.Tensor]:
+    """The stages from credit to backward of one step; the gradients, and the loss as `loss`."""
+    plan = trainer.learner.credit(groups)
+    targets = trainer.learner.siamese_targets(0, plan)
+    clip, trainer.recipe.optimizer.__dict__["max_grad_norm"] = trainer.recipe.optimizer.max_grad_norm, 1e30
+    figures = trainer.learner.backward(plan, targets, beta=trainer.cursor.beta, advance=lambda _: None)
+    trainer.recipe.optimizer.__dict__["max_grad_norm"] = clip
+    found = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in trainer.policy.trainable_parameters()
+    }
+    trainer.learner.optimizer.zero_grad(set_to_none=True)
+    assert figures.grad_norm > 0
+    return {
+        **found,
+        "loss": torch.tensor(figures.loss, dtype=torch.float64),
+        "micro_batches": torch.tensor(figures.micro_batches),
+    }
+
+
+def assert_same(found, expected):
+    found, expected = ({k: v for k, v in one.items() if k != "micro_batches"} for one in (found, expected))
+    assert found.keys() == expected.keys()
+    norm = torch.stack([tensor.norm() for name, tensor in expected.items() if name != "loss"]).norm()
+    for name, tensor in expected.items():
+        scale = float(norm) if name != "loss" else 1.0
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-9, atol=1e-12 * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
