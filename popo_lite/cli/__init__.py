@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
+from popo_lite.cli.bench import bench
 from popo_lite.cli.eval import eval_
 from popo_lite.cli.export import export
 from popo_lite.cli.generate import generate
+from popo_lite.cli.plan import plan
 from popo_lite.cli.recipe import recipe
 from popo_lite.cli.train import train
 from popo_lite.errors import PopoError
@@ -35,9 +37,11 @@ def main() -> None:
 
     \b
     popo-lite train tiny_cpu                       the whole method in minutes, on any CPU
+    popo-lite plan recipes/qwen_7b_lora.toml       whether a run fits this GPU, and what to change
+    popo-lite bench recipes/qwen_7b_lora.toml      what a step takes here, before anything is downloaded
     popo-lite train recipes/qwen_1_5b_lora.toml    Qwen2.5-Math-1.5B on a GPU
     """
 
 
-for command in (train, eval_, generate, export, recipe):
+for command in (train, plan, eval_, generate, export, recipe, bench):
     main.add_command(command)

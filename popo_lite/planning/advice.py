@@ -62,7 +62,7 @@ def advice_for(recipe: Recipe, shape: ModelShape, vram_bytes: int) -> Advice:
     The levers are pulled one after the other, each as little as is enough or else as far as it helps, until the run
     fits; levers that the others can do without are left out again. What is advised has been built and planned anew.
     """
-    search = _Search(recipe, shape, vram_bytes)
+    search = _Search(recipe=recipe, shape=shape, vram_bytes=vram_bytes)
     pulled = search.pull(LEVERS)
     if search.overrun(pulled):
         return Advice(changes=(), smallest_vram_bytes=_smallest_vram(search.after(pulled), shape))
@@ -279,7 +279,7 @@ Pulled = Sequence[tuple[Lever, int]]
 """Levers with the notch that each is pulled to."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Search:
     recipe: Recipe
     shape: ModelShape

@@ -99,11 +99,15 @@ def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, dict[st
     size, batch = compute_bytes(recipe.model), recipe.rollout.batch_size
     layer, kv = layer_bytes(recipe, shape), kv_token_bytes(recipe, shape)
     draw = DRAW_BYTES * batch * shape.vocabulary
-    prompts = ceil(batch / recipe.rollout.group_size) + 1  # groups need not begin with a batch
+    answers = [recipe.rollout.round_size if recipe.rollout.budget == "adaptive" else recipe.rollout.group_size]
     if recipe.eval.problems:
-        prompts = max(prompts, ceil(batch / recipe.eval.samples_per_problem))
-    tokens = min(prompts, batch) * recipe.rollout.max_prompt_tokens
-    read = layer.boundary * tokens + layer.inference_bytes(tokens, recipe.rollout.max_prompt_tokens)
+        answers.append(recipe.eval.samples_per_problem)
+    # A prompt is read once for all its answers of a batch; its answers may be spread over two.
+    prompts = min(batch, max(ceil(batch / count) + (batch % count > 0) for count in answers))
+    width = recipe.rollout.max_prompt_tokens
+    tokens = prompts * width
+    rotations_and_mask = (2 * size * shape.head_width + width) * tokens
+    read = 2 * layer.boundary * tokens + layer.inference_bytes(tokens, width) + rotations_and_mask
     yield "reading the prompts", {"KV cache": kv * tokens, "layer working set": read}
     full = batch * sequence_tokens(recipe)
     # The cache grows layer by layer into a new tensor. Behind a mask, as prompts of unequal length need, attention

@@ -50,11 +50,11 @@ def trained_bytes(recipe: ModelRecipe) -> int:
 def nf4_bytes(elements: int, *, double: bool) -> int:
     """A weight in NF4: packed values, table of levels, and one scale for 64 values.
 
-    With `double` quantisation a scale is 8 bits, with a float32 scale for 256 of them and one float32 offset;
-    without, a float32. The table for 8-bit scales is shared by all weights and left out.
+    With `double` quantisation a scale is 8 bits, with a float32 scale for 256 of them, one float32 offset and the
+    weight's own table of the 256 values that a scale may have; without, a float32.
     """
     blocks = ceil(elements / NF4_BLOCK)
-    scales = blocks + 4 * ceil(blocks / NF4_SCALE_BLOCK) + 4 if double else 4 * blocks
+    scales = blocks + 4 * ceil(blocks / NF4_SCALE_BLOCK) + 4 + 4 * 256 if double else 4 * blocks
     return ceil(elements / 2) + 4 * NF4_LEVELS + scales
 
 

@@ -34,6 +34,9 @@ LARGEST = 2**20
 EXPORT_ANSWERS = 16
 """Answers that export/verify.py samples at once."""
 
+_WHOLE = ("16-bit model", "merged model", "adapters", "predictor head")
+"""Beside the base and the engine, what is loaded once and does not come and go."""
+
 Moment = tuple[str, dict[str, int]]
 
 
@@ -269,7 +272,8 @@ class _Run:
         row = self.layer.boundary * self.tokens
         targets = self._targets() + self._rotations()
         layer = self.layer.inference_bytes(self.pass_tokens, self.sequence)
-        yield "in a layer", {"hidden states": targets + row, "layer working set": layer + casts}
+        # The embeddings stay beside the layer's input until the trunk has run.
+        yield "in a layer", {"hidden states": targets + 2 * row, "layer working set": layer + casts}
         yield "in the LM head", {"hidden states": targets + 2 * row, "loss chunk": self._loss()}
 
     def _targets(self) -> int:
@@ -324,8 +328,8 @@ class _Run:
         return (self.layer.saved + self.layer.pair * self.sequence) * tokens
 
     def _step(self) -> Iterator[Moment]:
-        # A copy from before the step; beside it the optimizer's own temporaries, or afterwards the difference.
-        copies = {"weight copies": 2 * self.trained_bytes}
+        # A copy from before the step, which becomes the difference; no optimizer has temporaries of that size.
+        copies = {"weight copies": self.trained_bytes}
         yield "the optimizer's step", {"gradients": self.trained_bytes} | self._optimizer() | copies
 
     def _swap(self) -> Iterator[Moment]:
@@ -338,14 +342,14 @@ class _Run:
         yield "the adapter enters the engine", engine
 
     def _phase(self, name: str, stays: dict[str, int], moments: Iterator[Moment]) -> Phase:
+        engine = () if self.vllm is None else tuple(self._engine())
         found = []
         for moment, comes in moments:
             total = dict(stays)
             for key, size in comes.items():
                 total[key] = total.get(key, 0) + size
             if self.on_gpu:
-                engine = ("engine weights", "engine, other", "CUDA graphs") + (("KV cache",) if self.vllm else ())
-                loose = sum(size for key, size in comes.items() if key not in engine)
+                loose = sum(size for key, size in comes.items() if key not in (*self._base(), *_WHOLE, *engine))
                 total |= {"fragmentation": round(FRAGMENTATION_SHARE * loose), "CUDA context": CUDA_CONTEXT_BYTES}
             found.append(
                 Phase(name=name, moment=moment, bytes_by_class={key: size for key, size in total.items() if size})

@@ -18,6 +18,7 @@ from popo_lite.errors import EngineError
 from popo_lite.policy.adapters import save_adapter
 from popo_lite.policy.dequantize import write_dequantized_base
 from popo_lite.policy.load import model_source
+from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
 from popo_lite.samplers.base import SamplingParams
@@ -79,6 +80,8 @@ class VLLMSampler:
         if not self._asleep:
             self._adapter.swap(policy_version)
             return
+        # What torch keeps cached of the update is memory that the engine could not take.
+        release_memory()
         # This order and no other: weights, the adapter into their memory, and the KV cache into what is left.
         self._engine.wake_up(tags=["weights"])
         self._adapter.swap(policy_version)

@@ -1,0 +1,340 @@
+"""The memory plan: what its parts add up to, where it draws the line, and advice that really fits."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from popo_lite.errors import ModelError, UserInputError
+from popo_lite.objective.chunks import chunk_tokens
+from popo_lite.planning import (
+    MemoryPlan,
+    advice_for,
+    installed_vram_bytes,
+    load_shape,
+    plan_memory,
+    refuse_unless_fits,
+    relief,
+)
+from popo_lite.planning.advice import LEVERS
+from popo_lite.planning.shapes import adapted_linears, shape_of
+from popo_lite.planning.vram import CUDA_CONTEXT_BYTES, overrun_bytes
+from popo_lite.recipe import Recipe
+from popo_lite.recipe_file import load_recipe
+
+GIB = 2**30
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def recipe_of(size: str, *overrides: str) -> Recipe:
+    return load_recipe(RECIPES / f"qwen_{size}_lora.toml", overrides)
+
+
+def plan_of(recipe: Recipe, gib: float = 24) -> MemoryPlan:
+    return plan_memory(recipe, load_shape(recipe.model), vram_bytes=round(gib * GIB))
+
+
+def in_phase(recipe: Recipe, phase: str, gib: float = 24) -> dict[str, int]:
+    return next(found for found in plan_of(recipe, gib).phases if found.name == phase).bytes_by_class
+
+
+# ---------------------------------------------------------------------- phases
+
+
+def test_both_gpu_recipes_fit_the_card_that_they_are_made_for() -> None:
+    for size in ("1_5b", "7b"):
+        plan = plan_of(recipe_of(size))
+        assert plan.fits
+        assert plan.engine == "vllm"
+        assert plan.sequences_at_once is not None
+        assert plan.sequences_at_once >= 32
+        assert plan.longest_tokens >= plan.context_tokens
+
+
+def test_phases_add_up_and_hold_the_base_throughout() -> None:
+    plan = plan_of(recipe_of("1_5b"))
+    assert [phase.name for phase in plan.phases] == ["load", "rollout", "siamese", "update", "step", "swap"]
+    for phase in plan.phases:
+        assert phase.total_bytes == sum(phase.bytes_by_class.values())
+        assert all(size > 0 for size in phase.bytes_by_class.values())
+        assert phase.bytes_by_class["base linears"] == plan.phases[0].bytes_by_class["base linears"]
+        margin = phase.bytes_by_class.get("fragmentation", 0)
+        assert phase.tensor_bytes == phase.total_bytes - CUDA_CONTEXT_BYTES - margin
+    assert plan.peak.total_bytes == max(phase.total_bytes for phase in plan.phases)
+
+
+def test_the_update_holds_each_layers_input_and_two_sets_of_gradients() -> None:
+    update = in_phase(recipe_of("1_5b"), "update")
+    assert update["layer inputs"] == 28 * 8192 * 1536 * 2
+    assert update["gradients"] == 2 * (update["adapters"] + update["predictor head"])
+    assert update["siamese average"] == update["adapters"] + update["predictor head"]
+    offloaded = in_phase(recipe_of("1_5b", "train.offload_activations=true"), "update")
+    assert offloaded["layer inputs"] == 2 * 8192 * 1536 * 2
+
+
+def test_a_micro_batch_is_at_least_one_longest_sequence() -> None:
+    one = recipe_of("1_5b", "rollout.max_completion_tokens=3584", "train.tokens_per_microbatch=4096")
+    assert in_phase(one, "update")["layer inputs"] == 28 * 4096 * 1536 * 2
+
+
+def test_without_packing_layers_run_over_one_sequence_and_checkpoints_stay_those_of_all() -> None:
+    half = "rollout.max_completion_tokens=3584"  # of the 8,192 tokens of a micro-batch, with the prompt
+    packed, alone = (in_phase(recipe_of("1_5b", half, f"train.packing={on}"), "update") for on in ("true", "false"))
+    assert alone["layer inputs"] == packed["layer inputs"]
+    assert alone["layer working set"] / packed["layer working set"] == pytest.approx(0.5, rel=0.01)
+
+
+def test_a_micro_batch_holds_no_more_than_a_step_has() -> None:
+    few = recipe_of("1_5b", "data.prompts_per_step=1", "rollout.group_size=2")
+    assert in_phase(few, "update")["layer inputs"] == 28 * 2 * 1536 * 1536 * 2
+
+
+def test_without_checkpointing_every_layer_keeps_its_activations() -> None:
+    kept = in_phase(recipe_of("1_5b"), "update")
+    whole = in_phase(recipe_of("1_5b", "train.gradient_checkpointing=false"), "update")
+    assert "layer inputs" not in whole
+    assert whole["layer activations"] > 10 * (kept["layer inputs"] + kept["layer working set"]) / 2
+
+
+def test_optimizer_state_waits_on_the_host_where_the_gpu_is_shared_in_turns() -> None:
+    shared, kept = recipe_of("1_5b"), recipe_of("1_5b", "rollout.sleep=false")
+    for phase in ("rollout", "siamese", "update", "swap"):
+        assert "optimizer state" not in in_phase(shared, phase)
+        assert "optimizer state" in in_phase(kept, phase)
+    assert in_phase(shared, "step")["optimizer state"] == in_phase(kept, "step")["optimizer state"]
+
+
+def test_a_sleeping_engine_gives_its_weights_and_cache_back() -> None:
+    asleep, awake = (in_phase(recipe_of("1_5b", f"rollout.sleep={sleep}"), "update") for sleep in ("true", "false"))
+    assert "engine weights" not in asleep
+    assert "KV cache" not in asleep
+    assert asleep["CUDA graphs"] == awake["CUDA graphs"]
+    assert "CUDA graphs" not in in_phase(recipe_of("1_5b", "rollout.eager=true"), "update")
+
+
+def test_the_engine_takes_its_share_of_the_gpu() -> None:
+    for share in (0.35, 0.5):
+        rollout = in_phase(recipe_of("1_5b", f"rollout.gpu_memory_share={share}"), "rollout")
+        taken = sum(rollout[name] for name in ("engine weights", "engine, other", "KV cache"))
+        assert taken == round(share * 24 * GIB)
+
+
+def test_the_engines_weights_follow_its_base() -> None:
+    rollout = in_phase(recipe_of("7b"), "rollout")
+    own = sum(rollout[name] for name in ("base linears", "embeddings", "LM head", "norms, biases"))
+    assert rollout["engine weights"] == own
+    whole = in_phase(recipe_of("7b", "rollout.base=dequantized", "rollout.gpu_memory_share=0.65"), "rollout")
+    assert whole["engine weights"] == 2 * 7_615_616_512
+
+
+def test_a_share_that_holds_no_sequence_does_not_fit_although_the_peak_would() -> None:
+    plan = plan_of(recipe_of("1_5b"), 8)
+    assert plan.peak.total_bytes < plan.vram_bytes
+    assert plan.shortfall_bytes > 0
+    assert not plan.fits
+    assert plan.longest_tokens == 0
+    fp8, auto = (plan_of(recipe_of("1_5b", f"rollout.kv_dtype={kind}")) for kind in ("fp8", "auto"))
+    assert fp8.sequences_at_once in (2 * (auto.sequences_at_once or 0), 2 * (auto.sequences_at_once or 0) + 1)
+
+
+def test_the_models_own_decoding_grows_with_its_batch_and_a_server_takes_nothing() -> None:
+    small, large = (
+        in_phase(recipe_of("1_5b", "rollout.engine=hf", f"rollout.batch_size={size}"), "rollout") for size in (32, 64)
+    )
+    assert large["KV cache"] == 2 * small["KV cache"]
+    plan = plan_of(recipe_of("1_5b", "rollout.engine=hf"))
+    fitting = plan.sequences_at_once
+    assert fitting is not None
+    for size, fits in ((fitting, True), (fitting + 1, False)):
+        assert plan_of(recipe_of("1_5b", "rollout.engine=hf", f"rollout.batch_size={size}")).fits is fits
+    served = recipe_of(
+        "1_5b", "rollout.engine=server", 'rollout.servers=["http://x"]', "rollout.shared_dir=/x", "rollout.sleep=false"
+    )
+    assert plan_of(served).sequences_at_once is None
+    assert not {"KV cache", "engine weights"} & in_phase(served, "rollout").keys()
+
+
+def test_the_loss_takes_its_chunk_and_no_logits_of_a_batch() -> None:
+    long = ("train.tokens_per_microbatch=8192", "train.logits_mib=2048")
+    update = in_phase(recipe_of("1_5b", *long), "update")
+    chunk = chunk_tokens(151_936, memory_bytes=2**31)
+    assert 1 < update["loss chunk"] / (chunk * 151_936 * 4) < 1.1
+
+
+def test_the_longest_sequence_is_the_longest_that_fits() -> None:
+    recipe = recipe_of("1_5b")
+    longest = plan_of(recipe).longest_tokens
+    for tokens, fits in ((longest, True), (longest + 1, False)):
+        tried = recipe_of(
+            "1_5b", f"rollout.max_completion_tokens={tokens - 512}", f"train.tokens_per_microbatch={tokens}"
+        )
+        assert plan_of(tried).fits is fits
+
+
+def test_a_recipe_on_the_cpu_has_no_cuda_context(tiny_recipe: Callable[..., Recipe]) -> None:
+    plan = plan_of(tiny_recipe())
+    assert not plan.on_gpu
+    assert not any("CUDA context" in phase.bytes_by_class for phase in (*plan.phases, plan.export))
+
+
+# ---------------------------------------------------------------------- advice
+
+
+@pytest.mark.parametrize("gib", [8, 12, 16, 24])
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ("1_5b", ()),
+        ("7b", ()),
+        ("7b", ("rollout.base=dequantized", "rollout.gpu_memory_share=0.35")),
+        ("1_5b", ("model.quantization=none", "rollout.engine=hf", "optimizer.name=adamw")),
+        ("1_5b", ("train.gradient_checkpointing=false", "rollout.sleep=false")),
+    ],
+)
+def test_advice_really_fits_and_no_change_of_it_is_needless(size: str, options: tuple[str, ...], gib: int) -> None:
+    recipe = recipe_of(size, *options)
+    shape, vram = load_shape(recipe.model), gib * GIB
+    advice = advice_for(recipe, shape, vram)
+    assert advice.smallest_vram_bytes is None
+    if overrun_bytes(recipe, shape, vram) == 0:
+        assert advice.changes == ()
+        return
+    copied = shlex.split(advice.options)
+    assert copied[::2] == ["--set"] * len(advice.overrides)
+    advised = recipe_of(size, *options, *copied[1::2])
+    plan = plan_memory(advised, load_shape(advised.model), vram_bytes=vram)
+    assert plan.fits
+    assert advice.changes[-1].peak_bytes == plan.peak.total_bytes
+    for left_out in range(len(advice.changes)):
+        others = advice.changes[:left_out] + advice.changes[left_out + 1 :]
+        values = {key: value for change in others for key, value in change.values.items()}
+        partly = recipe_of(size, *options, *(f"{key}={json.dumps(value)}" for key, value in values.items()))
+        assert not plan_memory(partly, shape, vram_bytes=vram).fits
+
+
+def test_where_nothing_helps_the_smallest_memory_is_named() -> None:
+    recipe = recipe_of("7b")
+    shape = load_shape(recipe.model)
+    advice = advice_for(recipe, shape, 4 * GIB)
+    assert advice.changes == ()
+    smallest = advice.smallest_vram_bytes
+    assert smallest is not None
+    assert 4 * GIB < smallest < 8 * GIB
+    assert advice_for(recipe, shape, smallest).changes
+    assert advice_for(recipe, shape, smallest - 2**29).changes == ()
+
+
+def test_adapters_keep_their_scale_when_their_rank_is_lowered() -> None:
+    recipe = recipe_of("1_5b")
+    [lever] = [lever for lever in LEVERS if lever.__name__ == "_rank"]
+    assert [values["lora.alpha"] / values["lora.rank"] for values in lever(recipe)] == [2.0, 2.0, 2.0]
+
+
+def test_a_run_that_does_not_fit_is_refused_with_options_to_copy() -> None:
+    recipe = recipe_of("7b")
+    refuse_unless_fits(recipe, 24 * GIB)
+    with pytest.raises(UserInputError) as caught:
+        refuse_unless_fits(recipe, 12 * GIB)
+    error = caught.value
+    assert "12.0 GiB" in error.what
+    assert "in the phase load" in error.what
+    assert error.next_step is not None
+    advised = recipe_of("7b", *shlex.split(error.next_step)[1::2])
+    refuse_unless_fits(advised, 12 * GIB)
+    with pytest.raises(UserInputError, match="gpu_memory_share = 0.35"):
+        refuse_unless_fits(recipe_of("1_5b"), 8 * GIB)
+
+
+def test_relief_names_what_is_left_to_change(tiny_recipe: Callable[..., Recipe]) -> None:
+    first = relief(recipe_of("1_5b", "train.gradient_checkpointing=false"))
+    assert first.startswith("--set train.gradient_checkpointing=true, or --set train.offload_activations=true")
+    spent = recipe_of(
+        "1_5b",
+        "train.offload_activations=true",
+        "train.logits_mib=32",
+        "optimizer.name=paged_adamw8bit",
+        "lora.rank=4",
+        "rollout.max_completion_tokens=256",
+    )
+    assert relief(spent) == "train on a GPU with more memory"
+    assert "\n" not in relief(tiny_recipe())
+    assert "offload" not in relief(tiny_recipe())
+
+
+# ---------------------------------------------------------------------- shapes and GPUs
+
+
+def test_unknown_architectures_are_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="'gemma3'") as caught:
+        shape_of({"model_type": "gemma3"})
+    assert "qwen2, qwen3, llama, mistral" in str(caught.value)
+    with pytest.raises(ModelError, match="lacks num_hidden_layers"):
+        shape_of(
+            {
+                "model_type": "qwen2",
+                "hidden_size": 1,
+                "intermediate_size": 1,
+                "num_attention_heads": 1,
+                "vocab_size": 1,
+                "max_position_embeddings": 1,
+            }
+        )
+
+
+def test_a_folders_config_is_read_and_a_broken_one_refused(tmp_path: Path, tiny_recipe: Callable[..., Recipe]) -> None:
+    tiny = tiny_recipe().model
+    config: dict[str, Any] = json.loads((RECIPES.parent / "popo_lite/policy/tiny/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    local = tiny.model_copy(update={"id": str(tmp_path)})
+    assert load_shape(local) == load_shape(tiny)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        load_shape(local)
+
+
+def test_a_name_that_only_the_hub_knows_is_refused_offline(tiny_recipe: Callable[..., Recipe]) -> None:
+    unknown = tiny_recipe().model.model_copy(update={"id": "nobody/nothing"})
+    with pytest.raises(ModelError, match="nobody/nothing") as caught:
+        load_shape(unknown)
+    assert "Qwen/Qwen2.5-Math-7B" in str(caught.value)
+
+
+def test_targets_match_as_in_peft() -> None:
+    shape = load_shape(recipe_of("1_5b").model)
+    assert len(list(adapted_linears(shape, "all-linear"))) == 7 * 28
+    assert len(list(adapted_linears(shape, ("q_proj", "mlp.up_proj")))) == 2 * 28
+    assert len(list(adapted_linears(shape, ("layers.3.self_attn.v_proj",)))) == 1
+    with pytest.raises(ModelError, match="proj is no linear layer"):
+        list(adapted_linears(shape, ("proj",)))
+
+
+def test_the_gpu_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def answer(text: str | Exception) -> Callable[..., subprocess.CompletedProcess[str]]:
+        def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+            asked.append(command)
+            if isinstance(text, Exception):
+                raise text
+            return subprocess.CompletedProcess(command, 0, stdout=text)
+
+        return run
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(subprocess, "run", answer("24564\n81559\n"))
+    assert installed_vram_bytes() == 24564 * 2**20
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    installed_vram_bytes()
+    assert asked[-1][-1] == "--id=1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert installed_vram_bytes() is None
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for failure in (FileNotFoundError(), subprocess.CalledProcessError(9, "nvidia-smi"), "[N/A]", ""):
+        monkeypatch.setattr(subprocess, "run", answer(failure))
+        assert installed_vram_bytes() is None

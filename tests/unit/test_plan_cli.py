@@ -1,0 +1,118 @@
+"""`popo-lite plan`: what it prints, how it leaves, and that it never imports torch."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from rich.console import Console
+
+from popo_lite.cli.plan import parse_size, plan
+from popo_lite.console.plan_report import plan_report
+from popo_lite.errors import UserInputError
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(plan, arguments)
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(invoke(*arguments, "--json").stdout)
+    return found
+
+
+def test_json_holds_every_phase_in_bytes() -> None:
+    data = planned("qwen_1_5b_lora", "--vram", "24GiB")
+    assert data["vram_bytes"] == 24 * 2**30
+    assert data["vram_source"] == "--vram"
+    assert data["fits"] is True
+    assert [phase["name"] for phase in data["phases"]][-1] == "export"
+    for phase in data["phases"]:
+        assert phase["total_bytes"] == sum(phase["bytes"].values())
+    assert data["peak_bytes"] == max(phase["total_bytes"] for phase in data["phases"][:-1])
+    assert data["advice"] == {"overrides": [], "changes": [], "smallest_vram_bytes": None}
+
+
+def test_the_exit_code_says_whether_it_fits() -> None:
+    assert invoke("qwen_1_5b_lora", "--vram", "24GiB").exit_code == 0
+    refused = invoke("qwen_7b_lora", "--vram", "8GiB")
+    assert refused.exit_code == 1
+    assert "It does not fit" in refused.stdout
+
+
+def test_the_command_it_advises_fits() -> None:
+    refused = invoke("qwen_7b_lora", "--vram", "12GiB", "--set", "lora.rank=64")
+    [command] = [line for line in refused.stdout.splitlines() if line.strip().startswith("popo-lite plan")]
+    words = shlex.split(command)
+    assert words[:6] == ["popo-lite", "plan", "qwen_7b_lora", "--vram", "12GiB", "--set"]
+    assert invoke(*words[2:]).exit_code == 0
+
+
+def test_nothing_that_helps_is_said_with_what_it_takes() -> None:
+    refused = invoke("qwen_7b_lora", "--vram", "4GiB")
+    assert refused.exit_code == 1
+    assert "no setting makes it fit; with all that save memory it takes" in refused.stdout
+
+
+def test_without_a_gpu_24_gib_are_assumed_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    data = planned("tiny_cpu")
+    assert data["vram_bytes"] == 24 * 2**30
+    assert data["vram_source"].startswith("assumed")
+    assert data["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("24GiB", 24 * 2**30), ("24 gib", 24 * 2**30), ("0.5GiB", 2**29), ("16GB", 16 * 10**9), ("512MiB", 2**29)],
+)
+def test_sizes_are_read(text: str, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["24", "GiB", "-1GiB", "0GiB", "24 GiB of it", "24TiB", ""])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(UserInputError, match="is no amount of memory"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_report_keeps_to_its_width_and_encoding(width: int, encoding: str) -> None:
+    data = planned("qwen_7b_lora", "--vram", "8GiB")
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    console = Console(file=stream, width=width, highlight=False)
+    plan_report(data, batch_size=64, why_not="the run is too large", next_step="popo-lite plan x", console=console)
+    stream.flush()
+    text = raw.getvalue().decode(encoding)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    row = next(line for line in lines if line.startswith("base linears"))
+    assert row.replace("|", " ").split()[2:] == ["3.14"] * 6
+    assert sum("peak: " in line for line in lines) == 1
+    assert "popo-lite export, later and alone" in " ".join(lines)
+
+
+def test_the_command_answers_without_torch(command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    assert command("plan", "qwen_1_5b_lora", "--vram", "24GiB").returncode == 0
+    assert command("plan", "qwen_1_5b_lora", "--vram", "much").returncode == 2
+    program = (
+        "import sys\n"
+        "from popo_lite.cli import main\n"
+        "try:\n"
+        "    main(['plan', 'qwen_7b_lora', '--vram', '8GiB'])\n"
+        "except SystemExit as left:\n"
+        "    assert left.code == 1, left.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes', 'huggingface_hub', 'datasets', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
