@@ -70,7 +70,7 @@ def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
     dtype: torch.dtype = getattr(torch, recipe.dtype)
     options: dict[str, Any] = {}
     if recipe.quantization == "nf4":
-        options["quantization_config"] = _nf4_config(recipe, dtype)
+        options["quantization_config"] = nf4_config(recipe, dtype)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_source(recipe),
@@ -177,7 +177,7 @@ def close_cpu_repacking(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _nf4_config(recipe: ModelRecipe, dtype: torch.dtype) -> Any:
+def nf4_config(recipe: ModelRecipe, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -1,0 +1,447 @@
+"""One whole update, ours against TRL's GRPOTrainer: same base, same rollouts and rewards, each in its own process.
+
+    python benchmarks/update.py                                      Qwen2.5-1.5B's shape, on a GPU
+    python benchmarks/update.py --shape tiny --lengths 128 256       the same on a tiny shape, to try it on a CPU
+    python benchmarks/update.py --find-longest --memory-cap 24GiB    the longest sequences that fit, fused and naive
+
+What is trained: one prompt with `--positives` answers of equal length and rewards between 0.6 and 1, so that every
+answer is a positive for us and has an advantage for GRPO. Weights are random, NF4 with double quantisation, rank 16 on
+all linear layers, compute in bfloat16, gradient checkpointing, AdamW with 8-bit state, gradients clipped to norm 1.
+
+Timed, ours: weights of the positives, the siamese pass, forward and backward of every positive with the predictor
+head, clipping, optimizer, siamese average. Timed, TRL's: advantages, forward and backward of every answer, clipping,
+optimizer, learning rate. In neither: sampling, grading, writing, and the first update, which warms up.
+
+TRL gets the rollouts through `rollout_func`, its own hook for custom generation, and the rewards through a reward
+function; the clock starts when that function returns and stops in the callback at the end of the step. Its settings
+are its leanest: one sequence per device and micro-batch, no reference model, log-probs in chunks (its only path), no
+dropout, LoRA weights in bfloat16 (it narrows them itself on a quantised base; ours stay in float32). `trl-liger` adds
+Liger's layer kernels. Its loss kernels are written in Triton; on a CPU they run in Triton's interpreter, which makes
+TRL's seconds there meaningless.
+
+Mean token entropies, in nats, of every update on both sides show that it is the same model and the same rollouts.
+
+`--loss naive` takes the log-probs from all logits at once, in float32, in place of the fused chunks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from popo_lite.bench.measure import peaks_beside_plan, planned_phases
+from popo_lite.bench.meter import Meter, OutOfMemoryError, cap_memory
+from popo_lite.bench.synthetic import random_completions, random_policy, random_prompts, step_size
+from popo_lite.bench.updates import UPDATE_STAGES, longest_update, train_once
+from popo_lite.cli.plan import parse_size
+from popo_lite.policy.adapters import add_adapters
+from popo_lite.policy.load import pick_device
+from popo_lite.policy.memory import is_out_of_memory
+from popo_lite.policy.random_base import random_base, stand_in_tokenizer
+from popo_lite.recipe import Recipe
+from popo_lite.run_folder import environment
+from popo_lite.training.learner import Learner
+from popo_lite.types import Group, Outcome, Reward, Rollout
+
+SHAPES = {
+    "tiny": "tiny",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "deepseek-math-7b": "deepseek-ai/deepseek-math-7b-base",
+}
+RIVALS = ("trl", "trl-liger", "none")
+RESULTS = Path(__file__).parent / "results"
+CPU_REMARK = (
+    "A tiny shape on a CPU: it shows that the script runs and says nothing about a GPU. TRL's loss kernels ran in "
+    "Triton's interpreter, which takes nearly all of its time, so no ratio is given."
+)
+
+
+def recipe_for(arguments: argparse.Namespace, tokens: int) -> Recipe:
+    """The recipe of both sides for sequences of `tokens`."""
+    prompt = min(512, tokens // 4)
+    return Recipe.model_validate(
+        {
+            "model": {"id": SHAPES[arguments.shape], "backend": arguments.backend},
+            "lora": {"rank": arguments.rank, "alpha": 2.0 * arguments.rank},
+            "rollout": {
+                "engine": "hf",
+                "group_size": arguments.positives,
+                "max_prompt_tokens": prompt,
+                "max_completion_tokens": tokens - prompt,
+            },
+            "data": {"prompts_per_step": 1},
+            "optimizer": {"name": "adamw8bit"},
+            "train": {
+                "steps": arguments.updates + 1,
+                "tokens_per_microbatch": max(tokens, arguments.tokens_per_microbatch),
+            },
+        }
+    )
+
+
+def group_of(recipe: Recipe, vocabulary: int, seed: int, *, policy_version: int = 0) -> Group:
+    """The rollouts of update `seed`, the same on both sides: random tokens, rewards from 1 down to 0.6."""
+    size = step_size(recipe, positives=recipe.rollout.group_size)
+    (prompt,) = random_prompts(size, vocabulary, seed=2 * seed)
+    (completions,) = random_completions(size, vocabulary, seed=2 * seed)
+    return Group(
+        rollouts=tuple(
+            Rollout(
+                prompt=prompt,
+                completion=completion,
+                reward=Reward(value=1.0 - 0.4 * index / size.group_size, outcome=Outcome.CORRECT),
+                policy_version=policy_version,
+                index=index,
+            )
+            for index, completion in enumerate(completions)
+        )
+    )
+
+
+# ---------------------------------------------------------------------- our side
+
+
+def use_naive_loss() -> None:
+    """Put the loss over all logits in the fused one's place, in this process alone."""
+    from popo_lite.objective.logprobs import Head, TokenTerms, naive_token_logprobs
+    from popo_lite.training import learner
+
+    def naive(
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        *,
+        logp_coefficients: Tensor,
+        entropy_coefficients: Tensor | float,
+        factor: None = None,
+        **_: Any,
+    ) -> TokenTerms:
+        assert factor is None, "the benchmark's recipe has no importance weights"
+        logps, entropies = naive_token_logprobs(hidden, targets, head)
+        total = (logp_coefficients * logps).sum() + (entropy_coefficients * entropies).sum()
+        return TokenTerms(total=total, logps=logps.detach(), entropies=entropies.detach())
+
+    learner.weighted_token_logprobs = naive  # type: ignore[assignment]
+
+
+def our_side(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
+    """Metered updates of ours at sequences of `tokens`."""
+    recipe = recipe_for(arguments, tokens)
+    policy = random_policy(recipe)
+    meter = Meter(device=policy.device)
+    notices: list[str] = []
+    learner = Learner(recipe, policy, notify=notices.append, relief=meter.exhausted)
+    cap = None if arguments.memory_cap is None else parse_size(arguments.memory_cap)
+    planned = planned_phases(recipe, policy.device, cap)
+    resident = allocated_bytes(policy.device)
+    vocabulary = policy.head.weight.shape[0]
+    entropies = []
+    try:
+        for step in range(arguments.updates + 1):
+            group = group_of(recipe, vocabulary, step, policy_version=policy.version)
+            entropies.append(train_once(learner, meter, step, [group]).entropy)
+    except OutOfMemoryError as error:
+        return {"out_of_memory": error.what, "notices": notices}
+    stages = {stage: statistics.median(cost.seconds for cost in meter.costs[stage][1:]) for stage in UPDATE_STAGES}
+    return costs_of(meter, UPDATE_STAGES) | {
+        "seconds_by_stage": stages,
+        "peaks_by_phase": [asdict(peak) for peak in peaks_beside_plan(meter, planned)],
+        "entropies": entropies,
+        "resident_bytes": resident,
+        "packing": policy.packing,
+        "notices": notices,
+    }
+
+
+def longest_of_ours(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The longest sequences of which an update fits, by doubling and bisection over one base."""
+    tried: list[str] = []
+    found = longest_update(
+        random_policy(recipe_for(arguments, arguments.resolution)),
+        lambda tokens: recipe_for(arguments, tokens),
+        resolution=arguments.resolution,
+        notify=tried.append,
+    )
+    return {"longest_tokens": found, "tried": tried}
+
+
+# ---------------------------------------------------------------------- TRL's side
+
+
+def trl_side(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
+    """Metered updates of TRL's GRPOTrainer at sequences of `tokens`."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    recipe = recipe_for(arguments, tokens)
+    device = pick_device("auto")
+    base = random_base(recipe.model, device)
+    model = add_adapters(base, recipe.lora, recipe.train.seed)
+    tokenizer = stand_in_tokenizer()
+    tokenizer.padding_side = "left"
+    vocabulary = base.config.vocab_size
+    meter = Meter(device=device)
+    running = ExitStack()
+
+    def rollouts(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
+        group = group_of(recipe, vocabulary, trainer.state.global_step)
+        assert len(prompts) == len(group.rollouts)
+        return {
+            "prompt_ids": [list(one.prompt.token_ids) for one in group.rollouts],
+            "completion_ids": [list(one.completion.token_ids) for one in group.rollouts],
+            "logprobs": None,
+            "made": [one.reward.value for one in group.rollouts],
+        }
+
+    def reward(made: Sequence[float], **_: Any) -> list[float]:
+        running.enter_context(meter("update"))
+        return list(made)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            running.close()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            rollout_func=rollouts,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list([{"prompt": "."}] * (arguments.updates + 1)),
+            callbacks=[Clock()],
+            args=GRPOConfig(
+                output_dir=folder,
+                max_steps=arguments.updates + 1,
+                num_generations=arguments.positives,
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=arguments.positives,
+                steps_per_generation=arguments.positives,
+                max_completion_length=recipe.rollout.max_completion_tokens,
+                temperature=recipe.rollout.temperature,
+                beta=0.0,
+                bf16=True,
+                gradient_checkpointing=True,
+                gradient_checkpointing_kwargs={"use_reentrant": False},
+                use_liger_kernel=arguments.side == "trl-liger",
+                optim="adamw_8bit",
+                learning_rate=recipe.optimizer.learning_rate,
+                weight_decay=recipe.optimizer.weight_decay,
+                max_grad_norm=recipe.optimizer.max_grad_norm,
+                save_strategy="no",
+                logging_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                use_cpu=device.type == "cpu",
+            ),
+        )
+        before = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if "lora_B" in name}
+        resident = allocated_bytes(device)
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return {"out_of_memory": "out of memory in update"}
+    unchanged = [name for name, values in before.items() if torch.equal(values, model.get_parameter(name).cpu())]
+    assert not unchanged, f"TRL left {len(unchanged)} of {len(before)} adapters as they were"
+    entropies = [line["entropy"] for line in trainer.state.log_history if "loss" in line]
+    return costs_of(meter, ("update",)) | {"entropies": entropies, "resident_bytes": resident}
+
+
+# ---------------------------------------------------------------------- both
+
+
+def costs_of(meter: Meter, stages: Sequence[str]) -> dict[str, Any]:
+    """Seconds and peaks of the updates behind the first, `stages` taken together."""
+    updates = list(zip(*(meter.costs[stage] for stage in stages), strict=True))[1:]
+    seconds = [sum(cost.seconds for cost in update) for update in updates]
+    peaks = [cost for update in updates for cost in update if cost.allocated_bytes is not None]
+    return {
+        "seconds": seconds,
+        "seconds_median": statistics.median(seconds),
+        "peak_allocated_bytes": max((cost.allocated_bytes for cost in peaks), default=None),
+        "peak_card_bytes": max((cost.card_bytes for cost in peaks), default=None),
+    }
+
+
+def allocated_bytes(device: torch.device) -> int | None:
+    """Bytes in tensors on the GPU: base, adapters and what stays with them. None on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def in_own_process(side: str, tokens: int, options: Sequence[str]) -> dict[str, Any]:
+    """What `side` measures at sequences of `tokens`, in a fresh process."""
+    variables = dict(os.environ)
+    if not torch.cuda.is_available():
+        variables["TRITON_INTERPRET"] = "1"
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
+        command = [sys.executable, __file__, *options, "--side", side, "--lengths", str(tokens), "--json", file.name]
+        done = subprocess.run(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{side} at {tokens} tokens failed:\n{done.stderr[-4000:]}")
+        found: dict[str, Any] = json.loads(Path(file.name).read_text())
+    return found
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float | None]:
+    """TRL's figures over ours; None where one of them is missing."""
+
+    def extra(side: dict[str, Any]) -> int | None:
+        peak = side.get("peak_allocated_bytes")
+        return None if peak is None else peak - side["resident_bytes"]
+
+    def ratio(top: float | None, bottom: float | None) -> float | None:
+        return None if top is None or not bottom else top / bottom
+
+    return {
+        "seconds": ratio(theirs.get("seconds_median"), ours.get("seconds_median")),
+        "peak_allocated": ratio(theirs.get("peak_allocated_bytes"), ours.get("peak_allocated_bytes")),
+        "peak_beyond_resident": ratio(extra(theirs), extra(ours)),
+    }
+
+
+def all_lengths(arguments: argparse.Namespace, options: Sequence[str]) -> list[dict[str, Any]]:
+    """Both sides at every length."""
+    found = []
+    for tokens in arguments.lengths:
+        line: dict[str, Any] = {"tokens": tokens, "sequences": arguments.positives}
+        for side in ["ours"] if arguments.rival == "none" else ["ours", arguments.rival]:
+            line[side] = in_own_process(side, tokens, options)
+            median = line[side].get("seconds_median")
+            line[side]["tokens_per_second"] = median and tokens * arguments.positives / median
+            print(side, tokens, told(line[side]), flush=True)
+        if arguments.rival != "none" and torch.cuda.is_available():
+            line["rival_over_ours"] = compare(line["ours"], line[arguments.rival])
+            print("rival / ours", tokens, line["rival_over_ours"], flush=True)
+        found.append(line)
+    return found
+
+
+def longest_that_fit(arguments: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
+    """The longest sequences for fused and naive loss, each confirmed with all positives in a process of its own.
+
+    Searched with two sequences: beyond the token budget they pass one at a time, so more of them need little more.
+    """
+    found = {}
+    for loss in ("fused", "naive"):
+        mine = [*options, "--loss", loss, "--updates", "1"]
+        line = in_own_process("longest", arguments.resolution, [*mine, "--positives", "2"])
+        if line["longest_tokens"] is not None:
+            line["confirmed_with_all_positives"] = in_own_process("ours", line["longest_tokens"], mine)
+        print(loss, line, flush=True)
+        found[loss] = line
+    return found
+
+
+def told(side: dict[str, Any]) -> str:
+    """One side's figures in a line."""
+    if "out_of_memory" in side:
+        return str(side["out_of_memory"])
+    peak = side["peak_allocated_bytes"]
+    memory = "memory not measured on a CPU" if peak is None else f"peak {peak / 2**30:.2f} GiB"
+    return f"{side['seconds_median']:.3f} s, {side['tokens_per_second']:,.0f} tokens/s, {memory}"
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """`content` as indented JSON."""
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and those of them that a process of its own is given as they are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192], help="tokens of a sequence")
+    parser.add_argument("--positives", type=int, default=8)
+    parser.add_argument("--updates", type=int, default=5, help="measured ones; one more comes before")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--tokens-per-microbatch", type=int, default=8192, help="ours; at least one sequence")
+    parser.add_argument("--backend", choices=["transformers", "unsloth"], default="transformers", help="ours")
+    parser.add_argument("--loss", choices=["fused", "naive"], default="fused", help="ours")
+    parser.add_argument("--rival", choices=RIVALS, default="trl")
+    parser.add_argument("--memory-cap", metavar="SIZE", help="such as 24GiB; a GPU's memory as of a smaller card")
+    parser.add_argument("--find-longest", action="store_true", help="instead of the comparison")
+    parser.add_argument("--resolution", type=int, default=512, help="of --find-longest, in tokens")
+    parser.add_argument("--json", type=Path, help="default benchmarks/results/update-<shape>[-longest][-cpu].json")
+    parser.add_argument("--side", choices=["ours", "longest", *RIVALS[:2]], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if (
+        arguments.side is None
+        and not arguments.find_longest
+        and arguments.rival != "none"
+        and not util.find_spec("trl")
+    ):
+        parser.error("TRL is not installed: pip install trl==1.15.0, or --rival none")
+    if arguments.find_longest and not torch.cuda.is_available():
+        parser.error("--find-longest needs a GPU: a CPU does not run out of memory, it swaps")
+    if arguments.find_longest and arguments.backend == "unsloth":
+        parser.error("--find-longest builds one model for all lengths, and unsloth builds one for a length")
+    passed = ("shape", "positives", "updates", "rank", "tokens_per_microbatch", "backend", "loss", "memory_cap")
+    options = []
+    for name in (*passed, "resolution"):
+        value = getattr(arguments, name)
+        if value is not None:
+            options += [f"--{name.replace('_', '-')}", str(value)]
+    return arguments, options
+
+
+def run_side(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What this process measures for the one that started it."""
+    if arguments.memory_cap is not None:
+        cap_memory(pick_device("auto"), parse_size(arguments.memory_cap))
+    if arguments.loss == "naive":
+        use_naive_loss()
+    if arguments.side == "longest":
+        return longest_of_ours(arguments)
+    (tokens,) = arguments.lengths
+    return our_side(arguments, tokens) if arguments.side == "ours" else trl_side(arguments, tokens)
+
+
+def main() -> None:
+    """Measure and write the result."""
+    arguments, options = parse()
+    if arguments.side is not None:
+        write(arguments.json, run_side(arguments))
+        return
+    device = pick_device("auto")
+    rivals = {
+        name: metadata.version(name) for name in ("trl", "liger-kernel") if util.find_spec(name.replace("-", "_"))
+    }
+    results: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/update.py", *sys.argv[1:]]),
+        "environment": environment(device) | {"rivals": rivals},
+        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+    }
+    if device.type == "cpu":
+        results["remark"] = CPU_REMARK
+    if arguments.find_longest:
+        results["longest"] = longest_that_fit(arguments, options)
+    else:
+        results["lengths"] = all_lengths(arguments, options)
+    endings = ("-longest" if arguments.find_longest else "") + ("-cpu" if device.type == "cpu" else "")
+    path = arguments.json or RESULTS / f"update-{arguments.shape}{endings}.json"
+    write(path, results)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measuring a recipe with random weights: a step by stage, and the longest sequence that fits."""

@@ -1,0 +1,371 @@
+"""What a recipe's step takes here, measured on its architecture with random weights: no download, no data, no grading.
+
+Every stage is the trainer's own code, called in the trainer's order; only weights, prompts and rewards are made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from popo_lite.bench.meter import Meter, OutOfMemoryError, cap_memory
+from popo_lite.bench.synthetic import StepSize, random_policy, random_prompts, rewarded, step_size
+from popo_lite.bench.updates import UPDATE_STAGES, longest_update, tensor_bytes, train_once
+from popo_lite.errors import ModelError, UserInputError
+from popo_lite.planning import Phase, load_shape, plan_memory
+from popo_lite.policy.load import pick_device
+from popo_lite.policy.policy import Policy
+from popo_lite.recipe import Recipe
+from popo_lite.run_folder import environment
+from popo_lite.samplers import Sampler, SamplingParams, open_sampler, pick_engine
+from popo_lite.training.learner import Learner
+
+STAGES = ("rollout", *UPDATE_STAGES, "swap")
+"""What is measured of a step; choosing and grading problems are not."""
+PHASES: Mapping[str, Sequence[str]] = {
+    "load": ("load",),
+    "rollout": ("rollout",),
+    "siamese": ("weights", "siamese"),
+    "update": ("update",),
+    "step": ("step",),
+    "swap": ("swap",),
+}
+"""The plan's phases, and the stages that make them up."""
+
+BASE_CLASSES = {"base": ("base linears", "embeddings", "LM head", "norms, biases")}
+"""Classes of the plan that are counted as one kind."""
+
+RESOLUTION = 512
+"""Tokens to which the longest sequence is found."""
+
+LEFT_OUT = (
+    "downloading and loading the model",
+    "starting the rollout engine",
+    "grading",
+    "checkpoints",
+    "answers that end early",
+)
+"""What the estimate of a whole run does not count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """A stage of a step: median seconds, and the tokens that went through it, where there are any."""
+
+    stage: str
+    seconds: float
+    tokens: int | None
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseMemory:
+    """Peak bytes of a phase on a GPU: in tensors and on the card as a whole, each beside what was planned.
+
+    The plan's figures are None for an architecture that it does not know.
+    """
+
+    phase: str
+    tensor_bytes: int
+    planned_tensor_bytes: int | None
+    card_bytes: int
+    planned_card_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorCount:
+    """Bytes of one kind of tensor that stays in memory, the same on every machine; None as in `PhaseMemory`."""
+
+    kind: str
+    counted_bytes: int
+    planned_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEstimate:
+    """Seconds of the whole run at this size, and what they leave out."""
+
+    steps: int
+    steps_seconds: float
+    evaluations: int
+    evaluations_seconds: float
+    seconds: float
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """All that a bench found. `out_of_memory` says where memory ran out; stages and estimate are missing then."""
+
+    model: str
+    engine: str
+    device: str
+    memory_cap_bytes: int | None
+    size: StepSize
+    measured_steps: int
+    load_seconds: float | None
+    tensors: tuple[TensorCount, ...]
+    stages: tuple[StageResult, ...]
+    memory: tuple[PhaseMemory, ...]
+    step_seconds: float | None
+    run: RunEstimate | None
+    out_of_memory: str | None
+    notices: tuple[str, ...]
+    environment: Mapping[str, object]
+
+
+def bench(
+    recipe: Recipe,
+    *,
+    steps: int,
+    positives: int | None,
+    memory_cap_bytes: int | None,
+    notify: Callable[[str], None],
+) -> BenchResult:
+    """Measure `steps` steps of `recipe` after one that warms up; running out of memory is a result as well.
+
+    Raises UserInputError where the recipe's sampler would not serve random weights, or the cap cannot be enforced.
+    """
+    size = step_size(recipe, positives)
+    device = pick_device(recipe.train.device)
+    planned = planned_phases(recipe, device, memory_cap_bytes)
+    if memory_cap_bytes is not None:
+        cap_memory(device, memory_cap_bytes)
+        recipe = _share_of_cap(recipe, device, memory_cap_bytes)
+    engine, _ = pick_engine(recipe)
+    _refuse_true_weights(recipe, engine)
+    notices: list[str] = []
+
+    def note(text: str) -> None:
+        notices.append(text)
+        notify(text)
+
+    meter = Meter(device=device)
+    tensors: tuple[TensorCount, ...] = ()
+    failure: str | None = None
+    sampled = 0
+    try:
+        with meter("load"):
+            policy = random_policy(recipe)
+            learner = Learner(recipe, policy, notify=note, relief=meter.exhausted)
+        _refuse_beyond_context(size, policy)
+        with open_sampler(recipe, policy, text=lambda _: "", notify=note) as sampler:
+            for step in range(steps + 1):
+                notify(f"step {step} of {steps}" if step else "warm-up step")
+                sampled = _step(recipe, size, step, learner, sampler, meter)
+                if step == 0:
+                    meter.forget(except_for="load")
+        tensors = _counts(learner, planned)
+    except OutOfMemoryError as error:
+        failure = f"{error.what} at {_load_of(error.stage, size)}"
+    stages = () if failure else tuple(_stage(meter, stage, size, sampled) for stage in STAGES)
+    step_seconds = None if failure else sum(stage.seconds for stage in stages)
+    return BenchResult(
+        model=recipe.model.id,
+        engine=engine,
+        device=str(device),
+        memory_cap_bytes=memory_cap_bytes,
+        size=size,
+        measured_steps=steps,
+        load_seconds=meter.seconds("load") if "load" in meter.costs else None,
+        tensors=tensors,
+        stages=stages,
+        memory=peaks_beside_plan(meter, planned),
+        step_seconds=step_seconds,
+        run=None if failure else _estimate(recipe, size, stages),
+        out_of_memory=failure,
+        notices=tuple(notices),
+        environment=environment(device),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongestResult:
+    """The longest prompt with answer whose update fits, in tokens, beside the plan's; None where none does."""
+
+    model: str
+    device: str
+    memory_cap_bytes: int | None
+    longest_tokens: int | None
+    planned_tokens: int | None
+    context_tokens: int
+    resolution_tokens: int
+    environment: Mapping[str, object]
+
+
+def bench_longest(recipe: Recipe, *, memory_cap_bytes: int | None, notify: Callable[[str], None]) -> LongestResult:
+    """Find the longest sequence that can be trained on, by trying. Raises UserInputError on a CPU."""
+    device = pick_device(recipe.train.device)
+    if device.type != "cuda":
+        raise UserInputError(
+            "a CPU does not run out of memory, it swaps",
+            where="--longest",
+            next_step="popo-lite plan RECIPE predicts the longest sequence on any machine",
+        )
+    if memory_cap_bytes is not None:
+        cap_memory(device, memory_cap_bytes)
+    total = torch.cuda.get_device_properties(device).total_memory
+    policy = random_policy(recipe)
+    found = longest_update(policy, lambda tokens: at_length(recipe, tokens), resolution=RESOLUTION, notify=notify)
+    try:
+        plan = plan_memory(recipe, load_shape(recipe.model), vram_bytes=memory_cap_bytes or total)
+    except ModelError:
+        plan = None
+    return LongestResult(
+        model=recipe.model.id,
+        device=str(device),
+        memory_cap_bytes=memory_cap_bytes,
+        longest_tokens=found,
+        planned_tokens=None if plan is None else plan.longest_tokens,
+        context_tokens=policy.context_tokens,
+        resolution_tokens=RESOLUTION,
+        environment=environment(device),
+    )
+
+
+def at_length(recipe: Recipe, tokens: int) -> Recipe:
+    """The recipe with prompt and answer of `tokens` in all, and a token budget that allows one of them."""
+    prompt = min(recipe.rollout.max_prompt_tokens, tokens // 2)
+    rollout = {"max_prompt_tokens": prompt, "max_completion_tokens": tokens - prompt}
+    train = {"tokens_per_microbatch": max(tokens, recipe.train.tokens_per_microbatch)}
+    return recipe.model_copy(
+        update={
+            "rollout": recipe.rollout.model_copy(update=rollout),
+            "train": recipe.train.model_copy(update=train),
+        }
+    )
+
+
+# ---------------------------------------------------------------------- one step
+
+
+def _step(recipe: Recipe, size: StepSize, step: int, learner: Learner, sampler: Sampler, meter: Meter) -> int:
+    """One step, metered by stage; how many tokens were sampled."""
+    policy = learner.policy
+    prompts = random_prompts(size, policy.head.weight.shape[0], seed=step)
+    with meter("rollout"):
+        completions = sampler.sample(
+            prompts,
+            count=size.group_size,
+            params=SamplingParams(temperature=recipe.rollout.temperature, max_completion_tokens=size.completion_tokens),
+            policy_version=policy.version,
+            stream=("bench", step),
+        )
+    sampler.sleep()
+    train_once(learner, meter, step, rewarded(prompts, completions, size.positives, policy_version=policy.version))
+    with meter("swap"):
+        sampler.sync(policy.version)
+    return sum(len(one.token_ids) for group in completions for one in group)
+
+
+def _stage(meter: Meter, stage: str, size: StepSize, sampled_tokens: int) -> StageResult:
+    tokens = {
+        "rollout": sampled_tokens,
+        "siamese": size.positives * size.sequence_tokens,
+        "update": size.positives * size.sequence_tokens,
+    }.get(stage)
+    seconds = meter.seconds(stage)
+    return StageResult(
+        stage=stage, seconds=seconds, tokens=tokens, tokens_per_second=None if tokens is None else tokens / seconds
+    )
+
+
+def _load_of(stage: str, size: StepSize) -> str:
+    """How much a stage had to do, in words."""
+    if stage == "load":
+        return "the base itself"
+    if stage in ("rollout", "swap"):
+        return f"{size.prompts * size.group_size} x {size.sequence_tokens:,} tokens"
+    return f"{size.positives} x {size.sequence_tokens:,} tokens"
+
+
+# ---------------------------------------------------------------------- memory and estimate
+
+
+def planned_phases(recipe: Recipe, device: torch.device, cap_bytes: int | None) -> Mapping[str, Phase]:
+    """The plan's phases by name; none for an architecture that the plan does not know."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    try:
+        shape = load_shape(recipe.model)
+    except ModelError:
+        return {}
+    return {phase.name: phase for phase in plan_memory(recipe, shape, vram_bytes=cap_bytes or total).phases}
+
+
+def peaks_beside_plan(meter: Meter, planned: Mapping[str, Phase]) -> tuple[PhaseMemory, ...]:
+    """Peaks of every phase that was reached, beside the plan's; none on a CPU."""
+    return tuple(
+        PhaseMemory(
+            phase=name,
+            tensor_bytes=peak[0],
+            planned_tensor_bytes=planned[name].tensor_bytes if planned else None,
+            card_bytes=peak[1],
+            planned_card_bytes=planned[name].total_bytes if planned else None,
+        )
+        for name, stages in PHASES.items()
+        if (peak := meter.peak(stages)) is not None
+    )
+
+
+def _counts(learner: Learner, planned: Mapping[str, Phase]) -> tuple[TensorCount, ...]:
+    """What stays in memory, counted tensor by tensor, beside the plan's."""
+    return tuple(
+        TensorCount(
+            kind=kind,
+            counted_bytes=counted,
+            planned_bytes=sum(planned["step"].bytes_by_class.get(name, 0) for name in BASE_CLASSES.get(kind, (kind,)))
+            if planned
+            else None,
+        )
+        for kind, counted in tensor_bytes(learner).items()
+    )
+
+
+def _estimate(recipe: Recipe, size: StepSize, stages: Sequence[StageResult]) -> RunEstimate:
+    steps, every = recipe.train.steps, recipe.eval.every
+    evaluations = 2 + (len(range(every, steps, every)) if every else 0) if recipe.eval.problems else 0
+    answers = recipe.eval.problems * recipe.eval.samples_per_problem
+    rollout = next(stage for stage in stages if stage.stage == "rollout")
+    per_answer = rollout.seconds / (size.prompts * size.group_size)
+    steps_seconds = steps * sum(stage.seconds for stage in stages)
+    evaluations_seconds = evaluations * answers * per_answer
+    return RunEstimate(
+        steps=steps,
+        steps_seconds=steps_seconds,
+        evaluations=evaluations,
+        evaluations_seconds=evaluations_seconds,
+        seconds=steps_seconds + evaluations_seconds,
+        left_out=LEFT_OUT,
+    )
+
+
+def _share_of_cap(recipe: Recipe, device: torch.device, cap_bytes: int) -> Recipe:
+    """The recipe with the engine's share of the card made one of the cap: vLLM takes it of the whole card."""
+    share = recipe.rollout.gpu_memory_share * cap_bytes / torch.cuda.get_device_properties(device).total_memory
+    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"gpu_memory_share": share})})
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def _refuse_true_weights(recipe: Recipe, engine: str) -> None:
+    """An engine that reads the model's own weights would download them, and sample another policy than is trained."""
+    dequantized = recipe.rollout.base == "dequantized" and recipe.model.quantization == "nf4"
+    if engine == "server" or (engine == "vllm" and not dequantized):
+        raise UserInputError(
+            'random weights reach the engines "hf", and "vllm" over a dequantised NF4 base; others serve true ones',
+            where=f'rollout.engine = "{engine}", rollout.base = "{recipe.rollout.base}"',
+            next_step='--set rollout.engine="hf", or --set rollout.base="dequantized"',
+        )
+
+
+def _refuse_beyond_context(size: StepSize, policy: Policy) -> None:
+    if size.sequence_tokens > policy.context_tokens:
+        raise UserInputError(
+            f"prompt and answer take {size.prompt_tokens} + {size.completion_tokens} tokens, and the context is "
+            f"{policy.context_tokens}",
+            where="rollout.max_prompt_tokens, rollout.max_completion_tokens",
+            next_step="lower one of them, as a run would have to",
+        )
