@@ -28,6 +28,7 @@ MAY_CHANGE_ON_RESUME = {
     "output.samples_per_step",
     "reward.workers",
     "rollout.batch_size",
+    "rollout.gpu_memory_share",
     "train.checkpoint_every",
     "train.cpu_threads",
     "train.keep_checkpoints",

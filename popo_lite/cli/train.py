@@ -62,6 +62,7 @@ def train(
     # Only now what takes seconds to import: a recipe with faults is refused at once.
     from popo_lite.console.reports import closing_report
     from popo_lite.console.views import open_view
+    from popo_lite.policy.memory import memory_named
     from popo_lite.training.loop import Trainer
 
     if settings.model.backend == "unsloth":
@@ -70,8 +71,10 @@ def train(
         import_unsloth()
     with open_view("silent" if as_json else view) as watcher:  # type: ignore[arg-type]  # click checks the choice
         watcher.message(f"loading {settings.model.id}")
+        what_helps = f"popo-lite plan {shlex.quote(recipe)}   (what takes how much, and what to change)"
         try:
-            trainer = Trainer(settings, watcher, ignore_plan=ignore_plan)
+            with memory_named("while the run was loaded", what_helps):
+                trainer = Trainer(settings, watcher, ignore_plan=ignore_plan)
         except UserInputError as error:
             raise error.within(recipe) from error
         with trainer:
@@ -81,9 +84,12 @@ def train(
             # The run hears Ctrl-C itself. What it restores when it has stopped and saved is this: one Ctrl-C more has
             # nothing left to stop.
             default = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            outcome = trainer.run(run, resume=resume)
+            with memory_named("before the first step", what_helps):
+                outcome = trainer.run(run, resume=resume)
             question = trainer.held_out[0].question if trainer.held_out else ""
     resume_command = f"popo-lite train {run.recipe_path} --resume --output {run.path}"
+    if ignore_plan:
+        resume_command += " --ignore-plan"
     if outcome.summary is None:
         click.echo(
             f"stopped after {outcome.next_step} of {settings.train.steps} steps; saved. To go on:\n  {resume_command}",

@@ -107,12 +107,19 @@ def next_step(advice: Advice) -> str:
 
 def relief(recipe: Recipe) -> str:
     """What to change when one sequence alone does not fit while the policy is trained, as options to copy."""
-    found = []
-    for lever in UPDATE_LEVERS:
-        values = next((values for values in lever(recipe) if _is_valid(_with(recipe, values))), None)
-        if values is not None:
-            found.append(Advice(changes=(Change(values=_new(recipe, values), peak_bytes=0),)).options)
-    return ", or ".join(found) if found else "train on a GPU with more memory"
+
+    def options(levers: Sequence[Lever]) -> str:
+        found = []
+        for lever in levers:
+            values = next((values for values in lever(recipe) if _is_valid(_with(recipe, values))), None)
+            if values is not None:
+                found.append(Advice(changes=(Change(values=_new(recipe, values), peak_bytes=0),)).options)
+        return ", or ".join(found)
+
+    resumed, anew = options(RESUMED_LEVERS), options(NEW_RUN_LEVERS)
+    said = [f"resume with {resumed}"] if resumed else []
+    said += [f"in a new run, which may start from this one's adapter (lora.init_from): {anew}"] if anew else []
+    return "; ".join(said) or "train on a GPU with more memory"
 
 
 # ---------------------------------------------------------------------- the levers, what costs least first
@@ -250,7 +257,10 @@ LEVERS: tuple[Lever, ...] = (
 """In the order in which they are tried: what leaves update and answers as they are, then what costs more time, then
 what changes what is learned."""
 
-UPDATE_LEVERS: tuple[Lever, ...] = (_checkpointing, _offload, _chunk, _optimizer, _predictor, _rank, _answers)
+RESUMED_LEVERS: tuple[Lever, ...] = (_checkpointing, _offload, _chunk)
+"""What eases training and may change while a run goes on."""
+NEW_RUN_LEVERS: tuple[Lever, ...] = (_optimizer, _rank, _answers)
+"""What eases training and makes another run of it."""
 
 
 # ---------------------------------------------------------------------- the search

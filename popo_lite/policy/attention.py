@@ -43,6 +43,15 @@ def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
 
 
+def window_of(config: Any) -> int | None:
+    """The fewest tokens that a layer looks back on, by a sliding window or chunks; None where all layers see all.
+
+    Some models window by their mask alone, so the boundaries that take the mask's place would undo it.
+    """
+    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((size for size in sizes if size), default=None)
+
+
 def kernel_of(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
     """Which attention serves packed rows: "varlen" (FlashAttention over unequal lengths) or "sdpa" (length by length).
 
@@ -67,10 +76,12 @@ def _attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' interface: `query` [1, H, T, d], `key` and `value` [1, H_kv, T, d] -> ([1, T, H, d], None)."""
+    """Transformers' interface: `query` [1, H, T, d], `key` and `value` [1, H_kv, T, d] -> ([1, T, H, d], None).
+
+    A packed row knows no sliding window: `window_of` says where that would matter.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if attention_mask is None or attention_mask.dtype != torch.int32:
@@ -79,18 +90,16 @@ def _attention(
         )
     edges = attention_mask.flatten()
     lengths = tuple(edges.diff().tolist())
-    windowed = sliding_window is not None and max(lengths) > sliding_window
-    if not windowed and not dropout and kernel_of(query.device, query.dtype, query.shape[-1]) == "varlen":
+    if not dropout and kernel_of(query.device, query.dtype, query.shape[-1]) == "varlen":
         return _by_varlen(query, key, value, edges, max(lengths), scaling), None
-    if len(lengths) == 1 and not windowed:
-        return _causal(query, key, value, scaling, dropout, None).transpose(1, 2), None
+    if len(lengths) == 1:
+        return _causal(query, key, value, scaling, dropout).transpose(1, 2), None
     classes, back = _alike(lengths, query.device)
     found = []
     for rows in classes:
         # What pads a shorter sequence comes behind it, where causality hides it.
         q, k, v = (part[0].transpose(0, 1)[rows.clamp(min=0)].transpose(1, 2) for part in (query, key, value))
-        mask = _window_mask(rows.shape[1], sliding_window, query.device) if windowed else None
-        found.append(_causal(q, k, v, scaling, dropout, mask).transpose(1, 2)[rows >= 0])
+        found.append(_causal(q, k, v, scaling, dropout).transpose(1, 2)[rows >= 0])
     return torch.cat(found)[back][None], None
 
 
@@ -108,16 +117,13 @@ def _by_varlen(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest
     return cast("Tensor", attend(q, k, v, edges, edges, longest, longest, **options))[None]
 
 
-def _causal(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, mask: Tensor | None
-) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None,
+        is_causal=True,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -142,13 +148,6 @@ def _alike(lengths: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor
         classes.append(rows)
     order = torch.cat([rows[rows >= 0] for rows in classes])
     return tuple(rows.to(device) for rows in classes), order.argsort().to(device)
-
-
-def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool [L, L], True where a token may look: itself and the `window` - 1 before it."""
-    assert window is not None  # noqa: S101  # only for windowed layers
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance >= 0) & (distance < window)
 
 
 @lru_cache(maxsize=1)

@@ -178,6 +178,7 @@ def close_cpu_repacking(model: torch.nn.Module) -> None:
 
 
 def nf4_config(recipe: ModelRecipe, dtype: torch.dtype) -> Any:
+    """What transformers is told about 4-bit loading, computing in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
-from popo_lite.errors import ModelError
+from popo_lite.errors import EngineError, ModelError
 from popo_lite.planning import refuse_unless_fits
 from popo_lite.planning.vram import CUDA_CONTEXT_BYTES
 from popo_lite.recipe import Recipe
@@ -29,11 +30,24 @@ def refuse_without_room(recipe: Recipe, device: torch.device, notify: Callable[[
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that an allocation on the GPU failed: torch's own, or that of a library below it."""
+    """Whether `error` says that an allocation on the GPU failed: torch's own, the driver's, or that of a library."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("CUDA out of memory" in text or "_STATUS_ALLOC_FAILED" in text)
+    return isinstance(error, RuntimeError) and (
+        ("CUDA" in text and "out of memory" in text) or "_STATUS_ALLOC_FAILED" in text
+    )
+
+
+@contextmanager
+def memory_named(doing: str, next_step: str) -> Iterator[None]:
+    """Turn running out of memory within into an EngineError that says what was being done."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EngineError(f"the GPU ran out of memory {doing}", next_step=next_step) from error
 
 
 def release_memory() -> None:

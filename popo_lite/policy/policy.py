@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from jinja2 import TemplateError, TemplateSyntaxError
 from torch import Tensor, nn
 
 from popo_lite.errors import ModelError
 from popo_lite.objective.logprobs import Head
 from popo_lite.policy.adapters import add_adapters
-from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions
+from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions, window_of
 from popo_lite.policy.load import (
     load_base,
     load_config,
@@ -220,32 +221,53 @@ def _refuse_unknown_head(policy: Policy) -> None:
 
 @torch.no_grad()
 def _pack(policy: Policy, recipe: Recipe) -> None:
-    """Turn packing on, and hold a packed row against its sequences alone: a model may read its mask in its own way."""
+    """Turn packing on where no window cuts a sequence, and hold a packed row against its sequences alone.
+
+    A model may read its mask in its own way, so a packed row must be far nearer to them than a row is whose sequences
+    see one another.
+    """
     base: Any = policy.model.get_base_model()
+    window = window_of(base.config)
+    if window is not None and window < recipe.rollout.max_prompt_tokens + recipe.rollout.max_completion_tokens:
+        return
     lengths = (5, 17, 9)
     ids = torch.arange(1, sum(lengths) + 1, device=policy.device)
     policy.model.eval()
     alone = policy.hidden_states(ids, lengths)
+    if not bool(alone.isfinite().all()):  # of weights that are not finite nothing can be said
+        return
+    leaking = policy.run_trunk(
+        input_ids=ids[None], position_ids=positions(lengths, policy.device), attention_mask=_one_block(ids)
+    ).last_hidden_state[0]
     if recipe.model.attention == "flash_attention_2":
         policy.packing = "flash_attention_2"
     else:
         enable_packing(base)
-        config = base.config
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
         policy.packing = kernel_of(policy.device, alone.dtype, width)
+    # Channel by channel: a few have values so large that their rounding would hide all else.
+    scale = alone.float().abs().amax(dim=0).clamp(min=1e-6)
+
+    def distance(states: Tensor) -> float:
+        return float(((states - alone).float() / scale)[lengths[0] :].square().mean().sqrt())
+
     try:
-        gap = float((policy.hidden_states(ids, lengths) - alone).abs().max())
-        reason = f"the largest difference is {gap:.3g}"
+        gap = distance(policy.hidden_states(ids, lengths))
+        reason = f"the distance is {gap:.2g}, and {distance(leaking):.2g} where they see one another"
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         gap, reason = float("inf"), str(error).strip().partition("\n")[0]
-    # Rounding differs by kernel and adds up over layers; a sequence that saw its neighbours would differ by its scale.
-    tolerance = min(256 * torch.finfo(alone.dtype).eps, 0.25) * float(alone.abs().max())
-    if not gap <= tolerance and bool(alone.isfinite().all()):  # weights that are not finite are not the mask's fault
+    # Rounding differs by kernel and adds up over layers.
+    if not gap <= min(256 * torch.finfo(alone.dtype).eps, distance(leaking) / 8):
         raise ModelError(
             f"{type(base).__name__} does not keep the sequences of a packed row apart: {reason}",
             where="train.packing = true",
             next_step="--set train.packing=false runs one sequence at a time",
         )
+
+
+def _one_block(ids: Tensor) -> Tensor:
+    """The mask of a row that is a single sequence, whatever its positions say: [1, T] ones."""
+    return torch.ones_like(ids)[None]
 
 
 def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> frozenset[int]:
@@ -259,16 +281,8 @@ def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: st
         ids = getattr(owner, "eos_token_id", None)
         if ids is not None:
             found.update([ids] if isinstance(ids, int) else ids)
-    template = chat_template or tokenizer.chat_template
-    if template:
-        text = str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}],
-                chat_template=template,
-                tokenize=False,
-            )
-        )
-        after = tokenizer.encode(text.rpartition("answer")[2], add_special_tokens=False)
+    if chat_template or tokenizer.chat_template:
+        after = tokenizer.encode(_after_an_answer(tokenizer, chat_template), add_special_tokens=False)
         if after and after[0] in tokenizer.all_special_ids:
             found.add(after[0])
     if not found:
@@ -278,6 +292,26 @@ def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: st
             next_step="give the model an eos_token_id in generation_config.json",
         )
     return frozenset(found)
+
+
+def _after_an_answer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
+    """What the template writes behind an assistant's message; nothing where it takes none or leaves it out."""
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}],
+            chat_template=chat_template,
+            tokenize=False,
+        )
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            f"the chat template is no valid Jinja: {error}",
+            where="data.chat_template" if chat_template else f"the tokenizer of {tokenizer.name_or_path}",
+            next_step="correct it, or set data.chat_template",
+        ) from error
+    except TemplateError:  # it refuses assistant turns, and so names no end of one
+        return ""
+    _, answered, after = str(text).rpartition("answer")
+    return after if answered else ""
 
 
 def _context_tokens(config: Any) -> int:

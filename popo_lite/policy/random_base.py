@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from popo_lite.planning import known_config
-from popo_lite.policy.load import nf4_config, close_cpu_repacking, load_config, quiet_libraries
+from popo_lite.policy.load import close_cpu_repacking, load_config, nf4_config, quiet_libraries
 from popo_lite.policy.tiny_model import TINY_FOLDER
 from popo_lite.recipe import ModelRecipe
 

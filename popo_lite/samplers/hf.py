@@ -140,7 +140,7 @@ class HFSampler:
         try:
             self._decode(prompts, batch, params, finished)
             return True
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error) or len(batch) == 1:
                 raise
         if finished is not None:

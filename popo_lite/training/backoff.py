@@ -59,7 +59,7 @@ class MicroBatches:
         try:
             work(collate(rollouts, members, device=self._device))
             return True
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise
         release_memory()

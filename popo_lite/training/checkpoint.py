@@ -109,7 +109,7 @@ def load_checkpoint(folder: Path, *, policy: Policy, siamese: Siamese, optimizer
         policy.version = content["policy_version"]
         held = content["cursor"]
         history = {problem: Seen(*last) for problem, last in held["history"].items()}
-        return Cursor(**{**held, "history": history, "lowered_budget": tuple(held["lowered_budget"])})
+        return Cursor(**{**held, "history": history, "lowered_budget": tuple(held.get("lowered_budget", ()))})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint cannot be read: {type(error).__name__}: {error}",

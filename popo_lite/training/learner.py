@@ -22,7 +22,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.seeding import stream_seed
 from popo_lite.training.backoff import MicroBatches
 from popo_lite.training.batching import MicroBatch, StepPlan, plan_step
-from popo_lite.training.metrics import UpdateFigures
+from popo_lite.training.metrics import MicroBatchFigures, UpdateFigures
 from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, move_state, set_learning_rate
 from popo_lite.types import Group, Rollout
 
@@ -94,16 +94,20 @@ class Learner:
         self.policy.model.train()
 
         def learn(batch: MicroBatch) -> None:
-            # The sums stand apart, so that a micro-batch that runs out of memory half-way has added nothing.
-            for parameter in parameters:
-                parameter.grad = None
-            terms, ratios = self._loss(plan, batch, targets, beta)
-            terms.total.backward()
-            for index, parameter in enumerate(parameters):
-                if parameter.grad is not None:
-                    before = sums[index]
-                    sums[index] = parameter.grad if before is None else before.add_(parameter.grad)
-            figures.add(terms, ratios)
+            try:
+                terms, ratios = self._loss(plan, batch, targets, beta)
+                terms.total.backward()
+                share = MicroBatchFigures.of(terms, ratios)
+                # From here nothing asks for memory: the step's sums stand apart from the running micro-batch's, so one
+                # that runs out of memory, wherever, has added nothing.
+                for index, parameter in enumerate(parameters):
+                    if parameter.grad is not None:
+                        before = sums[index]
+                        sums[index] = parameter.grad if before is None else before.add_(parameter.grad)
+            finally:
+                for parameter in parameters:
+                    parameter.grad = None
+            figures.add(share)
             advance(len(batch.members))
 
         rollouts = [sequence.rollout for sequence in plan.sequences]
@@ -114,9 +118,10 @@ class Learner:
         return figures
 
     def prepare(self) -> list[Tensor]:
-        """A copy of the trained weights, and the optimizer's state on the device: all the memory `apply` needs.
+        """A copy of the trained weights, and the optimizer's state on the device: the memory that `apply` needs.
 
-        Apart from it because nothing has changed yet if there is none left.
+        Apart from it because nothing has changed yet if there is none left. (The optimizer makes its state in its first
+        step, when there is nothing to lose.)
         """
         move_state(self.optimizer, self.policy.device)
         return [parameter.detach().clone() for _, parameter in self.policy.trainable_parameters()]

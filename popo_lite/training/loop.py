@@ -161,8 +161,8 @@ class Trainer:
                 raise EngineError(
                     f"the GPU ran out of memory; {f'the run is saved in {saved}' if saved else 'no step was done'}",
                     where=f"step {self.cursor.next_step}",
-                    next_step="lower rollout.gpu_memory_share or rollout.batch_size where it was the engine's; else "
-                    f"{self._relief()}; then resume",
+                    next_step="resume with a smaller rollout.gpu_memory_share or rollout.batch_size where it was the "
+                    f"engine's memory; else {self._relief()}",
                 ) from error
             self._save_what_is_whole()
         return RunOutcome(summary=None, next_step=self.cursor.next_step)
@@ -199,7 +199,10 @@ class Trainer:
             unscored = [group.rollouts[0] for group in groups[:PROBE_PROMPTS]]
             self.guard.check(step, self.learner.gap_mean(unscored))
 
-        before = self.learner.prepare() if figures is not None else []
+        before: list[torch.Tensor] = []
+        if figures is not None:
+            with clock("update"):
+                before = self.learner.prepare()
         # From here to the written line weights and cursor belong to different steps: nothing may save or stop.
         self._whole = False
         if figures is not None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +40,32 @@ class StageClock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchFigures:
+    """A micro-batch's share of the loss, and its policy minus sampler log-probs [N], all on the host."""
+
+    loss: float
+    nll: float
+    similarity: float
+    entropy_term: float
+    cosine: float
+    log_ratios: Tensor
+
+    @classmethod
+    def of(cls, terms: LossTerms, log_ratios: Tensor) -> Self:
+        """Read in one transfer."""
+        parts = (terms.total, terms.nll, terms.similarity, terms.entropy, terms.similarity_cosine)
+        loss, nll, similarity, entropy_term, cosine = torch.stack([part.detach() for part in parts]).tolist()
+        return cls(
+            loss=loss,
+            nll=nll,
+            similarity=similarity,
+            entropy_term=entropy_term,
+            cosine=cosine,
+            log_ratios=log_ratios.cpu().double(),
+        )
+
+
 @dataclass(kw_only=True)
 class UpdateFigures:
     """Sums over a step's micro-batches, in nats; `record` turns them into the record's figures."""
@@ -54,14 +80,14 @@ class UpdateFigures:
     grad_norm: float = math.nan
     update_norm: float | None = None
 
-    def add(self, terms: LossTerms, log_ratios: Tensor) -> None:
-        """Add a micro-batch's share of the loss, and its policy minus sampler log-probs [N]."""
-        self.gaps.append(log_ratios.double().cpu())
-        self.loss += float(terms.total.detach())
-        self.nll += float(terms.nll.detach())
-        self.similarity += float(terms.similarity.detach())
-        self.entropy_term += float(terms.entropy.detach())
-        self.cosine += float(terms.similarity_cosine)
+    def add(self, share: MicroBatchFigures) -> None:
+        """Add a micro-batch's share."""
+        self.loss += share.loss
+        self.nll += share.nll
+        self.similarity += share.similarity
+        self.entropy_term += share.entropy_term
+        self.cosine += share.cosine
+        self.gaps.append(share.log_ratios)
 
     @property
     def gap_mean(self) -> float:

@@ -41,7 +41,7 @@ def build_optimizer(policy: Policy, recipe: OptimizerRecipe) -> torch.optim.Opti
 
 
 def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Move the optimizer's state to `device`, all but step counts, which torch keeps on the host.
+    """Move the optimizer's state to `device`, all but step counts, which stay where the optimizer has put them.
 
     Paged state stays where it is: the driver moves its pages.
     """

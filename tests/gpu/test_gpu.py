@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from popo_lite.objective.logprobs import Head, naive_token_logprobs, token_logprobs
+from popo_lite.objective.logprobs import Head, naive_token_logprobs, token_logprobs, weighted_token_logprobs
 from popo_lite.run_folder import RunFolder
 
 pytestmark = [
@@ -14,27 +14,49 @@ pytestmark = [
 ]
 
 
+def known(hidden, targets, head, a, b, compile_rows):
+    terms = weighted_token_logprobs(
+        hidden, targets, head, logp_coefficients=a, entropy_coefficients=b, compile_rows=compile_rows
+    )
+    terms.total.backward()
+    return terms.logps, terms.entropies
+
+
+def unknown(hidden, targets, head, a, b, compile_rows):
+    logps, entropies = token_logprobs(hidden, targets, head, compile_rows=compile_rows)
+    ((a * logps).sum() + (b * entropies).sum()).backward()
+    return logps.detach(), entropies.detach()
+
+
+def naive(hidden, targets, head, a, b, _):
+    logps, entropies = naive_token_logprobs(hidden, targets, head)
+    ((a * logps).sum() + (b * entropies).sum()).backward()
+    return logps.detach(), entropies.detach()
+
+
+@pytest.mark.parametrize("compile_rows", [False, True])
+@pytest.mark.parametrize("entry", [known, unknown])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunked_log_probs_are_no_further_from_float64_than_naive(dtype):
+@pytest.mark.parametrize("vocabulary", [5000, 151936])
+def test_chunked_log_probs_are_no_further_from_float64_than_naive(vocabulary, dtype, entry, compile_rows):
+    """The large vocabulary is where a product over it might be summed in 16 bit."""
     torch.manual_seed(0)
-    weight = torch.randn(5000, 256, device="cuda").to(dtype) / 8
-    hidden = torch.randn(700, 256, device="cuda").to(dtype)
-    targets = torch.randint(5000, (700,), device="cuda")
-    a, b = torch.randn(2, 700, device="cuda", dtype=torch.float64)
+    weight = torch.randn(vocabulary, 256, device="cuda").to(dtype) / 8
+    hidden = torch.randn(300, 256, device="cuda").to(dtype)
+    targets = torch.randint(vocabulary, (300,), device="cuda")
+    a, b = torch.randn(2, 300, device="cuda", dtype=torch.float64)
 
     def run(function, h, head):
         h = h.clone().requires_grad_()
-        logps, entropies = function(h, targets, head)
-        ((a * logps).sum() + (b * entropies).sum()).backward()
-        return logps.detach(), entropies.detach(), h.grad
+        return (*function(h, targets, head, a, b, compile_rows), h.grad)
 
-    exact = run(naive_token_logprobs, hidden.double(), Head(weight=weight.double()))
-    ours = run(token_logprobs, hidden, Head(weight=weight))
-    naive = run(naive_token_logprobs, hidden, Head(weight=weight))
+    exact = run(naive, hidden.double(), Head(weight=weight.double()))
+    ours = run(entry, hidden, Head(weight=weight))
+    twin = run(naive, hidden, Head(weight=weight))
     assert ours[0].dtype is torch.float32
-    for found, twin, reference in zip(ours, naive, exact, strict=True):
+    for found, theirs, reference in zip(ours, twin, exact, strict=True):
         error = (found.double() - reference).norm() / reference.norm()
-        assert error <= 1.5 * (twin.double() - reference).norm() / reference.norm() + 1e-7
+        assert error <= 1.5 * (theirs.double() - reference).norm() / reference.norm() + 1e-7
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw8bit"])
@@ -52,7 +74,11 @@ def test_a_run_in_nf4_and_bfloat16_goes_on_from_its_checkpoint(tiny_recipe, tmp_
         assert outcome.summary is not None
         weights = {name: p.detach().cpu() for name, p in trainer.policy.trainable_parameters()}
         waiting = [value for state in trainer.learner.optimizer.state.values() for value in state.values()]
-        tensors = [value for value in waiting if isinstance(value, torch.Tensor) and not hasattr(value, "is_paged")]
+        tensors = [
+            value
+            for value in waiting
+            if isinstance(value, torch.Tensor) and not hasattr(value, "is_paged") and value.numel() > 1
+        ]
         assert optimizer == "paged_adamw8bit" or {value.device.type for value in tensors} == {"cpu"}
         assert trainer.learner.siamese.drift() <= trainer.learner.siamese.drift_bound()
         state = 8 * sum(p.numel() for p in weights.values())
@@ -114,7 +140,8 @@ def test_checkpoints_on_the_host_take_less_of_the_gpu_and_change_no_gradient(tin
         return torch.cuda.max_memory_allocated(), [p.grad for _, p in policy.adapter_parameters()]
 
     (kept, expected), (offloaded, found) = run("false"), run("true")
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    for one, other in zip(found, expected, strict=True):  # attention's backward pass adds in no fixed order
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(other.abs().max()))
     assert offloaded < kept
 
 

@@ -11,8 +11,9 @@ from updates import assert_same, groups_of, update
 from popo_lite.console.views import SilentView
 from popo_lite.errors import EngineError
 from popo_lite.policy.memory import is_out_of_memory
-from popo_lite.run_folder import RunFolder
+from popo_lite.run_folder import RunFolder, refuse_other_recipe
 from popo_lite.training.loop import Trainer
+from popo_lite.training.metrics import MicroBatchFigures
 from popo_lite.types import FinishReason
 
 
@@ -21,7 +22,8 @@ def out_of_memory():
 
 
 def short_of_memory(monkeypatch, policy, limit, *, when):
-    """From `limit` tokens on a pass of `policy` fails: in its "forward", or "backward" when most gradients are made."""
+    """From `limit` tokens on a pass of `policy` fails: in its "forward", in "backward" when most gradients are made, or
+    when all are and its "figures" are read."""
     compute = policy.hidden_states
     refused = []
 
@@ -33,12 +35,21 @@ def short_of_memory(monkeypatch, policy, limit, *, when):
         if sum(lengths) > limit and when == "forward":
             fail(None)
         hidden = compute(input_ids, lengths)
-        if sum(lengths) > limit and hidden.requires_grad:
+        if sum(lengths) > limit and hidden.requires_grad and when == "backward":
             # The first layer's adapters are the last to get theirs: almost all others have been added by then.
             first = policy.adapter_parameters()[0][1]
             handle = first.register_hook(lambda grad: (handle.remove(), fail(grad)))
         return hidden
 
+    read = MicroBatchFigures.of
+
+    def of(terms, log_ratios):
+        if when == "figures" and len(log_ratios) > limit // 2:
+            refused.append(len(log_ratios))
+            raise out_of_memory()
+        return read(terms, log_ratios)
+
+    monkeypatch.setattr(MicroBatchFigures, "of", of)
     monkeypatch.setattr(policy, "hidden_states", hidden_states)
     return refused
 
@@ -46,7 +57,7 @@ def short_of_memory(monkeypatch, policy, limit, *, when):
 VARIANTS = [(), ('objective.weights_from="trainer"',), ('objective.entropy_over="all"', 'objective.target="features"')]
 
 
-@pytest.mark.parametrize("when", ["forward", "backward"])
+@pytest.mark.parametrize("when", ["forward", "backward", "figures"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_update_that_ran_out_of_memory_is_the_same_update(trainer, monkeypatch, variant, when):
     whole, short = trainer(*variant), trainer(*variant)
@@ -74,6 +85,7 @@ def test_a_sequence_that_does_not_fit_alone_is_named_with_what_helps(trainer, mo
         update(one, groups_of(one))
     assert caught.value.where.startswith("problem ")
     assert "--set" in caught.value.next_step
+    assert all(parameter.grad is None for _, parameter in one.policy.trainable_parameters())
 
 
 def test_other_errors_are_not_taken_for_it(trainer, monkeypatch):
@@ -81,7 +93,14 @@ def test_other_errors_are_not_taken_for_it(trainer, monkeypatch):
     monkeypatch.setattr(one.policy, "hidden_states", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         update(one, groups_of(one))
-    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    for text in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+    ):
+        assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(ValueError("CUDA out of memory"))
 
 
@@ -190,7 +209,11 @@ def test_a_run_with_a_sequence_that_does_not_fit_is_saved_and_goes_on_where_it_d
         monkeypatch.setattr(one, "train_step", train_step)
         with pytest.raises(EngineError, match="a single sequence of") as caught:
             one.run(broken)
-    assert "--set" in caught.value.next_step
+    # What is said to be changed on resuming may be changed on resuming.
+    resume_with = caught.value.next_step.partition(";")[0]
+    assert resume_with.startswith("resume with --set ")
+    for option in resume_with.removeprefix("resume with --set ").split(", or --set "):
+        refuse_other_recipe(broken, small(tiny_recipe, *option.split(" --set ")))
     assert [folder.name for folder in sorted(broken.checkpoints.iterdir())] == ["step-000002", "step-000003"]
     with Trainer(recipe, SilentView()) as one:
         one.run(broken, resume=True)

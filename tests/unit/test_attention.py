@@ -25,7 +25,7 @@ SIZES = {
 CONFIGS = {
     "qwen2": transformers.Qwen2Config(**SIZES, num_key_value_heads=2),
     "llama": transformers.LlamaConfig(**SIZES, num_key_value_heads=4),
-    "mistral, a window of 6": transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=6),
+    "mistral, a window of 60": transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=60),
     "phi": transformers.PhiConfig(**SIZES),
 }
 LENGTHS = (1, 9, 30, 2, 8, 17, 5, 3)
@@ -131,6 +131,49 @@ def test_a_policy_in_bfloat16_packs_within_its_rounding(tiny_recipe):
     ids, lengths = rows(LENGTHS), LENGTHS
     found, expected = (policy.hidden_states(ids, lengths).float() for policy in (packed, alone))
     assert float(((found - expected).norm() / expected.norm()).detach()) < 1e-2
+
+
+@pytest.mark.parametrize("kind", [transformers.MistralConfig, transformers.PhimoeConfig])
+def test_a_window_shorter_than_the_sequences_is_not_packed(tiny_recipe, tmp_path, kind):
+    """PhiMoE windows by its mask alone, which the boundaries of a packed row would replace."""
+    for window, packing in ((127, "off"), (128, "sdpa")):
+        folder = tmp_path / str(window)
+        torch.manual_seed(0)
+        config = kind(**SIZES, num_key_value_heads=2, sliding_window=window)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(TINY_FOLDER).save_pretrained(folder)
+        policy = load_policy(
+            tiny_recipe(f'model.id="{folder}"', 'model.quantization="none"', 'lora.targets=["q_proj"]')
+        )
+        assert policy.packing == packing
+        lengths = (60, 128, 70)
+        ids = rows(lengths)
+        expected = torch.cat([policy.trunk(input_ids=part[None]).last_hidden_state[0] for part in ids.split(lengths)])
+        torch.testing.assert_close(policy.hidden_states(ids, lengths), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "leak"), [("float32", "all"), ("float32", "one token"), ("bfloat16", "all")])
+def test_a_row_that_leaks_is_found_out_behind_an_outlier_channel(tiny_recipe, monkeypatch, leak, dtype):
+    """Real models have channels of values so large that a bound by the largest value would accept anything."""
+    from popo_lite.policy import policy as module
+
+    load, apart = module.load_base, module.boundaries
+
+    def with_outlier(*args):
+        base = load(*args)
+        base.get_input_embeddings().weight.data[:, 3] += 10
+        return base
+
+    monkeypatch.setattr(module, "load_base", with_outlier)
+    recipe = tiny_recipe(f'model.dtype="{dtype}"', 'model.quantization="none"')
+    load_policy(recipe)
+    monkeypatch.setattr(
+        module,
+        "boundaries",
+        lambda lengths: apart((sum(lengths),) if leak == "all" else (lengths[0] - 1, lengths[1] + 1, *lengths[2:])),
+    )
+    with pytest.raises(ModelError, match="does not keep the sequences of a packed row apart"):
+        load_policy(recipe)
 
 
 def test_a_model_with_a_mask_of_its_own_is_refused_and_runs_unpacked(tiny_recipe, tmp_path):

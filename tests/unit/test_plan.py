@@ -253,7 +253,9 @@ def test_a_run_that_does_not_fit_is_refused_with_options_to_copy() -> None:
 
 def test_relief_names_what_is_left_to_change(tiny_recipe: Callable[..., Recipe]) -> None:
     first = relief(recipe_of("1_5b", "train.gradient_checkpointing=false"))
-    assert first.startswith("--set train.gradient_checkpointing=true, or --set train.offload_activations=true")
+    resumed, anew = first.split("; ")
+    assert resumed.startswith("resume with --set train.gradient_checkpointing=true, or --set train.offload_activations")
+    assert anew.startswith("in a new run, which may start from this one's adapter (lora.init_from): --set optimizer.name")
     spent = recipe_of(
         "1_5b",
         "train.offload_activations=true",
