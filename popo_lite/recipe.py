@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -75,14 +75,15 @@ class SiameseRecipe(Section):
 
 
 class ObjectiveRecipe(Section):
-    """What is optimised: L = L_nll + alpha * L_sim + beta * L_ent. See docs/method.md."""
+    """What is optimised: with `popo` L = L_nll + alpha * L_sim + beta * L_ent. See docs/method.md."""
 
-    algorithm: Literal["popo"] = "popo"
-    """The objective."""
+    algorithm: Literal["popo", "raft", "mixed", "grpo"] = "popo"
+    """`popo`; `raft`, the same with uniform weights, no similarity and no entropy; `mixed`, `popo` with a term that
+    lowers wrong answers; `grpo`, clipped policy gradients with group-relative advantages of all answers."""
     alpha: Rate = 0.1
-    """Weight of the similarity term; 0 leaves out the siamese pass."""
+    """Weight of the similarity term; 0 leaves out the siamese pass. 0 with `raft` and `grpo`."""
     beta: Rate = 0.01
-    """Weight of the entropy term."""
+    """Weight of the entropy term. If not set, 0 with `raft` and `grpo`."""
     target_entropy: Annotated[float, Field(gt=0)] | None = None
     """Mean token entropy in nats that beta is steered to. Unset: beta stays constant."""
     beta_gain: Annotated[float, Field(gt=0)] = 0.05
@@ -106,6 +107,32 @@ class ObjectiveRecipe(Section):
     """Rollouts whose entropy counts. `all` forwards the negatives too."""
     reward_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """A rollout is positive when its reward is above this."""
+    negative_weight: Rate = 0.1
+    """With `mixed`: weight of the mean log-prob of wrong answers, which is lowered."""
+    advantage_scaling: Literal["std", "none"] = "std"
+    """With `grpo`: divide a group's advantages by the standard deviation of its rewards, or not."""
+    length_normalization: Literal["sequence", "token", "constant"] = "sequence"
+    """With `grpo`: every answer counts alike whatever its length (as published), every token counts alike (DAPO), or
+    tokens are divided by `rollout.max_completion_tokens` (Dr. GRPO)."""
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """With `grpo`: policy over sampler probability below 1 minus this is clipped where the advantage is negative."""
+    clip_high: Rate = 0.2
+    """With `grpo`: the ratio above 1 plus this is clipped where the advantage is positive."""
+    kl: Rate = 0.0
+    """With `grpo`: weight of the KL divergence from the base, whose log-probs come from a pass without the adapter."""
+    kl_correction: bool = True
+    """With `grpo`: multiply the KL term by the importance ratio, which makes its gradient that of the divergence
+    (DeepSeek-V3.2); without it as published first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_algorithm(cls, settings: Any) -> Any:
+        """Terms that an algorithm does not have are off where they are not set."""
+        if isinstance(settings, dict) and settings.get("algorithm") in ("raft", "grpo"):
+            settings = {"alpha": 0.0, "beta": 0.0, **settings}
+            if settings["algorithm"] == "raft":
+                settings = {"weights": "uniform", **settings}
+        return settings
 
 
 class RolloutRecipe(Section):
@@ -250,7 +277,8 @@ class TrainRecipe(Section):
     """Token budget of one forward and backward pass; sequences are packed into it without padding. Lowered by the
     run itself when memory runs out. Without dropout it does not change the update beyond rounding."""
     packing: bool = True
-    """Put whole sequences one behind another in a row, each attending to itself alone. Off: one at a time."""
+    """Put whole sequences one behind another in a row, each attending to itself alone. Off, and always with eager
+    attention, with a sliding window shorter than the sequences and with unsloth: one sequence at a time."""
     logits_mib: Positive = 256
     """Memory, in MiB, for the logits of one chunk of tokens and for their gradient. Does not change the update."""
     compile_loss: bool = True
@@ -339,6 +367,7 @@ def impossible_combinations(recipe: Recipe) -> Iterator[Combination]:
         yield ("lora.targets",), lora.targets, 'names no module; use "all-linear" or a list of module names'
     yield from _impossible_models(recipe)
     yield from _impossible_rollouts(recipe)
+    yield from _impossible_objectives(recipe)
     if recipe.optimizer.name == "paged_adamw8bit" and recipe.train.device == "cpu":
         why = 'paging needs a GPU; use "adamw8bit" or "adamw" on a CPU'
         yield ("optimizer.name", "train.device"), recipe.optimizer.name, why
@@ -370,10 +399,58 @@ def impossible_combinations(recipe: Recipe) -> Iterator[Combination]:
         yield ("data.system_prompt",), recipe.data.system_prompt, "is empty; leave the key out instead"
 
 
+ONLY_WITH = {
+    "negative_weight": "mixed",
+    "advantage_scaling": "grpo",
+    "length_normalization": "grpo",
+    "clip_low": "grpo",
+    "clip_high": "grpo",
+    "kl": "grpo",
+    "kl_correction": "grpo",
+}
+"""Keys of the objective that belong to one algorithm."""
+NOT_WITH_GRPO = (
+    "weights",
+    "weight_temperature",
+    "weights_from",
+    "normalizer",
+    "target",
+    "noise_sigma",
+    "entropy_over",
+    "importance_cap",
+)
+
+
+def _impossible_objectives(recipe: Recipe) -> Iterator[Combination]:
+    objective, algorithm = recipe.objective, recipe.objective.algorithm
+    defaults = ObjectiveRecipe()
+    for key, owner in ONLY_WITH.items():
+        value = getattr(objective, key)
+        if algorithm != owner and value != getattr(defaults, key):
+            yield (f"objective.{key}", "objective.algorithm"), value, f'belongs to "{owner}"; leave the key out'
+    if algorithm == "grpo":
+        for key in NOT_WITH_GRPO:
+            value = getattr(objective, key)
+            if value != getattr(defaults, key):
+                why = 'is not part of "grpo"; leave the key out'
+                yield (f"objective.{key}", "objective.algorithm"), value, why
+    off: dict[str, dict[str, float | str]] = {
+        "raft": {"alpha": 0.0, "beta": 0.0, "weights": "uniform"},
+        "grpo": {"alpha": 0.0},
+    }
+    for key, value in off.get(algorithm, {}).items():
+        if getattr(objective, key) != value:
+            wanted = f'"{value}"' if isinstance(value, str) else value
+            why = f'"{algorithm}" has no such term; set {wanted} or leave the key out, or use "popo"'
+            yield (f"objective.{key}", "objective.algorithm"), getattr(objective, key), why
+
+
 def _impossible_rollouts(recipe: Recipe) -> Iterator[Combination]:
     rollout = recipe.rollout
     if recipe.lora.dora and rollout.engine in ("vllm", "server"):
         yield ("rollout.engine", "lora.dora"), rollout.engine, 'vLLM cannot serve DoRA adapters; use "hf"'
+    if recipe.lora.rank > 512 and rollout.engine in ("vllm", "server"):
+        yield ("lora.rank", "rollout.engine"), recipe.lora.rank, 'vLLM serves adapters up to rank 512; use that or "hf"'
     if rollout.base == "nf4" and recipe.model.quantization == "none":
         why = 'would sample a 4-bit policy while another one is trained; use "dequantized"'
         yield ("rollout.base", "model.quantization"), rollout.base, why

@@ -39,9 +39,9 @@ def groups_of(trainer: Trainer, *, hopeless: int = 1) -> list[Group]:
 def update(trainer: Trainer, groups: list[Group]) -> dict[str, torch.Tensor]:
     """The stages from credit to backward of one step; the gradients, and the loss as `loss`."""
     plan = trainer.learner.credit(groups)
-    targets = trainer.learner.siamese_targets(0, plan)
+    anchors = trainer.learner.anchors(0, plan)
     clip, trainer.recipe.optimizer.__dict__["max_grad_norm"] = trainer.recipe.optimizer.max_grad_norm, 1e30
-    figures = trainer.learner.backward(plan, targets, beta=trainer.cursor.beta, advance=lambda _: None)
+    figures = trainer.learner.backward(plan, anchors, beta=trainer.cursor.beta, advance=lambda _: None)
     trainer.recipe.optimizer.__dict__["max_grad_norm"] = clip
     found = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()

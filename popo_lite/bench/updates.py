@@ -26,9 +26,9 @@ def train_once(learner: Learner, meter: Meter, step: int, groups: Sequence[Group
         plan = learner.credit(groups)
     assert plan is not None  # noqa: S101  # every step has a positive
     with meter("siamese"):
-        targets = learner.siamese_targets(step, plan)
+        anchors = learner.anchors(step, plan)
     with meter("update"):
-        figures = learner.backward(plan, targets, beta=learner.recipe.objective.beta, advance=lambda _: None)
+        figures = learner.backward(plan, anchors, beta=learner.recipe.objective.beta, advance=lambda _: None)
     with meter("step"):
         learner.apply(step, figures, learner.prepare())
         learner.optimizer.zero_grad(set_to_none=True)

@@ -1,5 +1,7 @@
 """The POPO objective, L = L_nll + alpha * L_sim + beta * L_ent, as pure functions of tensors (docs/method.md).
 
+With other algorithms their policy term stands where L_nll does.
+
 Normalisers are fixed once for an optimizer step and passed in, so a step's loss is the plain sum over its
 micro-batches, however it is cut.
 """
@@ -78,39 +80,32 @@ def noisy_target(features: Tensor, noise: Tensor, sigma: float) -> Tensor:
     return (features + sigma * rms * noise).detach()
 
 
-def token_coefficients(
-    nll_coefficient: Tensor, sequence_of_token: Tensor, normalizers: StepNormalizers, *, beta: float
-) -> tuple[Tensor, float]:
-    """(a [N], b) such that L_nll + beta * L_ent is the sum over tokens of a_t * log p_t + b * H_t.
-
-    `nll_coefficient` [B] is 0 for negatives, which are here for their entropy alone; `sequence_of_token` [N] indexes
-    the B sequences. Known before the forward pass, so the gradient can be formed in it.
-    """
-    return -nll_coefficient[sequence_of_token], -beta / normalizers.entropy_tokens
+def entropy_coefficient(normalizers: StepNormalizers, beta: float) -> float:
+    """b with beta * L_ent = sum of b * H_t over the tokens whose entropy counts."""
+    return -beta / normalizers.entropy_tokens
 
 
 def popo_loss(
     *,
-    token_loss: Tensor,
-    logps: Tensor,
-    logp_coefficients: Tensor,
-    entropies: Tensor,
+    token_gradient: Tensor,
+    policy: Tensor,
+    entropy: Tensor,
     weights: Tensor,
     predictions: Tensor | None,
     targets: Tensor | None,
     normalizers: StepNormalizers,
     alpha: float,
+    beta: float,
 ) -> LossTerms:
-    """The loss of one micro-batch of B sequences with N completion tokens in all.
+    """The loss of one micro-batch of B sequences.
 
-    `token_loss` is L_nll + beta * L_ent on the graph; `logps`, `entropies` [N] in nats and `logp_coefficients` [N]
-    (`token_coefficients`, times any weights of single tokens) report its parts. `weights` [B] are 0 for negatives;
-    `predictions` and `targets` [B, D] (the targets with their noise), or None where the similarity term is off.
+    `policy` is the policy term's value (L_nll, or GRPO's surrogate) and `entropy` the micro-batch's share of the mean
+    entropy; `token_gradient` is a scalar on the graph whose gradient is that of policy - beta * entropy, and whose value
+    need not be. `weights` [B] are 0 for negatives; `predictions` and `targets` [B, D] (the targets with their noise), or
+    None where the similarity term is off.
     """
-    nll = (logp_coefficients * logps).sum().detach()
-    entropy = -entropies.sum().detach() / normalizers.entropy_tokens
     if predictions is None or targets is None:
-        similarity = token_loss.new_zeros(())
+        similarity = token_gradient.new_zeros(())
         mean_cosine = similarity
     else:
         # Weights of a prompt sum to 1, so over the step they sum to the number of prompts with positives.
@@ -118,11 +113,13 @@ def popo_loss(
         cosines = cosine(predictions, targets).to(share.dtype)
         similarity = (share * (1 - cosines)).sum()
         mean_cosine = (share * cosines).sum().detach()
+    policy, entropy_term = policy.detach(), -entropy.detach()
+    tokens = token_gradient - token_gradient.detach() + policy + beta * entropy_term
     return LossTerms(
-        total=token_loss + alpha * similarity,
-        nll=nll,
+        total=tokens + alpha * similarity,
+        nll=policy,
         similarity=similarity,
-        entropy=entropy,
+        entropy=entropy_term,
         similarity_cosine=mean_cosine,
     )
 

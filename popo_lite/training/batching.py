@@ -1,40 +1,15 @@
-"""Which rollouts are trained on, with what coefficients, and how they are cut into micro-batches.
-
-Everything that couples the sequences of a step (weights, normalisers, noise) is fixed here, before the first
-forward pass, so that the cut cannot change the update.
-"""
+"""How the rollouts that are trained on are cut into micro-batches, rows of whole sequences without padding."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from popo_lite.objective.credit import effective_sample_size, positive_weights
-from popo_lite.objective.losses import StepNormalizers, nll_coefficients
-from popo_lite.recipe import ObjectiveRecipe
-from popo_lite.types import Group, Rollout
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSequence:
-    """One trained rollout with its coefficients: `weight` is w_i, 0 for a negative forwarded for its entropy."""
-
-    rollout: Rollout
-    weight: float
-    nll_coefficient: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepPlan:
-    """All that a step trains on. `sample_sizes` holds (effective sample size, positives) of each prompt in P+."""
-
-    sequences: tuple[TrainSequence, ...]
-    normalizers: StepNormalizers
-    sample_sizes: tuple[tuple[float, int], ...]
+from popo_lite.types import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,62 +39,15 @@ class MicroBatch:
             sizes += [length - (end - start), end - start]
         return torch.stack([part.mean(dim=0, dtype=dtype) for part in hidden.split(sizes)[1::2]])
 
+    def by_sequence(self, values: Tensor) -> tuple[Tensor, ...]:
+        """[N] values of completion tokens, sequence by sequence."""
+        sizes = [end - start for start, end in self.completions]
+        return tuple(values.split(sizes))
+
     def sequence_means(self, values: Tensor) -> Tensor:
         """[N] values of completion tokens -> their means by sequence [B]."""
         counts = values.new_tensor([end - start for start, end in self.completions])
         return values.new_zeros(len(self.members)).index_add(0, self.sequence_of_token, values) / counts
-
-
-def plan_step(
-    groups: Sequence[Group],
-    recipe: ObjectiveRecipe,
-    *,
-    mean_logps: Mapping[tuple[str, int], float],
-    max_completion_tokens: int,
-) -> StepPlan | None:
-    """What a step trains on; None where no prompt has a positive.
-
-    `mean_logps` gives the mean log-prob (nats per token) of every positive by (problem id, sample index).
-    """
-    rewarded = [(group, group.positives(recipe.reward_threshold)) for group in groups]
-    rewarded = [(group, positives) for group, positives in rewarded if positives]
-    if not rewarded:
-        return None
-    positives = [rollout for _, found in rewarded for rollout in found]
-    negatives = (
-        [r for group in groups for r in group.rollouts if r.reward.value <= recipe.reward_threshold]
-        if recipe.entropy_over == "all"
-        else []
-    )
-    lengths = [len(rollout.completion.token_ids) for rollout in positives]
-    normalizers = StepNormalizers(
-        prompts=len(rewarded),
-        positives=len(positives),
-        positive_tokens=sum(lengths),
-        entropy_tokens=sum(lengths) + sum(len(rollout.completion.token_ids) for rollout in negatives),
-        max_completion_tokens=max_completion_tokens,
-    )
-    per_prompt = [
-        positive_weights(
-            [mean_logps[rollout.prompt.problem.id, rollout.index] for rollout in found],
-            [len(rollout.completion.token_ids) for rollout in found],
-            [rollout.reward.value for rollout in found],
-            recipe,
-        )
-        for _, found in rewarded
-    ]
-    weights = torch.cat(per_prompt)
-    coefficients = nll_coefficients(weights, lengths, normalizers, recipe)
-    sequences = [
-        TrainSequence(rollout=rollout, weight=weight, nll_coefficient=coefficient)
-        for rollout, weight, coefficient in zip(positives, weights.tolist(), coefficients.tolist(), strict=True)
-    ]
-    sequences += [TrainSequence(rollout=rollout, weight=0.0, nll_coefficient=0.0) for rollout in negatives]
-    return StepPlan(
-        sequences=tuple(sequences),
-        normalizers=normalizers,
-        sample_sizes=tuple((effective_sample_size(w), len(w)) for w in per_prompt),
-    )
 
 
 def cut(rollouts: Sequence[Rollout], members: Sequence[int], *, budget_tokens: int) -> list[tuple[int, ...]]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from popo_lite.objective.chunks import chunk_tokens
 from popo_lite.objective.logprobs import token_logprobs, weighted_token_logprobs
+from popo_lite.objective.grpo import surrogate
 from popo_lite.objective.losses import (
     LossTerms,
+    entropy_coefficient,
     noisy_target,
     popo_loss,
-    token_coefficients,
     truncated_importance,
 )
 from popo_lite.policy.policy import Policy
@@ -21,10 +23,29 @@ from popo_lite.policy.siamese import Siamese
 from popo_lite.recipe import Recipe
 from popo_lite.seeding import stream_seed
 from popo_lite.training.backoff import MicroBatches
-from popo_lite.training.batching import MicroBatch, StepPlan, plan_step
+from popo_lite.training.batching import MicroBatch
+from popo_lite.training.credit import StepPlan, plan_step
 from popo_lite.training.metrics import MicroBatchFigures, UpdateFigures
 from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, move_state, set_learning_rate
 from popo_lite.types import Group, Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchors:
+    """`targets` [S, D] of a plan's S sequences, and each one's `reference_logps`; None for what is off."""
+
+    targets: Tensor | None
+    reference_logps: Sequence[Tensor] | None
+
+    def targets_of(self, batch: MicroBatch) -> Tensor | None:
+        """The targets [B, D] of a micro-batch."""
+        return None if self.targets is None else self.targets[list(batch.members)]
+
+    def reference_of(self, batch: MicroBatch) -> Tensor | None:
+        """The reference log-probs [N] of a micro-batch's completion tokens."""
+        if self.reference_logps is None:
+            return None
+        return torch.cat([self.reference_logps[member] for member in batch.members])
 
 
 class Learner:
@@ -59,8 +80,12 @@ class Learner:
             max_completion_tokens=self.recipe.rollout.max_completion_tokens,
         )
 
+    def anchors(self, step: int, plan: StepPlan) -> Anchors:
+        """What the update holds the policy against: the siamese's targets, and the base's log-probs."""
+        return Anchors(targets=self._siamese_targets(step, plan), reference_logps=self._reference_logps(plan))
+
     @torch.no_grad()
-    def siamese_targets(self, step: int, plan: StepPlan) -> Tensor | None:
+    def _siamese_targets(self, step: int, plan: StepPlan) -> Tensor | None:
         """The noisy targets [S, D] of the plan's sequences; None where the similarity term is off."""
         objective = self.recipe.objective
         if objective.alpha == 0:
@@ -81,8 +106,20 @@ class Learner:
             self.micro_batches.run(rollouts, learn, stage="siamese")
         return targets
 
+    def _reference_logps(self, plan: StepPlan) -> list[Tensor] | None:
+        """Each sequence's log-probs under the base, which is the policy without its adapter; None without a KL term."""
+        if self.recipe.objective.kl == 0:
+            return None
+        found: list[Tensor | None] = [None] * len(plan.sequences)
+        with self.policy.model.disable_adapter():
+            scored = self._scored([sequence.rollout for sequence in plan.sequences], stage="reference")
+        for batch, logps in scored:
+            for member, part in zip(batch.members, batch.by_sequence(logps), strict=True):
+                found[member] = part
+        return [part for part in found if part is not None]
+
     def backward(
-        self, plan: StepPlan, targets: Tensor | None, *, beta: float, advance: Callable[[int], None]
+        self, plan: StepPlan, anchors: Anchors, *, beta: float, advance: Callable[[int], None]
     ) -> UpdateFigures:
         """Clipped gradients, summed over micro-batches; the sum is the step's whatever the cut.
 
@@ -95,7 +132,7 @@ class Learner:
 
         def learn(batch: MicroBatch) -> None:
             try:
-                terms, ratios = self._loss(plan, batch, targets, beta)
+                terms, ratios = self._loss(plan, batch, anchors, beta)
                 terms.total.backward()
                 share = MicroBatchFigures.of(terms, ratios)
                 # From here nothing asks for memory: the step's sums stand apart from the running micro-batch's, so one
@@ -135,6 +172,7 @@ class Learner:
             move_state(self.optimizer, torch.device("cpu"))
         torch._foreach_sub_(before, [parameter.detach() for _, parameter in self.policy.trainable_parameters()])
         figures.update_norm = float(torch.stack(torch._foreach_norm(before)).double().norm())
+        before.clear()  # or the caller's list would hold them while the rollout engine wakes
         self.siamese.update(figures.update_norm)
         self.policy.version += 1
 
@@ -151,7 +189,7 @@ class Learner:
         return means
 
     @torch.no_grad()
-    def _scored(self, rollouts: Sequence[Rollout]) -> list[tuple[MicroBatch, Tensor]]:
+    def _scored(self, rollouts: Sequence[Rollout], *, stage: str = "weights") -> list[tuple[MicroBatch, Tensor]]:
         """Micro-batches of `rollouts` with the policy's log-probs [N] of their completion tokens."""
         self.policy.model.eval()
         found: list[tuple[MicroBatch, Tensor]] = []
@@ -163,7 +201,7 @@ class Learner:
             )
             found.append((batch, logps))
 
-        self.micro_batches.run(rollouts, score, stage="weights")
+        self.micro_batches.run(rollouts, score, stage=stage)
         return found
 
     def _noise(self, step: int, rollout: Rollout, like: Tensor) -> Tensor:
@@ -173,43 +211,65 @@ class Learner:
         )
         return torch.randn(like.shape[-1], generator=source, dtype=torch.float64).to(like)
 
-    def _loss(self, plan: StepPlan, batch: MicroBatch, targets: Tensor | None, beta: float) -> tuple[LossTerms, Tensor]:
+    def _loss(self, plan: StepPlan, batch: MicroBatch, anchors: Anchors, beta: float) -> tuple[LossTerms, Tensor]:
         """The micro-batch's terms, and policy minus sampler log-probs [N]."""
-        cap = self.recipe.objective.importance_cap
+        objective, head = self.recipe.objective, self.policy.head
         members = [plan.sequences[member] for member in batch.members]
         hidden = self.policy.hidden_states(batch.input_ids, batch.lengths)
-        nll_coefficient = hidden.new_tensor(
-            [member.nll_coefficient for member in members], dtype=self.policy.head.compute_dtype
+
+        def by_sequence(values: Sequence[float]) -> Tensor:
+            return hidden.new_tensor(values, dtype=head.compute_dtype)
+
+        coefficients = by_sequence([member.coefficient for member in members])[batch.sequence_of_token]
+        entropy_share = by_sequence([float(member.counts_in_entropy) for member in members])[batch.sequence_of_token]
+        per_token = self._policy_term(
+            batch, by_sequence([member.advantage for member in members]), anchors.reference_of(batch)
         )
-        logp_coefficients, entropy_coefficient = token_coefficients(
-            nll_coefficient, batch.sequence_of_token, plan.normalizers, beta=beta
-        )
-        # Known before the pass, up to importance weights of which each needs its own token's log-prob alone: the
-        # gradient is formed in the forward pass, and no chunk of logits is computed twice.
+        # Each token's slope needs its own log-prob alone, so the gradient is formed in the forward pass, when its chunk's
+        # log-probs are known, and no chunk of logits is computed twice.
         terms = weighted_token_logprobs(
             hidden.index_select(0, batch.predicting),
             batch.targets,
-            self.policy.head,
-            logp_coefficients=logp_coefficients,
-            entropy_coefficients=entropy_coefficient,
-            factor=None
-            if cap is None
-            else lambda logps, part: truncated_importance(logps - batch.sampler_logps[part], cap),
+            head,
+            logp_coefficients=coefficients,
+            entropy_coefficients=entropy_coefficient(plan.normalizers, beta) * entropy_share,
+            factor=lambda logps, part: per_token(logps, part)[1],
             chunk=self._chunk,
             compile_rows=self._compile_rows,
         )
-        ratios = terms.logps - batch.sampler_logps
+        values, _ = per_token(terms.logps, slice(None))
+        targets = anchors.targets_of(batch)
         loss = popo_loss(
-            token_loss=terms.total,
-            logps=terms.logps,
-            logp_coefficients=logp_coefficients
-            if cap is None
-            else logp_coefficients * truncated_importance(ratios, cap),
-            entropies=terms.entropies,
-            weights=nll_coefficient.new_tensor([member.weight for member in members]),
+            token_gradient=terms.total,
+            policy=(coefficients * values).sum(),
+            entropy=(entropy_share * terms.entropies).sum() / plan.normalizers.entropy_tokens,
+            weights=by_sequence([member.weight for member in members]),
             predictions=None if targets is None else self.policy.predictor(batch.mean_features(hidden)),
-            targets=None if targets is None else targets[list(batch.members)],
+            targets=targets,
             normalizers=plan.normalizers,
-            alpha=self.recipe.objective.alpha,
+            alpha=objective.alpha,
+            beta=beta,
         )
-        return loss, ratios
+        return loss, terms.logps - batch.sampler_logps
+
+    def _policy_term(
+        self, batch: MicroBatch, advantages: Tensor, reference_logps: Tensor | None
+    ) -> Callable[[Tensor, slice], tuple[Tensor, Tensor]]:
+        """(log-probs of some tokens, which they are) -> (what their coefficients multiply, its slope): detached."""
+        objective = self.recipe.objective
+        if objective.algorithm == "grpo":
+            of_token = advantages[batch.sequence_of_token]
+
+            def by_advantage(logps: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+                reference = None if reference_logps is None else reference_logps[part]
+                return surrogate(logps, batch.sampler_logps[part], of_token[part], reference, objective)
+
+            return by_advantage
+
+        def by_likelihood(logps: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            if objective.importance_cap is None:
+                return logps, torch.ones_like(logps)
+            weights = truncated_importance(logps - batch.sampler_logps[part], objective.importance_cap)
+            return weights * logps, weights
+
+        return by_likelihood

@@ -41,9 +41,9 @@ from popo_lite.samplers import SamplingParams, open_sampler, pick_engine
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.training.batching import StepPlan
 from popo_lite.training.checkpoint import Cursor, latest_checkpoint, load_checkpoint, save_checkpoint
 from popo_lite.training.collect import Budget, collect
+from popo_lite.training.credit import StepPlan, nothing_to_learn
 from popo_lite.training.history import Choice, choose_problems, remember
 from popo_lite.training.interrupt import Interrupts, StopRequested
 from popo_lite.training.learner import Learner
@@ -179,15 +179,15 @@ class Trainer:
             self.sampler.sleep()
             plan = self.learner.credit(groups)
         figures: UpdateFigures | None = None
-        skipped: str | None = "no prompt had a positive"
+        skipped: str | None = nothing_to_learn(self.recipe.objective)
         if plan is not None:
             # Before any graph exists: the averaged weights stand where the trained ones do.
             with clock("siamese"):
-                targets = self.learner.siamese_targets(step, plan)
+                anchors = self.learner.anchors(step, plan)
             with clock("update", total=len(plan.sequences)):
                 # All that torch draws in a step (LoRA dropout) follows from the step, so a resumed run needs no state.
                 torch.manual_seed(stream_seed("step", self.recipe.train.seed, step))
-                figures = self.learner.backward(plan, targets, beta=self.cursor.beta, advance=self._advance)
+                figures = self.learner.backward(plan, anchors, beta=self.cursor.beta, advance=self._advance)
                 self.guard.check(step, figures.gap_mean)
                 if math.isfinite(figures.grad_norm):
                     skipped = None

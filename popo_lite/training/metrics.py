@@ -16,7 +16,7 @@ from torch import Tensor
 from popo_lite.console.base import RunView
 from popo_lite.objective.losses import LossTerms
 from popo_lite.tasks.base import Task
-from popo_lite.training.batching import StepPlan
+from popo_lite.training.credit import StepPlan
 from popo_lite.types import FinishReason, Group, SampleView, count_outcomes
 
 
@@ -187,8 +187,8 @@ def update_figures(
         "loss_entropy": figures.entropy_term,
         "entropy": figures.entropy,
         "entropy_over_start": figures.entropy / start_entropy if start_entropy else None,
-        "effective_sample_size": statistics.fmean(size for size, _ in plan.sample_sizes),
-        "effective_sample_share": statistics.fmean(size / count for size, count in plan.sample_sizes),
+        "effective_sample_size": _mean([size for size, _ in plan.sample_sizes]),
+        "effective_sample_share": _mean([size / count for size, count in plan.sample_sizes]),
         "siamese_cosine": figures.cosine if similarity_on else None,
         **figures.gap_figures(),
         "grad_norm": figures.grad_norm,
@@ -196,6 +196,10 @@ def update_figures(
         "trained_tokens": sum(sequence.rollout.tokens for sequence in plan.sequences),
         "micro_batches": figures.micro_batches,
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def sampler_summary(engine: str, swap_seconds: Sequence[float], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

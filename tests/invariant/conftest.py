@@ -40,9 +40,10 @@ def trainer(phi, tiny_recipe):
     opened = []
 
     def make(*overrides: str) -> Trainer:
+        beta = [] if "objective.algorithm=raft" in overrides else ["objective.beta=0.05"]
         recipe = tiny_recipe(
             f'model.id="{phi}"', 'model.quantization="none"', 'model.dtype="float64"', "eval.problems=0",
-            "objective.beta=0.05", "train.tokens_per_microbatch=1000000", *overrides,
+            *beta, "train.tokens_per_microbatch=1000000", *overrides,
         )  # fmt: skip
         found = Trainer(recipe, SilentView())
         opened.append(found)

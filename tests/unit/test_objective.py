@@ -12,11 +12,11 @@ from popo_lite.objective.credit import effective_sample_size, positive_weights
 from popo_lite.objective.losses import (
     StepNormalizers,
     cosine,
+    entropy_coefficient,
     nll_coefficients,
     noisy_target,
     popo_loss,
     steered_beta,
-    token_coefficients,
 )
 from popo_lite.policy.siamese import Siamese
 from popo_lite.recipe import ObjectiveRecipe
@@ -77,8 +77,9 @@ def test_normalizers(normalizer, expected):
 
 def hand_case(**changes):
     case = {
-        "logps": torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64),
-        "entropies": torch.tensor([0.5, 0.7, 0.9], dtype=torch.float64),
+        "token_gradient": torch.tensor(-7.0, dtype=torch.float64, requires_grad=True),  # only its gradient counts
+        "policy": torch.tensor(2.25, dtype=torch.float64),
+        "entropy": torch.tensor(0.7, dtype=torch.float64),
         "weights": torch.tensor([0.5, 1.5], dtype=torch.float64),
         "predictions": torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64),
         "targets": torch.tensor([[0.0, 2.0], [3.0, 3.0]], dtype=torch.float64),
@@ -86,16 +87,14 @@ def hand_case(**changes):
             prompts=2, positives=2, positive_tokens=3, entropy_tokens=3, max_completion_tokens=9
         ),
         "alpha": 0.1,
+        "beta": 0.01,
     }
-    nll_coefficient = torch.tensor([0.25, 0.5], dtype=torch.float64)
-    a, b = token_coefficients(nll_coefficient, torch.tensor([0, 0, 1]), case["normalizers"], beta=0.01)
-    token_loss = (a * case["logps"] + b * case["entropies"]).sum()
-    return popo_loss(**{**case, "token_loss": token_loss, "logp_coefficients": a, **changes})
+    return popo_loss(**{**case, **changes})
 
 
 def test_loss_by_hand():
     terms = hand_case()
-    assert float(terms.nll) == pytest.approx(0.25 * 3 + 0.5 * 3)
+    assert float(terms.nll) == pytest.approx(2.25)
     assert float(terms.similarity) == pytest.approx(0.5 / 2 * 1 + 1.5 / 2 * 0, abs=1e-12)
     assert float(terms.entropy) == pytest.approx(-0.7)
     assert float(terms.similarity_cosine) == pytest.approx(0.75)
@@ -151,18 +150,18 @@ def test_theorem_3_1():
         normalizers = StepNormalizers(
             prompts=1, positives=3, positive_tokens=3, entropy_tokens=1, max_completion_tokens=1
         )
-        a, b = token_coefficients(weights, torch.arange(3), normalizers, beta=beta)
-        entropies = -(logp.exp() * logp).sum()[None]
+        entropy = -(logp.exp() * logp).sum()
+        policy = -(weights * logp[positives]).sum()
         terms = popo_loss(
-            token_loss=(a * logp[positives]).sum() + b * entropies.sum(),
-            logps=logp[positives],
-            logp_coefficients=a,
-            entropies=entropies,
+            token_gradient=policy + entropy_coefficient(normalizers, beta) * entropy,
+            policy=policy,
+            entropy=entropy,
             weights=weights,
             predictions=None,
             targets=None,
             normalizers=normalizers,
             alpha=0.0,
+            beta=beta,
         )
         assert float(terms.total.detach()) == pytest.approx(float(terms.nll) + beta * float(terms.entropy))
         (gradient,) = torch.autograd.grad(terms.total, logits)

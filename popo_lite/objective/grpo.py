@@ -1,0 +1,53 @@
+"""GRPO's loss per token: clipped importance ratios times group-relative advantages, and KL to a reference.
+
+    l = -min(r A, clip(r, 1 - low, 1 + high) A) + kl * r * (exp(q - p) - (q - p) - 1)
+
+(the second r only with `kl_correction`) with p, o and q the policy's, the sampler's and the reference's log-prob of the token and r = exp(p - o). The loss of a
+step is the sum of c_t * l_t, with coefficients c_t that `length_normalization` fixes before the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from popo_lite.recipe import ObjectiveRecipe
+
+
+def surrogate(
+    logps: Tensor, sampler_logps: Tensor, advantages: Tensor, reference_logps: Tensor | None, recipe: ObjectiveRecipe
+) -> tuple[Tensor, Tensor]:
+    """(l, dl/dp) of each token; all [N], detached. `reference_logps` is None where `recipe.kl` is 0.
+
+    The derivative needs no log-prob but the token's own, so the chunked loss can form its gradient in the forward pass.
+    """
+    logps = logps.detach()
+    ratios = (logps - sampler_logps).exp()
+    plain = ratios * advantages
+    clipped = ratios.clamp(1 - recipe.clip_low, 1 + recipe.clip_high) * advantages
+    losses = -torch.minimum(plain, clipped)
+    # The clipped form is a constant; inside the bounds both are the same and have the same slope.
+    slopes = torch.where(plain <= clipped, -plain, 0.0)
+    if reference_logps is not None:
+        excess = (reference_logps - logps).exp()
+        divergence, slope = excess - (reference_logps - logps) - 1, 1 - excess
+        if recipe.kl_correction:
+            divergence, slope = ratios * divergence, ratios * (divergence + slope)
+        losses = losses + recipe.kl * divergence
+        slopes = slopes + recipe.kl * slope
+    return losses, slopes
+
+
+def length_coefficients(
+    lengths: Sequence[int], *, max_completion_tokens: int, sequences: int, tokens: int, normalization: str
+) -> list[float]:
+    """c of the tokens of each sequence, `lengths` in completion tokens.
+
+    `sequences` and `tokens` count all graded answers of the step, also those whose advantage is 0.
+    """
+    if normalization == "sequence":
+        return [1 / (sequences * length) for length in lengths]
+    whole = tokens if normalization == "token" else sequences * max_completion_tokens
+    return [1 / whole] * len(lengths)
