@@ -11,6 +11,7 @@ import torch
 
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import LoraRecipe, ModelRecipe
+from popo_lite.tasks.rendering import keeps_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,13 +49,14 @@ def model_source(recipe: ModelRecipe) -> str:
 
 def load_tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a PAD token where it has none (EOS serves; padding is masked everywhere)."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     quiet_libraries()
+    options: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model_source(recipe), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_source(recipe), **options)
+        if not keeps_text(tokenizer):  # its tokenizer.json as it stands
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(model_source(recipe), **options)
     except (OSError, ValueError) as error:
         raise _not_loaded(recipe, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:

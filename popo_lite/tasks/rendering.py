@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from jinja2 import TemplateError
+
 from popo_lite.errors import DataError, ModelError
 from popo_lite.recipe import Recipe
 from popo_lite.types import Problem, Prompt
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedTokenizerBase
+
+
+PROBE = "17 + 25\n= 42"
+"""What a tokenizer has to give back as it was: spaces and line breaks carry meaning in mathematics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,13 @@ class Renderer:
                 next_step="set data.chat_template to a Jinja template, for a base model for instance "
                 '"{% for m in messages %}{{ m.content }}\\n{% endfor %}"',
             )
+        if not keeps_text(self.tokenizer):
+            raise ModelError(
+                f"the tokenizer of {self.tokenizer.name_or_path}, loaded as {type(self.tokenizer).__name__}, loses "
+                "spaces or line breaks",
+                where="model.id",
+                next_step="mathematics cannot be asked through it; use another model",
+            )
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Renderer:
@@ -48,13 +61,22 @@ class Renderer:
         messages: list[dict[str, Any]] = [dict(message) for message in problem.messages]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        ids = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        except TemplateError as error:
+            raise ModelError(
+                f"the chat template does not take the roles {', '.join(message['role'] for message in messages)}: "
+                f"{error}",
+                where="data.chat_template" if self.chat_template else f"the tokenizer of {self.tokenizer.name_or_path}",
+                next_step="leave out data.system_prompt where it is the system message, or set data.chat_template to a "
+                "template that takes them",
+            ) from error
         return tuple(cast("list[int]", ids))
 
     def fits(self, problem: Problem) -> bool:
@@ -75,3 +97,12 @@ class Renderer:
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of a completion without special tokens."""
         return cast("str", self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def keeps_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """False where text comes back from the tokenizer without its spaces or line breaks.
+
+    transformers 5 takes byte-level tokenizers that are registered as LlamaTokenizer, DeepSeek's among them, for
+    SentencePiece ones and replaces their pre-tokenizer, silently (huggingface/transformers issue 48206).
+    """
+    return str(tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False))).strip() == PROBE

@@ -1,0 +1,94 @@
+"""Every recipe that ships: it loads, its plan fits the card that it is made for, and a pair compares one thing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from popo_lite.planning import advice_for, load_shape, plan_memory
+from popo_lite.planning.shapes import KNOWN_CONFIGS
+from popo_lite.recipe import Recipe
+from popo_lite.recipe_file import dump_recipe, load_recipe, shipped_recipes
+
+GIB = 2**30
+MODELS = {
+    "qwen_1_5b": "Qwen/Qwen2.5-Math-1.5B",
+    "qwen_7b": "Qwen/Qwen2.5-Math-7B",
+    "r1_distill_1_5b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "r1_distill_7b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+    "llama_8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "deepseek_math_7b": "deepseek-ai/deepseek-math-7b-instruct",
+}
+GPU_RECIPES = [f"{name}_{kind}" for name in MODELS for kind in ("lora", "grpo")]
+
+
+def settings(recipe: Recipe) -> dict[str, object]:
+    """Every setting by its full name."""
+    return {f"{name}.{key}": value for name, section in recipe.to_dict().items() for key, value in section.items()}
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_recipe_loads_and_its_plan_fits_24_gib(name, tmp_path):
+    recipe = load_recipe(shipped_recipes()[name])
+    plan = plan_memory(recipe, load_shape(recipe.model), vram_bytes=24 * GIB)
+    assert plan.fits
+    assert advice_for(recipe, load_shape(recipe.model), 24 * GIB).overrides == ()
+    # A run folder's recipe.toml is a dump; chat templates have many lines.
+    (tmp_path / "again.toml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "again.toml") == recipe
+
+
+def test_twelve_recipes_are_for_a_gpu():
+    at_top = {name for name in shipped_recipes() if "/" not in name}
+    assert {name for name in at_top if load_recipe(name).model.id != "tiny"} == set(GPU_RECIPES)
+    assert len(GPU_RECIPES) == 12
+    for name in GPU_RECIPES:
+        recipe = load_recipe(name)
+        assert recipe.model.id == MODELS[name.rpartition("_")[0]]
+        assert recipe.model.id in KNOWN_CONFIGS  # planned without a network
+        assert recipe.model.quantization == "nf4"
+        assert recipe.objective.algorithm == ("grpo" if name.endswith("_grpo") else "popo")
+
+
+@pytest.mark.parametrize("name", GPU_RECIPES)
+def test_there_is_room_for_the_whole_answer_and_to_spare(name):
+    recipe = load_recipe(name)
+    shape = load_shape(recipe.model)
+    plan = plan_memory(recipe, shape, vram_bytes=24 * GIB)
+    assert plan.sequence_tokens <= plan.context_tokens
+    assert plan.sequence_tokens <= plan.longest_tokens
+    assert plan.sequences_at_once >= recipe.rollout.group_size
+    assert plan.peak.total_bytes <= 22 * GIB  # a 24 GB card rarely has all of it to give
+    assert recipe.optimizer.learning_rate > 1e-6  # LoRA's, not that of full fine-tuning
+
+
+@pytest.mark.parametrize("name", [name for name in GPU_RECIPES if name.startswith("r1_")])
+def test_models_that_think_long_are_let_think(name):
+    recipe = load_recipe(name)
+    assert recipe.rollout.max_prompt_tokens + recipe.rollout.max_completion_tokens >= 16384
+    assert recipe.data.system_prompt is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_popo_and_grpo_differ_in_the_objective_alone(name):
+    popo, grpo = (settings(load_recipe(f"{name}_{kind}")) for kind in ("lora", "grpo"))
+    differing = {key for key in popo.keys() | grpo.keys() if popo.get(key) != grpo.get(key)}
+    assert "objective.algorithm" in differing
+    assert {key.partition(".")[0] for key in differing} <= {"objective", "siamese"}
+    assert 0.01 <= grpo["objective.kl"] <= 0.1  # the published baseline's
+
+
+def test_longer_thinking_than_shipped_is_what_the_comment_says():
+    """r1_distill_7b: 32,768 tokens do not fit, and do with activations on the host."""
+    longer = ("rollout.max_completion_tokens=32256", "train.tokens_per_microbatch=32768")
+    for more, fits in (((), False), (("train.offload_activations=true",), True)):
+        recipe = load_recipe("r1_distill_7b_lora", (*longer, *more))
+        assert plan_memory(recipe, load_shape(recipe.model), vram_bytes=24 * GIB).fits is fits
+
+
+@pytest.mark.parametrize("name", [name for name in GPU_RECIPES if load_recipe(name).rollout.base == "nf4"])
+def test_a_16_bit_engine_would_not_fit_beside_a_7b_trainer(name):
+    recipe = load_recipe(name, ("rollout.base=dequantized",))
+    plan = plan_memory(recipe, load_shape(recipe.model), vram_bytes=24 * GIB)
+    assert not plan.fits or plan.sequences_at_once < recipe.rollout.group_size, json.dumps(plan.as_json())
