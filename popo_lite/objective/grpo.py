@@ -2,8 +2,9 @@
 
     l = -min(r A, clip(r, 1 - low, 1 + high) A) + kl * r * (exp(q - p) - (q - p) - 1)
 
-(the second r only with `kl_correction`) with p, o and q the policy's, the sampler's and the reference's log-prob of the token and r = exp(p - o). The loss of a
-step is the sum of c_t * l_t, with coefficients c_t that `length_normalization` fixes before the pass.
+with p, o and q the policy's, the sampler's and the reference's log-prob of the token and r = exp(p - o); the second r
+only with `kl_correction`. The loss of a step is the sum of c_t * l_t, with coefficients c_t that `length_normalization`
+fixes before the pass.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def surrogate(
 def length_coefficients(
     lengths: Sequence[int], *, max_completion_tokens: int, sequences: int, tokens: int, normalization: str
 ) -> list[float]:
-    """c of the tokens of each sequence, `lengths` in completion tokens.
+    """C of the tokens of each sequence, `lengths` in completion tokens.
 
     `sequences` and `tokens` count all graded answers of the step, also those whose advantage is 0.
     """

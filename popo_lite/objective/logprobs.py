@@ -92,6 +92,10 @@ class Statistics(NamedTuple):
         """H = log S - E / S, in nats."""
         return self.sums.log() - self.means
 
+    def of(self, tokens: slice) -> Statistics:
+        """Those of some tokens, sharing memory."""
+        return Statistics(*(whole[tokens] for whole in self))
+
 
 def _scores(raw: Tensor, scale: float, softcap: float | None, temperature: float) -> Tensor:
     """The scores z = f(u) / T; `raw` itself where f / T is the identity."""
@@ -208,9 +212,14 @@ class _Pass:
         return raw if self.head.bias is None else raw.add_(self.head.bias)
 
     def statistics(self, raw: Tensor) -> Statistics:
-        """m, S and E / S of a chunk."""
-        blocks = [self.row_statistics(block, *self.rule) for block in raw.split(self.block)]
-        return Statistics(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+        """The statistics of a chunk."""
+        # Block by block into one tensor: small ones that outlive a block would keep a CPU's allocator from using the
+        # memory of its temporaries again.
+        found = Statistics(*raw.new_empty(3, len(raw)))
+        for part in _slices(len(raw), self.block):
+            for whole, piece in zip(found, self.row_statistics(raw[part], *self.rule), strict=True):
+                whole[part] = piece
+        return found
 
     def picked(self, raw: Tensor, targets: Tensor, found: Statistics) -> Tensor:
         """The targets' log-probs [n] of a chunk."""
@@ -253,13 +262,13 @@ class _Recomputed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         walk = _Pass(head, len(hidden), chunk, compile_rows)
         logps = hidden.new_empty(len(hidden), dtype=head.compute_dtype)
-        found = Statistics(*(torch.empty_like(logps) for _ in range(3)))
+        found = Statistics(*logps.new_empty(3, len(hidden)))
         for part in walk.chunks():
             raw = walk.fill(hidden[part])
             statistics = walk.statistics(raw)
             logps[part] = walk.picked(raw, targets[part], statistics)
-            for whole, piece in zip(found, statistics, strict=True):
-                whole[part] = piece
+            for whole, piece in zip(found.of(part), statistics, strict=True):
+                whole.copy_(piece)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, targets, *found)
         ctx.head, ctx.chunk, ctx.compile_rows = head, chunk, compile_rows
@@ -268,14 +277,14 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, targets, *found = ctx.saved_tensors
+        hidden, targets, *kept = ctx.saved_tensors
         head: Head = ctx.head
         walk = _Pass(head, len(hidden), ctx.chunk, ctx.compile_rows)
         grad_hidden = torch.empty(hidden.shape, dtype=head.weight.dtype, device=hidden.device)
         for part in walk.chunks():
             a, b = (None if grad is None else grad[part] for grad in (grad_logps, grad_entropies))
-            statistics = Statistics(*(whole[part] for whole in found))
-            walk.gradient(walk.fill(hidden[part]), targets[part], statistics, a, b, out=grad_hidden[part])
+            raw = walk.fill(hidden[part])
+            walk.gradient(raw, targets[part], Statistics(*kept).of(part), a, b, out=grad_hidden[part])
         return grad_hidden.to(hidden.dtype), None, None, None, None
 
 
@@ -374,6 +383,30 @@ def weighted_token_logprobs(
     arguments = (hidden, targets, head, a, b, factor, chunk, compile_rows, differentiate)
     total, logps, entropies = _Weighted.apply(*arguments)  # type: ignore[no-untyped-call]
     return TokenTerms(total=total, logps=logps, entropies=entropies)
+
+
+def refuse_without_compiler(head: Head) -> None:
+    """Compile the row-wise part once. Raises ModelError where torch.compile does not work on this machine."""
+    hidden = head.weight.new_zeros(8, head.weight.shape[1]).requires_grad_()
+    targets = torch.zeros(8, dtype=torch.long, device=hidden.device)
+    try:
+        weighted_token_logprobs(
+            hidden,
+            targets,
+            head,
+            logp_coefficients=head.weight.new_ones(8),
+            entropy_coefficients=1.0,
+            compile_rows=True,
+        )
+    except Exception as error:  # what a missing or broken compiler raises has many types
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"torch.compile does not work here: {reason}",
+            where="train.compile_loss = true",
+            next_step="install a C compiler (gcc), or --set train.compile_loss=false",
+        ) from error
 
 
 def naive_token_logprobs(hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:

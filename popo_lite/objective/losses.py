@@ -81,7 +81,7 @@ def noisy_target(features: Tensor, noise: Tensor, sigma: float) -> Tensor:
 
 
 def entropy_coefficient(normalizers: StepNormalizers, beta: float) -> float:
-    """b with beta * L_ent = sum of b * H_t over the tokens whose entropy counts."""
+    """B with beta * L_ent = sum of b * H_t over the tokens whose entropy counts."""
     return -beta / normalizers.entropy_tokens
 
 
@@ -100,9 +100,9 @@ def popo_loss(
     """The loss of one micro-batch of B sequences.
 
     `policy` is the policy term's value (L_nll, or GRPO's surrogate) and `entropy` the micro-batch's share of the mean
-    entropy; `token_gradient` is a scalar on the graph whose gradient is that of policy - beta * entropy, and whose value
-    need not be. `weights` [B] are 0 for negatives; `predictions` and `targets` [B, D] (the targets with their noise), or
-    None where the similarity term is off.
+    entropy; `token_gradient` is a scalar on the graph whose gradient is that of policy - beta * entropy, and whose
+    value need not be. `weights` [B] are 0 for negatives; `predictions` and `targets` [B, D] (the targets with their
+    noise), or None where the similarity term is off.
     """
     if predictions is None or targets is None:
         similarity = token_gradient.new_zeros(())

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from popo_lite.objective.chunks import chunk_tokens
-from popo_lite.objective.logprobs import token_logprobs, weighted_token_logprobs
 from popo_lite.objective.grpo import surrogate
+from popo_lite.objective.logprobs import refuse_without_compiler, token_logprobs, weighted_token_logprobs
 from popo_lite.objective.losses import (
     LossTerms,
     entropy_coefficient,
@@ -62,6 +62,8 @@ class Learner:
         )
         self._chunk = chunk_tokens(policy.head.weight.shape[0], memory_bytes=recipe.train.logits_mib * 2**20)
         self._compile_rows = recipe.train.compile_loss and policy.device.type == "cuda"
+        if self._compile_rows:
+            refuse_without_compiler(policy.head)  # now, and not after the first step's rollouts
 
     def credit(self, groups: Sequence[Group]) -> StepPlan | None:
         """Weights on whole groups, from the sampler's log-probs or from a no-grad pass over the positives."""
@@ -225,8 +227,8 @@ class Learner:
         per_token = self._policy_term(
             batch, by_sequence([member.advantage for member in members]), anchors.reference_of(batch)
         )
-        # Each token's slope needs its own log-prob alone, so the gradient is formed in the forward pass, when its chunk's
-        # log-probs are known, and no chunk of logits is computed twice.
+        # Each token's slope needs its own log-prob alone, so the gradient is formed in the forward pass, when the
+        # log-probs of its chunk are known, and no chunk of logits is computed twice.
         terms = weighted_token_logprobs(
             hidden.index_select(0, batch.predicting),
             batch.targets,

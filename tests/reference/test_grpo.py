@@ -13,13 +13,12 @@ from popo_lite.policy.policy import load_policy
 from popo_lite.training.learner import Learner
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
 
-
 G, PROMPTS, LONGEST = 4, 3, 14
 REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.2, 0.9, 0.5, 0.0], [1.0, 1.0, 1.0, 1.0]]
 
 
 def rollouts_of(policy):
-    """Random answers of unequal lengths, with sampler log-probs far enough from the policy's to be clipped both ways."""
+    """Random answers of unequal lengths, with sampler log-probs far enough from the policy's to clip both ways."""
     torch.manual_seed(11)
     found = []
     for number in range(PROMPTS):

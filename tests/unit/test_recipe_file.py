@@ -67,7 +67,24 @@ def faults_of(source: str | Path, *overrides: str) -> list[str]:
         ("[model]\nid = 1979-05-27", "model.id = 1979-05-27: must be text"),
         ("[objective]\nbeta = nan", "objective.beta = nan: must be a finite number, at least 0"),
         ("[objective]\ntarget_entropy = 0", "objective.target_entropy = 0: must be above 0"),
-        ('[objective]\nalgorithm = "grpo"', 'objective.algorithm = "grpo": must be "popo"'),
+        (
+            '[objective]\nalgorithm = "ppo"',
+            'objective.algorithm = "ppo": must be one of "popo", "raft", "mixed", "grpo"',
+        ),
+        ('[objective]\nkl = 0.1', 'objective.kl = 0.1: belongs to "grpo"; leave the key out'),
+        (
+            '[objective]\nalgorithm = "grpo"\nalpha = 0.1',
+            'objective.alpha = 0.1: "grpo" has no such term; set 0.0 or leave the key out, or use "popo"',
+        ),
+        (
+            '[objective]\nalgorithm = "grpo"\nnoise_sigma = 0.1',
+            'objective.noise_sigma = 0.1: is not part of "grpo"; leave the key out',
+        ),
+        (
+            '[objective]\nalgorithm = "raft"\nweights = "mean_logprob"',
+            'objective.weights = "mean_logprob": "raft" has no such term; set "uniform" or leave the key out, or use '
+            '"popo"',
+        ),
         ("[data]\nlimit = 0", "data.limit = 0: must be at least 1"),
         ("[rollout]\ngroup_size = 1", "rollout.group_size = 1: must be at least 2"),
         (
@@ -266,7 +283,8 @@ def test_a_file_wins_over_a_shipped_recipe(write: Write, tmp_path: Path) -> None
 def test_every_shipped_recipe_loads_and_says_what_it_is_and_how_to_run_it() -> None:
     shipped = shipped_recipes()
     folder = Path(__file__).parents[2] / "recipes"
-    assert {path.resolve() for path in shipped.values()} == {path.resolve() for path in folder.rglob("*.toml")}
+    recipes = set(folder.rglob("*.toml")) - set((folder / "ablations").rglob("*.toml"))
+    assert {path.resolve() for path in shipped.values()} == {path.resolve() for path in recipes}
     assert {"tiny_cpu", "qwen_1_5b_lora", "template"} <= shipped.keys()
     for name, path in shipped.items():
         load_recipe(name)
@@ -348,7 +366,19 @@ def test_dumping_and_loading_gives_the_same_recipe(tmp_path: Path) -> None:
             if value != getattr(getattr(default, name), key)
         }
     every = {(name, key) for name, keys in SECTIONS.items() for key in keys}
-    assert every - changed == {("objective", "algorithm"), ("rollout", "top_p"), ("rollout", "top_k")}
+    assert every - changed == {("rollout", "top_p"), ("rollout", "top_k")}
+
+
+def test_an_algorithm_has_the_terms_that_it_names() -> None:
+    for algorithm, terms in {
+        "popo": (0.1, 0.01, "mean_logprob"),
+        "mixed": (0.1, 0.01, "mean_logprob"),
+        "raft": (0.0, 0.0, "uniform"),
+        "grpo": (0.0, 0.0, "mean_logprob"),
+    }.items():
+        objective = load_recipe("tiny_cpu", [f"objective.algorithm={algorithm}"]).objective
+        assert (objective.alpha, objective.beta, objective.weights) == terms
+    assert load_recipe("tiny_cpu", ["objective.algorithm=grpo", "objective.beta=0.005"]).objective.beta == 0.005
 
 
 def test_dumping_leaves_out_no_key_that_is_set() -> None:
