@@ -21,6 +21,8 @@ SECTIONS: Mapping[str, Mapping[str, FieldInfo]] = {name: type(section).model_fie
 """Section -> key -> what the schema says of it."""
 
 SHOW_KEYS = "popo-lite recipe show   (every key with its meaning, allowed values and default)"
+SWEEPS = "ablations"
+"""Subfolder of the shipped recipes that holds sweep files, which are no recipes."""
 LONGEST_VALUE = 120
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 BOUND_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
@@ -59,11 +61,20 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def shipped_folder() -> Path:
+    """The folder of the recipes that come with the package."""
+    installed, checkout = Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes"
+    return installed if installed.is_dir() else checkout
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Name -> file of the recipes that come with the package, sorted; a name in a subfolder is `folder/name`."""
-    installed, checkout = Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes"
-    folder = installed if installed.is_dir() else checkout
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.toml"))}
+    folder = shipped_folder()
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.toml"))
+        if folder / SWEEPS not in path.parents
+    }
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -138,7 +149,7 @@ class _Setting:
 
 def _file_settings(path: Path, shown_as: str, faults: list[str]) -> Iterator[_Setting]:
     """The settings of a file in known sections; whatever lies outside of them is added to `faults`."""
-    for section, table in _read_toml(path, shown_as).items():
+    for section, table in read_toml(path, shown_as).items():
         if section in SECTIONS and isinstance(table, dict):
             for key, value in table.items():
                 yield _Setting(name=f"{section}.{_toml_key(key)}", value=value, origin=f"{shown_as}: ")
@@ -183,7 +194,8 @@ def _override_value(text: str) -> Any:
     return document["value"] if len(document) == 1 else text
 
 
-def _read_toml(path: Path, shown_as: str) -> dict[str, Any]:
+def read_toml(path: Path, shown_as: str) -> dict[str, Any]:
+    """The document at `path`. Raises RecipeError, in which the file is called `shown_as`, with line and column."""
     next_step = f"mend {path}"
     try:
         # Some editors put a byte order mark in front, which TOML does not know.

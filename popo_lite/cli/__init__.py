@@ -8,11 +8,13 @@ from typing import Any
 import click
 
 from popo_lite.cli.bench import bench
+from popo_lite.cli.compare import compare
 from popo_lite.cli.eval import eval_
 from popo_lite.cli.export import export
 from popo_lite.cli.generate import generate
 from popo_lite.cli.plan import plan
 from popo_lite.cli.recipe import recipe
+from popo_lite.cli.sweep import sweep
 from popo_lite.cli.train import train
 from popo_lite.errors import PopoError
 
@@ -43,5 +45,5 @@ def main() -> None:
     """
 
 
-for command in (train, plan, eval_, generate, export, recipe, bench):
+for command in (train, plan, eval_, generate, export, recipe, bench, sweep, compare):
     main.add_command(command)

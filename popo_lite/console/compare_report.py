@@ -1,0 +1,197 @@
+"""A comparison of runs for people: tables on the terminal, and one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from popo_lite.console import plots, words
+from popo_lite.console.output import open_console, safe, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Column:
+    """A measure of the comparison, its heading, and how a value becomes the heading's unit."""
+
+    key: str
+    heading: str
+    scale: float = 1.0
+    places: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+_POLICY = (
+    _Column(key="train_pass_rate", heading="pass rate %", scale=100),
+    _Column(key="train_tokens", heading="answer tokens"),
+    _Column(key="unique_answers", heading="different answers", places=2),
+    _Column(key="entropy", heading="entropy nats", places=3),
+    _Column(key="entropy_over_start", heading="of its start %", scale=100),
+    _Column(key="effective_sample_share", heading="eff. sample %", scale=100, places=2),
+    _Column(key="siamese_drift", heading="drift", places=3),
+)
+_COST = (
+    _Column(key="rollout_tokens", heading="sampled, k tokens", scale=1e-3),
+    _Column(key="trained_tokens", heading="trained on, k tokens", scale=1e-3),
+    _Column(key="seconds", heading="seconds"),
+)
+_REACH = (
+    _Column(key="reach_steps", heading="steps"),
+    _Column(key="reach_seconds", heading="seconds"),
+    _Column(key="reach_rollout_tokens", heading="sampled, k tokens", scale=1e-3),
+    _Column(key="reach_trained_tokens", heading="trained on, k tokens", scale=1e-3),
+)
+
+
+def compare_report(comparison: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the tables of a comparison (`popo_lite.sweep.compare.compare`)."""
+    console = console if console is not None else open_console(sys.stdout)
+    for one in _tables(comparison):
+        table(one.title, one.columns, one.rows, console)
+    for note in (*_notes(comparison), *_left_out(comparison)):
+        console.print(Text(safe(note, console)), soft_wrap=True)
+
+
+def html_page(comparison: Mapping[str, Any], png: bytes) -> str:
+    """Plots and tables as one HTML file with the image inside it; no network and no script."""
+    image = base64.b64encode(png).decode("ascii")
+    names = [group["name"] for group in comparison["groups"]]
+    runs = sum(len(group["runs"]) for group in comparison["groups"])
+    title = f"Comparison of {', '.join(names)}"
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p>{runs} runs. Lines are means over seeds, bands their 95 % intervals; diamonds are means, bars 95 % "
+        f"intervals, dots single runs. Pass rate, length, entropy and sample size are trailing means of "
+        f"{comparison['smoothing_steps']} steps.</p>",
+        f'<img src="data:image/png;base64,{image}" alt="{html.escape(title)}">',
+        *(_html_table(one, names) for one in _tables(comparison)),
+        "<ul>",
+        *(f"<li>{html.escape(note)}</li>" for note in (*_notes(comparison), *_left_out(comparison))),
+        "</ul>",
+    ]
+    return _PAGE.replace("TITLE", html.escape(title), 1).replace("BODY", "\n".join(parts), 1)
+
+
+def _tables(comparison: Mapping[str, Any]) -> Iterator[_Table]:
+    groups = comparison["groups"]
+    ks = sorted({int(key[8:]) for group in groups for key in group["figures"] if key.startswith("pass_at_")})
+    final = [_Column(key=f"pass_at_{k}", heading=f"pass@{k} %", scale=100) for k in ks]
+    final.append(_Column(key="held_out_tokens", heading="answer tokens"))
+    yield _estimates("Held-out problems, at the end", groups, final)
+    yield _estimates("Training, last tenth of the steps", groups, _POLICY)
+    yield _estimates("Cost of the training steps", groups, _COST)
+    yield _reached(f"To a training pass rate of {comparison['reach']:.0%}", groups)
+    if len(groups) > 1:
+        columns = (*final, *_POLICY[2:4], *_COST[1:])
+        rows = [
+            (group["name"], *(_cell(group["differences"][column.key], column, signed=True) for column in columns))
+            for group in groups[1:]
+        ]
+        headings = ("variant", *(column.heading for column in columns))
+        yield _Table(title=f"Difference from {groups[0]['name']}, paired by seed", columns=headings, rows=rows)
+
+
+def _estimates(title: str, groups: Sequence[Mapping[str, Any]], columns: Sequence[_Column]) -> _Table:
+    rows = [
+        (
+            group["name"],
+            str(len(group["runs"])),
+            *(_cell(group["figures"].get(column.key), column) for column in columns),
+        )
+        for group in groups
+    ]
+    return _Table(title=title, columns=("variant", "runs", *(column.heading for column in columns)), rows=rows)
+
+
+def _reached(title: str, groups: Sequence[Mapping[str, Any]]) -> _Table:
+    """As `_estimates`, with how many runs got there: the figures are of those alone."""
+    rows = []
+    for group in groups:
+        values = group["values"]["reach_steps"]
+        there = sum(value is not None for value in values)
+        cells = [_cell(group["figures"][column.key], column) for column in _REACH]
+        rows.append((group["name"], f"{there} of {len(values)}" if there else "not reached", *cells))
+    return _Table(title=title, columns=("variant", "reached", *(column.heading for column in _REACH)), rows=rows)
+
+
+def _cell(estimate: Mapping[str, Any] | None, column: _Column, *, signed: bool = False) -> str:
+    """`83.4 [81.2, 85.6]`, or the mean alone where it has no interval."""
+    if estimate is None:
+        return words.ABSENT
+    form = f"{'+' if signed else ''},.{column.places}f"
+    mean, low, high = (
+        None if estimate[name] is None else format(estimate[name] * column.scale, form)
+        for name in ("mean", "low", "high")
+    )
+    return str(mean) if low is None else f"{mean} [{low}, {high}]"
+
+
+def _notes(comparison: Mapping[str, Any]) -> list[str]:
+    notes = [
+        "[low, high]: 95 % interval; Student's t over the seeds of a variant, cut at 0 and 100 %, Wilson's over "
+        "problems for pass@1 of a single run.",
+        f"A pass rate is reached when the mean of {comparison['smoothing_steps']} steps is; where not every run "
+        "reached it, time and tokens are those of the runs that did.",
+    ]
+    if len(comparison["groups"]) > 1:
+        notes.append(
+            "A difference whose interval leaves out 0 is unlikely to be chance, but of many intervals one in twenty "
+            "does so by chance alone."
+        )
+    return notes
+
+
+def _left_out(comparison: Mapping[str, Any]) -> list[str]:
+    left_out = comparison["left_out"]
+    return [f"Left out: {'; '.join(left_out)}."] if left_out else []
+
+
+def _html_table(one: _Table, names: Sequence[str]) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in one.columns)
+    body = "\n".join(
+        f'<tr><th><i style="background:{plots.colour(names.index(row[0]))}"></i>{html.escape(row[0])}</th>'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in one.rows
+    )
+    return (
+        f'<h2>{html.escape(one.title)}</h2>\n<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>TITLE</title>
+<style>
+body { max-width: 1200px; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #222;
+       font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
+img { width: 100%; height: auto; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
+th, td { padding: .25rem .9rem .25rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #ddd; }
+tbody th { font-weight: 600; }
+i { display: inline-block; width: .7em; height: .7em; margin-right: .5em; border-radius: 50%; }
+</style>
+</head>
+<body>
+BODY
+</body>
+</html>
+"""

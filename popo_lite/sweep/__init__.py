@@ -1,0 +1,1 @@
+"""Several runs: sweeps over recipe keys and seeds, and the comparison of what they came to."""

@@ -1,0 +1,142 @@
+"""A sweep's folder: which of its runs are done, and what it refuses to become."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from popo_lite.errors import UserInputError
+from popo_lite.run_folder import append_line, read_lines
+from popo_lite.sweep.file import Sweep, load_sweep
+from popo_lite.sweep.folder import SweepFolder, SweepRun, refuse_other_sweep
+from popo_lite.sweep.runner import locked, train_command
+
+TWO = '[variants.a]\n[variants.b]\nobjective.beta = 0.0\ndata.system_prompt = "count, don\'t guess"\n'
+
+
+def asked(tmp_path: Path, text: str = TWO, seeds: str = "0-1", *overrides: str) -> Sweep:
+    path = tmp_path / "x.toml"
+    path.write_text(f'recipe = "tiny_cpu"\n{text}')
+    return load_sweep(path, overrides, seeds)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> SweepFolder:
+    folder = SweepFolder(tmp_path / "sweep")
+    folder.start_files(asked(tmp_path))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds", "overrides", "told"),
+    [
+        (TWO, "0-1", ("lora.rank=4",), [f"variant {name}: lora.rank was 16 and is 4" for name in "ab"]),
+        (TWO.replace("0.0", "0.1"), "0-1", (), ["variant b: objective.beta was 0.0 and is 0.1"]),
+        (TWO, "1-4", (), ["seeds: 0 gone"]),
+        ("[variants.b]\nobjective.beta = 0.0\n", "0-1", (), ["variant a: gone", "variant b: data.system_prompt was "
+         "\"count, don't guess\" and is None"]),
+    ],
+)  # fmt: skip
+def test_another_sweep_is_refused_with_the_difference(tmp_path, folder, text, seeds, overrides, told):
+    with pytest.raises(UserInputError) as caught:
+        refuse_other_sweep(folder, asked(tmp_path, text, seeds, *overrides))
+    assert caught.value.what.split("\n")[1:] == told
+    assert f"popo-lite sweep {folder.sweep_path} --output {folder.path}" in caught.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds", "overrides"),
+    [
+        (TWO, "0-1", ()),
+        (TWO, "0-5", ()),
+        (TWO + "[variants.c]\nlora.rank = 4\n", "0-1", ()),
+        (TWO, "0-1", ("rollout.batch_size=8", "train.tokens_per_microbatch=4096")),
+    ],
+)
+def test_more_variants_and_seeds_and_what_changes_speed_alone_are_welcome(tmp_path, folder, text, seeds, overrides):
+    more = asked(tmp_path, text, seeds, *overrides)
+    refuse_other_sweep(folder, more)
+    folder.start_files(more)
+    refuse_other_sweep(folder, load_sweep(folder.sweep_path))
+    assert load_sweep(folder.sweep_path).variants == more.variants
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    refuse_other_sweep(SweepFolder(other), asked(tmp_path))
+    (other / "thesis.tex").touch()
+    with pytest.raises(UserInputError, match="not empty and holds no sweep"):
+        refuse_other_sweep(SweepFolder(other), asked(tmp_path))
+
+
+def test_every_variant_has_the_first_seed_before_the_next(tmp_path, folder):
+    runs = folder.runs(asked(tmp_path))
+    assert [run.name for run in runs] == ["a seed 0", "b seed 0", "a seed 1", "b seed 1"]
+    assert runs[3].folder.path == folder.path / "b" / "seed-1"
+
+
+def finish(run: SweepRun) -> None:
+    run.folder.path.mkdir(parents=True)
+    run.folder.recipe_path.touch()
+    summary = {
+        "before": {"pass_at_1": 0.25},
+        "after": {"pass_at_1": 0.5, "pass_at_k": {"1": 0.5}, "completion_tokens_mean": 9},
+        "steps": 3, "rollouts": 12, "rollout_tokens": 100, "trained_tokens": 50, "seconds": {"total": 2.5},
+        "peak_memory_bytes": 1,
+    }  # fmt: skip
+    run.folder.summary_path.write_text(json.dumps(summary))
+
+
+def test_results_are_the_finished_runs(tmp_path, folder):
+    runs = folder.runs(asked(tmp_path))
+    finish(runs[3])
+    assert [run.finished for run in runs] == [False, False, False, True]
+    folder.write_results(runs)
+    (line,) = read_lines(folder.results_path)
+    assert (line["variant"], line["seed"], line["run"]) == ("b", 1, "b/seed-1")
+    assert line["overrides"] == {"objective.beta": 0.0, "data.system_prompt": "count, don't guess"}
+    assert (line["pass_at_1_before"], line["pass_at_1"], line["trained_tokens"], line["seconds"]) == (
+        0.25,
+        0.5,
+        50,
+        2.5,
+    )
+
+
+def test_a_failure_is_forgotten_when_its_run_is_tried_again(tmp_path, folder):
+    runs = folder.runs(asked(tmp_path))
+    for run in runs[:2]:
+        append_line(folder.failures_path, {"variant": run.variant.name, "seed": run.seed})
+    folder.forget_failure(runs[0])
+    assert read_lines(folder.failures_path) == [{"variant": "b", "seed": 0}]
+
+
+def test_an_unfinished_run_is_resumed_with_the_same_settings(tmp_path, folder):
+    run = folder.runs(asked(tmp_path, TWO, "0-1", "lora.rank=4"))[1]
+    command = train_command(folder, run)
+    assert command[1:5] == ["-m", "popo_lite", "train", str(folder.recipe_path)]
+    assert "--resume" not in command
+    options = [
+        "--seed",
+        "0",
+        "--set",
+        "lora.rank=4",
+        "--set",
+        "objective.beta=0.0",
+        "--set",
+        'data.system_prompt="count, don\'t guess"',
+    ]
+    assert command[5:13] == options
+    run.folder.path.mkdir(parents=True)
+    run.folder.recipe_path.touch()
+    assert train_command(folder, run) == [*command, "--resume"]
+
+
+def test_two_sweeps_do_not_share_a_folder(folder):
+    with locked(folder), pytest.raises(UserInputError, match="at work in this folder"), locked(folder):
+        pass
+    with locked(folder):
+        pass
