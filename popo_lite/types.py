@@ -237,3 +237,57 @@ def count_outcomes(rewards: Sequence[Reward]) -> dict[str, int]:
     for reward in rewards:
         counts[reward.outcome.value] += 1
     return counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemAnswers:
+    """All sampled answers to one benchmark problem: one line of `problems.jsonl`. Lists run over the samples.
+
+    `answers` are final answers in normal form, None where none was found; `tokens` counts completion tokens;
+    `text` is the first sample's whole text, for people to read.
+    """
+
+    weights: str
+    seed: int
+    benchmark: str
+    problem: str
+    reference: str
+    answers: Sequence[str | None]
+    outcomes: Sequence[str]
+    tokens: Sequence[int]
+    truncated: Sequence[bool]
+    text: str
+
+    @property
+    def right(self) -> tuple[bool, ...]:
+        """Whether each answer is correct; one that could not be graded is not."""
+        return tuple(outcome == Outcome.CORRECT for outcome in self.outcomes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkScore:
+    """Figures of one benchmark, or the unweighted average of several, in [0, 1] but for lengths in tokens.
+
+    `average` is the mean over all samples of a problem (avg@n, an estimate of pass@1), then over problems.
+    `intervals` holds 95 % bootstrap intervals over problems by figure: `average`, `pass@8`, `majority@8`.
+    """
+
+    samples_per_problem: int
+    average: float
+    pass_at_k: Mapping[int, float]
+    majority_at_k: Mapping[int, float]
+    truncated_share: float
+    ungraded_share: float
+    completion_tokens_mean: float
+    intervals: Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult:
+    """One benchmark under one set of weights: all seeds pooled, and each. `benchmark` may be "average"."""
+
+    weights: str
+    benchmark: str
+    problems: int
+    pooled: BenchmarkScore
+    by_seed: Mapping[int, BenchmarkScore]

@@ -3,60 +3,116 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from popo_lite.errors import UserInputError
+
+if TYPE_CHECKING:
+    from popo_lite.evaluation.answer_file import EvaluationFolder
+    from popo_lite.evaluation.benchmarks import Chunk, PreparedBenchmark
+    from popo_lite.evaluation.choices import Choices
+    from popo_lite.evaluation.subject import Subject
+    from popo_lite.policy.policy import Policy
+    from popo_lite.recipe import Recipe
+    from popo_lite.samplers import Sampler
+    from popo_lite.tasks.rendering import Renderer
+    from popo_lite.types import Prompt
+
 WEIGHTS = ("base", "adapter", "siamese")
+ONLY_HELD_OUT = ("problems",)
+ONLY_BENCHMARKS = (
+    "data", "preset", "k", "top_p", "max_tokens", "max_prompt_tokens", "skip_overlong", "seeds", "system_prompt",
+    "chat_template", "output",
+)  # fmt: skip
 
 
-@click.command("eval", short_help="Measure base, adapter and siamese of a run.")
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.command("eval", short_help="Measure a run or any model, on held-out problems or benchmarks.")
+@click.argument("model_or_run")
 @click.option(
     "weights",
     "--weights",
     type=click.Choice(WEIGHTS),
     multiple=True,
-    help="What to measure; may be repeated. Default: all three.",
+    help="What of a run to measure; may be repeated. Default: all three.",
 )
 @click.option("--problems", type=click.IntRange(min=1), help="Held-out problems; default as in the run's recipe.")
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Sampled answers per problem; pass@k is shown for powers of two up to this.",
-)
+@click.option("--samples", type=click.IntRange(min=1), help="Sampled answers per problem.  [default: 8]")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Default as in the run's recipe.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampled answers.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the sampled answers.  [default: 0]")
 @click.option("--engine", type=click.Choice(["auto", "hf", "vllm", "server"]), help="Default as in the run's recipe.")
 @click.option("as_json", "--json", is_flag=True, help="Print the results as JSON.")
-def eval_(
+@click.option("--benchmarks", metavar="paper|NAME,...", help="Measure on these instead of held-out problems.")
+@click.option("--data", multiple=True, metavar="NAME=FILE", help="Read a benchmark from a file; may be repeated.")
+@click.option(
+    "--preset",
+    type=click.Choice(["paper"]),
+    help="Published settings: 128 samples, k = 8, temperature 0.7, top-p 0.95, 4,096 tokens, the \\boxed{} prompt.",
+)
+@click.option("--k", type=click.IntRange(min=1), help="k of pass@k and of the vote.  [default: 8, at most the samples]")
+@click.option("--top-p", type=click.FloatRange(min=0, min_open=True, max=1), help="Nucleus sampling.  [default: 1]")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer; default as in the recipe.")
+@click.option("--max-prompt-tokens", type=click.IntRange(min=1), help="Longest prompt.  [default: 2048]")
+@click.option("--skip-overlong", is_flag=True, help="Leave longer prompts out, and count them; else they are an error.")
+@click.option("--seeds", metavar="0,1,2", help="Evaluate under each of these seeds; reported pooled and one by one.")
+@click.option("--system-prompt", help='Default as in the recipe; "" for none.')
+@click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Jinja file, for a model without one.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for answers and results, to go on in as well.")
+def eval_(model_or_run: str, *, benchmarks: str | None, weights: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Measure MODEL_OR_RUN.
+
+    A run, the folder that `popo-lite train` left, is measured on its held-out problems: base, trained adapter and
+    siamese on the same random draws. With --benchmarks it, an exported model or any model of the Hub is measured on
+    published benchmarks, whose answers are kept: a killed evaluation goes on where it was.
+    """
+    misplaced = [
+        name
+        for name in (ONLY_BENCHMARKS if benchmarks is None else ONLY_HELD_OUT)
+        if given[name] not in (None, (), False)
+    ]
+    if misplaced:
+        raise UserInputError(
+            "does not go with --benchmarks" if benchmarks else "is for benchmarks, and none is named",
+            where=f"--{misplaced[0].replace('_', '-')}",
+            next_step="leave it out" if benchmarks else "name them, for instance --benchmarks paper, or leave it out",
+        )
+    if benchmarks is None:
+        _held_out(Path(model_or_run), weights, as_json, **{name: given[name] for name in _HELD_OUT_OPTIONS})
+    else:
+        from popo_lite.evaluation.choices import choices_of
+
+        _benchmarks(model_or_run, weights, as_json, choices_of(benchmarks, given))
+
+
+_HELD_OUT_OPTIONS = ("problems", "samples", "temperature", "seed", "engine")
+
+
+def _held_out(
     run: Path,
     weights: tuple[str, ...],
-    problems: int | None,
-    samples: int,
-    temperature: float | None,
-    seed: int,
-    engine: str | None,
     as_json: bool,
+    *,
+    problems: int | None,
+    samples: int | None,
+    temperature: float | None,
+    seed: int | None,
+    engine: str | None,
 ) -> None:
-    """Measure RUN, a folder that `popo-lite train` left, on held-out problems.
+    from popo_lite.evaluation.subject import open_run
 
-    Compares base, trained adapter and siamese on the same random draws.
-    """
-    from popo_lite.errors import UserInputError
-    from popo_lite.run_folder import RunFolder
-
-    folder = RunFolder(run)
-    recipe = folder.recipe()
-    if engine is not None:
-        recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": engine})})
-    wanted = weights or WEIGHTS
-    adapters = {name: folder.trained_adapter("siamese" if name == "siamese" else "policy") for name in wanted}
+    subject = open_run(run, weights)
+    recipe = _with_engine(subject.recipe, engine)
     count = problems or recipe.eval.problems
     if count < 1:
         raise UserInputError(
@@ -65,43 +121,26 @@ def eval_(
             next_step=f"popo-lite eval {run} --problems 200",
         )
 
-    import torch
-
-    from popo_lite.console.output import progress
     from popo_lite.console.reports import eval_report
     from popo_lite.evaluation import evaluate, fitting
     from popo_lite.grading import Grader
-    from popo_lite.policy.adapters import empty_adapter, load_adapter_weights
-    from popo_lite.policy.trained import load_trained_policy
-    from popo_lite.samplers import SamplingParams, open_sampler
+    from popo_lite.samplers import SamplingParams
     from popo_lite.tasks import open_tasks
     from popo_lite.tasks.rendering import Renderer
-    from popo_lite.training.sampler_guard import PROBE_PROMPTS, SamplerGuard
 
-    if recipe.train.cpu_threads:
-        torch.set_num_threads(recipe.train.cpu_threads)
+    _set_threads(recipe)
     task = open_tasks(recipe)[1]
-    policy = load_trained_policy(recipe, adapters[wanted[0]])
+    policy = subject.load(recipe)
     renderer = Renderer.of(recipe, policy.tokenizer)
     held_out = fitting(task.held_out(count), renderer, recipe)
     results = []
-    sampler = open_sampler(recipe, policy, text=renderer.text, notify=partial(click.echo, err=True))
-    with Grader(recipe.reward) as grader, sampler:
+    with Grader(recipe.reward) as grader, _sampler(recipe, policy, renderer) as sampler:
         grader.check()
-        tried = [renderer.render(problem) for problem in held_out[:PROBE_PROMPTS]]
-        SamplerGuard(recipe, policy, sampler).prove(tried, lambda _: None)
-        for name in wanted:
-            load_adapter_weights(policy.model, adapters[name])
-            if name == "base":
-                # Emptied and not only switched off: an engine with weights of its own is given the adapter too.
-                empty_adapter(policy.model)
-            policy.version += 1
-            sampler.sync(policy.version)
+        _prove(recipe, policy, sampler, map(renderer.render, held_out))
+        for name, adapter in subject.adapters.items():
             with (
-                policy.model.disable_adapter() if name == "base" else nullcontext(),
-                nullcontext(lambda _: None)
-                if as_json
-                else progress(f"{name}: answers", len(held_out) * samples) as bar,
+                _holding(adapter, policy, sampler),
+                _bar(f"{name}: answers", len(held_out) * (samples or 8), as_json) as bar,
             ):
                 results.append(
                     evaluate(
@@ -112,14 +151,14 @@ def eval_(
                         grader=grader,
                         task=task,
                         problems=held_out,
-                        samples_per_problem=samples,
+                        samples_per_problem=samples or 8,
                         params=SamplingParams(
                             temperature=temperature or recipe.eval.temperature,
                             max_completion_tokens=recipe.rollout.max_completion_tokens,
                         ),
                         threshold=recipe.objective.reward_threshold,
                         max_ungraded_share=recipe.reward.max_ungraded_share,
-                        seed=seed,
+                        seed=seed or 0,
                         progress=bar,
                     )
                 )
@@ -127,3 +166,190 @@ def eval_(
         click.echo(json.dumps({"run": str(run), "results": [asdict(result) for result in results]}))
     else:
         eval_report(results)
+
+
+def _benchmarks(model_or_run: str, weights: tuple[str, ...], as_json: bool, choices: Choices) -> None:
+    from popo_lite.evaluation.answer_file import EvaluationFolder
+    from popo_lite.evaluation.benchmarks import chunks_of, refuse_ungradable, summarise
+    from popo_lite.evaluation.choices import settings_of
+    from popo_lite.evaluation.subject import open_model, open_run
+
+    is_run = (Path(model_or_run).expanduser() / "recipe.toml").is_file()
+    path = Path(model_or_run).expanduser()
+    subject = open_run(path, weights) if is_run else open_model(model_or_run, weights)
+    recipe = _with_engine(subject.recipe, choices.engine)
+    _set_threads(recipe)
+    prepared, renderer = _prepared(subject, recipe, choices)
+    folder = EvaluationFolder(
+        choices.output or (path / "benchmarks" if is_run else Path("benchmarks") / Path(model_or_run).name)
+    )
+    folder.open(settings_of(subject, recipe, renderer, prepared, choices))
+    chunks = list(
+        chunks_of(
+            prepared,
+            weights=list(subject.adapters),
+            seeds=choices.seeds,
+            samples=choices.samples,
+            batch_size=recipe.rollout.batch_size,
+        )
+    )
+    done = folder.keep_whole(chunks)
+    if done:
+        click.echo(f"{done} of {len(chunks)} parts are in {folder.path} already", err=True)
+    if done < len(chunks):
+        _sample(subject, _with_room(recipe, prepared), prepared, renderer, chunks[done:], folder, choices, as_json)
+    results = summarise(folder.answers(), choices.k)
+    refuse_ungradable(results, recipe.reward.max_ungraded_share, str(folder.answers_path))
+    content = folder.close(results, k=choices.k)
+    if as_json:
+        click.echo(json.dumps({"model": model_or_run, "output": str(folder.path), **content}))
+        return
+    from popo_lite.console.benchmark_report import benchmark_report
+    from popo_lite.tasks.benchmarks import BENCHMARKS
+
+    benchmark_report(
+        results,
+        k=choices.k,
+        titles={name: benchmark.title for name, benchmark in BENCHMARKS.items()},
+        published={name: BENCHMARKS[name].problems for name in choices.benchmarks},
+        output=str(folder.path),
+    )
+
+
+def _prepared(subject: Subject, recipe: Recipe, choices: Choices) -> tuple[list[PreparedBenchmark], Renderer]:
+    """Every benchmark, read, checked and rendered, before any model is loaded."""
+    from popo_lite.evaluation.benchmarks import prepare
+    from popo_lite.policy.load import load_tokenizer
+    from popo_lite.tasks.benchmarks import open_benchmark
+    from popo_lite.tasks.rendering import Renderer
+
+    problems = {name: open_benchmark(name, choices.files.get(name)) for name in choices.benchmarks}
+    system_prompt = recipe.data.system_prompt if choices.system_prompt is None else choices.system_prompt
+    renderer = Renderer(
+        tokenizer=load_tokenizer(recipe.model),
+        system_prompt=system_prompt or None,
+        chat_template=choices.chat_template.read_text(encoding="utf-8")
+        if choices.chat_template
+        else recipe.data.chat_template,
+        max_prompt_tokens=choices.max_prompt_tokens,
+    )
+    wanted_tokens = choices.max_tokens or recipe.rollout.max_completion_tokens
+    prepared = [
+        prepare(
+            name,
+            found,
+            renderer,
+            max_completion_tokens=wanted_tokens,
+            context_tokens=subject.context_tokens,
+            skip_overlong=choices.skip_overlong,
+        )
+        for name, found in problems.items()
+    ]
+    for one in prepared:
+        if one.skipped:
+            click.echo(f"{one.name}: {one.skipped} of {len(problems[one.name])} prompts are left out", err=True)
+        if one.max_completion_tokens < wanted_tokens:
+            click.echo(
+                f"{one.name}: answers end at {one.max_completion_tokens:,} tokens instead of {wanted_tokens:,}, as the "
+                f"longest prompt takes {one.longest_prompt_tokens:,} of the context of {subject.context_tokens:,}",
+                err=True,
+            )
+    return prepared, renderer
+
+
+def _sample(
+    subject: Subject,
+    recipe: Recipe,
+    prepared: list[PreparedBenchmark],
+    renderer: Renderer,
+    chunks: list[Chunk],
+    folder: EvaluationFolder,
+    choices: Choices,
+    as_json: bool,
+) -> None:
+    """Sample, grade and write `chunks`, one after another."""
+    from popo_lite.evaluation.benchmarks import sample_chunk
+    from popo_lite.grading import Grader
+
+    policy = subject.load(recipe)
+    folder.note_environment(policy.device)
+    with (
+        Grader(recipe.reward.model_copy(update={"function": "math"})) as grader,
+        _sampler(recipe, policy, renderer) as sampler,
+    ):
+        grader.check()
+        _prove(recipe, policy, sampler, prepared[0].prompts)
+        for name, adapter in subject.adapters.items():
+            todo = [chunk for chunk in chunks if chunk.weights == name]
+            if not todo:
+                continue
+            total = choices.samples * sum(len(chunk.prompts) for chunk in todo)
+            with _holding(adapter, policy, sampler), _bar(f"{name}: answers", total, as_json) as bar:
+                for chunk in todo:
+                    folder.add(
+                        sample_chunk(
+                            chunk,
+                            sampler=sampler,
+                            grader=grader,
+                            policy_version=policy.version,
+                            samples=choices.samples,
+                            temperature=choices.temperature or recipe.eval.temperature,
+                            top_p=choices.top_p,
+                            progress=bar,
+                        )
+                    )
+
+
+def _with_engine(recipe: Recipe, engine: str | None) -> Recipe:
+    if engine is None:
+        return recipe
+    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": engine})})
+
+
+def _with_room(recipe: Recipe, prepared: list[PreparedBenchmark]) -> Recipe:
+    """`recipe` with room for the longest prompt and, together with it, for the longest prompt with its answer."""
+    prompt = max(one.longest_prompt_tokens for one in prepared)
+    both = max(one.longest_prompt_tokens + one.max_completion_tokens for one in prepared)
+    limits = {"max_prompt_tokens": prompt, "max_completion_tokens": both - prompt}
+    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=limits)})
+
+
+def _set_threads(recipe: Recipe) -> None:
+    import torch
+
+    if recipe.train.cpu_threads:
+        torch.set_num_threads(recipe.train.cpu_threads)
+
+
+def _sampler(recipe: Recipe, policy: Policy, renderer: Renderer) -> Sampler:
+    from popo_lite.samplers import open_sampler
+
+    return open_sampler(recipe, policy, text=renderer.text, notify=partial(click.echo, err=True))
+
+
+def _prove(recipe: Recipe, policy: Policy, sampler: Sampler, prompts: Iterable[Prompt]) -> None:
+    from popo_lite.training.sampler_guard import PROBE_PROMPTS, SamplerGuard
+
+    SamplerGuard(recipe, policy, sampler).prove(list(islice(prompts, PROBE_PROMPTS)), lambda _: None)
+
+
+@contextmanager
+def _holding(adapter: Path | None, policy: Policy, sampler: Sampler) -> Iterator[None]:
+    """Policy and sampler hold the adapter in this folder, or none, as long as this lasts."""
+    from popo_lite.policy.adapters import empty_adapter, load_adapter_weights
+
+    if adapter is None:
+        # Emptied and not only switched off: an engine with weights of its own is given the adapter too.
+        empty_adapter(policy.model)
+    else:
+        load_adapter_weights(policy.model, adapter)
+    policy.version += 1
+    sampler.sync(policy.version)
+    with policy.model.disable_adapter() if adapter is None else nullcontext():
+        yield
+
+
+def _bar(description: str, total: int, as_json: bool) -> Any:
+    from popo_lite.console.output import progress
+
+    return nullcontext(lambda _: None) if as_json else progress(description, total)

@@ -13,10 +13,15 @@ from popo_lite.types import Completion, Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to draw. Positives must come from the policy itself, so there is no top-p and no top-k."""
+    """How to draw. Positives must come from the policy itself, so training never sets `top_p`, and there is no top-k.
+
+    Evaluation may cut the distribution to the fewest likeliest tokens whose probabilities sum to `top_p`. Log-probs of
+    such draws are for no loss: `hf` gives those of the whole distribution, vLLM those of the cut one.
+    """
 
     temperature: float
     max_completion_tokens: int
+    top_p: float = 1.0
 
 
 class Sampler(Protocol):

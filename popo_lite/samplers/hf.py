@@ -168,7 +168,7 @@ class HFSampler:
         uniforms = torch.from_numpy(np.stack([sequence.uniforms for sequence in sequences])).to(device)
         alive = [True] * len(running)
         for position in range(params.max_completion_tokens):
-            tokens, logps = _draw(self._next_logp(hidden, params.temperature), uniforms[:, position])
+            tokens, logps = _draw(self._next_logp(hidden, params.temperature), uniforms[:, position], params.top_p)
             # One transfer a token; float64 holds every token id exactly.
             drawn = torch.stack([tokens.double(), logps.double()]).tolist()
             ended = 0
@@ -247,11 +247,22 @@ def _uniforms(count: int, key: tuple[int | str, ...]) -> Any:
     return np.random.Generator(np.random.Philox(key=stream_seed(*key))).random(count)
 
 
-def _draw(logp: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF sampling: `logp` [B, V], `uniforms` [B] -> (token ids [B], their log-probs [B])."""
+def _draw(logp: Tensor, uniforms: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling from the nucleus: `logp` [B, V], `uniforms` [B] -> (token ids [B], their log-probs [B]).
+
+    The log-probs are those of the whole distribution, whatever `top_p` cuts off.
+    """
     # Summed in float64: in float32 the tail of a large vocabulary would be lost in the sum's rounding.
-    cumulative = logp.double().exp().cumsum(dim=-1)
-    # Scaled by the total, which is 1 up to rounding, so that the last uniforms cannot fall off the end.
+    probabilities = logp.double().exp()
+    cumulative = (probabilities if top_p == 1 else _nucleus(probabilities, top_p)).cumsum(dim=-1)
+    # Scaled by the total, 1 up to rounding where nothing is cut off, so that the last uniforms cannot fall off the end.
     threshold = uniforms[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logp.shape[-1] - 1)
     return tokens.squeeze(-1), logp.gather(-1, tokens).squeeze(-1)
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """`probabilities` [B, V] with 0 for all but the fewest likeliest tokens that sum to at least `top_p`."""
+    sorted_probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = sorted_probabilities.cumsum(dim=-1) - sorted_probabilities
+    return torch.zeros_like(probabilities).scatter(-1, order, sorted_probabilities.where(before < top_p, 0.0))

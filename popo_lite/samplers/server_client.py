@@ -147,6 +147,7 @@ class ServerClient:
             "/v1/completions",
             {
                 **_drawing(prompt, temperature=params.temperature, tokens=limit),
+                "top_p": params.top_p,
                 "model": self.adapter,
                 "seed": seed,
                 "logprobs": 0,  # the sampled token's own

@@ -144,7 +144,7 @@ class VLLMSampler:
                         {"prompt_token_ids": list(prompt.token_ids)},
                         EngineParams(
                             temperature=params.temperature,
-                            top_p=1.0,
+                            top_p=params.top_p,
                             top_k=0,
                             max_tokens=params.max_completion_tokens,
                             seed=stream_seed(*stream, prompt.problem.id, first_index + sample),

@@ -241,7 +241,7 @@ def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     with path.open(encoding="utf-8-sig") as file:
         start = next((line for line in file if line.strip()), "")
         file.seek(0)
-        return _parse_array(file.read()) if start.lstrip().startswith("[") else _parse_lines(file)
+        return _parse_array(file.read()) if start.lstrip().startswith("[") else parse_lines(file)
 
 
 def _parse_array(text: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -254,7 +254,8 @@ def _parse_array(text: str) -> tuple[list[dict[str, Any]], list[str]]:
     ]
 
 
-def _parse_lines(lines: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def parse_lines(lines: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Records of a JSONL file, and what is wrong with the lines that are none."""
     records: list[dict[str, Any]] = []
     faults: list[str] = []
     for number, line in enumerate(lines, 1):

@@ -158,6 +158,36 @@ def test_frequencies_are_the_policys(setup):
         assert abs(draws.count(token) / len(draws) - probability) <= 5 * error + 1 / len(draws)
 
 
+def test_a_nucleus_holds_the_likeliest_tokens_and_nothing_else(setup):
+    """1,600 first tokens against the cut distribution, five standard errors; log-probs are those of the whole one."""
+    policy, renderer, sampler = setup
+    prompt = prompts_of(renderer)[0]
+    with torch.no_grad():
+        tokens = torch.tensor([prompt.token_ids])
+        z, _ = policy.head.logits(policy.hidden_states(tokens[0], [tokens.shape[1]])[-1:])
+    whole = torch.log_softmax(z[0] / 2, dim=0)  # flat enough to have a tail
+    ordered = whole.exp().sort(descending=True)
+    inside = int((ordered.values.cumsum(0) < 0.8).sum()) + 1
+    nucleus = dict(zip(ordered.indices[:inside].tolist(), ordered.values[:inside].tolist(), strict=True))
+    assert 2 <= len(nucleus) < len(whole) / 2
+    drawn = [
+        sampler.sample(
+            [prompt], count=1600, params=SamplingParams(temperature=2.0, max_completion_tokens=1, top_p=top_p),
+            policy_version=policy.version, stream=("nucleus",),
+        )[0]
+        for top_p in (0.8, 1.0)
+    ]  # fmt: skip
+    draws = [completion.token_ids[0] for completion in drawn[0]]
+    assert set(draws) <= nucleus.keys()
+    assert not {completion.token_ids[0] for completion in drawn[1]} <= nucleus.keys()
+    for token, probability in nucleus.items():
+        share = probability / sum(nucleus.values())
+        error = math.sqrt(share * (1 - share) / len(draws))
+        assert abs(draws.count(token) / len(draws) - share) <= 5 * error + 1 / len(draws)
+    for completion in drawn[0][:50]:
+        assert completion.sampler_logps[0] == pytest.approx(float(whole[completion.token_ids[0]]), abs=LOGP_TOLERANCE)
+
+
 def test_progress_counts_every_sequence_once(setup):
     _, renderer, _ = setup
     told = []

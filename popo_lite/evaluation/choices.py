@@ -1,0 +1,137 @@
+"""What an evaluation on benchmarks is asked to do: from the command line, the preset and the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from popo_lite.errors import UserInputError
+from popo_lite.evaluation.benchmarks import PreparedBenchmark
+from popo_lite.evaluation.subject import Subject
+from popo_lite.recipe import Recipe
+from popo_lite.samplers import pick_engine
+from popo_lite.tasks.benchmarks import benchmark_names
+from popo_lite.tasks.rendering import Renderer
+
+PAPER_PRESET: Mapping[str, Any] = {
+    "samples": 128,
+    "k": 8,
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "max_tokens": 4096,
+    "system_prompt": r"Please reason step by step, and put your final answer within \boxed{}.",
+}
+"""How the published evaluation sampled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the command line says about benchmarks; None is left to the recipe."""
+
+    benchmarks: tuple[str, ...]
+    files: Mapping[str, Path]
+    seeds: tuple[int, ...]
+    samples: int
+    k: int
+    temperature: float | None
+    top_p: float
+    max_tokens: int | None
+    max_prompt_tokens: int
+    skip_overlong: bool
+    system_prompt: str | None
+    chat_template: Path | None
+    engine: str | None
+    output: Path | None
+
+
+def choices_of(benchmarks: str, given: Mapping[str, Any]) -> Choices:
+    """What `given`, the command's options by name, comes to: defaults, over them the preset, over it the options.
+
+    Raises UserInputError for options that contradict one another or name no benchmark.
+    """
+    names = benchmark_names(benchmarks)
+    preset = PAPER_PRESET if given["preset"] else {}
+    settled = {key: given[key] if given[key] is not None else preset.get(key) for key in PAPER_PRESET}
+    samples = settled["samples"] or 8
+    k: int = given["k"] or min(settled["k"] or 8, samples)
+    if k > samples:
+        raise UserInputError(
+            f"pass@{k} cannot be estimated from {samples} samples", where="--k", next_step=f"--samples {k}"
+        )
+    return Choices(
+        benchmarks=names,
+        files=_files(given["data"], names),
+        seeds=_seeds(given["seeds"], given["seed"]),
+        samples=samples,
+        k=k,
+        temperature=settled["temperature"],
+        top_p=settled["top_p"] or 1.0,
+        max_tokens=settled["max_tokens"],
+        max_prompt_tokens=given["max_prompt_tokens"] or 2048,
+        skip_overlong=given["skip_overlong"],
+        system_prompt=settled["system_prompt"],
+        chat_template=given["chat_template"],
+        engine=given["engine"],
+        output=given["output"],
+    )
+
+
+def _files(data: tuple[str, ...], names: tuple[str, ...]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for item in data:
+        name, _, file = item.partition("=")
+        if name not in names or not file or name in files:
+            raise UserInputError(
+                "names one of the benchmarks twice" if name in files else "is not NAME=FILE of a benchmark asked for",
+                where=f"--data {item}",
+                next_step=f"for instance --data {names[0]}={names[0]}.jsonl",
+            )
+        files[name] = Path(file).expanduser()
+    return files
+
+
+def _seeds(several: str | None, one: int | None) -> tuple[int, ...]:
+    if several is None:
+        return (one or 0,)
+    parts = [part.strip() for part in several.split(",")]
+    if one is not None or not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise UserInputError(
+            "is not different whole numbers parted by commas, or --seed is given as well",
+            where=f"--seeds {several}",
+            next_step="--seeds 0,1,2",
+        )
+    return tuple(map(int, parts))
+
+
+def settings_of(
+    subject: Subject, recipe: Recipe, renderer: Renderer, prepared: Sequence[PreparedBenchmark], choices: Choices
+) -> dict[str, Any]:
+    """All that the answers follow from, as plain data."""
+    return {
+        "model": subject.name,
+        "base": recipe.model.model_dump(),
+        "weights": list(subject.adapters),
+        "digests": subject.digests,
+        "benchmarks": {
+            one.name: {
+                "problems": len(one.prompts),
+                "skipped": one.skipped,
+                "max_completion_tokens": one.max_completion_tokens,
+                "digest": one.digest,
+            }
+            for one in prepared
+        },
+        "seeds": list(choices.seeds),
+        "samples": choices.samples,
+        "temperature": choices.temperature or recipe.eval.temperature,
+        "top_p": choices.top_p,
+        "system_prompt": renderer.system_prompt,
+        "chat_template": renderer.chat_template,
+        "max_prompt_tokens": renderer.max_prompt_tokens,
+        "engine": pick_engine(recipe)[0],
+        "engine_base": recipe.rollout.base,
+        "batch_size": recipe.rollout.batch_size,
+        "max_answer_characters": recipe.reward.max_answer_characters,
+    }

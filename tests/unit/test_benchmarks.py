@@ -1,0 +1,234 @@
+"""Benchmarks in the form that the Hub has them: what is read, and what is refused, line by line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import pytest
+from datasets import Dataset
+
+from popo_lite.errors import DataError, UserInputError
+from popo_lite.tasks.benchmarks import BENCHMARKS, PAPER, benchmark_names, open_benchmark
+
+OLYMPIAD = {
+    "id": 1606,
+    "subfield": "Number Theory",
+    "context": None,
+    "question": "Find all $n$ with $n^2 = 4$.",
+    "solution": ["Try them."],
+    "final_answer": ["$2,-2$"],
+    "is_multiple_answer": True,
+    "unit": None,
+    "answer_type": "Numerical",
+    "error": None,
+}
+ROWS = {
+    "math500": (
+        {
+            "problem": "Convert $(0,3)$ to polar coordinates.",
+            "solution": "The answer is $\\boxed{...}$.",
+            "answer": "\\left( 3, \\frac{\\pi}{2} \\right)",
+            "subject": "Precalculus",
+            "level": 2,
+            "unique_id": "test/precalculus/807.json",
+        },
+        "\\left( 3, \\frac{\\pi}{2} \\right)",
+    ),
+    "amc23": ({"id": 0, "answer": 27.0, "question": "How many miles?", "url": "https://example.org"}, "27"),
+    "aime24": (
+        {
+            "id": 60,
+            "problem": "Find it.",
+            "solution": "...",
+            "answer": "033",
+            "url": "https://example.org",
+            "year": "2024",
+        },
+        "33",
+    ),
+    "aime25": ({"problem": "Find the sum of all bases.", "answer": "70", "id": "0"}, "70"),
+    "olympiadbench": (OLYMPIAD, "$2,-2$"),
+    "gsm8k": ({"question": "What is left?", "answer": "1300-100 = <<1300-100=1200>>1200\n#### 1,200"}, "1200"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def jsonl(name, *rows):
+    """Rows as lines; text goes in as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    Path(name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return Path(name)
+
+
+def refused(name, file):
+    with pytest.raises(DataError) as caught:
+        open_benchmark(name, file)
+    assert caught.value.exit_code == 2
+    assert caught.value.next_step
+    return caught.value
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_row_of_the_published_form_becomes_a_problem(name):
+    row, answer = ROWS[name]
+    (problem,) = open_benchmark(name, jsonl("x.jsonl", row))
+    assert problem.id == f"{name}/1"
+    assert problem.messages == ({"role": "user", "content": row[BENCHMARKS[name].prompt_column]},)
+    assert problem.answer == answer
+    assert problem.meta == {}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_hub_id_config_and_split_are_asked_for(name):
+    """A folder laid out like the Hub's repository, with other configurations and splits beside the right one."""
+    row, answer = ROWS[name]
+    known = BENCHMARKS[name]
+    config = known.config or "default"
+    card = ["---", "configs:"]
+    for other in {config, "other"}:
+        card += [f"- config_name: {other}", "  data_files:"]
+        for split in ("train", "test"):
+            wanted = other == config and split == known.split
+            folder = Path(known.hub_id, other)
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = [row if wanted else row | {known.prompt_column: "not this one"}]
+            Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
+            card += [f"  - split: {split}", f"    path: {other}/{split}.parquet"]
+    Path(known.hub_id, "README.md").write_text("\n".join([*card, "---", ""]))
+    found = [(problem.id, problem.question, problem.answer) for problem in open_benchmark(name)]
+    assert found == [(f"{name}/1", row[known.prompt_column], answer)]
+
+
+def test_what_is_not_there_says_how_to_give_a_file():
+    error = refused("amc23", None)
+    assert error.where == "amc23 (math-ai/amc23)"
+    assert "--data amc23=FILE" in error.next_step
+    error = refused("amc23", Path("amc.jsonl"))
+    assert error.where == "--data amc23=amc.jsonl"
+    assert "there is no such file" in error.what
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "answer"),
+    [
+        ("amc23", "27", "27"), ("amc23", 27, "27"), ("amc23", 0.5, "0.5"), ("amc23", "3,159.50", "3159.5"),
+        ("amc23", "-7.0", "-7"), ("aime24", "000", "0"), ("aime25", 588, "588"), ("aime25", 588.0, "588"),
+        ("math500", " \\text{(C)} ", "\\text{(C)}"), ("gsm8k", "#### $1,200", "1200"), ("gsm8k", "x\n#### -5", "-5"),
+        ("olympiadbench", ["$2$"], "$2$"), ("olympiadbench", ["$2$", "$-2$"], "$2$, $-2$"),
+    ],
+)  # fmt: skip
+def test_answers_are_read_as_the_benchmark_means_them(name, cell, answer):
+    row = ROWS[name][0] | {BENCHMARKS[name].answer_column: cell}
+    assert open_benchmark(name, jsonl("x.jsonl", row))[0].answer == answer
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "fault"),
+    [
+        ("math500", 42, "is 42, not text"), ("math500", "  ", "is empty"), ("math500", None, "is missing"),
+        ("math500", "\ud800", "half a surrogate pair"),
+        ("amc23", "27 miles", "is '27 miles', not a number"), ("amc23", True, "is True, not a number"),
+        ("amc23", float("nan"), "is nan, not a number"), ("amc23", "1,2345", "not a number"),
+        ("aime24", "1000", "not an integer from 0 to 999"), ("aime24", "-1", "not an integer"),
+        ("aime25", 70.5, "not an integer"),
+        ("olympiadbench", "$2$", "not a list of answers"), ("olympiadbench", [], "not a list of answers"),
+        ("olympiadbench", ["$2$", None], "is None, not text"),
+        ("gsm8k", "The answer is 5.", 'does not end in a line "#### result"'), ("gsm8k", "#### five", "not a number"),
+    ],
+)  # fmt: skip
+def test_answers_of_another_form_are_refused(name, cell, fault):
+    column = BENCHMARKS[name].answer_column
+    error = refused(name, jsonl("x.jsonl", ROWS[name][0], ROWS[name][0] | {column: cell}))
+    assert f'line 2: column "{column}"' in error.what
+    assert fault in error.what
+    assert f"1 of 2 rows are not {BENCHMARKS[name].title}'s" in error.what
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_three_percent_of_malformed_rows_are_all_listed_by_line(name):
+    row, _ = ROWS[name]
+    known = BENCHMARKS[name]
+    rows = [row] * 300
+    wrong = {
+        17: '{"torn',
+        40: "[]",
+        41: "5",
+        99: {**row, known.prompt_column: ""},
+        150: {**row, known.prompt_column: 5},
+    }
+    wrong |= {number: {**row, known.answer_column: None} for number in (151, 152)}
+    wrong |= {300: {key: cell for key, cell in row.items() if key != known.answer_column}, 250: "not JSON"}
+    for number, fault in wrong.items():
+        rows[number - 1] = fault
+    assert len(wrong) == 9
+    error = refused(name, jsonl("x.jsonl", *rows))
+    assert f"9 of 300 rows are not {known.title}'s" in error.what
+    listed = [line.strip() for line in error.what.splitlines()[1:]]
+    assert [line.partition(":")[0] for line in listed] == [f"line {number}" for number in sorted(wrong)]
+
+
+def test_empty_lines_count_as_lines_and_not_as_rows():
+    row, _ = ROWS["aime25"]
+    error = refused("aime25", jsonl("x.jsonl", row, "", "  ", {**row, "answer": "x"}))
+    assert "line 4:" in error.what
+    assert "1 of 2 rows" in error.what
+    assert [problem.id for problem in open_benchmark("aime25", jsonl("x.jsonl", row, "", row))] == [
+        "aime25/1", "aime25/2",
+    ]  # fmt: skip
+
+
+def test_other_kinds_of_files_are_read_too():
+    row, answer = ROWS["olympiadbench"]
+    Path("x.json").write_text(json.dumps([row, row]))
+    Dataset.from_list([row]).to_parquet("x.parquet")
+    with Path("x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["question", "answer"], ["How many?", "27.0"], ["How many?", "many"]])
+    assert [problem.answer for problem in open_benchmark("olympiadbench", Path("x.json"))] == [answer, answer]
+    assert open_benchmark("olympiadbench", Path("x.parquet"))[0].answer == answer
+    assert "row 2: column \"answer\" is 'many', not a number" in refused("amc23", Path("x.csv")).what
+
+
+def test_every_fault_of_a_csv_file_is_listed():
+    Path("x.csv").write_text("question,answer\n" + "only one cell\n" * 8)
+    assert refused("amc23", Path("x.csv")).what.count("does not have the 2 cells") == 8
+
+
+def test_a_missing_column_is_named_with_the_nearest():
+    error = refused("amc23", jsonl("x.jsonl", {"questions": "?", "answer": 1}))
+    assert 'no column "question"; its columns are questions, answer' in error.what
+    assert 'rename "questions"' in error.next_step
+
+
+def test_an_empty_file_and_one_in_another_encoding_are_refused():
+    assert "holds no rows" in refused("amc23", jsonl("x.jsonl")).what
+    Path("y.jsonl").write_bytes(b'{"question": "\xff"}\n')
+    assert "cannot be read" in refused("amc23", Path("y.jsonl")).what
+
+
+def test_context_goes_before_the_question_and_the_tolerance_into_the_problem():
+    (problem,) = open_benchmark(
+        "olympiadbench", jsonl("x.jsonl", OLYMPIAD | {"context": "Let $k=1$.", "error": "1e-2"})
+    )
+    assert problem.question == "Let $k=1$.\nFind all $n$ with $n^2 = 4$."
+    assert problem.meta == {"tolerance": 0.01}
+    assert 'column "error"' in refused("olympiadbench", jsonl("x.jsonl", OLYMPIAD | {"error": "some"})).what
+
+
+def test_names():
+    assert benchmark_names("paper") == PAPER == ("math500", "amc23", "aime24", "aime25", "olympiadbench")
+    assert benchmark_names("gsm8k, amc23,gsm8k") == ("gsm8k", "amc23")
+    assert benchmark_names("aime25,paper")[0] == "aime25"
+    with pytest.raises(UserInputError, match='no benchmark "amc24"') as caught:
+        benchmark_names("amc24")
+    assert caught.value.next_step == 'did you mean "amc23"?'

@@ -1,0 +1,315 @@
+"""Figures of an evaluation against enumeration, hand and simulation; and how a killed one goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import json
+
+import httpx
+import numpy as np
+import pytest
+from rich.console import Console
+
+from popo_lite.console.benchmark_report import benchmark_report
+from popo_lite.errors import CheckpointError, DataError, GradingError, ModelError, UserInputError
+from popo_lite.evaluation import estimates
+from popo_lite.evaluation.answer_file import EvaluationFolder
+from popo_lite.evaluation.benchmarks import (
+    chunks_of,
+    prepare,
+    refuse_ungradable,
+    summarise,
+    within_tolerance,
+)
+from popo_lite.evaluation.estimates import bootstrap_interval, majority_at_k, pass_at_k
+from popo_lite.policy.load import load_tokenizer
+from popo_lite.recipe import ModelRecipe
+from popo_lite.samplers import SamplingParams
+from popo_lite.samplers.server_client import ServerClient
+from popo_lite.tasks.rendering import Renderer
+from popo_lite.types import Outcome, Problem, ProblemAnswers, Reward
+
+
+@pytest.mark.parametrize("samples", [1, 4, 7])
+def test_pass_at_k_is_the_share_of_all_choices_of_k_with_a_right_answer(samples):
+    for right in range(samples + 1):
+        verdicts = [True] * right + [False] * (samples - right)
+        for k in range(1, samples + 1):
+            choices = list(itertools.combinations(verdicts, k))
+            assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, choices)) / len(choices), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("answers", "right", "k", "expected"),
+    [
+        ("5 7 7 5 7", "n y y n y", 5, 1.0),
+        ("5 5 7 7", "n n y y", 4, 0.0),  # a tie: 5 came first
+        ("7 5 5 7", "y n n y", 4, 1.0),  # a tie: 7 came first
+        ("- - - 7", "n n n y", 4, 1.0),  # no answer has no vote
+        ("- - - -", "n n n n", 4, 0.0),
+        ("5 5 7 7 7 5", "n n y y y n", 2, 2 / 3),  # won, in turn: no, yes, and yes by the tie
+        ("5 5 7 7 7 5", "n n y y y n", 4, 0.0),  # the last two make no block
+        ("7 5", "y n", 1, 0.5),
+    ],
+)
+def test_majority_by_hand(answers, right, k, expected):
+    answers = [None if answer == "-" else answer for answer in answers.split()]
+    right = [verdict == "y" for verdict in right.split()]
+    assert majority_at_k(answers, right, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch):
+    """400 benchmarks of 60 problems: the limits are four standard errors of a coverage of 95 %, less 2 for skew."""
+    monkeypatch.setattr(estimates, "RESAMPLES", 1000)
+    generator = np.random.default_rng(0)
+    truth, covered = 0.4, 0
+    for _ in range(400):
+        chances = generator.beta(0.8, 1.2, size=60)  # its mean is 0.4
+        low, high = bootstrap_interval([list(generator.binomial(8, chances) / 8)])
+        covered += low <= truth <= high
+    assert 0.90 * 400 <= covered <= 0.99 * 400
+
+
+def test_the_interval_is_that_of_a_mean():
+    """Against the normal interval, which the bootstrap's comes close to with many problems."""
+    values = list(np.random.default_rng(1).random(1000))
+    low, high = bootstrap_interval([values])
+    error = 1.96 * np.std(values) / np.sqrt(1000)
+    assert (low, high) == pytest.approx((np.mean(values) - error, np.mean(values) + error), abs=0.05 * error)
+    assert bootstrap_interval([values]) == (low, high)
+    assert bootstrap_interval([[0.25] * 7]) == (0.25, 0.25)
+
+
+def test_the_interval_of_an_average_counts_benchmarks_alike():
+    """One benchmark of 30 and one of 300 problems: the variance of the mean of their means."""
+    generator = np.random.default_rng(2)
+    few, many = list(generator.random(30)), list(generator.random(300))
+    low, high = bootstrap_interval([few, many])
+    error = 1.96 * np.sqrt(np.var(few) / 30 + np.var(many) / 300) / 2
+    assert high - low == pytest.approx(2 * error, rel=0.06)
+    assert low < (np.mean(few) + np.mean(many)) / 2 < high
+
+
+def line(problem, verdicts, *, seed=0, benchmark="amc23", weights="base", **keys):
+    """`verdicts` is a letter a sample: right, wrong, unparsed, timeout."""
+    outcomes = {"r": "correct", "w": "incorrect", "u": "unparsed", "t": "timeout"}
+    return ProblemAnswers(
+        weights=weights,
+        seed=seed,
+        benchmark=benchmark,
+        problem=f"{benchmark}/{problem}",
+        reference="5",
+        answers=[{"r": "5", "w": "7"}.get(verdict) for verdict in verdicts],
+        outcomes=[outcomes[verdict] for verdict in verdicts],
+        tokens=keys.get("tokens", [10] * len(verdicts)),
+        truncated=keys.get("truncated", [False] * len(verdicts)),
+        text="",
+    )
+
+
+def test_figures_of_a_benchmark_by_hand():
+    lines = [
+        line(1, "rwwr", tokens=[10, 20, 30, 40], truncated=[False, False, False, True]),
+        line(2, "wwwu"),
+        line(3, "trrr"),
+    ]
+    (result,) = summarise(lines, 2)
+    score = result.pooled
+    assert (result.problems, score.samples_per_problem) == (3, 4)
+    assert score.average == pytest.approx((2 / 4 + 0 + 3 / 4) / 3)
+    assert score.pass_at_k == pytest.approx({1: 5 / 12, 2: (5 / 6 + 0 + 1) / 3, 4: 2 / 3})
+    # Two votes each. Problem 1: right by the tie, wrong by the tie; 2: wrong, wrong; 3: right (no vote), right.
+    assert score.majority_at_k == pytest.approx({2: (0.5 + 0 + 1) / 3, 4: 2 / 3})
+    assert score.truncated_share == pytest.approx(1 / 12)
+    assert score.ungraded_share == pytest.approx(1 / 12)  # an answer that is not there is a verdict
+    assert score.completion_tokens_mean == pytest.approx((25 + 10 + 10) / 3)
+    for figure, value in (("average", score.average), ("pass@2", score.pass_at_k[2])):
+        low, high = score.intervals[figure]
+        assert low < value < high
+    assert result.by_seed == {0: score}
+
+
+def test_seeds_are_pooled_and_benchmarks_averaged_alike():
+    lines = [
+        line(problem, verdicts, seed=seed, benchmark=benchmark)
+        for seed, rows in ((0, ("rw", "rr", "ww")), (5, ("ww", "rw", "ww")))
+        for benchmark, problem, verdicts in zip(("amc23", "amc23", "aime24"), (1, 2, 1), rows, strict=True)
+    ]
+    amc, aime, average = summarise(lines, 2)
+    assert [amc.benchmark, aime.benchmark, average.benchmark] == ["amc23", "aime24", "average"]
+    assert amc.pooled.samples_per_problem == 4
+    assert amc.pooled.average == pytest.approx((1 / 4 + 3 / 4) / 2)
+    assert amc.pooled.pass_at_k[2] == pytest.approx((1 / 2 + 1) / 2)
+    assert {seed: score.average for seed, score in amc.by_seed.items()} == {0: 0.75, 5: 0.25}
+    # Two problems of one benchmark and one of the other: the average is of benchmarks, not of problems.
+    assert average.pooled.average == pytest.approx((amc.pooled.average + aime.pooled.average) / 2)
+    assert average.by_seed[0].average == pytest.approx(0.375)
+    assert average.problems == 3
+
+
+def test_weights_are_kept_apart():
+    lines = [line(1, "rr", weights="base"), line(1, "ww", weights="adapter")]
+    assert [(r.weights, r.pooled.average) for r in summarise(lines, 1)] == [("base", 1.0), ("adapter", 0.0)]
+
+
+def test_too_many_ungraded_answers_are_an_error_of_the_benchmark():
+    results = summarise([line(1, "tttw"), line(2, "rrrr")], 1)
+    refuse_ungradable(results, 0.375, "problems.jsonl")
+    with pytest.raises(GradingError, match=r"38% of the answers to amc23 \(base\)"):
+        refuse_ungradable(results, 0.37, "problems.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "tolerance", "outcome"),
+    [
+        ("5.04", "$5$", 0.05, "correct"), ("4.95", "5", 0.05, "correct"), ("5.06", "5", 0.05, "incorrect"),
+        ("5.04", "5", None, "incorrect"), ("x", "5", 9.0, "incorrect"), ("5", "2, 3", 9.0, "incorrect"),
+    ],
+)  # fmt: skip
+def test_a_number_may_be_off_by_the_tolerance(answer, reference, tolerance, outcome):
+    problem = Problem(id="x", messages=(), answer=reference, meta={} if tolerance is None else {"tolerance": tolerance})
+    reward = Reward(value=0.0, outcome=Outcome.INCORRECT, answer=answer)
+    found = within_tolerance(reward, problem)
+    assert (found.outcome, found.value) == (outcome, float(outcome == "correct"))
+    timeout = Reward(value=0.0, outcome=Outcome.TIMEOUT, answer=answer)
+    assert within_tolerance(timeout, problem) is timeout
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ModelRecipe())
+
+
+def prepared(tokenizer, count=5, *, longest=1, limit=200, context=1024, skip=False, tokens=100, name="amc23"):
+    problems = [
+        Problem(
+            id=f"{name}/{n}",
+            messages=({"role": "user", "content": "What is 1 + 2? " * (longest if n == 1 else 1)},),
+            answer="3",
+        )
+        for n in range(1, count + 1)
+    ]
+    return prepare(
+        name, problems, Renderer(tokenizer=tokenizer, max_prompt_tokens=limit), max_completion_tokens=tokens,
+        context_tokens=context, skip_overlong=skip,
+    )  # fmt: skip
+
+
+def test_overlong_prompts_are_an_error_or_left_out_and_counted(tokenizer):
+    with pytest.raises(DataError, match=r"amc23: 1 of 5 prompts are longer than 60 tokens, the longest, amc23/1") as e:
+        prepared(tokenizer, longest=9, limit=60)
+    assert "--skip-overlong" in e.value.next_step
+    found = prepared(tokenizer, longest=9, limit=60, skip=True)
+    assert (found.skipped, found.prompts[0].problem.id) == (1, "amc23/2")
+    assert found.digest == prepared(tokenizer, longest=9).digest != prepared(tokenizer).digest
+
+
+def test_answers_end_with_the_context(tokenizer):
+    longest = prepared(tokenizer).longest_prompt_tokens
+    assert prepared(tokenizer, tokens=100, context=longest + 100).max_completion_tokens == 100
+    assert prepared(tokenizer, tokens=100, context=longest + 99).max_completion_tokens == 99
+    with pytest.raises(ModelError, match="no room for an answer"):
+        prepared(tokenizer, context=longest)
+
+
+def plan(tokenizer):
+    """Two chunks of two problems and one of one, under two seeds."""
+    chunks = list(chunks_of([prepared(tokenizer)], weights=["base"], seeds=[0, 1], samples=8, batch_size=4))
+    assert [len(chunk.prompts) for chunk in chunks] == [2, 2, 1] * 2
+    return chunks
+
+
+def lines_of(chunks):
+    return [line(int(key[3].split("/")[1]), "rw", seed=key[1]) for chunk in chunks for key in chunk.keys]
+
+
+@pytest.mark.parametrize(("written", "whole"), [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 3), (7, 4), (10, 6)])
+def test_chunks_with_all_their_lines_are_kept(tokenizer, tmp_path, written, whole):
+    chunks = plan(tokenizer)
+    folder = EvaluationFolder(tmp_path / "out")
+    folder.open({"samples": 2})
+    assert folder.keep_whole(chunks) == 0
+    every = lines_of(chunks)
+    folder.add(every[:written])
+    if written < len(every):
+        with folder.answers_path.open("a") as file:
+            file.write('{"weights": "base", "se')  # torn by a kill
+    assert folder.keep_whole(chunks) == whole
+    kept = sum(len(chunk.prompts) for chunk in chunks[:whole])
+    if written:
+        assert folder.answers() == every[:kept]
+    folder.add(every[kept:])
+    assert [found.problem for found in folder.answers()] == [one.problem for one in every]
+
+
+def test_a_changed_file_is_refused(tokenizer, tmp_path):
+    chunks = plan(tokenizer)
+    folder = EvaluationFolder(tmp_path / "out")
+    folder.open({})
+    folder.add([*lines_of(chunks)[:2], line(5, "rr"), line(4, "rr")])
+    with pytest.raises(CheckpointError, match="line 3 and those after it"):
+        folder.keep_whole(chunks)
+
+
+def test_other_settings_are_refused_with_the_difference(tmp_path):
+    folder = EvaluationFolder(tmp_path / "out")
+    folder.open({"samples": 4, "benchmarks": {"amc23": {"digest": "a"}}, "seeds": (0, 1)})
+    folder.open({"samples": 4, "benchmarks": {"amc23": {"digest": "a"}}, "seeds": (0, 1)})
+    with pytest.raises(CheckpointError) as caught:
+        folder.open({"samples": 8, "benchmarks": {"amc23": {"digest": "b"}}, "seeds": (0, 1)})
+    assert "benchmarks.amc23.digest was 'a' and is 'b'; samples was 4 and is 8" in caught.value.what
+    assert "--output" in caught.value.next_step
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserInputError, match="holds no evaluation"):
+        EvaluationFolder(tmp_path).open({})
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_report_has_a_row_for_each_benchmark_and_weights():
+    lines = [
+        line(problem, "rrww" if weights == "base" else "rrrw", seed=seed, weights=weights, benchmark=benchmark)
+        for weights in ("base", "adapter")
+        for seed in (0, 1)
+        for benchmark in ("amc23", "aime24")
+        for problem in (1, 2)
+    ]
+    output = io.StringIO()
+    benchmark_report(
+        summarise(lines, 2), k=2, titles={"amc23": "AMC23", "aime24": "[b]AIME24"},
+        published={"amc23": 2, "aime24": 30}, output="runs/[x]", console=Console(file=output, width=200),
+    )  # fmt: skip
+    rows = [row.split() for row in output.getvalue().splitlines()]
+    table = [row[:2] for row in rows if len(row) > 2 and row[1] in ("base", "adapter") and row[2].isdecimal()]
+    assert table == [[title, weights] for title in ("AMC23", "[b]AIME24", "average") for weights in ("base", "adapter")]
+    found = next(row for row in rows if row[:2] == ["AMC23", "base"])
+    # avg@8, pass@2 = 1 - C(4, 2) / C(8, 2), and two of four votes; all problems are alike, so the intervals are points.
+    assert found[2:12] == ["2", "50.0%", "50.0", "to", "50.0", "78.6%", "78.6", "to", "78.6", "50.0%"]
+    assert ["AMC23", "adapter", "avg@4", "75.0%", "75.0%"] in rows
+    text = output.getvalue()
+    assert "[b]AIME24 has 30 problems; 2 were measured." in text
+    assert "AMC23 has" not in text
+    assert "Answers and results: runs/[x]" in text
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_servers_are_told_the_nucleus(top_p):
+    asked = []
+
+    def answer(request):
+        asked.append(json.loads(request.content))
+        choice = {"token_ids": [5, 1], "logprobs": {"token_logprobs": [-0.1, -0.2]}, "finish_reason": "stop"}
+        return httpx.Response(200, json={"choices": [choice]})
+
+    async def complete():
+        client = ServerClient("http://server", token=None)
+        client._client = httpx.AsyncClient(base_url="http://server", transport=httpx.MockTransport(answer))
+        params = SamplingParams(temperature=0.7, top_p=top_p, max_completion_tokens=8)
+        await client.complete([3], params=params, seed=0, stop_ids=frozenset({1}))
+
+    asyncio.run(complete())
+    assert asked[0]["top_p"] == top_p
