@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -42,6 +43,7 @@ _ORDER = (
     "CUDA graphs",
     "CUDA context",
     "fragmentation",
+    "other processes",
 )
 _BAR_CELLS = 28
 
@@ -112,25 +114,40 @@ def _print_verdict(
         verdict = Text.assemble(("It fits", "bold green"), f": {peak} of {there} ({source}).")
     else:
         verdict = Text.assemble(("It does not fit", "bold red"), f" ({source}): {why_not}.")
+    if plan["others_bytes"]:
+        verdict.append(f" Other processes hold {words.memory(plan['others_bytes'])} ({plan['others_source']}).")
     console.print(Text(safe(verdict.plain, console), spans=verdict.spans))
     for line in _remarks(plan, batch_size):
         console.print(Text(safe(line, console)))
     if why_not is not None:
         console.print()
         for change in plan["advice"]["changes"]:
-            values = ", ".join(f"{key} = {value}" for key, value in change["values"].items())
-            console.print(Text(safe(f"{values}: then {words.memory(change['peak_bytes'])} at the peak", console)))
+            values = ", ".join(f"{key} = {json.dumps(value)}" for key, value in change["values"].items())
+            console.print(Text(safe(f"{values}: {_effect(change)}", console)))
         console.print(Text("Next", "bold"))
         console.print(Text.assemble("  ", (safe(next_step, console), "cyan")), soft_wrap=True)
+
+
+def _effect(change: Mapping[str, Any]) -> str:
+    """What a change does to the phase that it eases, or for the engine's share."""
+    before, after = words.memory(change["before_bytes"]), words.memory(change["after_bytes"])
+    if change["eases"] == "engine shortfall":
+        return f"the engine's share lacks {after if change['after_bytes'] else 'nothing'}, before {before}"
+    return f"phase {change['eases']} from {before} to {after}"
 
 
 def _remarks(plan: Mapping[str, Any], batch_size: int) -> list[str]:
     longest, context = plan["longest_sequence_tokens"], plan["context_tokens"]
     lines = []
-    if longest:
+    this = f"this recipe's: {plan['sequence_tokens']:,}"
+    if longest >= context:
         lines.append(
-            f"Longest prompt with answer that would fit: {longest:,} tokens; this recipe's: "
-            f"{plan['sequence_tokens']:,}; the model's context: {context:,}."
+            f"Longest prompt with answer: {context:,} tokens, the model's context (memory would hold {longest:,}); "
+            f"{this}."
+        )
+    elif longest:
+        lines.append(
+            f"Longest prompt with answer that would fit: {longest:,} tokens; {this}; the model's context: {context:,}."
         )
     if plan["sequences_at_once"] is not None:
         lines.append(

@@ -14,6 +14,8 @@ from popo_lite.planning.shapes import Linear, ModelShape, adapted_linears
 from popo_lite.planning.sizes import adapter_elements, compute_bytes
 from popo_lite.recipe import Recipe
 
+_QKV = ("q_proj", "k_proj", "v_proj")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBytes:
@@ -23,8 +25,10 @@ class LayerBytes:
     its input has a gradient; `recompute` the most there is while it runs again and backward, `saved` included;
     `inference` the most there is without a graph; `mlp` one activation of the MLP; `pair` what eager attention keeps
     for a token and one token of its sequence.
-    Not per token: `casts_bytes`, the 16-bit copies of its adapters, and `weight_bytes`, its largest weight in
-    `model.dtype`, which a 4-bit weight is widened to while something is multiplied with it.
+    Not per token: `casts_bytes`, autocast's 16-bit copies of its adapters, of which `attention_casts_bytes` are made
+    before the attention's scores, and `input_casts_bytes` kept only where its input has a gradient; and
+    `weight_bytes`, its largest weight in `model.dtype`, which a 4-bit weight is widened to while something is
+    multiplied with it.
     """
 
     boundary: int
@@ -35,6 +39,8 @@ class LayerBytes:
     mlp: int
     pair: int
     casts_bytes: int
+    attention_casts_bytes: int
+    input_casts_bytes: int
     weight_bytes: int
 
     def recompute_bytes(self, tokens: int, sequence_tokens: int) -> int:
@@ -77,6 +83,8 @@ def layer_bytes(recipe: Recipe, shape: ModelShape) -> LayerBytes:
         recompute += mlp + 8 * width
     if not packed and size == 2:
         inference += 4 * width
+    early = [adapted[name] for name in _QKV if name in adapted]
+    cast = recipe.lora.rank * size if size == 2 else 0
     return LayerBytes(
         boundary=size * width,
         saved=saved,
@@ -86,6 +94,8 @@ def layer_bytes(recipe: Recipe, shape: ModelShape) -> LayerBytes:
         mlp=mlp,
         pair=shape.heads * (6 if size == 2 else size) if recipe.model.attention == "eager" else 0,
         casts_bytes=size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if size == 2 else 0,
+        attention_casts_bytes=cast * sum(linear.inputs + linear.outputs for linear in early),
+        input_casts_bytes=cast * sum(linear.inputs for linear in early),
         weight_bytes=size * max(linear.weights for linear in shape.linears()) if packed else 0,
     )
 
@@ -101,7 +111,7 @@ def _adapter_inputs(recipe: Recipe, adapted: Mapping[str, Linear]) -> Iterator[i
         # Each its own copy, narrowed from PEFT's float32 one.
         yield from (size * linear.inputs for linear in adapted.values())
     else:
-        for sharing in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)):
+        for sharing in (_QKV, ("gate_proj", "up_proj"), ("down_proj",)):
             if users := [name for name in sharing if name in adapted]:
                 yield size * adapted[users[0]].inputs
 

@@ -11,7 +11,7 @@ from typing import Any
 from popo_lite.errors import UserInputError
 from popo_lite.planning.engine import engine_of, sequence_tokens, vllm_can_serve
 from popo_lite.planning.shapes import ModelShape, load_shape
-from popo_lite.planning.vram import MemoryPlan, overrun_bytes, peak_bytes, plan_memory
+from popo_lite.planning.vram import SHORTFALL, MemoryPlan, excess, needs, overrun_bytes, plan_memory
 from popo_lite.recipe import Recipe, impossible_combinations
 
 SMALLEST_HEAD_WIDTH = 1024
@@ -26,9 +26,16 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Keys to set together, and the run's peak once they are set, with all changes before this one."""
+    """Keys to set together, and what comes of it once all changes before this one are made.
+
+    `eases` is the phase that profits most among those that are too large, or `SHORTFALL`, with its bytes before and
+    after; `peak_bytes` is the run's peak then, which may be another phase's.
+    """
 
     values: Values
+    eases: str
+    before_bytes: int
+    after_bytes: int
     peak_bytes: int
 
 
@@ -36,7 +43,7 @@ class Change:
 class Advice:
     """Changes that make a run fit; none where it fits already.
 
-    Where nothing helps, `changes` is empty and `smallest_vram_bytes` is what the run takes with every lever pulled.
+    Where nothing helps, `changes` is empty and `smallest_vram_bytes` is the GPU that it takes with every lever pulled.
     """
 
     changes: tuple[Change, ...]
@@ -45,27 +52,31 @@ class Advice:
     @property
     def overrides(self) -> tuple[str, ...]:
         """`section.key=value` for `--set`."""
-        merged: dict[str, Any] = {}
-        for change in self.changes:
-            merged |= change.values
-        return tuple(f"{key}={json.dumps(value)}" for key, value in merged.items())
+        return _overrides(self._values)
 
     @property
     def options(self) -> str:
         """The options to copy behind a command."""
-        return " ".join(f"--set {shlex.quote(_unquoted(override))}" for override in self.overrides)
+        return _options(self._values)
+
+    @property
+    def _values(self) -> Values:
+        merged: dict[str, Any] = {}
+        for change in self.changes:
+            merged |= change.values
+        return merged
 
 
-def advice_for(recipe: Recipe, shape: ModelShape, vram_bytes: int) -> Advice:
+def advice_for(recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> Advice:
     """The smallest changes after which `recipe` fits `vram_bytes`, from `LEVERS` in their order.
 
     The levers are pulled one after the other, each as little as is enough or else as far as it helps, until the run
     fits; levers that the others can do without are left out again. What is advised has been built and planned anew.
     """
-    search = _Search(recipe=recipe, shape=shape, vram_bytes=vram_bytes)
+    search = _Search(recipe=recipe, shape=shape, vram_bytes=vram_bytes, others_bytes=others_bytes)
     pulled = search.pull(LEVERS)
     if search.overrun(pulled):
-        return Advice(changes=(), smallest_vram_bytes=_smallest_vram(search.after(pulled), shape))
+        return Advice(changes=(), smallest_vram_bytes=_smallest_vram(search.after(pulled), shape, others_bytes))
     for lever, _ in tuple(pulled):
         found = search.pull([other for other, _ in pulled if other is not lever])
         if not search.overrun(found):
@@ -73,24 +84,26 @@ def advice_for(recipe: Recipe, shape: ModelShape, vram_bytes: int) -> Advice:
     return Advice(changes=search.changes(search.relaxed(pulled)))
 
 
-def refuse_unless_fits(recipe: Recipe, vram_bytes: int) -> None:
+def refuse_unless_fits(recipe: Recipe, vram_bytes: int, others_bytes: int = 0) -> None:
     """Raise UserInputError, with the advice, where a run of `recipe` does not fit a GPU of `vram_bytes`.
 
-    Raises ModelError where the model's config cannot be had, or its architecture is not one that can be planned.
+    Other processes hold `others_bytes` of it. Raises ModelError where the model's config cannot be had, or its
+    architecture is not one that can be planned.
     """
     shape = load_shape(recipe.model)
-    plan = plan_memory(recipe, shape, vram_bytes=vram_bytes)
+    plan = plan_memory(recipe, shape, vram_bytes=vram_bytes, others_bytes=others_bytes)
     if not plan.fits:
-        advice = advice_for(recipe, shape, vram_bytes)
+        advice = advice_for(recipe, shape, vram_bytes, others_bytes)
         raise UserInputError(why_not(recipe, plan), where=f"phase {plan.peak.name}", next_step=next_step(advice))
 
 
 def why_not(recipe: Recipe, plan: MemoryPlan) -> str:
     """Why a run does not fit, in one sentence."""
     if plan.peak.total_bytes > plan.vram_bytes:
+        beside = f" beside {_gib(plan.others_bytes)} of other processes" if plan.others_bytes else ""
         return (
-            f"the run is planned to need {_gib(plan.peak.total_bytes)} in the phase {plan.peak.name} "
-            f"({plan.peak.moment}), and there are {_gib(plan.vram_bytes)}"
+            f"the run is planned to need {_gib(plan.peak.total_bytes - plan.others_bytes)}{beside} in the phase "
+            f"{plan.peak.name} ({plan.peak.moment}), and there are {_gib(plan.vram_bytes)}"
         )
     return (
         f"the engine's share of {_gib(plan.vram_bytes)}, rollout.gpu_memory_share = {recipe.rollout.gpu_memory_share}, "
@@ -101,25 +114,26 @@ def why_not(recipe: Recipe, plan: MemoryPlan) -> str:
 def next_step(advice: Advice) -> str:
     """What to do about it: options to copy, or how much memory it takes."""
     if advice.smallest_vram_bytes is not None:
-        return f"no setting makes it fit; with all that save memory it takes {_gib(advice.smallest_vram_bytes)}"
+        return (
+            f"no setting makes it fit; with all that save memory it takes a GPU of {_gib(advice.smallest_vram_bytes)}"
+        )
     return advice.options
 
 
 def relief(recipe: Recipe) -> str:
-    """What to change when one sequence alone does not fit while the policy is trained, as options to copy."""
+    """What to change when one sequence alone does not fit while the policy is trained.
 
-    def options(levers: Sequence[Lever]) -> str:
-        found = []
-        for lever in levers:
-            values = next((values for values in lever(recipe) if _is_valid(_with(recipe, values))), None)
-            if values is not None:
-                found.append(Advice(changes=(Change(values=_new(recipe, values), peak_bytes=0),)).options)
-        return ", or ".join(found)
+    Each alternative is a line of its own: options to copy behind a command.
+    """
 
-    resumed, anew = options(RESUMED_LEVERS), options(NEW_RUN_LEVERS)
-    said = [f"resume with {resumed}"] if resumed else []
-    said += [f"in a new run, which may start from this one's adapter (lora.init_from): {anew}"] if anew else []
-    return "; ".join(said) or "train on a GPU with more memory"
+    def lines(levers: Sequence[Lever], intro: str) -> list[str]:
+        notches = [_notches(recipe, lever) for lever in levers]
+        found = [f"  {_options(_new(recipe, values[0]))}" for values in notches if values]
+        return [f"{intro} one of:" if len(found) > 1 else f"{intro}:", *found] if found else []
+
+    said = lines(RESUMED_LEVERS, "resume with")
+    said += lines(NEW_RUN_LEVERS, "in a new run, which may start from this one's adapter (lora.init_from), use")
+    return "\n".join(said) or "train on a GPU with more memory"
 
 
 # ---------------------------------------------------------------------- the levers, what costs least first
@@ -294,6 +308,7 @@ class _Search:
     recipe: Recipe
     shape: ModelShape
     vram_bytes: int
+    others_bytes: int
 
     def after(self, pulled: Pulled) -> Recipe:
         """The recipe with levers pulled."""
@@ -304,7 +319,10 @@ class _Search:
 
     def overrun(self, pulled: Pulled) -> int:
         """Bytes by which it is too large then."""
-        return overrun_bytes(self.after(pulled), self.shape, self.vram_bytes)
+        return self._overrun(self.after(pulled))
+
+    def _overrun(self, recipe: Recipe) -> int:
+        return overrun_bytes(recipe, self.shape, self.vram_bytes, self.others_bytes)
 
     def pull(self, levers: Sequence[Lever]) -> list[tuple[Lever, int]]:
         """Pull levers in turn until the run fits, or as far as they help."""
@@ -315,7 +333,7 @@ class _Search:
                 break
             best = None
             for notch, values in enumerate(_notches(recipe, lever)):
-                overrun = overrun_bytes(_with(recipe, values), self.shape, self.vram_bytes)
+                overrun = self._overrun(_with(recipe, values))
                 if overrun < least:
                     best, least = notch, overrun
                 if not overrun:
@@ -337,13 +355,29 @@ class _Search:
         return pulled
 
     def changes(self, pulled: Pulled) -> tuple[Change, ...]:
-        """What was pulled, as keys, and the peak after each."""
+        """What was pulled, as keys, and what came of each."""
         found, recipe = [], self.recipe
+        before = needs(recipe, self.shape, self.vram_bytes, self.others_bytes)
         for lever, notch in pulled:
             values = _new(recipe, _notches(recipe, lever)[notch])
             recipe = _with(recipe, values)
-            found.append(Change(values=values, peak_bytes=peak_bytes(recipe, self.shape, self.vram_bytes)))
+            after = needs(recipe, self.shape, self.vram_bytes, self.others_bytes)
+            eases = self._eased(before, after)
+            found.append(
+                Change(
+                    values=values,
+                    eases=eases,
+                    before_bytes=before[eases],
+                    after_bytes=after[eases],
+                    peak_bytes=max(size for name, size in after.items() if name != SHORTFALL),
+                )
+            )
+            before = after
         return tuple(found)
+
+    def _eased(self, before: Mapping[str, int], after: Mapping[str, int]) -> str:
+        too_large, still = excess(before, self.vram_bytes), excess(after, self.vram_bytes)
+        return max(before, key=lambda name: (too_large[name] - still[name], before[name] - after[name]))
 
 
 def _notches(recipe: Recipe, lever: Lever) -> list[Values]:
@@ -356,14 +390,23 @@ def _value(recipe: Recipe, name: str) -> Any:
     return getattr(getattr(recipe, section), key)
 
 
-def _smallest_vram(recipe: Recipe, shape: ModelShape) -> int:
+def _smallest_vram(recipe: Recipe, shape: ModelShape, others_bytes: int) -> int:
     """The least memory, to a quarter GiB, that a recipe with every lever pulled fits."""
     step = 2**28
     low, high = 0, 2**12
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if overrun_bytes(recipe, shape, middle * step) == 0 else (middle + 1, high)
+        fits = overrun_bytes(recipe, shape, middle * step, others_bytes) == 0
+        low, high = (low, middle) if fits else (middle + 1, high)
     return low * step
+
+
+def _overrides(values: Values) -> tuple[str, ...]:
+    return tuple(f"{key}={json.dumps(value)}" for key, value in values.items())
+
+
+def _options(values: Values) -> str:
+    return " ".join(f"--set {shlex.quote(_unquoted(override))}" for override in _overrides(values))
 
 
 def _unquoted(override: str) -> str:

@@ -27,6 +27,9 @@ ENGINE_CPU_CACHE_BYTES = 2**30
 ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM builds its adapter slot for."""
 
+MASK_BYTES = 17
+"""Per sequence and token while samplers/hf.py decodes: its mask in int64, twice while it grows, and as booleans."""
+
 DRAW_BYTES = 20
 """Per sequence and token of the vocabulary while samplers/hf.py draws: float32 log-probs, two float64 temporaries."""
 
@@ -95,7 +98,7 @@ def vllm_bytes(recipe: Recipe, shape: ModelShape, *, vram_bytes: int, on_gpu: bo
 
 
 def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, dict[str, int]]]:
-    """What sampling from the trainer's own model holds, by class, at its two fullest moments."""
+    """What sampling from the trainer's own model holds, by class, at each moment that may be its fullest."""
     size, batch = compute_bytes(recipe.model), recipe.rollout.batch_size
     layer, kv = layer_bytes(recipe, shape), kv_token_bytes(recipe, shape)
     draw = DRAW_BYTES * batch * shape.vocabulary
@@ -108,11 +111,26 @@ def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, dict[st
     tokens = prompts * width
     rotations_and_mask = (2 * size * shape.head_width + width) * tokens
     read = 2 * layer.boundary * tokens + layer.inference_bytes(tokens, width) + rotations_and_mask
-    yield "reading the prompts", {"KV cache": kv * tokens, "layer working set": read}
+    # Autocast keeps its copies of the adapters of all layers until the trunk has run; a layer's own are in its count.
+    copies = (shape.layers - 1) * layer.casts_bytes
+    yield "reading the prompts", {"KV cache": kv * tokens, "layer working set": read, "adapter copies": copies}
     full = batch * sequence_tokens(recipe)
+    beside = MASK_BYTES * full + 2 * layer.boundary * batch
     # The cache grows layer by layer into a new tensor. Behind a mask, as prompts of unequal length need, attention
     # repeats keys and values for every head.
     growth = size * full * shape.kv_width
     repeated = 2 * size * full * shape.query_width if shape.heads != shape.kv_heads else 0
-    cache = kv * full + max(growth, repeated)
-    yield "at full length", {"KV cache": cache, "logits": draw}
+    yield (
+        "the full cache grows",
+        {
+            "KV cache": kv * full + max(growth, repeated),
+            "layer working set": beside,
+            "adapter copies": copies + layer.attention_casts_bytes,
+        },
+    )
+    decode = beside + layer.inference_bytes(batch, sequence_tokens(recipe))
+    yield (
+        "a token of every answer in a layer",
+        {"KV cache": kv * full, "layer working set": decode, "adapter copies": copies},
+    )
+    yield "tokens are drawn", {"KV cache": kv * full, "logits": draw}

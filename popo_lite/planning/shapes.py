@@ -242,6 +242,9 @@ _REQUIRED = (
     "vocab_size",
     "max_position_embeddings",
 )
+_SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim")
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_OWN_CONFIG = "take the config.json that the model came with"
 
 
 def known_config(name: str) -> dict[str, Any] | None:
@@ -258,29 +261,32 @@ def load_shape(recipe: ModelRecipe) -> ModelShape:
     """
     folder = Path(recipe.id).expanduser()
     if recipe.id == "tiny":
-        return shape_of(_read_config(TINY_CONFIG))
+        return _read_shape(TINY_CONFIG)
     if folder.is_dir():
-        return shape_of(_read_config(folder / "config.json"))
+        return _read_shape(folder / "config.json")
     known = known_config(recipe.id) if recipe.revision is None else None
-    return shape_of(_hub_config(recipe) if known is None else known)
+    return _read_shape(_hub_config(recipe)) if known is None else shape_of(known)
 
 
-def shape_of(config: Mapping[str, Any]) -> ModelShape:
-    """The shape that a config.json, read as a dict, describes. Raises ModelError for what is not understood."""
-    kind = str(config.get("model_type"))
+def shape_of(config: Mapping[str, Any], *, source: str = "config.json") -> ModelShape:
+    """The shape that a config.json, read as a dict, describes. Raises ModelError for what is not understood.
+
+    `source` is the file's name in errors.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelError(
+            f"model_type is {kind!r}, and should name the architecture", where=source, next_step=_OWN_CONFIG
+        )
     if kind not in _DEFAULTS:
         raise ModelError(
             f"the memory plan does not know the architecture {kind!r}",
-            where="model.id",
+            where=source,
             next_step=f"it knows {', '.join(_DEFAULTS)}; popo-lite bench measures instead of planning",
         )
-    config = {**_DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}
-    if missing := [key for key in _REQUIRED if key not in config]:
-        raise ModelError(
-            f"its config.json lacks {', '.join(missing)}",
-            where="model.id",
-            next_step="give a folder with the model's own config.json",
-        )
+    _refuse_quantized(config.get("quantization_config"), source)
+    config = {key: value for key, value in {**_DEFAULTS[kind], **config}.items() if value is not None}
+    _refuse_faults(config, source)
     heads = config["num_attention_heads"]
     biases: set[str] = {"q_proj", "k_proj", "v_proj"} if kind == "qwen2" else set()
     if kind in ("llama", "qwen3") and config.get("attention_bias"):
@@ -303,17 +309,59 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _refuse_quantized(settings: Any, source: str) -> None:
+    """A checkpoint that is quantised already has neither the sizes nor the gradients of the base that is planned."""
+    if settings is None:
+        return
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+    raise ModelError(
+        f"quantization_config says that the checkpoint is quantised already ({method}); planned is a base in 16 or 32 "
+        "bit, which the run itself quantises",
+        where=source,
+        next_step="name the model's unquantised checkpoint as model.id",
+    )
+
+
+def _refuse_faults(config: Mapping[str, Any], source: str) -> None:
+    """Raise ModelError where keys are missing, or for the first that holds what no model can have."""
+    if missing := [key for key in _REQUIRED if key not in config]:
+        raise ModelError(f"the config lacks {', '.join(missing)}", where=source, next_step=_OWN_CONFIG)
+    for key in _SIZES:
+        value = config.get(key, 1)
+        if type(value) is not int or value < 1:
+            raise ModelError(
+                f"{key} is {value!r}, and should be a whole number above 0", where=source, next_step=_OWN_CONFIG
+            )
+    for key in _SWITCHES:
+        value = config.get(key, False)
+        if not isinstance(value, bool):
+            raise ModelError(f"{key} is {value!r}, and should be true or false", where=source, next_step=_OWN_CONFIG)
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if "head_dim" not in config and width % heads:
+        raise ModelError(
+            f"num_attention_heads is {heads}, which does not divide hidden_size = {width}",
+            where=source,
+            next_step=_OWN_CONFIG,
+        )
+
+
+def _read_shape(path: Path) -> ModelShape:
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} cannot be read: {error}", where="model.id", next_step="name a folder with the model's config.json"
         ) from error
-    return config
+    if not isinstance(config, dict):
+        raise ModelError(
+            f"the file holds a {type(config).__name__}, and should hold an object",
+            where=str(path),
+            next_step=_OWN_CONFIG,
+        )
+    return shape_of(config, source=str(path))
 
 
-def _hub_config(recipe: ModelRecipe) -> dict[str, Any]:
+def _hub_config(recipe: ModelRecipe) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
@@ -326,4 +374,4 @@ def _hub_config(recipe: ModelRecipe) -> dict[str, Any]:
             where="model.id",
             next_step=f"check the name and the network, or use a folder; known without: {', '.join(KNOWN_CONFIGS)}",
         ) from error
-    return _read_config(Path(path))
+    return Path(path)

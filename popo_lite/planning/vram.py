@@ -5,10 +5,11 @@ Computed from recipe and shape alone. docs/memory.md explains every row and whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from popo_lite.errors import UserInputError
 from popo_lite.planning.activations import kv_token_bytes, layer_bytes, loss_bytes
 from popo_lite.planning.engine import engine_of, hf_moments, sequence_tokens, vllm_bytes
 from popo_lite.planning.shapes import ModelShape
@@ -28,6 +29,9 @@ CUDA_CONTEXT_BYTES = 600 * 2**20
 FRAGMENTATION_SHARE = 0.1
 """Assumed: the allocator's waste, as a share of what comes and goes."""
 
+SHORTFALL = "engine shortfall"
+"""Beside the phases in `needs`: what vLLM's share lacks to hold one sequence."""
+
 LARGEST = 2**20
 """Where the search for the longest sequence and the largest batch ends."""
 
@@ -44,7 +48,8 @@ Moment = tuple[str, dict[str, int]]
 class Phase:
     """What is alive at the fullest `moment` of a phase: class -> bytes, none of them 0.
 
-    `tensor_bytes` is what torch's allocator counts of it where no engine shares the GPU: all but context and margin.
+    `tensor_bytes` is what torch's allocator counts of it where no engine shares the GPU: all but context, margin and
+    what other processes hold.
     """
 
     name: str
@@ -58,20 +63,23 @@ class Phase:
 
     @property
     def tensor_bytes(self) -> int:
-        """Without CUDA context and fragmentation margin."""
-        return self.total_bytes - sum(self.bytes_by_class.get(name, 0) for name in ("CUDA context", "fragmentation"))
+        """Without CUDA context, fragmentation margin and other processes."""
+        outside = ("CUDA context", "fragmentation", "other processes")
+        return self.total_bytes - sum(self.bytes_by_class.get(name, 0) for name in outside)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """The plan of a recipe on a GPU of `vram_bytes` (host memory for a recipe on the CPU).
 
-    `phases` are those of a run, `export` is a command of its own. `shortfall_bytes` is what vLLM's share lacks for
-    one sequence. `longest_tokens` is the longest prompt with answer that would fit, everything else as it is and
-    0 where none does; `sequences_at_once` how many of full length can be decoded together, None on a server.
+    `others_bytes` of it are held by other processes. `phases` are those of a run, `export` is a command of its own.
+    `shortfall_bytes` is what vLLM's share lacks for one sequence. `longest_tokens` is the longest prompt with answer
+    that memory would hold, everything else as it is and 0 where none does; it may exceed `context_tokens`.
+    `sequences_at_once` is how many of full length can be decoded together, None on a server.
     """
 
     vram_bytes: int
+    others_bytes: int
     on_gpu: bool
     engine: str
     phases: tuple[Phase, ...]
@@ -96,6 +104,7 @@ class MemoryPlan:
         """Plain data; all sizes in bytes."""
         return {
             "vram_bytes": self.vram_bytes,
+            "others_bytes": self.others_bytes,
             "device": "cuda" if self.on_gpu else "cpu",
             "engine": self.engine,
             "fits": self.fits,
@@ -119,39 +128,67 @@ class MemoryPlan:
         }
 
 
-def plan_memory(recipe: Recipe, shape: ModelShape, *, vram_bytes: int) -> MemoryPlan:
-    """The plan of `recipe` for a model of `shape`. Raises ModelError where lora.targets names no layer of it."""
-    run = _Run(recipe, shape, vram_bytes)
+def plan_memory(recipe: Recipe, shape: ModelShape, *, vram_bytes: int, others_bytes: int = 0) -> MemoryPlan:
+    """The plan of `recipe` for a model of `shape`, on a GPU of which other processes hold `others_bytes`.
+
+    vLLM takes its share of all of `vram_bytes`, whoever holds the rest. Raises UserInputError where prompt and answer
+    may exceed the model's context, and ModelError where lora.targets names no layer of it.
+    """
+    _refuse_beyond_context(recipe, shape.context_tokens)
+    run = _Run(recipe, shape, vram_bytes, others_bytes)
+
+    def holds(tokens: int) -> bool:
+        return overrun_bytes(_with_sequence(recipe, tokens), shape, vram_bytes, others_bytes) == 0
+
     return MemoryPlan(
         vram_bytes=vram_bytes,
+        others_bytes=others_bytes,
         on_gpu=run.on_gpu,
         engine=run.engine,
         phases=run.phases(),
         export=run.export(),
         shortfall_bytes=run.shortfall_bytes,
-        longest_tokens=_largest(lambda tokens: overrun_bytes(_with_sequence(recipe, tokens), shape, vram_bytes) == 0),
+        longest_tokens=_largest(holds),
         context_tokens=shape.context_tokens,
         sequence_tokens=sequence_tokens(recipe),
         sequences_at_once=_sequences_at_once(run),
     )
 
 
-def overrun_bytes(recipe: Recipe, shape: ModelShape, vram_bytes: int) -> int:
+def needs(recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> dict[str, int]:
+    """Bytes of every phase of a run, and `SHORTFALL`."""
+    run = _Run(recipe, shape, vram_bytes, others_bytes)
+    return {SHORTFALL: run.shortfall_bytes} | {phase.name: phase.total_bytes for phase in run.phases()}
+
+
+def excess(needed: Mapping[str, int], vram_bytes: int) -> dict[str, int]:
+    """By how many bytes each of `needs` is too large; 0 where it is not."""
+    return {name: size if name == SHORTFALL else max(0, size - vram_bytes) for name, size in needed.items()}
+
+
+def overrun_bytes(recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> int:
     """By how much a run is too large, summed over its phases; 0 where it fits."""
-    run = _Run(recipe, shape, vram_bytes)
-    return run.shortfall_bytes + sum(max(0, phase.total_bytes - vram_bytes) for phase in run.phases())
+    return sum(excess(needs(recipe, shape, vram_bytes, others_bytes), vram_bytes).values())
 
 
-def peak_bytes(recipe: Recipe, shape: ModelShape, vram_bytes: int) -> int:
-    """The fullest phase of a run."""
-    return max(phase.total_bytes for phase in _Run(recipe, shape, vram_bytes).phases())
+def _refuse_beyond_context(recipe: Recipe, context_tokens: int) -> None:
+    prompt, answer = recipe.rollout.max_prompt_tokens, recipe.rollout.max_completion_tokens
+    if prompt + answer > context_tokens:
+        raise UserInputError(
+            f"prompt and answer may take {prompt} + {answer} = {prompt + answer} tokens, and the context of "
+            f"{recipe.model.id} is {context_tokens}",
+            where="rollout.max_prompt_tokens, rollout.max_completion_tokens",
+            next_step=f"--set rollout.max_completion_tokens={context_tokens - prompt}"
+            if prompt < context_tokens
+            else f"set rollout.max_prompt_tokens below {context_tokens}",
+        )
 
 
 class _Run:
     """A recipe on a GPU: what stays, and the moments of every phase."""
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, vram_bytes: int) -> None:
-        self.recipe, self.shape, self.vram_bytes = recipe, shape, vram_bytes
+    def __init__(self, recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int) -> None:
+        self.recipe, self.shape, self.vram_bytes, self.others_bytes = recipe, shape, vram_bytes, others_bytes
         self.on_gpu = recipe.train.device != "cpu"
         self.engine = engine_of(recipe)
         self.layer = layer_bytes(recipe, shape)
@@ -170,6 +207,7 @@ class _Run:
         packed = recipe.train.packing and recipe.model.backend == "transformers" and recipe.model.attention != "eager"
         # Without packing the sequences of a micro-batch pass one after the other, and each leaves its checkpoints.
         self.pass_tokens = self.tokens if packed else self.sequence
+        self.passes = self.tokens // self.pass_tokens
 
     def phases(self) -> tuple[Phase, ...]:
         """The phases of a run in their order."""
@@ -186,7 +224,8 @@ class _Run:
     def rollout_fits(self, sequences: int) -> bool:
         """Whether so many sequences can be decoded at once by the trainer's own model."""
         rollout = self.recipe.rollout.model_copy(update={"batch_size": sequences})
-        tried = _Run(self.recipe.model_copy(update={"rollout": rollout}), self.shape, self.vram_bytes)
+        recipe = self.recipe.model_copy(update={"rollout": rollout})
+        tried = _Run(recipe, self.shape, self.vram_bytes, self.others_bytes)
         return tried.phases()[1].total_bytes <= self.vram_bytes
 
     def export(self) -> Phase:
@@ -267,19 +306,33 @@ class _Run:
             yield "servers sample elsewhere", {}
 
     def _siamese(self) -> Iterator[Moment]:
-        """Passes without a graph: the siamese's features, and scoring where the trainer weighs or probes."""
+        """Passes without a graph: the siamese's features, and scoring by the trainer."""
+        if not self.recipe.objective.alpha and not self._scores:
+            yield "nothing is passed", {}
+            return
         casts = self.layer.casts_bytes * (self.shape.layers - 1)
         row = self.layer.boundary * self.tokens
-        targets = self._targets() + self._rotations()
+        anchors = self._anchors() + self._rotations()
         layer = self.layer.inference_bytes(self.pass_tokens, self.sequence)
         # The embeddings stay beside the layer's input until the trunk has run.
-        yield "in a layer", {"hidden states": targets + 2 * row, "layer working set": layer + casts}
-        yield "in the LM head", {"hidden states": targets + 2 * row, "loss chunk": self._loss()}
+        yield "in a layer", {"hidden states": anchors + 2 * row, "layer working set": layer + casts}
+        if self._scores:
+            yield "in the LM head", {"hidden states": anchors + 2 * row, "loss chunk": self._loss()}
 
-    def _targets(self) -> int:
-        """The siamese's target of every sequence of the step."""
-        sequences = self.recipe.data.prompts_per_step * self.recipe.rollout.group_size
-        return trained_bytes(self.recipe.model) * sequences * self.shape.width
+    @property
+    def _scores(self) -> bool:
+        """Whether the trainer passes answers for their log-probs: for weights, for the base's, to check an engine."""
+        objective = self.recipe.objective
+        weighs = objective.weights_from == "trainer" and objective.weights != "uniform"
+        return weighs or objective.kl > 0 or self.engine != "hf"
+
+    def _anchors(self) -> int:
+        """What a step's update is held against: the siamese's target of every answer, the base's log-probs."""
+        answers = self.recipe.data.prompts_per_step * self.recipe.rollout.group_size
+        objective = self.recipe.objective
+        of_one = self.shape.width if objective.alpha else 0
+        of_one += self.recipe.rollout.max_completion_tokens if objective.kl else 0
+        return trained_bytes(self.recipe.model) * answers * of_one
 
     def _rotations(self) -> int:
         """Sines and cosines of every position."""
@@ -291,21 +344,21 @@ class _Run:
     def _update(self) -> Iterator[Moment]:
         """Gradients twice: the step's sum, and the running micro-batch's, which may be undone."""
         row = self.layer.boundary * self.tokens
-        targets = self._targets() + self._rotations()
+        anchors = self._anchors() + self._rotations()
         kept = {"gradients": 2 * self.trained_bytes, "layer inputs": self._layer_inputs()}
         if not self.recipe.train.gradient_checkpointing:
             kept["layer activations"] = self._activations()
         final_norm = self.layer.input_norm * self.tokens
-        head = {"hidden states": targets + 2 * row, "final norm": final_norm, "loss chunk": self._loss()}
+        head = {"hidden states": anchors + 2 * row, "final norm": final_norm, "loss chunk": self._loss()}
         working = self.layer.recompute_bytes(self.pass_tokens, self.sequence)
         yield "in the LM head", kept | head
         if self.recipe.train.gradient_checkpointing:
             casts = {"adapter copies": self.layer.casts_bytes * self.shape.layers}
-            yield "the last layer has run", kept | casts | {"hidden states": targets + row, "final norm": final_norm}
+            yield "the last layer has run", kept | casts | {"hidden states": anchors + row, "final norm": final_norm}
         else:
             working -= self._saved(self.pass_tokens)
         kept |= {"layer working set": working}
-        yield "the top layer's backward pass", kept | {"hidden states": targets + row}
+        yield "the top layer's backward pass", kept | {"hidden states": anchors + row}
 
     def _layer_inputs(self) -> int:
         """What checkpoints keep; without them, the input is a layer's own only where its norm needs no wider copy."""
@@ -319,10 +372,11 @@ class _Run:
         return self.recipe.train.offload_activations or self.recipe.model.backend == "unsloth"
 
     def _activations(self) -> int:
-        # The first layer's input has no gradient, and its norm keeps nothing of it.
+        # The first layer's input has no gradient: its norm keeps nothing of it, and what multiplies it is not needed.
         first = self.layer.input_norm - (4 * self.shape.width if self.size == 4 else 0)
         kept = self.shape.layers * self._saved(self.tokens) - first * self.tokens
-        return kept + self.shape.layers * self.layer.casts_bytes
+        # Each pass under autocast makes copies of the adapters of its own, and its graph keeps them.
+        return kept + self.passes * (self.shape.layers * self.layer.casts_bytes - self.layer.input_casts_bytes)
 
     def _saved(self, tokens: int) -> int:
         return (self.layer.saved + self.layer.pair * self.sequence) * tokens
@@ -345,7 +399,7 @@ class _Run:
         engine = () if self.vllm is None else tuple(self._engine())
         found = []
         for moment, comes in moments:
-            total = dict(stays)
+            total = stays | {"other processes": self.others_bytes}
             for key, size in comes.items():
                 total[key] = total.get(key, 0) + size
             if self.on_gpu:

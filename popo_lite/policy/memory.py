@@ -24,7 +24,7 @@ def refuse_without_room(recipe: Recipe, device: torch.device, notify: Callable[[
     free, total = torch.cuda.mem_get_info(device)
     try:
         # Asking has made this process's CUDA context, which the plan counts.
-        refuse_unless_fits(recipe, min(total, free + CUDA_CONTEXT_BYTES))
+        refuse_unless_fits(recipe, total, max(0, total - free - CUDA_CONTEXT_BYTES))
     except ModelError as error:
         notify(f"no memory plan: {error.what}")
 

@@ -210,10 +210,13 @@ def test_a_run_with_a_sequence_that_does_not_fit_is_saved_and_goes_on_where_it_d
         with pytest.raises(EngineError, match="a single sequence of") as caught:
             one.run(broken)
     # What is said to be changed on resuming may be changed on resuming.
-    resume_with = caught.value.next_step.partition(";")[0]
-    assert resume_with.startswith("resume with --set ")
-    for option in resume_with.removeprefix("resume with --set ").split(", or --set "):
-        refuse_other_recipe(broken, small(tiny_recipe, *option.split(" --set ")))
+    resume_with, _, anew = caught.value.next_step.partition("in a new run")
+    assert "--set " in anew
+    intro, *options = resume_with.splitlines()
+    assert intro == "resume with one of:"
+    assert len(options) > 1
+    for option in options:
+        refuse_other_recipe(broken, small(tiny_recipe, *option.split("--set ")[1:]))
     assert [folder.name for folder in sorted(broken.checkpoints.iterdir())] == ["step-000002", "step-000003"]
     with Trainer(recipe, SilentView()) as one:
         one.run(broken, resume=True)

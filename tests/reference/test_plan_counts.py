@@ -330,13 +330,22 @@ def test_a_pass_without_a_graph_takes_what_was_planned(tiny_recipe: Callable[...
     assert planned["hidden states"] + planned["layer working set"] == pytest.approx(live.peak, rel=0.02)
 
 
+@pytest.mark.usefixtures("cuda_like_autocast")
+@pytest.mark.parametrize("options", [(), ("model.dtype=bfloat16",), ("model.dtype=bfloat16", "lora.rank=512")])
 @pytest.mark.parametrize(
-    ("batch", "prompt_tokens", "answer_tokens", "group"), [(32, 32, 200, 8), (64, 200, 20, 8), (64, 200, 20, 2)]
+    ("batch", "prompt_tokens", "answer_tokens", "group"),
+    [(32, 32, 200, 8), (16, 32, 64, 8), (64, 200, 20, 8), (16, 200, 20, 2)],
 )
 def test_decoding_with_the_models_own_weights_takes_what_was_planned(
-    tiny_recipe: Callable[..., Recipe], batch: int, prompt_tokens: int, answer_tokens: int, group: int
+    tiny_recipe: Callable[..., Recipe],
+    options: tuple[str, ...],
+    batch: int,
+    prompt_tokens: int,
+    answer_tokens: int,
+    group: int,
 ) -> None:
     recipe = tiny_recipe(
+        *options,
         f"rollout.batch_size={batch}",
         f"rollout.max_prompt_tokens={prompt_tokens}",
         f"rollout.max_completion_tokens={answer_tokens}",
@@ -435,6 +444,33 @@ def test_the_tiny_models_activations_take_what_was_planned(tiny_recipe: Callable
     final_norm = layer_bytes(recipe, shape).input_norm * tokens
     counted = kept_by_a_pass(load_policy(recipe), tokens)
     assert planned["layer activations"] + planned["layer inputs"] + final_norm == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.usefixtures("cuda_like_autocast")
+@pytest.mark.parametrize("rank", [2, 64])
+def test_without_packing_each_sequence_keeps_copies_of_the_adapters(
+    tiny_recipe: Callable[..., Recipe], rank: int
+) -> None:
+    tokens, sequences = 64, 8
+    recipe = tiny_recipe(
+        "model.dtype=bfloat16",
+        f"lora.rank={rank}",
+        "train.packing=false",
+        f"train.tokens_per_microbatch={sequences * tokens}",
+        f"rollout.max_prompt_tokens={tokens // 2}",
+        f"rollout.max_completion_tokens={tokens // 2}",
+        "data.prompts_per_step=1",
+        f"rollout.group_size={sequences}",
+    )
+    policy = load_policy(recipe)
+    policy.model.train()
+    with LiveStorages() as live:
+        hidden = policy.hidden_states(torch.arange(sequences * tokens) % 64 + 5, [tokens] * sequences)
+        alive = live.now - nbytes([hidden])
+    planned, shape = planned_classes(recipe, "update"), load_shape(recipe.model)
+    final_norm = layer_bytes(recipe, shape).input_norm * tokens * sequences
+    rotations = 2 * 2 * shape.head_width * tokens * sequences
+    assert planned["layer activations"] + final_norm + rotations == pytest.approx(alive, rel=0.001)
 
 
 def test_checkpointing_keeps_the_layers_inputs(tiny_recipe: Callable[..., Recipe]) -> None:

@@ -14,10 +14,10 @@ GPU = torch.device("cuda")
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A card with so many GiB, `used` of them by others."""
+    """A card with so many GiB, `used` of them by others and by this process's CUDA context."""
 
     def make(total, used=0):
-        figures = ((total - used) * 2**30, total * 2**30)
+        figures = (round((total - used) * 2**30), total * 2**30)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: figures)
 
     return make
@@ -37,8 +37,24 @@ def test_a_run_beyond_the_card_is_refused_with_what_makes_it_fit(gpu):
 
 def test_what_others_hold_counts(gpu):
     gpu(24, used=14)
-    with pytest.raises(UserInputError):
+    with pytest.raises(UserInputError, match=r"beside 13\.4 GiB of other processes .* there are 24\.0 GiB"):
         refuse_without_room(load_recipe("qwen_7b_lora"), GPU, pytest.fail)
+
+
+def test_the_engines_share_is_of_the_card_and_not_of_what_others_leave(gpu):
+    """0.85 of 24 GiB and what is loaded before do not fit in 22; 0.85 of 22 would."""
+    recipe = load_recipe("qwen_1_5b_lora", ("rollout.gpu_memory_share=0.85",))
+    gpu(22)
+    refuse_without_room(recipe, GPU, pytest.fail)
+    gpu(24, used=2)
+    with pytest.raises(UserInputError, match="in the phase load"):
+        refuse_without_room(recipe, GPU, pytest.fail)
+
+
+def test_this_processs_own_context_is_counted_once(gpu):
+    recipe = load_recipe("qwen_1_5b_lora", ("rollout.gpu_memory_share=0.85",))
+    gpu(24, used=0.5)
+    refuse_without_room(recipe, GPU, pytest.fail)
 
 
 def test_a_cpu_has_no_plan(tiny_recipe):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import subprocess
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import pytest
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.objective.chunks import chunk_tokens
 from popo_lite.planning import (
+    GpuMemory,
     MemoryPlan,
     advice_for,
-    installed_vram_bytes,
+    installed_gpu,
     load_shape,
     plan_memory,
     refuse_unless_fits,
@@ -24,7 +27,7 @@ from popo_lite.planning import (
 )
 from popo_lite.planning.advice import LEVERS
 from popo_lite.planning.shapes import adapted_linears, shape_of
-from popo_lite.planning.vram import CUDA_CONTEXT_BYTES, overrun_bytes
+from popo_lite.planning.vram import CUDA_CONTEXT_BYTES, SHORTFALL, overrun_bytes
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 
@@ -133,6 +136,69 @@ def test_the_engines_weights_follow_its_base() -> None:
     assert whole["engine weights"] == 2 * 7_615_616_512
 
 
+def test_what_others_hold_is_in_every_phase_and_the_engines_share_stays_one_of_the_whole_card() -> None:
+    recipe = recipe_of("1_5b")
+    shape = load_shape(recipe.model)
+    alone, beside = (plan_memory(recipe, shape, vram_bytes=24 * GIB, others_bytes=others) for others in (0, 3 * GIB))
+    for one, other in zip((*alone.phases, alone.export), (*beside.phases, beside.export), strict=True):
+        assert other.bytes_by_class == one.bytes_by_class | {"other processes": 3 * GIB}
+        assert other.tensor_bytes == one.tensor_bytes
+    assert beside.sequences_at_once == alone.sequences_at_once
+    # Exactly as much as fits: one byte more does not, and vLLM's share is no smaller for it.
+    room = 24 * GIB - alone.peak.total_bytes
+    assert plan_memory(recipe, shape, vram_bytes=24 * GIB, others_bytes=room).fits
+    assert not plan_memory(recipe, shape, vram_bytes=24 * GIB, others_bytes=room + 1).fits
+    advice = advice_for(recipe, shape, 24 * GIB, room + 1)
+    assert advice.overrides == ("rollout.gpu_memory_share=0.3",)
+
+
+def test_a_run_beyond_the_models_context_is_refused() -> None:
+    long = ("rollout.max_completion_tokens=8192", "train.tokens_per_microbatch=9000")
+    with pytest.raises(UserInputError, match=r"512 \+ 8192 = 8704 tokens, and the context of .* is 4096") as caught:
+        plan_of(recipe_of("1_5b", *long))
+    assert caught.value.next_step is not None
+    override = caught.value.next_step.removeprefix("--set ")
+    plan = plan_of(recipe_of("1_5b", *long, override))
+    assert plan.sequence_tokens == plan.context_tokens
+    prompts = ("rollout.max_prompt_tokens=4096", "train.tokens_per_microbatch=9000")
+    with pytest.raises(UserInputError) as caught:
+        plan_of(recipe_of("1_5b", *prompts))
+    assert caught.value.next_step == "set rollout.max_prompt_tokens below 4096"
+
+
+def test_only_what_the_objective_needs_is_passed_without_a_graph() -> None:
+    off = ("objective.alpha=0.0", "objective.beta=0.0")
+    grpo, raft = (*off, "objective.algorithm=grpo"), (*off, "objective.algorithm=raft", "objective.weights=uniform")
+
+    def siamese(*options: str) -> dict[str, int]:
+        return in_phase(recipe_of("1_5b", "rollout.engine=hf", *options), "siamese")
+
+    def update(*options: str) -> dict[str, int]:
+        return in_phase(recipe_of("1_5b", "rollout.engine=hf", *options), "update")
+
+    passed = {"hidden states", "layer working set"}
+    assert passed <= siamese().keys()
+    for options in (grpo, raft, off):
+        assert not passed & siamese(*options).keys()
+        assert {"predictor head", "siamese average"} <= siamese(*options).keys()
+    assert passed <= siamese(*off, "objective.weights_from=trainer").keys()
+    assert passed <= in_phase(recipe_of("1_5b", *grpo), "siamese").keys()  # an engine's log-probs are checked
+    with_kl = (*grpo, "objective.kl=0.04")
+    assert siamese(*with_kl)["layer working set"] == siamese()["layer working set"]
+    # 32 x 8 answers, float32: a target of D numbers each, or a log-prob for each of 1,024 tokens.
+    targets, logps = 4 * 256 * 1536, 4 * 256 * 1024
+    assert siamese()["hidden states"] - siamese(*with_kl)["hidden states"] == targets - logps
+    assert update()["hidden states"] - update(*grpo)["hidden states"] == targets
+    assert update(*with_kl)["hidden states"] - update(*grpo)["hidden states"] == logps
+
+
+def test_auto_plans_the_trainers_own_model_where_vllm_could_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModuleSpec("vllm", None, origin="somewhere")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    for options, engine in (((), "vllm"), (("lora.rank=513",), "hf"), (("lora.dora=true",), "hf")):
+        assert plan_of(recipe_of("1_5b", "rollout.engine=auto", *options)).engine == engine
+
+
 def test_a_share_that_holds_no_sequence_does_not_fit_although_the_peak_would() -> None:
     plan = plan_of(recipe_of("1_5b"), 8)
     assert plan.peak.total_bytes < plan.vram_bytes
@@ -174,7 +240,7 @@ def test_the_longest_sequence_is_the_longest_that_fits() -> None:
         tried = recipe_of(
             "1_5b", f"rollout.max_completion_tokens={tokens - 512}", f"train.tokens_per_microbatch={tokens}"
         )
-        assert plan_of(tried).fits is fits
+        assert (overrun_bytes(tried, load_shape(tried.model), 24 * GIB) == 0) is fits
 
 
 def test_a_recipe_on_the_cpu_has_no_cuda_context(tiny_recipe: Callable[..., Recipe]) -> None:
@@ -211,6 +277,9 @@ def test_advice_really_fits_and_no_change_of_it_is_needless(size: str, options: 
     plan = plan_memory(advised, load_shape(advised.model), vram_bytes=vram)
     assert plan.fits
     assert advice.changes[-1].peak_bytes == plan.peak.total_bytes
+    for change in advice.changes:
+        assert change.after_bytes < change.before_bytes
+        assert change.before_bytes > (0 if change.eases == SHORTFALL else vram)
     for left_out in range(len(advice.changes)):
         others = advice.changes[:left_out] + advice.changes[left_out + 1 :]
         values = {key: value for change in others for key, value in change.values.items()}
@@ -253,9 +322,16 @@ def test_a_run_that_does_not_fit_is_refused_with_options_to_copy() -> None:
 
 def test_relief_names_what_is_left_to_change(tiny_recipe: Callable[..., Recipe]) -> None:
     first = relief(recipe_of("1_5b", "train.gradient_checkpointing=false"))
-    resumed, anew = first.split("; ")
-    assert resumed.startswith("resume with --set train.gradient_checkpointing=true, or --set train.offload_activations")
-    assert anew.startswith("in a new run, which may start from this one's adapter (lora.init_from): --set optimizer.name")
+    assert first.splitlines() == [
+        "resume with one of:",
+        "  --set train.gradient_checkpointing=true",
+        "  --set train.offload_activations=true --set train.gradient_checkpointing=true",
+        "  --set train.logits_mib=128",
+        "in a new run, which may start from this one's adapter (lora.init_from), use one of:",
+        "  --set optimizer.name=paged_adamw8bit",
+        "  --set lora.rank=16 --set lora.alpha=32.0",
+        "  --set rollout.max_completion_tokens=512 --set train.tokens_per_microbatch=1024",
+    ]
     spent = recipe_of(
         "1_5b",
         "train.offload_activations=true",
@@ -265,7 +341,6 @@ def test_relief_names_what_is_left_to_change(tiny_recipe: Callable[..., Recipe])
         "rollout.max_completion_tokens=256",
     )
     assert relief(spent) == "train on a GPU with more memory"
-    assert "\n" not in relief(tiny_recipe())
     assert "offload" not in relief(tiny_recipe())
 
 
@@ -287,6 +362,49 @@ def test_unknown_architectures_are_refused_by_name() -> None:
                 "max_position_embeddings": 1,
             }
         )
+
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "holds a list"),
+        ("null", "holds a NoneType"),
+        (json.dumps({**CONFIG, "model_type": None}), "model_type is None"),
+        (json.dumps({**CONFIG, "model_type": ["llama"]}), r"model_type is \['llama'\]"),
+        (json.dumps({**CONFIG, "num_attention_heads": 0}), "num_attention_heads is 0"),
+        (json.dumps({**CONFIG, "hidden_size": "64"}), "hidden_size is '64'"),
+        (json.dumps({**CONFIG, "num_hidden_layers": -2}), "num_hidden_layers is -2"),
+        (json.dumps({**CONFIG, "num_key_value_heads": True}), "num_key_value_heads is True"),
+        (json.dumps({**CONFIG, "head_dim": 16.0}), r"head_dim is 16\.0"),
+        (json.dumps({**CONFIG, "num_attention_heads": 5}), "num_attention_heads is 5, which does not divide"),
+        (json.dumps({**CONFIG, "tie_word_embeddings": "false"}), "tie_word_embeddings is 'false'"),
+        (json.dumps({**CONFIG, "quantization_config": {"quant_method": "awq"}}), r"quantised already \(awq\)"),
+        (json.dumps({**CONFIG, "quantization_config": {}}), "quantised already"),
+    ],
+)
+def test_a_config_that_no_model_has_is_refused_with_file_and_key(
+    tmp_path: Path, tiny_recipe: Callable[..., Recipe], text: str, said: str
+) -> None:
+    path = tmp_path / "config.json"
+    model = tiny_recipe().model.model_copy(update={"id": str(tmp_path)})
+    path.write_text(json.dumps(CONFIG | {"quantization_config": None}))
+    assert load_shape(model).head_width == 16
+    path.write_text(text)
+    with pytest.raises(ModelError, match=said) as caught:
+        load_shape(model)
+    assert caught.value.where == str(path)
+    assert caught.value.next_step
 
 
 def test_a_folders_config_is_read_and_a_broken_one_refused(tmp_path: Path, tiny_recipe: Callable[..., Recipe]) -> None:
@@ -329,14 +447,14 @@ def test_the_gpu_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> Non
         return run
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(subprocess, "run", answer("24564\n81559\n"))
-    assert installed_vram_bytes() == 24564 * 2**20
+    monkeypatch.setattr(subprocess, "run", answer("24564, 812\n81559, 3\n"))
+    assert installed_gpu() == GpuMemory(total_bytes=24564 * 2**20, used_bytes=812 * 2**20)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
-    installed_vram_bytes()
+    installed_gpu()
     assert asked[-1][-1] == "--id=1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert installed_vram_bytes() is None
+    assert installed_gpu() is None
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    for failure in (FileNotFoundError(), subprocess.CalledProcessError(9, "nvidia-smi"), "[N/A]", ""):
+    for failure in (FileNotFoundError(), subprocess.CalledProcessError(9, "nvidia-smi"), "[N/A], [N/A]", ""):
         monkeypatch.setattr(subprocess, "run", answer(failure))
-        assert installed_vram_bytes() is None
+        assert installed_gpu() is None

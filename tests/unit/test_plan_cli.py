@@ -47,11 +47,13 @@ def test_the_exit_code_says_whether_it_fits() -> None:
     assert "It does not fit" in refused.stdout
 
 
-def test_the_command_it_advises_fits() -> None:
-    refused = invoke("qwen_7b_lora", "--vram", "12GiB", "--set", "lora.rank=64")
+@pytest.mark.parametrize("others", [(), ("--others", "512MiB")])
+def test_the_command_it_advises_fits(others: tuple[str, ...]) -> None:
+    refused = invoke("qwen_7b_lora", "--vram", "12GiB", *others, "--set", "lora.rank=64")
     [command] = [line for line in refused.stdout.splitlines() if line.strip().startswith("popo-lite plan")]
     words = shlex.split(command)
-    assert words[:6] == ["popo-lite", "plan", "qwen_7b_lora", "--vram", "12GiB", "--set"]
+    given = ["popo-lite", "plan", "qwen_7b_lora", "--vram", "12GiB", *others, "--set"]
+    assert words[: len(given)] == given
     assert invoke(*words[2:]).exit_code == 0
 
 
@@ -69,6 +71,67 @@ def test_without_a_gpu_24_gib_are_assumed_and_said_so(monkeypatch: pytest.Monkey
     assert data["device"] == "cpu"
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 24 GiB, 3 of them in use, by the driver's own command."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert "--query-gpu=memory.total,memory.used" in command
+        return subprocess.CompletedProcess(command, 0, stdout="24576, 3072\n")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("options", "gib", "source"),
+    [
+        ((), 3, "nvidia-smi"),
+        (("--others", "1GiB"), 1, "--others"),
+        (("--others", "0GiB"), 0, "--others"),
+        (("--vram", "24GiB"), 0, "none counted"),
+        (("--vram", "24GiB", "--others", "2GiB"), 2, "--others"),
+    ],
+)
+def test_what_others_hold_comes_from_the_driver_or_the_command_line(
+    options: tuple[str, ...], gib: int, source: str
+) -> None:
+    data = planned("qwen_1_5b_lora", *options)
+    assert data["vram_bytes"] == 24 * 2**30
+    assert data["others_bytes"] == gib * 2**30
+    assert data["others_source"] == source
+    assert all(phase["bytes"].get("other processes", 0) == gib * 2**30 for phase in data["phases"])
+    said = " ".join(invoke("qwen_1_5b_lora", *options).stdout.split())
+    assert (f"Other processes hold {gib}.00 GiB ({source})." in said) is (gib > 0)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpus_memory_says_nothing_of_a_run_on_the_cpu() -> None:
+    data = planned("tiny_cpu")
+    assert data["vram_source"] == "assumed: the recipe runs on the CPU"
+    assert data["others_bytes"] == 0
+
+
+def test_the_longest_sequence_is_no_longer_than_the_context() -> None:
+    said = " ".join(invoke("qwen_1_5b_lora", "--vram", "24GiB").stdout.split())
+    assert "Longest prompt with answer: 4,096 tokens, the model's context (memory would hold" in said
+    said = " ".join(invoke("r1_distill_1_5b_lora", "--vram", "24GiB").stdout.split())
+    assert "tokens; this recipe's: 32,768; the model's context: 131,072." in said
+
+
+def test_each_change_says_which_phase_it_eases() -> None:
+    refused = invoke("qwen_7b_lora", "--vram", "8GiB").stdout
+    changes = planned("qwen_7b_lora", "--vram", "8GiB")["advice"]["changes"]
+    assert len(changes) > 1
+    for change in changes:
+        phase = f"phase {change['eases']} from {change['before_bytes'] / 2**30:.2f} GiB to "
+        assert phase + f"{change['after_bytes'] / 2**30:.2f} GiB" in refused
+    assert "train.offload_activations = true: phase update" in refused
+    short = invoke("qwen_1_5b_lora", "--vram", "8GiB").stdout
+    assert "rollout.gpu_memory_share = 0.45: the engine's share lacks nothing, before " in short
+
+
 @pytest.mark.parametrize(
     ("text", "size_bytes"),
     [("24GiB", 24 * 2**30), ("24 gib", 24 * 2**30), ("0.5GiB", 2**29), ("16GB", 16 * 10**9), ("512MiB", 2**29)],
@@ -77,7 +140,9 @@ def test_sizes_are_read(text: str, size_bytes: int) -> None:
     assert parse_size(text) == size_bytes
 
 
-@pytest.mark.parametrize("text", ["24", "GiB", "-1GiB", "0GiB", "24 GiB of it", "24TiB", ""])
+@pytest.mark.parametrize(
+    "text", ["24", "GiB", "-1GiB", "0GiB", "24 GiB of it", "24TiB", "", "0.0000000001MiB", "9" * 400 + "GiB"]
+)
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(UserInputError, match="is no amount of memory"):
         parse_size(text)
@@ -104,6 +169,7 @@ def test_the_report_keeps_to_its_width_and_encoding(width: int, encoding: str) -
 def test_the_command_answers_without_torch(command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     assert command("plan", "qwen_1_5b_lora", "--vram", "24GiB").returncode == 0
     assert command("plan", "qwen_1_5b_lora", "--vram", "much").returncode == 2
+    assert "--others" in command("plan", "qwen_1_5b_lora", "--others", "much").stderr
     program = (
         "import sys\n"
         "from popo_lite.cli import main\n"
