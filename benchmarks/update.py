@@ -1,23 +1,29 @@
 """One whole update, ours against TRL's GRPOTrainer: same base, same rollouts and rewards, each in its own process.
 
-    python benchmarks/update.py                                      Qwen2.5-1.5B's shape, on a GPU
+    python benchmarks/update.py                                      Qwen2.5-1.5B's shape and every rival, on a GPU
     python benchmarks/update.py --shape tiny --lengths 128 256       the same on a tiny shape, to try it on a CPU
     python benchmarks/update.py --find-longest --memory-cap 24GiB    the longest sequences that fit, fused and naive
 
 What is trained: one prompt with `--positives` answers of equal length and rewards between 0.6 and 1, so that every
 answer is a positive for us and has an advantage for GRPO. Weights are random, NF4 with double quantisation, rank 16 on
-all linear layers, compute in bfloat16, gradient checkpointing, AdamW with 8-bit state, gradients clipped to norm 1.
+all linear layers, compute in bfloat16, gradient checkpointing, AdamW with 8-bit state that stays on the GPU, gradients
+clipped to norm 1.
+
+Every side is measured with one sequence in a forward and backward pass, and with as many as 8,192 tokens hold and go
+evenly into the positives; `--sequences-per-pass` sets it. Ours packs them into one row; TRL has them as a batch, which
+needs no padding here, as all are of equal length.
 
 Timed, ours: weights of the positives, the siamese pass, forward and backward of every positive with the predictor
 head, clipping, optimizer, siamese average. Timed, TRL's: advantages, forward and backward of every answer, clipping,
 optimizer, learning rate. In neither: sampling, grading, writing, and the first update, which warms up.
 
 TRL gets the rollouts through `rollout_func`, its own hook for custom generation, and the rewards through a reward
-function; the clock starts when that function returns and stops in the callback at the end of the step. Its settings
-are its leanest: one sequence per device and micro-batch, no reference model, log-probs in chunks (its only path), no
-dropout, LoRA weights in bfloat16 (it narrows them itself on a quantised base; ours stay in float32). `trl-liger` adds
-Liger's layer kernels. Its loss kernels are written in Triton; on a CPU they run in Triton's interpreter, which makes
-TRL's seconds there meaningless.
+function; the clock starts when that function returns and stops in the callback at the end of the step. No reference
+model, log-probs in chunks (its only path), no dropout, LoRA weights in bfloat16 (it narrows them itself on a quantised
+base; ours stay in float32). `trl-liger` is the same with Liger's kernels for norms, rotary embeddings and MLP; it is
+measured where liger-kernel is installed, on a GPU alone. Every pair of settings is compared, and the result names the
+leanest and the fastest of the rivals. TRL's loss kernels are written in Triton; on a CPU they run in Triton's
+interpreter, which makes its seconds there meaningless.
 
 Mean token entropies, in nats, of every update on both sides show that it is the same model and the same rollouts.
 
@@ -27,13 +33,14 @@ Mean token entropies, in nats, of every update on both sides show that it is the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import metadata, util
@@ -46,13 +53,14 @@ from torch import Tensor
 from popo_lite.bench.measure import peaks_beside_plan, planned_phases
 from popo_lite.bench.meter import Meter, OutOfMemoryError, cap_memory
 from popo_lite.bench.synthetic import random_completions, random_policy, random_prompts, step_size
-from popo_lite.bench.updates import UPDATE_STAGES, longest_update, train_once
+from popo_lite.bench.updates import UPDATE_STAGES, frozen_bytes, longest_update, train_once
 from popo_lite.cli.plan import parse_size
+from popo_lite.planning import load_shape
 from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.load import pick_device
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.random_base import random_base, stand_in_tokenizer
-from popo_lite.recipe import Recipe
+from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.run_folder import environment
 from popo_lite.training.learner import Learner
 from popo_lite.types import Group, Outcome, Reward, Rollout
@@ -64,17 +72,23 @@ SHAPES = {
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
     "deepseek-math-7b": "deepseek-ai/deepseek-math-7b-base",
 }
-RIVALS = ("trl", "trl-liger", "none")
+RIVALS = ("trl", "trl-liger")
+PASS_TOKENS = 8192
+"""Tokens of a forward and backward pass of several sequences, unless told: the default of the recipes."""
 RESULTS = Path(__file__).parent / "results"
 CPU_REMARK = (
     "A tiny shape on a CPU: it shows that the script runs and says nothing about a GPU. TRL's loss kernels ran in "
     "Triton's interpreter, which takes nearly all of its time, so no ratio is given."
 )
 
+Side = dict[str, Any]
+"""What was measured of one side: its figures, or `out_of_memory`, or `failed`."""
+
 
 def recipe_for(arguments: argparse.Namespace, tokens: int) -> Recipe:
-    """The recipe of both sides for sequences of `tokens`."""
+    """The recipe of both sides for sequences of `tokens`, so many of them in a pass as this process is told."""
     prompt = min(512, tokens // 4)
+    (sequences_per_pass,) = arguments.sequences_per_pass
     return Recipe.model_validate(
         {
             "model": {"id": SHAPES[arguments.shape], "backend": arguments.backend},
@@ -84,13 +98,11 @@ def recipe_for(arguments: argparse.Namespace, tokens: int) -> Recipe:
                 "group_size": arguments.positives,
                 "max_prompt_tokens": prompt,
                 "max_completion_tokens": tokens - prompt,
+                "sleep": False,  # the optimizer's state stays on the GPU, where TRL's is
             },
             "data": {"prompts_per_step": 1},
             "optimizer": {"name": "adamw8bit"},
-            "train": {
-                "steps": arguments.updates + 1,
-                "tokens_per_microbatch": max(tokens, arguments.tokens_per_microbatch),
-            },
+            "train": {"steps": arguments.updates + 1, "tokens_per_microbatch": sequences_per_pass * tokens},
         }
     )
 
@@ -129,18 +141,18 @@ def use_naive_loss() -> None:
         *,
         logp_coefficients: Tensor,
         entropy_coefficients: Tensor | float,
-        factor: None = None,
+        factor: Callable[[Tensor, slice], Tensor],
         **_: Any,
     ) -> TokenTerms:
-        assert factor is None, "the benchmark's recipe has no importance weights"
         logps, entropies = naive_token_logprobs(hidden, targets, head)
-        total = (logp_coefficients * logps).sum() + (entropy_coefficients * entropies).sum()
+        coefficients = logp_coefficients * factor(logps.detach(), slice(None))
+        total = (coefficients * logps).sum() + (entropy_coefficients * entropies).sum()
         return TokenTerms(total=total, logps=logps.detach(), entropies=entropies.detach())
 
-    learner.weighted_token_logprobs = naive  # type: ignore[assignment]
+    learner.weighted_token_logprobs = naive  # type: ignore[attr-defined, assignment]
 
 
-def our_side(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
+def our_side(arguments: argparse.Namespace, tokens: int) -> Side:
     """Metered updates of ours at sequences of `tokens`."""
     recipe = recipe_for(arguments, tokens)
     policy = random_policy(recipe)
@@ -149,27 +161,28 @@ def our_side(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
     learner = Learner(recipe, policy, notify=notices.append, relief=meter.exhausted)
     cap = None if arguments.memory_cap is None else parse_size(arguments.memory_cap)
     planned = planned_phases(recipe, policy.device, cap)
-    resident = allocated_bytes(policy.device)
     vocabulary = policy.head.weight.shape[0]
-    entropies = []
+    figures = []
     try:
         for step in range(arguments.updates + 1):
             group = group_of(recipe, vocabulary, step, policy_version=policy.version)
-            entropies.append(train_once(learner, meter, step, [group]).entropy)
+            figures.append(train_once(learner, meter, step, [group]).figures)
     except OutOfMemoryError as error:
         return {"out_of_memory": error.what, "notices": notices}
     stages = {stage: statistics.median(cost.seconds for cost in meter.costs[stage][1:]) for stage in UPDATE_STAGES}
     return costs_of(meter, UPDATE_STAGES) | {
         "seconds_by_stage": stages,
-        "peaks_by_phase": [asdict(peak) for peak in peaks_beside_plan(meter, planned)],
-        "entropies": entropies,
-        "resident_bytes": resident,
+        "peaks_by_phase": [asdict(peak) for peak in peaks_beside_plan(meter, planned, engine=recipe.rollout.engine)],
+        "entropies": [one.entropy for one in figures],
+        "grad_norms": [one.grad_norm for one in figures],
+        "passes": figures[-1].micro_batches,
+        "base_bytes": frozen_bytes(policy.model),
         "packing": policy.packing,
         "notices": notices,
     }
 
 
-def longest_of_ours(arguments: argparse.Namespace) -> dict[str, Any]:
+def longest_of_ours(arguments: argparse.Namespace) -> Side:
     """The longest sequences of which an update fits, by doubling and bisection over one base."""
     tried: list[str] = []
     found = longest_update(
@@ -184,7 +197,7 @@ def longest_of_ours(arguments: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------------- TRL's side
 
 
-def trl_side(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
+def trl_side(arguments: argparse.Namespace, tokens: int) -> Side:
     """Metered updates of TRL's GRPOTrainer at sequences of `tokens`."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from datasets import Dataset
@@ -194,6 +207,9 @@ def trl_side(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
     recipe = recipe_for(arguments, tokens)
     device = pick_device("auto")
     base = random_base(recipe.model, device)
+    base_bytes = frozen_bytes(base)
+    (sequences_per_pass,) = arguments.sequences_per_pass
+    passes = arguments.positives // sequences_per_pass
     model = add_adapters(base, recipe.lora, recipe.train.seed)
     tokenizer = stand_in_tokenizer()
     tokenizer.padding_side = "left"
@@ -231,9 +247,9 @@ def trl_side(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
                 output_dir=folder,
                 max_steps=arguments.updates + 1,
                 num_generations=arguments.positives,
-                per_device_train_batch_size=1,
-                gradient_accumulation_steps=arguments.positives,
-                steps_per_generation=arguments.positives,
+                per_device_train_batch_size=sequences_per_pass,
+                gradient_accumulation_steps=passes,
+                steps_per_generation=passes,
                 max_completion_length=recipe.rollout.max_completion_tokens,
                 temperature=recipe.rollout.temperature,
                 beta=0.0,
@@ -254,7 +270,6 @@ def trl_side(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
             ),
         )
         before = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if "lora_B" in name}
-        resident = allocated_bytes(device)
         try:
             trainer.train()
         except RuntimeError as error:
@@ -264,13 +279,13 @@ def trl_side(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
     unchanged = [name for name, values in before.items() if torch.equal(values, model.get_parameter(name).cpu())]
     assert not unchanged, f"TRL left {len(unchanged)} of {len(before)} adapters as they were"
     entropies = [line["entropy"] for line in trainer.state.log_history if "loss" in line]
-    return costs_of(meter, ("update",)) | {"entropies": entropies, "resident_bytes": resident}
+    return costs_of(meter, ("update",)) | {"entropies": entropies, "passes": passes, "base_bytes": base_bytes}
 
 
 # ---------------------------------------------------------------------- both
 
 
-def costs_of(meter: Meter, stages: Sequence[str]) -> dict[str, Any]:
+def costs_of(meter: Meter, stages: Sequence[str]) -> Side:
     """Seconds and peaks of the updates behind the first, `stages` taken together."""
     updates = list(zip(*(meter.costs[stage] for stage in stages), strict=True))[1:]
     seconds = [sum(cost.seconds for cost in update) for update in updates]
@@ -283,13 +298,8 @@ def costs_of(meter: Meter, stages: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def allocated_bytes(device: torch.device) -> int | None:
-    """Bytes in tensors on the GPU: base, adapters and what stays with them. None on a CPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
-
-
-def in_own_process(side: str, tokens: int, options: Sequence[str]) -> dict[str, Any]:
-    """What `side` measures at sequences of `tokens`, in a fresh process."""
+def in_own_process(side: str, tokens: int, options: Sequence[str]) -> Side:
+    """What `side` measures at sequences of `tokens`, in a fresh process; the end of its log where it fails."""
     variables = dict(os.environ)
     if not torch.cuda.is_available():
         variables["TRITON_INTERPRET"] = "1"
@@ -297,17 +307,17 @@ def in_own_process(side: str, tokens: int, options: Sequence[str]) -> dict[str, 
         command = [sys.executable, __file__, *options, "--side", side, "--lengths", str(tokens), "--json", file.name]
         done = subprocess.run(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            sys.exit(f"{side} at {tokens} tokens failed:\n{done.stderr[-4000:]}")
-        found: dict[str, Any] = json.loads(Path(file.name).read_text())
+            return {"failed": done.stderr[-4000:]}
+        found: Side = json.loads(Path(file.name).read_text())
     return found
 
 
-def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float | None]:
-    """TRL's figures over ours; None where one of them is missing."""
+def compare(ours: Side, theirs: Side) -> dict[str, float | None]:
+    """A rival's figures over ours; None where one of them is missing."""
 
-    def extra(side: dict[str, Any]) -> int | None:
+    def extra(side: Side) -> int | None:
         peak = side.get("peak_allocated_bytes")
-        return None if peak is None else peak - side["resident_bytes"]
+        return None if peak is None else peak - side["base_bytes"]
 
     def ratio(top: float | None, bottom: float | None) -> float | None:
         return None if top is None or not bottom else top / bottom
@@ -315,45 +325,81 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float | N
     return {
         "seconds": ratio(theirs.get("seconds_median"), ours.get("seconds_median")),
         "peak_allocated": ratio(theirs.get("peak_allocated_bytes"), ours.get("peak_allocated_bytes")),
-        "peak_beyond_resident": ratio(extra(theirs), extra(ours)),
+        "peak_beyond_base": ratio(extra(theirs), extra(ours)),
     }
 
 
-def all_lengths(arguments: argparse.Namespace, options: Sequence[str]) -> list[dict[str, Any]]:
-    """Both sides at every length."""
-    found = []
+def compare_all(sides: Sequence[Side]) -> dict[str, Any]:
+    """Every setting of a rival over every setting of ours, and which of the rivals is leanest and which fastest."""
+
+    def setting(side: Side) -> dict[str, Any]:
+        return {"side": side["side"], "sequences_per_pass": side["sequences_per_pass"]}
+
+    rivals = [side for side in sides if side["side"] != "ours"]
+    measured = [side for side in rivals if "seconds" in side]
+    return {
+        "rival_over_ours": [
+            {"rival": setting(theirs), "ours": setting(ours), **compare(ours, theirs)}
+            for theirs in rivals
+            for ours in sides
+            if ours["side"] == "ours"
+        ],
+        "leanest_rival": setting(min(measured, key=lambda side: side["peak_allocated_bytes"])) if measured else None,
+        "fastest_rival": setting(min(measured, key=lambda side: side["seconds_median"])) if measured else None,
+    }
+
+
+def per_pass(arguments: argparse.Namespace, tokens: int) -> list[int]:
+    """Numbers of sequences of `tokens` in a forward and backward pass: one, and as many as `PASS_TOKENS` hold."""
+    if arguments.sequences_per_pass:
+        return list(arguments.sequences_per_pass)
+    room = max(1, PASS_TOKENS // tokens)
+    positives = arguments.positives
+    return sorted({1, max(count for count in range(1, positives + 1) if positives % count == 0 and count <= room)})
+
+
+def all_lengths(
+    arguments: argparse.Namespace, options: Sequence[str], lines: list[dict[str, Any]], save: Callable[[], None]
+) -> bool:
+    """Every side at every length into `lines`, saved as they come; whether none failed."""
     for tokens in arguments.lengths:
-        line: dict[str, Any] = {"tokens": tokens, "sequences": arguments.positives}
-        for side in ["ours"] if arguments.rival == "none" else ["ours", arguments.rival]:
-            line[side] = in_own_process(side, tokens, options)
-            median = line[side].get("seconds_median")
-            line[side]["tokens_per_second"] = median and tokens * arguments.positives / median
-            print(side, tokens, told(line[side]), flush=True)
-        if arguments.rival != "none" and torch.cuda.is_available():
-            line["rival_over_ours"] = compare(line["ours"], line[arguments.rival])
-            print("rival / ours", tokens, line["rival_over_ours"], flush=True)
-        found.append(line)
-    return found
+        sides: list[Side] = []
+        line: dict[str, Any] = {"tokens": tokens, "sequences": arguments.positives, "sides": sides}
+        lines.append(line)
+        for count, name in itertools.product(per_pass(arguments, tokens), ("ours", *arguments.rivals)):
+            side = in_own_process(name, tokens, [*options, "--sequences-per-pass", str(count)])
+            median = side.get("seconds_median")
+            side["tokens_per_second"] = median and tokens * arguments.positives / median
+            sides.append({"side": name, "sequences_per_pass": count, **side})
+            print(f"{name}, {tokens:,} tokens, {count} a pass: {told(side)}", flush=True)
+            save()
+        if arguments.rivals and torch.cuda.is_available():
+            line |= compare_all(sides)
+            print(json.dumps(compare_all(sides), indent=1), flush=True)
+            save()
+    return not any("failed" in side for line in lines for side in line["sides"])
 
 
-def longest_that_fit(arguments: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
-    """The longest sequences for fused and naive loss, each confirmed with all positives in a process of its own.
+def longest_that_fit(options: Sequence[str], resolution: int, found: dict[str, Side], save: Callable[[], None]) -> bool:
+    """The longest sequences for fused and naive loss into `found`, saved as they come; whether none failed.
 
-    Searched with two sequences: beyond the token budget they pass one at a time, so more of them need little more.
+    Searched with two sequences, one a pass, and confirmed with all positives in a process of its own.
     """
-    found = {}
     for loss in ("fused", "naive"):
-        mine = [*options, "--loss", loss, "--updates", "1"]
-        line = in_own_process("longest", arguments.resolution, [*mine, "--positives", "2"])
-        if line["longest_tokens"] is not None:
+        mine = [*options, "--loss", loss, "--updates", "1", "--sequences-per-pass", "1"]
+        line = found[loss] = in_own_process("longest", resolution, [*mine, "--positives", "2"])
+        save()
+        if line.get("longest_tokens") is not None:
             line["confirmed_with_all_positives"] = in_own_process("ours", line["longest_tokens"], mine)
+            save()
         print(loss, line, flush=True)
-        found[loss] = line
-    return found
+    return not any("failed" in (line | line.get("confirmed_with_all_positives", {})) for line in found.values())
 
 
-def told(side: dict[str, Any]) -> str:
+def told(side: Side) -> str:
     """One side's figures in a line."""
+    if "failed" in side:
+        return f"failed: {side['failed'].strip().splitlines()[-1]}"
     if "out_of_memory" in side:
         return str(side["out_of_memory"])
     peak = side["peak_allocated_bytes"]
@@ -362,8 +408,15 @@ def told(side: dict[str, Any]) -> str:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """`content` as indented JSON."""
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    """`content` as indented JSON, in the place of what was there in one go: the run may be cut short at any time."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
+
+
+def installed(package: str) -> bool:
+    """Whether `package` can be imported."""
+    return util.find_spec(package) is not None
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -374,37 +427,54 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--positives", type=int, default=8)
     parser.add_argument("--updates", type=int, default=5, help="measured ones; one more comes before")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--tokens-per-microbatch", type=int, default=8192, help="ours; at least one sequence")
+    parser.add_argument(
+        "--sequences-per-pass", type=int, nargs="+", help="of every side; default 1 and what 8,192 tokens hold"
+    )
     parser.add_argument("--backend", choices=["transformers", "unsloth"], default="transformers", help="ours")
     parser.add_argument("--loss", choices=["fused", "naive"], default="fused", help="ours")
-    parser.add_argument("--rival", choices=RIVALS, default="trl")
+    parser.add_argument("--rivals", choices=(*RIVALS, "none"), nargs="+", help="default all that can run here")
     parser.add_argument("--memory-cap", metavar="SIZE", help="such as 24GiB; a GPU's memory as of a smaller card")
     parser.add_argument("--find-longest", action="store_true", help="instead of the comparison")
     parser.add_argument("--resolution", type=int, default=512, help="of --find-longest, in tokens")
     parser.add_argument("--json", type=Path, help="default benchmarks/results/update-<shape>[-longest][-cpu].json")
-    parser.add_argument("--side", choices=["ours", "longest", *RIVALS[:2]], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ours", "longest", *RIVALS], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if (
-        arguments.side is None
-        and not arguments.find_longest
-        and arguments.rival != "none"
-        and not util.find_spec("trl")
-    ):
-        parser.error("TRL is not installed: pip install trl==1.15.0, or --rival none")
-    if arguments.find_longest and not torch.cuda.is_available():
-        parser.error("--find-longest needs a GPU: a CPU does not run out of memory, it swaps")
-    if arguments.find_longest and arguments.backend == "unsloth":
-        parser.error("--find-longest builds one model for all lengths, and unsloth builds one for a length")
-    passed = ("shape", "positives", "updates", "rank", "tokens_per_microbatch", "backend", "loss", "memory_cap")
+    if arguments.side is None:
+        refuse_impossible(parser, arguments)
+    passed = ("shape", "positives", "updates", "rank", "backend", "loss", "memory_cap", "resolution")
     options = []
-    for name in (*passed, "resolution"):
+    for name in passed:
         value = getattr(arguments, name)
         if value is not None:
             options += [f"--{name.replace('_', '-')}", str(value)]
     return arguments, options
 
 
-def run_side(arguments: argparse.Namespace) -> dict[str, Any]:
+def refuse_impossible(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Stop with exit code 2 at what cannot be measured, and settle the rivals."""
+    available = ["trl", "trl-liger"] if installed("liger_kernel") and torch.cuda.is_available() else ["trl"]
+    if arguments.find_longest or arguments.rivals == ["none"]:
+        arguments.rivals = []
+    elif not (installed("trl") and installed("triton")):
+        parser.error("TRL, or triton for its loss, is not installed: pip install trl==1.15.0 triton, or --rivals none")
+    elif missing := set(arguments.rivals or ()) - set(available):
+        parser.error(f"--rivals {', '.join(missing)}: needs a GPU and liger-kernel: pip install liger-kernel==0.8.5")
+    arguments.rivals = arguments.rivals if arguments.rivals is not None else available
+    if uneven := [count for count in arguments.sequences_per_pass or () if arguments.positives % count]:
+        parser.error(f"--sequences-per-pass {uneven[0]} does not go evenly into --positives {arguments.positives}")
+    model = ModelRecipe(id=SHAPES[arguments.shape])
+    context = load_shape(model).context_tokens
+    if not arguments.find_longest and max(arguments.lengths) > context:
+        parser.error(f"--lengths: {max(arguments.lengths)} tokens are beyond the context of {model.id}, {context}")
+    if arguments.memory_cap is not None and not torch.cuda.is_available():
+        parser.error("--memory-cap: only a GPU's memory can be capped")
+    if arguments.find_longest and not torch.cuda.is_available():
+        parser.error("--find-longest needs a GPU: a CPU does not run out of memory, it swaps")
+    if arguments.find_longest and arguments.backend == "unsloth":
+        parser.error("--find-longest builds one model for all lengths, and unsloth builds one for a length")
+
+
+def run_side(arguments: argparse.Namespace) -> Side:
     """What this process measures for the one that started it."""
     if arguments.memory_cap is not None:
         cap_memory(pick_device("auto"), parse_size(arguments.memory_cap))
@@ -417,15 +487,13 @@ def run_side(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and write the result."""
+    """Measure, writing what is there after every measurement. Exit code 1 where one failed."""
     arguments, options = parse()
     if arguments.side is not None:
         write(arguments.json, run_side(arguments))
         return
     device = pick_device("auto")
-    rivals = {
-        name: metadata.version(name) for name in ("trl", "liger-kernel") if util.find_spec(name.replace("-", "_"))
-    }
+    rivals = {name: metadata.version(name) for name in ("trl", "liger-kernel") if installed(name.replace("-", "_"))}
     results: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/update.py", *sys.argv[1:]]),
         "environment": environment(device) | {"rivals": rivals},
@@ -433,14 +501,21 @@ def main() -> None:
     }
     if device.type == "cpu":
         results["remark"] = CPU_REMARK
-    if arguments.find_longest:
-        results["longest"] = longest_that_fit(arguments, options)
-    else:
-        results["lengths"] = all_lengths(arguments, options)
     endings = ("-longest" if arguments.find_longest else "") + ("-cpu" if device.type == "cpu" else "")
     path = arguments.json or RESULTS / f"update-{arguments.shape}{endings}.json"
-    write(path, results)
+
+    def save() -> None:
+        write(path, results)
+
+    if arguments.find_longest:
+        results["longest"] = {}
+        whole = longest_that_fit(options, arguments.resolution, results["longest"], save)
+    else:
+        results["lengths"] = []
+        whole = all_lengths(arguments, options, results["lengths"], save)
     print(f"written to {path}")
+    if not whole:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

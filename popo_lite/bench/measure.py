@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from popo_lite.bench.meter import Meter, OutOfMemoryError, cap_memory
-from popo_lite.bench.synthetic import StepSize, random_policy, random_prompts, rewarded, step_size
+from popo_lite.bench.synthetic import StepSize, context_tokens, random_policy, random_prompts, rewarded, step_size
 from popo_lite.bench.updates import UPDATE_STAGES, longest_update, tensor_bytes, train_once
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.planning import Phase, load_shape, plan_memory
 from popo_lite.policy.load import pick_device
-from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import environment
 from popo_lite.samplers import Sampler, SamplingParams, open_sampler, pick_engine
@@ -24,8 +23,10 @@ from popo_lite.training.learner import Learner
 
 STAGES = ("rollout", *UPDATE_STAGES, "swap")
 """What is measured of a step; choosing and grading problems are not."""
+ONCE = ("load", "engine")
+"""What comes before the first step."""
 PHASES: Mapping[str, Sequence[str]] = {
-    "load": ("load",),
+    "load": ("load", "engine"),
     "rollout": ("rollout",),
     "siamese": ("weights", "siamese"),
     "update": ("update",),
@@ -40,6 +41,9 @@ BASE_CLASSES = {"base": ("base linears", "embeddings", "LM head", "norms, biases
 RESOLUTION = 512
 """Tokens to which the longest sequence is found."""
 
+HF_INSTEAD = "--set rollout.engine=hf"
+"""Rollouts from the trainer's own model."""
+
 LEFT_OUT = (
     "downloading and loading the model",
     "starting the rollout engine",
@@ -52,7 +56,7 @@ LEFT_OUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """A stage of a step: median seconds, and the tokens that went through it, where there are any."""
+    """A stage of a step: median seconds, and the tokens that it sampled or forwarded, where there are any."""
 
     stage: str
     seconds: float
@@ -64,11 +68,12 @@ class StageResult:
 class PhaseMemory:
     """Peak bytes of a phase on a GPU: in tensors and on the card as a whole, each beside what was planned.
 
-    The plan's figures are None for an architecture that it does not know.
+    The plan's figures are None for an architecture that it does not know. Those of tensors are None with vLLM: torch
+    goes on counting what the engine gives back in its sleep.
     """
 
     phase: str
-    tensor_bytes: int
+    tensor_bytes: int | None
     planned_tensor_bytes: int | None
     card_bytes: int
     planned_card_bytes: int | None
@@ -126,16 +131,18 @@ def bench(
 ) -> BenchResult:
     """Measure `steps` steps of `recipe` after one that warms up; running out of memory is a result as well.
 
-    Raises UserInputError where the recipe's sampler would not serve random weights, or the cap cannot be enforced.
+    A cap is for a GPU. Raises UserInputError where the recipe's sampler would not serve random weights, the cap cannot
+    be enforced, or a sequence is beyond the model's context.
     """
     size = step_size(recipe, positives)
+    engine, _ = pick_engine(recipe)
+    _refuse_true_weights(recipe, engine)
+    _refuse_beyond_context(size, context_tokens(recipe))
     device = pick_device(recipe.train.device)
     planned = planned_phases(recipe, device, memory_cap_bytes)
     if memory_cap_bytes is not None:
+        _refuse_cap_with_vllm(engine)
         cap_memory(device, memory_cap_bytes)
-        recipe = _share_of_cap(recipe, device, memory_cap_bytes)
-    engine, _ = pick_engine(recipe)
-    _refuse_true_weights(recipe, engine)
     notices: list[str] = []
 
     def note(text: str) -> None:
@@ -145,22 +152,25 @@ def bench(
     meter = Meter(device=device)
     tensors: tuple[TensorCount, ...] = ()
     failure: str | None = None
-    sampled = 0
+    tokens: Mapping[str, int] = {}
     try:
         with meter("load"):
             policy = random_policy(recipe)
             learner = Learner(recipe, policy, notify=note, relief=meter.exhausted)
-        _refuse_beyond_context(size, policy)
-        with open_sampler(recipe, policy, text=lambda _: "", notify=note) as sampler:
+        with meter("engine"):
+            sampler = open_sampler(recipe, policy, text=lambda _: "", notify=note)
+        with sampler:
             for step in range(steps + 1):
                 notify(f"step {step} of {steps}" if step else "warm-up step")
-                sampled = _step(recipe, size, step, learner, sampler, meter)
+                tokens = _step(recipe, size, step, learner, sampler, meter)
                 if step == 0:
-                    meter.forget(except_for="load")
+                    meter.forget(except_for=ONCE)
         tensors = _counts(learner, planned)
     except OutOfMemoryError as error:
-        failure = f"{error.what} at {_load_of(error.stage, size)}"
-    stages = () if failure else tuple(_stage(meter, stage, size, sampled) for stage in STAGES)
+        load = f" at {error.sequences:,} x {size.sequence_tokens:,} tokens" if error.sequences else ""
+        failure = error.what + load
+    ran = () if failure else tuple(stage for stage in STAGES if stage in meter.costs)
+    stages = tuple(_stage(meter, stage, tokens.get(stage)) for stage in ran)
     step_seconds = None if failure else sum(stage.seconds for stage in stages)
     return BenchResult(
         model=recipe.model.id,
@@ -172,7 +182,7 @@ def bench(
         load_seconds=meter.seconds("load") if "load" in meter.costs else None,
         tensors=tensors,
         stages=stages,
-        memory=peaks_beside_plan(meter, planned),
+        memory=peaks_beside_plan(meter, planned, engine=engine),
         step_seconds=step_seconds,
         run=None if failure else _estimate(recipe, size, stages),
         out_of_memory=failure,
@@ -196,23 +206,17 @@ class LongestResult:
 
 
 def bench_longest(recipe: Recipe, *, memory_cap_bytes: int | None, notify: Callable[[str], None]) -> LongestResult:
-    """Find the longest sequence that can be trained on, by trying. Raises UserInputError on a CPU."""
+    """Find the longest sequence that can be trained on, by trying, on a GPU: a CPU swaps instead."""
     device = pick_device(recipe.train.device)
-    if device.type != "cuda":
-        raise UserInputError(
-            "a CPU does not run out of memory, it swaps",
-            where="--longest",
-            next_step="popo-lite plan RECIPE predicts the longest sequence on any machine",
-        )
     if memory_cap_bytes is not None:
         cap_memory(device, memory_cap_bytes)
     total = torch.cuda.get_device_properties(device).total_memory
-    policy = random_policy(recipe)
-    found = longest_update(policy, lambda tokens: at_length(recipe, tokens), resolution=RESOLUTION, notify=notify)
     try:
         plan = plan_memory(recipe, load_shape(recipe.model), vram_bytes=memory_cap_bytes or total)
     except ModelError:
         plan = None
+    policy = random_policy(recipe)
+    found = longest_update(policy, lambda tokens: at_length(recipe, tokens), resolution=RESOLUTION, notify=notify)
     return LongestResult(
         model=recipe.model.id,
         device=str(device),
@@ -241,11 +245,13 @@ def at_length(recipe: Recipe, tokens: int) -> Recipe:
 # ---------------------------------------------------------------------- one step
 
 
-def _step(recipe: Recipe, size: StepSize, step: int, learner: Learner, sampler: Sampler, meter: Meter) -> int:
-    """One step, metered by stage; how many tokens were sampled."""
+def _step(
+    recipe: Recipe, size: StepSize, step: int, learner: Learner, sampler: Sampler, meter: Meter
+) -> Mapping[str, int]:
+    """One step, metered by stage; how many tokens were sampled and forwarded, by stage."""
     policy = learner.policy
     prompts = random_prompts(size, policy.head.weight.shape[0], seed=step)
-    with meter("rollout"):
+    with meter("rollout", sequences=size.prompts * size.group_size):
         completions = sampler.sample(
             prompts,
             count=size.group_size,
@@ -254,31 +260,24 @@ def _step(recipe: Recipe, size: StepSize, step: int, learner: Learner, sampler: 
             stream=("bench", step),
         )
     sampler.sleep()
-    train_once(learner, meter, step, rewarded(prompts, completions, size.positives, policy_version=policy.version))
-    with meter("swap"):
+    groups = rewarded(prompts, completions, size.positives, policy_version=policy.version)
+    update = train_once(learner, meter, step, groups)
+    with meter("swap", first=_hand_cache_back if sampler.engine == "vllm" else lambda: None):
         sampler.sync(policy.version)
-    return sum(len(one.token_ids) for group in completions for one in group)
+    sampled = sum(len(one.token_ids) for group in completions for one in group)
+    return {"rollout": sampled, "siamese": update.forwarded_tokens, "update": update.forwarded_tokens}
 
 
-def _stage(meter: Meter, stage: str, size: StepSize, sampled_tokens: int) -> StageResult:
-    tokens = {
-        "rollout": sampled_tokens,
-        "siamese": size.positives * size.sequence_tokens,
-        "update": size.positives * size.sequence_tokens,
-    }.get(stage)
+def _hand_cache_back() -> None:
+    # Waking, the engine starts with this; its peak would count the update's cache and the woken engine together.
+    torch.cuda.empty_cache()
+
+
+def _stage(meter: Meter, stage: str, tokens: int | None) -> StageResult:
     seconds = meter.seconds(stage)
     return StageResult(
         stage=stage, seconds=seconds, tokens=tokens, tokens_per_second=None if tokens is None else tokens / seconds
     )
-
-
-def _load_of(stage: str, size: StepSize) -> str:
-    """How much a stage had to do, in words."""
-    if stage == "load":
-        return "the base itself"
-    if stage in ("rollout", "swap"):
-        return f"{size.prompts * size.group_size} x {size.sequence_tokens:,} tokens"
-    return f"{size.positives} x {size.sequence_tokens:,} tokens"
 
 
 # ---------------------------------------------------------------------- memory and estimate
@@ -294,13 +293,14 @@ def planned_phases(recipe: Recipe, device: torch.device, cap_bytes: int | None) 
     return {phase.name: phase for phase in plan_memory(recipe, shape, vram_bytes=cap_bytes or total).phases}
 
 
-def peaks_beside_plan(meter: Meter, planned: Mapping[str, Phase]) -> tuple[PhaseMemory, ...]:
-    """Peaks of every phase that was reached, beside the plan's; none on a CPU."""
+def peaks_beside_plan(meter: Meter, planned: Mapping[str, Phase], *, engine: str) -> tuple[PhaseMemory, ...]:
+    """Peaks of every phase that was reached with rollouts from `engine`, beside the plan's; none on a CPU."""
+    countable = engine != "vllm"
     return tuple(
         PhaseMemory(
             phase=name,
-            tensor_bytes=peak[0],
-            planned_tensor_bytes=planned[name].tensor_bytes if planned else None,
+            tensor_bytes=peak[0] if countable else None,
+            planned_tensor_bytes=planned[name].tensor_bytes if planned and countable else None,
             card_bytes=peak[1],
             planned_card_bytes=planned[name].total_bytes if planned else None,
         )
@@ -341,12 +341,6 @@ def _estimate(recipe: Recipe, size: StepSize, stages: Sequence[StageResult]) -> 
     )
 
 
-def _share_of_cap(recipe: Recipe, device: torch.device, cap_bytes: int) -> Recipe:
-    """The recipe with the engine's share of the card made one of the cap: vLLM takes it of the whole card."""
-    share = recipe.rollout.gpu_memory_share * cap_bytes / torch.cuda.get_device_properties(device).total_memory
-    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"gpu_memory_share": share})})
-
-
 # ---------------------------------------------------------------------- refusals
 
 
@@ -357,15 +351,27 @@ def _refuse_true_weights(recipe: Recipe, engine: str) -> None:
         raise UserInputError(
             'random weights reach the engines "hf", and "vllm" over a dequantised NF4 base; others serve true ones',
             where=f'rollout.engine = "{engine}", rollout.base = "{recipe.rollout.base}"',
-            next_step='--set rollout.engine="hf", or --set rollout.base="dequantized"',
+            # The schema refuses servers with another engine.
+            next_step=HF_INSTEAD + (" --set rollout.servers=[]" if engine == "server" else ""),
         )
 
 
-def _refuse_beyond_context(size: StepSize, policy: Policy) -> None:
-    if size.sequence_tokens > policy.context_tokens:
+def _refuse_cap_with_vllm(engine: str) -> None:
+    """Torch's limit counts the memory pool of a sleeping engine, which vLLM has given back without torch's knowing."""
+    if engine == "vllm":
+        raise UserInputError(
+            "a sleeping vLLM would use up the cap all the same, and memory run out where a smaller card's would not",
+            where='--memory-cap, rollout.engine = "vllm"',
+            next_step=HF_INSTEAD,
+        )
+
+
+def _refuse_beyond_context(size: StepSize, context: int | None) -> None:
+    if context is not None and size.sequence_tokens > context:
+        prompt = min(size.prompt_tokens, context // 2)
         raise UserInputError(
             f"prompt and answer take {size.prompt_tokens} + {size.completion_tokens} tokens, and the context is "
-            f"{policy.context_tokens}",
+            f"{context}",
             where="rollout.max_prompt_tokens, rollout.max_completion_tokens",
-            next_step="lower one of them, as a run would have to",
+            next_step=f"--prompt-tokens {prompt} --completion-tokens {context - prompt}",
         )

@@ -16,11 +16,11 @@ from popo_lite.policy.memory import is_out_of_memory
 
 
 class OutOfMemoryError(PopoError):
-    """The GPU ran out of memory in `stage`. For a benchmark that is a result."""
+    """The GPU ran out of memory in `stage`, with `sequences` to do, 0 where it has none. A benchmark's result."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, sequences: int) -> None:
         super().__init__(f"out of memory in {stage}")
-        self.stage = stage
+        self.stage, self.sequences = stage, sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,23 @@ class Meter:
     device: torch.device
     costs: dict[str, list[StageCost]] = field(default_factory=dict)
     _stage: str = ""
+    _sequences: int = 0
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Measure what runs within. Raises OutOfMemoryError where the GPU's memory does not suffice."""
+    def __call__(self, stage: str, *, sequences: int = 0, first: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Measure what runs within: a stage that has so many `sequences` to do.
+
+        `first` runs on the clock and ahead of the peaks: what it gives back is not held by the stage.
+        Raises OutOfMemoryError where the GPU's memory does not suffice.
+        """
         on_gpu = self.device.type == "cuda"
-        self._stage = stage
+        self._stage, self._sequences = stage, sequences
         if on_gpu:
             torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
+        first()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
         short = False
         try:
             yield
@@ -75,11 +82,11 @@ class Meter:
 
     def exhausted(self) -> NoReturn:
         """Raise OutOfMemoryError for the stage at hand: the learner's `relief`, asked for when nothing else is left."""
-        raise OutOfMemoryError(self._stage)
+        raise OutOfMemoryError(self._stage, self._sequences)
 
-    def forget(self, *, except_for: str) -> None:
-        """Drop all but one stage's costs: the warm-up is over."""
-        self.costs = {stage: passes for stage, passes in self.costs.items() if stage == except_for}
+    def forget(self, *, except_for: Sequence[str]) -> None:
+        """Drop all but these stages' costs: the warm-up is over."""
+        self.costs = {stage: passes for stage, passes in self.costs.items() if stage in except_for}
 
     def seconds(self, stage: str) -> float:
         """Median seconds of `stage`."""
@@ -100,17 +107,11 @@ def outside_bytes(device: torch.device) -> int:
 
 
 def cap_memory(device: torch.device, cap_bytes: int) -> None:
-    """Let torch allocate no more on `device` than a card of `cap_bytes` would have left for it.
+    """Let torch allocate no more on `device`, a GPU, than a card of `cap_bytes` would have left for it.
 
     All that is in use outside torch's allocator, the CUDA context and other processes, counts against the cap, so it
-    is to be called before anything is loaded. Raises UserInputError on a CPU, and where the card is smaller.
+    is to be called before anything is loaded. Raises UserInputError where the card is smaller.
     """
-    if device.type != "cuda":
-        raise UserInputError(
-            "only a GPU's memory can be capped, and this runs on a CPU",
-            where="--memory-cap",
-            next_step="popo-lite plan RECIPE --vram 24GiB predicts memory on any machine",
-        )
     torch.ones(8, 8, device=device).matmul(torch.ones(8, 8, device=device))  # context and cuBLAS are there from now on
     torch.cuda.synchronize(device)
     total, elsewhere = torch.cuda.mem_get_info(device)[1], outside_bytes(device)

@@ -14,7 +14,7 @@ from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.load import import_unsloth, pick_device
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy, wrap_policy
-from popo_lite.policy.random_base import random_base, stand_in_tokenizer, write_random_base
+from popo_lite.policy.random_base import architecture, random_base, stand_in_tokenizer, write_random_base
 from popo_lite.recipe import Recipe
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
 
@@ -46,7 +46,7 @@ def step_size(recipe: Recipe, positives: int | None = None) -> StepSize:
             f"{positives} positives are asked for, and a step has {recipe.data.prompts_per_step} x "
             f"{recipe.rollout.group_size} = {rollouts} rollouts",
             where="--positives",
-            next_step=f"--positives {rollouts}, or more --prompts",
+            next_step=f"--positives {rollouts}",
         )
     return StepSize(
         prompts=recipe.data.prompts_per_step,
@@ -55,6 +55,11 @@ def step_size(recipe: Recipe, positives: int | None = None) -> StepSize:
         completion_tokens=recipe.rollout.max_completion_tokens,
         positives=positives or (rollouts + 1) // 2,
     )
+
+
+def context_tokens(recipe: Recipe) -> int | None:
+    """The longest sequence that the model is made for; None where its config sets no limit. Builds nothing."""
+    return getattr(architecture(recipe.model), "max_position_embeddings", None)
 
 
 def random_policy(recipe: Recipe, *, seed: int = 0) -> Policy:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from popo_lite.bench.meter import Meter, OutOfMemoryError, longest
 from popo_lite.bench.synthetic import random_groups, step_size
+from popo_lite.errors import UserInputError
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
+from popo_lite.training.credit import nothing_to_learn
 from popo_lite.training.learner import Learner
 from popo_lite.training.metrics import UpdateFigures
 from popo_lite.types import Group
@@ -20,19 +23,40 @@ UPDATE_STAGES = ("weights", "siamese", "update", "step")
 """What a step trains in: credit, the siamese pass, forward and backward, and the optimizer with the average."""
 
 
-def train_once(learner: Learner, meter: Meter, step: int, groups: Sequence[Group]) -> UpdateFigures:
-    """Everything of a step that trains, metered as `UPDATE_STAGES`."""
-    with meter("weights"):
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """An update's `figures`, and how many tokens, prompts included, each of its passes forwarded."""
+
+    figures: UpdateFigures
+    forwarded_tokens: int
+
+
+def train_once(learner: Learner, meter: Meter, step: int, groups: Sequence[Group]) -> Update:
+    """Everything of a step that trains, metered as `UPDATE_STAGES`, without `siamese` where nothing asks for it.
+
+    Raises UserInputError where the algorithm learns nothing from the groups.
+    """
+    objective = learner.recipe.objective
+    positives = sum(len(list(group.positives(objective.reward_threshold))) for group in groups)
+    with meter("weights", sequences=positives):
         plan = learner.credit(groups)
-    assert plan is not None  # noqa: S101  # every step has a positive
-    with meter("siamese"):
+    if plan is None:
+        raise UserInputError(
+            f"nothing to learn from {positives} positives: {nothing_to_learn(objective)}",
+            where="--positives",
+            next_step="leave it out: half of the rollouts are positive then",
+        )
+    count = len(plan.sequences)
+    tokens = sum(sequence.rollout.tokens for sequence in plan.sequences)
+    anchored = objective.alpha != 0 or objective.kl != 0  # a pass of the siamese or, with GRPO, of the base
+    with meter("siamese", sequences=count) if anchored else nullcontext():
         anchors = learner.anchors(step, plan)
-    with meter("update"):
-        figures = learner.backward(plan, anchors, beta=learner.recipe.objective.beta, advance=lambda _: None)
-    with meter("step"):
+    with meter("update", sequences=count):
+        figures = learner.backward(plan, anchors, beta=objective.beta, advance=lambda _: None)
+    with meter("step", sequences=count):
         learner.apply(step, figures, learner.prepare())
         learner.optimizer.zero_grad(set_to_none=True)
-    return figures
+    return Update(figures=figures, forwarded_tokens=tokens)
 
 
 def longest_update(
@@ -64,19 +88,26 @@ def longest_update(
 
 
 def tensor_bytes(learner: Learner) -> dict[str, int]:
-    """Bytes of what stays in memory, counted tensor by tensor: the same on every machine."""
+    """Bytes of what stays in memory, counted tensor by tensor: the same on every machine.
+
+    As in the plan, paged optimizer state is left out: the driver keeps its pages in host memory.
+    """
     policy = learner.policy
-    adapters = [parameter for _, parameter in policy.adapter_parameters()]
-    trained = {id(parameter) for parameter in adapters}
-    base = [part for p in policy.model.parameters() if id(p) not in trained for part in _parts(p)]
     state = [value for values in learner.optimizer.state.values() for value in values.values()]
     return {
-        "base": _bytes(base),
-        "adapters": _bytes(adapters),
+        "base": frozen_bytes(policy.model),
+        "adapters": _bytes(parameter for _, parameter in policy.adapter_parameters()),
         "predictor head": _bytes(policy.predictor.parameters()),
         "siamese average": learner.siamese.extra_bytes,
-        "optimizer state": _bytes(value for value in state if isinstance(value, Tensor)),
+        "optimizer state": _bytes(
+            value for value in state if isinstance(value, Tensor) and not getattr(value, "is_paged", False)
+        ),
     }
+
+
+def frozen_bytes(model: nn.Module) -> int:
+    """Bytes of a model's frozen parameters with their quantisation statistics: the base, adapted or not."""
+    return _bytes(part for p in model.parameters() if not p.requires_grad for part in _parts(p))
 
 
 def _parts(parameter: Tensor) -> Iterator[Tensor]:

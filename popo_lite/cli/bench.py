@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
@@ -11,7 +13,7 @@ from popo_lite.cli.plan import parse_size
 from popo_lite.errors import UserInputError
 
 OUT_OF_MEMORY = 1
-"""Exit code of a bench that found that memory does not suffice."""
+"""Exit code of a bench that found that memory does not suffice; also PopoError's own, of an engine that fails."""
 
 
 @click.command(short_help="Measure a recipe's step with random weights.")
@@ -23,7 +25,7 @@ OUT_OF_MEMORY = 1
 @click.option("--prompt-tokens", type=click.IntRange(min=1), help="Same as --set rollout.max_prompt_tokens=N.")
 @click.option("--completion-tokens", type=click.IntRange(min=1), help="Same as --set rollout.max_completion_tokens=N.")
 @click.option("--positives", type=click.IntRange(min=1), help="Rewarded rollouts of a step; default half of them.")
-@click.option("--memory-cap", metavar="SIZE", help="Use a larger GPU as if it had this much memory, such as 24GiB.")
+@click.option("--memory-cap", metavar="SIZE", help="Use a larger GPU as if it had this, such as 24GiB; not with vLLM.")
 @click.option("--longest", is_flag=True, help="Find the longest sequence that can be trained on instead.")
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
 @click.option("as_json", "--json", is_flag=True, help="Print the result as JSON and nothing else.")
@@ -43,7 +45,10 @@ def bench(
 
     Builds the architecture with random weights, samples answers of full length, calls half of them right, and trains
     on those. Prints seconds and tokens per second by stage, peak memory beside the plan's, and what the whole run
-    would take. Exit code 1 where memory runs out.
+    would take.
+
+    Exit code 0: measured; 1: memory ran out, and the result says where, or an engine failed or is not installed, and
+    an error says so; 2: the recipe or the command line is at fault.
     """
     from popo_lite.recipe_file import load_recipe
 
@@ -60,6 +65,7 @@ def bench(
     from popo_lite.bench.measure import bench as measure
     from popo_lite.bench.measure import bench_longest
     from popo_lite.console.bench_report import bench_report, longest_report
+    from popo_lite.policy.load import pick_device
 
     if settings.model.backend == "unsloth":
         from popo_lite.policy.load import import_unsloth
@@ -73,6 +79,8 @@ def bench(
 
     try:
         cap = None if memory_cap is None else _cap_bytes(memory_cap)
+        if pick_device(settings.train.device).type == "cpu":
+            _refuse_on_a_cpu(recipe, (*overrides, *sized), memory_cap, longest)
         if longest:
             found = asdict(bench_longest(settings, memory_cap_bytes=cap, notify=notify))
             report, failed = longest_report, found["longest_tokens"] is None
@@ -94,3 +102,17 @@ def _cap_bytes(text: str) -> int:
         return parse_size(text)
     except UserInputError as error:
         raise UserInputError(error.what, where="--memory-cap", next_step=error.next_step) from error
+
+
+def _refuse_on_a_cpu(recipe: str, overrides: Sequence[str], memory_cap: str | None, longest: bool) -> None:
+    """Raise UserInputError for what only a GPU can show; the plan tells it on any machine."""
+    command = ["popo-lite", "plan", recipe]
+    if memory_cap is not None:
+        what, where = "only a GPU's memory can be capped, and this runs on a CPU", "--memory-cap"
+        command += ["--vram", memory_cap]
+    elif longest:
+        what, where = "a CPU does not run out of memory, it swaps", "--longest"
+    else:
+        return
+    command += [word for override in overrides for word in ("--set", override)]
+    raise UserInputError(what, where=where, next_step=f"{shlex.join(command)} predicts it")

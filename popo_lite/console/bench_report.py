@@ -87,7 +87,7 @@ def _peaks(phases: Sequence[Mapping[str, Any]], console: Console) -> None:
     rows = [
         (
             one["phase"],
-            words.memory(one["tensor_bytes"]),
+            words.memory(one["tensor_bytes"]) if one["tensor_bytes"] is not None else words.ABSENT,
             *_planned(one["tensor_bytes"], one["planned_tensor_bytes"]),
             words.memory(one["card_bytes"]),
             *_planned(one["card_bytes"], one["planned_card_bytes"]),
@@ -98,9 +98,11 @@ def _peaks(phases: Sequence[Mapping[str, Any]], console: Console) -> None:
     table("Peak memory", columns, rows, console)
 
 
-def _planned(measured: int, planned: int | None) -> tuple[str, str]:
+def _planned(measured: int | None, planned: int | None) -> tuple[str, str]:
     """The plan's figure, and what was found over it."""
-    return (words.ABSENT, words.ABSENT) if not planned else (words.memory(planned), f"{measured / planned:.2f}")
+    if measured is None or not planned:
+        return words.ABSENT, words.ABSENT
+    return words.memory(planned), f"{measured / planned:.2f}"
 
 
 def _estimate(run: Mapping[str, Any], console: Console) -> None:

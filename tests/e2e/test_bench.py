@@ -5,22 +5,30 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from popo_lite.bench import measure
 from popo_lite.bench.measure import at_length
-from popo_lite.bench.meter import Meter, OutOfMemoryError, StageCost, cap_memory, longest
+from popo_lite.bench.meter import Meter, OutOfMemoryError, StageCost, longest
 from popo_lite.bench.synthetic import random_groups, random_policy, random_prompts, rewarded, step_size
-from popo_lite.bench.updates import UPDATE_STAGES, longest_update, train_once
+from popo_lite.bench.updates import UPDATE_STAGES, longest_update, tensor_bytes, train_once
+from popo_lite.cli import main
+from popo_lite.cli.bench import bench as bench_command
 from popo_lite.console.bench_report import bench_report, longest_report
 from popo_lite.errors import UserInputError
-from popo_lite.policy.policy import load_policy
+from popo_lite.policy.policy import Policy, load_policy
+from popo_lite.recipe_file import load_recipe
 from popo_lite.training.learner import Learner
 from popo_lite.types import Completion, FinishReason
 
@@ -80,13 +88,13 @@ def test_bench_json_holds_every_figure_and_nothing_else(command):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--memory-cap", "24GiB"), ["--memory-cap", "CPU", "popo-lite plan"]),
+        (("--memory-cap", "24GiB", "--prompts", "2"), [
+            "--memory-cap", "CPU", "popo-lite plan tiny_cpu --vram 24GiB --set data.prompts_per_step=2 predicts"]),
         (("--memory-cap", "plenty"), ["plenty", "--memory-cap", "GiB"]),
-        (("--longest",), ["--longest", "CPU"]),
-        (("--positives", "17", "--prompts", "2"), ["17 positives", "2 x 8 = 16"]),
-        (("--completion-tokens", "2000", "--set", "train.tokens_per_microbatch=4096"), ["64 + 2000", "1024"]),
-        (("--set", "rollout.engine=server", "--set", "rollout.servers=['http://localhost:1']",
-          "--set", "rollout.shared_dir='.'"), ["random weights", "rollout.engine"]),
+        (("--longest",), ["--longest", "CPU", "popo-lite plan tiny_cpu predicts"]),
+        (("--positives", "17", "--prompts", "2"), ["17 positives", "2 x 8 = 16", "next --positives 16"]),
+        (("--set", "objective.algorithm=grpo", "--set", "objective.alpha=0", *SMALL, "--positives", "16"),
+         ["--positives", "16 positives", "no prompt had answers of different rewards"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_one_clear_message(command, options, expected):
@@ -98,6 +106,76 @@ def test_what_cannot_be_measured_is_one_clear_message(command, options, expected
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("rollout.max_completion_tokens=2000", "train.tokens_per_microbatch=4096"),
+         ["64 + 2000", "1024", "--prompt-tokens 64 --completion-tokens 960"]),
+        (("rollout.engine=server", "rollout.servers=['http://localhost:1']", "rollout.shared_dir='.'"),
+         ["random weights", "rollout.engine"]),
+    ],
+)  # fmt: skip
+def test_what_the_recipe_forbids_is_refused_before_a_model_is_built_and_the_advice_lifts_it(
+    monkeypatch, tiny_recipe, overrides, expected
+):
+    monkeypatch.setattr(measure, "random_policy", lambda _: pytest.fail("a model is built"))
+    with pytest.raises(UserInputError) as caught:
+        run_bench(tiny_recipe(*overrides))
+    for part in expected:
+        assert part in str(caught.value)
+    monkeypatch.setattr(measure, "random_policy", reached)
+    settings = [f"--set={override}" for override in overrides]
+    with pytest.raises(ReachedError):
+        invoke(["bench", "tiny_cpu", *settings, *shlex.split(caught.value.next_step)])
+
+
+def test_a_cap_is_refused_with_vllm(monkeypatch, tiny_recipe):
+    monkeypatch.setattr(measure, "pick_engine", lambda _: ("vllm", ""))
+    with pytest.raises(UserInputError, match="cap") as caught:
+        run_bench(tiny_recipe("rollout.engine=vllm"), memory_cap_bytes=2**30)
+    assert caught.value.next_step == "--set rollout.engine=hf"
+
+
+class ReachedError(Exception):
+    """Nothing was refused: the model would be built now."""
+
+
+def reached(*_, **__):
+    raise ReachedError
+
+
+def run_bench(recipe, *, positives=None, memory_cap_bytes=None):
+    return measure.bench(recipe, steps=1, positives=positives, memory_cap_bytes=memory_cap_bytes, notify=lambda _: None)
+
+
+def invoke(words):
+    main(words, standalone_mode=False)
+
+
+def documented(start):
+    lines = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
+    return [shlex.split(re.split(r"  +", line)[0]) for line in lines if line.startswith(start)]
+
+
+@pytest.mark.parametrize("words", documented("popo-lite bench "), ids=" ".join)
+def test_every_documented_bench_gets_as_far_as_its_model_on_a_gpu(monkeypatch, words):
+    from popo_lite.policy import load
+
+    monkeypatch.setattr(load, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(measure, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(measure, "pick_engine", lambda recipe: (recipe.rollout.engine, ""))  # as if vLLM were there
+    monkeypatch.setattr(measure, "cap_memory", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(measure, "Meter", lambda device: Meter(device=torch.device("cpu")))
+    monkeypatch.setattr(measure, "random_policy", reached)
+    with pytest.raises(ReachedError):
+        invoke(words[1:])
+
+
+def test_the_documented_benches_are_found():
+    assert len(documented("popo-lite bench ")) >= 4
+
+
 def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
@@ -105,27 +183,62 @@ def out_of_memory(*_, **__):
 @pytest.mark.parametrize(
     ("target", "stage", "load"),
     [
-        ("popo_lite.bench.measure.random_policy", "load", "the base itself"),
-        ("popo_lite.samplers.hf.HFSampler.sample", "rollout", "16 x 16 tokens"),
-        ("popo_lite.training.learner.noisy_target", "siamese", "5 x 16 tokens"),
-        ("popo_lite.training.learner.weighted_token_logprobs", "update", "5 x 16 tokens"),
-        ("popo_lite.training.learner.move_state", "step", "5 x 16 tokens"),
+        ("popo_lite.bench.measure.random_policy", "load", ""),
+        ("popo_lite.samplers.hf.HFSampler.sample", "rollout", " at 16 x 16 tokens"),
+        ("popo_lite.training.learner.noisy_target", "siamese", " at 5 x 16 tokens"),
+        ("popo_lite.training.learner.weighted_token_logprobs", "update", " at 5 x 16 tokens"),
+        ("popo_lite.training.learner.move_state", "step", " at 5 x 16 tokens"),
     ],
 )
 def test_running_out_of_memory_is_a_result(monkeypatch, capsys, target, stage, load):
-    from click.testing import CliRunner
-
-    from popo_lite.cli import main
-
     monkeypatch.setattr(target, out_of_memory)
     arguments = ["bench", "tiny_cpu", *SMALL, "--positives", "5"]
     told = CliRunner().invoke(main, [*arguments, "--json"])
     assert told.exit_code == 1
     found = json.loads(told.stdout)
-    assert found["out_of_memory"] == f"out of memory in {stage} at {load}"
+    assert found["out_of_memory"] == f"out of memory in {stage}{load}"
     assert found["stages"] == []
     assert found["run"] is None
-    assert f"out of memory in {stage} at {load}" in as_text(bench_report, found, capsys)
+    assert f"out of memory in {stage}{load}" in as_text(bench_report, found, capsys)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "siamese", "update"),
+    [
+        ((), 3, 3),
+        (("objective.entropy_over=all",), 16, 16),
+        (("objective.alpha=0",), None, 3),
+        (("objective.algorithm=mixed",), 16, 16),
+        (("objective.algorithm=grpo", "objective.alpha=0"), None, 16),
+        (("objective.algorithm=grpo", "objective.alpha=0", "objective.kl=0.1"), 16, 16),
+    ],
+)
+def test_tokens_are_those_that_the_step_forwards(monkeypatch, tiny_recipe, overrides, siamese, update):
+    forwarded, by_step = [], []
+    hidden_states = Policy.hidden_states
+
+    def counting(policy, input_ids, lengths):
+        forwarded.append(len(input_ids))
+        return hidden_states(policy, input_ids, lengths)
+
+    def one_step(*arguments):
+        forwarded.clear()
+        found = train_once(*arguments)
+        by_step.append(sum(forwarded))
+        return found
+
+    recipe = tiny_recipe(
+        "data.prompts_per_step=2", "rollout.max_prompt_tokens=8", "rollout.max_completion_tokens=8", *overrides
+    )
+    monkeypatch.setattr(Policy, "hidden_states", counting)
+    monkeypatch.setattr(measure, "train_once", one_step)
+    found = run_bench(recipe, positives=3)
+    stages = {stage.stage: stage for stage in found.stages}
+    assert stages["update"].tokens == 16 * update
+    assert ("siamese" in stages) == (siamese is not None)
+    if siamese is not None:
+        assert stages["siamese"].tokens == 16 * siamese
+    assert by_step == [16 * ((siamese or 0) + update)] * 2
 
 
 def test_an_error_that_is_not_about_memory_keeps_its_traceback(monkeypatch, tiny_recipe):
@@ -135,7 +248,7 @@ def test_an_error_that_is_not_about_memory_keeps_its_traceback(monkeypatch, tiny
     monkeypatch.setattr("popo_lite.training.learner.weighted_token_logprobs", broken)
     recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_tokens=8")
     with pytest.raises(RuntimeError, match="mat1"):
-        measure.bench(recipe, steps=1, positives=1, memory_cap_bytes=None, notify=lambda _: None)
+        run_bench(recipe, positives=1)
 
 
 # ---------------------------------------------------------------------- its parts
@@ -174,8 +287,8 @@ def test_an_update_of_the_bench_trains(tiny_recipe):
     learner = Learner(recipe, policy, notify=lambda _: None, relief=meter.exhausted)
     before = {name: p.detach().clone() for name, p in policy.trainable_parameters()}
     for step in range(2):
-        figures = train_once(learner, meter, step, random_groups(step_size(recipe), policy, seed=step))
-        assert figures.grad_norm > 0
+        update = train_once(learner, meter, step, random_groups(step_size(recipe), policy, seed=step))
+        assert update.figures.grad_norm > 0
     assert all(not torch.equal(before[name], p) for name, p in policy.trainable_parameters())
     assert policy.version == 2
     assert all(p.grad is None for _, p in policy.trainable_parameters())
@@ -191,7 +304,7 @@ def test_a_sequence_that_does_not_fit_alone_is_out_of_memory_in_its_stage(tiny_r
     monkeypatch.setattr("popo_lite.training.learner.weighted_token_logprobs", out_of_memory)
     with pytest.raises(OutOfMemoryError) as caught:
         train_once(learner, meter, 0, random_groups(step_size(recipe), policy))
-    assert caught.value.stage == "update"
+    assert (caught.value.stage, caught.value.sequences) == ("update", 4)
     assert notices  # it was cut before it was given up
     assert set(meter.costs) == {"weights", "siamese"}
 
@@ -243,9 +356,29 @@ def test_peaks_are_the_largest_of_any_pass():
     assert meter.seconds("a") == 2
 
 
-def test_no_cap_on_a_cpu():
-    with pytest.raises(UserInputError, match="CPU"):
-        cap_memory(torch.device("cpu"), 2**30)
+def test_what_comes_first_is_on_the_clock_and_not_in_the_stage():
+    order = []
+    meter = Meter(device=torch.device("cpu"))
+    with meter("swap", first=lambda: (order.append("first"), time.sleep(0.02))):
+        order.append("stage")
+    assert order == ["first", "stage"]
+    assert meter.seconds("swap") >= 0.02
+
+
+def test_paged_optimizer_state_is_counted_by_neither_side(tiny_recipe):
+    recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_tokens=8")
+    policy = random_policy(recipe)
+    meter = Meter(device=policy.device)
+    learner = Learner(recipe, policy, notify=lambda _: None, relief=meter.exhausted)
+    train_once(learner, meter, 0, random_groups(step_size(recipe), policy))
+    before = tensor_bytes(learner)
+    state = next(iter(learner.optimizer.state.values()))
+    state["exp_avg"].is_paged = True  # as bitsandbytes marks what the driver pages
+    after = tensor_bytes(learner)
+    assert before["optimizer state"] - after["optimizer state"] == state["exp_avg"].nbytes
+    assert {kind: size for kind, size in before.items() if kind != "optimizer state"} == {
+        kind: size for kind, size in after.items() if kind != "optimizer state"
+    }
 
 
 # ---------------------------------------------------------------------- the report
@@ -255,15 +388,28 @@ def test_the_report_shows_measured_over_planned(capsys, tiny_recipe):
     from dataclasses import asdict
 
     recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_tokens=8", "eval.problems=0")
-    found = measure.bench(recipe, steps=1, positives=None, memory_cap_bytes=None, notify=lambda _: None)
+    found = run_bench(recipe)
     phase = measure.PhaseMemory(
         phase="update", tensor_bytes=3 * 2**30, planned_tensor_bytes=4 * 2**30, card_bytes=5 * 2**30,
         planned_card_bytes=None,
     )  # fmt: skip
-    text = as_text(bench_report, asdict(replace(found, memory=(phase,), memory_cap_bytes=24 * 2**30)), capsys)
+    asleep = replace(phase, phase="swap", tensor_bytes=None, planned_tensor_bytes=None, planned_card_bytes=10 * 2**30)
+    text = as_text(bench_report, asdict(replace(found, memory=(phase, asleep), memory_cap_bytes=24 * 2**30)), capsys)
     assert "update 3.00 GiB 4.00 GiB 0.75 5.00 GiB - -" in text
+    assert "swap - - - 5.00 GiB 10.00 GiB 0.50" in text
     assert "capped to 24.00 GiB" in text
     assert "0 evaluations" in text
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_no_figure_of_tensors_where_vllm_sleeps(tiny_recipe, engine):
+    cost = StageCost(seconds=1, allocated_bytes=5, card_bytes=9)
+    meter = Meter(device=torch.device("cpu"), costs={"load": [cost], "engine": [replace(cost, card_bytes=12)]})
+    planned = measure.planned_phases(tiny_recipe(), torch.device("cpu"), None)
+    (load,) = measure.peaks_beside_plan(meter, planned, engine=engine)
+    assert (load.card_bytes, load.planned_card_bytes) == (12, planned["load"].total_bytes)
+    figures = (load.tensor_bytes, load.planned_tensor_bytes)
+    assert figures == ((None, None) if engine == "vllm" else (5, planned["load"].tensor_bytes))
 
 
 @pytest.mark.parametrize(
@@ -299,31 +445,47 @@ def run_update(tmp_path, *options):
 
 
 def test_the_update_benchmark_on_the_tiny_shape_with_either_loss(tmp_path):
-    entropies = []
+    measured = []
     for loss in ("fused", "naive"):
-        done, found = run_update(tmp_path, "--rival", "none", "--lengths", "64", "--positives", "3", "--loss", loss)
+        done, found = run_update(tmp_path, "--rivals", "none", "--lengths", "64", "--positives", "3", "--loss", loss)
         assert done.returncode == 0, done.stderr
         assert "says nothing about a GPU" in found["remark"]
         assert found["environment"]["gpu"] is None
-        ours = found["lengths"][0]["ours"]
-        assert len(ours["seconds"]) == 2
-        assert ours["tokens_per_second"] == pytest.approx(3 * 64 / ours["seconds_median"])
-        assert set(ours["seconds_by_stage"]) == set(UPDATE_STAGES)
-        entropies.append(ours["entropies"])
-    assert entropies[0] == pytest.approx(entropies[1], rel=1e-3)
+        sides = found["lengths"][0]["sides"]
+        assert [(side["side"], side["sequences_per_pass"], side["passes"]) for side in sides] == [
+            ("ours", 1, 3), ("ours", 3, 1),
+        ]  # fmt: skip
+        for ours in sides:
+            assert len(ours["seconds"]) == 2
+            assert ours["tokens_per_second"] == pytest.approx(3 * 64 / ours["seconds_median"])
+            assert set(ours["seconds_by_stage"]) == set(UPDATE_STAGES)
+            measured.append(ours)
+    for other in measured[1:]:
+        for figure in ("entropies", "grad_norms"):
+            assert other[figure] == pytest.approx(measured[0][figure], rel=1e-3), figure
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+TRL_RUNS = all(importlib.util.find_spec(package) for package in ("trl", "triton"))
+
+
+@pytest.mark.skipif(not TRL_RUNS, reason="TRL or triton is not installed")
 def test_trl_trains_on_the_same_model_and_rollouts(tmp_path):
     done, found = run_update(tmp_path, "--lengths", "64", "--positives", "2")
     assert done.returncode == 0, done.stderr
     (line,) = found["lengths"]
-    assert line["trl"]["entropies"] == pytest.approx(line["ours"]["entropies"], rel=1e-3)
+    rivals = ["trl", "trl-liger"] if importlib.util.find_spec("liger_kernel") and torch.cuda.is_available() else ["trl"]
+    sides = {(side["side"], side["sequences_per_pass"]): side for side in line["sides"]}
+    assert list(sides) == [(name, count) for count in (1, 2) for name in ("ours", *rivals)]
+    ours = sides["ours", 1]
+    for (_, count), side in sides.items():
+        assert side["entropies"] == pytest.approx(ours["entropies"], rel=1e-3)
+        assert side["base_bytes"] == ours["base_bytes"] > 0
+        assert side["passes"] == 2 // count
     assert "rival_over_ours" not in line
 
 
 def test_the_rival_s_absence_is_one_clear_message(tmp_path):
-    if importlib.util.find_spec("trl") is not None:
+    if TRL_RUNS:
         pytest.skip("TRL is installed")
     done, found = run_update(tmp_path)
     assert done.returncode == 2
@@ -331,10 +493,101 @@ def test_the_rival_s_absence_is_one_clear_message(tmp_path):
     assert found is None
 
 
-def test_every_command_of_gpu_sh_is_one_that_its_script_takes(tmp_path, monkeypatch):
+def load_update():
     spec = importlib.util.spec_from_file_location("update", ROOT / "benchmarks" / "update.py")
     update = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(update)
+    return update
+
+
+def parsed(update, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/update.py", *map(str, words)])
+    return update.parse()
+
+
+@pytest.mark.parametrize("words", documented("python benchmarks/update.py"), ids=" ".join)
+def test_every_documented_update_is_one_that_the_script_takes(monkeypatch, words):
+    update = load_update()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(update, "installed", lambda _: True)
+    arguments, _ = parsed(update, monkeypatch, *words[2:])
+    assert arguments.rivals == ([] if arguments.find_longest else ["trl", "trl-liger"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--shape", "deepseek-math-7b", "--lengths", "4096", "4097"), "4097 tokens are beyond the context"),
+        (("--sequences-per-pass", "1", "3"), "3 does not go evenly into --positives 8"),
+        (("--rivals", "trl-liger"), "pip install liger-kernel"),
+        (("--memory-cap", "24GiB"), "only a GPU"),
+        (("--find-longest",), "needs a GPU"),
+    ],
+)
+def test_an_update_that_cannot_be_measured_is_refused_at_once(monkeypatch, capsys, words, expected):
+    update = load_update()
+    monkeypatch.setattr(update, "installed", lambda package: package != "liger_kernel")
+    with pytest.raises(SystemExit) as stopped:
+        parsed(update, monkeypatch, *words)
+    assert stopped.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_every_rival_is_compared_with_every_setting_of_ours_without_the_base():
+    def side(name, count, seconds, peak):
+        return {"side": name, "sequences_per_pass": count, "seconds": [seconds], "seconds_median": seconds,
+                "peak_allocated_bytes": peak, "base_bytes": 100}  # fmt: skip
+
+    failing = {"side": "trl-liger", "sequences_per_pass": 2, "out_of_memory": "out of memory in update"}
+    sides = [side("ours", 1, 2.0, 150), side("trl", 1, 6.0, 300), side("ours", 2, 1.0, 200),
+             side("trl", 2, 3.0, 500), failing]  # fmt: skip
+    found = load_update().compare_all(sides)
+    assert found["leanest_rival"] == {"side": "trl", "sequences_per_pass": 1}
+    assert found["fastest_rival"] == {"side": "trl", "sequences_per_pass": 2}
+    assert len(found["rival_over_ours"]) == 3 * 2
+    assert found["rival_over_ours"][0] == {
+        "rival": {"side": "trl", "sequences_per_pass": 1}, "ours": {"side": "ours", "sequences_per_pass": 1},
+        "seconds": 3.0, "peak_allocated": 2.0, "peak_beyond_base": 4.0,
+    }  # fmt: skip
+    assert [found["rival_over_ours"][-1][key] for key in ("seconds", "peak_allocated", "peak_beyond_base")] == [
+        None
+    ] * 3
+
+
+def test_what_was_measured_is_on_disk_when_the_rest_is_cut_short_or_fails(tmp_path, monkeypatch):
+    update = load_update()
+    path = tmp_path / "update.json"
+    monkeypatch.setattr(update, "installed", lambda _: True)
+    monkeypatch.setattr(update.metadata, "version", lambda _: "1.0")
+    finished = {"seconds": [1.0], "seconds_median": 1.0, "peak_allocated_bytes": None}
+    answers = [finished, {"failed": "Traceback: no such kernel"}, finished, KeyboardInterrupt()]
+
+    def measured(*_):
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return dict(answer)
+
+    monkeypatch.setattr(update, "in_own_process", measured)
+    monkeypatch.setattr(sys, "argv", [
+        "update.py", "--shape", "tiny", "--lengths", "64", "128", "--sequences-per-pass", "1", "--rivals", "trl",
+        "--json", str(path),
+    ])  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        update.main()
+    lengths = json.loads(path.read_text())["lengths"]
+    assert [[side["side"] for side in line["sides"]] for line in lengths] == [["ours", "trl"], ["ours"]]
+    answers[:] = [finished, {"failed": "Traceback: no such kernel"}, finished, finished]
+    with pytest.raises(SystemExit) as stopped:
+        update.main()
+    assert stopped.value.code == 1
+    first, second = json.loads(path.read_text())["lengths"]
+    assert first["sides"][1]["failed"].endswith("no such kernel")
+    assert len(second["sides"]) == 2
+
+
+def test_every_command_of_gpu_sh_is_one_that_its_script_takes(tmp_path, monkeypatch):
+    update = load_update()
     listed = tmp_path / "commands"
     stand_in = tmp_path / "python"
     stand_in.write_text(f'#!/bin/sh\necho "$@" >> {listed}\n')
@@ -346,17 +599,19 @@ def test_every_command_of_gpu_sh_is_one_that_its_script_takes(tmp_path, monkeypa
     commands = [line.split() for line in listed.read_text().splitlines() if not line.startswith("-c ")]
     updates = [words for words in commands if words[0] == "benchmarks/update.py"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(update.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(update, "installed", lambda _: True)
     written = set()
     for words in updates:
         monkeypatch.setattr(sys, "argv", words)
         arguments, _ = update.parse()
         assert arguments.memory_cap == "24GiB"
         written.add(arguments.json)
-    assert len(written) == len(updates) >= 8
+    assert len(written) == len(updates) == 7
     assert {"head_loss.py", "rollouts.py"} < {Path(words[0]).name for words in commands}
-    (bench,) = (words[2:] for words in commands if words[:2] == ["-m", "popo_lite"])
-    from popo_lite.cli.bench import bench as bench_command
-
-    assert bench[0] == "bench"
-    assert bench_command.make_context("bench", bench[1:]).params["as_json"]
+    benches = [words[3:] for words in commands if words[:3] == ["-m", "popo_lite", "bench"]]
+    assert len(benches) == 2
+    for words in benches:
+        given = bench_command.make_context("bench", words).params
+        assert given["as_json"]
+        recipe = load_recipe(given["recipe"], given["overrides"])
+        assert recipe.rollout.engine == ("vllm" if given["memory_cap"] is None else "hf")

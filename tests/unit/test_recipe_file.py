@@ -71,7 +71,7 @@ def faults_of(source: str | Path, *overrides: str) -> list[str]:
             '[objective]\nalgorithm = "ppo"',
             'objective.algorithm = "ppo": must be one of "popo", "raft", "mixed", "grpo"',
         ),
-        ('[objective]\nkl = 0.1', 'objective.kl = 0.1: belongs to "grpo"; leave the key out'),
+        ("[objective]\nkl = 0.1", 'objective.kl = 0.1: belongs to "grpo"; leave the key out'),
         (
             '[objective]\nalgorithm = "grpo"\nalpha = 0.1',
             'objective.alpha = 0.1: "grpo" has no such term; set 0.0 or leave the key out, or use "popo"',
