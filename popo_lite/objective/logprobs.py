@@ -164,7 +164,10 @@ def _multiply(hidden: Tensor, weight: Tensor, *, out: Tensor) -> None:
         # float32, so widening the operands loses nothing; tile by tile it needs no second head.
         terms = FORWARD_TERMS if weight.dtype == torch.float32 else weight.shape[1]
         for part in _slices(weight.shape[0], tile_rows(weight.shape[1])):
-            sums = (_wide_linear(hidden[:, some], weight[part, some]) for some in _slices(weight.shape[1], terms))
+            sums = (
+                _wide_linear(hidden[:, some], weight[part, some].contiguous())
+                for some in _slices(weight.shape[1], terms)
+            )
             out[:, part] = reduce(Tensor.add_, sums)
 
 
@@ -183,11 +186,13 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 
 def _wide_linear(left: Tensor, weight: Tensor) -> Tensor:
-    """Left [n, k] times weight [m, k] transposed, on a CPU, in float32."""
+    """Left [n, k] times weight [m, k] transposed, on a CPU, in float32; the weight contiguous, or transposed so."""
+    left, weight = left.float(), weight.float()
     if not torch.backends.mkldnn.is_available():
-        return functional.linear(left.float(), weight.float())
-    # By oneDNN, as MKL, which torch would take, has half its speed on some CPUs.
-    return functional.linear(left.to_mkldnn(torch.float32), weight.to_mkldnn(torch.float32)).to_dense()
+        return functional.linear(left, weight)
+    # MKL, which torch would take, has half of oneDNN's speed on some CPUs. The public way to oneDNN, `to_mkldnn`,
+    # copies both operands and the result.
+    return cast("Tensor", torch.ops.mkldnn._linear_pointwise(left, weight, None, "none", [], ""))
 
 
 class _Pass:

@@ -299,7 +299,7 @@ class Ledger(TorchDispatchMode):
             tensor for tensor in (out if isinstance(out, tuple | list) else (out,)) if isinstance(tensor, torch.Tensor)
         ]
         name = func.overloadpacket.__name__
-        if name in ("mm", "linear", "mkldnn_linear"):
+        if name in ("mm", "linear", "_linear_pointwise"):
             left = args[0]
             self.multiplied += left.numel() * out.shape[-1]
         elif any(tensor.shape[-1:] == (self.vocabulary,) for tensor in tensors) and name in ("mul_", "add_", "exp"):
