@@ -173,6 +173,10 @@ def _multiply(hidden: Tensor, weight: Tensor, *, out: Tensor) -> None:
 
 def _multiply_back(rows: Tensor, weight: Tensor, *, out: Tensor) -> None:
     """Write rows [n, V] times weight [V, D] to `out` [n, D], all of one dtype; accumulated in at least float32."""
+    if rows.is_cuda and rows.element_size() == 2:
+        # Asked for in float32: cuBLAS may add the parts of so long a sum in 16 bit otherwise.
+        out.copy_(torch.mm(rows, weight, out_dtype=torch.float32))
+        return
     if rows.is_cuda or rows.dtype != torch.float32:
         torch.mm(rows, weight, out=out)
         return
