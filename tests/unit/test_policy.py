@@ -121,7 +121,7 @@ def test_the_siamese_adds_adapter_and_head_bytes_and_no_more(tiny_recipe):
         gc.collect()
         storages = {}
         for thing in gc.get_objects():
-            if isinstance(thing, torch.Tensor):
+            if type(thing) in (torch.Tensor, torch.nn.Parameter):  # a compiler's stand-ins hold no bytes
                 storage = thing.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
