@@ -146,6 +146,13 @@ class StepRecord:
     equally many rollouts; under a fixed budget that is all of them. The figures per positive prompt, None without
     one, count all rollouts of the step.
 
+    `entropy` is that of the answers trained on, `sampled_entropy` an estimate over all answers of the first round:
+    the mean of -log-prob of the sampled tokens, nats. Algorithms that train on different answers can be compared by
+    the second alone.
+
+    `tokens_of_*` count prompts and answers of all rollouts, of the positives, and of the groups with more than one
+    reward: what training on each of them forwards. `trained_tokens` is what was forwarded.
+
     `microbatch_tokens` is the budget of a micro-batch, which is lowered when memory runs out.
     """
 
@@ -173,6 +180,10 @@ class StepRecord:
     rollout_tokens: int
     rollouts_per_positive_prompt: float | None
     rollout_tokens_per_positive_prompt: float | None
+    sampled_entropy: float
+    tokens_of_all: int
+    tokens_of_positives: int
+    tokens_of_mixed_groups: int
     trained_tokens: int
     # what was learned from it
     loss: float | None

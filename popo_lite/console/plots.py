@@ -32,7 +32,7 @@ class _Panel:
 COURSES = (
     _Panel(key="pass_rate", title="Training pass rate", unit="% of answers", scale=100),
     _Panel(key="completion_tokens_mean", title="Length of answers", unit="tokens"),
-    _Panel(key="entropy", title="Token entropy", unit="nats"),
+    _Panel(key="sampled_entropy", title="Token entropy of all answers", unit="nats"),
     _Panel(
         key="effective_sample_share", title="Effective sample size of the weights", unit="% of positives", scale=100
     ),

@@ -23,13 +23,15 @@ LAST_SHARE = 0.1
 CURVES = (
     "pass_rate",
     "completion_tokens_mean",
-    "entropy",
+    "sampled_entropy",
     "effective_sample_share",
     "siamese_drift",
     "trained_tokens",
 )
 """Keys of a step's record whose course is drawn."""
-SHARES = ("pass_at_", "train_pass_rate", "pass_rate", "effective_sample_share")
+TOTALS = ("rollout_tokens", "tokens_of_all", "tokens_of_positives", "tokens_of_mixed_groups", "trained_tokens")
+"""Keys of a step's record that are summed over the run."""
+SHARES = ("pass_at_", "train_pass_rate", "pass_rate", "effective_sample_share", "trained_share")
 """Beginnings of the keys of figures and curves that cannot be above 1. None of them all can be below 0."""
 
 
@@ -69,6 +71,7 @@ def read_run(path: Path, *, reach: float) -> RunFigures:
         )
     after = json.loads(run.summary_path.read_text(encoding="utf-8"))["after"] or {}
     steps = read_lines(run.metrics_path)
+    totals = {key: sum(line[key] for line in steps) for key in TOTALS}
     last = steps[-max(1, math.ceil(LAST_SHARE * len(steps))) :]
     at_k = {f"pass_at_{k}": rate for k, rate in (after.get("pass_at_k") or {}).items() if k != "1"}
     return RunFigures(
@@ -81,12 +84,13 @@ def read_run(path: Path, *, reach: float) -> RunFigures:
             "train_pass_rate": _mean(last, "pass_rate"),
             "train_tokens": _mean(last, "completion_tokens_mean"),
             "unique_answers": _mean(last, "unique_answers_mean"),
+            "sampled_entropy": _mean(last, "sampled_entropy"),
             "entropy": _mean(last, "entropy"),
             "entropy_over_start": _mean(last, "entropy_over_start"),
             "effective_sample_share": _mean(last, "effective_sample_share"),
             "siamese_drift": steps[-1]["siamese_drift"],
-            "rollout_tokens": sum(line["rollout_tokens"] for line in steps),
-            "trained_tokens": sum(line["trained_tokens"] for line in steps),
+            **totals,
+            "trained_share": totals["trained_tokens"] / totals["tokens_of_all"],
             "seconds": sum(step_seconds(line) for line in steps),
             **_to_reach(steps, reach),
         },

@@ -131,6 +131,10 @@ def rollout_figures(groups: Sequence[Group], task: Task, threshold: float, *, fi
     tokens = sum(len(r.completion.token_ids) for r in rollouts)
     workings = [task.shows_working(rollout.completion.text) for rollout in firsts]
     told = [shown for shown in workings if shown is not None]
+    logps = [logp for rollout in firsts for logp in rollout.completion.sampler_logps]
+    mixed = [
+        group for group in graded if len({r.reward.value for r in group.rollouts if r.reward.outcome.is_graded}) > 1
+    ]
     return {
         "prompts": len(groups),
         "prompts_with_positive": with_positive,
@@ -154,6 +158,12 @@ def rollout_figures(groups: Sequence[Group], task: Task, threshold: float, *, fi
         "rollout_tokens": tokens,
         "rollouts_per_positive_prompt": len(rollouts) / with_positive if with_positive else None,
         "rollout_tokens_per_positive_prompt": tokens / with_positive if with_positive else None,
+        "sampled_entropy": -statistics.fmean(logps),
+        "tokens_of_all": sum(r.tokens for r in rollouts),
+        "tokens_of_positives": sum(r.tokens for r in positives),
+        "tokens_of_mixed_groups": sum(
+            r.tokens for group in mixed for r in group.rollouts if r.reward.outcome.is_graded
+        ),
     }
 
 

@@ -133,8 +133,18 @@ def test_figures_that_describe_the_policy_count_the_first_round(gathered):
     found = rollout_figures(groups, task, 0.5, first_round=4)
     firsts = [Group(rollouts=group.rollouts[:4]) for group in groups]
     of_firsts = rollout_figures(firsts, task, 0.5, first_round=4)
-    for name in ("pass_rate", "unique_answers_mean", "step_by_step_share", "truncated_share", "completion_tokens_mean"):
+    for name in (
+        "pass_rate",
+        "unique_answers_mean",
+        "step_by_step_share",
+        "truncated_share",
+        "completion_tokens_mean",
+        "sampled_entropy",
+    ):
         assert found[name] == of_firsts[name], name
+    logps = [logp for group in firsts for r in group.rollouts for logp in r.completion.sampler_logps]
+    assert found["sampled_entropy"] == pytest.approx(-sum(logps) / len(logps), rel=1e-12)
+    assert 0.1 < found["sampled_entropy"] < 1.5
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     assert found["pass_rate"] == of_firsts["positives"] / 48 != found["positives"] / len(rollouts)
     assert found["rollouts"] == sum(found["outcomes"].values()) == len(rollouts) > 48
@@ -144,6 +154,15 @@ def test_figures_that_describe_the_policy_count_the_first_round(gathered):
     assert found["rollout_tokens_per_positive_prompt"] * reached == pytest.approx(
         sum(len(rollout.completion.token_ids) for rollout in rollouts)
     )
+    for name, counted in (
+        ("tokens_of_all", rollouts),
+        ("tokens_of_positives", [r for r in rollouts if r.reward.value > 0.5]),
+        (
+            "tokens_of_mixed_groups",
+            [r for g in groups if 0 < len(g.positives(0.5)) < len(g.rollouts) for r in g.rollouts],
+        ),
+    ):
+        assert found[name] == sum(len(r.prompt.token_ids) + len(r.completion.token_ids) for r in counted) > 0, name
     hopeless = [group for group in groups if not group.positives(0.5)] or [
         Group(rollouts=tuple(r for r in groups[0].rollouts if r.reward.value == 0))
     ]

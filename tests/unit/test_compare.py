@@ -102,11 +102,15 @@ def line(step: int, rate: float, seed: int, factor: float) -> dict[str, Any]:
         "pass_rate": rate,
         "completion_tokens_mean": factor * (30.0 + step),
         "unique_answers_mean": 3.0,
+        "sampled_entropy": 0.5 * factor,
         "entropy": None if skipped else 0.4 * factor,
         "entropy_over_start": None if skipped else 0.8,
         "effective_sample_share": None if skipped else 0.99 * factor,
         "siamese_drift": 0.01 * step * factor,
         "rollout_tokens": 1000 + seed,
+        "tokens_of_all": 2000 + seed,
+        "tokens_of_positives": 0 if skipped else 400,
+        "tokens_of_mixed_groups": 0 if skipped else 1000,
         "trained_tokens": 0 if skipped else int(400 * factor),
         "seconds": {"rollout": 1.5, "update": 0.5},
     }
@@ -124,12 +128,15 @@ def test_figures_of_a_run(make_run: MakeRun) -> None:
     assert figures["train_tokens"] == 48.5
     assert figures["siamese_drift"] == pytest.approx(0.19)
     assert (figures["rollout_tokens"], figures["trained_tokens"], figures["seconds"]) == (20060, 7600, 40.0)
+    assert figures["sampled_entropy"] == 0.5
+    assert (figures["tokens_of_all"], figures["tokens_of_positives"]) == (40060, 7600)
+    assert (figures["tokens_of_mixed_groups"], figures["trained_share"]) == (19000, 7600 / 40060)
     # Of five steps four must be at 0.9, the fifth at 0.5, for a mean of 0.82; three give 0.74.
     assert figures["reach_steps"] == 14
     assert (figures["reach_seconds"], figures["reach_rollout_tokens"]) == (28.0, 14 * 1003)
     assert figures["reach_trained_tokens"] == 13 * 400
     assert run.curves["trained_tokens"][:3] == [0, 400, 800]
-    assert run.curves["entropy"][:2] == [None, pytest.approx(0.4)]
+    assert run.curves["effective_sample_share"][:2] == [None, pytest.approx(0.99)]
     assert run.curves["pass_rate"][5] == pytest.approx(0.5)
 
 
@@ -324,7 +331,7 @@ def test_more_groups_than_colours_differ_in_their_lines(make_run: MakeRun) -> No
 def test_runs_without_evaluation_or_a_trained_step_are_shown_as_not_measured(make_run: MakeRun, tmp_path: Path) -> None:
     found = compare([make_run("a", rates=[0.0] * 6, after=None)], reach=0.8)
     assert found["groups"][0]["figures"]["pass_at_1"] is None
-    assert found["groups"][0]["curves"]["entropy"]["mean"] == [None] * 6
+    assert found["groups"][0]["curves"]["effective_sample_share"]["mean"] == [None] * 6
     plots.write_png(found, tmp_path / "page.png")
     stream = io.StringIO()
     compare_report(found, Console(file=stream, width=300))
