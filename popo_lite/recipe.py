@@ -107,6 +107,9 @@ class ObjectiveRecipe(Section):
     """Rollouts whose entropy counts. `all` forwards the negatives too."""
     reward_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """A rollout is positive when its reward is above this."""
+    skip_all_right: bool = False
+    """Leave groups without a wrong answer out of the update: raising all that a prompt gets is little but noise, and
+    late in a run most tokens are such. `grpo` does so in any case."""
     negative_weight: Rate = 0.1
     """With `mixed`: weight of the mean log-prob of wrong answers, which is lowered."""
     advantage_scaling: Literal["std", "none"] = "std"
@@ -418,6 +421,7 @@ NOT_WITH_GRPO = (
     "noise_sigma",
     "entropy_over",
     "importance_cap",
+    "skip_all_right",
 )
 
 
@@ -434,6 +438,9 @@ def _impossible_objectives(recipe: Recipe) -> Iterator[Combination]:
             if value != getattr(defaults, key):
                 why = 'is not part of "grpo"; leave the key out'
                 yield (f"objective.{key}", "objective.algorithm"), value, why
+    if objective.skip_all_right and recipe.rollout.budget == "adaptive":
+        why = "would leave out prompts that an adaptive budget stopped before their first wrong answer; use one of both"
+        yield ("objective.skip_all_right", "rollout.budget"), True, why
     off: dict[str, dict[str, float | str]] = {
         "raft": {"alpha": 0.0, "beta": 0.0, "weights": "uniform"},
         "grpo": {"alpha": 0.0},

@@ -46,6 +46,15 @@ class StepPlan:
     sample_sizes: tuple[tuple[float, int], ...]
 
 
+def teaching_groups(groups: Sequence[Group], recipe: ObjectiveRecipe) -> list[Group]:
+    """The groups that a step may train on: with `skip_all_right` those with an answer that is not positive."""
+    return [
+        group
+        for group in groups
+        if not recipe.skip_all_right or len(group.positives(recipe.reward_threshold)) < len(group.rollouts)
+    ]
+
+
 def plan_step(
     groups: Sequence[Group], recipe: ObjectiveRecipe, *, mean_logps: MeanLogps, max_completion_tokens: int
 ) -> StepPlan | None:
@@ -57,7 +66,9 @@ def plan_step(
 
 def nothing_to_learn(recipe: ObjectiveRecipe) -> str:
     """Why a step has no plan."""
-    return "no prompt had answers of different rewards" if recipe.algorithm == "grpo" else "no prompt had a positive"
+    if recipe.algorithm == "grpo":
+        return "no prompt had answers of different rewards"
+    return "no prompt had both right and wrong answers" if recipe.skip_all_right else "no prompt had a positive"
 
 
 def _plan_by_positives(

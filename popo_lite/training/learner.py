@@ -24,7 +24,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.seeding import stream_seed
 from popo_lite.training.backoff import MicroBatches
 from popo_lite.training.batching import MicroBatch
-from popo_lite.training.credit import StepPlan, plan_step
+from popo_lite.training.credit import StepPlan, plan_step, teaching_groups
 from popo_lite.training.metrics import MicroBatchFigures, UpdateFigures
 from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, move_state, set_learning_rate
 from popo_lite.types import Group, Rollout
@@ -68,6 +68,7 @@ class Learner:
     def credit(self, groups: Sequence[Group]) -> StepPlan | None:
         """Weights on whole groups, from the sampler's log-probs or from a no-grad pass over the positives."""
         objective = self.recipe.objective
+        groups = teaching_groups(groups, objective)
         positives = [rollout for group in groups for rollout in group.positives(objective.reward_threshold)]
         if objective.weights_from == "sampler" or objective.weights == "uniform":
             means = [rollout.completion.mean_logp for rollout in positives]

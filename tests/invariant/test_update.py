@@ -83,6 +83,15 @@ def test_prompts_without_a_positive_contribute_nothing(trainer):
     assert_same(update(one, groups_of(one, hopeless=3)), update(one, groups_of(one, hopeless=0)))
 
 
+def test_groups_that_are_all_right_contribute_nothing_where_they_are_skipped(trainer):
+    one = trainer("objective.skip_all_right=true")
+    groups = groups_of(one)
+    right = [len(group.positives(0.5)) for group in groups]
+    some = [group for group, count in zip(groups, right, strict=True) if count < 4]
+    assert (len(groups), len(some)) == (6, 4)
+    assert_same(update(one, groups), update(trainer(), some))
+
+
 def test_negatives_matter_only_where_asked(trainer):
     """The control of the test above: with the entropy of all rollouts they do contribute."""
     one = trainer('objective.entropy_over="all"')

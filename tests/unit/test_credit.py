@@ -7,7 +7,7 @@ import math
 import pytest
 
 from popo_lite.recipe import ObjectiveRecipe
-from popo_lite.training.credit import nothing_to_learn, plan_step
+from popo_lite.training.credit import nothing_to_learn, plan_step, teaching_groups
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
 
 LONGEST = 10
@@ -65,6 +65,17 @@ def test_positives_alone_are_trained_on(algorithm):
     assert plan.normalizers.entropy_tokens == 12
     assert planned(algorithm, [GROUPS[2]]) is None
     assert nothing_to_learn(ObjectiveRecipe()) == "no prompt had a positive"
+
+
+def test_groups_without_a_wrong_answer_can_be_left_out():
+    skipping = ObjectiveRecipe(skip_all_right=True)
+    assert teaching_groups(GROUPS, ObjectiveRecipe()) == GROUPS
+    assert teaching_groups(GROUPS, skipping) == [GROUPS[0], GROUPS[2]]
+    # An answer that could not be graded may be wrong.
+    doubtful = group("doubtful", (1.0, 3), (0.0, 5, Outcome.TIMEOUT))
+    assert teaching_groups([doubtful], skipping) == [doubtful]
+    assert planned("popo", teaching_groups(GROUPS[1:], skipping), skip_all_right=True) is None
+    assert "both right and wrong" in nothing_to_learn(skipping)
 
 
 def test_mixed_lowers_graded_negatives_by_normalisers_of_their_own():
