@@ -27,7 +27,9 @@ class _Column:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Table:
+class Table:
+    """Rows of `columns`; the first cell of each is the group's name."""
+
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -60,7 +62,7 @@ _REACH = (
 def compare_report(comparison: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the tables of a comparison (`popo_lite.sweep.compare.compare`)."""
     console = console if console is not None else open_console(sys.stdout)
-    for one in _tables(comparison):
+    for one in tables(comparison):
         table(one.title, one.columns, one.rows, console)
     for note in (*_notes(comparison), *_left_out(comparison)):
         console.print(Text(safe(note, console)), soft_wrap=True)
@@ -78,7 +80,7 @@ def html_page(comparison: Mapping[str, Any], png: bytes) -> str:
         f"intervals, dots single runs. Pass rate, length, entropy and sample size are trailing means of "
         f"{comparison['smoothing_steps']} steps.</p>",
         f'<img src="data:image/png;base64,{image}" alt="{html.escape(title)}">',
-        *(_html_table(one, names) for one in _tables(comparison)),
+        *(_html_table(one, names) for one in tables(comparison)),
         "<ul>",
         *(f"<li>{html.escape(note)}</li>" for note in (*_notes(comparison), *_left_out(comparison))),
         "</ul>",
@@ -86,7 +88,8 @@ def html_page(comparison: Mapping[str, Any], png: bytes) -> str:
     return _PAGE.replace("TITLE", html.escape(title), 1).replace("BODY", "\n".join(parts), 1)
 
 
-def _tables(comparison: Mapping[str, Any]) -> Iterator[_Table]:
+def tables(comparison: Mapping[str, Any]) -> Iterator[Table]:
+    """What a comparison (`popo_lite.sweep.compare.compare`) says in figures, table by table."""
     groups = comparison["groups"]
     ks = sorted({int(key[8:]) for group in groups for key in group["figures"] if key.startswith("pass_at_")})
     final = [_Column(key=f"pass_at_{k}", heading=f"pass@{k} %", scale=100) for k in ks]
@@ -102,10 +105,10 @@ def _tables(comparison: Mapping[str, Any]) -> Iterator[_Table]:
             for group in groups[1:]
         ]
         headings = ("variant", *(column.heading for column in columns))
-        yield _Table(title=f"Difference from {groups[0]['name']}, paired by seed", columns=headings, rows=rows)
+        yield Table(title=f"Difference from {groups[0]['name']}, paired by seed", columns=headings, rows=rows)
 
 
-def _estimates(title: str, groups: Sequence[Mapping[str, Any]], columns: Sequence[_Column]) -> _Table:
+def _estimates(title: str, groups: Sequence[Mapping[str, Any]], columns: Sequence[_Column]) -> Table:
     rows = [
         (
             group["name"],
@@ -114,10 +117,10 @@ def _estimates(title: str, groups: Sequence[Mapping[str, Any]], columns: Sequenc
         )
         for group in groups
     ]
-    return _Table(title=title, columns=("variant", "runs", *(column.heading for column in columns)), rows=rows)
+    return Table(title=title, columns=("variant", "runs", *(column.heading for column in columns)), rows=rows)
 
 
-def _reached(title: str, groups: Sequence[Mapping[str, Any]]) -> _Table:
+def _reached(title: str, groups: Sequence[Mapping[str, Any]]) -> Table:
     """As `_estimates`, with how many runs got there: the figures are of those alone."""
     rows = []
     for group in groups:
@@ -125,7 +128,7 @@ def _reached(title: str, groups: Sequence[Mapping[str, Any]]) -> _Table:
         there = sum(value is not None for value in values)
         cells = [_cell(group["figures"][column.key], column) for column in _REACH]
         rows.append((group["name"], f"{there} of {len(values)}" if there else "not reached", *cells))
-    return _Table(title=title, columns=("variant", "reached", *(column.heading for column in _REACH)), rows=rows)
+    return Table(title=title, columns=("variant", "reached", *(column.heading for column in _REACH)), rows=rows)
 
 
 def _cell(estimate: Mapping[str, Any] | None, column: _Column, *, signed: bool = False) -> str:
@@ -160,7 +163,7 @@ def _left_out(comparison: Mapping[str, Any]) -> list[str]:
     return [f"Left out: {'; '.join(left_out)}."] if left_out else []
 
 
-def _html_table(one: _Table, names: Sequence[str]) -> str:
+def _html_table(one: Table, names: Sequence[str]) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in one.columns)
     body = "\n".join(
         f'<tr><th><i style="background:{plots.colour(names.index(row[0]))}"></i>{html.escape(row[0])}</th>'

@@ -51,13 +51,18 @@ def compare(sources: Sequence[Path], *, reach: float) -> dict[str, Any]:
     groups += _single_groups(single)
     if not groups:
         raise CheckpointError("no run has ended yet", where=", ".join(map(str, sources)))
+    return comparison_of(groups, reach=reach, left_out=left_out)
+
+
+def comparison_of(groups: Sequence[RunGroup], *, reach: float, left_out: Sequence[str] = ()) -> dict[str, Any]:
+    """The comparison of `groups`, held against the first of them. Raises UserInputError for a seed twice in a group."""
     for group in groups:
         _refuse_twice(group)
     measures = list(dict.fromkeys(key for group in groups for run in group.runs for key in run.figures))
     return {
         "reach": reach,
         "smoothing_steps": SMOOTHING_STEPS,
-        "left_out": left_out,
+        "left_out": list(left_out),
         "groups": [_described(group, groups[0], measures) for group in groups],
     }
 
