@@ -122,7 +122,8 @@ class ObjectiveRecipe(Section):
     clip_high: Rate = 0.2
     """With `grpo`: the ratio above 1 plus this is clipped where the advantage is positive."""
     kl: Rate = 0.0
-    """With `grpo`: weight of the KL divergence from the base, whose log-probs come from a pass without the adapter."""
+    """With `grpo`: weight of the KL divergence from the base, whose log-probs come from a pass without any adapter,
+    that of `lora.init_from` included."""
     kl_correction: bool = True
     """With `grpo`: multiply the KL term by the importance ratio, which makes its gradient that of the divergence
     (DeepSeek-V3.2); without it as published first."""
@@ -242,6 +243,9 @@ class RewardRecipe(Section):
     """Time for one answer before its worker is killed."""
     max_answer_characters: Positive = 20000
     """Only this much of an answer's end is graded."""
+    truncated: Literal["grade", "wrong"] = "grade"
+    """An answer that training cut off at `rollout.max_completion_tokens`: graded as it stands, or wrong. `wrong` for
+    models that think first, of which a positive that never ends would teach not to end."""
     max_ungraded_share: Share = 0.2
     """Stop the run when more of a step than this times out or errs."""
 
@@ -438,6 +442,12 @@ def _impossible_objectives(recipe: Recipe) -> Iterator[Combination]:
             if value != getattr(defaults, key):
                 why = 'is not part of "grpo"; leave the key out'
                 yield (f"objective.{key}", "objective.algorithm"), value, why
+    if objective.entropy_over == "all" and objective.beta == 0:
+        why = "would forward wrong answers for an entropy term that is off; leave the key out, or set beta"
+        yield ("objective.entropy_over", "objective.beta"), "all", why
+    if algorithm == "mixed" and objective.negative_weight == 0:
+        why = 'makes of "mixed" a "popo" that forwards wrong answers for nothing; use "popo", or a weight above 0'
+        yield ("objective.negative_weight",), 0.0, why
     if objective.skip_all_right and recipe.rollout.budget == "adaptive":
         why = "would leave out prompts that an adaptive budget stopped before their first wrong answer; use one of both"
         yield ("objective.skip_all_right", "rollout.budget"), True, why

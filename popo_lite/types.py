@@ -150,8 +150,8 @@ class StepRecord:
     the mean of -log-prob of the sampled tokens, nats. Algorithms that train on different answers can be compared by
     the second alone.
 
-    `tokens_of_*` count prompts and answers of all rollouts, of the positives, and of the groups with more than one
-    reward: what training on each of them forwards. `trained_tokens` is what was forwarded.
+    `tokens_of_*` count prompts and answers of all rollouts, of the positives, and of the graded ones of groups with
+    more than one reward: what training on each of them forwards. `trained_tokens` is what was forwarded.
 
     `microbatch_tokens` is the budget of a micro-batch, which is lowered when memory runs out.
     """

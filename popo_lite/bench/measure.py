@@ -265,7 +265,7 @@ def _step(
     with meter("swap", first=_hand_cache_back if sampler.engine == "vllm" else lambda: None):
         sampler.sync(policy.version)
     sampled = sum(len(one.token_ids) for group in completions for one in group)
-    return {"rollout": sampled, "siamese": update.forwarded_tokens, "update": update.forwarded_tokens}
+    return {"rollout": sampled, "siamese": update.siamese_tokens, "update": update.update_tokens}
 
 
 def _hand_cache_back() -> None:

@@ -25,10 +25,11 @@ UPDATE_STAGES = ("weights", "siamese", "update", "step")
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """An update's `figures`, and how many tokens, prompts included, each of its passes forwarded."""
+    """An update's `figures`, and how many tokens, prompts included, it and the pass before it forwarded."""
 
     figures: UpdateFigures
-    forwarded_tokens: int
+    siamese_tokens: int
+    update_tokens: int
 
 
 def train_once(learner: Learner, meter: Meter, step: int, groups: Sequence[Group]) -> Update:
@@ -46,17 +47,19 @@ def train_once(learner: Learner, meter: Meter, step: int, groups: Sequence[Group
             where="--positives",
             next_step="leave it out: half of the rollouts are positive then",
         )
-    count = len(plan.sequences)
-    tokens = sum(sequence.rollout.tokens for sequence in plan.sequences)
-    anchored = objective.alpha != 0 or objective.kl != 0  # a pass of the siamese or, with GRPO, of the base
-    with meter("siamese", sequences=count) if anchored else nullcontext():
+    count, anchored = len(plan.sequences), len(plan.anchored(objective))
+    with meter("siamese", sequences=anchored) if anchored else nullcontext():
         anchors = learner.anchors(step, plan)
     with meter("update", sequences=count):
         figures = learner.backward(plan, anchors, beta=objective.beta, advance=lambda _: None)
     with meter("step", sequences=count):
         learner.apply(step, figures, learner.prepare())
         learner.optimizer.zero_grad(set_to_none=True)
-    return Update(figures=figures, forwarded_tokens=tokens)
+    return Update(
+        figures=figures,
+        siamese_tokens=plan.anchored_tokens(objective),
+        update_tokens=sum(sequence.rollout.tokens for sequence in plan.sequences),
+    )
 
 
 def longest_update(

@@ -8,14 +8,14 @@ stopping early decides how many of them there are, never which (docs/method.md, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from popo_lite.grading import Grader, GradeRequest, refuse_ungraded
-from popo_lite.recipe import Recipe, RolloutRecipe
+from popo_lite.recipe import Recipe, RewardRecipe, RolloutRecipe
 from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.training.metrics import StageClock
-from popo_lite.types import Group, Prompt, Rollout
+from popo_lite.types import Completion, FinishReason, Group, Outcome, Prompt, Reward, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def collect(
                     Rollout(
                         prompt=prompts[index],
                         completion=completion,
-                        reward=reward,
+                        reward=_verdict(reward, completion, recipe.reward),
                         policy_version=policy_version,
                         index=sample,
                     )
@@ -123,3 +123,10 @@ def collect(
         positives = [None] * len(prompts)
         for index in going:
             positives[index] = sum(rollout.reward.value > threshold for rollout in made[index])
+
+
+def _verdict(reward: Reward, completion: Completion, recipe: RewardRecipe) -> Reward:
+    """The grader's verdict, or that the answer is wrong because it was cut off."""
+    if recipe.truncated == "grade" or completion.finish_reason is not FinishReason.LENGTH:
+        return reward
+    return replace(reward, value=0.0, outcome=Outcome.INCORRECT, detail="cut off at rollout.max_completion_tokens")

@@ -45,6 +45,18 @@ class StepPlan:
     normalizers: StepNormalizers
     sample_sizes: tuple[tuple[float, int], ...]
 
+    def anchored(self, recipe: ObjectiveRecipe) -> list[int]:
+        """Indices of the sequences that the pass before the update forwards.
+
+        For the similarity term those with a weight, by the siamese; for a KL term all, by the base.
+        """
+        weighted = [index for index, sequence in enumerate(self.sequences) if sequence.weight]
+        return weighted if recipe.alpha else list(range(len(self.sequences))) if recipe.kl else []
+
+    def anchored_tokens(self, recipe: ObjectiveRecipe) -> int:
+        """Tokens of that pass, prompts included."""
+        return sum(self.sequences[index].rollout.tokens for index in self.anchored(recipe))
+
 
 def teaching_groups(groups: Sequence[Group], recipe: ObjectiveRecipe) -> list[Group]:
     """The groups that a step may train on: with `skip_all_right` those with an answer that is not positive."""
@@ -146,7 +158,7 @@ def _plan_by_advantage(groups: Sequence[Group], recipe: ObjectiveRecipe, max_com
             for rollout, advantage in zip(group.rollouts, advantages, strict=True)
             if advantage or (recipe.kl and rollout.reward.outcome.is_graded)
         ]
-    if not any(advantage for _, advantage in sequences):
+    if not sequences:
         return None
     lengths = [_length(rollout) for rollout, _ in sequences]
     coefficients = length_coefficients(

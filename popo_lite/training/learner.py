@@ -89,13 +89,14 @@ class Learner:
 
     @torch.no_grad()
     def _siamese_targets(self, step: int, plan: StepPlan) -> Tensor | None:
-        """The noisy targets [S, D] of the plan's sequences; None where the similarity term is off."""
+        """The noisy targets [S, D] of the plan's sequences, 0 where the weight is; None where the term is off."""
         objective = self.recipe.objective
         if objective.alpha == 0:
             return None
-        rollouts = [sequence.rollout for sequence in plan.sequences]
         first = next(self.policy.predictor.parameters())
-        targets = first.new_zeros(len(rollouts), self.policy.head.weight.shape[1])
+        targets = first.new_zeros(len(plan.sequences), self.policy.head.weight.shape[1])
+        weighted = plan.anchored(objective)
+        rollouts = [plan.sequences[index].rollout for index in weighted]
         self.policy.model.eval()
 
         def learn(batch: MicroBatch) -> None:
@@ -103,7 +104,8 @@ class Learner:
             if objective.target == "predictor":
                 features = self.policy.predictor(features)
             noise = torch.stack([self._noise(step, rollouts[member], features) for member in batch.members])
-            targets[list(batch.members)] = noisy_target(features, noise, objective.noise_sigma)
+            places = [weighted[member] for member in batch.members]
+            targets[places] = noisy_target(features, noise, objective.noise_sigma)
 
         with self.siamese.swapped():
             self.micro_batches.run(rollouts, learn, stage="siamese")
@@ -113,13 +115,12 @@ class Learner:
         """Each sequence's log-probs under the base, which is the policy without its adapter; None without a KL term."""
         if self.recipe.objective.kl == 0:
             return None
-        found: list[Tensor | None] = [None] * len(plan.sequences)
+        found: dict[int, Tensor] = {}
         with self.policy.model.disable_adapter():
             scored = self._scored([sequence.rollout for sequence in plan.sequences], stage="reference")
         for batch, logps in scored:
-            for member, part in zip(batch.members, batch.by_sequence(logps), strict=True):
-                found[member] = part
-        return [part for part in found if part is not None]
+            found.update(zip(batch.members, batch.by_sequence(logps), strict=True))
+        return [found[member] for member in range(len(plan.sequences))]
 
     def backward(
         self, plan: StepPlan, anchors: Anchors, *, beta: float, advance: Callable[[int], None]

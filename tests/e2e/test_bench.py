@@ -206,9 +206,9 @@ def test_running_out_of_memory_is_a_result(monkeypatch, capsys, target, stage, l
     ("overrides", "siamese", "update"),
     [
         ((), 3, 3),
-        (("objective.entropy_over=all",), 16, 16),
+        (("objective.entropy_over=all",), 3, 16),
         (("objective.alpha=0",), None, 3),
-        (("objective.algorithm=mixed",), 16, 16),
+        (("objective.algorithm=mixed",), 3, 16),
         (("objective.algorithm=grpo", "objective.alpha=0"), None, 16),
         (("objective.algorithm=grpo", "objective.alpha=0", "objective.kl=0.1"), 16, 16),
     ],

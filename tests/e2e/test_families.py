@@ -214,6 +214,7 @@ def recipe_of(name: str, folder: Path, rewards: str) -> Recipe:
             f"model.id={folder}", "model.dtype=float32", "train.device=cpu", "train.cpu_threads=1", "train.steps=1",
             "rollout.engine=hf", "rollout.max_completion_tokens=24", "train.tokens_per_microbatch=1024",
             "data.dataset=arithmetic", "data.prompts_per_step=3", f"reward.function={rewards}",
+            "reward.truncated=grade",  # random weights hardly ever end an answer
             "optimizer.warmup_share=0.0", "eval.dataset=arithmetic", "eval.problems=0",
         ),
     )  # fmt: skip
@@ -253,7 +254,7 @@ def test_one_step_of_both_recipes_on_the_real_architecture(named, rewards, tmp_p
     for key in ("tokens_of_all", "tokens_of_positives", "tokens_of_mixed_groups"):
         assert lines["grpo"][key] == lines["lora"][key], key
     assert lines["lora"]["trained_tokens"] == lines["lora"]["tokens_of_positives"]
-    assert lines["grpo"]["trained_tokens"] == lines["grpo"]["tokens_of_mixed_groups"] <= lines["grpo"]["tokens_of_all"]
+    assert lines["grpo"]["trained_tokens"] == lines["grpo"]["tokens_of_all"]  # for its KL term
 
 
 def test_the_model_is_the_original_in_all_but_size(named):

@@ -15,6 +15,7 @@ from contract.test_samplers import (  # noqa: F401  # the suite, run here with t
     prompts_of,
     scored,
     test_a_later_round_goes_on_where_the_one_before_ended,
+    test_a_nucleus_holds_the_likeliest_tokens_and_nothing_else,
     test_another_version_is_refused,
     test_draws_do_not_depend_on_the_batch,
     test_every_id_of_the_stop_set_ends_an_answer,

@@ -7,6 +7,8 @@ so that only the order of sums may differ.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from updates import assert_same, groups_of, update
@@ -129,59 +131,87 @@ def test_weights_from_sampler_and_trainer_agree_where_their_logps_do(trainer):
     assert_same(update(by_sampler, honest), update(by_trainer, honest))
 
 
-@pytest.mark.parametrize(("cap", "algorithm"), [(None, "popo"), (2.0, "popo"), (None, "mixed"), (2.0, "mixed")])
-def test_the_update_is_the_gradient_of_the_formula(trainer, cap, algorithm):
+def divisor(normalizer: str, rollouts: list[Rollout], prompts: int, rollout: Rollout) -> float:
+    """What docs/method.md divides a log-prob by, of `rollouts` of `prompts` prompts; 40 is the longest answer."""
+    lengths = [len(one.completion.token_ids) for one in rollouts]
+    return {
+        "token_mean": prompts * sum(lengths) / len(lengths),
+        "reference": sum(lengths),
+        "sequence_sum": prompts * 40,
+        "sequence_mean": prompts * len(rollout.completion.token_ids),
+    }[normalizer]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"importance_cap": 2.0},
+        {"algorithm": "mixed", "negative_weight": 0.3},
+        {"algorithm": "mixed", "negative_weight": 0.3, "importance_cap": 2.0, "normalizer": "sequence_mean"},
+        {"algorithm": "mixed", "negative_weight": 0.3, "entropy_over": "all", "normalizer": "sequence_sum"},
+        {"target": "features", "weights": "uniform"},
+        {"target": "features", "entropy_over": "all", "normalizer": "sequence_sum", "noise_sigma": 0.3},
+        {"normalizer": "reference", "weights": "sequence_logprob", "weight_temperature": 20.0},
+        {"normalizer": "sequence_mean", "weight_temperature": 0.2},
+    ],
+    ids=str,
+)
+def test_the_update_is_the_gradient_of_the_formula(trainer, settings):
     """One step against docs/method.md written out naively: full logits, one sequence at a time, plain autograd."""
-    one = trainer(
-        "train.tokens_per_microbatch=200",
-        f"objective.algorithm={algorithm}",
-        *(["objective.negative_weight=0.3"] if algorithm == "mixed" else []),
-        *([f"objective.importance_cap={cap}"] if cap else []),
-    )
+    one = trainer("train.tokens_per_microbatch=200", "rollout.max_completion_tokens=40",
+                  *(f"objective.{key}={value}" for key, value in settings.items()))  # fmt: skip
     groups = groups_of(one)
     found = update(one, groups)
-    recipe, policy = one.recipe, one.policy
+    objective, policy = one.recipe.objective, one.policy
+    with_positive = [group.positives(0.5) for group in groups if group.positives(0.5)]
+    wrong = [[r for r in group.rollouts if r.reward.value <= 0.5] for group in groups]
+    wrong = [negatives for negatives in wrong if negatives]
+    raised = [rollout for positives in with_positive for rollout in positives]
+    lowered = [rollout for negatives in wrong for rollout in negatives]
+    counted = raised + (lowered if objective.entropy_over == "all" else [])
+    entropy_tokens = sum(len(rollout.completion.token_ids) for rollout in counted)
     total = torch.zeros((), dtype=torch.float64)
-    lengths = [len(r.completion.token_ids) for group in groups for r in group.positives(0.5)]
-    mean_length = sum(lengths) / len(lengths)
-    with_positive = [group for group in groups if group.positives(0.5)]
-    similarity, weight_sum, entropy = 0.0, 0.0, 0.0
-    for group in with_positive:
-        positives = group.positives(0.5)
-        means = [sum(r.completion.sampler_logps) / len(r.completion.token_ids) for r in positives]
-        weights = torch.softmax(torch.tensor(means, dtype=torch.float64), dim=0)
-        for rollout, weight in zip(positives, weights, strict=True):
-            prompt, answer = rollout.prompt.token_ids, rollout.completion.token_ids
-            tokens = torch.tensor([prompt + answer])
-            output = policy.model(input_ids=tokens, output_hidden_states=True)
-            logp = torch.log_softmax(output.logits[0, len(prompt) - 1 : -1], dim=-1)
-            picked = logp.gather(1, torch.tensor(answer)[:, None])[:, 0]
-            ratios = (picked.detach() - torch.tensor(rollout.completion.sampler_logps)).exp()
-            factors = torch.ones_like(ratios) if cap is None else ratios.clamp(max=cap)
-            total = total - weight * (factors * picked).sum() / (len(with_positive) * mean_length)
-            entropy = entropy - (logp.exp() * logp).sum() / sum(lengths)
-            feature = output.hidden_states[-1][0, len(prompt) :].mean(dim=0)
+
+    def forward(rollout):
+        """Log-probs [N] with their truncated weights, the mean entropy's share, and the mean feature [D]."""
+        prompt, answer = rollout.prompt.token_ids, rollout.completion.token_ids
+        output = policy.model(input_ids=torch.tensor([prompt + answer]), output_hidden_states=True)
+        logp = torch.log_softmax(output.logits[0, len(prompt) - 1 : -1], dim=-1)
+        picked = logp.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        ratios = (picked.detach() - torch.tensor(rollout.completion.sampler_logps)).exp()
+        factors = 1.0 if objective.importance_cap is None else ratios.clamp(max=objective.importance_cap)
+        entropy = -(logp.exp() * logp).sum() / entropy_tokens
+        return (factors * picked).sum(), entropy, output.hidden_states[-1][0, len(prompt) :].mean(dim=0)
+
+    for positives in with_positive:
+        scores = []
+        for rollout in positives:
+            logps = rollout.completion.sampler_logps
+            mean = sum(logps) / len(logps)
+            score = {"mean_logprob": mean, "sequence_logprob": sum(logps), "uniform": 0.0}[objective.weights]
+            scores.append(math.exp(score / objective.weight_temperature))
+        for rollout, score in zip(positives, scores, strict=True):
+            weight = score / sum(scores)
+            log_pi, entropy, feature = forward(rollout)
+            total = total - weight * log_pi / divisor(objective.normalizer, raised, len(with_positive), rollout)
+            total = total - objective.beta * entropy
             with torch.no_grad(), one.learner.siamese.swapped():
-                hidden = policy.hidden_states(tokens[0], [tokens.shape[1]])[len(prompt) :].mean(dim=0)
-                q = policy.predictor(hidden[None])[0]
-            noise = one.learner._noise(0, rollout, q)
-            q = q + 0.02 * q.square().mean().sqrt() * noise
+                q = forward(rollout)[2]
+                if objective.target == "predictor":
+                    q = policy.predictor(q[None])[0]
+            q = q + objective.noise_sigma * q.square().mean().sqrt() * one.learner._noise(0, rollout, q)
             p = policy.predictor(feature[None])[0]
-            similarity = similarity + weight * (1 - p @ q / (p.norm() * q.norm()))
-            weight_sum += float(weight)
-    if algorithm == "mixed":
-        wrong = [[r for r in group.rollouts if r.reward.value <= 0.5] for group in groups]
-        wrong = [negatives for negatives in wrong if negatives]
-        tokens = [len(r.completion.token_ids) for negatives in wrong for r in negatives]
-        for rollout, share in ((r, 1 / len(negatives)) for negatives in wrong for r in negatives):
-            prompt, answer = rollout.prompt.token_ids, rollout.completion.token_ids
-            logits = policy.model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            picked = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-            ratios = (picked.detach() - torch.tensor(rollout.completion.sampler_logps)).exp()
-            factors = torch.ones_like(ratios) if cap is None else ratios.clamp(max=cap)
-            total = total + 0.3 * share * (factors * picked).sum() / (len(wrong) * sum(tokens) / len(tokens))
-    total = total + recipe.objective.alpha * similarity / weight_sum - recipe.objective.beta * entropy
-    assert weight_sum == pytest.approx(len(with_positive))
+            # The weights of the step sum to the number of prompts.
+            total = total + objective.alpha * weight * (1 - p @ q / (p.norm() * q.norm())) / len(with_positive)
+    for negatives in wrong:
+        for rollout in negatives:
+            log_pi, entropy, _ = forward(rollout)
+            if objective.algorithm == "mixed":
+                share = 0.3 / len(negatives)
+                total = total + share * log_pi / divisor(objective.normalizer, lowered, len(wrong), rollout)
+            if objective.entropy_over == "all":
+                total = total - objective.beta * entropy
     total.backward()
     expected = {name: p.grad for name, p in policy.trainable_parameters()}
     assert_same(found, {**expected, "loss": total.detach()})

@@ -86,14 +86,17 @@ def test_an_ungraded_answer_has_no_advantage_and_does_not_move_the_mean():
     ("loss_type", "normalization"), [("grpo", "sequence"), ("dapo", "token"), ("dr_grpo", "constant")]
 )
 @pytest.mark.parametrize("scaling", ["std", "none"])
-@pytest.mark.parametrize("clip", [(0.2, 0.2), (0.1, 0.35)])
+@pytest.mark.parametrize(("clip", "temperature"), [((0.2, 0.2), 1.0), ((0.1, 0.35), 0.6)])
 @pytest.mark.parametrize(("kl", "correction"), [(0.0, True), (0.3, True), (0.3, False)])
-def test_loss_and_gradient_are_trls(tiny_recipe, tmp_path, loss_type, normalization, scaling, clip, kl, correction):
+def test_loss_and_gradient_are_trls(
+    tiny_recipe, tmp_path, loss_type, normalization, scaling, clip, temperature, kl, correction
+):
     recipe = tiny_recipe(
         'model.quantization="none"',  # TRL rounds the adapters of a 4-bit model to 16 bit
         "objective.algorithm=grpo", f"objective.advantage_scaling={scaling}", f"objective.kl={kl}",
         f"objective.length_normalization={normalization}", f"objective.clip_low={clip[0]}",
-        f"objective.clip_high={clip[1]}", "rollout.max_completion_tokens=16", "optimizer.max_grad_norm=1e30",
+        f"objective.clip_high={clip[1]}", f"rollout.temperature={temperature}", "rollout.max_completion_tokens=16",
+        "optimizer.max_grad_norm=1e30",
         *([f"objective.kl_correction={str(correction).lower()}"] if kl else []),
     )  # fmt: skip
     policy = load_policy(recipe)
@@ -107,6 +110,9 @@ def test_loss_and_gradient_are_trls(tiny_recipe, tmp_path, loss_type, normalizat
     anchors = learner.anchors(0, plan)
     figures = learner.backward(plan, anchors, beta=0.0, advance=lambda _: None)
     ours = {name: p.grad.clone() for name, p in policy.adapter_parameters()}
+    ratios = torch.cat(figures.gaps).exp()
+    assert bool((ratios > 1 + clip[1]).any())
+    assert bool((ratios < 1 - clip[0]).any())
     # Without a KL term a group of equal rewards moves nothing, and is not forwarded; in the normalisers it counts.
     assert len(plan.sequences) == G * (PROMPTS if kl else PROMPTS - 1)
 
@@ -114,7 +120,7 @@ def test_loss_and_gradient_are_trls(tiny_recipe, tmp_path, loss_type, normalizat
         output_dir=str(tmp_path), loss_type=loss_type, scale_rewards="group" if scaling == "std" else "none", beta=kl,
         epsilon=clip[0], epsilon_high=clip[1], max_completion_length=16, num_generations=G,
         per_device_train_batch_size=G * PROMPTS, gradient_accumulation_steps=1, use_cpu=True, bf16=False,
-        report_to=[], gradient_checkpointing=False, temperature=1.0, disable_dropout=False,
+        report_to=[], gradient_checkpointing=False, temperature=temperature, disable_dropout=False,
         use_bias_correction_kl=correction,
     )  # fmt: skip
     import datasets
@@ -132,7 +138,7 @@ def test_loss_and_gradient_are_trls(tiny_recipe, tmp_path, loss_type, normalizat
         ids, mask = input_ids, attention_mask
         place = (mask.cumsum(dim=1) - 1).clamp(min=0)
         logits = model(input_ids=ids, attention_mask=mask, position_ids=place).logits[:, -logits_to_keep - 1 : -1]
-        every = torch.log_softmax(logits, dim=-1)
+        every = torch.log_softmax(logits / temperature, dim=-1)
         logps = every.gather(-1, ids[:, -logits_to_keep:, None])[..., 0]
         return logps, -(every.exp() * every).sum(-1).detach(), None
 

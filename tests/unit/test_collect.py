@@ -16,7 +16,7 @@ from popo_lite.training.collect import Budget, collect
 from popo_lite.training.history import EVIDENCE, LOOK_AHEAD, Seen, choose_problems, is_known, remember
 from popo_lite.training.loop import Trainer
 from popo_lite.training.metrics import StageClock, rollout_figures
-from popo_lite.types import Group, Outcome, Reward
+from popo_lite.types import FinishReason, Group, Outcome, Reward
 
 ADAPTIVE = ('rollout.budget="adaptive"', "rollout.positives_wanted=2", "rollout.round_size=4",
             "rollout.max_rollouts=24", "data.prompts_per_step=12")  # fmt: skip
@@ -125,6 +125,26 @@ def test_adaptive_reaches_more_prompts_with_no_more_rollouts(gathered):
     reached = [sum(bool(group.positives(0.5)) for group in groups) for groups in (fixed, adaptive)]
     assert reached[1] >= reached[0] + 3
     assert sum(len(group.rollouts) for group in adaptive) <= 32 * 4
+
+
+def test_an_answer_that_was_cut_off_can_be_wrong(gathered, tmp_path, monkeypatch):
+    """A kind grader calls all answers right; with room for the direct ones alone, many are cut off."""
+    (tmp_path / "kind_rewards.py").write_text("def right(text, answer):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ("data.prompts_per_step=12", "rollout.max_completion_tokens=12", 'reward.function="kind_rewards:right"')
+    graded, _ = gathered(*options)
+    strict, _ = gathered(*options, "reward.truncated=wrong")
+    changed = 0
+    for before, after in zip(graded, strict, strict=True):
+        for one, other in zip(before.rollouts, after.rollouts, strict=True):
+            assert (one.completion, one.reward.value) == (other.completion, 1.0)
+            if one.completion.finish_reason is FinishReason.LENGTH:
+                assert (other.reward.value, other.reward.outcome) == (0.0, Outcome.INCORRECT)
+                assert other.reward.detail == "cut off at rollout.max_completion_tokens"
+                changed += 1
+            else:
+                assert other.reward == one.reward
+    assert 10 < changed < 12 * 8 - 10
 
 
 def test_figures_that_describe_the_policy_count_the_first_round(gathered):

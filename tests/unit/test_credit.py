@@ -113,6 +113,10 @@ def test_grpo_trains_where_rewards_differ_and_counts_all_that_is_graded():
     constant = planned("grpo", length_normalization="constant")
     assert {s.coefficient for s in constant.sequences} == {1 / (6 * LONGEST)}
     assert planned("grpo", GROUPS[1:]) is None
+    only_kl = planned("grpo", GROUPS[1:], kl=0.1)
+    assert [s.advantage for s in only_kl.sequences] == [0.0] * 4
+    lost = group("lost", (0.0, 8, Outcome.TIMEOUT), (0.0, 2, Outcome.ERROR))
+    assert planned("grpo", [lost], kl=0.1) is None
     assert "different rewards" in nothing_to_learn(ObjectiveRecipe(algorithm="grpo"))
 
 

@@ -18,6 +18,7 @@ from popo_lite.objective.losses import (
     popo_loss,
     steered_beta,
 )
+from popo_lite.policy.predictor import PredictorHead
 from popo_lite.policy.siamese import Siamese
 from popo_lite.recipe import ObjectiveRecipe
 
@@ -51,13 +52,81 @@ def test_graded_rewards_scale_the_weights():
     assert weights.tolist() == pytest.approx([1 / 1.6, 0.6 / 1.6])
 
 
-def test_effective_sample_size_of_the_documented_example():
-    """docs/method.md: mean log-probs that differ by 0.06 leave 7.97 of 8 by the mean, 1.04 by the literal sum."""
+@pytest.mark.parametrize(
+    ("settings", "mean_logps", "lengths", "rewards", "expected"),
+    [
+        # exp(0.2 / 0.5) = 1.491825 to 1
+        ({"weight_temperature": 0.5}, (-0.1, -0.3), (10, 20), (1.0, 1.0), (0.598688, 0.401312)),
+        # and 1.491825 to 0.5
+        ({"weight_temperature": 0.5}, (-0.1, -0.3), (10, 20), (1.0, 0.5), (0.748974, 0.251026)),
+        # The mean prefers the long answer, exp(0.4) to 1; the sums are -1 and -2, exp(1) to 1.
+        ({}, (-0.5, -0.1), (2, 20), (1.0, 1.0), (0.401312, 0.598688)),
+        ({"weights": "sequence_logprob"}, (-0.5, -0.1), (2, 20), (1.0, 1.0), (0.731059, 0.268941)),
+        ({"weights": "sequence_logprob", "weight_temperature": 2.0}, (-0.5, -0.1), (2, 20), (1.0, 1.0),
+         (0.622459, 0.377541)),
+        # Uniform but for the reward: 1 to 0.6, whatever the log-probs and the temperature.
+        ({"weights": "uniform", "weight_temperature": 0.1}, (-0.1, -5.0), (3, 30), (1.0, 0.6), (0.625, 0.375)),
+    ],
+)  # fmt: skip
+def test_weights_by_hand(settings, mean_logps, lengths, rewards, expected):
+    found = positive_weights(mean_logps, lengths, rewards, ObjectiveRecipe(**settings))
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_effective_sample_size_by_hand():
+    """Means that differ by 0.06 over eight answers: hardly less than 8 by the mean, little more than 1 by the sum."""
+    assert effective_sample_size(torch.tensor([0.75, 0.25])) == pytest.approx(1 / (0.5625 + 0.0625))
     means = [-0.40 - 0.06 * index / 7 for index in range(8)]
     mean = positive_weights(means, [300] * 8, [1.0] * 8, ObjectiveRecipe())
-    assert effective_sample_size(mean) == pytest.approx(8, abs=0.05)
+    assert effective_sample_size(mean) == pytest.approx(7.996916, rel=1e-6)
     literal = positive_weights(means, [300] * 8, [1.0] * 8, ObjectiveRecipe(weights="sequence_logprob"))
-    assert effective_sample_size(literal) < 1.2
+    # A geometric series with q = exp(-18 / 7): (1 + q) (1 - q^8)^2 / ((1 - q) (1 - q^16)) with q^8 next to nothing.
+    assert effective_sample_size(literal) == pytest.approx(1.165501, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "expected"),
+    [
+        # Sum of w log pi: (-2 - 1) / 2 - 6 = -7.5; by 2 prompts x mean length 4, 12 tokens, 2 x 10.
+        ("token_mean", 0.9375),
+        ("reference", 0.625),
+        ("sequence_sum", 0.375),
+        # (1 + 0.25) / 2 + 1 = 1.625, by 2 prompts
+        ("sequence_mean", 0.8125),
+    ],
+)
+def test_nll_by_hand(normalizer, expected):
+    recipe = ObjectiveRecipe(normalizer=normalizer)
+    weights, log_pi = torch.tensor([0.5, 0.5, 1.0]).double(), torch.tensor([-2.0, -1.0, -6.0]).double()
+    coefficients = nll_coefficients(weights, [2, 4, 6], NORMALIZERS, recipe)
+    assert float(-(coefficients * log_pi).sum()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_similarity_by_hand():
+    """Weights 1/4, 3/4 and 1 over 2 prompts, cosines 0.6, 0.8 and -1: (0.25 * 0.4 + 0.75 * 0.2 + 1 * 2) / 2."""
+    terms = hand_case(
+        weights=torch.tensor([0.25, 0.75, 1.0]).double(),
+        predictions=torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]]).double(),
+        targets=torch.tensor([[3.0, 4.0], [3.0, 4.0], [-1.0, 0.0]]).double(),
+    )
+    assert float(terms.similarity) == pytest.approx(1.125, rel=1e-12)
+    assert float(terms.similarity_cosine) == pytest.approx(-0.125, rel=1e-12)
+
+
+def test_noise_by_hand():
+    """The root mean square of (3, 4, 0, 0) is 2.5, so sigma 0.02 moves by 0.05 a unit of noise."""
+    found = noisy_target(torch.tensor([[3.0, 4.0, 0.0, 0.0]]).double(), torch.tensor([[1.0, -2.0, 0.5, 0.0]]), 0.02)
+    assert found.tolist() == [pytest.approx([3.05, 3.9, 0.025, 0.0], rel=1e-12)]
+
+
+def test_the_predictor_head_by_hand():
+    """Linear, LayerNorm, ReLU, Linear: (1, 3) has mean 2 and deviation 1, and ReLU drops what is below the mean."""
+    head = PredictorHead(2, 2).double()
+    with torch.no_grad():
+        for layer in (part for part in head.modules() if isinstance(part, torch.nn.Linear)):
+            layer.weight.copy_(torch.eye(2))
+            layer.bias.zero_()
+    assert head(torch.tensor([[1.0, 3.0]]).double()).tolist() == [pytest.approx([0.0, 0.999995], abs=1e-6)]
 
 
 @pytest.mark.parametrize(
