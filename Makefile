@@ -1,6 +1,7 @@
 # make train [RECIPE=recipes/tiny_cpu.toml]   install what is needed into .venv, then train
 # make test                                   the tests, without a GPU
 # make test-vllm                              the tests that need vLLM, with its CPU build
+# make study                                  docs/study.md again: some two hours on two cores; goes on where it stopped
 # make check                                  format, lint, types, import contracts
 
 RECIPE ?= recipes/tiny_cpu.toml
@@ -15,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo '[gpu]')
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: train test test-vllm check docs clean
+.PHONY: train test test-vllm study check docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/popo-lite train $(RECIPE) $(ARGS)
@@ -25,6 +26,9 @@ test: $(VENV)/.installed-dev
 
 test-vllm: $(VENV)/.installed-vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm $(ARGS)
+
+study: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study.py --jobs 2 $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

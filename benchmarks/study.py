@@ -32,6 +32,7 @@ from popo_lite.sweep.intervals import mean_interval
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "study.md"
+SWEEP_FILES = ROOT / "recipes" / "ablations"
 DIFFICULTIES = ("study_2_digits", "study_3_digits")
 SWEEPS = (*DIFFICULTIES, "study_learning_rate")
 COMMAND = "make study"
@@ -48,6 +49,11 @@ PLOTS: Mapping[str, Sequence[str]] = {
     "normalisers": ("popo", "reference", "sequence-sum", "sequence-mean"),
 }  # fmt: skip
 """Pages of plots, and the variants on each."""
+
+
+def load(name: str) -> Sweep:
+    """The sweep of that name."""
+    return load_sweep(str(SWEEP_FILES / f"{name}.toml"))
 
 
 def main() -> None:
@@ -67,7 +73,8 @@ def main() -> None:
 
 def train(name: str, folder: Path, jobs: int) -> None:
     """`popo-lite sweep`; ends this process where it was interrupted or a run failed."""
-    command = [sys.executable, "-m", "popo_lite", "sweep", name, "--output", str(folder), "--jobs", str(jobs)]
+    file = SWEEP_FILES / f"{name}.toml"
+    command = [sys.executable, "-m", "popo_lite", "sweep", str(file), "--output", str(folder), "--jobs", str(jobs)]
     # Ctrl-C reaches the sweep as well, which saves and says how to go on; this process waits for it.
     signal.signal(signal.SIGINT, lambda *_: None)
     if code := subprocess.run(command, check=False).returncode:
@@ -77,7 +84,7 @@ def train(name: str, folder: Path, jobs: int) -> None:
 def keep(name: str, folder: Path) -> None:
     """Write what every run of a sweep came to, a file a seed."""
     lines: dict[int, list[str]] = {}
-    for run in SweepFolder(folder).runs(load_sweep(name)):
+    for run in SweepFolder(folder).runs(load(name)):
         found = read_run(run.folder.path, reach=REACH)
         steps = read_lines(run.folder.metrics_path)
         bounds = [round(len(steps) * part / PARTS) for part in range(PARTS + 1)]
@@ -125,7 +132,7 @@ def sections(name: str) -> Iterator[str]:
 
 def comparison(name: str, variants: Sequence[str] = ()) -> dict[str, Any]:
     """The comparison of the kept runs of `variants`, by default of all; the first is the one to hold others against."""
-    sweep = load_sweep(name)
+    sweep = load(name)
     names = variants or [variant.name for variant in sweep.variants]
     lines = list(kept(name))
     groups = [
@@ -137,7 +144,7 @@ def comparison(name: str, variants: Sequence[str] = ()) -> dict[str, Any]:
 
 def kept(name: str) -> Iterator[dict[str, Any]]:
     """The lines of a sweep's kept files, seed by seed."""
-    for seed in load_sweep(name).seeds:
+    for seed in load(name).seeds:
         yield from read_lines(RESULTS / name / f"seed-{seed}.jsonl")
 
 

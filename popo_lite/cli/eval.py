@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from popo_lite.errors import UserInputError
+from popo_lite.errors import EngineError, UserInputError
 
 if TYPE_CHECKING:
     from popo_lite.evaluation.answer_file import EvaluationFolder
@@ -87,12 +87,25 @@ def eval_(model_or_run: str, *, benchmarks: str | None, weights: tuple[str, ...]
             where=f"--{misplaced[0].replace('_', '-')}",
             next_step="leave it out" if benchmarks else "name them, for instance --benchmarks paper, or leave it out",
         )
-    if benchmarks is None:
-        _held_out(Path(model_or_run), weights, as_json, **{name: given[name] for name in _HELD_OUT_OPTIONS})
-    else:
-        from popo_lite.evaluation.choices import choices_of
+    with _advice_for_eval():
+        if benchmarks is None:
+            _held_out(Path(model_or_run), weights, as_json, **{name: given[name] for name in _HELD_OUT_OPTIONS})
+        else:
+            from popo_lite.evaluation.choices import choices_of
 
-        _benchmarks(model_or_run, weights, as_json, choices_of(benchmarks, given))
+            _benchmarks(model_or_run, weights, as_json, choices_of(benchmarks, given))
+
+
+@contextmanager
+def _advice_for_eval() -> Iterator[None]:
+    """This command takes no --set: where an engine's error names it, --engine is the way out here."""
+    try:
+        yield
+    except EngineError as error:
+        if "--set rollout" not in (error.next_step or ""):
+            raise
+        advice = "--engine hf samples from the loaded model itself, slower"
+        raise EngineError(error.what, where=error.where, next_step=advice) from error
 
 
 _HELD_OUT_OPTIONS = ("problems", "samples", "temperature", "seed", "engine")
@@ -170,20 +183,20 @@ def _held_out(
 
 def _benchmarks(model_or_run: str, weights: tuple[str, ...], as_json: bool, choices: Choices) -> None:
     from popo_lite.evaluation.answer_file import EvaluationFolder
-    from popo_lite.evaluation.benchmarks import chunks_of, refuse_ungradable, summarise
+    from popo_lite.evaluation.benchmarks import chunks_of, summarise
     from popo_lite.evaluation.choices import settings_of
     from popo_lite.evaluation.subject import open_model, open_run
 
     is_run = (Path(model_or_run).expanduser() / "recipe.toml").is_file()
     path = Path(model_or_run).expanduser()
     subject = open_run(path, weights) if is_run else open_model(model_or_run, weights)
-    recipe = _with_engine(subject.recipe, choices.engine)
+    recipe = choices.applied_to(subject.recipe)
     _set_threads(recipe)
     prepared, renderer = _prepared(subject, recipe, choices)
+    settings = settings_of(subject, recipe, prepared, choices)
     folder = EvaluationFolder(
         choices.output or (path / "benchmarks" if is_run else Path("benchmarks") / Path(model_or_run).name)
     )
-    folder.open(settings_of(subject, recipe, renderer, prepared, choices))
     chunks = list(
         chunks_of(
             prepared,
@@ -193,14 +206,15 @@ def _benchmarks(model_or_run: str, weights: tuple[str, ...], as_json: bool, choi
             batch_size=recipe.rollout.batch_size,
         )
     )
-    done = folder.keep_whole(chunks)
-    if done:
-        click.echo(f"{done} of {len(chunks)} parts are in {folder.path} already", err=True)
-    if done < len(chunks):
-        _sample(subject, _with_room(recipe, prepared), prepared, renderer, chunks[done:], folder, choices, as_json)
-    results = summarise(folder.answers(), choices.k)
-    refuse_ungradable(results, recipe.reward.max_ungraded_share, str(folder.answers_path))
-    content = folder.close(results, k=choices.k)
+    with folder.locked():
+        folder.open(settings)
+        done = folder.keep_whole(chunks)
+        if done:
+            click.echo(f"{done} of {len(chunks)} parts are in {folder.path} already", err=True)
+        if done < len(chunks):
+            _sample(subject, _with_room(recipe, prepared), prepared, renderer, chunks[done:], folder, choices, as_json)
+        results = summarise(folder.all_answers(chunks), choices.k)
+        content = folder.close(results, k=choices.k, benchmarks={one.name: one.contents for one in prepared})
     if as_json:
         click.echo(json.dumps({"model": model_or_run, "output": str(folder.path), **content}))
         return
@@ -218,43 +232,52 @@ def _benchmarks(model_or_run: str, weights: tuple[str, ...], as_json: bool, choi
 
 def _prepared(subject: Subject, recipe: Recipe, choices: Choices) -> tuple[list[PreparedBenchmark], Renderer]:
     """Every benchmark, read, checked and rendered, before any model is loaded."""
-    from popo_lite.evaluation.benchmarks import prepare
+    from popo_lite.evaluation.benchmarks import prepare, reference_faults
+    from popo_lite.grading import Grader
     from popo_lite.policy.load import load_tokenizer
     from popo_lite.tasks.benchmarks import open_benchmark
     from popo_lite.tasks.rendering import Renderer
 
-    problems = {name: open_benchmark(name, choices.files.get(name)) for name in choices.benchmarks}
-    system_prompt = recipe.data.system_prompt if choices.system_prompt is None else choices.system_prompt
-    renderer = Renderer(
-        tokenizer=load_tokenizer(recipe.model),
-        system_prompt=system_prompt or None,
-        chat_template=choices.chat_template.read_text(encoding="utf-8")
-        if choices.chat_template
-        else recipe.data.chat_template,
-        max_prompt_tokens=choices.max_prompt_tokens,
-    )
-    wanted_tokens = choices.max_tokens or recipe.rollout.max_completion_tokens
+    renderer = Renderer.of(recipe, load_tokenizer(recipe.model))
+    with Grader(recipe.reward) as grader:
+        problems = {
+            name: open_benchmark(
+                name, choices.files.get(name), reference_faults=partial(reference_faults, grader=grader)
+            )
+            for name in choices.benchmarks
+        }
     prepared = [
         prepare(
             name,
             found,
             renderer,
-            max_completion_tokens=wanted_tokens,
+            max_completion_tokens=recipe.rollout.max_completion_tokens,
             context_tokens=subject.context_tokens,
             skip_overlong=choices.skip_overlong,
         )
         for name, found in problems.items()
     ]
     for one in prepared:
-        if one.skipped:
-            click.echo(f"{one.name}: {one.skipped} of {len(problems[one.name])} prompts are left out", err=True)
-        if one.max_completion_tokens < wanted_tokens:
-            click.echo(
-                f"{one.name}: answers end at {one.max_completion_tokens:,} tokens instead of {wanted_tokens:,}, as the "
-                f"longest prompt takes {one.longest_prompt_tokens:,} of the context of {subject.context_tokens:,}",
-                err=True,
-            )
+        for notice in _notices(one, recipe.rollout.max_completion_tokens, subject.context_tokens):
+            click.echo(f"{one.name}: {notice}", err=True)
     return prepared, renderer
+
+
+def _notices(one: PreparedBenchmark, wanted_tokens: int, context_tokens: int) -> Iterator[str]:
+    """What is unusual about a benchmark."""
+    rows = len(one.prompts) + one.skipped
+    if rows != one.contents["published"]:
+        yield f"has {one.contents['published']:,} problems where it was published, and {rows:,} here"
+    if one.repeats:
+        pairs = ", ".join(f"{later} is {earlier}" for later, earlier in islice(one.repeats.items(), 5))
+        yield f"{len(one.repeats)} of {rows} questions stand there before, and count each time: {pairs}"
+    if one.skipped:
+        yield f"{one.skipped} of {rows} prompts are left out"
+    if one.max_completion_tokens < wanted_tokens:
+        yield (
+            f"answers end at {one.max_completion_tokens:,} tokens instead of {wanted_tokens:,}, as the longest prompt "
+            f"takes {one.longest_prompt_tokens:,} of the context of {context_tokens:,}"
+        )
 
 
 def _sample(
@@ -268,15 +291,13 @@ def _sample(
     as_json: bool,
 ) -> None:
     """Sample, grade and write `chunks`, one after another."""
-    from popo_lite.evaluation.benchmarks import sample_chunk
+    from popo_lite.evaluation.benchmarks import refuse_ungradable, sample_chunk
     from popo_lite.grading import Grader
 
     policy = subject.load(recipe)
     folder.note_environment(policy.device)
-    with (
-        Grader(recipe.reward.model_copy(update={"function": "math"})) as grader,
-        _sampler(recipe, policy, renderer) as sampler,
-    ):
+    lines = folder.answers()
+    with Grader(recipe.reward) as grader, _sampler(recipe, policy, renderer) as sampler:
         grader.check()
         _prove(recipe, policy, sampler, prepared[0].prompts)
         for name, adapter in subject.adapters.items():
@@ -286,18 +307,24 @@ def _sample(
             total = choices.samples * sum(len(chunk.prompts) for chunk in todo)
             with _holding(adapter, policy, sampler), _bar(f"{name}: answers", total, as_json) as bar:
                 for chunk in todo:
-                    folder.add(
-                        sample_chunk(
-                            chunk,
-                            sampler=sampler,
-                            grader=grader,
-                            policy_version=policy.version,
-                            samples=choices.samples,
-                            temperature=choices.temperature or recipe.eval.temperature,
-                            top_p=choices.top_p,
-                            progress=bar,
-                        )
+                    new = sample_chunk(
+                        chunk,
+                        sampler=sampler,
+                        grader=grader,
+                        policy_version=policy.version,
+                        samples=choices.samples,
+                        temperature=recipe.eval.temperature,
+                        top_p=choices.top_p,
+                        progress=bar,
                     )
+                    lines += new
+                    # Before they are kept, so that they are graded again when the command is repeated.
+                    refuse_ungradable(
+                        [line for line in lines if (line.weights, line.benchmark) == (name, chunk.benchmark.name)],
+                        planned=len(chunk.benchmark.prompts) * len(choices.seeds),
+                        limit=recipe.reward.max_ungraded_share,
+                    )
+                    folder.add(new)
 
 
 def _with_engine(recipe: Recipe, engine: str | None) -> Recipe:

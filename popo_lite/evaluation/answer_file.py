@@ -1,12 +1,14 @@
 """The folder of an evaluation: its settings, one line a problem, and how a killed one goes on.
 
-settings.json, environment.json, problems.jsonl, results.json
+.evaluation.lock, settings.json, environment.json, problems.jsonl, results.json
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,24 +45,42 @@ class EvaluationFolder:
         """What the answers come to."""
         return self.path / "results.json"
 
-    def open(self, settings: Mapping[str, Any]) -> None:
-        """Start an evaluation here, or go on with one of the same settings.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder, which is made where there is none, alone.
 
-        Raises CheckpointError where the folder holds an evaluation with others, and UserInputError where it holds
-        something else.
+        Raises UserInputError where another evaluation holds it, or it holds something else.
         """
-        plain = json.loads(json.dumps(settings))
-        if self.settings_path.is_file():
-            self._refuse_others(plain)
-            return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        lock = self.path / ".evaluation.lock"
+        known = lock.is_file() or self.settings_path.is_file()
+        if self.path.exists() and not known and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserInputError(
                 "the folder is not empty and holds no evaluation",
                 where=f"--output {self.path}",
                 next_step="name another folder",
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.settings_path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserInputError(
+                    "another evaluation is at work in this folder",
+                    where=str(self.path),
+                    next_step="wait for it, stop it, or name another folder with --output",
+                ) from error
+            yield
+
+    def open(self, settings: Mapping[str, Any]) -> None:
+        """Start an evaluation here, or go on with one of the same settings.
+
+        Raises CheckpointError where the folder holds an evaluation with others.
+        """
+        plain = json.loads(json.dumps(settings))
+        if self.settings_path.is_file():
+            self._refuse_others(plain)
+        else:
+            write_atomically(self.settings_path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
 
     def keep_whole(self, chunks: Sequence[Chunk]) -> int:
         """How many of `chunks` have all their lines; lines beyond them are dropped, and will be written again.
@@ -70,7 +90,7 @@ class EvaluationFolder:
         if not self.answers_path.is_file():
             return 0
         keep_lines(self.answers_path, lambda _: True)  # drops a torn last line
-        found = [(line["weights"], line["seed"], line["benchmark"], line["problem"]) for line in self._lines()]
+        found = self._keys()
         whole = lines = 0
         for chunk in chunks:
             if found[lines : lines + len(chunk.keys)] != chunk.keys:
@@ -93,17 +113,31 @@ class EvaluationFolder:
             append_line(self.answers_path, asdict(line))
 
     def answers(self) -> list[ProblemAnswers]:
-        """Every line."""
+        """Every line there is so far."""
         return [ProblemAnswers(**line) for line in self._lines()]
+
+    def all_answers(self, chunks: Sequence[Chunk]) -> list[ProblemAnswers]:
+        """Every line of `chunks`. Raises CheckpointError where the file holds anything else."""
+        expected = [key for chunk in chunks for key in chunk.keys]
+        if self._keys() != expected:
+            raise CheckpointError(
+                f"it does not hold the {len(expected)} lines of this evaluation, each once and in order",
+                where=str(self.answers_path),
+                next_step="the file was changed; start anew in another folder with --output",
+            )
+        return self.answers()
 
     def note_environment(self, device: torch.device) -> None:
         """Write the hardware and the versions that sampled last."""
         write_atomically(self.path / "environment.json", json.dumps(environment(device), indent=2) + "\n")
 
-    def close(self, results: Sequence[BenchmarkResult], *, k: int) -> dict[str, Any]:
-        """Write and return what it came to."""
+    def close(
+        self, results: Sequence[BenchmarkResult], *, k: int, benchmarks: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Write and return what it came to; `benchmarks` says what each consisted of."""
         content = {
             "k": k,
+            "benchmarks": benchmarks,
             "settings": json.loads(self.settings_path.read_text(encoding="utf-8")),
             "results": [asdict(result) for result in results],
         }
@@ -111,7 +145,10 @@ class EvaluationFolder:
         return content
 
     def _lines(self) -> list[dict[str, Any]]:
-        return read_lines(self.answers_path)
+        return read_lines(self.answers_path) if self.answers_path.is_file() else []
+
+    def _keys(self) -> list[tuple[Any, ...]]:
+        return [tuple(line.get(name) for name in ("weights", "seed", "benchmark", "problem")) for line in self._lines()]
 
     def _refuse_others(self, settings: Mapping[str, Any]) -> None:
         before, now = _flat(json.loads(self.settings_path.read_text(encoding="utf-8"))), _flat(settings)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
 
 from popo_lite.errors import DataError, GradingError, ModelError
 from popo_lite.evaluation.estimates import bootstrap_interval, majority_at_k, pass_at_k
 from popo_lite.grading import Grader, GradeRequest
-from popo_lite.grading.math import plain_number, unwrap
+from popo_lite.grading.math import normalise, plain_number, unwrap
 from popo_lite.samplers import Sampler, SamplingParams
+from popo_lite.tasks.benchmarks import BENCHMARKS
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import (
     BenchmarkResult,
@@ -29,14 +33,25 @@ AVERAGE = "average"
 CHUNK_BATCHES = 4
 """A chunk has about this many batches of sequences: enough to keep an engine busy, few to lose when killed."""
 
+JUDGED_PROBLEMS = 20
+"""The share of ungraded answers is taken of at least this many problems: one whose answers all hang breaks nothing."""
+
+_SHOWN_UNGRADED = 3
+_NO_VERDICT = [outcome.value for outcome in Outcome if not outcome.is_graded]
+_FRACTION = re.compile(r"([+-]?)(?:\\[dt]?frac\{(\d+)\}\{(0*[1-9]\d*)\}|(\d+)/(0*[1-9]\d*))")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedBenchmark:
-    """Prompts of one benchmark, and how long answers to them may get in the model's context, in tokens."""
+    """Prompts of one benchmark, and how long answers to them may get in the model's context, in tokens.
+
+    `repeats` maps problems that ask what an earlier one asks to that one, by their ids.
+    """
 
     name: str
     prompts: tuple[Prompt, ...]
     skipped: int
+    repeats: Mapping[str, str]
     max_completion_tokens: int
     digest: str
 
@@ -44,6 +59,16 @@ class PreparedBenchmark:
     def longest_prompt_tokens(self) -> int:
         """Tokens of the longest prompt."""
         return max(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What it consists of, as plain data."""
+        return {
+            "rows": len(self.prompts) + self.skipped,
+            "published": BENCHMARKS[self.name].problems,
+            "skipped": self.skipped,
+            "repeats": dict(self.repeats),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +118,22 @@ def prepare(
             where=name,
             next_step=f"--max-prompt-tokens below {context_tokens}, leaving longer ones out with --skip-overlong",
         )
-    content = [[problem.id, [dict(message) for message in problem.messages], problem.answer] for problem in problems]
+    first: dict[tuple[int, ...], str] = {}
+    repeats = {
+        prompt.problem.id: earlier
+        for prompt in prompts
+        if (earlier := first.setdefault(prompt.token_ids, prompt.problem.id)) != prompt.problem.id
+    }
+    asked = [
+        [prompt.problem.id, prompt.token_ids, prompt.problem.answer, dict(prompt.problem.meta)] for prompt in prompts
+    ]
     return PreparedBenchmark(
         name=name,
         prompts=fitting,
         skipped=len(prompts) - len(fitting),
+        repeats=repeats,
         max_completion_tokens=min(max_completion_tokens, room),
-        digest=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        digest=hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
     )
 
 
@@ -173,14 +207,65 @@ def sample_chunk(
     return lines
 
 
+def reference_faults(problems: Sequence[Problem], grader: Grader) -> list[str | None]:
+    """Why each problem's answer cannot be graded against, None where it can.
+
+    The grader is given an empty text, which is wrong whatever the reference: no verdict on it is the reference's fault.
+    """
+    algebraic = [problem for problem in problems if plain_number(unwrap(problem.answer)) is None]
+    rewards = grader.grade([GradeRequest(text="", problem=problem) for problem in algebraic])
+    faults = {
+        problem.id: reward.detail
+        for problem, reward in zip(algebraic, rewards, strict=True)
+        if not reward.outcome.is_graded
+    }
+    return [faults.get(problem.id) or _tolerance_fault(problem) for problem in problems]
+
+
+def _tolerance_fault(problem: Problem) -> str | None:
+    tolerances, numbers = problem.meta.get("tolerance", ()), _numbers(unwrap(problem.answer))
+    if numbers is None or len(tolerances) in (0, 1, len(numbers)):
+        return None
+    return f"it names {len(tolerances)} tolerances for the {len(numbers)} numbers of {problem.answer!r}"
+
+
 def within_tolerance(reward: Reward, problem: Problem) -> Reward:
-    """`reward`, made correct where a plain number is no further off than the problem's `tolerance`."""
+    """`reward`, made correct where its numbers, in any order, are no further off than the problem's `tolerance`.
+
+    Numbers are integers, decimals and fractions of integers, compared exactly.
+    """
     if reward.outcome is not Outcome.INCORRECT or "tolerance" not in problem.meta or reward.answer is None:
         return reward
-    answer, reference = plain_number(reward.answer), plain_number(unwrap(problem.answer))
-    if answer is None or reference is None or abs(float(answer) - float(reference)) > problem.meta["tolerance"]:
+    found, wanted = _numbers(reward.answer), _numbers(unwrap(problem.answer))
+    if found is None or wanted is None or len(found) != len(wanted):
         return reward
+    tolerances = [Fraction(text) for text in problem.meta["tolerance"]]
+    if len(tolerances) == 1:
+        tolerances *= len(wanted)
+    rest = sorted(found)
+    # The range that ends first takes the least number inside it: if all can be served, so they are.
+    for high, low in sorted((x + off, x - off) for x, off in zip(wanted, tolerances, strict=True)):
+        inside = next((number for number in rest if low <= number <= high), None)
+        if inside is None:
+            return reward
+        rest.remove(inside)
     return replace(reward, value=1.0, outcome=Outcome.CORRECT)
+
+
+def _numbers(answer: str) -> list[Fraction] | None:
+    """The numbers that `answer`, in normal form, consists of: one, or several between commas; None for others."""
+    one = _number(answer)
+    found = [one] if one is not None else [_number(normalise(part)) for part in answer.split(",")]
+    numbers = [number for number in found if number is not None]
+    return numbers if len(numbers) == len(found) else None
+
+
+def _number(text: str) -> Fraction | None:
+    plain = plain_number(text)
+    if plain is not None:
+        return Fraction(plain)
+    parts = _FRACTION.fullmatch(text)
+    return Fraction(f"{parts[1]}{parts[2] or parts[4]}/{parts[3] or parts[5]}") if parts else None
 
 
 def summarise(lines: Sequence[ProblemAnswers], k: int) -> list[BenchmarkResult]:
@@ -212,17 +297,31 @@ def summarise(lines: Sequence[ProblemAnswers], k: int) -> list[BenchmarkResult]:
     return results
 
 
-def refuse_ungradable(results: Sequence[BenchmarkResult], limit: float, where: str) -> None:
-    """Raise GradingError where more than the share `limit` of a benchmark's answers is no verdict."""
-    for result in results:
-        if result.benchmark != AVERAGE and result.pooled.ungraded_share > limit:
-            raise GradingError(
-                f"{result.pooled.ungraded_share:.0%} of the answers to {result.benchmark} ({result.weights}) could not "
-                f"be graded, more than the {limit:.0%} at which figures still mean something",
-                where=where,
-                next_step='see the problems whose outcomes are "timeout" or "error" there; a reference answer that '
-                "math-verify cannot parse makes every answer to its problem an error",
-            )
+def refuse_ungradable(lines: Sequence[ProblemAnswers], *, planned: int, limit: float) -> None:
+    """Raise GradingError where more than the share `limit` of the answers in `lines` is no verdict.
+
+    `lines` are those that there are so far of one benchmark under one set of weights; there will be `planned`. The
+    share is taken of at least `JUDGED_PROBLEMS` lines, or of all planned ones where these are fewer.
+    """
+    shares = [_ungraded_share(line) for line in lines]
+    share = sum(shares) / max(len(lines), min(JUDGED_PROBLEMS, planned))
+    if share <= limit:
+        return
+    worst = sorted(lines, key=_ungraded_share, reverse=True)[:_SHOWN_UNGRADED]
+    shown = [
+        f"{line.problem} ({', '.join(f'{line.outcomes.count(one)} {one}' for one in _NO_VERDICT)})" for line in worst
+    ]
+    raise GradingError(
+        f"{share:.0%} of the answers to {lines[0].benchmark} could not be graded, more than the {limit:.0%} "
+        f"(reward.max_ungraded_share) at which figures still mean something; most to {', '.join(shown)}",
+        where=f"weights {lines[0].weights}",
+        next_step="the last problems were not kept: the same command samples and grades them again; for timeouts, give "
+        "it when the machine has less else to do",
+    )
+
+
+def _ungraded_share(line: ProblemAnswers) -> float:
+    return sum(map(line.outcomes.count, _NO_VERDICT)) / len(line.outcomes)
 
 
 def _pool(seeds: Sequence[Sequence[ProblemAnswers]]) -> list[ProblemAnswers]:
@@ -262,9 +361,7 @@ def _score(groups: Sequence[Sequence[ProblemAnswers]], k: int) -> BenchmarkScore
         pass_at_k={n: mean(values) for n, values in passes.items()},
         majority_at_k={n: mean(values) for n, values in votes.items()},
         truncated_share=mean(each(lambda line: statistics.fmean(line.truncated))),
-        ungraded_share=mean(
-            each(lambda line: statistics.fmean(not Outcome(outcome).is_graded for outcome in line.outcomes))
-        ),
+        ungraded_share=mean(each(_ungraded_share)),
         completion_tokens_mean=mean(each(lambda line: statistics.fmean(line.tokens))),
         intervals={
             "average": bootstrap_interval(averages),

@@ -13,7 +13,6 @@ from popo_lite.evaluation.subject import Subject
 from popo_lite.recipe import Recipe
 from popo_lite.samplers import pick_engine
 from popo_lite.tasks.benchmarks import benchmark_names
-from popo_lite.tasks.rendering import Renderer
 
 PAPER_PRESET: Mapping[str, Any] = {
     "samples": 128,
@@ -41,9 +40,29 @@ class Choices:
     max_prompt_tokens: int
     skip_overlong: bool
     system_prompt: str | None
-    chat_template: Path | None
+    chat_template: str | None
     engine: str | None
     output: Path | None
+
+    def applied_to(self, recipe: Recipe) -> Recipe:
+        """`recipe` with what the command line says instead. An empty system prompt is none."""
+        system_prompt = recipe.data.system_prompt if self.system_prompt is None else self.system_prompt
+        changes = {
+            "data": {
+                "system_prompt": system_prompt or None,
+                "chat_template": self.chat_template or recipe.data.chat_template,
+            },
+            "rollout": {
+                "engine": self.engine or recipe.rollout.engine,
+                "max_prompt_tokens": self.max_prompt_tokens,
+                "max_completion_tokens": self.max_tokens or recipe.rollout.max_completion_tokens,
+            },
+            "eval": {"temperature": self.temperature or recipe.eval.temperature},
+            "reward": {"function": "math"},
+        }
+        return recipe.model_copy(
+            update={name: getattr(recipe, name).model_copy(update=keys) for name, keys in changes.items()}
+        )
 
 
 def choices_of(benchmarks: str, given: Mapping[str, Any]) -> Choices:
@@ -72,7 +91,7 @@ def choices_of(benchmarks: str, given: Mapping[str, Any]) -> Choices:
         max_prompt_tokens=given["max_prompt_tokens"] or 2048,
         skip_overlong=given["skip_overlong"],
         system_prompt=settled["system_prompt"],
-        chat_template=given["chat_template"],
+        chat_template=_template(given["chat_template"]),
         engine=given["engine"],
         output=given["output"],
     )
@@ -92,6 +111,15 @@ def _files(data: tuple[str, ...], names: tuple[str, ...]) -> dict[str, Path]:
     return files
 
 
+def _template(file: Path | None) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8") if file else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserInputError(
+            f"cannot be read: {error}", where=f"--chat-template {file}", next_step="write the file anew, in UTF-8"
+        ) from error
+
+
 def _seeds(several: str | None, one: int | None) -> tuple[int, ...]:
     if several is None:
         return (one or 0,)
@@ -106,9 +134,9 @@ def _seeds(several: str | None, one: int | None) -> tuple[int, ...]:
 
 
 def settings_of(
-    subject: Subject, recipe: Recipe, renderer: Renderer, prepared: Sequence[PreparedBenchmark], choices: Choices
+    subject: Subject, recipe: Recipe, prepared: Sequence[PreparedBenchmark], choices: Choices
 ) -> dict[str, Any]:
-    """All that the answers follow from, as plain data."""
+    """All that the answers follow from, as plain data; `choices` have been applied to `recipe`."""
     return {
         "model": subject.name,
         "base": recipe.model.model_dump(),
@@ -125,13 +153,14 @@ def settings_of(
         },
         "seeds": list(choices.seeds),
         "samples": choices.samples,
-        "temperature": choices.temperature or recipe.eval.temperature,
+        "temperature": recipe.eval.temperature,
         "top_p": choices.top_p,
-        "system_prompt": renderer.system_prompt,
-        "chat_template": renderer.chat_template,
-        "max_prompt_tokens": renderer.max_prompt_tokens,
+        "system_prompt": recipe.data.system_prompt,
+        "chat_template": recipe.data.chat_template,
+        "max_prompt_tokens": recipe.rollout.max_prompt_tokens,
         "engine": pick_engine(recipe)[0],
         "engine_base": recipe.rollout.base,
         "batch_size": recipe.rollout.batch_size,
         "max_answer_characters": recipe.reward.max_answer_characters,
+        "timeout_seconds": recipe.reward.timeout_seconds,
     }

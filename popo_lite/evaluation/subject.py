@@ -17,6 +17,8 @@ from popo_lite.run_folder import RunFolder
 
 RUN_WEIGHTS = ("base", "adapter", "siamese")
 MODEL_WEIGHTS = "model"
+MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+"""Files of a model's folder that its answers may follow from: weights, configuration and tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +41,18 @@ class Subject:
         folder = Path(self.recipe.model.id).expanduser()
         if folder.is_dir():
             # Hashing a whole model takes minutes.
-            files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors")]
+            files = [
+                (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                for file in folder.iterdir()
+                if file.suffix in MODEL_SUFFIXES
+            ]
             found["files"] = hashlib.sha256(repr(sorted(files)).encode()).hexdigest()
         return found
 
     def load(self, recipe: Recipe) -> Policy:
-        """The policy under `recipe`, which is the subject's own with other limits, in eval mode."""
+        """The policy under `recipe`, which is the subject's own with other settings, in eval mode."""
+        # Only training packs rows; a model that does not keep them apart can be measured all the same.
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"packing": False})})
         first = next((folder for folder in self.adapters.values() if folder is not None), None)
         if first is not None:
             return load_trained_policy(recipe, first)
@@ -55,13 +63,16 @@ class Subject:
 
 
 def open_run(path: Path, wanted: Sequence[str]) -> Subject:
-    """The weights `wanted` (default: all) of the run in `path`. Raises CheckpointError where it has not ended."""
+    """The weights `wanted` (default: all) of the run in `path`.
+
+    Raises CheckpointError where it has not ended, unless its base alone is wanted.
+    """
     folder = RunFolder(path)
     recipe = folder.recipe()
-    adapters: dict[str, Path | None] = {}
-    for name in wanted or RUN_WEIGHTS:
-        trained = folder.trained_adapter("siamese" if name == "siamese" else "policy")
-        adapters[name] = None if name == "base" else trained
+    adapters = {
+        name: None if name == "base" else folder.trained_adapter("siamese" if name == "siamese" else "policy")
+        for name in wanted or RUN_WEIGHTS
+    }
     return Subject(name=path.resolve().name, recipe=recipe, adapters=adapters)
 
 

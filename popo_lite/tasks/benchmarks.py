@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from popo_lite.errors import DataError, UserInputError, nearest
 from popo_lite.recipe import EvalRecipe
-from popo_lite.tasks.tables import Place, load_table, parse_lines
+from popo_lite.tasks.tables import SUFFIXES, Place, Record, load_table, read_records
 from popo_lite.types import Problem
 
 _RESULT_LINE = re.compile(r"^####(?!#)[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
 _NUMBER = re.compile(r"-?(\d+|[1-9]\d{0,2}(,\d{3})+)(\.\d+)?")
 _AIME_ANSWER = re.compile(r"\d{1,3}")
+_TOLERANCE = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.IGNORECASE)
 
 T = TypeVar("T")
 
@@ -43,7 +44,9 @@ def _text(cell: object) -> str:
 
 def _number(cell: object) -> str:
     """AMC: a number, which the Hub's table holds as a floating-point number: 27.0."""
-    if isinstance(cell, int | float) and not isinstance(cell, bool) and math.isfinite(cell):
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return str(cell)
+    if isinstance(cell, float) and math.isfinite(cell):
         return str(int(cell)) if cell == int(cell) else str(cell)
     if isinstance(cell, str) and _NUMBER.fullmatch(cell.strip()):
         plain = cell.strip().replace(",", "")
@@ -173,23 +176,28 @@ def benchmark_names(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def open_benchmark(name: str, file: Path | None = None) -> list[Problem]:
+def open_benchmark(
+    name: str,
+    file: Path | None = None,
+    *,
+    reference_faults: Callable[[Sequence[Problem]], Sequence[str | None]] | None = None,
+) -> list[Problem]:
     """All problems of the benchmark, from `file` in the form that the Hub has, or from the Hub.
 
-    Ids are `name/row`, rows counted from 1. A `tolerance` in a problem's meta is how far a number may be off.
+    Ids are `name/row`, rows counted from 1. `tolerance` in a problem's meta is how far the numbers of its answer may
+    be off, as decimals: one for all of them, or one for each in their order. `reference_faults` says of each problem
+    why its answer cannot be graded against, None where it can.
+
     Raises DataError where the rows cannot be had, or any of them is not of the benchmark's form: all are listed.
     """
     benchmark = BENCHMARKS[name]
     place = _BenchmarkPlace(section="eval", dataset=str(file or benchmark.hub_id), benchmark=name, local=bool(file))
-    rows = list(_rows(benchmark, file, place))
-    problems, faults = [], []
-    for number, (label, row) in enumerate(rows, 1):
-        try:
-            if isinstance(row, str):
-                raise _BadCellError(row)
-            problems.append(_problem(benchmark, f"{name}/{number}", row))
-        except _BadCellError as fault:
-            faults.append(f"{label}: {fault}")
+    rows = _rows(benchmark, file, place)
+    found = [_problem(benchmark, f"{name}/{number}", row) for number, (_, row) in enumerate(rows, 1)]
+    problems = [one for one in found if isinstance(one, Problem)]
+    ungradable = iter(reference_faults(problems) if reference_faults else [None] * len(problems))
+    listed = [one if isinstance(one, str) else next(ungradable) for one in found]
+    faults = [f"{label}: {fault}" for (label, _), fault in zip(rows, listed, strict=True) if fault]
     if faults:
         raise place.refusal(
             f"{len(faults)} of {len(rows)} rows are not {benchmark.title}'s",
@@ -217,9 +225,10 @@ class _BenchmarkPlace(Place):
         return self.error("\n    ".join([f"{what}:", *faults]), next_step)
 
 
-def _rows(benchmark: Benchmark, file: Path | None, place: Place) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Where each row is, and its cells; what is wrong with it where it has none."""
-    if file is None or file.suffix != ".jsonl" or not file.is_file():
+def _rows(benchmark: Benchmark, file: Path | None, place: Place) -> Sequence[Record]:
+    if file is not None and file.suffix not in SUFFIXES:
+        raise place.error(f"is not a file of a known kind ({', '.join(SUFFIXES)})", "name such a file")
+    if file is None or file.suffix == ".parquet":
         part = EvalRecipe(
             dataset=place.dataset,
             config=None if file else benchmark.config,
@@ -227,37 +236,33 @@ def _rows(benchmark: Benchmark, file: Path | None, place: Place) -> Iterator[tup
         )
         table = load_table(part, place)[1]
         _require_columns(benchmark, table.column_names, place)
-        yield from ((f"row {row + 1}", table.row(row)) for row in range(len(table)))
-        return
-    # One by one, so that lines that are no JSON and rows of another form are listed together.
-    found = []
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                records, faults = parse_lines([line])
-                if faults or records:
-                    found.append((f"line {number}", faults[0].partition(": ")[2] if faults else records[0]))
-    except (OSError, UnicodeDecodeError) as error:
-        raise place.error(f"cannot be read: {error}", "write the file anew, in UTF-8") from error
-    if not found:
+        return [(f"row {row + 1}", table.row(row)) for row in range(len(table))]
+    records = read_records(file, place)
+    if not records:
         raise place.error("holds no rows", "name a file with at least one row")
-    _require_columns(benchmark, {name: None for _, row in found if isinstance(row, dict) for name in row}, place)
-    yield from found
+    _require_columns(benchmark, {name: None for _, row in records if isinstance(row, dict) for name in row}, place)
+    return records
 
 
-def _problem(benchmark: Benchmark, problem_id: str, cells: Mapping[str, Any]) -> Problem:
-    question = _read(_text, benchmark.prompt_column, cells)
-    if benchmark.context_column is not None and cells.get(benchmark.context_column):
-        question = f"{_read(_text, benchmark.context_column, cells)}\n{question}"
-    meta = {}
-    if benchmark.tolerance_column is not None and cells.get(benchmark.tolerance_column):
-        meta["tolerance"] = _read(_tolerance, benchmark.tolerance_column, cells)
-    return Problem(
-        id=problem_id,
-        messages=({"role": "user", "content": question},),
-        answer=_read(benchmark.read_answer, benchmark.answer_column, cells),
-        meta=meta,
-    )
+def _problem(benchmark: Benchmark, problem_id: str, row: Mapping[str, Any] | str) -> Problem | str:
+    """The problem in `row`, or what is wrong with the row."""
+    if isinstance(row, str):
+        return row
+    try:
+        question = _read(_text, benchmark.prompt_column, row)
+        if benchmark.context_column is not None and row.get(benchmark.context_column):
+            question = f"{_read(_text, benchmark.context_column, row)}\n{question}"
+        meta = {}
+        if benchmark.tolerance_column is not None and row.get(benchmark.tolerance_column):
+            meta["tolerance"] = _read(_tolerances, benchmark.tolerance_column, row)
+        return Problem(
+            id=problem_id,
+            messages=({"role": "user", "content": question},),
+            answer=_read(benchmark.read_answer, benchmark.answer_column, row),
+            meta=meta,
+        )
+    except _BadCellError as fault:
+        return str(fault)
 
 
 def _read(read: Callable[[object], T], column: str, cells: Mapping[str, Any]) -> T:
@@ -269,14 +274,11 @@ def _read(read: Callable[[object], T], column: str, cells: Mapping[str, Any]) ->
         raise _BadCellError(f'column "{column}" {fault}') from fault
 
 
-def _tolerance(cell: object) -> float:
-    """OlympiadBench: text such as 1e-2."""
-    try:
-        found = float(str(cell))
-    except ValueError as error:
-        raise _BadCellError(f"is {_shown(cell)}, not a number") from error
-    if not 0 <= found < math.inf:
-        raise _BadCellError(f"is {_shown(cell)}, not a tolerance")
+def _tolerances(cell: object) -> tuple[str, ...]:
+    """OlympiadBench: text such as 1e-2, or 1e-1,1e-2 for several answers; nothing between commas is none."""
+    found = tuple(part.strip() or "0" for part in str(cell).split(","))
+    if not all(_TOLERANCE.fullmatch(part) for part in found):
+        raise _BadCellError(f"is {_shown(cell)}, not a tolerance or several between commas")
     return found
 
 

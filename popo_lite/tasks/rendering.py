@@ -35,8 +35,8 @@ class Renderer:
             raise ModelError(
                 f"the tokenizer of {self.tokenizer.name_or_path} has no chat template",
                 where="data.chat_template",
-                next_step="set data.chat_template to a Jinja template, for a base model for instance "
-                '"{% for m in messages %}{{ m.content }}\\n{% endfor %}"',
+                next_step="set data.chat_template to a Jinja template (popo-lite eval: --chat-template FILE), for a "
+                'base model for instance "{% for m in messages %}{{ m.content }}\\n{% endfor %}"',
             )
         if not keeps_text(self.tokenizer):
             raise ModelError(
@@ -74,8 +74,8 @@ class Renderer:
                 f"the chat template does not take the roles {', '.join(message['role'] for message in messages)}: "
                 f"{error}",
                 where="data.chat_template" if self.chat_template else f"the tokenizer of {self.tokenizer.name_or_path}",
-                next_step="leave out data.system_prompt where it is the system message, or set data.chat_template to a "
-                "template that takes them",
+                next_step='leave out data.system_prompt (popo-lite eval: --system-prompt "") where it is the system '
+                "message, or set data.chat_template (popo-lite eval: --chat-template FILE) to one that takes them",
             ) from error
         return tuple(cast("list[int]", ids))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -82,6 +82,10 @@ class Place:
         if len(faults) > FAULTS_SHOWN:
             lines.append(f"and {len(faults) - FAULTS_SHOWN} more")
         return self.error("\n    ".join(lines), next_step)
+
+
+Record = tuple[str, dict[str, Any] | str]
+"""Where in its file a row is, such as "line 3", and its cells; text where it is none, which says why."""
 
 
 class Table(Protocol):
@@ -217,76 +221,107 @@ def _one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
+def read_records(path: Path, place: Place) -> list[Record]:
+    """Every row of a JSON or CSV file, also those that are none, in the file's order.
+
+    Raises DataError where there is no such file, or it cannot be read at all.
+    """
+    _require_file(path, place)
+    try:
+        return _csv_records(path) if path.suffix == ".csv" else _json_records(path)
+    except (OSError, ValueError) as error:
+        raise _unreadable(error, place) from error
+
+
 def _read_file(path: Path, place: Place) -> Table:
     from datasets import Dataset
     from datasets.exceptions import DatasetsError
 
+    if path.suffix == ".parquet":
+        _require_file(path, place)
+        try:
+            return ArrowTable(Dataset.from_parquet(str(path)))
+        except (OSError, ValueError, DatasetsError) as error:
+            raise _unreadable(error, place) from error
+    records = read_records(path, place)
+    faults = [f"{where}: {row}" for where, row in records if isinstance(row, str)]
+    if faults:
+        raise place.refusal(f"cannot be read, faults: {len(faults)}", faults, "correct these places in the file")
+    return RecordTable([row for _, row in records if not isinstance(row, str)])
+
+
+def _require_file(path: Path, place: Place) -> None:
     if not path.is_file():
         siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         likely = nearest(path.name, siblings)
         raise place.error("there is no such file", f'did you mean "{likely}"?' if likely else "correct the path")
-    try:
-        if path.suffix == ".parquet":
-            return ArrowTable(Dataset.from_parquet(str(path)))
-        records, faults = _read_csv(path) if path.suffix == ".csv" else _read_json(path)
-        if faults:
-            raise place.refusal(f"cannot be read, faults: {len(faults)}", faults, "correct these places in the file")
-        return RecordTable(records)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise place.error(f"cannot be read: {_one_line(error)}", "correct the file, or write it anew") from error
 
 
-def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows, faults) of one array of objects, or of one object a line."""
+def _unreadable(error: Exception, place: Place) -> DataError:
+    return place.error(f"cannot be read: {_one_line(error)}", "correct the file, or write it anew")
+
+
+def _json_records(path: Path) -> list[Record]:
+    """Rows of one array of objects, or of one object a line."""
     with path.open(encoding="utf-8-sig") as file:
         start = next((line for line in file if line.strip()), "")
         file.seek(0)
-        return _parse_array(file.read()) if start.lstrip().startswith("[") else parse_lines(file)
+        if start.lstrip().startswith("["):
+            return _array_records(file.read())
+        return [(f"line {number}", _object(line)) for number, line in enumerate(file, 1) if line.strip()]
 
 
-def _parse_array(text: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _array_records(text: str) -> list[Record]:
     try:
-        records = json.loads(text)
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
-        return [], [f"line {error.lineno}: {error.msg} (column {error.colno})"]
-    return records, [
-        f"row {number}: not a JSON object" for number, row in enumerate(records, 1) if not isinstance(row, dict)
+        return [(f"line {error.lineno}", f"{error.msg} (column {error.colno})")]
+    return [
+        (f"row {number}", row if isinstance(row, dict) else "not a JSON object") for number, row in enumerate(rows, 1)
     ]
 
 
-def parse_lines(lines: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Records of a JSONL file, and what is wrong with the lines that are none."""
-    records: list[dict[str, Any]] = []
-    faults: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.rstrip())
-        except json.JSONDecodeError as error:
-            faults.append(f"line {number}: {error.msg} (column {error.colno})")
-            continue
-        if not isinstance(record, dict):
-            faults.append(f"line {number}: not a JSON object")
-        records.append(record)
-    return records, faults
+def _object(line: str) -> dict[str, Any] | str:
+    try:
+        row = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        return f"{error.msg} (column {error.colno})"
+    except ValueError:  # Python refuses integers of thousands of digits
+        return "an integer has more digits than can be read"
+    return row if isinstance(row, dict) else "not a JSON object"
 
 
-def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows, faults) of a CSV file with a header. Every cell is text."""
+def _csv_records(path: Path) -> list[Record]:
+    """Rows of a CSV file with a header, each by the line on which it starts. Every cell is text."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        records: list[dict[str, Any]] = []
-        faults: list[str] = []
+        lines = _csv_lines(file)
+        number, header = next(lines, (1, []))
+        if isinstance(header, str):
+            return [(f"line {number}", header)]
+        if len(set(header)) < len(header):
+            return [(f"line {number}", "names a column twice")]
+        records: list[Record] = []
+        for number, cells in lines:
+            if isinstance(cells, str):
+                records.append((f"line {number}", cells))
+            elif len(cells) != len(header):
+                records.append((f"line {number}", f"does not have the {len(header)} cells of the header"))
+            else:
+                records.append((f"line {number}", dict(zip(header, cells, strict=True))))
+        return records
+
+
+def _csv_lines(file: Iterable[str]) -> Iterator[tuple[int, list[str] | str]]:
+    """(line on which a row starts, its cells or what is wrong with them), without empty lines."""
+    reader = csv.reader(file, strict=True)
+    while True:
+        number = reader.line_num + 1
+        cells: list[str] | str
         try:
-            header = reader.fieldnames or []
-            if len(set(header)) < len(header):
-                return [], ["line 1: names a column twice"]
-            for record in reader:
-                # The reader's mark for cells too many is the key None, for cells too few the value None.
-                if None in record or None in record.values():
-                    faults.append(f"line {reader.reader.line_num}: does not have the {len(header)} cells of the header")
-                records.append(record)
-        except csv.Error as error:
-            faults.append(f"line {reader.reader.line_num}: {error}")
-    return records, faults
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the reader goes on with the next line
+            cells = str(error)
+        if cells:
+            yield number, cells

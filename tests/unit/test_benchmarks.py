@@ -89,25 +89,35 @@ def test_a_row_of_the_published_form_becomes_a_problem(name):
     assert problem.meta == {}
 
 
+HUB = {
+    "math500": ("HuggingFaceH4/MATH-500", "default", "test", "problem", 500),
+    "amc23": ("math-ai/amc23", "default", "test", "question", 40),
+    "aime24": ("HuggingFaceH4/aime_2024", "default", "train", "problem", 30),
+    "aime25": ("math-ai/aime25", "default", "test", "problem", 30),
+    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "question", 674),
+    "gsm8k": ("openai/gsm8k", "main", "test", "question", 1319),
+}
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_hub_id_config_and_split_are_asked_for(name):
     """A folder laid out like the Hub's repository, with other configurations and splits beside the right one."""
     row, answer = ROWS[name]
-    known = BENCHMARKS[name]
-    config = known.config or "default"
+    hub_id, config, known_split, column, problems = HUB[name]
+    assert BENCHMARKS[name].problems == problems
     card = ["---", "configs:"]
     for other in {config, "other"}:
         card += [f"- config_name: {other}", "  data_files:"]
         for split in ("train", "test"):
-            wanted = other == config and split == known.split
-            folder = Path(known.hub_id, other)
+            wanted = other == config and split == known_split
+            folder = Path(hub_id, other)
             folder.mkdir(parents=True, exist_ok=True)
-            rows = [row if wanted else row | {known.prompt_column: "not this one"}]
+            rows = [row if wanted else row | {column: "not this one"}]
             Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
             card += [f"  - split: {split}", f"    path: {other}/{split}.parquet"]
-    Path(known.hub_id, "README.md").write_text("\n".join([*card, "---", ""]))
+    Path(hub_id, "README.md").write_text("\n".join([*card, "---", ""]))
     found = [(problem.id, problem.question, problem.answer) for problem in open_benchmark(name)]
-    assert found == [(f"{name}/1", row[known.prompt_column], answer)]
+    assert found == [(f"{name}/1", row[column], answer)]
 
 
 def test_what_is_not_there_says_how_to_give_a_file():
@@ -119,11 +129,20 @@ def test_what_is_not_there_says_how_to_give_a_file():
     assert "there is no such file" in error.what
 
 
+@pytest.mark.parametrize("file", ["math500", "openai/gsm8k", "amc.txt", "."])
+def test_what_is_given_as_a_file_is_never_looked_for_on_the_hub(file):
+    Path("amc.txt").touch()
+    error = refused("math500", Path(file))
+    assert error.where == f"--data math500={file}"
+    assert "is not a file of a known kind (.jsonl, .json, .csv, .parquet)" in error.what
+
+
 @pytest.mark.parametrize(
     ("name", "cell", "answer"),
     [
         ("amc23", "27", "27"), ("amc23", 27, "27"), ("amc23", 0.5, "0.5"), ("amc23", "3,159.50", "3159.5"),
-        ("amc23", "-7.0", "-7"), ("aime24", "000", "0"), ("aime25", 588, "588"), ("aime25", 588.0, "588"),
+        ("amc23", "-7.0", "-7"), ("amc23", 10**400, "1" + "0" * 400),
+        ("aime24", "000", "0"), ("aime25", 588, "588"), ("aime25", 588.0, "588"),
         ("math500", " \\text{(C)} ", "\\text{(C)}"), ("gsm8k", "#### $1,200", "1200"), ("gsm8k", "x\n#### -5", "-5"),
         ("olympiadbench", ["$2$"], "$2$"), ("olympiadbench", ["$2$", "$-2$"], "$2$, $-2$"),
     ],
@@ -140,6 +159,7 @@ def test_answers_are_read_as_the_benchmark_means_them(name, cell, answer):
         ("math500", "\ud800", "half a surrogate pair"),
         ("amc23", "27 miles", "is '27 miles', not a number"), ("amc23", True, "is True, not a number"),
         ("amc23", float("nan"), "is nan, not a number"), ("amc23", "1,2345", "not a number"),
+        ("aime24", 10**400, "not an integer from 0 to 999"), ("amc23", "NaN", "'NaN', not a number"),
         ("aime24", "1000", "not an integer from 0 to 999"), ("aime24", "-1", "not an integer"),
         ("aime25", 70.5, "not an integer"),
         ("olympiadbench", "$2$", "not a list of answers"), ("olympiadbench", [], "not a list of answers"),
@@ -196,12 +216,47 @@ def test_other_kinds_of_files_are_read_too():
         csv.writer(file).writerows([["question", "answer"], ["How many?", "27.0"], ["How many?", "many"]])
     assert [problem.answer for problem in open_benchmark("olympiadbench", Path("x.json"))] == [answer, answer]
     assert open_benchmark("olympiadbench", Path("x.parquet"))[0].answer == answer
-    assert "row 2: column \"answer\" is 'many', not a number" in refused("amc23", Path("x.csv")).what
+    assert "line 3: column \"answer\" is 'many', not a number" in refused("amc23", Path("x.csv")).what
 
 
-def test_every_fault_of_a_csv_file_is_listed():
-    Path("x.csv").write_text("question,answer\n" + "only one cell\n" * 8)
-    assert refused("amc23", Path("x.csv")).what.count("does not have the 2 cells") == 8
+def faults(error):
+    return [line.strip() for line in error.what.splitlines()[1:]]
+
+
+def test_an_integer_beyond_python_is_the_fault_of_its_row():
+    good = '{"question": "?", "answer": 1}'
+    found = refused("amc23", jsonl("x.jsonl", good, '{"question": "?", "answer": ' + "9" * 5001 + "}"))
+    assert faults(found) == ["line 2: an integer has more digits than can be read"]
+    Path("x.json").write_text(f"[{good[:-2]}{'9' * 5001}}}]")
+    assert "cannot be read" in refused("amc23", Path("x.json")).what
+
+
+def test_every_fault_of_a_csv_file_is_listed_by_line():
+    Path("x.csv").write_text(
+        'question,answer\n"two\nlines",27.0\nonly one cell\n\n?,\n"no"comma,1\n?,many\n?,1,2\n,3\n"no end,4\n'
+    )
+    found = refused("amc23", Path("x.csv"))
+    assert "7 of 8 rows are not AMC23's" in found.what
+    assert faults(found) == [
+        "line 4: does not have the 2 cells of the header",
+        "line 6: column \"answer\" is '', not a number",
+        "line 7: ',' expected after '\"'",
+        "line 8: column \"answer\" is 'many', not a number",
+        "line 9: does not have the 2 cells of the header",
+        'line 10: column "question" is empty',
+        "line 11: unexpected end of data",
+    ]
+
+
+def test_every_fault_of_a_json_array_is_listed_by_row():
+    row, _ = ROWS["aime25"]
+    Path("x.json").write_text(json.dumps([row, 5, row | {"answer": None}, [], row | {"answer": "x"}]))
+    assert faults(refused("aime25", Path("x.json"))) == [
+        "row 2: not a JSON object",
+        'row 3: column "answer" is missing',
+        "row 4: not a JSON object",
+        "row 5: column \"answer\" is 'x', not an integer from 0 to 999",
+    ]
 
 
 def test_a_missing_column_is_named_with_the_nearest():
@@ -221,8 +276,44 @@ def test_context_goes_before_the_question_and_the_tolerance_into_the_problem():
         "olympiadbench", jsonl("x.jsonl", OLYMPIAD | {"context": "Let $k=1$.", "error": "1e-2"})
     )
     assert problem.question == "Let $k=1$.\nFind all $n$ with $n^2 = 4$."
-    assert problem.meta == {"tolerance": 0.01}
-    assert 'column "error"' in refused("olympiadbench", jsonl("x.jsonl", OLYMPIAD | {"error": "some"})).what
+    assert problem.meta == {"tolerance": ("1e-2",)}
+
+
+@pytest.mark.parametrize(
+    ("cell", "tolerances"),
+    [
+        ("1e-2", ("1e-2",)), ("1e-1,1e-2", ("1e-1", "1e-2")), ("1e-1, ,.5", ("1e-1", "0", ".5")), (0.01, ("0.01",)),
+        (1e-7, ("1e-07",)), ("", None), (None, None),
+    ],
+)  # fmt: skip
+def test_tolerances(cell, tolerances):
+    (problem,) = open_benchmark("olympiadbench", jsonl("x.jsonl", OLYMPIAD | {"error": cell}))
+    assert problem.meta.get("tolerance") == tolerances
+
+
+@pytest.mark.parametrize("cell", ["some", "-1e-2", "nan", "inf", "1e-1;1e-2", "1e9999"])
+def test_what_is_no_tolerance_is_refused(cell):
+    assert 'column "error"' in refused("olympiadbench", jsonl("x.jsonl", OLYMPIAD | {"error": cell})).what
+
+
+def test_references_that_cannot_be_graded_are_listed_with_the_other_faults():
+    row, _ = ROWS["math500"]
+    asked = []
+
+    def reference_faults(problems):
+        asked.extend(problem.id for problem in problems)
+        return ["is no answer" if problem.answer == "x" else None for problem in problems]
+
+    file = jsonl("x.jsonl", row, "", row | {"answer": "x"}, "torn", row | {"answer": ""}, row | {"answer": "x"})
+    with pytest.raises(DataError) as caught:
+        open_benchmark("math500", file, reference_faults=reference_faults)
+    assert asked == ["math500/1", "math500/2", "math500/5"]
+    assert faults(caught.value) == [
+        "line 3: is no answer",
+        "line 4: Expecting value (column 1)",
+        'line 5: column "answer" is empty',
+        "line 6: is no answer",
+    ]
 
 
 def test_names():

@@ -6,6 +6,7 @@ import asyncio
 import io
 import itertools
 import json
+import shutil
 
 import httpx
 import numpy as np
@@ -19,13 +20,20 @@ from popo_lite.evaluation.answer_file import EvaluationFolder
 from popo_lite.evaluation.benchmarks import (
     chunks_of,
     prepare,
+    reference_faults,
     refuse_ungradable,
     summarise,
     within_tolerance,
 )
+from popo_lite.evaluation.choices import choices_of, settings_of
 from popo_lite.evaluation.estimates import bootstrap_interval, majority_at_k, pass_at_k
+from popo_lite.evaluation.subject import open_model, open_run
+from popo_lite.grading import Grader
 from popo_lite.policy.load import load_tokenizer
-from popo_lite.recipe import ModelRecipe
+from popo_lite.policy.policy import load_policy
+from popo_lite.policy.tiny_model import TINY_FOLDER
+from popo_lite.recipe import ModelRecipe, RewardRecipe
+from popo_lite.recipe_file import dump_recipe
 from popo_lite.samplers import SamplingParams
 from popo_lite.samplers.server_client import ServerClient
 from popo_lite.tasks.rendering import Renderer
@@ -155,26 +163,78 @@ def test_weights_are_kept_apart():
 
 
 def test_too_many_ungraded_answers_are_an_error_of_the_benchmark():
-    results = summarise([line(1, "tttw"), line(2, "rrrr")], 1)
-    refuse_ungradable(results, 0.375, "problems.jsonl")
-    with pytest.raises(GradingError, match=r"38% of the answers to amc23 \(base\)"):
-        refuse_ungradable(results, 0.37, "problems.jsonl")
+    lines = [line(1, "tttw"), line(2, "rrrr")]
+    refuse_ungradable(lines, planned=2, limit=0.375)
+    with pytest.raises(GradingError, match=r"38% of the answers to amc23 .* amc23/1 \(3 timeout, 0 error\)") as caught:
+        refuse_ungradable(lines, planned=2, limit=0.37)
+    assert caught.value.where == "weights base"
+
+
+def test_a_few_problems_that_cannot_be_graded_do_not_stop_a_long_benchmark():
+    hanging = [line(number, "tttt") for number in range(1, 6)]
+    refuse_ungradable(hanging[:4], planned=500, limit=0.2)  # 4 of the 20 that are judged at least
+    with pytest.raises(GradingError, match="25% of the answers"):
+        refuse_ungradable(hanging, planned=500, limit=0.2)
+    refuse_ungradable([*hanging, *(line(number, "rrrr") for number in range(6, 26))], planned=500, limit=0.2)
+
+
+GRADABLE = (
+    r"\left( 3, \frac{\pi}{2} \right)", "p - q", r"\text{Evelyn}", r"90^\circ", "6 - 5i", "52_8", r"x \in [-2,7]",
+    r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}", r"\text{(C)}", r"\$18.90", r"\$32,\!348", r"10\%",
+    r"11,\! 111,\! 111,\! 100", r"\text{June 20}", r"5.4 \text{ cents}", r"15\mbox{ cm}^2", r"\{1\pm\sqrt{5},-2\}",
+    r"(-\infty, 2) \cup (3, \infty)", r"1\frac{4}{5}", "10:15", "$2,-2$", "$2$, $-2$", r"$\frac{n(n+1)}{2}$",
+    "$(1,8,19),(2,7,13),(4,5,7)$", "$f(x)=2x+c$", r"$k \geq 2$", r"$n \equiv 1 \pmod 2$", r"$\binom{2n}{n}$",
+    r"$(-\infty, \frac{1}{3}]$", r"$2^{2021}$", r"$20 \mathrm{~cm}$", "1200", "033",
+)  # fmt: skip
+
+
+def test_references_that_nothing_can_be_graded_against_are_found():
+    """Answers in the forms that MATH-500, OlympiadBench, AIME and GSM8K have them in, and three that are none."""
+    wrong = (r"\frac{1}{", "x" * 2000, "{" * 30 + "1" + "}" * 30)
+    problems = [
+        Problem(id=f"x/{n}", messages=(), answer=answer, meta={}) for n, answer in enumerate((*GRADABLE, *wrong))
+    ]
+    with Grader(RewardRecipe(workers=1)) as grader:
+        found = reference_faults(problems, grader)
+    assert found[: len(GRADABLE)] == [None] * len(GRADABLE)
+    for fault, told in zip(found[len(GRADABLE) :], ("not an expression", "characters long", "nested 30"), strict=True):
+        assert told in fault
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference", "tolerance", "outcome"),
+    ("answer", "reference", "tolerances", "outcome"),
     [
-        ("5.04", "$5$", 0.05, "correct"), ("4.95", "5", 0.05, "correct"), ("5.06", "5", 0.05, "incorrect"),
-        ("5.04", "5", None, "incorrect"), ("x", "5", 9.0, "incorrect"), ("5", "2, 3", 9.0, "incorrect"),
+        ("5.04", "$5$", "0.05", "correct"), ("4.95", "5", "5e-2", "correct"), ("5.06", "5", ".05", "incorrect"),
+        ("5.04", "5", None, "incorrect"), ("x", "5", "9", "incorrect"), ("5", "2, 3", "9", "incorrect"),
+        # On the boundary, where floating point says no: 2.5 - 2.4 > 0.1.
+        ("2.4", "2.5", "1e-1", "correct"), ("2.3999999999999999999999", "2.5", "1e-1", "incorrect"),
+        (r"\frac{239}{3}", "$79.67$", "1e-1", "correct"), (r"-\dfrac{239}{3}", "-79.67", "1e-1", "correct"),
+        ("239/3", "79.67", "1e-1", "correct"), ("239/3", "79.67", "1e-3", "incorrect"),
+        (r"\frac{1}{0}", "1", "9", "incorrect"), (r"\sqrt{2}", "1.41", "9", "incorrect"),
+        ("1,234", "1234.5", "1", "correct"),
+        # Several numbers, in any order; each with the tolerance of its reference.
+        ("3.1, 2.4", "$2.5,3$", "1e-1", "correct"), ("$3.1$, $2.4$", "$2.5$, $3$", "1e-1", "correct"),
+        ("3.1, 2.3", "2.5, 3", "1e-1", "incorrect"), ("2.4, 2.4", "2.5, 3", "1e-1", "incorrect"),
+        ("3.01, 2.4", "2.5, 3", "1e-1,1e-2", "correct"), ("3.02, 2.4", "2.5, 3", "1e-1,1e-2", "incorrect"),
+        ("2.2, 2", "2, 2.1", "0.3,0.1", "correct"), ("2.4", "2.5, 3", "1e-1", "incorrect"),
     ],
 )  # fmt: skip
-def test_a_number_may_be_off_by_the_tolerance(answer, reference, tolerance, outcome):
-    problem = Problem(id="x", messages=(), answer=reference, meta={} if tolerance is None else {"tolerance": tolerance})
+def test_numbers_may_be_off_by_the_tolerance(answer, reference, tolerances, outcome):
+    meta = {} if tolerances is None else {"tolerance": tuple(tolerances.split(","))}
+    problem = Problem(id="x", messages=(), answer=reference, meta=meta)
     reward = Reward(value=0.0, outcome=Outcome.INCORRECT, answer=answer)
     found = within_tolerance(reward, problem)
     assert (found.outcome, found.value) == (outcome, float(outcome == "correct"))
     timeout = Reward(value=0.0, outcome=Outcome.TIMEOUT, answer=answer)
     assert within_tolerance(timeout, problem) is timeout
+
+
+def test_tolerances_are_as_many_as_the_numbers():
+    problems = [
+        Problem(id="x", messages=(), answer=answer, meta={"tolerance": ("1e-1", "1e-2")}) for answer in ("1, 2", "1")
+    ]
+    with Grader(RewardRecipe(workers=1)) as grader:
+        assert reference_faults(problems, grader) == [None, "it names 2 tolerances for the 1 numbers of '1'"]
 
 
 @pytest.fixture(scope="module")
@@ -206,12 +266,47 @@ def test_overlong_prompts_are_an_error_or_left_out_and_counted(tokenizer):
     assert found.digest == prepared(tokenizer, longest=9).digest != prepared(tokenizer).digest
 
 
+def test_all_that_is_asked_is_in_the_digest(tokenizer):
+    """Token ids, so that a tokenizer whose own template was changed asks something else; answers; tolerances."""
+
+    def digest(answer="3", meta=None, system_prompt=None, template=None):
+        asked = {"role": "user", "content": "What is 1 + 2?"}
+        problem = Problem(id="amc23/1", messages=(asked,), answer=answer, meta=meta or {})
+        own, tokenizer.chat_template = tokenizer.chat_template, template or tokenizer.chat_template
+        try:
+            renderer = Renderer(tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_tokens=200)
+            return prepare(
+                "amc23", [problem], renderer, max_completion_tokens=9, context_tokens=1024, skip_overlong=False
+            ).digest
+        finally:
+            tokenizer.chat_template = own
+
+    assert digest() == digest()
+    others = [
+        digest(answer="4"), digest(meta={"tolerance": ("1e-1",)}), digest(meta={"tolerance": ("1e-2",)}),
+        digest(system_prompt="Be brief."), digest(template="Q: {{ messages[0].content }}"),
+    ]  # fmt: skip
+    assert len({digest(), *others}) == 6
+
+
+def test_repeated_questions_and_missing_problems_are_told(tokenizer):
+    found = prepared(tokenizer, count=3, longest=2)
+    assert found.contents == {"rows": 3, "published": 40, "skipped": 0, "repeats": {"amc23/3": "amc23/2"}}
+
+
 def test_answers_end_with_the_context(tokenizer):
     longest = prepared(tokenizer).longest_prompt_tokens
     assert prepared(tokenizer, tokens=100, context=longest + 100).max_completion_tokens == 100
     assert prepared(tokenizer, tokens=100, context=longest + 99).max_completion_tokens == 99
     with pytest.raises(ModelError, match="no room for an answer"):
         prepared(tokenizer, context=longest)
+
+
+def new_folder(tmp_path):
+    folder = EvaluationFolder(tmp_path / "out")
+    with folder.locked():
+        folder.open({})
+    return folder
 
 
 def plan(tokenizer):
@@ -228,33 +323,57 @@ def lines_of(chunks):
 @pytest.mark.parametrize(("written", "whole"), [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 3), (7, 4), (10, 6)])
 def test_chunks_with_all_their_lines_are_kept(tokenizer, tmp_path, written, whole):
     chunks = plan(tokenizer)
-    folder = EvaluationFolder(tmp_path / "out")
-    folder.open({"samples": 2})
+    folder = new_folder(tmp_path)
     assert folder.keep_whole(chunks) == 0
     every = lines_of(chunks)
     folder.add(every[:written])
     if written < len(every):
-        with folder.answers_path.open("a") as file:
-            file.write('{"weights": "base", "se')  # torn by a kill
+        with folder.answers_path.open("ab") as file:
+            file.write('{"weights": "base", "text": "é'.encode()[:-1])  # torn by a kill, inside a character
     assert folder.keep_whole(chunks) == whole
     kept = sum(len(chunk.prompts) for chunk in chunks[:whole])
     if written:
         assert folder.answers() == every[:kept]
     folder.add(every[kept:])
-    assert [found.problem for found in folder.answers()] == [one.problem for one in every]
+    assert folder.all_answers(chunks) == every
 
 
 def test_a_changed_file_is_refused(tokenizer, tmp_path):
     chunks = plan(tokenizer)
-    folder = EvaluationFolder(tmp_path / "out")
-    folder.open({})
+    folder = new_folder(tmp_path)
     folder.add([*lines_of(chunks)[:2], line(5, "rr"), line(4, "rr")])
     with pytest.raises(CheckpointError, match="line 3 and those after it"):
         folder.keep_whole(chunks)
 
 
-def test_other_settings_are_refused_with_the_difference(tmp_path):
+def test_lines_that_are_there_twice_or_not_at_all_come_to_nothing(tokenizer, tmp_path):
+    chunks = plan(tokenizer)
+    every = lines_of(chunks)
+    folder = new_folder(tmp_path)
+    folder.add([*every[:2], *every[:2]])
+    with pytest.raises(CheckpointError, match="the 10 lines of this evaluation, each once and in order"):
+        folder.all_answers(chunks)
+    folder.answers_path.unlink()
+    folder.add([*every, every[9]])
+    with pytest.raises(CheckpointError, match="each once"):
+        folder.all_answers(chunks)
+    with pytest.raises(CheckpointError, match="line 11 and those after it"):
+        folder.keep_whole(chunks)
+
+
+def test_one_evaluation_at_a_time_works_in_a_folder(tmp_path):
     folder = EvaluationFolder(tmp_path / "out")
+    with folder.locked():
+        with pytest.raises(UserInputError, match="another evaluation is at work") as caught, folder.locked():
+            pass
+        assert caught.value.where == str(tmp_path / "out")
+    with EvaluationFolder(tmp_path / "out").locked():  # also where the first was killed before its settings
+        pass
+
+
+def test_other_settings_are_refused_with_the_difference(tmp_path):
+    folder = new_folder(tmp_path)
+    folder.settings_path.unlink()
     folder.open({"samples": 4, "benchmarks": {"amc23": {"digest": "a"}}, "seeds": (0, 1)})
     folder.open({"samples": 4, "benchmarks": {"amc23": {"digest": "a"}}, "seeds": (0, 1)})
     with pytest.raises(CheckpointError) as caught:
@@ -265,8 +384,8 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserInputError, match="holds no evaluation"):
-        EvaluationFolder(tmp_path).open({})
+    with pytest.raises(UserInputError, match="holds no evaluation"), EvaluationFolder(tmp_path).locked():
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -294,6 +413,90 @@ def test_the_report_has_a_row_for_each_benchmark_and_weights():
     assert "[b]AIME24 has 30 problems; 2 were measured." in text
     assert "AMC23 has" not in text
     assert "Answers and results: runs/[x]" in text
+
+
+GIVEN = dict.fromkeys(
+    ("samples", "k", "temperature", "top_p", "max_tokens", "max_prompt_tokens", "system_prompt", "chat_template",
+     "engine", "output", "seeds", "seed", "preset"),
+) | {"data": (), "skip_overlong": False}  # fmt: skip
+
+
+def test_a_template_that_is_given_reaches_prompts_and_stop_ids(tmp_path):
+    """Its end of turn is no EOS of the model, and has to end answers all the same."""
+    subject = open_model("tiny", ())
+    tokenizer = load_tokenizer(subject.recipe.model)
+    end = next(token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token)
+    file = tmp_path / "template.jinja"
+    file.write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}" + end + "{% endif %};{% endfor %}"
+    )
+    given = GIVEN | {"max_prompt_tokens": 100, "max_tokens": 9}
+    plain = subject.load(choices_of("aime25", given).applied_to(subject.recipe))
+    recipe = choices_of("aime25", given | {"chat_template": file, "system_prompt": "Add."}).applied_to(subject.recipe)
+    policy = subject.load(recipe)
+    assert tokenizer.convert_tokens_to_ids(end) not in plain.stop_ids
+    assert policy.stop_ids == plain.stop_ids | {tokenizer.convert_tokens_to_ids(end)}
+    problem = Problem(id="x", messages=({"role": "user", "content": "1 + 2?"},), answer="3")
+    assert tokenizer.decode(Renderer.of(recipe, tokenizer).token_ids(problem)) == "Add.;1 + 2?;"
+    file.write_bytes(b"\xff")
+    with pytest.raises(UserInputError, match="cannot be read"):
+        choices_of("aime25", GIVEN | {"chat_template": file})
+
+
+def test_what_the_command_line_leaves_out_is_the_recipes(tiny_recipe):
+    recipe = tiny_recipe(
+        "eval.temperature=0.6", "rollout.max_completion_tokens=50", "data.system_prompt=Add.", "rollout.engine=hf",
+        "reward.function=json:loads",
+    )  # fmt: skip
+    same = choices_of("aime25", GIVEN).applied_to(recipe)
+    assert (same.eval.temperature, same.rollout.max_completion_tokens, same.rollout.max_prompt_tokens) == (
+        0.6,
+        50,
+        2048,
+    )
+    assert (same.data.system_prompt, same.rollout.engine, same.reward.function) == ("Add.", "hf", "math")
+    other = choices_of(
+        "aime25", GIVEN | {"temperature": 0.7, "max_tokens": 9, "system_prompt": "", "engine": "server"}
+    ).applied_to(recipe)
+    assert (other.eval.temperature, other.rollout.max_completion_tokens) == (0.7, 9)
+    assert (other.data.system_prompt, other.rollout.engine) == (None, "server")
+
+
+def test_the_time_for_an_answer_is_one_of_the_settings(tiny_recipe):
+    subject = open_model("tiny", ())
+    choices = choices_of("aime25", GIVEN)
+    settings = [
+        settings_of(subject, choices.applied_to(tiny_recipe(f"reward.timeout_seconds={time}")), [], choices)
+        for time in (5, 6)
+    ]
+    assert [found.pop("timeout_seconds") for found in settings] == [5.0, 6.0]
+    assert settings[0] == settings[1]
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_folder_with_other_files_is_another_model(tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_FOLDER, folder)
+    before = open_model(str(folder), ()).digests
+    (folder / "notes.md").write_text("mine")
+    assert open_model(str(folder), ()).digests == before
+    (folder / name).write_text("{}")
+    assert open_model(str(folder), ()).digests != before
+
+
+def test_measuring_packs_no_rows(tiny_recipe):
+    """So that a model is measured too that does not keep packed sequences apart."""
+    recipe = tiny_recipe()
+    assert load_policy(recipe).packing != "off"
+    assert open_model("tiny", ()).load(recipe).packing == "off"
+
+
+def test_the_base_of_a_run_needs_no_end_of_it(tiny_recipe, tmp_path):
+    (tmp_path / "recipe.toml").write_text(dump_recipe(tiny_recipe()))
+    assert open_run(tmp_path, ["base"]).adapters == {"base": None}
+    for wanted in (["base", "adapter"], []):
+        with pytest.raises(CheckpointError, match="the run has not ended"):
+            open_run(tmp_path, wanted)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
