@@ -114,7 +114,7 @@ class RunFolder:
 def new_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder:
     """A fresh folder: `output`, or `<output.dir>/<name>-seed<N>`, numbered on where that holds a run already."""
     if output is not None:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.exists() and (not output.is_dir() or not all(map(is_leftover, output.iterdir()))):
             raise UserInputError(
                 "the folder is not empty, and no run is ever overwritten",
                 where=f"--output {output}",
@@ -165,9 +165,7 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
             next_step="train on from it in a new run with lora.init_from, or leave --resume out",
         )
     before, now = _flat(run.recipe()), _flat(recipe)
-    # Dropout's masks depend on how the step is cut and packed.
-    cutting = {"train.tokens_per_microbatch", "train.packing"} if recipe.lora.dropout else set()
-    may_change = MAY_CHANGE_ON_RESUME - cutting
+    may_change = may_change_on_resume(recipe)
     changed = sorted(
         key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in may_change
     )
@@ -178,6 +176,18 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
             where=str(run.recipe_path),
             next_step=f"popo-lite train {run.recipe_path} --resume --output {run.path}",
         )
+
+
+def may_change_on_resume(recipe: Recipe) -> set[str]:
+    """Those of MAY_CHANGE_ON_RESUME that leave `recipe` the same experiment."""
+    # Dropout's masks depend on how the step is cut and packed.
+    cutting = {"train.tokens_per_microbatch", "train.packing"} if recipe.lora.dropout else set()
+    return MAY_CHANGE_ON_RESUME - cutting
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether `path` is what a `write_atomically` that was killed, or found the disk full, left behind."""
+    return path.name.startswith(".") and path.name.endswith(".partial") and path.is_file()
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
@@ -250,18 +260,36 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines of a JSONL file that `keep` refuses: a resumed run writes them again. A torn line goes too."""
+    """Drop the lines of a JSONL file that `keep` refuses: a resumed run writes them again.
+
+    What a kill left of a last line, without its end, goes too. Raises CheckpointError for any other line that is no
+    JSON object: that is no kill's work, and what else of the file was lost is not known.
+    """
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            keeps = bool(line) and keep(json.loads(line))
-        except json.JSONDecodeError:
-            keeps = False
-        if keeps:
-            kept.append(line + "\n")
+    *whole, last = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*whole, last], 1):
+        if not line:
+            continue
+        record = _record(line)
+        if record is None and number <= len(whole):
+            raise CheckpointError(
+                f"line {number} is not one that was written here",
+                where=str(path),
+                next_step="restore the file, or start anew in another folder",
+            )
+        if record is not None and keep(record):
+            kept.append(line.decode() + "\n")
     write_atomically(path, "".join(kept))
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode())
+    except ValueError:  # no JSON, or the half of a character
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def write_atomically(path: Path, text: str) -> None:

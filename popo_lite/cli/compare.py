@@ -16,7 +16,11 @@ import click
     required=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for the page; default <SWEEP>/comparison.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for the page; default <SWEEP>/comparison for one sweep, else comparison in the current folder.",
+)
 @click.option(
     "--reach",
     type=click.FloatRange(0, 1, min_open=True),
@@ -38,17 +42,18 @@ def compare(sources: tuple[Path, ...], output: Path | None, reach: float, as_jso
     from popo_lite.console.plots import write_png
     from popo_lite.run_folder import write_atomically
     from popo_lite.sweep.compare import compare as measure
-    from popo_lite.sweep.folder import SweepFolder
+    from popo_lite.sweep.folder import SweepFolder, writing
 
     comparison = measure(sources, reach=reach)
     if output is None:
         one_sweep = len(sources) == 1 and SweepFolder(sources[0]).sweep_path.is_file()
         output = (sources[0] if one_sweep else Path()) / "comparison"
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / "comparison.json", json.dumps(comparison) + "\n")
-    write_png(comparison, output / "comparison.png")
-    page = html_page(comparison, (output / "comparison.png").read_bytes())
-    write_atomically(output / "comparison.html", page)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "comparison.json", json.dumps(comparison) + "\n")
+        write_png(comparison, output / "comparison.png")
+        page = html_page(comparison, (output / "comparison.png").read_bytes())
+        write_atomically(output / "comparison.html", page)
     if as_json:
         without_curves = [{key: group[key] for key in group if key != "curves"} for group in comparison["groups"]]
         click.echo(json.dumps({**comparison, "groups": without_curves}))

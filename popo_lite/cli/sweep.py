@@ -22,6 +22,7 @@ INTERRUPTED = 130
 @click.option("seeds", "--seeds", metavar="SEEDS", help="Seeds instead of the file's, such as 0-4 or 0,3.")
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of every variant.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
+@click.option("--ignore-plan", is_flag=True, help="Start runs although the memory plan says that they do not fit.")
 @click.option("--dry-run", is_flag=True, help="Check every recipe and list the runs; start nothing.")
 @click.option("as_json", "--json", is_flag=True, help="Print the results as JSON at the end and nothing else.")
 def sweep(
@@ -30,13 +31,15 @@ def sweep(
     seeds: str | None,
     overrides: tuple[str, ...],
     jobs: int,
+    ignore_plan: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Train every variant of SWEEP with every seed: a TOML file, or the name of a shipped sweep.
 
     The same command goes on where it was stopped: finished runs are kept, an unfinished one is resumed, a failed one
-    is tried again. Variants and seeds may be added; other changes are refused. Ctrl-C stops the running one cleanly.
+    is tried again. Variants and seeds may be added; other changes are refused. Ctrl-C stops the running ones cleanly,
+    twice they abandon their step and save, three times they are killed.
 
     A run that fails does not end the others; the exit code is 1 then. See docs/experiments.md.
     """
@@ -55,12 +58,12 @@ def sweep(
     from popo_lite.console.sweep_view import SweepView
     from popo_lite.sweep.runner import execute, locked
 
-    folder.path.mkdir(parents=True, exist_ok=True)
     with locked(folder) as lock:
+        refuse_other_sweep(folder, asked)  # again: another may have started here meanwhile
         folder.start_files(asked)
         with SweepView(len(runs), sum(run.finished for run in runs)) as view:
             try:
-                outcome = execute(folder, runs, jobs=jobs, lock=lock, watcher=view)
+                outcome = execute(folder, runs, jobs=jobs, lock=lock, watcher=view, ignore_plan=ignore_plan)
             finally:
                 results = folder.write_results(runs)
     if as_json:
@@ -69,13 +72,16 @@ def sweep(
     elif results:
         rows = [_result_row(line) for line in results]
         table("Finished runs", ("variant", "seed", "pass@1", "trained tokens", "seconds"), rows)
-    go_on = shlex.join(["popo-lite", "sweep", str(folder.sweep_path), "--output", str(folder.path)])
+    options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--ignore-plan"] if ignore_plan else [])]
+    go_on = shlex.join(["popo-lite", "sweep", str(folder.sweep_path), "--output", str(folder.path), *options])
+    if outcome.failures:
+        told = "\n".join(f"  {one.variant} seed {one.seed}: {one.message}\n    {one.log}" for one in outcome.failures)
+        click.echo(f"{len(outcome.failures)} of {len(runs)} runs failed:\n{told}", err=True)
     if outcome.interrupted:
         click.echo(f"stopped with {len(results)} of {len(runs)} runs done. To go on:\n  {go_on}", err=as_json)
         raise SystemExit(INTERRUPTED)
     if outcome.failures:
-        told = "\n".join(f"  {one.variant} seed {one.seed}: {one.message}\n    {one.log}" for one in outcome.failures)
-        click.echo(f"{len(outcome.failures)} of {len(runs)} runs failed:\n{told}\nTo try again:\n  {go_on}", err=True)
+        click.echo(f"To try again:\n  {go_on}", err=True)
         raise SystemExit(FAILED)
     click.echo(f"Next\n  popo-lite compare {shlex.quote(str(folder.path))}", err=as_json)
 

@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 INTERRUPTED = 130
 """Exit code of a run that was stopped by Ctrl-C, as shells have it."""
+
+
+@contextmanager
+def _interrupt_is_no_failure() -> Iterator[None]:
+    """Leave with INTERRUPTED where Ctrl-C comes before the run hears it: a sweep tells stopped from failed by that."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        raise SystemExit(INTERRUPTED) from None
 
 
 @click.command(short_help="Train with a recipe.")
@@ -30,6 +42,7 @@ INTERRUPTED = 130
 )
 @click.option("--ignore-plan", is_flag=True, help="Start although the memory plan says that the run does not fit.")
 @click.option("as_json", "--json", is_flag=True, help="Print the summary as JSON at the end and nothing else.")
+@_interrupt_is_no_failure()
 def train(
     recipe: str,
     seed: int | None,
@@ -81,9 +94,9 @@ def train(
             # The folder is made when everything has loaded: a run that cannot start leaves nothing behind.
             if not resume:
                 run = new_run_folder(settings, name, output)
-            # The run hears Ctrl-C itself. What it restores when it has stopped and saved is this: one Ctrl-C more has
-            # nothing left to stop.
-            default = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # The run hears Ctrl-C itself, and no signal before or after it may be lost or raise: those before stop it
+            # at its first step, those after have nothing left to stop.
+            default = signal.signal(signal.SIGINT, trainer.interrupts.note)
             with memory_named("before the first step", what_helps):
                 outcome = trainer.run(run, resume=resume)
             question = trainer.held_out[0].question if trainer.held_out else ""

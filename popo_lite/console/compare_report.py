@@ -74,10 +74,11 @@ def html_page(comparison: Mapping[str, Any], png: bytes) -> str:
     names = [group["name"] for group in comparison["groups"]]
     runs = sum(len(group["runs"]) for group in comparison["groups"])
     title = f"Comparison of {', '.join(names)}"
+    bands = "bands" if plots.has_band(1, len(names)) else f"the band (of {names[0]} alone)"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>{runs} runs. Lines are means over seeds, bands their 95 % intervals; diamonds are means, bars 95 % "
-        f"intervals, dots single runs. Pass rate, length, entropy and sample size are trailing means of "
+        f"<p>{runs} runs. Lines are means over seeds, {html.escape(bands)} 95 % intervals; diamonds are means, "
+        f"bars 95 % intervals, dots single runs. Pass rate, length, entropy and sample size are trailing means of "
         f"{comparison['smoothing_steps']} steps.</p>",
         f'<img src="data:image/png;base64,{image}" alt="{html.escape(title)}">',
         *(_html_table(one, names) for one in tables(comparison)),
@@ -85,7 +86,8 @@ def html_page(comparison: Mapping[str, Any], png: bytes) -> str:
         *(f"<li>{html.escape(note)}</li>" for note in (*_notes(comparison), *_left_out(comparison))),
         "</ul>",
     ]
-    return _PAGE.replace("TITLE", html.escape(title), 1).replace("BODY", "\n".join(parts), 1)
+    # The body first: what it holds may look like a place for the title, but comes after that.
+    return _PAGE.replace("BODY", "\n".join(parts), 1).replace("TITLE", html.escape(title), 1)
 
 
 def tables(comparison: Mapping[str, Any]) -> Iterator[Table]:
@@ -97,25 +99,17 @@ def tables(comparison: Mapping[str, Any]) -> Iterator[Table]:
     yield _estimates("Held-out problems, at the end", groups, final)
     yield _estimates("Training, last tenth of the steps", groups, _POLICY)
     yield _estimates("Cost of the training steps", groups, _COST)
-    yield _reached(f"To a training pass rate of {comparison['reach']:.0%}", groups)
+    yield _reached(f"To a training pass rate of {plots.percent(comparison['reach'])}", groups)
     if len(groups) > 1:
         columns = (*final, *_POLICY[2:4], *_COST[1:])
-        rows = [
-            (group["name"], *(_cell(group["differences"][column.key], column, signed=True) for column in columns))
-            for group in groups[1:]
-        ]
+        rows = [(group["name"], *(_difference(group, column) for column in columns)) for group in groups[1:]]
         headings = ("variant", *(column.heading for column in columns))
         yield Table(title=f"Difference from {groups[0]['name']}, paired by seed", columns=headings, rows=rows)
 
 
 def _estimates(title: str, groups: Sequence[Mapping[str, Any]], columns: Sequence[_Column]) -> Table:
     rows = [
-        (
-            group["name"],
-            str(len(group["runs"])),
-            *(_cell(group["figures"].get(column.key), column) for column in columns),
-        )
-        for group in groups
+        (group["name"], str(len(group["runs"])), *(_figure(group, column) for column in columns)) for group in groups
     ]
     return Table(title=title, columns=("variant", "runs", *(column.heading for column in columns)), rows=rows)
 
@@ -129,6 +123,23 @@ def _reached(title: str, groups: Sequence[Mapping[str, Any]]) -> Table:
         cells = [_cell(group["figures"][column.key], column) for column in _REACH]
         rows.append((group["name"], f"{there} of {len(values)}" if there else "not reached", *cells))
     return Table(title=title, columns=("variant", "reached", *(column.heading for column in _REACH)), rows=rows)
+
+
+def _figure(group: Mapping[str, Any], column: _Column) -> str:
+    """The cell of a figure, with how many runs have it where not all do."""
+    found = group["figures"].get(column.key)
+    return _cell(found, column) + _fewer(found, group, " (n = {})")
+
+
+def _difference(group: Mapping[str, Any], column: _Column) -> str:
+    """The cell of a difference, with how many pairs there are where a run has none."""
+    found = group["differences"][column.key]
+    return _cell(found, column, signed=True) + _fewer(found, group, " ({} of {} paired)")
+
+
+def _fewer(found: Mapping[str, Any] | None, group: Mapping[str, Any], form: str) -> str:
+    runs = len(group["runs"])
+    return form.format(found["count"], runs) if found is not None and found["count"] < runs else ""
 
 
 def _cell(estimate: Mapping[str, Any] | None, column: _Column, *, signed: bool = False) -> str:
@@ -146,9 +157,10 @@ def _cell(estimate: Mapping[str, Any] | None, column: _Column, *, signed: bool =
 def _notes(comparison: Mapping[str, Any]) -> list[str]:
     notes = [
         "[low, high]: 95 % interval; Student's t over the seeds of a variant, cut at 0 and 100 %, Wilson's over "
-        "problems for pass@1 of a single run.",
+        "problems for pass@1 of a single run. There is none where all seeds agree: that does not make a mean certain. "
+        "(n = 2): only so many of the runs have the figure, and it is of those alone.",
         f"A pass rate is reached when the mean of {comparison['smoothing_steps']} steps is; where not every run "
-        "reached it, time and tokens are those of the runs that did.",
+        "reached it, time and tokens are those of the runs that did, the quick ones, and have no interval.",
     ]
     if len(comparison["groups"]) > 1:
         notes.append(
@@ -166,7 +178,7 @@ def _left_out(comparison: Mapping[str, Any]) -> list[str]:
 def _html_table(one: Table, names: Sequence[str]) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in one.columns)
     body = "\n".join(
-        f'<tr><th><i style="background:{plots.colour(names.index(row[0]))}"></i>{html.escape(row[0])}</th>'
+        f'<tr><th><i style="{_line(names.index(row[0]))}"></i>{html.escape(row[0])}</th>'
         + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
         + "</tr>"
         for row in one.rows
@@ -175,6 +187,11 @@ def _html_table(one: Table, names: Sequence[str]) -> str:
         f'<h2>{html.escape(one.title)}</h2>\n<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
+
+
+def _line(index: int) -> str:
+    """CSS of the group's line in the plots."""
+    return f"border-top: .2em {plots.dash(index)} {plots.colour(index)}"
 
 
 _PAGE = """<!DOCTYPE html>
@@ -192,7 +209,7 @@ img { width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #ddd; }
 tbody th { font-weight: 600; }
-i { display: inline-block; width: .7em; height: .7em; margin-right: .5em; border-radius: 50%; }
+i { display: inline-block; width: 1.7em; margin-right: .5em; vertical-align: middle; }
 </style>
 </head>
 <body>

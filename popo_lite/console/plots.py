@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
 """Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow."""
-DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
-"""Line styles: the second and the third seven groups have the same colours again."""
+DASHES = {"solid": "solid", "dashed": (0, (5, 2)), "dotted": (0, (1.5, 1.5))}
+"""Line styles by their names in CSS: the second and the third seven groups have the same colours again."""
 INK, FAINT = "#222222", "#DDDDDD"
 WIDTH_INCHES, DOTS_PER_INCH = 12.0, 150
 
@@ -44,6 +44,21 @@ COURSES = (
 def colour(index: int) -> str:
     """Colour of the group at `index`, the same wherever it is drawn."""
     return COLOURS[index % len(COLOURS)]
+
+
+def dash(index: int) -> str:
+    """Line style of the group at `index`, a key of DASHES."""
+    return list(DASHES)[index // len(COLOURS) % len(DASHES)]
+
+
+def has_band(index: int, groups: int) -> bool:
+    """Whether the group at `index` of so many is drawn with its interval: many bands are a fog, so then the first."""
+    return groups <= len(COLOURS) or index == 0
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] as it was asked for: 0.995 is 99.5%."""
+    return f"{100 * share:g}%"
 
 
 def write_png(comparison: Mapping[str, Any], path: Path) -> None:
@@ -87,7 +102,7 @@ def draw(comparison: Mapping[str, Any]) -> Figure:
         axes = figure.subplots(3, 3, height_ratios=[2.8, 2.8, rows_inches])
         for axis, panel in zip(axes[:2].flat, COURSES, strict=True):
             _draw_course(axis, panel, groups)
-        reach = f"{comparison['reach']:.0%}"
+        reach = percent(comparison["reach"])
         ends = (
             _Panel(key="pass_at_1", title="Held-out pass@1 at the end", unit="% of problems", scale=100),
             _Panel(key="reach_seconds", title=f"Time to a training pass rate of {reach}", unit="seconds"),
@@ -116,18 +131,18 @@ def _draw_course(axis: Axes, panel: _Panel, groups: Sequence[Mapping[str, Any]])
         band = group["curves"][panel.key]
         mean, low, high = (_scaled(band[name], panel.scale) for name in ("mean", "low", "high"))
         steps = range(1, len(mean) + 1)
-        dash = DASHES[index // len(COLOURS) % len(DASHES)]
         # The first group, which the others are held against, lies on top.
         axis.plot(
             steps,
             mean,
             color=colour(index),
-            linestyle=dash,
+            linestyle=DASHES[dash(index)],
             linewidth=1.8,
             label=group["name"],
             zorder=3 - 0.01 * index,
         )
-        axis.fill_between(steps, low, high, color=colour(index), alpha=0.12, linewidth=0)
+        if has_band(index, len(groups)):
+            axis.fill_between(steps, low, high, color=colour(index), alpha=0.12, linewidth=0)
     _fit_to_means(axis, panel, [group["curves"][panel.key] for group in groups])
     axis.set_title(panel.title)
     axis.set_ylabel(panel.unit)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from popo_lite.sweep.intervals import Estimate, mean_interval, share_interval
 BOOKKEEPING = ("train.seed", "output.dir", "output.samples_per_step")
 """Keys in which runs of one group may differ."""
 LONGEST_NAME = 40
+SAME = 1e-12
+"""Figures that differ by less, of their size or at all, differ by rounding alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +39,22 @@ def compare(sources: Sequence[Path], *, reach: float) -> dict[str, Any]:
     """Compare the runs and sweeps at `sources` as plain data for reports, plots and JSON.
 
     `reach` is the training pass rate to which time and tokens are counted. Raises UserInputError or CheckpointError
-    where a source is neither run nor sweep, a single run has not ended, or a group has a seed twice.
+    where a source is neither run nor sweep, or named twice, a single run has not ended, or a group has a seed twice.
     """
+    _refuse_named_twice(sources)
     groups: list[RunGroup] = []
     single: list[RunFigures] = []
     left_out: list[str] = []
     sweeps = [source for source in sources if SweepFolder(source).sweep_path.is_file()]
+    folders = [sweep.resolve().name for sweep in sweeps]
     for source in sources:
         if source in sweeps:
-            prefix = f"{source.resolve().name}/" if len(sweeps) > 1 else ""
+            folder = source.resolve().name
+            prefix = f"{folder if folders.count(folder) == 1 else source}/" if len(sweeps) > 1 else ""
             groups += _sweep_groups(source, prefix, left_out, reach)
         else:
             single.append(read_run(source, reach=reach))
-    groups += _single_groups(single)
+    groups += _single_groups(single, taken={group.name for group in groups})
     if not groups:
         raise CheckpointError("no run has ended yet", where=", ".join(map(str, sources)))
     return comparison_of(groups, reach=reach, left_out=left_out)
@@ -71,11 +77,16 @@ def estimate(group: RunGroup, measure: str) -> Estimate | None:
     """Mean of `measure` over the runs that have it, with its interval; None where none has.
 
     Over seeds, Student's t, cut at what the measure can be. A single run's pass@1 has Wilson's interval over problems,
-    in which several answers to a problem count as one, so it is rather too wide than too narrow.
+    in which several answers to a problem count as one, so it is rather too wide than too narrow. No interval is stated
+    where all seeds agree, nor of what it took to reach a pass rate that some did not reach.
     """
-    known = [value for value in group.by_seed(measure).values() if value is not None]
+    values = group.by_seed(measure).values()
+    known = [value for value in values if value is not None]
     if not known:
         return None
+    if measure.startswith("reach_") and len(known) < len(values):
+        # Those that got there are the quick ones: an interval of theirs would speak of no recipe.
+        return Estimate(mean=statistics.fmean(known), low=None, high=None, count=len(known))
     if measure == "pass_at_1" and len(group.runs) == 1:
         return share_interval(known[0], group.runs[0].problems)
     return _mean(measure, known)
@@ -90,7 +101,7 @@ def difference(group: RunGroup, first: RunGroup, measure: str) -> Estimate | Non
     ours, theirs = group.by_seed(measure), first.by_seed(measure)
     pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
     gaps = [own - other for own, other in pairs if own is not None and other is not None]
-    return mean_interval(gaps) if pairs and len(gaps) == len(pairs) else None
+    return _over_seeds(gaps) if pairs and len(gaps) == len(pairs) else None
 
 
 def _described(group: RunGroup, first: RunGroup, measures: Sequence[str]) -> dict[str, Any]:
@@ -108,7 +119,15 @@ def _described(group: RunGroup, first: RunGroup, measures: Sequence[str]) -> dic
 
 
 def _mean(measure: str, values: Sequence[float]) -> Estimate:
-    return mean_interval(values, least=0.0, most=1.0 if measure.startswith(SHARES) else math.inf)
+    return _over_seeds(values, least=0.0, most=1.0 if measure.startswith(SHARES) else math.inf)
+
+
+def _over_seeds(values: Sequence[float], *, least: float = -math.inf, most: float = math.inf) -> Estimate:
+    found = mean_interval(values, least=least, most=most)
+    if math.isclose(min(values), max(values), rel_tol=SAME, abs_tol=SAME):
+        # A few seeds that agree do not make the mean certain, and nothing tells how uncertain it is.
+        return replace(found, low=None, high=None)
+    return found
 
 
 def _band(measure: str, courses: Sequence[Sequence[float | None]]) -> dict[str, list[float | None]]:
@@ -144,8 +163,11 @@ def _sweep_groups(source: Path, prefix: str, left_out: list[str], reach: float) 
     return [group for group in groups if group.runs]
 
 
-def _single_groups(runs: Sequence[RunFigures]) -> list[RunGroup]:
-    """Runs with equal recipes, apart from BOOKKEEPING, together; named by what differs between the groups."""
+def _single_groups(runs: Sequence[RunFigures], taken: Set[str]) -> list[RunGroup]:
+    """Runs with equal recipes, apart from BOOKKEEPING, together; named by what differs between the groups.
+
+    Named by a path where that does not tell them apart, from each other or from the names `taken`.
+    """
     grouped: dict[str, list[RunFigures]] = {}
     for run in runs:
         grouped.setdefault(repr(_settings(run)), []).append(run)
@@ -153,7 +175,8 @@ def _single_groups(runs: Sequence[RunFigures]) -> list[RunGroup]:
     keys = sorted({key for one in settings for key in one})
     differing = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
     names = [_name(one, differing) for one in settings]
-    if len(settings) == 1 or max(map(len, names), default=0) > LONGEST_NAME:
+    unclear = len({*names} - taken) < len(names) or any(len(name) > LONGEST_NAME for name in names)
+    if len(settings) == 1 or unclear:
         names = [str(members[0].path) for members in grouped.values()]
     return [RunGroup(name=name, runs=tuple(members)) for name, members in zip(names, grouped.values(), strict=True)]
 
@@ -169,6 +192,14 @@ def _name(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
     values = [settings.get(key) for key in keys]
     words = ["unset" if value is None else value if isinstance(value, str) else to_toml(value) for value in values]
     return ", ".join(f"{name}={word}" for name, word in zip(shown, words, strict=True))
+
+
+def _refuse_named_twice(sources: Sequence[Path]) -> None:
+    seen: dict[Path, Path] = {}
+    for source in sources:
+        if other := seen.get(source.resolve()):
+            raise UserInputError(f"{other} and {source} are the same folder", next_step="leave one of them out")
+        seen[source.resolve()] = source
 
 
 def _refuse_twice(group: RunGroup) -> None:

@@ -59,7 +59,7 @@ class RunFigures:
 def read_run(path: Path, *, reach: float) -> RunFigures:
     """Figures of the finished run at `path`, with time and tokens to a training pass rate of `reach`.
 
-    Raises CheckpointError where there is no run, or it has not ended.
+    Raises CheckpointError where there is no run, it has not ended, or its records lack a figure.
     """
     run = RunFolder(path)
     recipe = run.recipe()
@@ -71,32 +71,26 @@ def read_run(path: Path, *, reach: float) -> RunFigures:
         )
     after = json.loads(run.summary_path.read_text(encoding="utf-8"))["after"] or {}
     steps = read_lines(run.metrics_path)
-    totals = {key: sum(line[key] for line in steps) for key in TOTALS}
-    last = steps[-max(1, math.ceil(LAST_SHARE * len(steps))) :]
     at_k = {f"pass_at_{k}": rate for k, rate in (after.get("pass_at_k") or {}).items() if k != "1"}
-    return RunFigures(
-        path=path,
-        recipe=recipe,
-        figures={
-            "pass_at_1": after.get("pass_at_1"),
-            **at_k,
-            "held_out_tokens": after.get("completion_tokens_mean"),
-            "train_pass_rate": _mean(last, "pass_rate"),
-            "train_tokens": _mean(last, "completion_tokens_mean"),
-            "unique_answers": _mean(last, "unique_answers_mean"),
-            "sampled_entropy": _mean(last, "sampled_entropy"),
-            "entropy": _mean(last, "entropy"),
-            "entropy_over_start": _mean(last, "entropy_over_start"),
-            "effective_sample_share": _mean(last, "effective_sample_share"),
-            "siamese_drift": steps[-1]["siamese_drift"],
-            **totals,
-            "trained_share": totals["trained_tokens"] / totals["tokens_of_all"],
-            "seconds": sum(step_seconds(line) for line in steps),
-            **_to_reach(steps, reach),
-        },
-        curves={key: _course(steps, key) for key in CURVES},
-        problems=after.get("problems", 0),
-    )
+    evaluated = {
+        "pass_at_1": after.get("pass_at_1"),
+        **at_k,
+        "held_out_tokens": after.get("completion_tokens_mean"),
+    }
+    try:
+        return RunFigures(
+            path=path,
+            recipe=recipe,
+            figures={**evaluated, **_of_training(steps), **_to_reach(steps, reach)},
+            curves={key: _course(steps, key) for key in CURVES},
+            problems=after.get("problems", 0),
+        )
+    except KeyError as error:
+        raise CheckpointError(
+            f"its steps do not tell {error.args[0]}: an older version of popo-lite wrote them",
+            where=str(run.metrics_path),
+            next_step="train the run anew, or leave it out",
+        ) from error
 
 
 def step_seconds(line: Mapping[str, Any]) -> float:
@@ -109,6 +103,24 @@ def smoothed(values: Sequence[float | None]) -> list[float | None]:
     windows = (values[max(0, end - SMOOTHING_STEPS) : end] for end in range(1, len(values) + 1))
     known = ([value for value in window if value is not None] for window in windows)
     return [statistics.fmean(window) if window else None for window in known]
+
+
+def _of_training(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    totals = {key: sum(line[key] for line in steps) for key in TOTALS}
+    last = steps[-max(1, math.ceil(LAST_SHARE * len(steps))) :]
+    return {
+        "train_pass_rate": _mean(last, "pass_rate"),
+        "train_tokens": _mean(last, "completion_tokens_mean"),
+        "unique_answers": _mean(last, "unique_answers_mean"),
+        "sampled_entropy": _mean(last, "sampled_entropy"),
+        "entropy": _mean(last, "entropy"),
+        "entropy_over_start": _mean(last, "entropy_over_start"),
+        "effective_sample_share": _mean(last, "effective_sample_share"),
+        "siamese_drift": steps[-1]["siamese_drift"],
+        **totals,
+        "trained_share": totals["trained_tokens"] / totals["tokens_of_all"],
+        "seconds": sum(step_seconds(line) for line in steps),
+    }
 
 
 def _to_reach(steps: Sequence[Mapping[str, Any]], reach: float) -> dict[str, float | None]:

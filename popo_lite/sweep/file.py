@@ -15,9 +15,13 @@ from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import SWEEPS, find_recipe, load_recipe, read_toml, shipped_folder, to_toml
 
 KEYS = ("recipe", "seeds", "set", "variants", "over")
+SEED = "train.seed"
+"""The recipe's key that belongs to the sweep."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
-RESERVED = ("comparison",)
+RESERVED = ("comparison", "failures.jsonl", "recipe.toml", "results.jsonl", "sweep.toml")
 """Names in a sweep's folder that no variant can have."""
+LONGEST_NAME = 200
+"""Characters of a variant's name, which names a folder; most file systems end at 255."""
 ONLY_VARIANT = "base"
 """Name of the variant of a sweep over seeds alone."""
 
@@ -64,6 +68,9 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = (), seeds: str | N
     chosen_seeds = _seeds(written.get("seeds", [0]), f"{shown}: seeds", faults)
     if seeds is not None:
         chosen_seeds = _seeds(seeds, "--seeds", faults)
+    overridden = [override.partition("=")[0].strip() for override in overrides]
+    if SEED in overridden:
+        faults.append(f"--set {SEED}: the sweep sets it; give --seeds")
     if not isinstance(written.get("recipe"), str):
         faults.append(f"{shown}: recipe: must name the base recipe, a shipped one or a path ending in .toml")
         raise _refused(faults)
@@ -75,7 +82,7 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = (), seeds: str | N
     if base is None:
         raise _refused(faults)
     resolved = flat_recipe(base)
-    shared |= {key: resolved[key] for key in (override.partition("=")[0].strip() for override in overrides)}
+    shared |= {key: resolved[key] for key in overridden}
     variants = []
     for name, changes in named.items():
         options = as_options(shared | changes)
@@ -175,14 +182,16 @@ def _flat(table: Any, place: str, faults: list[str]) -> dict[str, Any]:
         return {}
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        if "." not in key and isinstance(value, dict):
-            flat |= {f"{key}.{inner}": item for inner, item in value.items()}
-        elif "." in key:
-            flat[key] = value
-        else:
+        if "." not in key and not isinstance(value, dict):
             faults.append(f"{place}: {key}: must be a recipe key, section.key = value")
-    if "train.seed" in flat:
-        faults.append(f"{place}: train.seed: the sweep sets it; write seeds = [...] at the top of the file")
+            continue
+        settings = {key: value} if "." in key else {f"{key}.{inner}": item for inner, item in value.items()}
+        faults += [
+            f"{place}: {name}: is there twice, with and without quotes" for name in sorted(settings.keys() & flat)
+        ]
+        flat |= settings
+    if SEED in flat:
+        faults.append(f"{place}: {SEED}: the sweep sets it; write seeds = [...] at the top of the file")
     return flat
 
 
@@ -195,11 +204,19 @@ def _named_variants(written: Mapping[str, Any], shown: str, faults: list[str]) -
     variants = {name: _flat(table, f"{shown}: variant {name}", faults) for name, table in tables.items()}
     points = _grid(_flat(written.get("over", {}), f"{shown}: over", faults), f"{shown}: over", faults)
     found: dict[str, dict[str, Any]] = {}
+    spellings: dict[str, str] = {}  # by what a disk that ignores case makes of a name
     for (name, settings), point in itertools.product(variants.items() or [("", {})], points):
         full = ",".join(filter(None, (name, _point_name(point, points)))) or ONLY_VARIANT
+        other = spellings.setdefault(full.casefold(), full)
         if full in found:
             faults.append(f"{shown}: variant {full}: is there twice")
-        if not NAME.fullmatch(full) or full in RESERVED:
+        elif other != full:
+            faults.append(f"{shown}: variant {full}: not every disk can tell it from {other}")
+        if len(full) > LONGEST_NAME:
+            faults.append(f"{shown}: variant {full[:40]}...: is longer than {LONGEST_NAME} characters")
+        if full.casefold() in RESERVED:
+            faults.append(f"{shown}: variant {full}: is the name of a file or folder of the sweep's own")
+        elif not NAME.fullmatch(full):
             faults.append(f"{shown}: variant {full}: cannot name a folder; use letters, digits and . _ = , + -")
         found[full] = settings | point
     return found

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from popo_lite.errors import UserInputError
-from popo_lite.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, keep_lines, write_atomically
-from popo_lite.sweep.file import Sweep, Variant, dump_sweep, flat_recipe, load_sweep
+from popo_lite.errors import PopoError, UserInputError
+from popo_lite.run_folder import RunFolder, is_leftover, keep_lines, may_change_on_resume, write_atomically
+from popo_lite.sweep.file import SEED, Sweep, Variant, dump_sweep, flat_recipe, load_sweep
 
 RECIPE = "recipe.toml"
 
@@ -47,6 +48,11 @@ class SweepRun:
     def begun(self) -> bool:
         """Whether there is something to resume."""
         return self.folder.recipe_path.is_file() and not self.finished
+
+    @property
+    def steps_saved(self) -> int:
+        """Steps behind its newest checkpoint, step-NNNNNN; 0 where it has none."""
+        return max((int(path.name.partition("-")[2]) for path in self.folder.checkpoints.glob("step-*")), default=0)
 
 
 @dataclass(frozen=True)
@@ -95,19 +101,36 @@ class SweepFolder:
 
     def start_files(self, sweep: Sweep) -> None:
         """Write recipe.toml and sweep.toml."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.recipe_path, sweep.base_path.read_text(encoding="utf-8-sig"))
-        write_atomically(self.sweep_path, dump_sweep(sweep, RECIPE))
+        base = sweep.base_path.read_text(encoding="utf-8-sig")
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.recipe_path, base)
+            write_atomically(self.sweep_path, dump_sweep(sweep, RECIPE))
 
     def write_results(self, runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
         """Write results.jsonl anew and return its lines."""
         lines = [result_line(run, self.path) for run in runs if run.finished]
-        write_atomically(self.results_path, "".join(json.dumps(line) + "\n" for line in lines))
+        with writing(self.results_path):
+            write_atomically(self.results_path, "".join(json.dumps(line) + "\n" for line in lines))
         return lines
 
     def forget_failure(self, run: SweepRun) -> None:
         """Drop what failures.jsonl says of a run that is tried again."""
-        keep_lines(self.failures_path, lambda line: (line["variant"], line["seed"]) != (run.variant.name, run.seed))
+        with writing(self.failures_path):
+            keep_lines(self.failures_path, lambda line: (line["variant"], line["seed"]) != (run.variant.name, run.seed))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise PopoError with `path` and the reason where writing there fails."""
+    try:
+        yield
+    except OSError as error:
+        raise PopoError(
+            f"cannot be written: {error.strerror}",
+            where=str(path),
+            next_step="mend this, then give the same command again: what is done is kept",
+        ) from error
 
 
 def refuse_other_sweep(folder: SweepFolder, sweep: Sweep) -> None:
@@ -116,7 +139,7 @@ def refuse_other_sweep(folder: SweepFolder, sweep: Sweep) -> None:
     More variants and more seeds are welcome, and so is what changes speed and bookkeeping alone.
     """
     if not folder.sweep_path.is_file():
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+        if folder.path.exists() and (not folder.path.is_dir() or _holds_something_else(folder)):
             raise UserInputError(
                 "the folder is not empty and holds no sweep",
                 where=f"--output {folder.path}",
@@ -156,6 +179,15 @@ def result_line(run: SweepRun, parent: Path) -> dict[str, Any]:
     }
 
 
+def _holds_something_else(folder: SweepFolder) -> bool:
+    """Whether there is more than what a sweep leaves that ended before its sweep.toml was written.
+
+    The lock comes first: a recipe.toml without it is somebody's own.
+    """
+    names = {path.name for path in folder.path.iterdir() if not is_leftover(path)}
+    return not names <= ({folder.lock_path.name, RECIPE} if folder.lock_path.is_file() else set())
+
+
 def _changes(before: Sweep, now: Sweep) -> Iterator[str]:
     """One line for every difference that makes other experiments of those that were asked for."""
     gone = [seed for seed in before.seeds if seed not in now.seeds]
@@ -168,6 +200,7 @@ def _changes(before: Sweep, now: Sweep) -> Iterator[str]:
             yield f"variant {old.name}: gone"
             continue
         was, is_ = flat_recipe(old.recipe), flat_recipe(new.recipe)
+        may_change = may_change_on_resume(new.recipe) | {SEED}
         for key in sorted(was.keys() | is_.keys()):
-            if was.get(key) != is_.get(key) and key not in MAY_CHANGE_ON_RESUME | {"train.seed"}:
+            if was.get(key) != is_.get(key) and key not in may_change:
                 yield f"variant {old.name}: {key} was {was.get(key)!r} and is {is_.get(key)!r}"

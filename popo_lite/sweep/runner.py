@@ -22,9 +22,17 @@ from popo_lite.console.words import duration
 from popo_lite.errors import UserInputError
 from popo_lite.run_folder import append_line
 from popo_lite.sweep.file import as_options
-from popo_lite.sweep.folder import SweepFolder, SweepRun
+from popo_lite.sweep.folder import SweepFolder, SweepRun, writing
 
 POLL_SECONDS = 0.2
+STOPPED = (130, -signal.SIGINT)
+"""Exit codes of a run that was stopped: once it hears the signal, and while Python itself starts."""
+STOPPING = (
+    "stopping: the step is finished and saved; Ctrl-C again abandons it and saves",
+    "abandoning the step and saving; Ctrl-C again kills what runs",
+    "killed; the steps since the last checkpoint will be done again",
+)
+"""What is told at each stop signal; the last one ends every run at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +60,10 @@ def locked(folder: SweepFolder) -> Iterator[int]:
 
     Runs inherit the descriptor, so the lock stays with a run that outlives a killed sweep.
     """
-    with folder.lock_path.open("w") as file:
+    with writing(folder.lock_path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        file = folder.lock_path.open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -65,36 +76,46 @@ def locked(folder: SweepFolder) -> Iterator[int]:
 
 
 def execute(
-    folder: SweepFolder, runs: Sequence[SweepRun], *, jobs: int, lock: int, watcher: SweepWatcher
+    folder: SweepFolder,
+    runs: Sequence[SweepRun],
+    *,
+    jobs: int,
+    lock: int,
+    watcher: SweepWatcher,
+    ignore_plan: bool = False,
 ) -> SweepOutcome:
     """Run all of `runs` that have not finished, `jobs` at a time; one that was begun is resumed.
 
     A failure is recorded in failures.jsonl and the next run starts. SIGINT and SIGTERM are passed on: once the running
-    ones finish their step and save, twice they abandon it; nothing more is started.
+    ones finish their step and save, twice they abandon it, three times they are killed; nothing more is started.
+
+    Raises PopoError where the sweep's own files cannot be written; the running ones are stopped first.
     """
     waiting = deque(run for run in runs if not run.finished)
     working: list[_Process] = []
     failures: list[Failure] = []
-    with _Signals() as signals:
+    with _Signals(watcher) as signals:
         try:
             while working or (waiting and not signals.count):
                 while waiting and len(working) < jobs and not signals.count:
-                    working.append(_start(folder, waiting.popleft(), lock, watcher))
-                if any(process.told < signals.count for process in working):
-                    watcher.message("stopping: the step is finished and saved; Ctrl-C again abandons it and saves")
-                    _tell(working, signals.count)
+                    run = waiting.popleft()
+                    command = train_command(folder, run, ignore_plan=ignore_plan)
+                    working.append(_start(folder, run, command, lock, watcher))
+                signals.pass_on(working)
                 for process in [process for process in working if process.popen.poll() is not None]:
                     working.remove(process)
                     folder.write_results(runs)
-                    if failure := _ended(folder, process, watcher, stopped=signals.count > 0):
+                    if failure := _ended(folder, process, watcher):
                         failures.append(failure)
                 for process in working:
                     _watch(process, watcher)
                 time.sleep(POLL_SECONDS if working else 0)
         finally:
-            _tell(working, 1)
-            for process in working:
-                process.popen.wait()
+            if working:  # an error struck
+                signals.count = max(signals.count, 1)
+            while any(process.popen.poll() is None for process in working):
+                signals.pass_on(working)
+                time.sleep(POLL_SECONDS)
     return SweepOutcome(
         failures=tuple(failures), interrupted=signals.count > 0 and any(not run.finished for run in runs)
     )
@@ -114,9 +135,11 @@ class _Process:
 
 @dataclass
 class _Signals:
-    """Counts SIGINT and SIGTERM while it is entered."""
+    """Counts SIGINT and SIGTERM while it is entered. `told` is how many of them `watcher` was told of."""
 
+    watcher: SweepWatcher
     count: int = 0
+    told: int = 0
     _previous: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> _Signals:
@@ -128,56 +151,72 @@ class _Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def pass_on(self, working: Sequence[_Process]) -> None:
+        """Tell watcher and running processes of the signals that came since the last call."""
+        if working and self.told < self.count:
+            self.told = min(self.count, len(STOPPING))
+            self.watcher.message(STOPPING[self.told - 1])
+        for process in working:
+            if process.told >= self.told or process.popen.poll() is not None:
+                continue
+            if self.told == len(STOPPING):
+                # Its whole session, which it leads: an engine's processes would keep the GPU.
+                os.killpg(process.popen.pid, signal.SIGKILL)
+                process.told = self.told
+            else:
+                process.popen.send_signal(signal.SIGINT)
+                process.told += 1
+
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.count += 1
 
 
-def train_command(folder: SweepFolder, run: SweepRun) -> list[str]:
+def train_command(folder: SweepFolder, run: SweepRun, *, ignore_plan: bool = False) -> list[str]:
     """The command of one run."""
     overrides = [word for option in as_options(run.settings) for word in ("--set", option)]
     return [
-        *(sys.executable, "-m", "popo_lite", "train", str(folder.recipe_path)),
+        # -P: `-m` would import whatever file of the working folder has the name of a module first.
+        *(sys.executable, "-P", "-m", "popo_lite", "train", str(folder.recipe_path)),
         *("--seed", str(run.seed), *overrides, "--output", str(run.folder.path), "--view", "plain"),
         *(["--resume"] if run.begun else []),
+        *(["--ignore-plan"] if ignore_plan else []),
     ]
 
 
-def _start(folder: SweepFolder, run: SweepRun, lock: int, watcher: SweepWatcher) -> _Process:
+def _start(folder: SweepFolder, run: SweepRun, command: Sequence[str], lock: int, watcher: SweepWatcher) -> _Process:
     folder.forget_failure(run)
-    run.log_path.parent.mkdir(parents=True, exist_ok=True)
-    done = _steps(run.folder.metrics_path)[0] if run.begun else 0
-    watcher.started(run.name, done=done, total=run.variant.recipe.train.steps)
-    with run.log_path.open("ab") as log:
+    with writing(run.log_path):
+        run.log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = run.log_path.open("ab")
+    watcher.started(run.name, done=run.steps_saved, total=run.variant.recipe.train.steps)
+    with log:
         offset = log.tell()
         # A session of its own: Ctrl-C on the terminal reaches the sweep alone, which passes it on once.
         popen = subprocess.Popen(
-            train_command(folder, run),
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=(lock,),
         )
-    return _Process(run=run, popen=popen, started=time.monotonic(), log_offset=offset)
-
-
-def _tell(working: Sequence[_Process], count: int) -> None:
-    """Send every running process the stop signals that it has not had, up to `count`."""
-    for process in working:
-        if process.told < count:
-            process.popen.send_signal(signal.SIGINT)
-            process.told += 1
+    return _Process(run=run, popen=popen, started=time.monotonic(), log_offset=offset, seen_bytes=_size(run))
 
 
 def _watch(process: _Process, watcher: SweepWatcher) -> None:
-    path = process.run.folder.metrics_path
-    size = path.stat().st_size if path.is_file() else 0
+    size = _size(process.run)
     if size == process.seen_bytes:
         return
     process.seen_bytes = size
-    done, last = _steps(path)
+    done, last = _steps(process.run.folder.metrics_path)
     if last is not None:
         watcher.advanced(process.run.name, done=done, pass_rate=last["pass_rate"])
+
+
+def _size(run: SweepRun) -> int:
+    """Bytes of its metrics."""
+    path = run.folder.metrics_path
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _steps(path: Path) -> tuple[int, dict[str, Any] | None]:
@@ -188,8 +227,8 @@ def _steps(path: Path) -> tuple[int, dict[str, Any] | None]:
     return len(whole), json.loads(whole[-1]) if whole else None
 
 
-def _ended(folder: SweepFolder, process: _Process, watcher: SweepWatcher, *, stopped: bool) -> Failure | None:
-    """Tell and record how a run ended. One that was asked to stop and did has not failed."""
+def _ended(folder: SweepFolder, process: _Process, watcher: SweepWatcher) -> Failure | None:
+    """Tell and record how a run ended. One that was asked to stop and did has not failed; one that crashed has."""
     run, code = process.run, process.popen.returncode
     if run.finished:
         summary = json.loads(run.folder.summary_path.read_text(encoding="utf-8"))
@@ -197,7 +236,7 @@ def _ended(folder: SweepFolder, process: _Process, watcher: SweepWatcher, *, sto
         measured = f", pass@1 {after['pass_at_1']:.1%}" if after else ""
         watcher.ended(run.name, "done", f"{duration(time.monotonic() - process.started)}{measured}")
         return None
-    if stopped:
+    if process.told == len(STOPPING) or (process.told and code in STOPPED):
         watcher.ended(run.name, "stopped", "")
         return None
     failure = Failure(
@@ -207,7 +246,8 @@ def _ended(folder: SweepFolder, process: _Process, watcher: SweepWatcher, *, sto
         message=_last_words(run.log_path, process.log_offset, code),
         log=os.fspath(run.log_path),
     )
-    append_line(folder.failures_path, vars(failure))
+    with writing(folder.failures_path):
+        append_line(folder.failures_path, vars(failure))
     watcher.ended(run.name, "failed", failure.message)
     return failure
 

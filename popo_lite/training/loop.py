@@ -128,19 +128,19 @@ class Trainer:
     def run(self, folder: RunFolder, *, resume: bool = False) -> RunOutcome:
         """Train to the last step, or until interrupted; leaves all that `RunFolder` names in `folder`."""
         self.run_folder = folder
-        if resume:
-            self._restore()
-        start_files(folder, self.recipe, self.policy.device)
-        self._prove_sampler(self.view.message)
         steps = self.recipe.train.steps
-        self.view.start(
-            title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=self.cursor.next_step
-        )
         with self.interrupts as interrupts:
+            if resume:
+                self._restore()
+            start_files(folder, self.recipe, self.policy.device)
+            self._prove_sampler(self.view.message)
+            self.view.start(
+                title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=self.cursor.next_step
+            )
             try:
-                if self.cursor.before is None and self.held_out:
+                if self.cursor.before is None and self.held_out and not interrupts.requested:
                     self._set_cursor(before=asdict(self._evaluate("before")))
-                if self.cursor.next_step:
+                if self.cursor.next_step and not interrupts.requested:
                     self._after_step()  # what an interrupt may have left undone
                 while self.cursor.next_step < steps and not interrupts.requested:
                     self.train_step(self.cursor.next_step)
@@ -277,12 +277,13 @@ class Trainer:
             head_learning_rate=self.recipe.optimizer.head_learning_rate * factor,
             seconds=seconds,
             tokens_per_second={
-                "rollout": made["rollout_tokens"] / max(seconds["rollout"], 1e-9),
-                **{
-                    stage: learned["trained_tokens"] / max(seconds[stage], 1e-9)
-                    for stage in ("siamese", "update")
-                    if stage in seconds
-                },
+                stage: tokens / max(seconds[stage], 1e-9)
+                for stage, tokens in (
+                    ("rollout", made["rollout_tokens"]),
+                    ("siamese", 0 if plan is None else plan.anchored_tokens(self.recipe.objective)),
+                    ("update", learned["trained_tokens"]),
+                )
+                if tokens
             },
             peak_memory_bytes=peak_memory_bytes(self.policy.device),
             prompts_skipped=choice.skipped,

@@ -68,9 +68,13 @@ def learned(run: Path):
 def test_a_failure_ends_no_other_run_and_is_tried_again(tmp_path, command):
     (tmp_path / "study.toml").write_text(
         SMALL + '[variants.plain]\n[variants.broken]\ndata.dataset = "mine.jsonl"\neval.dataset = "mine.jsonl"\n'
+        'reward.function = "mine:right"\n'
     )
-    done = command("sweep", "study.toml", "--jobs", "2")
+    (tmp_path / "mine.py").write_text("def right(text, problem):\n    return problem['answer'] in text\n")
+    done = command("sweep", "study.toml", "--jobs", "2", "--ignore-plan")
     assert done.returncode == 1, done.stderr
+    go_on = "popo-lite sweep runs/study/sweep.toml --output runs/study --jobs 2 --ignore-plan"
+    assert done.stderr.endswith(f"To try again:\n  {go_on}\n")
     folder = tmp_path / "runs" / "study"
     (failure,) = json_lines(folder / "failures.jsonl")
     assert (failure["variant"], failure["seed"], failure["exit_code"]) == ("broken", 0, 2)
@@ -128,9 +132,11 @@ def test_killed_and_stopped_runs_go_on_as_if_nothing_had_happened(tmp_path, comm
 
     go_on = out.strip().split("\n")[-1].split()
     assert go_on[:2] == ["popo-lite", "sweep"]
+    saved = [max(int(path.name[-6:]) for path in run.glob("checkpoints/step-*")) for run in runs[:2]]
     done = command(*go_on[1:])
     assert done.returncode == 0, done.stderr
-    assert "goes on after step" in done.stderr
+    for seed, steps in enumerate(saved):
+        assert f"base seed {seed}: goes on after step {steps}, 8 steps" in done.stderr
     assert len(json_lines(folder / "results.jsonl")) == 3
     straight = command("train", folder / "base" / "seed-1" / "recipe.toml", "--output", "straight", "--view", "silent")
     assert straight.returncode == 0, straight.stderr

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -201,6 +202,38 @@ def test_a_pass_rate_that_some_reach_is_not_compared_by_the_lucky_ones(make_run:
     assert second["differences"]["train_pass_rate"]["mean"] == pytest.approx(-0.4)
 
 
+def test_seeds_that_agree_do_not_make_a_mean_certain(make_run: MakeRun) -> None:
+    runs = [make_run("a0", after=0.1 + 0.2), make_run("a1", seed=1, after=0.3), make_run("a2", seed=2, after=0.3),
+            make_run("b0", "lora.rank=4", after=0.5), make_run("b1", "lora.rank=4", seed=1, after=0.5)]  # fmt: skip
+    first, second = compare(runs, reach=0.8)["groups"]
+    assert first["figures"]["pass_at_1"] == {"mean": pytest.approx(0.3), "low": None, "high": None, "count": 3}
+    assert second["differences"]["pass_at_1"] == {"mean": pytest.approx(0.2), "low": None, "high": None, "count": 2}
+    assert first["curves"]["pass_rate"]["low"] == [None] * 20
+    assert first["figures"]["held_out_tokens"]["low"] is not None
+    plots.draw(compare(runs, reach=0.8))
+
+
+def test_what_it_took_to_get_there_has_no_interval_where_some_did_not(make_run: MakeRun) -> None:
+    slow, quicker, quick = [0.1] * 20, [*[0.1] * 4, *[0.9] * 16], [0.9] * 20
+    runs = [make_run("a", rates=quick), make_run("b", seed=1, rates=quicker), make_run("c", seed=2, rates=slow)]
+    (all_but_one,) = compare(runs, reach=0.8)["groups"]
+    assert all_but_one["figures"]["reach_steps"] == {"mean": 7.0, "low": None, "high": None, "count": 2}
+    (every,) = compare(runs[:2], reach=0.8)["groups"]
+    assert every["figures"]["reach_steps"]["low"] == 0.0
+
+
+def test_steps_of_an_older_version_are_refused_by_name(make_run: MakeRun) -> None:
+    path = make_run("a")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    (path / "metrics.jsonl").unlink()
+    for one in lines:
+        del one["sampled_entropy"]
+        append_line(path / "metrics.jsonl", one)
+    with pytest.raises(CheckpointError, match="do not tell sampled_entropy") as caught:
+        compare([path], reach=0.8)
+    assert caught.value.where == str(path / "metrics.jsonl")
+
+
 def test_a_seed_twice_is_refused(make_run: MakeRun) -> None:
     with pytest.raises(UserInputError, match="have seed 0"):
         compare([make_run("a"), make_run("b")], reach=0.8)
@@ -230,8 +263,34 @@ def test_a_sweep_brings_its_variants_and_tells_what_is_missing(a_sweep: Path, ma
         ("popo", [0, 1, 2]), ("no-entropy", [1, 2]),
     ]  # fmt: skip
     assert found["left_out"] == ["no-entropy seed 0: not finished"]
+    assert found["groups"][0]["figures"]["pass_at_4"] == {"mean": 0.9, "low": None, "high": None, "count": 3}
     with_run = compare([a_sweep, make_run("other", "lora.rank=4")], reach=0.8)
     assert [group["seeds"] for group in with_run["groups"]] == [[0, 1, 2], [1, 2], [0]]
+
+
+def test_groups_of_like_named_sweeps_and_runs_can_be_told_apart(
+    a_sweep: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("one", "two", "three/other"):
+        shutil.copytree(a_sweep, tmp_path / place if "/" in place else tmp_path / place / "sweep")
+    sweeps = [Path("one/sweep"), Path("two/sweep"), Path("three/other")]
+    found = compare(sweeps, reach=0.8)
+    assert [group["name"] for group in found["groups"]] == [
+        f"{prefix}/{name}" for prefix in ("one/sweep", "two/sweep", "other") for name in ("popo", "no-entropy")
+    ]
+    page = html_page(found, b"")
+    for index in range(6):
+        assert page.count(plots.colour(index)) == (4 if index == 0 else 5)
+    with pytest.raises(UserInputError, match="one/sweep and .* are the same folder"):
+        compare([Path("one/sweep"), tmp_path / "two" / ".." / "one" / "sweep"], reach=0.8)
+    # A single run's group would be named as the sweep's variant.
+    sweep_path = Path("one/sweep/sweep.toml")
+    sweep_path.write_text(sweep_path.read_text().replace('variants."popo"', 'variants."rank=4"'))
+    Path("one/sweep/popo").rename("one/sweep/rank=4")
+    runs = [make_run("r4", "lora.rank=4"), make_run("r8", "lora.rank=8")]
+    names = [group["name"] for group in compare([Path("one/sweep"), *runs], reach=0.8)["groups"]]
+    assert names == ["rank=4", "no-entropy", *map(str, runs)]
 
 
 # Pages.
@@ -244,11 +303,30 @@ def test_the_report_holds_figures_intervals_and_who_did_not_get_there(a_sweep: P
     rows = [row.split("  ") for row in text.splitlines()]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     margin = 4.3026527297 * 2 / math.sqrt(3)
-    assert ["popo", "3", f"82.0 [{82 - margin:.1f}, {82 + margin:.1f}]", "90.0 [90.0, 90.0]"] in [c[:4] for c in cells]
+    assert ["popo", "3", f"82.0 [{82 - margin:.1f}, {82 + margin:.1f}]", "90.0"] in [c[:4] for c in cells]
     assert ["no-entropy", "not reached", "-", "-", "-", "-"] in cells
     assert "Left out: no-entropy seed 0: not finished." in text
     gap = 12.7062047364 * 4  # differences -42 and -34 points
     assert f"-38.0 [{-38 - gap:.1f}, {-38 + gap:+.1f}]" in text
+    assert "paired)" not in text
+    assert "To a training pass rate of 80%" in text
+
+
+def test_reports_say_how_many_runs_a_figure_is_of(make_run: MakeRun) -> None:
+    runs = [make_run("a0", after=0.5), make_run("a1", seed=1, after=0.7), make_run("a2", seed=2, rates=[0.0] * 20),
+            make_run("b0", "lora.rank=4"), make_run("b1", "lora.rank=4", seed=3)]  # fmt: skip
+    found = compare(runs, reach=0.995)
+    stream = io.StringIO()
+    compare_report(found, Console(file=stream, width=400))
+    lines = stream.getvalue().splitlines()
+    entropies = [line for line in lines if line.strip().startswith("rank=16")][1]
+    assert "0.400 (n = 2)" in entropies
+    assert entropies.count("(n = 2)") == 3  # entropy, of its start, effective sample size: of the runs that trained
+    difference = next(line for line in reversed(lines) if line.strip().startswith("rank=4"))
+    assert "+0.0 (1 of 2 paired)" in difference
+    assert "To a training pass rate of 99.5%" in stream.getvalue()
+    titles = [axis.get_title(loc="left") for axis in plots.draw(found).axes]
+    assert "Tokens trained on until 99.5%" in titles
 
 
 class Page(html.parser.HTMLParser):
@@ -296,6 +374,15 @@ def test_names_of_variants_are_text_in_the_page(make_run: MakeRun) -> None:
     assert "id=&lt;script&gt;$x_1$" in text
 
 
+@pytest.mark.parametrize("name", ["BODY", "TITLE"])
+def test_names_are_no_places_in_the_page(make_run: MakeRun, name: str) -> None:
+    text = html_page(compare([make_run("a"), make_run("b", f"model.id={name}")], reach=0.8), b"")
+    title = f"Comparison of id=tiny, id={name}"
+    assert f"<title>{title}</title>" in text
+    assert f"<body>\n<h1>{title}</h1>" in text
+    assert text.count("<h1>") == 1
+
+
 def test_every_panel_shows_every_group_in_its_colour(a_sweep: Path, tmp_path: Path) -> None:
     import numpy as np
     from matplotlib.image import imread
@@ -326,6 +413,21 @@ def test_more_groups_than_colours_differ_in_their_lines(make_run: MakeRun) -> No
     assert len(looks) == len(lines) == 9
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [f"rank={rank}" for rank in range(1, 10)]
+
+
+@pytest.mark.parametrize(("groups", "bands"), [(7, 7), (8, 1)])
+def test_many_groups_are_told_apart_by_lines_and_not_hidden_by_bands(
+    make_run: MakeRun, groups: int, bands: int
+) -> None:
+    runs = [make_run(f"r{rank}", f"lora.rank={rank}") for rank in range(1, groups + 1)]
+    found = compare(runs, reach=0.8)
+    axis = plots.draw(found).axes[0]
+    assert (len(axis.lines), len(axis.collections)) == (groups, bands)
+    page = html_page(found, b"")
+    assert ("the band (of rank=1 alone) 95" in page) == (bands == 1)
+    first = plots.colour(0)
+    assert f"border-top: .2em solid {first}" in page
+    assert (f"border-top: .2em dashed {first}" in page) == (groups == 8)
 
 
 def test_runs_without_evaluation_or_a_trained_step_are_shown_as_not_measured(make_run: MakeRun, tmp_path: Path) -> None:

@@ -131,13 +131,14 @@ rank = 3
 """
     )
     name = "cannot name a folder; use letters, digits and . _ = , + -"
-    assert faults_of(path, seeds="x") == [
+    assert faults_of(path, "train.seed=3", seeds="x") == [
         "x.toml: seed: unknown key; did you mean seeds?",
         "x.toml: variant b/c: train.seed: the sweep sets it; write seeds = [...] at the top of the file",
         "x.toml: variant comparison: rank: must be a recipe key, section.key = value",
         f"x.toml: variant b/c: {name}",
-        f"x.toml: variant comparison: {name}",
+        "x.toml: variant comparison: is the name of a file or folder of the sweep's own",
         '--seeds = "x": must be different whole numbers, such as 0-4 or 0,2,5',
+        "--set train.seed: the sweep sets it; give --seeds",
         "x.toml: variant a: objective.alpa = 1: unknown key; did you mean objective.alpha?",
         "x.toml: variant a: lora.rank = 0: must be at least 1 and at most 1024",
         # The key to blame is the base's, the variant is still named.
@@ -157,6 +158,16 @@ rank = 3
         ('recipe = "tiny_cpu"\nover = { "lora.rank" = 4 }', (), "x.toml: over: lora.rank: must be a list of values"),
         ('recipe = "tiny_cpu"\nover = { "lora.rank" = [] }', (), "x.toml: over: lora.rank: must be a list of values"),
         ('recipe = "tiny_cpu"\nover = { "lora.rank" = [4, 4] }', (), "x.toml: variant rank=4: is there twice"),
+        ('recipe = "tiny_cpu"', ("lora.rank=4", " train.seed = 3"), "--set train.seed: the sweep sets it; give "
+         "--seeds"),
+        ('recipe = "tiny_cpu"\nset = { lora.rank = 4, "lora.rank" = 8 }', (), "x.toml: [set]: lora.rank: is there "
+         "twice, with and without quotes"),
+        ('recipe = "tiny_cpu"\n[variants.a]\n"lora.rank" = 4\n[variants.a.lora]\nrank = 8', (), "x.toml: variant a: "
+         "lora.rank: is there twice, with and without quotes"),
+        ('recipe = "tiny_cpu"\n[variants.popo]\n[variants.Popo]\nlora.rank = 4', (), "x.toml: variant Popo: not "
+         "every disk can tell it from popo"),
+        (f'recipe = "tiny_cpu"\n[variants.{"v" * 201}]', (), f"x.toml: variant {'v' * 40}...: is longer than 200 "
+         "characters"),
         ('recipe = "tiny_cpu"\nvariants = 3', (), "x.toml: variants: must be tables, [variants.name]"),
         ('recipe = "tiny_cpu"\nseeds = [0, true]', (), "x.toml: seeds = [0, true]: must be different whole numbers, "
          "such as 0-4 or 0,2,5"),
@@ -164,6 +175,14 @@ rank = 3
 )  # fmt: skip
 def test_one_fault(write: Write, text: str, overrides: tuple[str, ...], fault: str) -> None:
     assert faults_of(write(text), *overrides) == [fault]
+
+
+@pytest.mark.parametrize(
+    "name", ["comparison", "Comparison", "failures.jsonl", "recipe.toml", "results.jsonl", "sweep.toml"]
+)
+def test_names_that_the_sweep_itself_needs(write: Write, name: str) -> None:
+    (fault,) = faults_of(write(f'recipe = "tiny_cpu"\n[variants."{name}"]'))
+    assert fault == f"x.toml: variant {name}: is the name of a file or folder of the sweep's own"
 
 
 def test_what_was_asked_is_a_sweep_file_that_asks_the_same(write: Write, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from popo_lite.errors import UserInputError
-from popo_lite.run_folder import append_line, read_lines
+from popo_lite.errors import PopoError, UserInputError
+from popo_lite.run_folder import append_line, new_run_folder, read_lines
 from popo_lite.sweep.file import Sweep, load_sweep
 from popo_lite.sweep.folder import SweepFolder, SweepRun, refuse_other_sweep
 from popo_lite.sweep.runner import locked, train_command
@@ -61,6 +63,50 @@ def test_more_variants_and_seeds_and_what_changes_speed_alone_are_welcome(tmp_pa
     folder.start_files(more)
     refuse_other_sweep(folder, load_sweep(folder.sweep_path))
     assert load_sweep(folder.sweep_path).variants == more.variants
+
+
+def test_the_cut_may_not_change_where_dropout_hangs_on_it(tmp_path):
+    with_dropout = "[set]\nlora.dropout = 0.1\n" + TWO
+    folder = SweepFolder(tmp_path / "dropout")
+    folder.start_files(asked(tmp_path, with_dropout))
+    refuse_other_sweep(folder, asked(tmp_path, with_dropout, "0-1", "rollout.batch_size=8"))
+    with pytest.raises(UserInputError, match="variant a: train.tokens_per_microbatch was 16384 and is 4096"):
+        refuse_other_sweep(folder, asked(tmp_path, with_dropout, "0-1", "train.tokens_per_microbatch=4096"))
+
+
+def test_what_a_sweep_that_was_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
+    folder, sweep = SweepFolder(tmp_path / "sweep"), asked(tmp_path)
+    with locked(folder):
+        pass
+    refuse_other_sweep(folder, sweep)
+    folder.recipe_path.write_text("[train]")
+    (folder.path / ".sweep.toml.partial").touch()
+    refuse_other_sweep(folder, sweep)
+    folder.lock_path.unlink()  # then the recipe is somebody's own
+    with pytest.raises(UserInputError, match="not empty and holds no sweep"):
+        refuse_other_sweep(folder, sweep)
+
+
+def test_what_a_run_that_was_killed_at_its_start_leaves_is_no_hindrance(tmp_path, folder):
+    run = folder.runs(asked(tmp_path))[0]
+    run.folder.path.mkdir(parents=True)
+    (run.folder.path / ".recipe.toml.partial").touch()
+    assert not run.begun
+    assert new_run_folder(run.variant.recipe, "x", run.folder.path) == run.folder
+    (run.folder.path / ".notes").touch()
+    with pytest.raises(UserInputError, match="not empty"):
+        new_run_folder(run.variant.recipe, "x", run.folder.path)
+
+
+def test_what_cannot_be_written_is_told_with_path_and_reason(tmp_path, folder):
+    folder.results_path.mkdir()
+    with pytest.raises(PopoError) as caught:
+        folder.write_results([])
+    assert (caught.value.where, caught.value.what) == (str(folder.results_path), "cannot be written: Is a directory")
+    occupied = tmp_path / "occupied"
+    occupied.touch()
+    with pytest.raises(PopoError, match="cannot be written: File exists"), locked(SweepFolder(occupied)):
+        pass
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
@@ -117,7 +163,7 @@ def test_a_failure_is_forgotten_when_its_run_is_tried_again(tmp_path, folder):
 def test_an_unfinished_run_is_resumed_with_the_same_settings(tmp_path, folder):
     run = folder.runs(asked(tmp_path, TWO, "0-1", "lora.rank=4"))[1]
     command = train_command(folder, run)
-    assert command[1:5] == ["-m", "popo_lite", "train", str(folder.recipe_path)]
+    assert command[1:6] == ["-P", "-m", "popo_lite", "train", str(folder.recipe_path)]
     assert "--resume" not in command
     options = [
         "--seed",
@@ -129,10 +175,34 @@ def test_an_unfinished_run_is_resumed_with_the_same_settings(tmp_path, folder):
         "--set",
         'data.system_prompt="count, don\'t guess"',
     ]
-    assert command[5:13] == options
+    assert command[6:14] == options
     run.folder.path.mkdir(parents=True)
     run.folder.recipe_path.touch()
     assert train_command(folder, run) == [*command, "--resume"]
+    assert train_command(folder, run, ignore_plan=True) == [*command, "--resume", "--ignore-plan"]
+
+
+def test_a_run_goes_on_after_its_checkpoint_and_not_its_last_line(tmp_path, folder):
+    run = folder.runs(asked(tmp_path))[0]
+    assert run.steps_saved == 0
+    for name in ("step-000002", "step-000010", ".step-000012.partial"):
+        (run.folder.checkpoints / name).mkdir(parents=True)
+    for step in range(12):
+        append_line(run.folder.metrics_path, {"step": step})
+    assert run.steps_saved == 10
+
+
+def test_runs_import_nothing_by_chance_from_the_working_folder(tmp_path, folder):
+    (tmp_path / "click.py").write_text("raise SystemExit('this is not click')")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "sitecustomize.py").write_text("print('PYTHONPATH counts')")
+    interpreter = train_command(folder, folder.runs(asked(tmp_path))[0])[:4]
+    done = subprocess.run(
+        [*interpreter, "--version"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "elsewhere")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("PYTHONPATH counts\npopo-lite")
 
 
 def test_two_sweeps_do_not_share_a_folder(folder):

@@ -264,18 +264,37 @@ def test_a_folder_that_is_no_run_says_so(tmp_path):
         RunFolder(tmp_path).recipe()
 
 
-def test_lines_of_steps_to_be_repeated_go(tmp_path):
+@pytest.mark.parametrize("torn", [b"", b'{"step": 5, "lo', '{"step": 5, "text": "é'.encode()[:-1], b"\0\0\0"])
+def test_lines_of_steps_to_be_repeated_go(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     for step in range(5):
         append_line(path, {"step": step})
-    with path.open("a") as file:
-        file.write('{"step": 5, "lo\n')
     separators = "one\u2028line\x85still"
     append_line(path, {"step": 0, "text": separators})
+    with path.open("ab") as file:
+        file.write(torn)
     keep_lines(path, lambda line: line["step"] < 3)
     keep_lines(tmp_path / "absent.jsonl", lambda _: True)
     assert json_lines(path).pop()["text"] == separators
     assert [line["step"] for line in json_lines(path)] == [0, 1, 2, 0]
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}')
+    keep_lines(path, lambda _: True)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+@pytest.mark.parametrize("corrupt", [b'{"step": 5, "lo', b'{"step": "\xc3"}', b"5"])
+def test_a_corrupt_line_that_is_not_the_last_is_no_kills_work(tmp_path, corrupt):
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"step": 0}\n' + corrupt + b'\n{"step": 1}\n'
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="line 2 is not one that was written here") as caught:
+        keep_lines(path, lambda _: True)
+    assert caught.value.where == str(path)
+    assert path.read_bytes() == content
 
 
 def test_signals_are_noted_and_raise_only_where_asked():
