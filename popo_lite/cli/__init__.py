@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from importlib import metadata
 from typing import Any
 
@@ -20,16 +21,25 @@ from popo_lite.errors import PopoError
 
 
 class _Commands(click.Group):
-    """Turns a PopoError into its message and exit code; any other exception keeps its traceback."""
+    """Turns a PopoError, or a full disk, into its message and exit code; other exceptions keep their traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except PopoError as error:
-            from popo_lite.console.output import print_error
+            told = error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            told = PopoError(
+                "there is no room left on the disk",
+                where=error.filename,
+                next_step="make room and give the command again, train with --resume: what was saved before is whole",
+            )
+        from popo_lite.console.output import print_error
 
-            print_error(error)
-            ctx.exit(error.exit_code)
+        print_error(told)
+        ctx.exit(told.exit_code)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

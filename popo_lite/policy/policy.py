@@ -306,7 +306,7 @@ def _after_an_answer(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
         raise ModelError(
             f"the chat template is no valid Jinja: {error}",
             where="data.chat_template" if chat_template else f"the tokenizer of {tokenizer.name_or_path}",
-            next_step="correct it, or set data.chat_template",
+            next_step="correct it, or set data.chat_template (popo-lite eval: --chat-template FILE)",
         ) from error
     except TemplateError:  # it refuses assistant turns, and so names no end of one
         return ""

@@ -77,3 +77,14 @@ def test_help_names_every_command(command):
     for name in ("train", "eval", "generate", "export", "recipe"):
         assert f"\n  {name}" in done.stdout
         assert command(name, "--help").returncode == 0
+
+
+def test_a_full_disk_is_told():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "popo_lite", "recipe", "show"], stdout=full, stderr=subprocess.PIPE, text=True,
+            check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "no room left on the disk" in done.stderr
+    assert "Traceback" not in done.stderr
