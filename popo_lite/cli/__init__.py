@@ -39,7 +39,7 @@ class _Commands(click.Group):
         from popo_lite.console.output import print_error
 
         print_error(told)
-        ctx.exit(told.exit_code)
+        return ctx.exit(told.exit_code)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_help_names_every_command(command):
 
 
 def test_a_full_disk_is_told():
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "popo_lite", "recipe", "show"], stdout=full, stderr=subprocess.PIPE, text=True,
             check=False,
