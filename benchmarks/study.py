@@ -127,6 +127,7 @@ def sections(name: str) -> Iterator[str]:
     for table in tables(comparison(name)):
         yield markdown(table)
     if name in DIFFICULTIES:
+        yield markdown(time_table(name))
         yield markdown(tokens_table(name))
 
 
@@ -146,6 +147,20 @@ def kept(name: str) -> Iterator[dict[str, Any]]:
     """The lines of a sweep's kept files, seed by seed."""
     for seed in load(name).seeds:
         yield from read_lines(RESULTS / name / f"seed-{seed}.jsonl")
+
+
+def time_table(name: str) -> Table:
+    """Medians over seeds: seconds of the steps, and how many times popo's of the same seed they are."""
+    seconds: dict[str, dict[int, float]] = {}
+    for line in kept(name):
+        seconds.setdefault(line["variant"], {})[line["seed"]] = line["figures"]["seconds"]
+    rows = []
+    for variant, by_seed in seconds.items():
+        ratios = sorted(taken / seconds["popo"][seed] for seed, taken in by_seed.items())
+        shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        rows.append((variant, f"{statistics.median(by_seed.values()):.1f}", shown))
+    columns = ("variant", "seconds, median", "of popo's with the same seed, median (least to most)")
+    return Table(title="Time of the training steps", columns=columns, rows=rows)
 
 
 def tokens_table(name: str) -> Table:
