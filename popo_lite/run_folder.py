@@ -6,6 +6,7 @@ summary.json
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -14,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from popo_lite.errors import CheckpointError, UserInputError
+from popo_lite.errors import CheckpointError, PopoError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import dump_recipe, load_recipe
 
@@ -290,6 +291,14 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except ValueError:  # no JSON, or the half of a character
         return None
     return record if isinstance(record, dict) else None
+
+
+def take_lock(file: IO[str], busy: PopoError) -> None:
+    """Lock `file` until it is closed, by this process and all that inherit it. Raises `busy` where another has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise busy from error
 
 
 def write_atomically(path: Path, text: str) -> None:

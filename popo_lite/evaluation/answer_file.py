@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from popo_lite.errors import CheckpointError, UserInputError
 from popo_lite.evaluation.benchmarks import Chunk
-from popo_lite.run_folder import append_line, environment, keep_lines, read_lines, write_atomically
+from popo_lite.run_folder import append_line, environment, keep_lines, read_lines, take_lock, write_atomically
 from popo_lite.types import BenchmarkResult, ProblemAnswers
 
 if TYPE_CHECKING:
@@ -61,14 +60,12 @@ class EvaluationFolder:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserInputError(
-                    "another evaluation is at work in this folder",
-                    where=str(self.path),
-                    next_step="wait for it, stop it, or name another folder with --output",
-                ) from error
+            busy = UserInputError(
+                "another evaluation is at work in this folder",
+                where=str(self.path),
+                next_step="wait for it, stop it, or name another folder with --output",
+            )
+            take_lock(file, busy)
             yield
 
     def open(self, settings: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ from typing import Any
 from popo_lite.console.sweep_view import SweepWatcher
 from popo_lite.console.words import duration
 from popo_lite.errors import UserInputError
-from popo_lite.run_folder import append_line
+from popo_lite.run_folder import append_line, take_lock
 from popo_lite.sweep.file import as_options
 from popo_lite.sweep.folder import SweepFolder, SweepRun, writing
 
@@ -64,14 +63,8 @@ def locked(folder: SweepFolder) -> Iterator[int]:
         folder.path.mkdir(parents=True, exist_ok=True)
         file = folder.lock_path.open("w")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserInputError(
-                "another sweep, or a run that outlived one, is at work in this folder",
-                where=str(folder.path),
-                next_step="wait for it, or stop it",
-            ) from error
+        busy = "another sweep, or a run that outlived one, is at work in this folder"
+        take_lock(file, UserInputError(busy, where=str(folder.path), next_step="wait for it, or stop it"))
         yield file.fileno()
 
 
