@@ -26,9 +26,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _ctrl_c_is_heard() -> None:
-    """Shells start background jobs with SIGINT ignored, which tests send."""
+    """Whatever the test before did with SIGINT; and shells start background jobs with it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -94,11 +94,13 @@ def train(
             # The folder is made when everything has loaded: a run that cannot start leaves nothing behind.
             if not resume:
                 run = new_run_folder(settings, name, output)
-            # The run hears Ctrl-C itself, and no signal before or after it may be lost or raise: those before stop it
-            # at its first step, those after have nothing left to stop.
+            # The run hears Ctrl-C itself; one that comes before it does stops it at its first step.
             default = signal.signal(signal.SIGINT, trainer.interrupts.note)
             with memory_named("before the first step", what_helps):
                 outcome = trainer.run(run, resume=resume)
+            # One that comes after has nothing left to stop. No handler of Python's: the interpreter takes those down
+            # as it leaves, and the signal would kill it.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             question = trainer.held_out[0].question if trainer.held_out else ""
     resume_command = f"popo-lite train {run.recipe_path} --resume --output {run.path}"
     if ignore_plan:

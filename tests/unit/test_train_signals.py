@@ -13,13 +13,6 @@ from popo_lite.cli import main
 from popo_lite.training.loop import Trainer
 
 
-@pytest.fixture(autouse=True)
-def _handlers():
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def train(folder: Path, *options: str) -> Result:
     small = ("train.steps=1", "data.prompts_per_step=2", "rollout.group_size=2", "eval.problems=2")
     settings = [word for setting in small for word in ("--set", setting)]
