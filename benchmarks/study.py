@@ -42,6 +42,8 @@ PARTS = 3
 """Parts of a run, from its start to its end, for which tokens are told apart."""
 DIGITS = 5
 """Of the figures of curves."""
+SUMMARY = ("popo", "raft", "skip-all-right", "reference", "grpo-token", "grpo")
+"""Variants of the table at the top of the page."""
 PLOTS: Mapping[str, Sequence[str]] = {
     "objectives": ("popo", "skip-all-right", "mixed", "raft", "grpo", "grpo-token"),
     "components": ("popo", "uniform", "sequence-logprob", "no-similarity", "no-siamese", "no-entropy", "no-noise",
@@ -93,6 +95,7 @@ def keep(name: str, folder: Path) -> None:
             "variant": run.variant.name,
             "seed": run.seed,
             "problems": found.problems,
+            "before": json.loads(run.folder.summary_path.read_text(encoding="utf-8"))["before"],
             "figures": found.figures,
             "parts": [_part(steps[start:end]) for start, end in itertools.pairwise(bounds)],
             "curves": {key: [_rounded(value) for value in course] for key, course in found.curves.items()},
@@ -114,21 +117,49 @@ def draw(name: str) -> None:
 
 def written(page: str) -> str:
     """The page with its tables as the kept files have them: what stands between `<!-- NAME -->` and `<!-- end -->`."""
-    for name in SWEEPS:
+    parts = {"summary": map(summary, DIFFICULTIES)} | {name: map(markdown, sections(name)) for name in SWEEPS}
+    for name, part in parts.items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, _, rest = page.partition(start)
         _, _, after = rest.partition(end)
-        page = before + start + "\n" + "\n".join(sections(name)) + "\n" + end + after
+        page = before + start + "\n" + "\n".join(part) + "\n" + end + after
     return page
 
 
-def sections(name: str) -> Iterator[str]:
-    """The tables of a sweep, as Markdown."""
-    for table in tables(comparison(name)):
-        yield markdown(table)
+def sections(name: str) -> Iterator[Table]:
+    """The tables of a sweep."""
+    yield from tables(comparison(name))
     if name in DIFFICULTIES:
-        yield markdown(time_table(name))
-        yield markdown(tokens_table(name))
+        yield time_table(name)
+        yield tokens_table(name)
+
+
+def summary(name: str) -> str:
+    """The table of a sweep at the top of the page, as Markdown: those of SUMMARY, held against popo seed by seed."""
+    figures: dict[str, list[Mapping[str, float]]] = {variant: [] for variant in SUMMARY}
+    starts = []
+    for line in kept(name):
+        if line["variant"] in figures:
+            figures[line["variant"]].append(line["figures"])
+            starts.append(line["before"]["pass_at_1"])
+    rows = []
+    for variant, runs in figures.items():
+        pairs = list(zip(runs, figures["popo"], strict=True))
+        gaps = mean_interval([100 * (run["pass_at_1"] - popo["pass_at_1"]) for run, popo in pairs])
+        tokens = mean_interval([run["trained_tokens"] / popo["trained_tokens"] for run, popo in pairs])
+        seconds = statistics.median(run["seconds"] / popo["seconds"] for run, popo in pairs)
+        rows.append(
+            (
+                variant,
+                f"{statistics.fmean(run['pass_at_1'] for run in runs):.1%}",
+                "" if variant == "popo" else f"{gaps.mean:+.1f} [{gaps.low:+.1f}, {gaps.high:+.1f}]",
+                "1" if variant == "popo" else f"{tokens.mean:.2f} [{tokens.low:.2f}, {tokens.high:.2f}]",
+                "1" if variant == "popo" else f"{seconds:.2f}",
+            )
+        )
+    columns = ("variant", "pass@1 at the end", "points above popo", "tokens trained on, of popo's", "time, of popo's")
+    title = f"{name.removeprefix('study_').replace('_', ' ')}, pass@1 at the start {statistics.fmean(starts):.1%}"
+    return markdown(Table(title=title, columns=columns, rows=rows))
 
 
 def comparison(name: str, variants: Sequence[str] = ()) -> dict[str, Any]:

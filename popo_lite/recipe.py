@@ -109,7 +109,7 @@ class ObjectiveRecipe(Section):
     """A rollout is positive when its reward is above this."""
     skip_all_right: bool = False
     """Leave groups without a wrong answer out of the update: raising all that a prompt gets is little but noise, and
-    late in a run most tokens are such. `grpo` does so in any case."""
+    late in a run most tokens can be such. `grpo` does so in any case."""
     negative_weight: Rate = 0.1
     """With `mixed`: weight of the mean log-prob of wrong answers, which is lowered."""
     advantage_scaling: Literal["std", "none"] = "std"

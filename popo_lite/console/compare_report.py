@@ -40,8 +40,8 @@ _POLICY = (
     _Column(key="train_tokens", heading="answer tokens"),
     _Column(key="unique_answers", heading="different answers", places=2),
     _Column(key="sampled_entropy", heading="entropy nats", places=3),
+    _Column(key="sampled_entropy_over_start", heading="of its start %", scale=100),
     _Column(key="entropy", heading="of those trained on", places=3),
-    _Column(key="entropy_over_start", heading="of its start %", scale=100),
     _Column(key="effective_sample_share", heading="eff. sample %", scale=100, places=2),
     _Column(key="siamese_drift", heading="drift", places=3),
 )

@@ -114,7 +114,7 @@ def _of_training(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         "unique_answers": _mean(last, "unique_answers_mean"),
         "sampled_entropy": _mean(last, "sampled_entropy"),
         "entropy": _mean(last, "entropy"),
-        "entropy_over_start": _mean(last, "entropy_over_start"),
+        "sampled_entropy_over_start": _over_start(last, steps, "sampled_entropy"),
         "effective_sample_share": _mean(last, "effective_sample_share"),
         "siamese_drift": steps[-1]["siamese_drift"],
         **totals,
@@ -140,6 +140,11 @@ def _to_reach(steps: Sequence[Mapping[str, Any]], reach: float) -> dict[str, flo
 def _mean(steps: Sequence[Mapping[str, Any]], key: str) -> float | None:
     known = [line[key] for line in steps if line[key] is not None]
     return statistics.fmean(known) if known else None
+
+
+def _over_start(last: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    mean, start = _mean(last, key), steps[0][key]
+    return mean / start if mean is not None and start else None
 
 
 def _course(steps: Sequence[Mapping[str, Any]], key: str) -> list[float | None]:

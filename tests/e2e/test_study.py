@@ -53,13 +53,14 @@ def test_a_study_trains_what_is_missing_and_writes_its_page(study, tmp_path, mon
     (tmp_path / "small.toml").write_text(SMALL)
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
-    page.write_text("before\n<!-- small -->\nold\n<!-- end -->\nafter\n")
+    page.write_text("<!-- summary -->\nold\n<!-- end -->\nbefore\n<!-- small -->\nold\n<!-- end -->\nafter\n")
     for name, value in {
         "SWEEP_FILES": tmp_path,
         "RESULTS": tmp_path / "results",
         "PAGE": page,
         "SWEEPS": ("small",),
         "DIFFICULTIES": ("small",),
+        "SUMMARY": ("popo", "grpo"),
         "PLOTS": {"objectives": ("popo", "grpo")},
         "REACH": 0.2,
     }.items():
@@ -68,7 +69,10 @@ def test_a_study_trains_what_is_missing_and_writes_its_page(study, tmp_path, mon
     monkeypatch.setattr(sys, "argv", arguments)
     study.main()
     first = page.read_text()
-    assert first.startswith("before\n<!-- small -->\n\n**Held-out problems, at the end**\n")
+    assert first.startswith("<!-- summary -->\n\n**small, pass@1 at the start ")
+    assert "| popo | " in first.partition("<!-- end -->")[0]
+    assert "\nbefore\n<!-- small -->\n\n**Held-out problems, at the end**\n" in first
+    assert "old" not in first
     assert first.endswith("\n<!-- end -->\nafter\n")
     assert (page.parent / "study" / "small_objectives.png").stat().st_size > 10_000
     for table in tables(compare([tmp_path / "runs" / "small"], reach=0.2)):

@@ -103,9 +103,8 @@ def line(step: int, rate: float, seed: int, factor: float) -> dict[str, Any]:
         "pass_rate": rate,
         "completion_tokens_mean": factor * (30.0 + step),
         "unique_answers_mean": 3.0,
-        "sampled_entropy": 0.5 * factor,
+        "sampled_entropy": (0.5 if step else 0.8) * factor,
         "entropy": None if skipped else 0.4 * factor,
-        "entropy_over_start": None if skipped else 0.8,
         "effective_sample_share": None if skipped else 0.99 * factor,
         "siamese_drift": 0.01 * step * factor,
         "rollout_tokens": 1000 + seed,
@@ -129,7 +128,7 @@ def test_figures_of_a_run(make_run: MakeRun) -> None:
     assert figures["train_tokens"] == 48.5
     assert figures["siamese_drift"] == pytest.approx(0.19)
     assert (figures["rollout_tokens"], figures["trained_tokens"], figures["seconds"]) == (20060, 7600, 40.0)
-    assert figures["sampled_entropy"] == 0.5
+    assert (figures["sampled_entropy"], figures["sampled_entropy_over_start"]) == (0.5, 0.625)
     assert (figures["tokens_of_all"], figures["tokens_of_positives"]) == (40060, 7600)
     assert (figures["tokens_of_mixed_groups"], figures["trained_share"]) == (19000, 7600 / 40060)
     # Of five steps four must be at 0.9, the fifth at 0.5, for a mean of 0.82; three give 0.74.
@@ -321,7 +320,7 @@ def test_reports_say_how_many_runs_a_figure_is_of(make_run: MakeRun) -> None:
     lines = stream.getvalue().splitlines()
     entropies = [line for line in lines if line.strip().startswith("rank=16")][1]
     assert "0.400 (n = 2)" in entropies
-    assert entropies.count("(n = 2)") == 3  # entropy, of its start, effective sample size: of the runs that trained
+    assert entropies.count("(n = 2)") == 2  # entropy and effective sample size of the runs that trained
     difference = next(line for line in reversed(lines) if line.strip().startswith("rank=4"))
     assert "+0.0 (1 of 2 paired)" in difference
     assert "To a training pass rate of 99.5%" in stream.getvalue()
