@@ -89,7 +89,6 @@ def keep(name: str, folder: Path) -> None:
     for run in SweepFolder(folder).runs(load(name)):
         found = read_run(run.folder.path, reach=REACH)
         steps = read_lines(run.folder.metrics_path)
-        bounds = [round(len(steps) * part / PARTS) for part in range(PARTS + 1)]
         line = {
             "command": COMMAND,
             "variant": run.variant.name,
@@ -97,7 +96,7 @@ def keep(name: str, folder: Path) -> None:
             "problems": found.problems,
             "before": json.loads(run.folder.summary_path.read_text(encoding="utf-8"))["before"],
             "figures": found.figures,
-            "parts": [_part(steps[start:end]) for start, end in itertools.pairwise(bounds)],
+            "parts": [_part(steps[start:end]) for start, end in _bounds(len(steps))],
             "curves": {key: [_rounded(value) for value in course] for key, course in found.curves.items()},
             "environment": json.loads((run.folder.path / "environment.json").read_text(encoding="utf-8")),
         }
@@ -116,12 +115,17 @@ def draw(name: str) -> None:
 
 
 def written(page: str) -> str:
-    """The page with its tables as the kept files have them: what stands between `<!-- NAME -->` and `<!-- end -->`."""
+    """The page with its tables as the kept files have them: what stands between `<!-- NAME -->` and `<!-- end -->`.
+
+    Raises ValueError where the page has no place for one of them.
+    """
     parts = {"summary": map(summary, DIFFICULTIES)} | {name: map(markdown, sections(name)) for name in SWEEPS}
     for name, part in parts.items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
-        before, _, rest = page.partition(start)
-        _, _, after = rest.partition(end)
+        before, opened, rest = page.partition(start)
+        _, closed, after = rest.partition(end)
+        if not (opened and closed):
+            raise ValueError(f"{PAGE} has no {start.strip()} with {end} behind it")
         page = before + start + "\n" + "\n".join(part) + "\n" + end + after
     return page
 
@@ -199,12 +203,11 @@ def tokens_table(name: str) -> Table:
     runs = [line for line in kept(name) if line["variant"] == "popo"]
     length = len(runs[0]["curves"]["pass_rate"])
     rows = []
-    for part in [*range(PARTS), None]:
-        sums = [_whole(run["parts"]) if part is None else run["parts"][part] for run in runs]
-        first, last = (0, length) if part is None else (length * part // PARTS, length * (part + 1) // PARTS)
+    for part, (start, end) in enumerate([*_bounds(length), (0, length)]):
+        sums = [run["parts"][part] if part < PARTS else _whole(run["parts"]) for run in runs]
         rows.append(
             (
-                f"{first + 1} to {last}",
+                f"{start + 1} to {end}",
                 f"{statistics.fmean(one['pass_rate'] for one in sums):.1%}",
                 _share(sums, "tokens_of_positives", "tokens_of_all"),
                 _share(sums, "tokens_of_mixed_groups", "tokens_of_all"),
@@ -240,6 +243,11 @@ def _figures(sweep: Sweep, line: Mapping[str, Any]) -> RunFigures:
         curves=line["curves"],
         problems=line["problems"],
     )
+
+
+def _bounds(steps: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of each part of a run of that many steps."""
+    return itertools.pairwise(steps * part // PARTS for part in range(PARTS + 1))
 
 
 def _part(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from popo_lite.errors import RecipeError, nearest
-from popo_lite.recipe import Recipe, impossible_combinations
+from popo_lite.recipe import Recipe
+from popo_lite.recipe_rules import impossible_combinations
 
 SECTIONS: Mapping[str, Mapping[str, FieldInfo]] = {name: type(section).model_fields for name, section in Recipe()}
 """Section -> key -> what the schema says of it."""

@@ -12,7 +12,8 @@ from popo_lite.errors import UserInputError
 from popo_lite.planning.engine import engine_of, sequence_tokens, vllm_can_serve
 from popo_lite.planning.shapes import ModelShape, load_shape
 from popo_lite.planning.vram import SHORTFALL, MemoryPlan, excess, needs, overrun_bytes, plan_memory
-from popo_lite.recipe import Recipe, impossible_combinations
+from popo_lite.recipe import Recipe
+from popo_lite.recipe_rules import impossible_combinations
 
 SMALLEST_HEAD_WIDTH = 1024
 SMALLEST_RANK = 4

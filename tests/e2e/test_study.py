@@ -49,6 +49,11 @@ def test_the_page_says_what_the_files_say(study):
     assert len(plots) == len(study.DIFFICULTIES) * len(study.PLOTS)
 
 
+def test_a_page_without_a_place_for_a_table_is_refused(study):
+    with pytest.raises(ValueError, match="<!-- study_3_digits -->"):
+        study.written(study.PAGE.read_text(encoding="utf-8").replace("<!-- study_3_digits -->", ""))
+
+
 def test_a_study_trains_what_is_missing_and_writes_its_page(study, tmp_path, monkeypatch, capfd):
     (tmp_path / "small.toml").write_text(SMALL)
     page = tmp_path / "docs" / "page.md"

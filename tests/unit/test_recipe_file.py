@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 
 from popo_lite.errors import RecipeError
-from popo_lite.recipe import Recipe, impossible_combinations
+from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import (
     SECTIONS,
     allowed_values,
@@ -24,6 +24,7 @@ from popo_lite.recipe_file import (
     shipped_recipes,
     to_toml,
 )
+from popo_lite.recipe_rules import impossible_combinations
 
 TOP_P = "positives must be drawn from the policy itself, and a cut distribution is another one; set 1.0"
 LM_HEAD = "the chunked loss reads the LM head's weight itself, so an adapter on it would be ignored; leave it out"
