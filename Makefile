@@ -37,7 +37,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/python -m popo_lite.recipe_docs
+	$(BIN)/python -m popo_lite.tools.recipe_docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -42,18 +42,18 @@ WARM_STEPS, STEPS, EVALUATE_EVERY = 12, 36, 3
 LEARNING_RATE = 1e-3
 """At 2e-3, the tiny recipe's, the fixed budget first falls below where it started."""
 TARGET = 0.45
-DEEP = ("data.prompts_per_step=16", "rollout.group_size=8")
-WIDE = ("data.prompts_per_step=32", "rollout.group_size=4")
-ADAPTIVE, SKIP = 'rollout.budget="adaptive"', "rollout.skip_known=true"
-SAVING = (ADAPTIVE, "rollout.round_size=2")
-SPENDING = (ADAPTIVE, "rollout.round_size=4", "rollout.max_rollouts=32")
+DEEP = ("data.prompts_per_step=16", "rollout.num_generations=8")
+WIDE = ("data.prompts_per_step=32", "rollout.num_generations=4")
+ADAPTIVE, SKIP = "rollout.adaptive.enabled=true", "rollout.skip_known=true"
+SAVING = (ADAPTIVE, "rollout.adaptive.round_size=2")
+SPENDING = (ADAPTIVE, "rollout.adaptive.round_size=4", "rollout.adaptive.max_rollouts=32")
 BUDGETS: dict[str, tuple[str, ...]] = {
     "16 x 8, fixed": DEEP,
     "16 x 8, adaptive, most 32": (*DEEP, *SPENDING),
-    "16 x 8, adaptive, most 8": (*DEEP, *SAVING, "rollout.max_rollouts=8"),
-    "16 x 8, adaptive, most 8, known skipped": (*DEEP, *SAVING, "rollout.max_rollouts=8", SKIP),
+    "16 x 8, adaptive, most 8": (*DEEP, *SAVING, "rollout.adaptive.max_rollouts=8"),
+    "16 x 8, adaptive, most 8, known skipped": (*DEEP, *SAVING, "rollout.adaptive.max_rollouts=8", SKIP),
     "32 x 4, fixed": WIDE,
-    "32 x 4, adaptive, most 4": (*WIDE, *SAVING, "rollout.max_rollouts=4"),
+    "32 x 4, adaptive, most 4": (*WIDE, *SAVING, "rollout.adaptive.max_rollouts=4"),
 }
 """All make at most 128 rollouts a step, and stop at 2 positives where they are adaptive. With at most 32 rollouts of a
 prompt what easy prompts save goes to hard ones; with at most G it is saved."""
@@ -101,9 +101,9 @@ def pass_rates(overrides: list[str], rows: list[dict[str, Any]]) -> dict[str, An
                 task=trainer.train_task,
                 problems=problems,
                 samples_per_problem=16,
-                params=SamplingParams(temperature=1.0, max_completion_tokens=64),
+                params=SamplingParams(temperature=1.0, max_completion_length=64),
                 threshold=0.5,
-                max_ungraded_share=0.0,
+                max_ungraded_ratio=0.0,
                 seed=0,
             )
             found[name] = {"problems": len(problems), "pass_at_k": asdict(result)["pass_at_k"]}
@@ -193,7 +193,7 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
         baseline = median_tokens(by_budget[name.split(",")[0] + ", fixed"])
         found[name] = {
             **figures,
-            "prompts_with_positive_share": sum(run["prompts_with_positive"] for run in own)
+            "prompts_with_positive_ratio": sum(run["prompts_with_positive"] for run in own)
             / sum(run["prompts"] for run in own),
             "reached_target": sum(run["tokens_to_target"] is not None for run in own),
             "median_tokens_to_target": tokens,
@@ -214,7 +214,7 @@ def main() -> None:
         folder = Path(temporary)
         training = [row for digits in CLASSES for row in sums(digits, TRAINING_ROWS, held_out=False)]
         held_out = [row for digits in CLASSES for row in sums(digits, HELD_OUT_ROWS, held_out=True)]
-        constant = ['optimizer.schedule="constant"', "optimizer.warmup_share=0.0"]
+        constant = ['optimizer.schedule="constant"', "optimizer.warmup_ratio=0.0"]
         train([*constant, "eval.problems=0", f"train.steps={WARM_STEPS}"], folder / "warm")
         warm = f'lora.init_from="{folder / "warm" / "adapter"}"'
         rates = pass_rates([warm, "eval.problems=0"], held_out)
@@ -226,10 +226,10 @@ def main() -> None:
             f'eval.dataset="{write_rows(folder / "held_out.jsonl", held_out)}"',
             f"eval.problems={len(held_out)}",
             f"optimizer.learning_rate={LEARNING_RATE}",
-            "rollout.max_completion_tokens=48",
+            "rollout.max_completion_length=48",
             f"eval.every={EVALUATE_EVERY}",
             f"train.steps={STEPS}",
-            f"train.checkpoint_every={STEPS}",
+            f"train.save_steps={STEPS}",
         ]
         first_step = at_equal_policy(overrides, folder / "first")
         for seed in range(arguments.seeds):

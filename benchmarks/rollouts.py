@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.policy.policy import Policy, load_policy
-from popo_lite.policy.tiny_model import TINY_FOLDER
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import environment
 from popo_lite.samplers import Sampler, SamplingParams, open_sampler
@@ -56,7 +56,7 @@ def write_model(shape: str, folder: Path, dtype: torch.dtype) -> str:
 def measure(sampler: Sampler, policy: Policy, renderer: Renderer, arguments: argparse.Namespace) -> dict[str, Any]:
     """Median tokens per second over the repeats after one warm-up, and swap seconds."""
     prompts = [renderer.render(problem) for problem in ArithmeticTask(2).held_out(arguments.sequences // 8)]
-    params = SamplingParams(temperature=1.0, max_completion_tokens=arguments.tokens)
+    params = SamplingParams(temperature=1.0, max_completion_length=arguments.tokens)
     rates = []
     for repeat in range(arguments.repeats + 1):
         policy.version += 1
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
     parser.add_argument("--engines", nargs="+", default=["hf", "vllm"])
-    parser.add_argument("--base", default="dequantized", help="rollout.base of the vllm engine")
+    parser.add_argument("--base", default="dequantized", help="rollout.vllm.base of the vllm engine")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
@@ -107,8 +107,8 @@ def main() -> None:
                     "engine": "hf",
                     "base": arguments.base,
                     "batch_size": arguments.sequences,
-                    "max_prompt_tokens": 64,
-                    "max_completion_tokens": arguments.tokens,
+                    "max_prompt_length": 64,
+                    "max_completion_length": arguments.tokens,
                     "eager": not on_gpu,
                 },
             }

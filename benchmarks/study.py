@@ -20,14 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from popo_lite.console.compare_report import Table, tables
-from popo_lite.console.plots import write_png
 from popo_lite.run_folder import read_lines, write_atomically
-from popo_lite.sweep.compare import RunGroup, comparison_of
-from popo_lite.sweep.figures import TOTALS, RunFigures, read_run
-from popo_lite.sweep.file import Sweep, load_sweep
-from popo_lite.sweep.folder import SweepFolder
-from popo_lite.sweep.intervals import mean_interval
+from popo_lite.tools.sweep.compare import RunGroup, comparison_of
+from popo_lite.tools.sweep.compare_report import Table, tables
+from popo_lite.tools.sweep.figures import TOTALS, RunFigures, read_run
+from popo_lite.tools.sweep.file import Sweep, load_sweep
+from popo_lite.tools.sweep.folder import SweepFolder
+from popo_lite.tools.sweep.intervals import mean_interval
+from popo_lite.tools.sweep.plots import write_png
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -209,9 +209,9 @@ def tokens_table(name: str) -> Table:
             (
                 f"{start + 1} to {end}",
                 f"{statistics.fmean(one['pass_rate'] for one in sums):.1%}",
-                _share(sums, "tokens_of_positives", "tokens_of_all"),
-                _share(sums, "tokens_of_mixed_groups", "tokens_of_all"),
-                _share(sums, "tokens_of_positives", "tokens_of_mixed_groups"),
+                _ratio(sums, "tokens_of_positives", "tokens_of_all"),
+                _ratio(sums, "tokens_of_mixed_groups", "tokens_of_all"),
+                _ratio(sums, "tokens_of_positives", "tokens_of_mixed_groups"),
             )
         )
     return Table(
@@ -260,7 +260,7 @@ def _whole(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {"pass_rate": rate, **{key: sum(part[key] for part in parts) for key in TOTALS}}
 
 
-def _share(sums: Sequence[Mapping[str, float]], above: str, below: str) -> str:
+def _ratio(sums: Sequence[Mapping[str, float]], above: str, below: str) -> str:
     found = mean_interval([one[above] / one[below] for one in sums])
     return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
 

@@ -50,18 +50,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popo_lite.bench.measure import peaks_beside_plan, planned_phases
-from popo_lite.bench.meter import Meter, OutOfMemoryError, cap_memory
-from popo_lite.bench.synthetic import random_completions, random_policy, random_prompts, step_size
-from popo_lite.bench.updates import UPDATE_STAGES, frozen_bytes, longest_update, train_once
-from popo_lite.cli.plan import parse_size
-from popo_lite.planning import load_shape
 from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.load import pick_device
 from popo_lite.policy.memory import is_out_of_memory
-from popo_lite.policy.random_base import random_base, stand_in_tokenizer
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.run_folder import environment
+from popo_lite.tools.bench.measure import peaks_beside_plan, planned_phases
+from popo_lite.tools.bench.meter import Meter, OutOfMemoryError, cap_memory
+from popo_lite.tools.bench.random_base import random_base, stand_in_tokenizer
+from popo_lite.tools.bench.synthetic import random_completions, random_policy, random_prompts, step_size
+from popo_lite.tools.bench.updates import UPDATE_STAGES, frozen_bytes, longest_update, train_once
+from popo_lite.tools.plan import load_shape
+from popo_lite.tools.plan.command import parse_size
 from popo_lite.training.learner import Learner
 from popo_lite.types import Group, Outcome, Reward, Rollout
 
@@ -95,9 +95,9 @@ def recipe_for(arguments: argparse.Namespace, tokens: int) -> Recipe:
             "lora": {"rank": arguments.rank, "alpha": 2.0 * arguments.rank},
             "rollout": {
                 "engine": "hf",
-                "group_size": arguments.positives,
-                "max_prompt_tokens": prompt,
-                "max_completion_tokens": tokens - prompt,
+                "num_generations": arguments.positives,
+                "max_prompt_length": prompt,
+                "max_completion_length": tokens - prompt,
                 "sleep": False,  # the optimizer's state stays on the GPU, where TRL's is
             },
             "data": {"prompts_per_step": 1},
@@ -109,7 +109,7 @@ def recipe_for(arguments: argparse.Namespace, tokens: int) -> Recipe:
 
 def group_of(recipe: Recipe, vocabulary: int, seed: int, *, policy_version: int = 0) -> Group:
     """The rollouts of update `seed`, the same on both sides: random tokens, rewards from 1 down to 0.6."""
-    size = step_size(recipe, positives=recipe.rollout.group_size)
+    size = step_size(recipe, positives=recipe.rollout.num_generations)
     (prompt,) = random_prompts(size, vocabulary, seed=2 * seed)
     (completions,) = random_completions(size, vocabulary, seed=2 * seed)
     return Group(
@@ -117,7 +117,7 @@ def group_of(recipe: Recipe, vocabulary: int, seed: int, *, policy_version: int 
             Rollout(
                 prompt=prompt,
                 completion=completion,
-                reward=Reward(value=1.0 - 0.4 * index / size.group_size, outcome=Outcome.CORRECT),
+                reward=Reward(value=1.0 - 0.4 * index / size.num_generations, outcome=Outcome.CORRECT),
                 policy_version=policy_version,
                 index=index,
             )
@@ -250,7 +250,7 @@ def trl_side(arguments: argparse.Namespace, tokens: int) -> Side:
                 per_device_train_batch_size=sequences_per_pass,
                 gradient_accumulation_steps=passes,
                 steps_per_generation=passes,
-                max_completion_length=recipe.rollout.max_completion_tokens,
+                max_completion_length=recipe.rollout.max_completion_length,
                 temperature=recipe.rollout.temperature,
                 beta=0.0,
                 bf16=True,

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 ColumnValue = bool | int | float | str
 
@@ -40,7 +40,7 @@ class ModelRecipe(Section):
     """Quantise the NF4 scales too: about 0.4 bits a parameter less."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """Compute dtype. Adapters, predictor head and siamese are at least float32 whatever this says."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
@@ -55,7 +55,7 @@ class LoraRecipe(Section):
     """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout in front of A. At 0 the policy that samples is the policy that is trained."""
-    targets: str | tuple[str, ...] = "all-linear"
+    target_modules: str | tuple[str, ...] = "all-linear"
     """`all-linear`, or a list of module names. The LM head cannot be one of them."""
     rslora: bool = False
     """Rank-stabilised scaling."""
@@ -74,69 +74,169 @@ class SiameseRecipe(Section):
     """Hidden width H of the predictor head, Linear(D, H) - LayerNorm - ReLU - Linear(H, D)."""
 
 
-class ObjectiveRecipe(Section):
-    """What is optimised: with `popo` L = L_nll + alpha * L_sim + beta * L_ent. See docs/method.md."""
+class Objective(Section):
+    """Settings that every algorithm has."""
 
-    algorithm: Literal["popo", "raft", "mixed", "grpo"] = "popo"
-    """`popo`; `raft`, the same with uniform weights, no similarity and no entropy; `mixed`, `popo` with a term that
-    lowers wrong answers; `grpo`, clipped policy gradients with group-relative advantages of all answers."""
-    alpha: Rate = 0.1
-    """Weight of the similarity term; 0 leaves out the siamese pass. 0 with `raft` and `grpo`."""
-    beta: Rate = 0.01
-    """Weight of the entropy term. If not set, 0 with `raft` and `grpo`."""
+    reward_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """A rollout is positive if its reward is above this."""
+
+    @property
+    def needs_siamese_pass(self) -> bool:
+        """True if the loss has a similarity term."""
+        return bool(getattr(self, "similarity_coef", 0.0))
+
+    @property
+    def needs_reference_pass(self) -> bool:
+        """True if the loss has a KL term, which needs the base model's log-probs."""
+        return bool(getattr(self, "kl_coef", 0.0))
+
+
+class EntropyObjective(Objective):
+    """Settings of the entropy bonus."""
+
+    entropy_coef: Rate = 0.01
+    """Weight of the entropy bonus (beta in the paper)."""
     target_entropy: Annotated[float, Field(gt=0)] | None = None
-    """Mean token entropy in nats that beta is steered to. Unset: beta stays constant."""
-    beta_gain: Annotated[float, Field(gt=0)] = 0.05
-    """With `target_entropy`: log(beta) moves by this times the relative entropy error, each step."""
+    """Mean token entropy in nats that `entropy_coef` is steered to. Unset: the coefficient stays constant."""
+    entropy_coef_gain: Annotated[float, Field(gt=0)] = 0.05
+    """With `target_entropy`: log(entropy_coef) moves by this times the relative entropy error, each step."""
+
+
+class PositiveObjective(Objective):
+    """Settings of the algorithms that train on positives."""
+
+    normalizer: Literal["token_mean", "reference", "sequence_sum", "sequence_mean"] = "token_mean"
+    """Divisor of L_nll, fixed for a whole step. `sequence_mean` is biased to short answers."""
+    importance_sampling_clip_max: Annotated[float, Field(gt=0)] | None = None
+    """Weigh each token by min(policy / sampler probability, this cap). Unset: no such weight."""
+    skip_all_right: bool = False
+    """Train only on groups that contain a wrong answer. Late in a run most tokens can belong to groups without one,
+    from which little is learned. `grpo` skips them in any case."""
+
+
+class PopoObjective(PositiveObjective, EntropyObjective):
+    """Positive-Only Policy Optimization: L = L_nll + similarity_coef * L_sim + entropy_coef * L_ent."""
+
+    algorithm: Literal["popo"] = "popo"
+    """`popo`; `raft`, uniform weights without similarity and entropy; `mixed`, `popo` plus a term that lowers wrong
+    answers; `grpo`, clipped policy gradients with group-relative advantages."""
+    similarity_coef: Rate = 0.1
+    """Weight of the similarity term (alpha in the paper); 0 skips the siamese pass."""
     weights: Literal["mean_logprob", "uniform", "sequence_logprob"] = "mean_logprob"
     """Self-normalised weights over a prompt's positives: softmax of the mean token log-prob, uniform, or
     softmax of the summed log-prob (nearly winner-take-all)."""
     weight_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of that softmax."""
     weights_from: Literal["sampler", "trainer"] = "sampler"
-    """Whose log-probs make the weights: those that came with the rollouts (free), or a no-grad pass."""
-    normalizer: Literal["token_mean", "reference", "sequence_sum", "sequence_mean"] = "token_mean"
-    """What L_nll is divided by, fixed for a whole step. `sequence_mean` is biased to short answers."""
+    """Log-probs that the weights are computed from: those of the rollouts (free), or of a no-grad pass."""
     target: Literal["predictor", "features"] = "predictor"
-    """What the policy's predictor output is compared with: the siamese's predictor output or features."""
-    importance_cap: Annotated[float, Field(gt=0)] | None = None
-    """Weigh each token by min(policy / sampler probability, this cap). Unset: no such weight."""
+    """Target of the similarity term: the siamese's predictor output or its features."""
     noise_sigma: Rate = 0.02
     """Gaussian noise on that target, relative to its root mean square."""
     entropy_over: Literal["positives", "all"] = "positives"
     """Rollouts whose entropy counts. `all` forwards the negatives too."""
-    reward_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """A rollout is positive when its reward is above this."""
-    skip_all_right: bool = False
-    """Leave groups without a wrong answer out of the update: raising all that a prompt gets is little but noise, and
-    late in a run most tokens can be such. `grpo` does so in any case."""
-    negative_weight: Rate = 0.1
-    """With `mixed`: weight of the mean log-prob of wrong answers, which is lowered."""
-    advantage_scaling: Literal["std", "none"] = "std"
-    """With `grpo`: divide a group's advantages by the standard deviation of its rewards, or not."""
-    length_normalization: Literal["sequence", "token", "constant"] = "sequence"
-    """With `grpo`: every answer counts alike whatever its length (as published), every token counts alike (DAPO), or
-    tokens are divided by `rollout.max_completion_tokens` (Dr. GRPO)."""
-    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """With `grpo`: policy over sampler probability below 1 minus this is clipped where the advantage is negative."""
-    clip_high: Rate = 0.2
-    """With `grpo`: the ratio above 1 plus this is clipped where the advantage is positive."""
-    kl: Rate = 0.0
-    """With `grpo`: weight of the KL divergence from the base, whose log-probs come from a pass without any adapter,
-    that of `lora.init_from` included."""
-    kl_correction: bool = True
-    """With `grpo`: multiply the KL term by the importance ratio, which makes its gradient that of the divergence
+
+
+class RaftObjective(PositiveObjective):
+    """RAFT: the mean negative log-likelihood of the positives."""
+
+    algorithm: Literal["raft"] = "raft"
+    """`raft`."""
+
+
+class MixedObjective(PopoObjective):
+    """POPO plus a term that lowers the likelihood of wrong answers."""
+
+    algorithm: Literal["mixed"] = "mixed"  # type: ignore[assignment]
+    """`mixed`."""
+    negative_weight: Annotated[float, Field(gt=0)] = 0.1
+    """Weight of the mean log-prob of wrong answers, which is lowered."""
+
+
+class GrpoObjective(EntropyObjective):
+    """GRPO: clipped importance ratios times group-relative advantages, with TRL's names."""
+
+    algorithm: Literal["grpo"] = "grpo"
+    """`grpo`."""
+    entropy_coef: Rate = 0.0
+    """Weight of the entropy bonus."""
+    scale_rewards: Literal["group", "none"] = "group"
+    """Divide a group's advantages by the standard deviation of its rewards, or not."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    """Normaliser: every answer counts alike (`grpo`), every token counts alike (`dapo`), or tokens are divided by
+    `rollout.max_completion_length` (`dr_grpo`)."""
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Clip the ratio policy / sampler at 1 minus this if the advantage is negative."""
+    epsilon_high: Rate = 0.2
+    """Clip the ratio at 1 plus this if the advantage is positive."""
+    kl_coef: Rate = 0.0
+    """Weight of the KL divergence from the base model without any adapter (`beta` in TRL)."""
+    use_bias_correction_kl: bool = True
+    """Multiply the KL term by the importance ratio, which makes its gradient that of the divergence
     (DeepSeek-V3.2); without it as published first."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_the_algorithm(cls, settings: Any) -> Any:
-        """Terms that an algorithm does not have are off where they are not set."""
-        if isinstance(settings, dict) and settings.get("algorithm") in ("raft", "grpo"):
-            settings = {"alpha": 0.0, "beta": 0.0, **settings}
-            if settings["algorithm"] == "raft":
-                settings = {"weights": "uniform", **settings}
-        return settings
+
+AnyObjective = PopoObjective | RaftObjective | MixedObjective | GrpoObjective
+OBJECTIVES: dict[str, type[AnyObjective]] = {
+    "popo": PopoObjective,
+    "raft": RaftObjective,
+    "mixed": MixedObjective,
+    "grpo": GrpoObjective,
+}
+
+
+def _algorithm_of(objective: Any) -> Any:
+    return objective.get("algorithm", "popo") if isinstance(objective, dict) else objective.algorithm
+
+
+TaggedObjective = Annotated[
+    Annotated[PopoObjective, Tag("popo")]
+    | Annotated[RaftObjective, Tag("raft")]
+    | Annotated[MixedObjective, Tag("mixed")]
+    | Annotated[GrpoObjective, Tag("grpo")],
+    Discriminator(_algorithm_of),
+]
+
+
+class AdaptiveRecipe(Section):
+    """Adaptive rollout budget: sample a prompt in rounds until it has enough positives."""
+
+    enabled: bool = False
+    """False: `num_generations` rollouts for every prompt. True: rounds of `round_size` until a prompt has
+    `positives_wanted` positives or `max_rollouts` rollouts. A step makes at most prompts x num_generations rollouts."""
+    positives_wanted: Positive = 2
+    """Stop sampling a prompt at this many positives. All its positives are trained on."""
+    round_size: Positive = 2
+    """Rollouts per prompt and round; at most `num_generations`."""
+    max_rollouts: Annotated[int, Field(ge=2)] = 8
+    """Most rollouts of one prompt. At `num_generations` or below, rollouts saved on easy prompts are not spent on hard
+    ones."""
+
+
+class VLLMRecipe(Section):
+    """Settings of the engines `vllm` and `server`."""
+
+    base: Literal["dequantized", "nf4", "bf16"] = "dequantized"
+    """Base that vLLM serves: the trainer's own base dequantised to `model.dtype`, which is the policy
+    that is trained; the same in 4 bit (GPU only); or the original 16-bit weights."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.35
+    """Fraction of the GPU's memory for vLLM: weights and KV cache."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Precision of vLLM's KV cache; `auto` is `model.dtype`."""
+    enforce_eager: bool = False
+    """Run vLLM without compiling the model: starts sooner, samples slower."""
+    enable_sleep_mode: bool = True
+    """Share the GPU in turns: vLLM gives its memory back during training, and the optimizer's state
+    is moved to host memory during sampling."""
+
+
+class ServerRecipe(Section):
+    """Settings of the engine `server`."""
+
+    base_urls: tuple[str, ...] = ()
+    """URLs of vLLM servers. Their token is read from POPO_SERVER_TOKEN."""
+    shared_dir: str | None = None
+    """Folder that trainer and servers both see, for adapters."""
 
 
 class RolloutRecipe(Section):
@@ -144,56 +244,28 @@ class RolloutRecipe(Section):
 
     engine: Literal["auto", "hf", "vllm", "server"] = "auto"
     """`hf` samples from the trainer's own model, `vllm` from an engine in the same process, `server` from vLLM
-    servers elsewhere. `auto` takes `vllm` where it is installed, else `hf`."""
-    group_size: Annotated[int, Field(ge=2)] = 8
+    servers elsewhere. `auto` takes `vllm` if it is installed, else `hf`."""
+    num_generations: Annotated[int, Field(ge=2)] = 8
     """G, rollouts per prompt."""
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Sampling temperature; training uses the same one."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling. Must stay 1: the log-probs of a cut distribution are not the policy's."""
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """Top-k sampling. Must stay 0 (off), for the same reason."""
-    max_prompt_tokens: Positive = 512
-    """Longest rendered prompt."""
-    max_completion_tokens: Positive = 1024
-    """Longest answer; a longer one is cut and graded as it stands."""
-    batch_size: Positive = 64
+    max_prompt_length: Positive = 512
+    """Longest rendered prompt, in tokens."""
+    max_completion_length: Positive = 1024
+    """Longest answer, in tokens; a longer one is truncated."""
+    max_num_seqs: Positive = 64
     """Sequences decoded at once."""
-    base: Literal["dequantized", "nf4", "bf16"] = "dequantized"
-    """Base that the vLLM engine serves: the trainer's own base dequantised to `model.dtype`, which is the policy
-    that is trained; the same in 4 bit (GPU only); or the original 16-bit weights."""
-    gpu_memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.35
-    """Share of the GPU's memory for the vLLM engine: weights and KV cache."""
-    kv_dtype: Literal["auto", "fp8"] = "auto"
-    """Precision of the vLLM engine's KV cache; `auto` is `model.dtype`."""
-    eager: bool = False
-    """Run the vLLM engine without compiling it: starts sooner, samples slower."""
-    sleep: bool = True
-    """Share the GPU in turns: the vLLM engine gives its memory back while training, and the optimizer's state
-    waits in host memory while answers are sampled."""
     max_gap_multiple: Annotated[float, Field(gt=1)] = 50.0
-    """Stop the run when the mean gap between the sampler's and the trainer's log-probs grows to more than this
-    multiple of what it was at the start."""
-    servers: tuple[str, ...] = ()
-    """URLs of vLLM servers, for engine `server`. Their token is read from POPO_SERVER_TOKEN."""
-    shared_dir: str | None = None
-    """Folder that trainer and servers both see, for adapters; needed by engine `server`."""
-    budget: Literal["fixed", "adaptive"] = "fixed"
-    """`fixed`: G rollouts for every prompt. `adaptive`: rounds of `round_size` until a prompt has
-    `positives_wanted` positives or `max_rollouts` rollouts; what easy prompts save goes to hard ones, and a step makes
-    at most P * G rollouts."""
-    positives_wanted: Positive = 2
-    """Adaptive budget: a prompt with this many positives is sampled no further. All its positives are trained on."""
-    round_size: Positive = 2
-    """Adaptive budget: rollouts per prompt and round; at most `group_size`."""
-    max_rollouts: Annotated[int, Field(ge=2)] = 8
-    """Adaptive budget: most rollouts of one prompt. At `group_size` or below, what easy prompts save is saved and not
-    spent on hard ones."""
+    """Stop the run if the mean gap between the sampler's and the trainer's log-probs exceeds this multiple of its
+    value at the start."""
     skip_known: bool = False
-    """Leave out prompts that were all right (4 rollouts or more) or hopeless (G or more) when last sampled. For data
+    """Skip prompts that were all right (4 rollouts or more) or hopeless (G or more) when last sampled. For data
     sets that are gone through several times."""
-    explore_share: Share = 0.1
-    """With `skip_known`: chance, each time such a prompt comes up, that it is sampled all the same."""
+    explore_ratio: Ratio = 0.1
+    """With `skip_known`: probability that such a prompt is sampled all the same."""
+    vllm: VLLMRecipe = VLLMRecipe()
+    server: ServerRecipe = ServerRecipe()
+    adaptive: AdaptiveRecipe = AdaptiveRecipe()
 
 
 class DatasetRecipe(Section):
@@ -227,7 +299,7 @@ class DataRecipe(DatasetRecipe):
     chat_template: str | None = None
     """A Jinja chat template to use instead of the tokenizer's."""
     overlong_prompts: Literal["error", "skip"] = "error"
-    """What to do with a prompt longer than `rollout.max_prompt_tokens`; skipped ones are counted."""
+    """What to do with a prompt longer than `rollout.max_prompt_length`; skipped ones are counted."""
     prompts_per_step: Positive = 32
     """P, prompts per optimizer step."""
 
@@ -244,9 +316,9 @@ class RewardRecipe(Section):
     max_answer_characters: Positive = 20000
     """Only this much of an answer's end is graded."""
     truncated: Literal["grade", "wrong"] = "grade"
-    """An answer that training cut off at `rollout.max_completion_tokens`: graded as it stands, or wrong. `wrong` for
+    """An answer that training cut off at `rollout.max_completion_length`: graded as it stands, or wrong. `wrong` for
     models that think first, of which a positive that never ends would teach not to end."""
-    max_ungraded_share: Share = 0.2
+    max_ungraded_ratio: Ratio = 0.2
     """Stop the run when more of a step than this times out or errs."""
 
 
@@ -261,7 +333,7 @@ class OptimizerRecipe(Section):
     """Peak learning rate of the predictor head."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
-    warmup_share: Share = 0.1
+    warmup_ratio: Ratio = 0.1
     """Share of the steps over which the learning rate rises from 0."""
     weight_decay: Rate = 0.01
     """Decoupled weight decay; biases and norms are spared."""
@@ -294,9 +366,9 @@ class TrainRecipe(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     offload_activations: bool = False
     """With `gradient_checkpointing`: keep each layer's input in host memory until the backward pass needs it."""
-    checkpoint_every: Positive = 50
+    save_steps: Positive = 50
     """Steps between checkpoints; the last step always makes one."""
-    keep_checkpoints: Positive = 2
+    save_total_limit: Positive = 2
     """Newest checkpoints to keep."""
 
 
@@ -328,7 +400,7 @@ class Recipe(Section):
     model: ModelRecipe = ModelRecipe()
     lora: LoraRecipe = LoraRecipe()
     siamese: SiameseRecipe = SiameseRecipe()
-    objective: ObjectiveRecipe = ObjectiveRecipe()
+    objective: TaggedObjective = PopoObjective()
     rollout: RolloutRecipe = RolloutRecipe()
     data: DataRecipe = DataRecipe()
     reward: RewardRecipe = RewardRecipe()
@@ -337,9 +409,6 @@ class Recipe(Section):
     eval: EvalRecipe = EvalRecipe()
     output: OutputRecipe = OutputRecipe()
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Sections as plain data; unset optional keys are left out, as TOML has no null."""
-        return {
-            name: {key: value for key, value in section.items() if value is not None}
-            for name, section in self.model_dump(mode="json").items()
-        }
+    def to_dict(self) -> dict[str, Any]:
+        """Sections as plain data without unset optional keys, as TOML has no null."""
+        return self.model_dump(mode="json", exclude_none=True)

@@ -1,4 +1,4 @@
-"""Reading and writing recipes: TOML files, `--set` overrides, and every fault of them at once. Free of torch."""
+"""Read and write recipes: TOML files, `--set` overrides, and all errors of a recipe at once. Free of torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,61 +15,78 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from popo_lite.errors import RecipeError, nearest
-from popo_lite.recipe import Recipe
-from popo_lite.recipe_rules import impossible_combinations
-
-SECTIONS: Mapping[str, Mapping[str, FieldInfo]] = {name: type(section).model_fields for name, section in Recipe()}
-"""Section -> key -> what the schema says of it."""
+from popo_lite.recipe import OBJECTIVES, AnyObjective, Recipe, Section
+from popo_lite.recipe_rules import FOREIGN_KEYS, impossible_combinations
 
 SHOW_KEYS = "popo-lite recipe show   (every key with its meaning, allowed values and default)"
 SWEEPS = "ablations"
-"""Subfolder of the shipped recipes that holds sweep files, which are no recipes."""
+"""Subfolder of the shipped recipes that holds sweep files."""
 LONGEST_VALUE = 120
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-BOUND_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
+
+
+def sections_of(section: type[Section] | None = None, prefix: str = "", algorithm: str = "popo") -> dict[str, Any]:
+    """Return section name (`rollout.vllm`) -> section class, in the order of the schema."""
+    found: dict[str, Any] = {}
+    for name, field in (section or Recipe).model_fields.items():
+        annotation = field.annotation
+        if name == "objective" and section is None:
+            annotation = OBJECTIVES[algorithm]
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            found[prefix + name] = annotation
+            found |= sections_of(annotation, f"{prefix}{name}.")
+    return found
+
+
+def keys_of(section: type[Section]) -> dict[str, FieldInfo]:
+    """Return the keys of a section without its subsections."""
+    return {name: field for name, field in section.model_fields.items() if not isinstance(field.default, Section)}
+
+
+SECTIONS: Mapping[str, type[Section]] = sections_of()
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe at the path `source`, or the shipped recipe of that name, and apply `overrides`.
 
     An override is `section.key=value`. Its value is read as TOML (`8`, `[4, 5]`, `"text"`) and otherwise taken
-    as text as it stands, so that `model.id=Qwen/Qwen2.5-1.5B` needs no quotes. A later override wins.
+    as text, so that `model.id=Qwen/Qwen2.5-1.5B` needs no quotes. A later override wins.
 
-    Raises RecipeError with one line for every fault of file and overrides.
+    Raises RecipeError with one line for every error of file and overrides.
     """
     path = find_recipe(source)
-    faults: list[str] = []
+    errors: list[str] = []
     written = {
         setting.name: setting
-        for setting in (*_file_settings(path, str(source), faults), *_override_settings(overrides, faults))
+        for setting in (*_file_settings(path, str(source), errors), *_override_settings(overrides, errors))
     }
+    schema = _schema(written)
     for name, setting in list(written.items()):
-        section, _, key = name.partition(".")
-        if key not in SECTIONS[section]:
-            faults.append(setting.fault(_unknown_key(section, key)))
+        if name not in schema:
+            errors.append(setting.error(_unknown_key(name, schema)))
             del written[name]
 
-    wrong = _value_faults(written)
-    faults += [written[name].fault(why) for name, why in wrong.items()]
-    # Faulty keys fall back to their defaults here only so that the other settings can be checked together.
+    wrong = _wrong_values(written, schema)
+    errors += [written[name].error(why) for name, why in wrong.items()]
+    # Wrong keys fall back to their defaults here only so that the other settings can be checked together.
     recipe = _build(setting for name, setting in written.items() if name not in wrong)
     for names, value, why in impossible_combinations(recipe):
         if wrong.keys().isdisjoint(names):
             origin = next((written[name].origin for name in names if name in written), f"{source}: ")
-            faults.append(_Setting(name=names[0], value=value, origin=origin).fault(why))
-    if faults:
-        raise RecipeError("\n".join(faults), next_step=SHOW_KEYS)
+            errors.append(_Setting(name=names[0], value=value, origin=origin).error(why))
+    if errors:
+        raise RecipeError("\n".join(errors), next_step=SHOW_KEYS)
     return recipe
 
 
 def shipped_folder() -> Path:
-    """The folder of the recipes that come with the package."""
+    """Return the folder of the recipes that come with the package."""
     installed, checkout = Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes"
     return installed if installed.is_dir() else checkout
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes that come with the package, sorted; a name in a subfolder is `folder/name`."""
+    """Return name -> file of the shipped recipes, sorted; a name in a subfolder is `folder/name`."""
     folder = shipped_folder()
     return {
         path.relative_to(folder).with_suffix("").as_posix(): path
@@ -79,10 +96,10 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(source: str | Path) -> Path:
-    """The file that `source` means: an existing file, else the shipped recipe of exactly that name.
+    """Return the file that `source` names: an existing file, else the shipped recipe of exactly that name.
 
     A path such as `recipes/tiny_cpu.toml` that does not exist is refused although a recipe of that name is
-    shipped: whoever writes a path means that file, and would not notice that another one ran.
+    shipped: the user meant that file and would not notice that another one ran.
     """
     path = Path(source)
     if path.is_file():
@@ -99,15 +116,29 @@ def find_recipe(source: str | Path) -> Path:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as TOML with every key that is set; reading it gives an equal recipe."""
+    """Return the recipe as TOML with every key that is set; reading it gives an equal recipe."""
+    values = flatten(recipe)
     return "\n".join(
-        "".join([f"[{name}]\n", *(f"{key} = {to_toml(value)}\n" for key, value in section.items())])
-        for name, section in recipe.to_dict().items()
+        "".join([f"[{name}]\n", *(f"{key} = {to_toml(values[f'{name}.{key}'])}\n" for key in keys)])
+        for name, section in sections_of(algorithm=recipe.objective.algorithm).items()
+        if (keys := [key for key in keys_of(section) if f"{name}.{key}" in values])
     )
 
 
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Return `section.key` -> value for every key that is set."""
+    document = recipe.to_dict()
+    values: dict[str, Any] = {}
+    for name, section in sections_of(algorithm=recipe.objective.algorithm).items():
+        table = document
+        for part in name.split("."):
+            table = table[part]
+        values |= {f"{name}.{key}": table[key] for key in keys_of(section) if key in table}
+    return values
+
+
 def to_toml(value: Any) -> str:
-    """A value on one line of TOML; a table is written inline."""
+    """Return a value on one line of TOML; a table is written inline."""
     match value:
         case bool():
             return str(value).lower()
@@ -123,65 +154,78 @@ def to_toml(value: Any) -> str:
         case dict():
             pairs = ", ".join(f"{_toml_key(key)} = {to_toml(item)}" for key, item in value.items())
             return f"{{ {pairs} }}" if pairs else "{}"
-        case _:  # integers, and the dates and times that only a faulty recipe holds
+        case _:  # integers, and the dates and times that only a wrong recipe holds
             return str(value)
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """What a key may hold, in plain words: `a whole number, at least 1`, or its values as TOML."""
+    """Describe the values of a key: `a whole number, at least 1`, or its values as TOML."""
     kind, bounds = _kind_and_bounds(field.annotation, field.metadata)
     return f"{kind}, {bounds}" if bounds else kind
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Setting:
-    """A value as somebody wrote it. `origin` is the prefix that says where: `recipes/x.toml: ` or `--set `."""
+    """A value as the user wrote it. `origin` is the prefix that says where: `recipes/x.toml: ` or `--set `."""
 
     name: str
     value: Any
     origin: str
 
-    def fault(self, why: str) -> str:
+    def error(self, why: str) -> str:
         shown = to_toml(self.value)
         if len(shown) > LONGEST_VALUE:
             shown = f"{shown[: LONGEST_VALUE - 4]} ..."
         return f"{self.origin}{self.name} = {shown}: {why}"
 
 
-def _file_settings(path: Path, shown_as: str, faults: list[str]) -> Iterator[_Setting]:
-    """The settings of a file in known sections; whatever lies outside of them is added to `faults`."""
-    for section, table in read_toml(path, shown_as).items():
-        if section in SECTIONS and isinstance(table, dict):
-            for key, value in table.items():
-                yield _Setting(name=f"{section}.{_toml_key(key)}", value=value, origin=f"{shown_as}: ")
-        elif isinstance(table, dict):
-            faults.append(f"{shown_as}: [{_toml_key(section)}]: {_unknown_section(section)}")
-        else:
-            why = f"must be a section, written [{section}]" if section in SECTIONS else _without_section(section)
-            faults.append(_Setting(name=_toml_key(section), value=table, origin=f"{shown_as}: ").fault(why))
+def _file_settings(path: Path, shown_as: str, errors: list[str]) -> list[_Setting]:
+    """Return the settings of a file in known sections; add everything else to `errors`."""
+    settings: list[_Setting] = []
+    origin = f"{shown_as}: "
+
+    def visit(table: dict[str, Any], prefix: str) -> None:
+        for key, value in table.items():
+            name = prefix + _toml_key(key)
+            if name in SECTIONS:
+                if isinstance(value, dict):
+                    visit(value, f"{name}.")
+                else:
+                    errors.append(_Setting(name=name, value=value, origin=origin).error(f"must be a section, [{name}]"))
+            elif prefix:
+                settings.append(_Setting(name=name, value=value, origin=origin))
+            elif isinstance(value, dict):
+                errors.append(f"{origin}[{name}]: {_unknown_section(name)}")
+            else:
+                errors.append(_Setting(name=name, value=value, origin=origin).error(_without_section(name)))
+
+    visit(read_toml(path, shown_as), "")
+    return settings
 
 
-def _override_settings(overrides: Iterable[str], faults: list[str]) -> Iterator[_Setting]:
-    """The settings of `--set`; those that name no known section or hold no value are added to `faults`."""
+def _override_settings(overrides: Iterable[str], errors: list[str]) -> list[_Setting]:
+    """Return the settings of `--set`; add those that name no known section or hold no value to `errors`."""
+    settings = []
     for override in overrides:
         name, equals, text = (part.strip() for part in override.partition("="))
-        section, dot, key = name.partition(".")
+        section, _, key = name.rpartition(".")
         if not (equals and section and key):
-            why = _without_section(name) if equals and name and not dot else "must be section.key=value"
-            faults.append(f"--set {to_toml(override)}: {why}")
+            why = _without_section(name) if equals and name and not section else "must be section.key=value"
+            errors.append(f"--set {to_toml(override)}: {why}")
         elif section not in SECTIONS:
-            faults.append(f"--set {name}: {_unknown_section(section)}")
+            errors.append(f"--set {name}: {_unknown_section(section)}")
         elif not text:
-            faults.append(f"--set {name}: has no value; the form is section.key=value")
+            errors.append(f"--set {name}: has no value; the form is section.key=value")
         else:
             try:
-                yield _Setting(name=name, value=_override_value(text), origin="--set ")
+                settings.append(_Setting(name=name, value=_override_value(text), origin="--set "))
             except ValueError as error:
-                faults.append(_Setting(name=name, value=text, origin="--set ").fault(str(error)))
+                errors.append(_Setting(name=name, value=text, origin="--set ").error(str(error)))
+    return settings
 
 
 def _override_value(text: str) -> Any:
-    """Read as TOML, else text as it stands. Raises ValueError with a reason for what cannot be meant as text."""
+    """Read as TOML, else take as text. Raises ValueError with a reason for what cannot be meant as text."""
     # An argument's bytes that were not UTF-8 arrive as lone surrogates, which no TOML file can hold.
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("is not UTF-8 text")
@@ -196,8 +240,8 @@ def _override_value(text: str) -> Any:
 
 
 def read_toml(path: Path, shown_as: str) -> dict[str, Any]:
-    """The document at `path`. Raises RecipeError, in which the file is called `shown_as`, with line and column."""
-    next_step = f"mend {path}"
+    """Read the document at `path`. Raises RecipeError, which calls the file `shown_as`, with line and column."""
+    next_step = f"fix {path}"
     try:
         # Some editors put a byte order mark in front, which TOML does not know.
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -206,50 +250,67 @@ def read_toml(path: Path, shown_as: str) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{shown_as}: cannot be read ({error.strerror})", next_step=next_step) from error
     except ValueError as error:
-        found = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error))
-        message, line, column = found.groups() if found else (str(error), None, None)
-        where = f"line {line}, column {column}" if line else "end of file"
-        raise RecipeError(f"{shown_as}: {where}: not valid TOML: {message}", next_step=next_step) from error
+        raise RecipeError(f"{shown_as}: not valid TOML: {error}", next_step=next_step) from error
+
+
+def _schema(written: Mapping[str, _Setting]) -> dict[str, FieldInfo]:
+    """Return `section.key` -> field for the algorithm that the settings choose."""
+    chosen = written.get("objective.algorithm")
+    algorithm = chosen.value if chosen and chosen.value in OBJECTIVES else "popo"
+    return {
+        f"{name}.{key}": field
+        for name, section in sections_of(algorithm=algorithm).items()
+        for key, field in keys_of(section).items()
+    }
 
 
 def _build(settings: Iterable[_Setting]) -> Recipe:
-    sections: dict[str, dict[str, Any]] = {}
+    document: dict[str, Any] = {}
     for setting in settings:
-        section, _, key = setting.name.partition(".")
-        sections.setdefault(section, {})[key] = _with_tuples(setting.value)
-    return Recipe.model_validate(sections)
+        *parents, key = setting.name.split(".")
+        table = document
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[key] = _with_tuples(setting.value)
+    return Recipe.model_validate(document)
 
 
-def _value_faults(written: Mapping[str, _Setting]) -> dict[str, str]:
-    """Name -> what its value must be, for every value that the schema refuses."""
+def _wrong_values(written: Mapping[str, _Setting], schema: Mapping[str, FieldInfo]) -> dict[str, str]:
+    """Return name -> what the value must be, for every value that the schema refuses."""
+    algorithm = written.get("objective.algorithm")
+    if algorithm and algorithm.value not in OBJECTIVES:
+        others = {name: setting for name, setting in written.items() if not name.startswith("objective.")}
+        must = f"must be one of {', '.join(map(to_toml, OBJECTIVES))}"
+        guess = nearest(str(algorithm.value), OBJECTIVES)
+        why = f"{must}; did you mean {to_toml(guess)}?" if guess else must
+        return {"objective.algorithm": why, **_wrong_values(others, schema)}
     try:
         _build(written.values())
     except ValidationError as error:
-        errors: dict[str, set[str]] = {}
+        wrong: dict[str, str] = {}
         for detail in error.errors(include_url=False, include_context=False, include_input=False):
-            # One key can have several errors: one for each member of a union, or of a list.
-            section, key, *_ = detail["loc"]
-            errors.setdefault(f"{section}.{key}", set()).add(detail["type"])
-        return {name: _must_be(written[name], found) for name, found in errors.items()}
+            # The location also names the union member or the item that was refused.
+            parts = [str(part) for part in detail["loc"]]
+            name = next(n for end in range(1, len(parts) + 1) if (n := _without_tag(parts[:end])) in written)
+            wrong[name] = _must_be(written[name], schema[name])
+        return wrong
     return {}
 
 
-def _must_be(setting: _Setting, errors: set[str]) -> str:
-    section, _, key = setting.name.partition(".")
-    field = SECTIONS[section][key]
+def _without_tag(parts: Sequence[str]) -> str:
+    return ".".join([*parts[:1], *parts[2:]] if parts[0] == "objective" else parts)
+
+
+def _must_be(setting: _Setting, field: FieldInfo) -> str:
     must = f"must be {allowed_values(field)}"
-    if errors <= BOUND_ERRORS:
-        return f"must be {_kind_and_bounds(field.annotation, field.metadata)[1]}"
-    if errors == {"finite_number"}:
-        return must.replace("a number", "a finite number")
-    if errors == {"literal_error"} and isinstance(setting.value, str):
+    if get_origin(field.annotation) is Literal and isinstance(setting.value, str):
         guess = nearest(setting.value, get_args(field.annotation))
         return f"{must}; did you mean {to_toml(guess)}?" if guess else must
     return must
 
 
 def _kind_and_bounds(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[str, str]:
-    """(type or values, range or "") of a schema annotation, in plain words."""
+    """Return (type or values, range or "") of a schema annotation, in plain words."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _kind_and_bounds(arguments[0], arguments[1].metadata)
@@ -261,7 +322,13 @@ def _kind_and_bounds(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[str
         return (f"one of {values}" if len(arguments) > 1 else values), ""
     if origin is dict:
         return "a table of columns, each with true or false, a number, text, or a list of these", ""
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of text"}
+    kinds = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a finite number",
+        str: "text",
+        tuple: "a list of text",
+    }
     bounds = [
         f"{words} {getattr(bound, name):g}"
         for bound in metadata
@@ -276,27 +343,36 @@ def _unknown_section(section: str) -> str:
     return f"unknown section; did you mean [{guess}]?" if guess else f"unknown section; there are {', '.join(SECTIONS)}"
 
 
-def _unknown_key(section: str, key: str) -> str:
-    if homes := _homes(key):
+def _unknown_key(name: str, schema: Mapping[str, FieldInfo]) -> str:
+    section, _, key = name.rpartition(".")
+    if section == "objective" and (owners := [a for a, kind in OBJECTIVES.items() if key in kind.model_fields]):
+        return f"belongs to algorithm {' or '.join(map(to_toml, owners))}; leave the key out"
+    if key in FOREIGN_KEYS:
+        return FOREIGN_KEYS[key]
+    if homes := _sections_with(key):
         return f"belongs to {homes}"
-    if guess := nearest(key, SECTIONS[section]):
+    own = [other.rpartition(".")[2] for other in schema if other.rpartition(".")[0] == section]
+    if guess := nearest(key, own):
         return f"unknown key; did you mean {section}.{guess}?"
-    if guess := nearest(key, (key for keys in SECTIONS.values() for key in keys)):
-        return f"unknown key; did you mean {guess} of {_homes(guess)}?"
-    return f"unknown key; [{section}] has {', '.join(SECTIONS[section])}"
+    if guess := nearest(key, (other.rpartition(".")[2] for other in schema)):
+        return f"unknown key; did you mean {guess} of {_sections_with(guess)}?"
+    return f"unknown key; [{section}] has {', '.join(own)}"
 
 
 def _without_section(key: str) -> str:
-    homes = _homes(key)
+    if key in FOREIGN_KEYS:
+        return FOREIGN_KEYS[key]
+    homes = _sections_with(key)
     return f"belongs to {homes}" if homes else f"stands outside a section; there are {', '.join(SECTIONS)}"
 
 
-def _homes(key: str) -> str:
-    return " or ".join(f"[{section}]" for section, keys in SECTIONS.items() if key in keys)
+def _sections_with(key: str) -> str:
+    sections: dict[str, type[AnyObjective | Section]] = dict(SECTIONS)
+    return " or ".join(f"[{name}]" for name, section in sections.items() if key in keys_of(section))
 
 
 def _with_tuples(value: Any) -> Any:
-    """`value` with its lists as tuples: the schema is frozen, and strict about it."""
+    """Return `value` with its lists as tuples: the schema is frozen, and strict about it."""
     if isinstance(value, list):
         return tuple(map(_with_tuples, value))
     return {key: _with_tuples(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,63 +1,187 @@
-"""Settings that cannot go together, though each of them is valid alone. Free of torch."""
+"""Combinations of settings that cannot work, though each setting is valid alone. Free of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from popo_lite.recipe import ObjectiveRecipe, Recipe
+from popo_lite.recipe import PopoObjective, PositiveObjective, Recipe
 
 Combination = tuple[tuple[str, ...], Any, str]
-"""Keys, value, why and what instead. The first key is to blame and holds the value; the others do not go with it."""
+"""Keys, value, and what to do. The first key is the wrong one and holds the value; the others conflict with it."""
+
+UNTRUNCATED = "is not a setting: positives must be drawn from the whole distribution of the policy; leave the key out"
+
+FOREIGN_KEYS = {
+    "top_p": UNTRUNCATED,
+    "top_k": UNTRUNCATED,
+    "min_p": UNTRUNCATED,
+    "lora_r": "is called lora.rank here",
+    "r": "is called lora.rank here",
+    "lora_alpha": "is called lora.alpha here",
+    "lora_dropout": "is called lora.dropout here",
+    "use_rslora": "is called lora.rslora here",
+    "use_dora": "is called lora.dora here",
+    "model_name": "is called model.id here",
+    "model_name_or_path": "is called model.id here",
+    "load_in_4bit": 'is model.quantization = "nf4" here',
+    "max_seq_length": "is rollout.max_prompt_length plus rollout.max_completion_length here",
+    "beta": "is called objective.kl_coef (algorithm grpo) if you mean TRL's KL coefficient, "
+    "objective.entropy_coef if you mean the paper's beta",
+    "epsilon_low": "is called objective.epsilon (algorithm grpo) here",
+    "clip_range": "is called objective.epsilon (algorithm grpo) here",
+    "num_train_epochs": "is not a setting: set train.steps",
+    "max_steps": "is called train.steps here",
+    "per_device_train_batch_size": "is data.prompts_per_step (prompts) and train.tokens_per_microbatch (memory) here",
+    "gradient_accumulation_steps": "is not a setting: train.tokens_per_microbatch bounds memory, and micro-batches are "
+    "accumulated as needed",
+    "lr_scheduler_type": "is called optimizer.schedule here",
+    "optim": "is called optimizer.name here",
+    "logging_steps": "is not a setting: every step is logged",
+    "output_dir": "is called output.dir here",
+    "eval_steps": "is called eval.every here",
+    "reward_funcs": "is called reward.function here",
+    "use_vllm": 'is rollout.engine = "vllm" here',
+    "vllm_mode": 'is rollout.engine = "vllm" (same process) or "server" here',
+    "vllm_gpu_memory_utilization": "is called rollout.vllm.gpu_memory_utilization here",
+    "vllm_enable_sleep_mode": "is called rollout.vllm.enable_sleep_mode here",
+    "vllm_server_base_url": "is called rollout.server.base_urls here",
+    "vllm_importance_sampling_clip_max": "is called objective.importance_sampling_clip_max here",
+    "fast_inference": 'is rollout.engine = "vllm" here',
+}
+"""Keys of TRL and Unsloth -> how to say it here."""
+
+HEADS = ("lm_head", "embed_out", "output_layer")
 
 
 def impossible_combinations(recipe: Recipe) -> Iterator[Combination]:
-    """Every group of settings that cannot go together, though each of them is valid alone."""
-    rollout, lora = recipe.rollout, recipe.lora
-    for key, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
-        if value != off:
-            yield (
-                (f"rollout.{key}",),
-                value,
-                f"positives must be drawn from the policy itself, and a cut distribution is another one; set {off}",
-            )
-    targets = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
-    for target in targets:
-        if target.split(".")[-1] in ("lm_head", "embed_out", "output_layer"):
-            yield (
-                ("lora.targets",),
-                target,
-                "the chunked loss reads the LM head's weight itself, so an adapter on it would be ignored; "
-                "leave it out",
-            )
-    if isinstance(lora.targets, str) and lora.targets not in ("", "all-linear"):
-        yield ("lora.targets",), lora.targets, f'one name goes into a list as well; write ["{lora.targets}"]'
-    if not targets or "" in targets:
-        yield ("lora.targets",), lora.targets, 'names no module; use "all-linear" or a list of module names'
-    yield from _impossible_models(recipe)
-    yield from _impossible_rollouts(recipe)
-    yield from _impossible_objectives(recipe)
-    if recipe.optimizer.name == "paged_adamw8bit" and recipe.train.device == "cpu":
+    """Yield every group of settings that cannot be used together."""
+    yield from _lora(recipe)
+    yield from _model(recipe)
+    yield from _rollout(recipe)
+    yield from _objective(recipe)
+    yield from _train(recipe)
+    yield from _data(recipe)
+
+
+def _lora(recipe: Recipe) -> Iterator[Combination]:
+    wanted = recipe.lora.target_modules
+    names = (wanted,) if isinstance(wanted, str) else wanted
+    key = ("lora.target_modules",)
+    for name in names:
+        if name.split(".")[-1] in HEADS:
+            yield key, name, "the fused loss reads the LM head's weight and would ignore an adapter on it; leave it out"
+    if isinstance(wanted, str) and wanted not in ("", "all-linear"):
+        yield key, wanted, f'must be a list also for one name; write ["{wanted}"]'
+    if not names or "" in names:
+        yield key, wanted, 'names no module; use "all-linear" or a list of module names'
+    if recipe.rollout.engine in ("vllm", "server"):
+        for lora_key, wrong, why in (
+            ("dora", recipe.lora.dora, "vLLM cannot serve DoRA adapters"),
+            ("rank", recipe.lora.rank > 512, "vLLM serves adapters up to rank 512"),
+        ):
+            if wrong:
+                value = getattr(recipe.lora, lora_key)
+                yield (f"lora.{lora_key}", "rollout.engine"), value, f'{why}; use rollout.engine = "hf"'
+
+
+def _model(recipe: Recipe) -> Iterator[Combination]:
+    model, train = recipe.model, recipe.train
+    wide, on_cpu = model.dtype in ("float32", "float64"), train.device == "cpu"
+    if model.quantization == "nf4" and model.dtype == "float64":
+        yield ("model.dtype", "model.quantization"), model.dtype, 'NF4 computes in "bfloat16" or "float32"'
+    if model.attn_implementation == "flash_attention_2":
+        if wide:
+            why = f'needs a 16-bit model.dtype, not "{model.dtype}"; use "sdpa"'
+            yield ("model.attn_implementation", "model.dtype"), model.attn_implementation, why
+        if on_cpu:
+            why = 'needs a CUDA GPU; use "sdpa" on a CPU'
+            yield ("model.attn_implementation", "train.device"), model.attn_implementation, why
+    if model.backend != "unsloth":
+        return
+    for key, wrong, value, why in (
+        ("model.dtype", wide, model.dtype, 'unsloth computes in 16 bit; use "bfloat16"'),
+        ("lora.init_from", recipe.lora.init_from, recipe.lora.init_from, "unsloth cannot start from an adapter; use "
+         'model.backend = "transformers"'),
+        ("model.attn_implementation", model.attn_implementation != "sdpa", model.attn_implementation,
+         "unsloth chooses its attention itself; leave the key out"),
+        ("model.double_quantization", not model.double_quantization, False,
+         "unsloth always quantises the scales; leave the key out"),
+        ("train.offload_activations", train.offload_activations, True,
+         "unsloth offloads its checkpoints itself; leave the key out"),
+        ("train.device", on_cpu, "cpu", 'unsloth needs a CUDA GPU; use model.backend = "transformers" on a CPU'),
+        ("model.id", model.id == "tiny", "tiny", 'must be loaded with model.backend = "transformers"'),
+    ):  # fmt: skip
+        if wrong:
+            yield (key, "model.backend"), value, why
+
+
+def _rollout(recipe: Recipe) -> Iterator[Combination]:
+    rollout, model = recipe.rollout, recipe.model
+    if rollout.vllm.base == "nf4":
+        if model.quantization == "none":
+            why = 'would sample from a 4-bit policy that is not the one being trained; use "dequantized"'
+            yield ("rollout.vllm.base", "model.quantization"), "nf4", why
+        if not model.double_quantization:
+            why = 'vLLM quantises the scales too; use "dequantized" without double quantisation'
+            yield ("rollout.vllm.base", "model.double_quantization"), "nf4", why
+    if model.dtype == "float64" and rollout.engine in ("vllm", "server"):
+        yield ("rollout.engine", "model.dtype"), rollout.engine, 'vLLM does not compute in float64; use "hf"'
+    if rollout.engine == "server":
+        for key in ("base_urls", "shared_dir"):
+            if not (value := getattr(rollout.server, key)):
+                yield (f"rollout.server.{key}", "rollout.engine"), value, 'is required by rollout.engine = "server"'
+    elif rollout.server.base_urls:
+        why = 'is used only with rollout.engine = "server"'
+        yield ("rollout.server.base_urls", "rollout.engine"), rollout.server.base_urls, why
+    adaptive = rollout.adaptive
+    if not adaptive.enabled:
+        return
+    if adaptive.round_size > rollout.num_generations:
+        why = f"must be at most rollout.num_generations = {rollout.num_generations}"
+        yield ("rollout.adaptive.round_size", "rollout.num_generations"), adaptive.round_size, why
+    for key in ("round_size", "positives_wanted"):
+        if (value := getattr(adaptive, key)) > adaptive.max_rollouts:
+            why = f"must be at most rollout.adaptive.max_rollouts = {adaptive.max_rollouts}"
+            yield (f"rollout.adaptive.{key}", "rollout.adaptive.max_rollouts"), value, why
+
+
+def _objective(recipe: Recipe) -> Iterator[Combination]:
+    objective = recipe.objective
+    if getattr(objective, "target_entropy", None) is not None and getattr(objective, "entropy_coef", 0.0) == 0:
+        why = "is scaled up and down to reach the target entropy, and 0 stays 0; set a positive start"
+        yield ("objective.entropy_coef", "objective.target_entropy"), 0.0, why
+    if isinstance(objective, PopoObjective) and objective.entropy_over == "all" and objective.entropy_coef == 0:
+        why = "would forward wrong answers for an entropy bonus that is off; leave the key out, or set entropy_coef"
+        yield ("objective.entropy_over", "objective.entropy_coef"), "all", why
+    if isinstance(objective, PositiveObjective) and objective.skip_all_right and recipe.rollout.adaptive.enabled:
+        why = "would skip prompts that the adaptive budget stopped before their first wrong answer; use one of both"
+        yield ("objective.skip_all_right", "rollout.adaptive.enabled"), True, why
+
+
+def _train(recipe: Recipe) -> Iterator[Combination]:
+    train, rollout = recipe.train, recipe.rollout
+    if recipe.optimizer.name == "paged_adamw8bit" and train.device == "cpu":
         why = 'paging needs a GPU; use "adamw8bit" or "adamw" on a CPU'
         yield ("optimizer.name", "train.device"), recipe.optimizer.name, why
-    if recipe.train.offload_activations and not recipe.train.gradient_checkpointing:
-        why = "offloads what gradient checkpointing keeps; turn that on as well"
+    if train.offload_activations and not train.gradient_checkpointing:
+        why = "offloads the inputs that gradient checkpointing keeps; turn gradient_checkpointing on as well"
         yield ("train.offload_activations", "train.gradient_checkpointing"), True, why
-    if recipe.train.offload_activations and recipe.train.device == "cpu":
+    if train.offload_activations and train.device == "cpu":
         yield ("train.offload_activations", "train.device"), True, "frees GPU memory; leave it off on a CPU"
-    longest, budget = rollout.max_prompt_tokens + rollout.max_completion_tokens, recipe.train.tokens_per_microbatch
-    if budget < longest:
+    longest = rollout.max_prompt_length + rollout.max_completion_length
+    if train.tokens_per_microbatch < longest:
         why = f"one prompt with its answer may take {longest} tokens; set at least that"
-        keys = ("train.tokens_per_microbatch", "rollout.max_prompt_tokens", "rollout.max_completion_tokens")
-        yield keys, budget, why
-    if recipe.objective.target_entropy is not None and recipe.objective.beta == 0:
-        why = "is multiplied up and down to reach the target entropy, and 0 stays 0; set a positive start"
-        yield ("objective.beta", "objective.target_entropy"), recipe.objective.beta, why
+        keys = ("train.tokens_per_microbatch", "rollout.max_prompt_length", "rollout.max_completion_length")
+        yield keys, train.tokens_per_microbatch, why
     if ":" not in recipe.reward.function and recipe.reward.function != "math":
         yield ("reward.function",), recipe.reward.function, 'is neither "math" nor "module:function"'
+
+
+def _data(recipe: Recipe) -> Iterator[Combination]:
     reasons = {
         "arithmetic": "the built-in arithmetic is generated and has no such setting; leave the key out",
-        None: "describes a dataset, and eval.dataset names none; set it, or leave this key out",
+        None: "describes a dataset, and eval.dataset is not set; set it, or leave this key out",
     }
     for name, part in (("data", recipe.data), ("eval", recipe.eval)):
         for key in ("config", "split", "prompt_column", "answer_column", "filter", "limit"):
@@ -66,123 +190,3 @@ def impossible_combinations(recipe: Recipe) -> Iterator[Combination]:
                 yield (f"{name}.{key}", f"{name}.dataset"), value, reasons[part.dataset]
     if recipe.data.system_prompt is not None and not recipe.data.system_prompt.strip():
         yield ("data.system_prompt",), recipe.data.system_prompt, "is empty; leave the key out instead"
-
-
-ONLY_WITH = {
-    "negative_weight": "mixed",
-    "advantage_scaling": "grpo",
-    "length_normalization": "grpo",
-    "clip_low": "grpo",
-    "clip_high": "grpo",
-    "kl": "grpo",
-    "kl_correction": "grpo",
-}
-"""Keys of the objective that belong to one algorithm."""
-NOT_WITH_GRPO = (
-    "weights",
-    "weight_temperature",
-    "weights_from",
-    "normalizer",
-    "target",
-    "noise_sigma",
-    "entropy_over",
-    "importance_cap",
-    "skip_all_right",
-)
-
-
-def _impossible_objectives(recipe: Recipe) -> Iterator[Combination]:
-    objective, algorithm = recipe.objective, recipe.objective.algorithm
-    defaults = ObjectiveRecipe()
-    for key, owner in ONLY_WITH.items():
-        value = getattr(objective, key)
-        if algorithm != owner and value != getattr(defaults, key):
-            yield (f"objective.{key}", "objective.algorithm"), value, f'belongs to "{owner}"; leave the key out'
-    if algorithm == "grpo":
-        for key in NOT_WITH_GRPO:
-            value = getattr(objective, key)
-            if value != getattr(defaults, key):
-                why = 'is not part of "grpo"; leave the key out'
-                yield (f"objective.{key}", "objective.algorithm"), value, why
-    if objective.entropy_over == "all" and objective.beta == 0:
-        why = "would forward wrong answers for an entropy term that is off; leave the key out, or set beta"
-        yield ("objective.entropy_over", "objective.beta"), "all", why
-    if algorithm == "mixed" and objective.negative_weight == 0:
-        why = 'makes of "mixed" a "popo" that forwards wrong answers for nothing; use "popo", or a weight above 0'
-        yield ("objective.negative_weight",), 0.0, why
-    if objective.skip_all_right and recipe.rollout.budget == "adaptive":
-        why = "would leave out prompts that an adaptive budget stopped before their first wrong answer; use one of both"
-        yield ("objective.skip_all_right", "rollout.budget"), True, why
-    off: dict[str, dict[str, float | str]] = {
-        "raft": {"alpha": 0.0, "beta": 0.0, "weights": "uniform"},
-        "grpo": {"alpha": 0.0},
-    }
-    for key, value in off.get(algorithm, {}).items():
-        if getattr(objective, key) != value:
-            wanted = f'"{value}"' if isinstance(value, str) else value
-            why = f'"{algorithm}" has no such term; set {wanted} or leave the key out, or use "popo"'
-            yield (f"objective.{key}", "objective.algorithm"), getattr(objective, key), why
-
-
-def _impossible_rollouts(recipe: Recipe) -> Iterator[Combination]:
-    rollout = recipe.rollout
-    if recipe.lora.dora and rollout.engine in ("vllm", "server"):
-        yield ("rollout.engine", "lora.dora"), rollout.engine, 'vLLM cannot serve DoRA adapters; use "hf"'
-    if recipe.lora.rank > 512 and rollout.engine in ("vllm", "server"):
-        yield ("lora.rank", "rollout.engine"), recipe.lora.rank, 'vLLM serves adapters up to rank 512; use that or "hf"'
-    if rollout.base == "nf4" and recipe.model.quantization == "none":
-        why = 'would sample a 4-bit policy while another one is trained; use "dequantized"'
-        yield ("rollout.base", "model.quantization"), rollout.base, why
-    if rollout.base == "nf4" and not recipe.model.double_quantization:
-        why = 'vLLM quantises the scales too; use "dequantized" without double quantisation'
-        yield ("rollout.base", "model.double_quantization"), rollout.base, why
-    if recipe.model.dtype == "float64" and rollout.engine in ("vllm", "server"):
-        yield ("rollout.engine", "model.dtype"), rollout.engine, 'vLLM does not compute in float64; use "hf"'
-    if rollout.engine == "server":
-        for key in ("servers", "shared_dir"):
-            if not getattr(rollout, key):
-                yield (f"rollout.{key}", "rollout.engine"), getattr(rollout, key), 'is needed by the engine "server"'
-    elif rollout.servers:
-        yield ("rollout.servers", "rollout.engine"), rollout.servers, 'only the engine "server" uses them'
-    if rollout.budget == "adaptive":
-        if rollout.round_size > rollout.group_size:
-            why = (
-                f"a step makes at most group_size = {rollout.group_size} rollouts a prompt on average; set at most that"
-            )
-            yield ("rollout.round_size", "rollout.group_size"), rollout.round_size, why
-        for key in ("round_size", "positives_wanted"):
-            if getattr(rollout, key) > rollout.max_rollouts:
-                why = f"a prompt gets at most max_rollouts = {rollout.max_rollouts}"
-                yield (f"rollout.{key}", "rollout.max_rollouts"), getattr(rollout, key), why
-
-
-def _impossible_models(recipe: Recipe) -> Iterator[Combination]:
-    model, device = recipe.model, recipe.train.device
-    wide = model.dtype in ("float32", "float64")
-    if model.backend == "unsloth" and wide:
-        why = 'unsloth computes in 16 bit; use "bfloat16"'
-        yield ("model.dtype", "model.backend"), model.dtype, why
-    if model.backend == "unsloth" and recipe.lora.init_from is not None:
-        why = 'cannot start from an adapter through this backend; use "transformers"'
-        yield ("model.backend", "lora.init_from"), model.backend, why
-    if model.backend == "unsloth" and model.attention != "sdpa":
-        why = "unsloth chooses its attention itself; leave the key out"
-        yield ("model.attention", "model.backend"), model.attention, why
-    if model.backend == "unsloth" and not model.double_quantization:
-        why = "unsloth always quantises the scales; leave the key out"
-        yield ("model.double_quantization", "model.backend"), model.double_quantization, why
-    if model.backend == "unsloth" and recipe.train.offload_activations:
-        why = "unsloth offloads its checkpoints itself; leave the key out"
-        yield ("train.offload_activations", "model.backend"), True, why
-    if model.backend == "unsloth" and device == "cpu":
-        yield ("model.backend", "train.device"), model.backend, 'needs a CUDA GPU; use "transformers" on a CPU'
-    if model.backend == "unsloth" and model.id == "tiny":
-        yield ("model.backend", "model.id"), model.backend, 'the model "tiny" is loaded by "transformers"'
-    if model.quantization == "nf4" and model.dtype == "float64":
-        why = 'NF4 computes in "bfloat16" or "float32"'
-        yield ("model.dtype", "model.quantization"), model.dtype, why
-    if model.attention == "flash_attention_2" and wide:
-        why = f'needs a 16-bit model.dtype, not "{model.dtype}"; use "sdpa"'
-        yield ("model.attention", "model.dtype"), model.attention, why
-    if model.attention == "flash_attention_2" and device == "cpu":
-        yield ("model.attention", "train.device"), model.attention, 'needs a CUDA GPU; use "sdpa" on a CPU'

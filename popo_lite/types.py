@@ -141,8 +141,8 @@ class StepRecord:
     `skipped_reason` is set where the step changed no weights; the loss figures are None then.
 
     An adaptive budget gives hard prompts more rollouts and stops at positives, so shares over all rollouts would say
-    how it samples and not what the policy does. `pass_rate`, `unique_answers_mean`, `step_by_step_share`,
-    `truncated_share` and `completion_tokens_mean` therefore count the first round alone, in which all prompts have
+    how it samples and not what the policy does. `pass_rate`, `unique_answers_mean`, `step_by_step_ratio`,
+    `truncated_ratio` and `completion_tokens_mean` therefore count the first round alone, in which all prompts have
     equally many rollouts; under a fixed budget that is all of them. The figures per positive prompt, None without
     one, count all rollouts of the step.
 
@@ -171,10 +171,10 @@ class StepRecord:
     groups_ungraded: int
     outcomes: Mapping[str, int]
     pass_rate: float
-    prompts_with_positive_share: float
+    prompts_with_positive_ratio: float
     unique_answers_mean: float
-    step_by_step_share: float | None
-    truncated_share: float
+    step_by_step_ratio: float | None
+    truncated_ratio: float
     completion_tokens_mean: float
     positive_tokens_mean: float | None
     rollout_tokens: int
@@ -194,7 +194,7 @@ class StepRecord:
     entropy_over_start: float | None
     beta: float
     effective_sample_size: float | None
-    effective_sample_share: float | None
+    effective_sample_ratio: float | None
     siamese_cosine: float | None
     siamese_drift: float
     siamese_drift_over_bound: float | None
@@ -223,9 +223,9 @@ class EvalResult:
     samples_per_problem: int
     pass_at_1: float
     pass_at_k: Mapping[int, float]
-    step_by_step_share: float | None
-    truncated_share: float
-    ungraded_share: float
+    step_by_step_ratio: float | None
+    truncated_ratio: float
+    ungraded_ratio: float
     completion_tokens_mean: float
     rollout_tokens: int
     seconds: float
@@ -287,8 +287,8 @@ class BenchmarkScore:
     average: float
     pass_at_k: Mapping[int, float]
     majority_at_k: Mapping[int, float]
-    truncated_share: float
-    ungraded_share: float
+    truncated_ratio: float
+    ungraded_ratio: float
     completion_tokens_mean: float
     intervals: Mapping[str, tuple[float, float]]
 

@@ -45,7 +45,7 @@ def generate(
         answers = sampler.sample(
             [prompt],
             count=samples,
-            params=SamplingParams(temperature=temperature, max_completion_tokens=recipe.rollout.max_completion_tokens),
+            params=SamplingParams(temperature=temperature, max_completion_length=recipe.rollout.max_completion_length),
             policy_version=policy.version,
             stream=("generate", seed),
         )[0]

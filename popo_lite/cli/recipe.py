@@ -8,8 +8,8 @@ import click
 
 from popo_lite.errors import RecipeError
 from popo_lite.recipe import Recipe
-from popo_lite.recipe_docs import template_toml
 from popo_lite.recipe_file import SHOW_KEYS, dump_recipe, load_recipe, shipped_recipes
+from popo_lite.tools.recipe_docs import template_toml
 
 
 @click.group()

@@ -27,7 +27,7 @@ def learning_rows(state: RunState, record: StepRecord, width: int) -> list[Text]
         (
             "eff. positives",
             words.decimals(record.effective_sample_size, 2),
-            _of(record.effective_sample_share, "of them"),
+            _of(record.effective_sample_ratio, "of them"),
             "effective_sample_size",
             "",
         ),
@@ -54,15 +54,15 @@ def learning_rows(state: RunState, record: StepRecord, width: int) -> list[Text]
 
 def sampling_rows(state: RunState, record: StepRecord, width: int) -> list[Text]:
     """What the answers of the step are like."""
-    cut = f"{words.share(record.truncated_share)} cut off"
+    cut = f"{words.share(record.truncated_ratio)} cut off"
     positives = f"of {words.decimals(record.rollouts, 0)}"
     rows = [
         ("mean tokens", words.decimals(record.completion_tokens_mean, 1), cut, "completion_tokens_mean"),
         ("positives", words.decimals(record.positives, 0), positives, None),
         ("different", words.decimals(record.unique_answers_mean, 1), "per prompt", "unique_answers_mean"),
     ]
-    if record.step_by_step_share is not None:
-        rows.append(("step by step", words.share(record.step_by_step_share), "", "step_by_step_share"))
+    if record.step_by_step_ratio is not None:
+        rows.append(("step by step", words.share(record.step_by_step_ratio), "", "step_by_step_ratio"))
     unparsed, late, failed = (record.outcomes.get(name, 0) for name in ("unparsed", "timeout", "error"))
     if unparsed or late or failed:
         rows.append(("no answer", words.decimals(unparsed, 0), "", None))

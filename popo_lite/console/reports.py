@@ -86,9 +86,9 @@ def _points(change: float) -> str:
 
 # (row, key of the evaluation, how a value is written, how a difference is, if it means anything)
 _MEASURES: tuple[tuple[str, str, Callable[[float | None], str], Callable[[float], str] | None], ...] = (
-    ("step by step", "step_by_step_share", words.share, _points),
-    ("cut off", "truncated_share", words.share, _points),
-    ("ungraded", "ungraded_share", words.share, _points),
+    ("step by step", "step_by_step_ratio", words.share, _points),
+    ("cut off", "truncated_ratio", words.share, _points),
+    ("ungraded", "ungraded_ratio", words.share, _points),
     ("mean tokens", "completion_tokens_mean", lambda value: words.decimals(value, 1), lambda change: f"{change:+,.1f}"),
     ("tokens sampled", "rollout_tokens", lambda value: words.decimals(value, 0), None),
     ("time", "seconds", words.duration, None),

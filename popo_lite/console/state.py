@@ -23,7 +23,7 @@ TRENDS = (
     "siamese_cosine",
     "siamese_drift",
     "completion_tokens_mean",
-    "step_by_step_share",
+    "step_by_step_ratio",
     "unique_answers_mean",
     "logp_gap_mean",
     "grad_norm",

@@ -1,5 +1,5 @@
 """From the text of an answer to a `Reward`, in processes that can be killed."""
 
-from popo_lite.grading.grader import Grader, GradeRequest, refuse_ungraded, ungraded_share
+from popo_lite.grading.grader import Grader, GradeRequest, refuse_ungraded, ungraded_ratio
 
-__all__ = ["GradeRequest", "Grader", "refuse_ungraded", "ungraded_share"]
+__all__ = ["GradeRequest", "Grader", "refuse_ungraded", "ungraded_ratio"]

@@ -81,7 +81,7 @@ class Grader:
         return json.dumps({"text": text, "problem": content}).encode() + b"\n"
 
 
-def ungraded_share(rewards: Sequence[Reward]) -> float:
+def ungraded_ratio(rewards: Sequence[Reward]) -> float:
     """The share of `rewards`, in [0, 1], that are no verdict; 0 for none at all."""
     return sum(not reward.outcome.is_graded for reward in rewards) / len(rewards) if rewards else 0.0
 
@@ -91,14 +91,14 @@ def refuse_ungraded(rewards: Sequence[Reward], limit: float, where: str) -> None
 
     To a positive-only objective a broken grader looks like a hard task; training on would hide it.
     """
-    if ungraded_share(rewards) <= limit:
+    if ungraded_ratio(rewards) <= limit:
         return
     ungraded = [reward for reward in rewards if not reward.outcome.is_graded]
     counts = ", ".join(f"{count} {outcome}" for outcome, count in count_outcomes(rewards).items() if count)
     details = [textwrap.shorten(reward.detail, _SHOWN_DETAIL_CHARACTERS) for reward in ungraded[:2]]
     raise GradingError(
         f"{len(ungraded)} of {len(rewards)} answers could not be graded ({counts}), more than "
-        f"reward.max_ungraded_share = {limit:g} allows; the first: {' | '.join(details)}",
+        f"reward.max_ungraded_ratio = {limit:g} allows; the first: {' | '.join(details)}",
         where=where,
         next_step="for timeouts raise reward.timeout_seconds or lower reward.max_answer_characters; "
         "for errors correct reward.function or the data it names",

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from popo_lite.recipe import ObjectiveRecipe
+from popo_lite.recipe import AnyObjective
 
 STD_EPSILON = 1e-4
 """Added to a group's standard deviation, as TRL does."""
 
 
 def positive_weights(
-    mean_logps: Sequence[float], lengths: Sequence[int], rewards: Sequence[float], recipe: ObjectiveRecipe
+    mean_logps: Sequence[float], lengths: Sequence[int], rewards: Sequence[float], recipe: AnyObjective
 ) -> Tensor:
     """w_i of the positives of one prompt: float64 [n], summing to 1, detached by construction.
 
@@ -25,10 +25,10 @@ def positive_weights(
     """
     mean = torch.tensor(mean_logps, dtype=torch.float64)
     scores = torch.tensor(rewards, dtype=torch.float64).log()
-    if recipe.weights == "mean_logprob":
-        scores = scores + mean / recipe.weight_temperature
-    elif recipe.weights == "sequence_logprob":
-        scores = scores + mean * torch.tensor(lengths, dtype=torch.float64) / recipe.weight_temperature
+    if getattr(recipe, "weights", "uniform") == "mean_logprob":
+        scores = scores + mean / getattr(recipe, "weight_temperature", 1.0)
+    elif getattr(recipe, "weights", "uniform") == "sequence_logprob":
+        scores = scores + mean * torch.tensor(lengths, dtype=torch.float64) / getattr(recipe, "weight_temperature", 1.0)
     return torch.softmax(scores, dim=0)
 
 

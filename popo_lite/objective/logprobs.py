@@ -53,8 +53,8 @@ class Head:
         if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
             raise ModelError(
                 "the LM head is trainable, and the chunked loss gives it no gradient",
-                where="lora.targets",
-                next_step="take the LM head out of lora.targets",
+                where="lora.target_modules",
+                next_step="take the LM head out of lora.target_modules",
             )
 
     @property

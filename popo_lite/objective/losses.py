@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from popo_lite.errors import PopoError
-from popo_lite.recipe import ObjectiveRecipe
+from popo_lite.recipe import AnyObjective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +24,14 @@ class StepNormalizers:
     """What a step's terms are divided by.
 
     `prompts` is |P+|, the prompts with a positive; `positive_tokens` and `positives` count S+ of the whole step;
-    `entropy_tokens` counts the completion tokens whose entropy is averaged; `max_completion_tokens` is the recipe's.
+    `entropy_tokens` counts the completion tokens whose entropy is averaged; `max_completion_length` is the recipe's.
     """
 
     prompts: int
     positives: int
     positive_tokens: int
     entropy_tokens: int
-    max_completion_tokens: int
+    max_completion_length: int
 
     def __post_init__(self) -> None:
         if min(self.prompts, self.positives, self.positive_tokens, self.entropy_tokens) < 1:
@@ -53,7 +53,7 @@ class LossTerms:
 
 
 def nll_coefficients(
-    weights: Tensor, lengths: Sequence[int], normalizers: StepNormalizers, recipe: ObjectiveRecipe
+    weights: Tensor, lengths: Sequence[int], normalizers: StepNormalizers, recipe: AnyObjective
 ) -> Tensor:
     """c_i [B] with L_nll = -sum_i c_i * log pi(y_i), log pi summed over the tokens of y_i.
 
@@ -64,7 +64,7 @@ def nll_coefficients(
     if recipe.normalizer == "reference":
         return weights / normalizers.positive_tokens
     if recipe.normalizer == "sequence_sum":
-        return weights / (normalizers.prompts * normalizers.max_completion_tokens)
+        return weights / (normalizers.prompts * normalizers.max_completion_length)
     return weights / (normalizers.prompts * torch.as_tensor(lengths, dtype=weights.dtype, device=weights.device))
 
 
@@ -133,13 +133,14 @@ def truncated_importance(log_ratios: Tensor, cap: float) -> Tensor:
     return log_ratios.detach().exp().clamp(max=cap)
 
 
-def steered_beta(beta: float, entropy: float, recipe: ObjectiveRecipe) -> float:
+def steered_beta(beta: float, entropy: float, recipe: AnyObjective) -> float:
     """The next step's beta: constant, or moved towards `target_entropy` in log space (an integral controller).
 
     It stays within a factor of 100 of the recipe's beta, or it would wind up while the target is out of reach.
     """
-    if recipe.target_entropy is None:
+    target = getattr(recipe, "target_entropy", None)
+    if target is None:
         return beta
-    error = (recipe.target_entropy - entropy) / recipe.target_entropy
-    moved = beta * math.exp(recipe.beta_gain * max(-1.0, min(1.0, error)))
-    return max(recipe.beta / 100, min(recipe.beta * 100, moved))
+    error = (target - entropy) / target
+    moved = beta * math.exp(recipe.entropy_coef_gain * max(-1.0, min(1.0, error)))
+    return max(recipe.entropy_coef / 100, min(recipe.entropy_coef * 100, moved))

@@ -35,7 +35,7 @@ def add_adapters(base: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PeftMo
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # PEFT says int and takes any number
         lora_dropout=recipe.dropout,
-        target_modules=recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets),
+        target_modules=recipe.target_modules if isinstance(recipe.target_modules, str) else list(recipe.target_modules),
         use_rslora=recipe.rslora,
         use_dora=recipe.dora,
         bias="none",
@@ -46,11 +46,11 @@ def add_adapters(base: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PeftMo
         return get_peft_model(base, config)
     except ValueError as error:
         names = linear_names(base)
-        wanted = recipe.targets if isinstance(recipe.targets, str) else recipe.targets[0]
+        wanted = recipe.target_modules if isinstance(recipe.target_modules, str) else recipe.target_modules[0]
         hint = nearest(wanted, names)
         raise ModelError(
-            f"no adapter could be added to {recipe.targets!r}: {error}",
-            where="lora.targets",
+            f"no adapter could be added to {recipe.target_modules!r}: {error}",
+            where="lora.target_modules",
             next_step=(f'did you mean "{hint}"? ' if hint else "") + f"linear layers here: {', '.join(sorted(names))}",
         ) from error
 
@@ -85,14 +85,18 @@ def _refuse_other_shape(folder: Path, recipe: LoraRecipe, base: PreTrainedModel)
                 where=f"lora.{key} = {getattr(recipe, key)}",
                 next_step=f"--set lora.{key}={json.dumps(config.get(theirs))}",
             )
-    wanted = linear_names(base) if recipe.targets == "all-linear" else {name.split(".")[-1] for name in recipe.targets}
+    wanted = (
+        linear_names(base)
+        if recipe.target_modules == "all-linear"
+        else {name.split(".")[-1] for name in recipe.target_modules}
+    )
     made_for = config.get("target_modules") or ()
     found = {name.split(".")[-1] for name in ([made_for] if isinstance(made_for, str) else made_for)}
     if found != wanted:
         raise ModelError(
             f"the adapter in {folder} was made for {', '.join(sorted(found))}",
-            where=f"lora.targets = {recipe.targets!r}",
-            next_step=f"--set 'lora.targets={json.dumps(sorted(found))}'",
+            where=f"lora.target_modules = {recipe.target_modules!r}",
+            next_step=f"--set 'lora.target_modules={json.dumps(sorted(found))}'",
         )
 
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+TINY_FOLDER = Path(__file__).parent / "tiny"
+"""The model `tiny`, which ships with the package."""
+
+
 def quiet_libraries() -> None:
     """Keep progress bars and advice of the libraries off a terminal that a view of ours draws on."""
     from transformers.utils import logging as transformers_logging
@@ -41,8 +45,6 @@ def pick_device(wanted: str) -> torch.device:
 def model_source(recipe: ModelRecipe) -> str:
     """What transformers is asked for: the shipped folder for `tiny`, else the recipe's id."""
     if recipe.id == "tiny":
-        from popo_lite.policy.tiny_model import TINY_FOLDER
-
         return str(TINY_FOLDER)
     return str(Path(recipe.id).expanduser()) if Path(recipe.id).expanduser().is_dir() else recipe.id
 
@@ -78,7 +80,7 @@ def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
             model_source(recipe),
             revision=recipe.revision,
             dtype=dtype,
-            attn_implementation=recipe.attention,
+            attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
             use_safetensors=True,
             device_map={"": device},
@@ -114,7 +116,7 @@ def load_unsloth(
     from unsloth import FastLanguageModel
 
     checkpointing = "unsloth" if gradient_checkpointing else False
-    targets = lora.targets
+    targets = lora.target_modules
     if targets == "all-linear":
         targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     try:
@@ -197,7 +199,7 @@ def _not_loaded(recipe: ModelRecipe, part: str, error: Exception) -> ModelError:
         return ModelError(
             f"the {part} of {recipe.id} needs a package that is not here: {reason}",
             where="model",
-            next_step='install it, or use model.attention = "sdpa" where it is flash-attention that is missing',
+            next_step='install it, or use model.attn_implementation = "sdpa" where it is flash-attention that is missing',
         )
     return ModelError(
         f"the {part} of {recipe.id} could not be loaded: {reason}",

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from popo_lite.errors import EngineError, ModelError
-from popo_lite.planning import refuse_unless_fits
-from popo_lite.planning.vram import CUDA_CONTEXT_BYTES
 from popo_lite.recipe import Recipe
+from popo_lite.tools.plan import refuse_unless_fits
+from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES
 
 
 def refuse_without_room(recipe: Recipe, device: torch.device, notify: Callable[[str], None]) -> None:

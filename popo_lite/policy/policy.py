@@ -125,7 +125,7 @@ def load_policy(recipe: Recipe) -> Policy:
         model, tokenizer = load_unsloth(
             recipe.model,
             recipe.lora,
-            sequence_tokens=recipe.rollout.max_prompt_tokens + recipe.rollout.max_completion_tokens,
+            sequence_tokens=recipe.rollout.max_prompt_length + recipe.rollout.max_completion_length,
             seed=stream_seed("adapters", recipe.train.seed) % 2**31,
             gradient_checkpointing=recipe.train.gradient_checkpointing,
         )
@@ -165,7 +165,7 @@ def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Re
         offload=recipe.train.offload_activations,
     )
     _refuse_unknown_head(policy)
-    if recipe.train.packing and recipe.model.backend == "transformers" and recipe.model.attention != "eager":
+    if recipe.train.packing and recipe.model.backend == "transformers" and recipe.model.attn_implementation != "eager":
         _pack(policy, recipe)
     return policy
 
@@ -183,7 +183,7 @@ def head_of(base: Any, *, temperature: float) -> Head:
         raise ModelError(
             f"its LM head is a {type(output).__name__}, and the chunked loss needs a plain 16/32-bit linear layer",
             where="model.id",
-            next_step="keep the LM head out of quantisation and out of lora.targets",
+            next_step="keep the LM head out of quantisation and out of lora.target_modules",
         )
     config = base.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
@@ -228,7 +228,7 @@ def _pack(policy: Policy, recipe: Recipe) -> None:
     """
     base: Any = policy.model.get_base_model()
     window = window_of(base.config)
-    if window is not None and window < recipe.rollout.max_prompt_tokens + recipe.rollout.max_completion_tokens:
+    if window is not None and window < recipe.rollout.max_prompt_length + recipe.rollout.max_completion_length:
         return
     lengths = (5, 17, 9)
     ids = torch.arange(1, sum(lengths) + 1, device=policy.device)
@@ -239,7 +239,7 @@ def _pack(policy: Policy, recipe: Recipe) -> None:
     leaking = policy.run_trunk(
         input_ids=ids[None], position_ids=positions(lengths, policy.device), attention_mask=_one_block(ids)
     ).last_hidden_state[0]
-    if recipe.model.attention == "flash_attention_2":
+    if recipe.model.attn_implementation == "flash_attention_2":
         policy.packing = "flash_attention_2"
     else:
         enable_packing(base)
@@ -319,13 +319,13 @@ def _context_tokens(config: Any) -> int:
 
 
 def _refuse_beyond_context(recipe: Recipe, context: int) -> None:
-    wanted = recipe.rollout.max_prompt_tokens + recipe.rollout.max_completion_tokens
+    wanted = recipe.rollout.max_prompt_length + recipe.rollout.max_completion_length
     if wanted > context:
         raise ModelError(
-            f"prompt and answer may take {recipe.rollout.max_prompt_tokens} + {recipe.rollout.max_completion_tokens} "
+            f"prompt and answer may take {recipe.rollout.max_prompt_length} + {recipe.rollout.max_completion_length} "
             f"= {wanted} tokens, and the context of {recipe.model.id} is {context}",
-            where="rollout.max_prompt_tokens, rollout.max_completion_tokens",
-            next_step=f"--set rollout.max_completion_tokens={max(1, context - recipe.rollout.max_prompt_tokens)}"
-            if recipe.rollout.max_prompt_tokens < context
-            else f"lower rollout.max_prompt_tokens below {context}",
+            where="rollout.max_prompt_length, rollout.max_completion_length",
+            next_step=f"--set rollout.max_completion_length={max(1, context - recipe.rollout.max_prompt_length)}"
+            if recipe.rollout.max_prompt_length < context
+            else f"lower rollout.max_prompt_length below {context}",
         )

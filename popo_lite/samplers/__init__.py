@@ -55,4 +55,4 @@ def open_sampler(
         return VLLMSampler(policy, recipe, text=text)
     from popo_lite.samplers.hf import HFSampler
 
-    return HFSampler(policy, text=text, batch_size=recipe.rollout.batch_size, notify=notify)
+    return HFSampler(policy, text=text, batch_size=recipe.rollout.max_num_seqs, notify=notify)

@@ -20,7 +20,7 @@ class SamplingParams:
     """
 
     temperature: float
-    max_completion_tokens: int
+    max_completion_length: int
     top_p: float = 1.0
 
 

@@ -101,7 +101,7 @@ class HFSampler:
                     prompt_index=prompt_index,
                     sample_index=sample,
                     uniforms=_uniforms(
-                        params.max_completion_tokens, (*stream, prompts[prompt_index].problem.id, sample)
+                        params.max_completion_length, (*stream, prompts[prompt_index].problem.id, sample)
                     ),
                 )
                 for prompt_index in order
@@ -167,7 +167,7 @@ class HFSampler:
         running = list(sequences)
         uniforms = torch.from_numpy(np.stack([sequence.uniforms for sequence in sequences])).to(device)
         alive = [True] * len(running)
-        for position in range(params.max_completion_tokens):
+        for position in range(params.max_completion_length):
             tokens, logps = _draw(self._next_logp(hidden, params.temperature), uniforms[:, position], params.top_p)
             # One transfer a token; float64 holds every token id exactly.
             drawn = torch.stack([tokens.double(), logps.double()]).tolist()
@@ -188,7 +188,7 @@ class HFSampler:
                 ended += sequence.stopped
             if finished is not None:
                 finished(ended)
-            if not any(alive) or position + 1 == params.max_completion_tokens:
+            if not any(alive) or position + 1 == params.max_completion_length:
                 break
             if sum(alive) <= COMPACT_BELOW * len(running):
                 keep = [row for row, is_alive in enumerate(alive) if is_alive]

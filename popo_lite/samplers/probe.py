@@ -39,7 +39,7 @@ def prove_adapter_in_use(
     Leaves policy and sampler as they were. Raises EngineError where the disturbed adapter makes no difference to the
     sampler, or another one than to the trainer.
     """
-    params = SamplingParams(temperature=temperature, max_completion_tokens=PROBE_TOKENS)
+    params = SamplingParams(temperature=temperature, max_completion_length=PROBE_TOKENS)
 
     def sample(version: int) -> list[list[Completion]]:
         return sampler.sample(prompts, count=1, params=params, policy_version=version, stream=("probe", seed))

@@ -71,9 +71,9 @@ class ServerSampler:
         self._name = f"popo-lite-{uuid.uuid4().hex[:12]}"
         self._numbers = itertools.count(1)
         # The same path must lead there on every machine, so nothing but the home folder is resolved in it.
-        self._folder = Path(recipe.rollout.shared_dir or ".").expanduser().absolute() / self._name
+        self._folder = Path(recipe.rollout.server.shared_dir or ".").expanduser().absolute() / self._name
         token = os.environ.get(TOKEN_VARIABLE, "").strip() or None
-        self._servers = [ServerClient(url, token=token) for url in recipe.rollout.servers]
+        self._servers = [ServerClient(url, token=token) for url in recipe.rollout.server.base_urls]
         self._connected: set[ServerClient] = set()
         self._faults: dict[ServerClient, ServerFault] = {}
         self._runner = asyncio.Runner()
@@ -101,7 +101,7 @@ class ServerSampler:
         except OSError as error:
             raise EngineError(
                 f"no adapter can be written: {error}",
-                where=f'rollout.shared_dir = "{self._recipe.rollout.shared_dir}"',
+                where=f'rollout.server.shared_dir = "{self._recipe.rollout.server.shared_dir}"',
                 next_step="name a folder that trainer and servers see under the same path",
             ) from error
         self._run(self._on_each(self._servers, lambda server: self._offer(server, name)))
@@ -216,7 +216,7 @@ class ServerSampler:
     def _dispatch(
         self, waiting: deque[int], running: dict[asyncio.Task[Answer], tuple[int, ServerClient]]
     ) -> list[tuple[int, ServerClient]]:
-        """Requests to send now: every usable server has up to `rollout.batch_size` at a time, the idlest first."""
+        """Requests to send now: every usable server has up to `rollout.max_num_seqs` at a time, the idlest first."""
         load = dict.fromkeys(self._usable(), 0)
         for _, server in running.values():
             if server in load:
@@ -224,7 +224,7 @@ class ServerSampler:
         chosen: list[tuple[int, ServerClient]] = []
         while waiting and load:
             server = min(load, key=load.__getitem__)
-            if load[server] >= self._recipe.rollout.batch_size:
+            if load[server] >= self._recipe.rollout.max_num_seqs:
                 break
             load[server] += 1
             chosen.append((waiting.popleft(), server))
@@ -248,7 +248,7 @@ class ServerSampler:
                 if server in self._faults:
                     await server.check_health(attempts=1)  # most often it is still gone; a step must not wait for it
                 rollout = self._recipe.rollout
-                await server.connect(context_tokens=rollout.max_prompt_tokens + rollout.max_completion_tokens)
+                await server.connect(context_tokens=rollout.max_prompt_length + rollout.max_completion_length)
             await server.load(name, self._folder / name)
         except ServerFault as fault:
             self._set_aside(server, fault)
@@ -274,7 +274,7 @@ class ServerSampler:
         reasons = "; ".join(f"{server.url}: {reason}" for server, reason in self._faults.items())
         return EngineError(
             f"{len(self._faults)} of {len(self._servers)} servers cannot be used: {reasons}",
-            where="rollout.servers",
+            where="rollout.server.base_urls",
             next_step=fault.advice or f"start it (docs/servers.md): {serve_command(self._recipe, first.url)}",
         )
 
@@ -307,8 +307,8 @@ def serve_command(recipe: Recipe, url: str) -> str:
         "--host": place.hostname or "127.0.0.1",
         "--port": str(place.port or 80),
         "--dtype": model.dtype,
-        "--max-model-len": str(rollout.max_prompt_tokens + rollout.max_completion_tokens),
-        "--max-num-seqs": str(rollout.batch_size),
+        "--max-model-len": str(rollout.max_prompt_length + rollout.max_completion_length),
+        "--max-num-seqs": str(rollout.max_num_seqs),
         "--max-loras": "1",
         "--max-cpu-loras": "2",
         "--max-lora-rank": str(next((rank for rank in LORA_RANKS if rank >= recipe.lora.rank), recipe.lora.rank)),

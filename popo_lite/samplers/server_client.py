@@ -70,7 +70,9 @@ class ServerClient:
             )
         except httpx.InvalidURL as error:
             raise EngineError(
-                f"{url} is no URL: {error}", where="rollout.servers", next_step='for instance "http://127.0.0.1:8000"'
+                f"{url} is no URL: {error}",
+                where="rollout.server.base_urls",
+                next_step='for instance "http://127.0.0.1:8000"',
             ) from error
 
     async def connect(self, *, context_tokens: int) -> None:
@@ -141,7 +143,7 @@ class ServerClient:
         self, prompt: Sequence[int], *, params: SamplingParams, seed: int, stop_ids: frozenset[int]
     ) -> Answer:
         """One completion of `prompt` by the adapter. Raises EngineError where its log-probs are not finite."""
-        limit = params.max_completion_tokens
+        limit = params.max_completion_length
         response = await self._ask(
             "POST",
             "/v1/completions",
@@ -263,7 +265,7 @@ class ServerClient:
         if "No adapter found" in message:
             return ServerFault(
                 f"it finds no adapter at {folder}",
-                advice="rollout.shared_dir must be one folder under one path for trainer and servers, and readable",
+                advice="rollout.server.shared_dir must be one folder under one path for trainer and servers, and readable",
             )
         if response.status_code == HTTPStatus.NOT_FOUND:
             return ServerFault(

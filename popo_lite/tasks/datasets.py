@@ -76,7 +76,7 @@ class DatasetTask:
             raise DataError(
                 f"none of the {dropped} training rows of {self.name} can be used",
                 where="data.dataset",
-                next_step="raise rollout.max_prompt_tokens, or choose other rows with data.filter",
+                next_step="raise rollout.max_prompt_length, or choose other rows with data.filter",
             )
         self._training = kept
         return dropped

@@ -28,7 +28,7 @@ class Renderer:
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None = None
     chat_template: str | None = None
-    max_prompt_tokens: int
+    max_prompt_length: int
 
     def __post_init__(self) -> None:
         if not (self.chat_template or self.tokenizer.chat_template):
@@ -53,7 +53,7 @@ class Renderer:
             tokenizer=tokenizer,
             system_prompt=recipe.data.system_prompt,
             chat_template=recipe.data.chat_template,
-            max_prompt_tokens=recipe.rollout.max_prompt_tokens,
+            max_prompt_length=recipe.rollout.max_prompt_length,
         )
 
     def token_ids(self, problem: Problem) -> tuple[int, ...]:
@@ -80,17 +80,17 @@ class Renderer:
         return tuple(cast("list[int]", ids))
 
     def fits(self, problem: Problem) -> bool:
-        """True where the rendered problem is within `max_prompt_tokens`."""
-        return len(self.token_ids(problem)) <= self.max_prompt_tokens
+        """True where the rendered problem is within `max_prompt_length`."""
+        return len(self.token_ids(problem)) <= self.max_prompt_length
 
     def render(self, problem: Problem) -> Prompt:
-        """The prompt of `problem`. Raises DataError where it is longer than `max_prompt_tokens`."""
+        """The prompt of `problem`. Raises DataError where it is longer than `max_prompt_length`."""
         ids = self.token_ids(problem)
-        if len(ids) > self.max_prompt_tokens:
+        if len(ids) > self.max_prompt_length:
             raise DataError(
-                f"its prompt has {len(ids)} tokens, the limit is rollout.max_prompt_tokens = {self.max_prompt_tokens}",
+                f"its prompt has {len(ids)} tokens, the limit is rollout.max_prompt_length = {self.max_prompt_length}",
                 where=f"problem {problem.id}",
-                next_step=f"--set rollout.max_prompt_tokens={len(ids)}, or --set data.overlong_prompts=skip",
+                next_step=f"--set rollout.max_prompt_length={len(ids)}, or --set data.overlong_prompts=skip",
             )
         return Prompt(problem=problem, token_ids=ids)
 

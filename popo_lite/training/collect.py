@@ -30,13 +30,13 @@ class Budget:
     @classmethod
     def of(cls, recipe: RolloutRecipe) -> Self:
         """The recipe's budget; for a fixed one a single round of G, wherever positives are found."""
-        size = recipe.group_size
-        if recipe.budget == "fixed":
+        size = recipe.num_generations
+        if not recipe.adaptive.enabled:
             return cls(round_size=size, positives_wanted=size, max_rollouts=size, mean_rollouts=size)
         return cls(
-            round_size=recipe.round_size,
-            positives_wanted=recipe.positives_wanted,
-            max_rollouts=recipe.max_rollouts,
+            round_size=recipe.adaptive.round_size,
+            positives_wanted=recipe.adaptive.positives_wanted,
+            max_rollouts=recipe.adaptive.max_rollouts,
             mean_rollouts=size,
         )
 
@@ -71,11 +71,11 @@ def collect(
 ) -> list[Group]:
     """A group of rollouts for every prompt, in order; the stages "rollout" and "grade" of `clock`, round by round.
 
-    Raises GradingError where more than `reward.max_ungraded_share` of the rollouts so far could not be graded.
+    Raises GradingError where more than `reward.max_ungraded_ratio` of the rollouts so far could not be graded.
     """
     budget, threshold = Budget.of(recipe.rollout), recipe.objective.reward_threshold
     params = SamplingParams(
-        temperature=recipe.rollout.temperature, max_completion_tokens=recipe.rollout.max_completion_tokens
+        temperature=recipe.rollout.temperature, max_completion_length=recipe.rollout.max_completion_length
     )
     made: list[list[Rollout]] = [[] for _ in prompts]
     positives: list[int | None] = [0] * len(prompts)
@@ -115,7 +115,7 @@ def collect(
                 )
             refuse_ungraded(
                 [rollout.reward for rollouts in made for rollout in rollouts],
-                recipe.reward.max_ungraded_share,
+                recipe.reward.max_ungraded_ratio,
                 f"step {step}",
             )
         first += count
@@ -129,4 +129,4 @@ def _verdict(reward: Reward, completion: Completion, recipe: RewardRecipe) -> Re
     """The grader's verdict, or that the answer is wrong because it was cut off."""
     if recipe.truncated == "grade" or completion.finish_reason is not FinishReason.LENGTH:
         return reward
-    return replace(reward, value=0.0, outcome=Outcome.INCORRECT, detail="cut off at rollout.max_completion_tokens")
+    return replace(reward, value=0.0, outcome=Outcome.INCORRECT, detail="cut off at rollout.max_completion_length")

@@ -14,7 +14,7 @@ import torch
 from popo_lite.objective.credit import effective_sample_size, group_advantages, positive_weights
 from popo_lite.objective.grpo import length_coefficients
 from popo_lite.objective.losses import StepNormalizers, nll_coefficients
-from popo_lite.recipe import ObjectiveRecipe
+from popo_lite.recipe import AnyObjective
 from popo_lite.types import Group, Rollout
 
 MeanLogps = Mapping[tuple[str, int], float]
@@ -45,46 +45,57 @@ class StepPlan:
     normalizers: StepNormalizers
     sample_sizes: tuple[tuple[float, int], ...]
 
-    def anchored(self, recipe: ObjectiveRecipe) -> list[int]:
+    def anchored(self, recipe: AnyObjective) -> list[int]:
         """Indices of the sequences that the pass before the update forwards.
 
         For the similarity term those with a weight, by the siamese; for a KL term all, by the base.
         """
         weighted = [index for index, sequence in enumerate(self.sequences) if sequence.weight]
-        return weighted if recipe.alpha else list(range(len(self.sequences))) if recipe.kl else []
+        return (
+            weighted
+            if getattr(recipe, "similarity_coef", 0.0)
+            else list(range(len(self.sequences)))
+            if getattr(recipe, "kl_coef", 0.0)
+            else []
+        )
 
-    def anchored_tokens(self, recipe: ObjectiveRecipe) -> int:
+    def anchored_tokens(self, recipe: AnyObjective) -> int:
         """Tokens of that pass, prompts included."""
         return sum(self.sequences[index].rollout.tokens for index in self.anchored(recipe))
 
 
-def teaching_groups(groups: Sequence[Group], recipe: ObjectiveRecipe) -> list[Group]:
+def teaching_groups(groups: Sequence[Group], recipe: AnyObjective) -> list[Group]:
     """The groups that a step may train on: with `skip_all_right` those with an answer that is not positive."""
     return [
         group
         for group in groups
-        if not recipe.skip_all_right or len(group.positives(recipe.reward_threshold)) < len(group.rollouts)
+        if not getattr(recipe, "skip_all_right", False)
+        or len(group.positives(recipe.reward_threshold)) < len(group.rollouts)
     ]
 
 
 def plan_step(
-    groups: Sequence[Group], recipe: ObjectiveRecipe, *, mean_logps: MeanLogps, max_completion_tokens: int
+    groups: Sequence[Group], recipe: AnyObjective, *, mean_logps: MeanLogps, max_completion_length: int
 ) -> StepPlan | None:
     """What a step trains on; None where there is nothing to learn: see `nothing_to_learn`."""
     if recipe.algorithm == "grpo":
-        return _plan_by_advantage(groups, recipe, max_completion_tokens)
-    return _plan_by_positives(groups, recipe, mean_logps, max_completion_tokens)
+        return _plan_by_advantage(groups, recipe, max_completion_length)
+    return _plan_by_positives(groups, recipe, mean_logps, max_completion_length)
 
 
-def nothing_to_learn(recipe: ObjectiveRecipe) -> str:
+def nothing_to_learn(recipe: AnyObjective) -> str:
     """Why a step has no plan."""
     if recipe.algorithm == "grpo":
         return "no prompt had answers of different rewards"
-    return "no prompt had both right and wrong answers" if recipe.skip_all_right else "no prompt had a positive"
+    return (
+        "no prompt had both right and wrong answers"
+        if getattr(recipe, "skip_all_right", False)
+        else "no prompt had a positive"
+    )
 
 
 def _plan_by_positives(
-    groups: Sequence[Group], recipe: ObjectiveRecipe, mean_logps: MeanLogps, max_completion_tokens: int
+    groups: Sequence[Group], recipe: AnyObjective, mean_logps: MeanLogps, max_completion_length: int
 ) -> StepPlan | None:
     """POPO, RAFT and the mixed objective: positives by weight, negatives for their entropy or to be lowered."""
     rewarded = [found for group in groups if (found := list(group.positives(recipe.reward_threshold)))]
@@ -92,7 +103,7 @@ def _plan_by_positives(
         return None
     negatives = [found for group in groups if (found := _negatives(group, recipe))]
     positives = [rollout for found in rewarded for rollout in found]
-    normalizers = _normalizers(rewarded, max_completion_tokens)
+    normalizers = _normalizers(rewarded, max_completion_length)
     per_prompt = [
         positive_weights(
             [mean_logps[rollout.prompt.problem.id, rollout.index] for rollout in found],
@@ -109,11 +120,13 @@ def _plan_by_positives(
         for rollout, coefficient, weight in zip(positives, coefficients.tolist(), weights.tolist(), strict=True)
     ]
     if recipe.algorithm == "mixed" and negatives:
-        lowered = _lowered(negatives, recipe, max_completion_tokens)
+        lowered = _lowered(negatives, recipe, max_completion_length)
     else:
         lowered = [TrainSequence(rollout=rollout, coefficient=0.0) for found in negatives for rollout in found]
-    if recipe.algorithm == "mixed" or recipe.entropy_over == "all":
-        sequences += [replace(one, counts_in_entropy=recipe.entropy_over == "all") for one in lowered]
+    if recipe.algorithm == "mixed" or getattr(recipe, "entropy_over", "positives") == "all":
+        sequences += [
+            replace(one, counts_in_entropy=getattr(recipe, "entropy_over", "positives") == "all") for one in lowered
+        ]
     counted = [sequence.rollout for sequence in sequences if sequence.counts_in_entropy]
     return StepPlan(
         sequences=tuple(sequences),
@@ -122,7 +135,7 @@ def _plan_by_positives(
     )
 
 
-def _negatives(group: Group, recipe: ObjectiveRecipe) -> list[Rollout]:
+def _negatives(group: Group, recipe: AnyObjective) -> list[Rollout]:
     """Rollouts at or below the threshold; for the mixed objective only graded ones, as the rest may be right."""
     return [
         rollout
@@ -133,52 +146,52 @@ def _negatives(group: Group, recipe: ObjectiveRecipe) -> list[Rollout]:
 
 
 def _lowered(
-    negatives: Sequence[Sequence[Rollout]], recipe: ObjectiveRecipe, max_completion_tokens: int
+    negatives: Sequence[Sequence[Rollout]], recipe: AnyObjective, max_completion_length: int
 ) -> list[TrainSequence]:
     """Negatives of the mixed objective: uniform weights by prompt, and normalisers of their own."""
     rollouts = [rollout for found in negatives for rollout in found]
     weights = torch.tensor([1 / len(found) for found in negatives for _ in found], dtype=torch.float64)
-    normalizers = _normalizers(negatives, max_completion_tokens)
+    normalizers = _normalizers(negatives, max_completion_length)
     coefficients = nll_coefficients(weights, [_length(rollout) for rollout in rollouts], normalizers, recipe)
     return [
-        TrainSequence(rollout=rollout, coefficient=recipe.negative_weight * coefficient)
+        TrainSequence(rollout=rollout, coefficient=getattr(recipe, "negative_weight", 0.1) * coefficient)
         for rollout, coefficient in zip(rollouts, coefficients.tolist(), strict=True)
     ]
 
 
-def _plan_by_advantage(groups: Sequence[Group], recipe: ObjectiveRecipe, max_completion_tokens: int) -> StepPlan | None:
+def _plan_by_advantage(groups: Sequence[Group], recipe: AnyObjective, max_completion_length: int) -> StepPlan | None:
     """GRPO: every graded answer counts in the normalisers; those that move nothing are not forwarded."""
     graded = [rollout for group in groups for rollout in group.rollouts if rollout.reward.outcome.is_graded]
     sequences = []
     for group in groups:
         rewards = [r.reward.value if r.reward.outcome.is_graded else None for r in group.rollouts]
-        advantages = group_advantages(rewards, recipe.advantage_scaling)
+        advantages = group_advantages(rewards, getattr(recipe, "scale_rewards", "group"))
         sequences += [
             (rollout, advantage)
             for rollout, advantage in zip(group.rollouts, advantages, strict=True)
-            if advantage or (recipe.kl and rollout.reward.outcome.is_graded)
+            if advantage or (getattr(recipe, "kl_coef", 0.0) and rollout.reward.outcome.is_graded)
         ]
     if not sequences:
         return None
     lengths = [_length(rollout) for rollout, _ in sequences]
     coefficients = length_coefficients(
         lengths,
-        max_completion_tokens=max_completion_tokens,
+        max_completion_length=max_completion_length,
         sequences=len(graded),
         tokens=sum(map(_length, graded)),
-        normalization=recipe.length_normalization,
+        normalization=getattr(recipe, "loss_type", "grpo"),
     )
     return StepPlan(
         sequences=tuple(
             TrainSequence(rollout=rollout, coefficient=coefficient, advantage=advantage)
             for (rollout, advantage), coefficient in zip(sequences, coefficients, strict=True)
         ),
-        normalizers=_normalizers([[rollout for rollout, _ in sequences]], max_completion_tokens),
+        normalizers=_normalizers([[rollout for rollout, _ in sequences]], max_completion_length),
         sample_sizes=(),
     )
 
 
-def _normalizers(by_prompt: Sequence[Sequence[Rollout]], max_completion_tokens: int) -> StepNormalizers:
+def _normalizers(by_prompt: Sequence[Sequence[Rollout]], max_completion_length: int) -> StepNormalizers:
     rollouts = [rollout for found in by_prompt for rollout in found]
     tokens = sum(map(_length, rollouts))
     return StepNormalizers(
@@ -186,7 +199,7 @@ def _normalizers(by_prompt: Sequence[Sequence[Rollout]], max_completion_tokens: 
         positives=len(rollouts),
         positive_tokens=tokens,
         entropy_tokens=tokens,
-        max_completion_tokens=max_completion_tokens,
+        max_completion_length=max_completion_length,
     )
 
 

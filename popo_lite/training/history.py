@@ -72,9 +72,9 @@ def is_known(seen: Seen, recipe: Recipe) -> bool:
     Hopeless takes G rollouts at least: with fewer, an adaptive budget only ran out on it.
     """
     rollout = recipe.rollout
-    most = rollout.max_rollouts if rollout.budget == "adaptive" else rollout.group_size
+    most = rollout.adaptive.max_rollouts if rollout.adaptive.enabled else rollout.num_generations
     if seen.positives == 0:
-        return seen.rollouts >= max(EVIDENCE, min(rollout.group_size, most))
+        return seen.rollouts >= max(EVIDENCE, min(rollout.num_generations, most))
     return seen.positives == seen.rollouts >= EVIDENCE
 
 
@@ -96,4 +96,4 @@ def remember(history: History, groups: Sequence[Group], recipe: Recipe, step: in
 
 def _is_explored(recipe: Recipe, step: int, problem: Problem) -> bool:
     draw = stream_seed("explore", recipe.train.seed, step, problem.id) / 2**63
-    return draw < recipe.rollout.explore_share
+    return draw < recipe.rollout.explore_ratio

@@ -70,7 +70,10 @@ class Learner:
         objective = self.recipe.objective
         groups = teaching_groups(groups, objective)
         positives = [rollout for group in groups for rollout in group.positives(objective.reward_threshold)]
-        if objective.weights_from == "sampler" or objective.weights == "uniform":
+        if (
+            getattr(objective, "weights_from", "sampler") == "sampler"
+            or getattr(objective, "weights", "uniform") == "uniform"
+        ):
             means = [rollout.completion.mean_logp for rollout in positives]
         else:
             means = self._policy_mean_logps(positives)
@@ -80,7 +83,7 @@ class Learner:
             mean_logps={
                 (rollout.prompt.problem.id, rollout.index): mean for rollout, mean in zip(positives, means, strict=True)
             },
-            max_completion_tokens=self.recipe.rollout.max_completion_tokens,
+            max_completion_length=self.recipe.rollout.max_completion_length,
         )
 
     def anchors(self, step: int, plan: StepPlan) -> Anchors:
@@ -91,7 +94,7 @@ class Learner:
     def _siamese_targets(self, step: int, plan: StepPlan) -> Tensor | None:
         """The noisy targets [S, D] of the plan's sequences, 0 where the weight is; None where the term is off."""
         objective = self.recipe.objective
-        if objective.alpha == 0:
+        if getattr(objective, "similarity_coef", 0.0) == 0:
             return None
         first = next(self.policy.predictor.parameters())
         targets = first.new_zeros(len(plan.sequences), self.policy.head.weight.shape[1])
@@ -101,11 +104,11 @@ class Learner:
 
         def learn(batch: MicroBatch) -> None:
             features = batch.mean_features(self.policy.hidden_states(batch.input_ids, batch.lengths))
-            if objective.target == "predictor":
+            if getattr(objective, "target", "predictor") == "predictor":
                 features = self.policy.predictor(features)
             noise = torch.stack([self._noise(step, rollouts[member], features) for member in batch.members])
             places = [weighted[member] for member in batch.members]
-            targets[places] = noisy_target(features, noise, objective.noise_sigma)
+            targets[places] = noisy_target(features, noise, getattr(objective, "noise_sigma", 0.0))
 
         with self.siamese.swapped():
             self.micro_batches.run(rollouts, learn, stage="siamese")
@@ -113,7 +116,7 @@ class Learner:
 
     def _reference_logps(self, plan: StepPlan) -> list[Tensor] | None:
         """Each sequence's log-probs under the base, which is the policy without its adapter; None without a KL term."""
-        if self.recipe.objective.kl == 0:
+        if getattr(self.recipe.objective, "kl_coef", 0.0) == 0:
             return None
         found: dict[int, Tensor] = {}
         with self.policy.model.disable_adapter():
@@ -171,7 +174,7 @@ class Learner:
         """Optimizer, siamese and version move together; `before` comes from `prepare`, and is used up."""
         set_learning_rate(self.optimizer, learning_rate_factor(step, self.recipe.train.steps, self.recipe.optimizer))
         self.optimizer.step()
-        if self.recipe.rollout.sleep:
+        if self.recipe.rollout.vllm.enable_sleep_mode:
             # Wanted for this one call a step; until the next the memory belongs to the rollout engine.
             move_state(self.optimizer, torch.device("cpu"))
         torch._foreach_sub_(before, [parameter.detach() for _, parameter in self.policy.trainable_parameters()])
@@ -225,7 +228,7 @@ class Learner:
             return hidden.new_tensor(values, dtype=head.compute_dtype)
 
         coefficients = by_sequence([member.coefficient for member in members])[batch.sequence_of_token]
-        entropy_share = by_sequence([float(member.counts_in_entropy) for member in members])[batch.sequence_of_token]
+        entropy_ratio = by_sequence([float(member.counts_in_entropy) for member in members])[batch.sequence_of_token]
         per_token = self._policy_term(
             batch, by_sequence([member.advantage for member in members]), anchors.reference_of(batch)
         )
@@ -236,7 +239,7 @@ class Learner:
             batch.targets,
             head,
             logp_coefficients=coefficients,
-            entropy_coefficients=entropy_coefficient(plan.normalizers, beta) * entropy_share,
+            entropy_coefficients=entropy_coefficient(plan.normalizers, beta) * entropy_ratio,
             factor=lambda logps, part: per_token(logps, part)[1],
             chunk=self._chunk,
             compile_rows=self._compile_rows,
@@ -246,12 +249,12 @@ class Learner:
         loss = popo_loss(
             token_gradient=terms.total,
             policy=(coefficients * values).sum(),
-            entropy=(entropy_share * terms.entropies).sum() / plan.normalizers.entropy_tokens,
+            entropy=(entropy_ratio * terms.entropies).sum() / plan.normalizers.entropy_tokens,
             weights=by_sequence([member.weight for member in members]),
             predictions=None if targets is None else self.policy.predictor(batch.mean_features(hidden)),
             targets=targets,
             normalizers=plan.normalizers,
-            alpha=objective.alpha,
+            alpha=getattr(objective, "similarity_coef", 0.0),
             beta=beta,
         )
         return loss, terms.logps - batch.sampler_logps
@@ -271,9 +274,11 @@ class Learner:
             return by_advantage
 
         def by_likelihood(logps: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-            if objective.importance_cap is None:
+            if getattr(objective, "importance_sampling_clip_max", None) is None:
                 return logps, torch.ones_like(logps)
-            weights = truncated_importance(logps - batch.sampler_logps[part], objective.importance_cap)
+            weights = truncated_importance(
+                logps - batch.sampler_logps[part], getattr(objective, "importance_sampling_clip_max", None)
+            )
             return weights * logps, weights
 
         return by_likelihood

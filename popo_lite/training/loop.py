@@ -22,7 +22,6 @@ from popo_lite.errors import EngineError, PopoError
 from popo_lite.evaluation import evaluate, fitting
 from popo_lite.grading import Grader
 from popo_lite.objective.losses import steered_beta
-from popo_lite.planning import relief
 from popo_lite.policy.adapters import save_adapter
 from popo_lite.policy.load import pick_device
 from popo_lite.policy.memory import is_out_of_memory, refuse_without_room
@@ -41,6 +40,7 @@ from popo_lite.samplers import SamplingParams, open_sampler, pick_engine
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.plan import relief
 from popo_lite.training.checkpoint import Cursor, latest_checkpoint, load_checkpoint, save_checkpoint
 from popo_lite.training.collect import Budget, collect
 from popo_lite.training.credit import StepPlan, nothing_to_learn
@@ -102,7 +102,7 @@ class Trainer:
             evaluated=0,
             next_problem=0,
             history={},
-            beta=recipe.objective.beta,
+            beta=getattr(recipe.objective, "entropy_coef", 0.0),
             start_entropy=None,
             prompts_skipped=0,
             prompts_with_positive=0,
@@ -161,7 +161,7 @@ class Trainer:
                 raise EngineError(
                     f"the GPU ran out of memory; {f'the run is saved in {saved}' if saved else 'no step was done'}",
                     where=f"step {self.cursor.next_step}",
-                    next_step="resume with a smaller rollout.gpu_memory_share or rollout.batch_size where it was the "
+                    next_step="resume with a smaller rollout.vllm.gpu_memory_utilization or rollout.max_num_seqs where it was the "
                     f"engine's memory; else {self._relief()}",
                 ) from error
             self._save_what_is_whole()
@@ -264,7 +264,9 @@ class Trainer:
             self.recipe.objective.reward_threshold,
             first_round=Budget.of(self.recipe.rollout).round_size,
         )
-        learned = update_figures(figures, plan, start_entropy, similarity_on=self.recipe.objective.alpha > 0)
+        learned = update_figures(
+            figures, plan, start_entropy, similarity_on=getattr(self.recipe.objective, "similarity_coef", 0.0) > 0
+        )
         seconds = clock.seconds
         record = StepRecord(
             step=step,
@@ -319,7 +321,7 @@ class Trainer:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record.skipped_reason else 0
         if self._skipped_in_a_row and self._skipped_in_a_row % QUIET_STEPS == 0:
             advice = (
-                "easier problems (data.filter), a larger rollout.group_size or a warm start (lora.init_from) give some"
+                "easier problems (data.filter), a larger rollout.num_generations or a warm start (lora.init_from) give some"
                 if not record.positives
                 else "lower optimizer.learning_rate and start again from an earlier checkpoint"
             )
@@ -331,7 +333,7 @@ class Trainer:
         if every and done % every == 0 and self.cursor.evaluated < done < train.steps and self.held_out:
             self._evaluate(f"step {done}")
             self._set_cursor(evaluated=done)
-        if done % train.checkpoint_every == 0 or done == train.steps:
+        if done % train.save_steps == 0 or done == train.steps:
             self._prove_sampler(lambda _: None)  # in 16 bit the gap alone cannot tell a stale adapter from rounding
             self._checkpoint()
 
@@ -355,7 +357,7 @@ class Trainer:
             optimizer=self.learner.optimizer,
             cursor=self.cursor,
             base_id=self.recipe.model.id,
-            keep=self.recipe.train.keep_checkpoints,
+            keep=self.recipe.train.save_total_limit,
         )
         self._set_cursor(seconds=_added(self.cursor.seconds, {"checkpoint": time.perf_counter() - start}))
         self.view.message(f"checkpoint: {folder}")
@@ -394,7 +396,7 @@ class Trainer:
             samples_per_problem=self.recipe.eval.samples_per_problem,
             params=self._sampling(self.recipe.eval.temperature),
             threshold=self.recipe.objective.reward_threshold,
-            max_ungraded_share=self.recipe.reward.max_ungraded_share,
+            max_ungraded_ratio=self.recipe.reward.max_ungraded_ratio,
             seed=self.recipe.train.seed,
             progress=self._advance,
         )
@@ -442,8 +444,8 @@ class Trainer:
             "trained": f"{trained:,} weights (LoRA rank {self.recipe.lora.rank} + predictor head)",
             "siamese": f"+{self.learner.siamese.extra_bytes / 2**20:.2f} MiB",
             "data": self.train_task.name,
-            "rollouts": f"{self.engine}, {self.recipe.data.prompts_per_step} x {self.recipe.rollout.group_size}"
-            + (" at most, adaptive" if self.recipe.rollout.budget == "adaptive" else ""),
+            "rollouts": f"{self.engine}, {self.recipe.data.prompts_per_step} x {self.recipe.rollout.num_generations}"
+            + (" at most, adaptive" if self.recipe.rollout.adaptive.enabled else ""),
             "stops at": " ".join(self.policy.tokenizer.convert_ids_to_tokens(sorted(self.policy.stop_ids))),
             "device": str(self.policy.device),
             "sequences": "one at a time" if self.policy.packing == "off" else f"packed ({self.policy.packing})",
@@ -458,7 +460,7 @@ class Trainer:
             left_out = asked - len(self.held_out)
             if dropped or left_out:
                 self.view.message(
-                    f"prompts longer than {self.renderer.max_prompt_tokens} tokens left out: {dropped} of "
+                    f"prompts longer than {self.renderer.max_prompt_length} tokens left out: {dropped} of "
                     f"training, {left_out} of evaluation"
                 )
             return
@@ -472,7 +474,7 @@ class Trainer:
             self.view.advance(amount)
 
     def _sampling(self, temperature: float) -> SamplingParams:
-        return SamplingParams(temperature=temperature, max_completion_tokens=self.recipe.rollout.max_completion_tokens)
+        return SamplingParams(temperature=temperature, max_completion_length=self.recipe.rollout.max_completion_length)
 
     def _lowered_budget(self) -> tuple[int, ...]:
         """What a resumed run must not try again; another budget in the recipe is a new try."""

@@ -146,13 +146,13 @@ def rollout_figures(groups: Sequence[Group], task: Task, threshold: float, *, fi
         "groups_ungraded": sum(ungraded),
         "outcomes": count_outcomes([rollout.reward for rollout in rollouts]),
         "pass_rate": statistics.fmean(rollout.reward.value > threshold for rollout in firsts),
-        "prompts_with_positive_share": with_positive / len(groups),
+        "prompts_with_positive_ratio": with_positive / len(groups),
         "unique_answers_mean": statistics.fmean(
             len({r.reward.answer for r in group.rollouts[:first_round] if r.reward.answer is not None})
             for group in groups
         ),
-        "step_by_step_share": statistics.fmean(told) if told else None,
-        "truncated_share": statistics.fmean(r.completion.finish_reason is FinishReason.LENGTH for r in firsts),
+        "step_by_step_ratio": statistics.fmean(told) if told else None,
+        "truncated_ratio": statistics.fmean(r.completion.finish_reason is FinishReason.LENGTH for r in firsts),
         "completion_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in firsts),
         "positive_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in positives) if positives else None,
         "rollout_tokens": tokens,
@@ -180,7 +180,7 @@ def update_figures(
             "entropy",
             "entropy_over_start",
             "effective_sample_size",
-            "effective_sample_share",
+            "effective_sample_ratio",
             "siamese_cosine",
             "logp_gap_mean",
             "logp_gap_p99",
@@ -198,7 +198,7 @@ def update_figures(
         "entropy": figures.entropy,
         "entropy_over_start": figures.entropy / start_entropy if start_entropy else None,
         "effective_sample_size": _mean([size for size, _ in plan.sample_sizes]),
-        "effective_sample_share": _mean([size / count for size, count in plan.sample_sizes]),
+        "effective_sample_ratio": _mean([size / count for size, count in plan.sample_sizes]),
         "siamese_cosine": figures.cosine if similarity_on else None,
         **figures.gap_figures(),
         "grad_norm": figures.grad_norm,
@@ -218,7 +218,7 @@ def sampler_summary(engine: str, swap_seconds: Sequence[float], lines: Sequence[
     `logp_gap` in nats: `mean` and `p99` are means over steps, `max` is over all of them.
     """
     trained = [line for line in lines if line["logp_gap_mean"] is not None]
-    with_positive = sum(round(line["prompts_with_positive_share"] * line["prompts"]) for line in lines)
+    with_positive = sum(round(line["prompts_with_positive_ratio"] * line["prompts"]) for line in lines)
     return {
         "engine": engine,
         "tokens_per_second": sum(line["rollout_tokens"] for line in lines)

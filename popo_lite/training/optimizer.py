@@ -53,7 +53,7 @@ def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
 
 def learning_rate_factor(step: int, steps: int, recipe: OptimizerRecipe) -> float:
     """Share of the peak learning rate at `step` of `steps`: linear warm-up, then the recipe's schedule down to 0."""
-    warmup = round(recipe.warmup_share * steps)
+    warmup = round(recipe.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
     if recipe.schedule == "constant":

@@ -29,7 +29,7 @@ class SamplerGuard:
         self._recipe, self._policy, self._sampler = recipe, policy, sampler
         self._rounding = self._usual_gap = ROUNDING_NATS[policy.head.weight.dtype]
         # The original base beside a quantised one: the recipe asks for a sampler that is not quite the policy.
-        self._another_policy = recipe.rollout.base == "bf16" and policy.quantized_modules > 0
+        self._another_policy = recipe.rollout.vllm.base == "bf16" and policy.quantized_modules > 0
 
     def prove(self, prompts: Sequence[Prompt], notify: Callable[[str], None]) -> None:
         """Show that the engine samples from the adapter it is given. Raises EngineError where it does not."""
@@ -47,7 +47,7 @@ class SamplerGuard:
                 f"log-probs of the {self._sampler.engine} sampler differ from the trainer's by {probe.gap_mean:.3g} "
                 f"nats on average, and {self._rounding:.3g} is what rounding explains: it samples from another base",
                 where=f'rollout.engine = "{self._sampler.engine}"',
-                next_step='--set rollout.base="dequantized" serves the base that is trained; servers must too',
+                next_step='--set rollout.vllm.base="dequantized" serves the base that is trained; servers must too',
             )
         self._usual_gap = max(self._usual_gap, probe.gap_mean)
         notify(

@@ -23,8 +23,8 @@ LOGP_TOLERANCE = 1e-4
 def setup(request):
     from popo_lite.recipe_file import load_recipe
 
-    recipe = load_recipe("tiny_cpu", [f"rollout.engine={request.param}", "rollout.max_prompt_tokens=400",
-                                      "rollout.batch_size=16"])  # fmt: skip
+    recipe = load_recipe("tiny_cpu", [f"rollout.engine={request.param}", "rollout.max_prompt_length=400",
+                                      "rollout.max_num_seqs=16"])  # fmt: skip
     policy = load_policy(recipe)
     with torch.no_grad():
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ def draw(setup, prompts, *, count=4, temperature=1.0, limit=40, stream=("test", 
     return sampler.sample(
         prompts,
         count=count,
-        params=SamplingParams(temperature=temperature, max_completion_tokens=limit),
+        params=SamplingParams(temperature=temperature, max_completion_length=limit),
         policy_version=policy.version,
         stream=stream,
         first_index=first_index,
@@ -172,7 +172,7 @@ def test_a_nucleus_holds_the_likeliest_tokens_and_nothing_else(setup):
     assert 2 <= len(nucleus) < len(whole) / 2
     drawn = [
         sampler.sample(
-            [prompt], count=1600, params=SamplingParams(temperature=2.0, max_completion_tokens=1, top_p=top_p),
+            [prompt], count=1600, params=SamplingParams(temperature=2.0, max_completion_length=1, top_p=top_p),
             policy_version=policy.version, stream=("nucleus",),
         )[0]
         for top_p in (0.8, 1.0)
@@ -203,7 +203,7 @@ def test_another_version_is_refused(setup):
         sampler.sample(
             prompts_of(renderer)[:1],
             count=1,
-            params=SamplingParams(temperature=1.0, max_completion_tokens=4),
+            params=SamplingParams(temperature=1.0, max_completion_length=4),
             policy_version=policy.version + 1,
             stream=("test",),
         )

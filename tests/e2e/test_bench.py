@@ -19,16 +19,16 @@ import torch
 from click.testing import CliRunner
 
 from popo_lite.bench import measure
-from popo_lite.bench.measure import at_length
-from popo_lite.bench.meter import Meter, OutOfMemoryError, StageCost, longest
-from popo_lite.bench.synthetic import random_groups, random_policy, random_prompts, rewarded, step_size
-from popo_lite.bench.updates import UPDATE_STAGES, longest_update, tensor_bytes, train_once
 from popo_lite.cli import main
-from popo_lite.cli.bench import bench as bench_command
-from popo_lite.console.bench_report import bench_report, longest_report
 from popo_lite.errors import UserInputError
 from popo_lite.policy.policy import Policy, load_policy
 from popo_lite.recipe_file import load_recipe
+from popo_lite.tools.bench.command import bench as bench_command
+from popo_lite.tools.bench.measure import at_length
+from popo_lite.tools.bench.meter import Meter, OutOfMemoryError, StageCost, longest
+from popo_lite.tools.bench.report import bench_report, longest_report
+from popo_lite.tools.bench.synthetic import random_groups, random_policy, random_prompts, rewarded, step_size
+from popo_lite.tools.bench.updates import UPDATE_STAGES, longest_update, tensor_bytes, train_once
 from popo_lite.training.learner import Learner
 from popo_lite.types import Completion, FinishReason
 
@@ -63,7 +63,7 @@ def test_bench_json_holds_every_figure_and_nothing_else(command):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["size"] == {
-        "prompts": 2, "group_size": 8, "prompt_tokens": 8, "completion_tokens": 8, "positives": 3,
+        "prompts": 2, "num_generations": 8, "prompt_tokens": 8, "completion_tokens": 8, "positives": 3,
     }  # fmt: skip
     stages = {stage["stage"]: stage for stage in found["stages"]}
     assert list(stages) == list(measure.STAGES)
@@ -93,7 +93,7 @@ def test_bench_json_holds_every_figure_and_nothing_else(command):
         (("--memory-cap", "plenty"), ["plenty", "--memory-cap", "GiB"]),
         (("--longest",), ["--longest", "CPU", "popo-lite plan tiny_cpu predicts"]),
         (("--positives", "17", "--prompts", "2"), ["17 positives", "2 x 8 = 16", "next --positives 16"]),
-        (("--set", "objective.algorithm=grpo", "--set", "objective.alpha=0", *SMALL, "--positives", "16"),
+        (("--set", "objective.algorithm=grpo", "--set", "objective.similarity_coef=0", *SMALL, "--positives", "16"),
          ["--positives", "16 positives", "no prompt had answers of different rewards"]),
     ],
 )  # fmt: skip
@@ -109,9 +109,9 @@ def test_what_cannot_be_measured_is_one_clear_message(command, options, expected
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("rollout.max_completion_tokens=2000", "train.tokens_per_microbatch=4096"),
+        (("rollout.max_completion_length=2000", "train.tokens_per_microbatch=4096"),
          ["64 + 2000", "1024", "--prompt-tokens 64 --completion-tokens 960"]),
-        (("rollout.engine=server", "rollout.servers=['http://localhost:1']", "rollout.shared_dir='.'"),
+        (("rollout.engine=server", "rollout.server.base_urls=['http://localhost:1']", "rollout.server.shared_dir='.'"),
          ["random weights", "rollout.engine"]),
     ],
 )  # fmt: skip
@@ -183,7 +183,7 @@ def out_of_memory(*_, **__):
 @pytest.mark.parametrize(
     ("target", "stage", "load"),
     [
-        ("popo_lite.bench.measure.random_policy", "load", ""),
+        ("popo_lite.tools.bench.measure.random_policy", "load", ""),
         ("popo_lite.samplers.hf.HFSampler.sample", "rollout", " at 16 x 16 tokens"),
         ("popo_lite.training.learner.noisy_target", "siamese", " at 5 x 16 tokens"),
         ("popo_lite.training.learner.weighted_token_logprobs", "update", " at 5 x 16 tokens"),
@@ -207,10 +207,10 @@ def test_running_out_of_memory_is_a_result(monkeypatch, capsys, target, stage, l
     [
         ((), 3, 3),
         (("objective.entropy_over=all",), 3, 16),
-        (("objective.alpha=0",), None, 3),
+        (("objective.similarity_coef=0",), None, 3),
         (("objective.algorithm=mixed",), 3, 16),
-        (("objective.algorithm=grpo", "objective.alpha=0"), None, 16),
-        (("objective.algorithm=grpo", "objective.alpha=0", "objective.kl=0.1"), 16, 16),
+        (("objective.algorithm=grpo", "objective.similarity_coef=0"), None, 16),
+        (("objective.algorithm=grpo", "objective.similarity_coef=0", "objective.kl_coef=0.1"), 16, 16),
     ],
 )
 def test_tokens_are_those_that_the_step_forwards(monkeypatch, tiny_recipe, overrides, siamese, update):
@@ -228,7 +228,7 @@ def test_tokens_are_those_that_the_step_forwards(monkeypatch, tiny_recipe, overr
         return found
 
     recipe = tiny_recipe(
-        "data.prompts_per_step=2", "rollout.max_prompt_tokens=8", "rollout.max_completion_tokens=8", *overrides
+        "data.prompts_per_step=2", "rollout.max_prompt_length=8", "rollout.max_completion_length=8", *overrides
     )
     monkeypatch.setattr(Policy, "hidden_states", counting)
     monkeypatch.setattr(measure, "train_once", one_step)
@@ -246,7 +246,7 @@ def test_an_error_that_is_not_about_memory_keeps_its_traceback(monkeypatch, tiny
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr("popo_lite.training.learner.weighted_token_logprobs", broken)
-    recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_tokens=8")
+    recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_length=8")
     with pytest.raises(RuntimeError, match="mat1"):
         run_bench(recipe, positives=1)
 
@@ -281,7 +281,7 @@ def test_rewards_make_just_so_many_positives_and_spread_them(tiny_recipe, positi
 
 
 def test_an_update_of_the_bench_trains(tiny_recipe):
-    recipe = tiny_recipe("data.prompts_per_step=2", "rollout.max_completion_tokens=8")
+    recipe = tiny_recipe("data.prompts_per_step=2", "rollout.max_completion_length=8")
     policy = random_policy(recipe)
     meter = Meter(device=policy.device)
     learner = Learner(recipe, policy, notify=lambda _: None, relief=meter.exhausted)
@@ -296,7 +296,7 @@ def test_an_update_of_the_bench_trains(tiny_recipe):
 
 
 def test_a_sequence_that_does_not_fit_alone_is_out_of_memory_in_its_stage(tiny_recipe, monkeypatch):
-    recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_tokens=8")
+    recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_length=8")
     policy = random_policy(recipe)
     meter = Meter(device=policy.device)
     notices = []
@@ -366,7 +366,7 @@ def test_what_comes_first_is_on_the_clock_and_not_in_the_stage():
 
 
 def test_paged_optimizer_state_is_counted_by_neither_side(tiny_recipe):
-    recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_tokens=8")
+    recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_length=8")
     policy = random_policy(recipe)
     meter = Meter(device=policy.device)
     learner = Learner(recipe, policy, notify=lambda _: None, relief=meter.exhausted)
@@ -387,7 +387,7 @@ def test_paged_optimizer_state_is_counted_by_neither_side(tiny_recipe):
 def test_the_report_shows_measured_over_planned(capsys, tiny_recipe):
     from dataclasses import asdict
 
-    recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_tokens=8", "eval.problems=0")
+    recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_length=8", "eval.problems=0")
     found = run_bench(recipe)
     phase = measure.PhaseMemory(
         phase="update", tensor_bytes=3 * 2**30, planned_tensor_bytes=4 * 2**30, card_bytes=5 * 2**30,

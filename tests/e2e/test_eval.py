@@ -17,11 +17,11 @@ from click.testing import CliRunner
 from helpers import json_lines
 
 from popo_lite.cli import main
-from popo_lite.evaluation.answer_file import EvaluationFolder
-from popo_lite.evaluation.subject import Subject
 from popo_lite.grading import Grader
-from popo_lite.policy.tiny_model import TINY_FOLDER
+from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.samplers import vllm
+from popo_lite.tools.benchmarks.answer_file import EvaluationFolder
+from popo_lite.tools.benchmarks.subject import Subject
 from popo_lite.types import Outcome, Reward
 
 SUMS = ((17, 25), (12, 34), (40, 41), (23, 58), (11, 88), (36, 47), (64, 29), (35, 35))
@@ -110,7 +110,7 @@ def test_hand_written_files_give_the_known_score(greedy, command, tmp_path):
         score = result["pooled"]
         for figure in (score["average"], score["pass_at_k"]["2"], score["majority_at_k"]["2"]):
             assert figure == pytest.approx(expected[name], abs=1e-12), name
-        assert score["ungraded_share"] == score["truncated_share"] == 0
+        assert score["ungraded_ratio"] == score["truncated_ratio"] == 0
         low, high = score["intervals"]["average"]
         assert low <= expected[name] <= high
         assert (low == high) == (expected[name] in (0, 1))
@@ -177,7 +177,7 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     process = start(
         folder, "train", "tiny_cpu", "--output", "run", "--set", "train.steps=4", "--set", "eval.problems=0",
-        "--set", "optimizer.warmup_share=0.0", "--set", "optimizer.learning_rate=1e-2", "--set", "siamese.tau=0.5",
+        "--set", "optimizer.warmup_ratio=0.0", "--set", "optimizer.learning_rate=1e-2", "--set", "siamese.tau=0.5",
     )  # fmt: skip
     _, problems = process.communicate(timeout=300)
     assert process.returncode == 0, problems
@@ -341,10 +341,10 @@ def test_engine_errors_end_in_an_option_that_there_is(monkeypatch, tmp_path):
 
 
 def test_the_preset_is_the_published_one_and_gives_way_to_what_is_given():
-    from popo_lite.evaluation.choices import choices_of
+    from popo_lite.tools.benchmarks.choices import choices_of
 
     given = dict.fromkeys(
-        ("samples", "k", "temperature", "top_p", "max_tokens", "max_prompt_tokens", "system_prompt", "chat_template",
+        ("samples", "k", "temperature", "top_p", "max_tokens", "max_prompt_length", "system_prompt", "chat_template",
          "engine", "output", "seeds", "seed"),
     ) | {"preset": "paper", "data": (), "skip_overlong": False}  # fmt: skip
     found = choices_of("paper", given)

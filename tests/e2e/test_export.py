@@ -278,7 +278,7 @@ def test_help_needs_no_torch() -> None:
     code = (
         "import sys\n"
         "from click.testing import CliRunner\n"
-        "from popo_lite.cli.export import export\n"
+        "from popo_lite.tools.export.command import export\n"
         "result = CliRunner().invoke(export, ['--help'])\n"
         "assert result.exit_code == 0 and '--push-to-hub' in result.output\n"
         "heavy = {'torch', 'transformers', 'peft', 'huggingface_hub', 'rich'} & sys.modules.keys()\n"

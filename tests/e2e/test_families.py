@@ -20,16 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from popo_lite.console.views import SilentView
 from popo_lite.errors import ModelError
-from popo_lite.planning import known_config
-from popo_lite.planning.shapes import load_shape, parameter_counts
 from popo_lite.policy.load import load_tokenizer
 from popo_lite.policy.policy import stop_ids_of
-from popo_lite.policy.tiny_model import build_tokenizer
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.samplers import SamplingParams
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.plan import known_config
+from popo_lite.tools.plan.shapes import load_shape, parameter_counts
+from popo_lite.tools.tiny_model import build_tokenizer
 from popo_lite.training.loop import Trainer
 from popo_lite.types import FinishReason
 
@@ -212,10 +212,10 @@ def recipe_of(name: str, folder: Path, rewards: str) -> Recipe:
         name,
         (
             f"model.id={folder}", "model.dtype=float32", "train.device=cpu", "train.cpu_threads=1", "train.steps=1",
-            "rollout.engine=hf", "rollout.max_completion_tokens=24", "train.tokens_per_microbatch=1024",
+            "rollout.engine=hf", "rollout.max_completion_length=24", "train.tokens_per_microbatch=1024",
             "data.dataset=arithmetic", "data.prompts_per_step=3", f"reward.function={rewards}",
             "reward.truncated=grade",  # random weights hardly ever end an answer
-            "optimizer.warmup_share=0.0", "eval.dataset=arithmetic", "eval.problems=0",
+            "optimizer.warmup_ratio=0.0", "eval.dataset=arithmetic", "eval.problems=0",
         ),
     )  # fmt: skip
 
@@ -309,7 +309,7 @@ def test_answers_end_at_the_familys_stops_and_nowhere_else(named, rewards):
             for group in trainer.sampler.sample(
                 prompts,
                 count=100,
-                params=SamplingParams(temperature=1.0, max_completion_tokens=40),
+                params=SamplingParams(temperature=1.0, max_completion_length=40),
                 policy_version=0,
                 stream=("stops",),
             )

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import json_lines
 
-from popo_lite.console.compare_report import tables
-from popo_lite.sweep.compare import compare
+from popo_lite.tools.sweep.compare import compare
+from popo_lite.tools.sweep.compare_report import tables
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
@@ -20,7 +20,7 @@ seeds = [0, 1]
 [set]
 train.steps = 6
 data.prompts_per_step = 4
-rollout.group_size = 4
+rollout.num_generations = 4
 eval.problems = 8
 [variants.popo]
 [variants.grpo]
@@ -90,7 +90,7 @@ def test_a_study_trains_what_is_missing_and_writes_its_page(study, tmp_path, mon
             sum(line["trained_tokens"] for line in steps[start : start + 2]) for start in (0, 2, 4)
         ]
         whole = {key: sum(line[key] for line in steps) for key in ("tokens_of_positives", "tokens_of_all")}
-        assert popo["figures"]["trained_share"] == whole["tokens_of_positives"] / whole["tokens_of_all"]
+        assert popo["figures"]["trained_ratio"] == whole["tokens_of_positives"] / whole["tokens_of_all"]
     last = first.rpartition("**Tokens to train on, of the rollouts of popo**")[2].splitlines()
     assert [row.split("|")[1].strip() for row in last if row.startswith("| ")][2:] == [
         "1 to 2", "3 to 4", "5 to 6", "1 to 6",

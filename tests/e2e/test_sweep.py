@@ -14,18 +14,18 @@ import pytest
 from helpers import json_lines
 
 from popo_lite.errors import UserInputError
-from popo_lite.sweep.folder import SweepFolder
-from popo_lite.sweep.runner import locked
+from popo_lite.tools.sweep.folder import SweepFolder
+from popo_lite.tools.sweep.runner import locked
 
 SMALL = """
 recipe = "tiny_cpu"
 [set]
 train.steps = 4
-train.checkpoint_every = 2
+train.save_steps = 2
 data.prompts_per_step = 4
-rollout.group_size = 4
+rollout.num_generations = 4
 eval.problems = 8
-optimizer.warmup_share = 0.0
+optimizer.warmup_ratio = 0.0
 """
 
 

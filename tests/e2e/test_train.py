@@ -15,8 +15,8 @@ from helpers import json_lines
 from safetensors.numpy import load_file
 
 SMALL = (
-    "--set", "train.steps=6", "--set", "train.checkpoint_every=2", "--set", "data.prompts_per_step=8",
-    "--set", "rollout.group_size=4", "--set", "eval.problems=20", "--set", "optimizer.warmup_share=0.0",
+    "--set", "train.steps=6", "--set", "train.save_steps=2", "--set", "data.prompts_per_step=8",
+    "--set", "rollout.num_generations=4", "--set", "eval.problems=20", "--set", "optimizer.warmup_ratio=0.0",
     "--set", "eval.every=1",
 )  # fmt: skip
 
@@ -45,7 +45,7 @@ def test_training_learns_to_work_step_by_step(trained):
     assert before["problems"] == after["problems"] == 200
     assert 0.20 <= before["pass_at_1"] <= 0.50
     assert after["pass_at_1"] >= 0.85
-    assert after["step_by_step_share"] > before["step_by_step_share"] + 0.3
+    assert after["step_by_step_ratio"] > before["step_by_step_ratio"] + 0.3
     assert summary["quantized_modules"] == 14
     assert summary["steps"] == 60
     metrics = json_lines(run / "metrics.jsonl")
@@ -71,7 +71,7 @@ def test_the_run_folder_holds_what_it_should(trained):
         assert sum(line[name] for name in groups) == line["prompts"]
         assert 0 <= line["siamese_drift_over_bound"] <= 1
         assert line["logp_gap_max"] < 1e-3
-        assert 0 < line["effective_sample_share"] <= 1 + 1e-9
+        assert 0 < line["effective_sample_ratio"] <= 1 + 1e-9
     assert metrics[0]["siamese_cosine"] == pytest.approx(1, abs=2e-3)
     samples = json_lines(run / "samples.jsonl")
     assert all(len(sample["answers"]) == 8 for sample in samples)
@@ -201,9 +201,9 @@ def test_a_killed_run_remembers_what_it_knew_of_its_problems(tmp_path, command):
     (tmp_path / "sums.jsonl").write_text("\n".join(rows) + "\n")
     options = (
         "--set", f"data.dataset={tmp_path / 'sums.jsonl'}", "--set", "data.prompts_per_step=8",
-        "--set", "rollout.budget=adaptive", "--set", "rollout.skip_known=true", "--set", "rollout.group_size=6",
-        "--set", "rollout.max_rollouts=12", "--set", "train.steps=8", "--set", "train.checkpoint_every=3",
-        "--set", "eval.problems=0", "--set", "optimizer.warmup_share=0.0",
+        "--set", "rollout.adaptive.enabled=true", "--set", "rollout.skip_known=true", "--set", "rollout.num_generations=6",
+        "--set", "rollout.adaptive.max_rollouts=12", "--set", "train.steps=8", "--set", "train.save_steps=3",
+        "--set", "eval.problems=0", "--set", "optimizer.warmup_ratio=0.0",
     )  # fmt: skip
     whole = command("train", "tiny_cpu", *options, "--output", "whole", "--json")
     assert whole.returncode == 0, whole.stderr
@@ -254,9 +254,9 @@ answer_column = "gold"
 filter = { level = 1 }
 prompts_per_step = 4
 [rollout]
-max_prompt_tokens = 32
-max_completion_tokens = 40
-group_size = 4
+max_prompt_length = 32
+max_completion_length = 40
+num_generations = 4
 [reward]
 function = "my_rewards:close"
 [train]
@@ -274,4 +274,4 @@ problems = 5
     assert asked == {1}
     metrics = json_lines(run / "metrics.jsonl")
     assert all(line["outcomes"]["error"] == 0 for line in metrics)
-    assert all(line["step_by_step_share"] is None for line in metrics)
+    assert all(line["step_by_step_ratio"] is None for line in metrics)

@@ -113,8 +113,8 @@ def shared_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recipe(shared_dir):
     return load_recipe("tiny_cpu", [
-        'rollout.engine="server"', f"rollout.servers={free_urls(2)}", f'rollout.shared_dir="{shared_dir}"',
-        "rollout.max_prompt_tokens=400", "rollout.batch_size=16",
+        'rollout.engine="server"', f"rollout.server.base_urls={free_urls(2)}", f'rollout.server.shared_dir="{shared_dir}"',
+        "rollout.max_prompt_length=400", "rollout.max_num_seqs=16",
     ])  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def servers(recipe, policy, tmp_path_factory):
     write_dequantized_base(policy, folder)
     policy.tokenizer.save_pretrained(folder)
     logs = tmp_path_factory.mktemp("logs")
-    both = [Server(recipe, url, folder, logs / f"{n}.log") for n, url in enumerate(recipe.rollout.servers)]
+    both = [Server(recipe, url, folder, logs / f"{n}.log") for n, url in enumerate(recipe.rollout.server.base_urls)]
     try:
         for server in both:
             server.start()

@@ -36,12 +36,12 @@ from popo_lite.samplers.engine_adapter import MEMORY_BACKED, PREFIX, EngineAdapt
 from popo_lite.samplers.probe import prove_adapter_in_use
 from popo_lite.tasks.rendering import Renderer
 
-LONG_PROMPTS = ("rollout.max_prompt_tokens=400",)
+LONG_PROMPTS = ("rollout.max_prompt_length=400",)
 
 
 @pytest.fixture(scope="module")
 def setup():
-    recipe = load_recipe("tiny_vllm", [*LONG_PROMPTS, "rollout.batch_size=64"])
+    recipe = load_recipe("tiny_vllm", [*LONG_PROMPTS, "rollout.max_num_seqs=64"])
     policy = load_policy(recipe)
     with torch.no_grad():
         torch.manual_seed(0)
@@ -160,9 +160,9 @@ def test_the_engine_is_chosen_and_the_choice_explained(tiny_recipe):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal on a CPU")
 def test_four_bit_serving_needs_a_gpu(setup, tiny_recipe):
     policy, renderer, _ = setup
-    assert pick_engine(tiny_recipe('rollout.base="nf4"', 'rollout.engine="auto"'))[0] == "hf"
+    assert pick_engine(tiny_recipe('rollout.vllm.base="nf4"', 'rollout.engine="auto"'))[0] == "hf"
     with pytest.raises(EngineError, match="on a GPU only"):
-        open_sampler(load_recipe("tiny_vllm", ["rollout.base=nf4"]), policy, text=renderer.text, notify=print)
+        open_sampler(load_recipe("tiny_vllm", ["rollout.vllm.base=nf4"]), policy, text=renderer.text, notify=print)
 
 
 def test_an_interrupt_leaves_no_request_in_the_engine(setup):

@@ -8,9 +8,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from popo_lite.bench.meter import Meter, OutOfMemoryError
-from popo_lite.policy.random_base import random_base
 from popo_lite.recipe import ModelRecipe
+from popo_lite.tools.bench.meter import Meter, OutOfMemoryError
+from popo_lite.tools.bench.random_base import random_base
 
 pytestmark = [
     pytest.mark.gpu,

@@ -66,7 +66,7 @@ def test_a_run_in_nf4_and_bfloat16_goes_on_from_its_checkpoint(tiny_recipe, tmp_
 
     recipe = tiny_recipe(
         'train.device="cuda"', 'model.dtype="bfloat16"', f'optimizer.name="{optimizer}"', "train.steps=3",
-        "train.checkpoint_every=1", "data.prompts_per_step=8", "eval.problems=16", "train.gradient_checkpointing=true",
+        "train.save_steps=1", "data.prompts_per_step=8", "eval.problems=16", "train.gradient_checkpointing=true",
     )  # fmt: skip
     with Trainer(recipe, SilentView()) as trainer:
         bytes_before = torch.cuda.memory_allocated()
@@ -151,7 +151,7 @@ def test_a_run_that_really_runs_out_of_memory_goes_on_with_smaller_micro_batches
 
     recipe = tiny_recipe(
         'train.device="cuda"', 'model.dtype="bfloat16"', "train.steps=2", "eval.problems=0", "train.packing=false",
-        "data.prompts_per_step=64", "rollout.group_size=16", "train.tokens_per_microbatch=1000000",
+        "data.prompts_per_step=64", "rollout.num_generations=16", "train.tokens_per_microbatch=1000000",
     )  # fmt: skip
     with Trainer(recipe, SilentView()) as trainer:
         fits = torch.cuda.memory_reserved() + 48 * 2**20

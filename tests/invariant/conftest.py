@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from popo_lite.console.views import SilentView
-from popo_lite.policy.tiny_model import TINY_FOLDER
+from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.training.loop import Trainer
 
 
@@ -40,7 +40,7 @@ def trainer(phi, tiny_recipe):
     opened = []
 
     def make(*overrides: str) -> Trainer:
-        beta = [] if "objective.algorithm=raft" in overrides else ["objective.beta=0.05"]
+        beta = [] if "objective.algorithm=raft" in overrides else ["objective.entropy_coef=0.05"]
         recipe = tiny_recipe(
             f'model.id="{phi}"', 'model.quantization="none"', 'model.dtype="float64"', "eval.problems=0",
             *beta, "train.tokens_per_microbatch=1000000", *overrides,

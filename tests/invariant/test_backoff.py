@@ -106,8 +106,8 @@ def test_other_errors_are_not_taken_for_it(trainer, monkeypatch):
 
 def small(tiny_recipe, *overrides):
     return tiny_recipe(
-        "train.steps=4", "data.prompts_per_step=8", "rollout.group_size=4", "eval.problems=8",
-        "train.checkpoint_every=2", "rollout.max_completion_tokens=32", *overrides,
+        "train.steps=4", "data.prompts_per_step=8", "rollout.num_generations=4", "eval.problems=8",
+        "train.save_steps=2", "rollout.max_completion_length=32", *overrides,
     )  # fmt: skip
 
 

@@ -22,15 +22,15 @@ VARIANTS = [
     (),
     ('objective.target="features"',),
     ('objective.entropy_over="all"',),
-    ('objective.normalizer="sequence_mean"', "objective.alpha=0"),
+    ('objective.normalizer="sequence_mean"', "objective.similarity_coef=0"),
     ('objective.normalizer="reference"',),
-    ('objective.normalizer="sequence_sum"', "rollout.max_completion_tokens=30"),
+    ('objective.normalizer="sequence_sum"', "rollout.max_completion_length=30"),
     ('objective.weights_from="trainer"', 'objective.weights="sequence_logprob"'),
     ("rollout.temperature=0.7",),
     ("objective.algorithm=mixed", "objective.negative_weight=0.3"),
     ("objective.algorithm=raft",),
     ("objective.algorithm=grpo",),
-    ("objective.algorithm=grpo", "objective.kl=0.1", "objective.length_normalization=token", "objective.beta=0.02"),
+    ("objective.algorithm=grpo", "objective.kl_coef=0.1", "objective.loss_type=dapo", "objective.entropy_coef=0.02"),
 ]
 
 
@@ -41,8 +41,8 @@ def test_one_batch_of_all_equals_one_at_a_time(trainer, variant):
     expected = update(whole, groups)
     assert int(expected["micro_batches"]) == 1
     for budget, packing in ((70, "true"), (128, "true"), (200, "true"), (70, "false")):
-        cut = trainer(*variant, f"train.tokens_per_microbatch={budget}", "rollout.max_prompt_tokens=30",
-                      "rollout.max_completion_tokens=30", f"train.packing={packing}")  # fmt: skip
+        cut = trainer(*variant, f"train.tokens_per_microbatch={budget}", "rollout.max_prompt_length=30",
+                      "rollout.max_completion_length=30", f"train.packing={packing}")  # fmt: skip
         cut.learner._chunk = 7  # tokens of which the logits exist at once
         assert (cut.policy.packing != "off") == (packing == "true")
         found = update(cut, groups)
@@ -59,7 +59,7 @@ def test_packed_equals_unpacked(trainer, variant):
 
 def test_eight_answers_of_one_prompt_in_one_row_equal_one_row_each(trainer):
     """1 x 8 against 8 x 1: what gradient accumulation gets wrong where it averages averages."""
-    whole, single = trainer(), trainer("train.tokens_per_microbatch=70", "rollout.max_completion_tokens=6")
+    whole, single = trainer(), trainer("train.tokens_per_microbatch=70", "rollout.max_completion_length=6")
     group = groups_of(whole)[2]
     eight = Group(
         rollouts=tuple(
@@ -146,9 +146,14 @@ def divisor(normalizer: str, rollouts: list[Rollout], prompts: int, rollout: Rol
     "settings",
     [
         {},
-        {"importance_cap": 2.0},
+        {"importance_sampling_clip_max": 2.0},
         {"algorithm": "mixed", "negative_weight": 0.3},
-        {"algorithm": "mixed", "negative_weight": 0.3, "importance_cap": 2.0, "normalizer": "sequence_mean"},
+        {
+            "algorithm": "mixed",
+            "negative_weight": 0.3,
+            "importance_sampling_clip_max": 2.0,
+            "normalizer": "sequence_mean",
+        },
         {"algorithm": "mixed", "negative_weight": 0.3, "entropy_over": "all", "normalizer": "sequence_sum"},
         {"target": "features", "weights": "uniform"},
         {"target": "features", "entropy_over": "all", "normalizer": "sequence_sum", "noise_sigma": 0.3},
@@ -159,7 +164,7 @@ def divisor(normalizer: str, rollouts: list[Rollout], prompts: int, rollout: Rol
 )
 def test_the_update_is_the_gradient_of_the_formula(trainer, settings):
     """One step against docs/method.md written out naively: full logits, one sequence at a time, plain autograd."""
-    one = trainer("train.tokens_per_microbatch=200", "rollout.max_completion_tokens=40",
+    one = trainer("train.tokens_per_microbatch=200", "rollout.max_completion_length=40",
                   *(f"objective.{key}={value}" for key, value in settings.items()))  # fmt: skip
     groups = groups_of(one)
     found = update(one, groups)
@@ -180,7 +185,11 @@ def test_the_update_is_the_gradient_of_the_formula(trainer, settings):
         logp = torch.log_softmax(output.logits[0, len(prompt) - 1 : -1], dim=-1)
         picked = logp.gather(1, torch.tensor(answer)[:, None])[:, 0]
         ratios = (picked.detach() - torch.tensor(rollout.completion.sampler_logps)).exp()
-        factors = 1.0 if objective.importance_cap is None else ratios.clamp(max=objective.importance_cap)
+        factors = (
+            1.0
+            if objective.importance_sampling_clip_max is None
+            else ratios.clamp(max=objective.importance_sampling_clip_max)
+        )
         entropy = -(logp.exp() * logp).sum() / entropy_tokens
         return (factors * picked).sum(), entropy, output.hidden_states[-1][0, len(prompt) :].mean(dim=0)
 
@@ -195,7 +204,7 @@ def test_the_update_is_the_gradient_of_the_formula(trainer, settings):
             weight = score / sum(scores)
             log_pi, entropy, feature = forward(rollout)
             total = total - weight * log_pi / divisor(objective.normalizer, raised, len(with_positive), rollout)
-            total = total - objective.beta * entropy
+            total = total - objective.entropy_coef * entropy
             with torch.no_grad(), one.learner.siamese.swapped():
                 q = forward(rollout)[2]
                 if objective.target == "predictor":
@@ -203,7 +212,9 @@ def test_the_update_is_the_gradient_of_the_formula(trainer, settings):
             q = q + objective.noise_sigma * q.square().mean().sqrt() * one.learner._noise(0, rollout, q)
             p = policy.predictor(feature[None])[0]
             # The weights of the step sum to the number of prompts.
-            total = total + objective.alpha * weight * (1 - p @ q / (p.norm() * q.norm())) / len(with_positive)
+            total = total + objective.similarity_coef * weight * (1 - p @ q / (p.norm() * q.norm())) / len(
+                with_positive
+            )
     for negatives in wrong:
         for rollout in negatives:
             log_pi, entropy, _ = forward(rollout)
@@ -211,7 +222,7 @@ def test_the_update_is_the_gradient_of_the_formula(trainer, settings):
                 share = 0.3 / len(negatives)
                 total = total + share * log_pi / divisor(objective.normalizer, lowered, len(wrong), rollout)
             if objective.entropy_over == "all":
-                total = total - objective.beta * entropy
+                total = total - objective.entropy_coef * entropy
     total.backward()
     expected = {name: p.grad for name, p in policy.trainable_parameters()}
     assert_same(found, {**expected, "loss": total.detach()})
@@ -234,7 +245,7 @@ def test_a_step_without_positives_changes_nothing_and_says_so(tiny_recipe, tmp_p
     from popo_lite.run_folder import RunFolder
 
     recipe = tiny_recipe('reward.function="math"', "eval.problems=0", "data.prompts_per_step=2",
-                         "rollout.group_size=2", "rollout.max_completion_tokens=1")  # fmt: skip
+                         "rollout.num_generations=2", "rollout.max_completion_length=1")  # fmt: skip
     with Trainer(recipe, SilentView()) as trainer:
         trainer.run_folder = RunFolder(tmp_path)
         before = {name: p.detach().clone() for name, p in trainer.policy.trainable_parameters()}

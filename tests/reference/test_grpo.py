@@ -93,11 +93,11 @@ def test_loss_and_gradient_are_trls(
 ):
     recipe = tiny_recipe(
         'model.quantization="none"',  # TRL rounds the adapters of a 4-bit model to 16 bit
-        "objective.algorithm=grpo", f"objective.advantage_scaling={scaling}", f"objective.kl={kl}",
-        f"objective.length_normalization={normalization}", f"objective.clip_low={clip[0]}",
-        f"objective.clip_high={clip[1]}", f"rollout.temperature={temperature}", "rollout.max_completion_tokens=16",
+        "objective.algorithm=grpo", f"objective.scale_rewards={scaling}", f"objective.kl_coef={kl}",
+        f"objective.loss_type={normalization}", f"objective.epsilon={clip[0]}",
+        f"objective.epsilon_high={clip[1]}", f"rollout.temperature={temperature}", "rollout.max_completion_length=16",
         "optimizer.max_grad_norm=1e30",
-        *([f"objective.kl_correction={str(correction).lower()}"] if kl else []),
+        *([f"objective.use_bias_correction_kl={str(correction).lower()}"] if kl else []),
     )  # fmt: skip
     policy = load_policy(recipe)
     torch.manual_seed(2)

@@ -13,18 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from popo_lite.planning.activations import LayerBytes, layer_bytes
-from popo_lite.planning.engine import hf_moments
-from popo_lite.planning.shapes import (
-    KNOWN_CONFIGS,
-    ModelShape,
-    known_config,
-    load_shape,
-    parameter_counts,
-    shape_of,
-)
-from popo_lite.planning.sizes import adapter_elements, base_bytes, nf4_bytes, optimizer_bytes, predictor_elements
-from popo_lite.planning.vram import plan_memory
 from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.load import load_base
 from popo_lite.policy.policy import Policy, load_policy
@@ -32,6 +20,18 @@ from popo_lite.policy.siamese import Siamese
 from popo_lite.recipe import Recipe
 from popo_lite.samplers.base import SamplingParams
 from popo_lite.samplers.hf import HFSampler
+from popo_lite.tools.plan.activations import LayerBytes, layer_bytes
+from popo_lite.tools.plan.engine import hf_moments
+from popo_lite.tools.plan.shapes import (
+    KNOWN_CONFIGS,
+    ModelShape,
+    known_config,
+    load_shape,
+    parameter_counts,
+    shape_of,
+)
+from popo_lite.tools.plan.sizes import adapter_elements, base_bytes, nf4_bytes, optimizer_bytes, predictor_elements
+from popo_lite.tools.plan.vram import plan_memory
 from popo_lite.training.optimizer import build_optimizer
 from popo_lite.types import Problem, Prompt
 
@@ -230,8 +230,8 @@ def cuda_like_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model.dtype=bfloat16",),
         ("model.dtype=float32",),
         ("model.dtype=bfloat16", "model.quantization=none"),
-        ("model.dtype=bfloat16", 'lora.targets=["q_proj", "v_proj"]'),
-        ("model.dtype=bfloat16", 'lora.targets=["down_proj"]'),
+        ("model.dtype=bfloat16", 'lora.target_modules=["q_proj", "v_proj"]'),
+        ("model.dtype=bfloat16", 'lora.target_modules=["down_proj"]'),
         ("model.dtype=bfloat16", "lora.dropout=0.1"),
         ("model.dtype=float32", "lora.dropout=0.1"),
     ],
@@ -262,7 +262,7 @@ def test_a_layer_of_the_other_architectures_does_too(
 def test_eager_attention_takes_the_square_and_the_plan_is_no_less(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, dtype: str
 ) -> None:
-    recipe, tokens = tiny_recipe("lora.rank=8", f"model.dtype={dtype}", "model.attention=eager"), 512
+    recipe, tokens = tiny_recipe("lora.rank=8", f"model.dtype={dtype}", "model.attn_implementation=eager"), 512
     planned, counts = counted_layer(recipe, {"model_type": "qwen2", **SMALL}, tmp_path, tokens)
     saved = (planned.saved + planned.pair * tokens) * tokens + planned.casts_bytes
     assert saved == pytest.approx(counts[0], rel=0.1)
@@ -285,10 +285,10 @@ def test_the_update_of_a_whole_trunk_takes_what_was_planned(
         f"model.quantization={quantization}",
         f"train.gradient_checkpointing={checkpointing}",
         f"train.tokens_per_microbatch={tokens}",
-        f"rollout.max_prompt_tokens={tokens // 2}",
-        f"rollout.max_completion_tokens={tokens // 2}",
+        f"rollout.max_prompt_length={tokens // 2}",
+        f"rollout.max_completion_length={tokens // 2}",
         "data.prompts_per_step=1",
-        "rollout.group_size=2",
+        "rollout.num_generations=2",
     )
     torch.manual_seed(0)
     wanted = getattr(torch, dtype)
@@ -316,10 +316,10 @@ def test_a_pass_without_a_graph_takes_what_was_planned(tiny_recipe: Callable[...
     tokens = 512
     recipe = tiny_recipe(
         f"train.tokens_per_microbatch={tokens}",
-        f"rollout.max_prompt_tokens={tokens // 2}",
-        f"rollout.max_completion_tokens={tokens // 2}",
+        f"rollout.max_prompt_length={tokens // 2}",
+        f"rollout.max_completion_length={tokens // 2}",
         "data.prompts_per_step=1",
-        "rollout.group_size=2",
+        "rollout.num_generations=2",
     )
     policy = load_policy(recipe)
     policy.model.eval()
@@ -346,10 +346,10 @@ def test_decoding_with_the_models_own_weights_takes_what_was_planned(
 ) -> None:
     recipe = tiny_recipe(
         *options,
-        f"rollout.batch_size={batch}",
-        f"rollout.max_prompt_tokens={prompt_tokens}",
-        f"rollout.max_completion_tokens={answer_tokens}",
-        f"rollout.group_size={group}",
+        f"rollout.max_num_seqs={batch}",
+        f"rollout.max_prompt_length={prompt_tokens}",
+        f"rollout.max_completion_length={answer_tokens}",
+        f"rollout.num_generations={group}",
         "eval.problems=0",
     )
     policy = load_policy(recipe)
@@ -363,7 +363,7 @@ def test_decoding_with_the_models_own_weights_takes_what_was_planned(
         for index in range(batch // group)
     ]
     sampler = HFSampler(policy, text=lambda _: "", batch_size=batch)
-    params = SamplingParams(temperature=1.0, max_completion_tokens=answer_tokens)
+    params = SamplingParams(temperature=1.0, max_completion_length=answer_tokens)
     with LiveStorages() as live:
         sampler.sample(prompts, count=group, params=params, policy_version=0, stream=("count",))
     planned = max(sum(classes.values()) for _, classes in hf_moments(recipe, load_shape(recipe.model)))
@@ -437,7 +437,7 @@ def kept_by_a_pass(policy: Policy, tokens: int) -> int:
 def test_the_tiny_models_activations_take_what_was_planned(tiny_recipe: Callable[..., Recipe]) -> None:
     tokens = 512
     recipe = tiny_recipe(
-        f"train.tokens_per_microbatch={tokens}", "rollout.max_prompt_tokens=256", "rollout.max_completion_tokens=256"
+        f"train.tokens_per_microbatch={tokens}", "rollout.max_prompt_length=256", "rollout.max_completion_length=256"
     )
     planned = planned_classes(recipe, "update")
     shape = load_shape(recipe.model)
@@ -457,10 +457,10 @@ def test_without_packing_each_sequence_keeps_copies_of_the_adapters(
         f"lora.rank={rank}",
         "train.packing=false",
         f"train.tokens_per_microbatch={sequences * tokens}",
-        f"rollout.max_prompt_tokens={tokens // 2}",
-        f"rollout.max_completion_tokens={tokens // 2}",
+        f"rollout.max_prompt_length={tokens // 2}",
+        f"rollout.max_completion_length={tokens // 2}",
         "data.prompts_per_step=1",
-        f"rollout.group_size={sequences}",
+        f"rollout.num_generations={sequences}",
     )
     policy = load_policy(recipe)
     policy.model.train()
@@ -477,8 +477,8 @@ def test_checkpointing_keeps_the_layers_inputs(tiny_recipe: Callable[..., Recipe
     tokens = 512
     recipe = tiny_recipe(
         f"train.tokens_per_microbatch={tokens}",
-        "rollout.max_prompt_tokens=256",
-        "rollout.max_completion_tokens=256",
+        "rollout.max_prompt_length=256",
+        "rollout.max_completion_length=256",
         "train.gradient_checkpointing=true",
     )
     planned = planned_classes(recipe, "update")

@@ -8,10 +8,10 @@ import pytest
 from safetensors import safe_open
 
 from popo_lite.errors import DataError, ModelError
-from popo_lite.policy.load import load_tokenizer
-from popo_lite.policy.tiny_model import TINY_FOLDER, build_tokenizer, teach, teaching_pair
+from popo_lite.policy.load import TINY_FOLDER, load_tokenizer
 from popo_lite.tasks.arithmetic import ArithmeticTask, is_held_out, working
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.tiny_model import build_tokenizer, teach, teaching_pair
 from popo_lite.types import Problem
 
 
@@ -125,11 +125,11 @@ def test_tokenizer_and_rendering(tiny_recipe):
 
 
 def test_prompts_that_are_too_long_say_so(tiny_recipe):
-    recipe = tiny_recipe("rollout.max_prompt_tokens=5")
+    recipe = tiny_recipe("rollout.max_prompt_length=5")
     renderer = Renderer.of(recipe, load_tokenizer(recipe.model))
     problem = ArithmeticTask(2).train_problem(0, 0)
     assert not renderer.fits(problem)
-    with pytest.raises(DataError, match=r"has 13 tokens, the limit is rollout.max_prompt_tokens = 5"):
+    with pytest.raises(DataError, match=r"has 13 tokens, the limit is rollout.max_prompt_length = 5"):
         renderer.render(problem)
 
 

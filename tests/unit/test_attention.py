@@ -8,8 +8,8 @@ import transformers
 
 from popo_lite.errors import ModelError
 from popo_lite.policy.attention import _alike, boundaries, enable_packing, kernel_of, positions
+from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.policy.policy import load_policy
-from popo_lite.policy.tiny_model import TINY_FOLDER
 
 SIZES = {
     "vocab_size": 320,
@@ -121,7 +121,7 @@ def test_the_kernel_is_chosen_by_what_there_is():
 def test_the_policy_packs_where_it_can(tiny_recipe):
     assert load_policy(tiny_recipe()).packing == "sdpa"
     assert load_policy(tiny_recipe("train.packing=false")).packing == "off"
-    assert load_policy(tiny_recipe('model.attention="eager"')).packing == "off"
+    assert load_policy(tiny_recipe('model.attn_implementation="eager"')).packing == "off"
 
 
 def test_a_policy_in_bfloat16_packs_within_its_rounding(tiny_recipe):
@@ -143,7 +143,7 @@ def test_a_window_shorter_than_the_sequences_is_not_packed(tiny_recipe, tmp_path
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(TINY_FOLDER).save_pretrained(folder)
         policy = load_policy(
-            tiny_recipe(f'model.id="{folder}"', 'model.quantization="none"', 'lora.targets=["q_proj"]')
+            tiny_recipe(f'model.id="{folder}"', 'model.quantization="none"', 'lora.target_modules=["q_proj"]')
         )
         assert policy.packing == packing
         lengths = (60, 128, 70)
@@ -183,7 +183,7 @@ def test_a_model_with_a_mask_of_its_own_is_refused_and_runs_unpacked(tiny_recipe
     )
     transformers.FalconForCausalLM(config).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(TINY_FOLDER).save_pretrained(tmp_path)
-    overrides = (f'model.id="{tmp_path}"', 'model.quantization="none"', 'lora.targets=["query_key_value"]')
+    overrides = (f'model.id="{tmp_path}"', 'model.quantization="none"', 'lora.target_modules=["query_key_value"]')
     with pytest.raises(ModelError, match=r"does not keep the sequences of a packed row apart") as caught:
         load_policy(tiny_recipe(*overrides))
     assert caught.value.next_step == "--set train.packing=false runs one sequence at a time"

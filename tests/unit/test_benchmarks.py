@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from popo_lite.errors import DataError, UserInputError
-from popo_lite.tasks.benchmarks import BENCHMARKS, PAPER, benchmark_names, open_benchmark
+from popo_lite.tools.benchmarks.datasets import BENCHMARKS, PAPER, benchmark_names, open_benchmark
 
 OLYMPIAD = {
     "id": 1606,

@@ -18,15 +18,15 @@ from popo_lite.training.loop import Trainer
 from popo_lite.training.metrics import StageClock, rollout_figures
 from popo_lite.types import FinishReason, Group, Outcome, Reward
 
-ADAPTIVE = ('rollout.budget="adaptive"', "rollout.positives_wanted=2", "rollout.round_size=4",
-            "rollout.max_rollouts=24", "data.prompts_per_step=12")  # fmt: skip
+ADAPTIVE = ('rollout.adaptive.enabled=true', "rollout.adaptive.positives_wanted=2", "rollout.adaptive.round_size=4",
+            "rollout.adaptive.max_rollouts=24", "data.prompts_per_step=12")  # fmt: skip
 
 
 # --------------------------------------------------------------------- dealing out
 
 
 def test_the_fixed_budget_is_one_round_of_g(tiny_recipe):
-    budget = Budget.of(tiny_recipe("rollout.group_size=6").rollout)
+    budget = Budget.of(tiny_recipe("rollout.num_generations=6").rollout)
     assert budget.next_round([0, 0, 0], made=0, total=0) == ([0, 1, 2], 6)
     assert budget.next_round([0, 6, 1], made=6, total=18)[0] == []
 
@@ -47,10 +47,10 @@ def test_what_is_left_goes_to_those_with_the_fewest_positives():
 
 
 def test_settings_that_cannot_go_together_are_refused(tiny_recipe):
-    with pytest.raises(RecipeError, match=r"rollout.round_size = 12.*group_size"):
-        tiny_recipe('rollout.budget="adaptive"', "rollout.round_size=12")
-    with pytest.raises(RecipeError, match=r"rollout.positives_wanted = 40.*max_rollouts"):
-        tiny_recipe('rollout.budget="adaptive"', "rollout.positives_wanted=40")
+    with pytest.raises(RecipeError, match=r"rollout.adaptive.round_size = 12.*num_generations"):
+        tiny_recipe("rollout.adaptive.enabled=true", "rollout.adaptive.round_size=12")
+    with pytest.raises(RecipeError, match=r"rollout.adaptive.positives_wanted = 40.*max_rollouts"):
+        tiny_recipe("rollout.adaptive.enabled=true", "rollout.adaptive.positives_wanted=40")
 
 
 # --------------------------------------------------------------------- gathering, on the real model
@@ -83,9 +83,9 @@ def gathered(tiny_recipe):
 def test_adaptive_groups_are_the_beginnings_of_large_fixed_ones(gathered, settings):
     """The same streams as one round of 32, cut where the rule says, within the budget of the step."""
     wanted, size, most = settings
-    groups, trainer = gathered(*ADAPTIVE, f"rollout.positives_wanted={wanted}", f"rollout.round_size={size}",
-                               f"rollout.max_rollouts={most}")  # fmt: skip
-    whole, _ = gathered("rollout.group_size=32", "data.prompts_per_step=12")
+    groups, trainer = gathered(*ADAPTIVE, f"rollout.adaptive.positives_wanted={wanted}", f"rollout.adaptive.round_size={size}",
+                               f"rollout.adaptive.max_rollouts={most}")  # fmt: skip
+    whole, _ = gathered("rollout.num_generations=32", "data.prompts_per_step=12")
     assert [group.prompt for group in groups] == [group.prompt for group in whole]
     for group, large in zip(groups, whole, strict=True):
         assert [rollout.index for rollout in group.rollouts] == list(range(len(group.rollouts)))
@@ -93,7 +93,7 @@ def test_adaptive_groups_are_the_beginnings_of_large_fixed_ones(gathered, settin
             assert rollout.completion.token_ids == expected.completion.token_ids
             assert rollout.reward == expected.reward
     total = sum(len(group.rollouts) for group in groups)
-    left = len(groups) * trainer.recipe.rollout.group_size - total
+    left = len(groups) * trainer.recipe.rollout.num_generations - total
     assert left >= 0
     for group in groups:
         made = len(group.rollouts)
@@ -110,17 +110,20 @@ def test_a_fixed_group_is_what_the_sampler_draws_at_once(gathered):
     groups, trainer = gathered("data.prompts_per_step=4")
     drawn = trainer.sampler.sample(
         [group.prompt for group in groups], count=8,
-        params=SamplingParams(temperature=1.0, max_completion_tokens=64), policy_version=0, stream=("rollout", 0, 3),
+        params=SamplingParams(temperature=1.0, max_completion_length=64), policy_version=0, stream=("rollout", 0, 3),
     )  # fmt: skip
     assert [[r.completion for r in group.rollouts] for group in groups] == drawn
 
 
 def test_adaptive_reaches_more_prompts_with_no_more_rollouts(gathered):
     """Three-digit sums, a pass rate of about a quarter: 32 prompts."""
-    options = ("data.digits=3", "data.prompts_per_step=32", "rollout.group_size=4")
+    options = ("data.digits=3", "data.prompts_per_step=32", "rollout.num_generations=4")
     fixed, _ = gathered(*options)
     adaptive, _ = gathered(
-        *options, 'rollout.budget="adaptive"', "rollout.positives_wanted=1", "rollout.max_rollouts=32"
+        *options,
+        "rollout.adaptive.enabled=true",
+        "rollout.adaptive.positives_wanted=1",
+        "rollout.adaptive.max_rollouts=32",
     )
     reached = [sum(bool(group.positives(0.5)) for group in groups) for groups in (fixed, adaptive)]
     assert reached[1] >= reached[0] + 3
@@ -131,7 +134,7 @@ def test_an_answer_that_was_cut_off_can_be_wrong(gathered, tmp_path, monkeypatch
     """A kind grader calls all answers right; with room for the direct ones alone, many are cut off."""
     (tmp_path / "kind_rewards.py").write_text("def right(text, answer):\n    return 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    options = ("data.prompts_per_step=12", "rollout.max_completion_tokens=12", 'reward.function="kind_rewards:right"')
+    options = ("data.prompts_per_step=12", "rollout.max_completion_length=12", 'reward.function="kind_rewards:right"')
     graded, _ = gathered(*options)
     strict, _ = gathered(*options, "reward.truncated=wrong")
     changed = 0
@@ -140,7 +143,7 @@ def test_an_answer_that_was_cut_off_can_be_wrong(gathered, tmp_path, monkeypatch
             assert (one.completion, one.reward.value) == (other.completion, 1.0)
             if one.completion.finish_reason is FinishReason.LENGTH:
                 assert (other.reward.value, other.reward.outcome) == (0.0, Outcome.INCORRECT)
-                assert other.reward.detail == "cut off at rollout.max_completion_tokens"
+                assert other.reward.detail == "cut off at rollout.max_completion_length"
                 changed += 1
             else:
                 assert other.reward == one.reward
@@ -156,8 +159,8 @@ def test_figures_that_describe_the_policy_count_the_first_round(gathered):
     for name in (
         "pass_rate",
         "unique_answers_mean",
-        "step_by_step_share",
-        "truncated_share",
+        "step_by_step_ratio",
+        "truncated_ratio",
         "completion_tokens_mean",
         "sampled_entropy",
     ):
@@ -204,7 +207,7 @@ def small_file(tmp_path):
 def skipping(tiny_recipe, small_file):
     def make(*overrides):
         recipe = tiny_recipe(f'data.dataset="{small_file}"', "eval.problems=0", "data.prompts_per_step=6",
-                             "rollout.skip_known=true", "rollout.explore_share=0.0", *overrides)  # fmt: skip
+                             "rollout.skip_known=true", "rollout.explore_ratio=0.0", *overrides)  # fmt: skip
         return recipe, open_tasks(recipe)[0]
 
     return make
@@ -236,7 +239,7 @@ def test_a_known_dataset_still_gives_prompts_those_sampled_longest_ago(skipping)
 
 
 def test_a_share_of_known_problems_is_explored_by_seed_and_step(skipping):
-    recipe, task = skipping("rollout.explore_share=0.25", "data.prompts_per_step=1")
+    recipe, task = skipping("rollout.explore_ratio=0.25", "data.prompts_per_step=1")
     problem = task.train_problem(0, 0)
     history = {p.id: Seen(8, 0, 0) for p in (task.train_problem(0, index) for index in range(30))}
     first = [choose_problems(task, recipe, step=step, first=0, history=history) for step in range(2000)]
@@ -259,7 +262,7 @@ def test_a_share_of_known_problems_is_explored_by_seed_and_step(skipping):
     ],
 )
 def test_what_counts_as_known(tiny_recipe, seen, expected):
-    assert is_known(seen, tiny_recipe('rollout.budget="adaptive"')) is expected
+    assert is_known(seen, tiny_recipe("rollout.adaptive.enabled=true")) is expected
 
 
 def test_only_the_last_result_is_remembered_and_doubt_forgets(tiny_recipe, gathered):
@@ -280,7 +283,7 @@ def test_only_the_last_result_is_remembered_and_doubt_forgets(tiny_recipe, gathe
 def test_a_run_counts_what_its_steps_did(tiny_recipe, small_file, tmp_path):
     recipe = tiny_recipe(*ADAPTIVE, f'data.dataset="{small_file}"', "eval.problems=0", "train.steps=4",
                          "rollout.skip_known=true", "data.prompts_per_step=10",
-                         "rollout.group_size=5")  # fmt: skip
+                         "rollout.num_generations=5")  # fmt: skip
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     with Trainer(recipe, SilentView()) as trainer:

@@ -18,16 +18,16 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from popo_lite.cli import main
-from popo_lite.console import plots
-from popo_lite.console.compare_report import compare_report, html_page
 from popo_lite.errors import CheckpointError, UserInputError
 from popo_lite.recipe_file import dump_recipe, load_recipe
 from popo_lite.run_folder import RunFolder, append_line
-from popo_lite.sweep.compare import compare
-from popo_lite.sweep.figures import read_run, smoothed
-from popo_lite.sweep.file import load_sweep
-from popo_lite.sweep.folder import SweepFolder
-from popo_lite.sweep.intervals import mean_interval, share_interval, t_quantile
+from popo_lite.tools.sweep import plots
+from popo_lite.tools.sweep.compare import compare
+from popo_lite.tools.sweep.compare_report import compare_report, html_page
+from popo_lite.tools.sweep.figures import read_run, smoothed
+from popo_lite.tools.sweep.file import load_sweep
+from popo_lite.tools.sweep.folder import SweepFolder
+from popo_lite.tools.sweep.intervals import mean_interval, share_interval, t_quantile
 
 MakeRun = Callable[..., Path]
 
@@ -52,7 +52,7 @@ def test_the_interval_of_a_mean() -> None:
     assert (alone.mean, alone.low, alone.high, alone.count) == (4.0, None, None, 1)
 
 
-def test_the_interval_of_a_share() -> None:
+def test_the_interval_of_a_ratio() -> None:
     found = share_interval(0.8, 10)
     assert (found.low, found.high) == pytest.approx((0.490162, 0.943318), abs=1e-6)
     none, every = share_interval(0.0, 10), share_interval(1.0, 10)
@@ -72,7 +72,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """`make_run("name", "objective.beta=0", seed=1, rates=[...], after=0.5)`: a finished run's folder."""
+    """`make_run("name", "objective.entropy_coef=0", seed=1, rates=[...], after=0.5)`: a finished run's folder."""
 
     def make(
         name: str,
@@ -105,7 +105,7 @@ def line(step: int, rate: float, seed: int, factor: float) -> dict[str, Any]:
         "unique_answers_mean": 3.0,
         "sampled_entropy": (0.5 if step else 0.8) * factor,
         "entropy": None if skipped else 0.4 * factor,
-        "effective_sample_share": None if skipped else 0.99 * factor,
+        "effective_sample_ratio": None if skipped else 0.99 * factor,
         "siamese_drift": 0.01 * step * factor,
         "rollout_tokens": 1000 + seed,
         "tokens_of_all": 2000 + seed,
@@ -130,13 +130,13 @@ def test_figures_of_a_run(make_run: MakeRun) -> None:
     assert (figures["rollout_tokens"], figures["trained_tokens"], figures["seconds"]) == (20060, 7600, 40.0)
     assert (figures["sampled_entropy"], figures["sampled_entropy_over_start"]) == (0.5, 0.625)
     assert (figures["tokens_of_all"], figures["tokens_of_positives"]) == (40060, 7600)
-    assert (figures["tokens_of_mixed_groups"], figures["trained_share"]) == (19000, 7600 / 40060)
+    assert (figures["tokens_of_mixed_groups"], figures["trained_ratio"]) == (19000, 7600 / 40060)
     # Of five steps four must be at 0.9, the fifth at 0.5, for a mean of 0.82; three give 0.74.
     assert figures["reach_steps"] == 14
     assert (figures["reach_seconds"], figures["reach_rollout_tokens"]) == (28.0, 14 * 1003)
     assert figures["reach_trained_tokens"] == 13 * 400
     assert run.curves["trained_tokens"][:3] == [0, 400, 800]
-    assert run.curves["effective_sample_share"][:2] == [None, pytest.approx(0.99)]
+    assert run.curves["effective_sample_ratio"][:2] == [None, pytest.approx(0.99)]
     assert run.curves["pass_rate"][5] == pytest.approx(0.5)
 
 
@@ -164,9 +164,9 @@ def test_a_run_that_has_not_ended_is_refused_with_how_to_go_on(make_run: MakeRun
 def test_runs_that_differ_in_the_seed_alone_are_one_group_named_by_what_differs(make_run: MakeRun) -> None:
     runs = [
         make_run("a0", seed=0, after=0.4),
-        make_run("b0", "objective.beta=0.0", "output.dir=elsewhere", seed=0, after=0.5),
+        make_run("b0", "objective.entropy_coef=0.0", "output.dir=elsewhere", seed=0, after=0.5),
         make_run("a1", seed=1, after=0.6),
-        make_run("b1", "objective.beta=0.0", seed=1, after=0.8),
+        make_run("b1", "objective.entropy_coef=0.0", seed=1, after=0.8),
         make_run("a2", seed=2, after=0.5),
     ]
     found = compare(runs, reach=0.8)
@@ -251,7 +251,7 @@ def a_sweep(tmp_path: Path, make_run: MakeRun) -> Path:
         make_run(f"sweep/popo/seed-{seed}", seed=seed, rates=rising, after=0.8 + 0.02 * seed)
         if seed:
             falling = [max(0.1, 0.7 - 0.02 * step) for step in range(30)]
-            overrides, path = "objective.beta=0.0", f"sweep/no-entropy/seed-{seed}"
+            overrides, path = "objective.entropy_coef=0.0", f"sweep/no-entropy/seed-{seed}"
             make_run(path, overrides, seed=seed, rates=falling, after=0.3 + 0.1 * seed, factor=0.9)
     return tmp_path / "sweep"
 
@@ -432,7 +432,7 @@ def test_many_groups_are_told_apart_by_lines_and_not_hidden_by_bands(
 def test_runs_without_evaluation_or_a_trained_step_are_shown_as_not_measured(make_run: MakeRun, tmp_path: Path) -> None:
     found = compare([make_run("a", rates=[0.0] * 6, after=None)], reach=0.8)
     assert found["groups"][0]["figures"]["pass_at_1"] is None
-    assert found["groups"][0]["curves"]["effective_sample_share"]["mean"] == [None] * 6
+    assert found["groups"][0]["curves"]["effective_sample_ratio"]["mean"] == [None] * 6
     plots.write_png(found, tmp_path / "page.png")
     stream = io.StringIO()
     compare_report(found, Console(file=stream, width=300))

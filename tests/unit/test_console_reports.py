@@ -21,8 +21,8 @@ def evaluation(rate: float, tokens: float) -> dict:
         "pass_at_k": {"1": rate, "8": rate + 0.3, "16": rate + 0.4},
         "problems": 200,
         "samples_per_problem": 16,
-        "step_by_step_share": 0.34,
-        "truncated_share": 0.01,
+        "step_by_step_ratio": 0.34,
+        "truncated_ratio": 0.01,
         "completion_tokens_mean": tokens,
     }
 
@@ -49,9 +49,9 @@ def result(weights: str, rate: float, problems: int = 200) -> EvalResult:
         samples_per_problem=8,
         pass_at_1=rate,
         pass_at_k={1: rate, 8: rate + 0.2},
-        step_by_step_share=None,
-        truncated_share=0.015,
-        ungraded_share=0.005,
+        step_by_step_ratio=None,
+        truncated_ratio=0.015,
+        ungraded_ratio=0.005,
         completion_tokens_mean=120.25,
         rollout_tokens=123_456,
         seconds=61.0,
@@ -205,7 +205,7 @@ def test_reports_without_unicode():
 
 
 ERROR = RecipeError(
-    "objective.alpha = -1: must be at least 0\nrollout.top_p = 0.9 [/red]\x1b[2J",
+    "objective.similarity_coef = -1: must be at least 0\nrollout.top_p = 0.9 [/red]\x1b[2J",
     where="recipes/x.toml",
     next_step="popo-lite recipe show",
 )
@@ -217,7 +217,7 @@ def test_error_says_what_where_and_next(capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.rstrip() for line in err.splitlines()] == [
-        "error  objective.alpha = -1: must be at least 0",
+        "error  objective.similarity_coef = -1: must be at least 0",
         "       rollout.top_p = 0.9 [/red]�[2J",
         "where  recipes/x.toml",
         "next   popo-lite recipe show",

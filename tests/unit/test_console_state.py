@@ -37,10 +37,10 @@ def record(step: int, **changes) -> StepRecord:
         groups_ungraded=1,
         outcomes={"correct": 80, "incorrect": 160, "unparsed": 12, "timeout": 3, "error": 1},
         pass_rate=0.11 + 0.01 * step,
-        prompts_with_positive_share=0.6,
+        prompts_with_positive_ratio=0.6,
         unique_answers_mean=3.2,
-        step_by_step_share=None,
-        truncated_share=0.023,
+        step_by_step_ratio=None,
+        truncated_ratio=0.023,
         completion_tokens_mean=143.25,
         positive_tokens_mean=120.0,
         rollout_tokens=36_000,
@@ -59,7 +59,7 @@ def record(step: int, **changes) -> StepRecord:
         entropy_over_start=0.96,
         beta=0.01,
         effective_sample_size=3.12,
-        effective_sample_share=0.97,
+        effective_sample_ratio=0.97,
         siamese_cosine=0.9987,
         siamese_drift=0.0123,
         siamese_drift_over_bound=0.04,
@@ -84,7 +84,7 @@ def skipped(step: int) -> StepRecord:
     none = dict.fromkeys(
         (
             *("loss", "loss_nll", "loss_similarity", "loss_entropy", "entropy", "entropy_over_start", "grad_norm"),
-            *("effective_sample_size", "effective_sample_share", "siamese_cosine", "siamese_drift_over_bound"),
+            *("effective_sample_size", "effective_sample_ratio", "siamese_cosine", "siamese_drift_over_bound"),
             *("logp_gap_mean", "logp_gap_p99", "logp_gap_max", "logp_k3", "update_norm", "positive_tokens_mean"),
         )
     )

@@ -130,7 +130,7 @@ def test_sparkline_of_a_constant_is_flat():
     assert draw.sparkline([1.0, None, 2.0], 7, expected=7) == "▁ █"
 
 
-def test_ceiling_is_the_next_round_share():
+def test_ceiling_is_the_next_round_ratio():
     assert draw.ceiling([]) == 0.01
     assert draw.ceiling([0.0, None, 0.31]) == 0.4
     assert draw.ceiling([1.0]) == 1.0

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from popo_lite.recipe import ObjectiveRecipe
+from popo_lite.recipe import AnyObjective
 from popo_lite.training.credit import nothing_to_learn, plan_step, teaching_groups
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
 
@@ -44,9 +44,9 @@ GROUPS = [
 
 
 def planned(algorithm, groups=GROUPS, **settings):
-    recipe = ObjectiveRecipe.model_validate({"algorithm": algorithm, **settings})
+    recipe = AnyObjective.model_validate({"algorithm": algorithm, **settings})
     means = {(g.prompt.problem.id, r.index): -0.5 for g in groups for r in g.rollouts}
-    return plan_step(groups, recipe, mean_logps=means, max_completion_tokens=LONGEST)
+    return plan_step(groups, recipe, mean_logps=means, max_completion_length=LONGEST)
 
 
 def names(plan):
@@ -64,12 +64,12 @@ def test_positives_alone_are_trained_on(algorithm):
     )
     assert plan.normalizers.entropy_tokens == 12
     assert planned(algorithm, [GROUPS[2]]) is None
-    assert nothing_to_learn(ObjectiveRecipe()) == "no prompt had a positive"
+    assert nothing_to_learn(AnyObjective()) == "no prompt had a positive"
 
 
 def test_groups_without_a_wrong_answer_can_be_left_out():
-    skipping = ObjectiveRecipe(skip_all_right=True)
-    assert teaching_groups(GROUPS, ObjectiveRecipe()) == GROUPS
+    skipping = AnyObjective(skip_all_right=True)
+    assert teaching_groups(GROUPS, AnyObjective()) == GROUPS
     assert teaching_groups(GROUPS, skipping) == [GROUPS[0], GROUPS[2]]
     # An answer that could not be graded may be wrong.
     doubtful = group("doubtful", (1.0, 3), (0.0, 5, Outcome.TIMEOUT))
@@ -106,20 +106,20 @@ def test_grpo_trains_where_rewards_differ_and_counts_all_that_is_graded():
     assert [s.advantage for s in plan.sequences] == pytest.approx([0.5 / (std + 1e-4), -0.5 / (std + 1e-4)])
     assert [s.coefficient for s in plan.sequences] == pytest.approx([1 / (6 * 4), 1 / (6 * 2)])
     assert plan.sample_sizes == ()
-    with_kl = planned("grpo", kl=0.1, advantage_scaling="none", length_normalization="token")
+    with_kl = planned("grpo", kl=0.1, scale_rewards="none", loss_type="dapo")
     assert len(with_kl.sequences) == 6
     assert [s.advantage for s in with_kl.sequences] == [0.5, -0.5, 0, 0, 0, 0]
     assert {s.coefficient for s in with_kl.sequences} == {1 / (4 + 2 + 3 + 5 + 8 + 2)}
-    constant = planned("grpo", length_normalization="constant")
+    constant = planned("grpo", loss_type="dr_grpo")
     assert {s.coefficient for s in constant.sequences} == {1 / (6 * LONGEST)}
     assert planned("grpo", GROUPS[1:]) is None
     only_kl = planned("grpo", GROUPS[1:], kl=0.1)
     assert [s.advantage for s in only_kl.sequences] == [0.0] * 4
     lost = group("lost", (0.0, 8, Outcome.TIMEOUT), (0.0, 2, Outcome.ERROR))
     assert planned("grpo", [lost], kl=0.1) is None
-    assert "different rewards" in nothing_to_learn(ObjectiveRecipe(algorithm="grpo"))
+    assert "different rewards" in nothing_to_learn(AnyObjective(algorithm="grpo"))
 
 
 def test_graded_rewards_are_grpos_advantages():
-    plan = planned("grpo", [group("graded", (0.2, 3), (0.6, 3), (1.0, 3))], advantage_scaling="none")
+    plan = planned("grpo", [group("graded", (0.2, 3), (0.6, 3), (1.0, 3))], scale_rewards="none")
     assert [s.advantage for s in plan.sequences] == pytest.approx([-0.4, 0.4])

@@ -13,11 +13,21 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from popo_lite.console.benchmark_report import benchmark_report
 from popo_lite.errors import CheckpointError, DataError, GradingError, ModelError, UserInputError
-from popo_lite.evaluation import estimates
-from popo_lite.evaluation.answer_file import EvaluationFolder
-from popo_lite.evaluation.benchmarks import (
+from popo_lite.grading import Grader
+from popo_lite.policy.load import TINY_FOLDER, load_tokenizer
+from popo_lite.policy.policy import load_policy
+from popo_lite.recipe import ModelRecipe, RewardRecipe
+from popo_lite.recipe_file import dump_recipe
+from popo_lite.samplers import SamplingParams
+from popo_lite.samplers.server_client import ServerClient
+from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.benchmarks import estimates
+from popo_lite.tools.benchmarks.answer_file import EvaluationFolder
+from popo_lite.tools.benchmarks.choices import choices_of, settings_of
+from popo_lite.tools.benchmarks.estimates import bootstrap_interval, majority_at_k, pass_at_k
+from popo_lite.tools.benchmarks.report import benchmark_report
+from popo_lite.tools.benchmarks.run import (
     chunks_of,
     prepare,
     reference_faults,
@@ -25,18 +35,7 @@ from popo_lite.evaluation.benchmarks import (
     summarise,
     within_tolerance,
 )
-from popo_lite.evaluation.choices import choices_of, settings_of
-from popo_lite.evaluation.estimates import bootstrap_interval, majority_at_k, pass_at_k
-from popo_lite.evaluation.subject import open_model, open_run
-from popo_lite.grading import Grader
-from popo_lite.policy.load import load_tokenizer
-from popo_lite.policy.policy import load_policy
-from popo_lite.policy.tiny_model import TINY_FOLDER
-from popo_lite.recipe import ModelRecipe, RewardRecipe
-from popo_lite.recipe_file import dump_recipe
-from popo_lite.samplers import SamplingParams
-from popo_lite.samplers.server_client import ServerClient
-from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.benchmarks.subject import open_model, open_run
 from popo_lite.types import Outcome, Problem, ProblemAnswers, Reward
 
 
@@ -130,8 +129,8 @@ def test_figures_of_a_benchmark_by_hand():
     assert score.pass_at_k == pytest.approx({1: 5 / 12, 2: (5 / 6 + 0 + 1) / 3, 4: 2 / 3})
     # Two votes each. Problem 1: right by the tie, wrong by the tie; 2: wrong, wrong; 3: right (no vote), right.
     assert score.majority_at_k == pytest.approx({2: (0.5 + 0 + 1) / 3, 4: 2 / 3})
-    assert score.truncated_share == pytest.approx(1 / 12)
-    assert score.ungraded_share == pytest.approx(1 / 12)  # an answer that is not there is a verdict
+    assert score.truncated_ratio == pytest.approx(1 / 12)
+    assert score.ungraded_ratio == pytest.approx(1 / 12)  # an answer that is not there is a verdict
     assert score.completion_tokens_mean == pytest.approx((25 + 10 + 10) / 3)
     for figure, value in (("average", score.average), ("pass@2", score.pass_at_k[2])):
         low, high = score.intervals[figure]
@@ -252,7 +251,7 @@ def prepared(tokenizer, count=5, *, longest=1, limit=200, context=1024, skip=Fal
         for n in range(1, count + 1)
     ]
     return prepare(
-        name, problems, Renderer(tokenizer=tokenizer, max_prompt_tokens=limit), max_completion_tokens=tokens,
+        name, problems, Renderer(tokenizer=tokenizer, max_prompt_length=limit), max_completion_length=tokens,
         context_tokens=context, skip_overlong=skip,
     )  # fmt: skip
 
@@ -274,9 +273,9 @@ def test_all_that_is_asked_is_in_the_digest(tokenizer):
         problem = Problem(id="amc23/1", messages=(asked,), answer=answer, meta=meta or {})
         own, tokenizer.chat_template = tokenizer.chat_template, template or tokenizer.chat_template
         try:
-            renderer = Renderer(tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_tokens=200)
+            renderer = Renderer(tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=200)
             return prepare(
-                "amc23", [problem], renderer, max_completion_tokens=9, context_tokens=1024, skip_overlong=False
+                "amc23", [problem], renderer, max_completion_length=9, context_tokens=1024, skip_overlong=False
             ).digest
         finally:
             tokenizer.chat_template = own
@@ -296,8 +295,8 @@ def test_repeated_questions_and_missing_problems_are_told(tokenizer):
 
 def test_answers_end_with_the_context(tokenizer):
     longest = prepared(tokenizer).longest_prompt_tokens
-    assert prepared(tokenizer, tokens=100, context=longest + 100).max_completion_tokens == 100
-    assert prepared(tokenizer, tokens=100, context=longest + 99).max_completion_tokens == 99
+    assert prepared(tokenizer, tokens=100, context=longest + 100).max_completion_length == 100
+    assert prepared(tokenizer, tokens=100, context=longest + 99).max_completion_length == 99
     with pytest.raises(ModelError, match="no room for an answer"):
         prepared(tokenizer, context=longest)
 
@@ -416,7 +415,7 @@ def test_the_report_has_a_row_for_each_benchmark_and_weights():
 
 
 GIVEN = dict.fromkeys(
-    ("samples", "k", "temperature", "top_p", "max_tokens", "max_prompt_tokens", "system_prompt", "chat_template",
+    ("samples", "k", "temperature", "top_p", "max_tokens", "max_prompt_length", "system_prompt", "chat_template",
      "engine", "output", "seeds", "seed", "preset"),
 ) | {"data": (), "skip_overlong": False}  # fmt: skip
 
@@ -430,7 +429,7 @@ def test_a_template_that_is_given_reaches_prompts_and_stop_ids(tmp_path):
     file.write_text(
         "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}" + end + "{% endif %};{% endfor %}"
     )
-    given = GIVEN | {"max_prompt_tokens": 100, "max_tokens": 9}
+    given = GIVEN | {"max_prompt_length": 100, "max_tokens": 9}
     plain = subject.load(choices_of("aime25", given).applied_to(subject.recipe))
     recipe = choices_of("aime25", given | {"chat_template": file, "system_prompt": "Add."}).applied_to(subject.recipe)
     policy = subject.load(recipe)
@@ -445,11 +444,11 @@ def test_a_template_that_is_given_reaches_prompts_and_stop_ids(tmp_path):
 
 def test_what_the_command_line_leaves_out_is_the_recipes(tiny_recipe):
     recipe = tiny_recipe(
-        "eval.temperature=0.6", "rollout.max_completion_tokens=50", "data.system_prompt=Add.", "rollout.engine=hf",
+        "eval.temperature=0.6", "rollout.max_completion_length=50", "data.system_prompt=Add.", "rollout.engine=hf",
         "reward.function=json:loads",
     )  # fmt: skip
     same = choices_of("aime25", GIVEN).applied_to(recipe)
-    assert (same.eval.temperature, same.rollout.max_completion_tokens, same.rollout.max_prompt_tokens) == (
+    assert (same.eval.temperature, same.rollout.max_completion_length, same.rollout.max_prompt_length) == (
         0.6,
         50,
         2048,
@@ -458,7 +457,7 @@ def test_what_the_command_line_leaves_out_is_the_recipes(tiny_recipe):
     other = choices_of(
         "aime25", GIVEN | {"temperature": 0.7, "max_tokens": 9, "system_prompt": "", "engine": "server"}
     ).applied_to(recipe)
-    assert (other.eval.temperature, other.rollout.max_completion_tokens) == (0.7, 9)
+    assert (other.eval.temperature, other.rollout.max_completion_length) == (0.7, 9)
     assert (other.data.system_prompt, other.rollout.engine) == (None, "server")
 
 
@@ -511,7 +510,7 @@ def test_servers_are_told_the_nucleus(top_p):
     async def complete():
         client = ServerClient("http://server", token=None)
         client._client = httpx.AsyncClient(base_url="http://server", transport=httpx.MockTransport(answer))
-        params = SamplingParams(temperature=0.7, top_p=top_p, max_completion_tokens=8)
+        params = SamplingParams(temperature=0.7, top_p=top_p, max_completion_length=8)
         await client.complete([3], params=params, seed=0, stop_ids=frozenset({1}))
 
     asyncio.run(complete())

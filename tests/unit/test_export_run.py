@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from popo_lite.errors import CheckpointError, ExportError, UserInputError
-from popo_lite.export import export_run, pipeline
 from popo_lite.policy.adapters import ADAPTER_FILE, save_adapter
+from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.policy.policy import load_policy
-from popo_lite.policy.tiny_model import TINY_FOLDER
 from popo_lite.policy.trained import load_trained_policy
 from popo_lite.recipe_file import dump_recipe, load_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.export import export_run, pipeline
 
 PLAIN = "model.quantization=none"
 EVALUATION = {
@@ -32,8 +32,8 @@ EVALUATION = {
     "samples_per_problem": 1,
     "pass_at_1": 0.295,
     "pass_at_k": {"1": 0.295},
-    "step_by_step_share": 0.3,
-    "truncated_share": 0.0,
+    "step_by_step_ratio": 0.3,
+    "truncated_ratio": 0.0,
     "completion_tokens_mean": 12.4,
 }
 SUMMARY = {

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from popo_lite.errors import ExportError
-from popo_lite.export.verify import ROUNDING, Answer, Answerer, _parting, refuse_beyond_rounding
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe_file import load_recipe
 from popo_lite.tasks import ArithmeticTask
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.export.verify import ROUNDING, Answer, Answerer, _parting, refuse_beyond_rounding
 
 RECIPE = load_recipe("tiny_cpu", ("model.quantization=none", "rollout.temperature=0.5"))
 LIMIT = 8

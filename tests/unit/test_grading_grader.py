@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from popo_lite.errors import GradingError, UserInputError
-from popo_lite.grading import Grader, GradeRequest, refuse_ungraded, ungraded_share
+from popo_lite.grading import Grader, GradeRequest, refuse_ungraded, ungraded_ratio
 from popo_lite.recipe import RewardRecipe
 from popo_lite.types import Outcome, Problem, Reward
 
@@ -534,9 +534,9 @@ def graded(correct: int, timeout: int, error: int) -> list[Reward]:
 
 
 def test_the_ungraded_share_counts_what_is_no_verdict():
-    assert ungraded_share(graded(6, 1, 1)) == 0.25
-    assert ungraded_share([Reward(value=0.0, outcome=Outcome.UNPARSED)]) == 0.0
-    assert ungraded_share([]) == 0.0
+    assert ungraded_ratio(graded(6, 1, 1)) == 0.25
+    assert ungraded_ratio([Reward(value=0.0, outcome=Outcome.UNPARSED)]) == 0.0
+    assert ungraded_ratio([]) == 0.0
 
 
 def test_a_step_with_too_few_verdicts_is_refused():

@@ -43,7 +43,7 @@ def test_what_others_hold_counts(gpu):
 
 def test_the_engines_share_is_of_the_card_and_not_of_what_others_leave(gpu):
     """0.85 of 24 GiB and what is loaded before do not fit in 22; 0.85 of 22 would."""
-    recipe = load_recipe("qwen_1_5b_lora", ("rollout.gpu_memory_share=0.85",))
+    recipe = load_recipe("qwen_1_5b_lora", ("rollout.vllm.gpu_memory_utilization=0.85",))
     gpu(22)
     refuse_without_room(recipe, GPU, pytest.fail)
     gpu(24, used=2)
@@ -52,7 +52,7 @@ def test_the_engines_share_is_of_the_card_and_not_of_what_others_leave(gpu):
 
 
 def test_this_processs_own_context_is_counted_once(gpu):
-    recipe = load_recipe("qwen_1_5b_lora", ("rollout.gpu_memory_share=0.85",))
+    recipe = load_recipe("qwen_1_5b_lora", ("rollout.vllm.gpu_memory_utilization=0.85",))
     gpu(24, used=0.5)
     refuse_without_room(recipe, GPU, pytest.fail)
 

@@ -20,13 +20,13 @@ from popo_lite.objective.losses import (
 )
 from popo_lite.policy.predictor import PredictorHead
 from popo_lite.policy.siamese import Siamese
-from popo_lite.recipe import ObjectiveRecipe
+from popo_lite.recipe import AnyObjective
 
-NORMALIZERS = StepNormalizers(prompts=2, positives=3, positive_tokens=12, entropy_tokens=12, max_completion_tokens=10)
+NORMALIZERS = StepNormalizers(prompts=2, positives=3, positive_tokens=12, entropy_tokens=12, max_completion_length=10)
 
 
 def test_weights_are_a_softmax_of_mean_logps():
-    weights = positive_weights([-0.1, -0.3], [10, 20], [1.0, 1.0], ObjectiveRecipe())
+    weights = positive_weights([-0.1, -0.3], [10, 20], [1.0, 1.0], AnyObjective())
     ratio = math.exp(0.2)
     assert weights.tolist() == pytest.approx([ratio / (1 + ratio), 1 / (1 + ratio)], rel=1e-12)
 
@@ -34,21 +34,21 @@ def test_weights_are_a_softmax_of_mean_logps():
 @pytest.mark.parametrize("kind", ["mean_logprob", "uniform", "sequence_logprob"])
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 5.0])
 def test_weights_of_a_prompt_sum_to_one(kind, temperature):
-    recipe = ObjectiveRecipe(weights=kind, weight_temperature=temperature)
+    recipe = AnyObjective(weights=kind, weight_temperature=temperature)
     weights = positive_weights([-0.1, -2.0, -0.7], [4, 400, 90], [1.0, 1.0, 0.6], recipe)
     assert float(weights.sum()) == pytest.approx(1.0, abs=1e-12)
     assert bool((weights >= 0).all())
 
 
 def test_uniform_and_sequence_weights():
-    uniform = positive_weights([-0.1, -5.0], [3, 3], [1.0, 1.0], ObjectiveRecipe(weights="uniform"))
+    uniform = positive_weights([-0.1, -5.0], [3, 3], [1.0, 1.0], AnyObjective(weights="uniform"))
     assert uniform.tolist() == [0.5, 0.5]
-    literal = positive_weights([-0.1, -0.2], [10, 10], [1.0, 1.0], ObjectiveRecipe(weights="sequence_logprob"))
+    literal = positive_weights([-0.1, -0.2], [10, 10], [1.0, 1.0], AnyObjective(weights="sequence_logprob"))
     assert float(literal[0] / literal[1]) == pytest.approx(math.exp(1.0))
 
 
 def test_graded_rewards_scale_the_weights():
-    weights = positive_weights([-0.5, -0.5], [3, 3], [1.0, 0.6], ObjectiveRecipe())
+    weights = positive_weights([-0.5, -0.5], [3, 3], [1.0, 0.6], AnyObjective())
     assert weights.tolist() == pytest.approx([1 / 1.6, 0.6 / 1.6])
 
 
@@ -69,7 +69,7 @@ def test_graded_rewards_scale_the_weights():
     ],
 )  # fmt: skip
 def test_weights_by_hand(settings, mean_logps, lengths, rewards, expected):
-    found = positive_weights(mean_logps, lengths, rewards, ObjectiveRecipe(**settings))
+    found = positive_weights(mean_logps, lengths, rewards, AnyObjective(**settings))
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -77,9 +77,9 @@ def test_effective_sample_size_by_hand():
     """Means that differ by 0.06 over eight answers: hardly less than 8 by the mean, little more than 1 by the sum."""
     assert effective_sample_size(torch.tensor([0.75, 0.25])) == pytest.approx(1 / (0.5625 + 0.0625))
     means = [-0.40 - 0.06 * index / 7 for index in range(8)]
-    mean = positive_weights(means, [300] * 8, [1.0] * 8, ObjectiveRecipe())
+    mean = positive_weights(means, [300] * 8, [1.0] * 8, AnyObjective())
     assert effective_sample_size(mean) == pytest.approx(7.996916, rel=1e-6)
-    literal = positive_weights(means, [300] * 8, [1.0] * 8, ObjectiveRecipe(weights="sequence_logprob"))
+    literal = positive_weights(means, [300] * 8, [1.0] * 8, AnyObjective(weights="sequence_logprob"))
     # A geometric series with q = exp(-18 / 7): (1 + q) (1 - q^8)^2 / ((1 - q) (1 - q^16)) with q^8 next to nothing.
     assert effective_sample_size(literal) == pytest.approx(1.165501, rel=1e-6)
 
@@ -96,7 +96,7 @@ def test_effective_sample_size_by_hand():
     ],
 )
 def test_nll_by_hand(normalizer, expected):
-    recipe = ObjectiveRecipe(normalizer=normalizer)
+    recipe = AnyObjective(normalizer=normalizer)
     weights, log_pi = torch.tensor([0.5, 0.5, 1.0]).double(), torch.tensor([-2.0, -1.0, -6.0]).double()
     coefficients = nll_coefficients(weights, [2, 4, 6], NORMALIZERS, recipe)
     assert float(-(coefficients * log_pi).sum()) == pytest.approx(expected, rel=1e-12)
@@ -140,7 +140,7 @@ def test_the_predictor_head_by_hand():
 )
 def test_normalizers(normalizer, expected):
     weights = torch.tensor([0.5, 0.5, 1.0], dtype=torch.float64)
-    found = nll_coefficients(weights, [2, 4, 6], NORMALIZERS, ObjectiveRecipe(normalizer=normalizer))
+    found = nll_coefficients(weights, [2, 4, 6], NORMALIZERS, AnyObjective(normalizer=normalizer))
     assert found.tolist() == pytest.approx(expected)
 
 
@@ -153,7 +153,7 @@ def hand_case(**changes):
         "predictions": torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64),
         "targets": torch.tensor([[0.0, 2.0], [3.0, 3.0]], dtype=torch.float64),
         "normalizers": StepNormalizers(
-            prompts=2, positives=2, positive_tokens=3, entropy_tokens=3, max_completion_tokens=9
+            prompts=2, positives=2, positive_tokens=3, entropy_tokens=3, max_completion_length=9
         ),
         "alpha": 0.1,
         "beta": 0.01,
@@ -191,12 +191,12 @@ def test_noise_is_relative_to_the_features_and_detached():
 
 def test_a_step_without_positives_has_no_normalizers():
     with pytest.raises(PopoError, match="without a positive"):
-        StepNormalizers(prompts=0, positives=0, positive_tokens=0, entropy_tokens=0, max_completion_tokens=8)
+        StepNormalizers(prompts=0, positives=0, positive_tokens=0, entropy_tokens=0, max_completion_length=8)
 
 
 def test_beta_is_constant_or_steered():
-    assert steered_beta(0.01, 0.2, ObjectiveRecipe()) == 0.01
-    steered = ObjectiveRecipe(target_entropy=0.4, beta_gain=0.1)
+    assert steered_beta(0.01, 0.2, AnyObjective()) == 0.01
+    steered = AnyObjective(target_entropy=0.4, entropy_coef_gain=0.1)
     assert steered_beta(0.01, 0.2, steered) == pytest.approx(0.01 * math.exp(0.05))
     assert steered_beta(0.01, 0.4, steered) == pytest.approx(0.01)
     beta = 0.01
@@ -217,7 +217,7 @@ def test_theorem_3_1():
         weights = torch.softmax(logp[positives].detach(), dim=0)
         # The same functions as in training.
         normalizers = StepNormalizers(
-            prompts=1, positives=3, positive_tokens=3, entropy_tokens=1, max_completion_tokens=1
+            prompts=1, positives=3, positive_tokens=3, entropy_tokens=1, max_completion_length=1
         )
         entropy = -(logp.exp() * logp).sum()
         policy = -(weights * logp[positives]).sum()

@@ -15,7 +15,9 @@ import pytest
 
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.objective.chunks import chunk_tokens
-from popo_lite.planning import (
+from popo_lite.recipe import Recipe
+from popo_lite.recipe_file import load_recipe
+from popo_lite.tools.plan import (
     GpuMemory,
     MemoryPlan,
     advice_for,
@@ -25,11 +27,9 @@ from popo_lite.planning import (
     refuse_unless_fits,
     relief,
 )
-from popo_lite.planning.advice import LEVERS
-from popo_lite.planning.shapes import adapted_linears, shape_of
-from popo_lite.planning.vram import CUDA_CONTEXT_BYTES, SHORTFALL, overrun_bytes
-from popo_lite.recipe import Recipe
-from popo_lite.recipe_file import load_recipe
+from popo_lite.tools.plan.advice import LEVERS
+from popo_lite.tools.plan.shapes import adapted_linears, shape_of
+from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, SHORTFALL, overrun_bytes
 
 GIB = 2**30
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -82,19 +82,19 @@ def test_the_update_holds_each_layers_input_and_two_sets_of_gradients() -> None:
 
 
 def test_a_micro_batch_is_at_least_one_longest_sequence() -> None:
-    one = recipe_of("1_5b", "rollout.max_completion_tokens=3584", "train.tokens_per_microbatch=4096")
+    one = recipe_of("1_5b", "rollout.max_completion_length=3584", "train.tokens_per_microbatch=4096")
     assert in_phase(one, "update")["layer inputs"] == 28 * 4096 * 1536 * 2
 
 
 def test_without_packing_layers_run_over_one_sequence_and_checkpoints_stay_those_of_all() -> None:
-    half = "rollout.max_completion_tokens=3584"  # of the 8,192 tokens of a micro-batch, with the prompt
+    half = "rollout.max_completion_length=3584"  # of the 8,192 tokens of a micro-batch, with the prompt
     packed, alone = (in_phase(recipe_of("1_5b", half, f"train.packing={on}"), "update") for on in ("true", "false"))
     assert alone["layer inputs"] == packed["layer inputs"]
     assert alone["layer working set"] / packed["layer working set"] == pytest.approx(0.5, rel=0.01)
 
 
 def test_a_micro_batch_holds_no_more_than_a_step_has() -> None:
-    few = recipe_of("1_5b", "data.prompts_per_step=1", "rollout.group_size=2")
+    few = recipe_of("1_5b", "data.prompts_per_step=1", "rollout.num_generations=2")
     assert in_phase(few, "update")["layer inputs"] == 28 * 2 * 1536 * 1536 * 2
 
 
@@ -106,7 +106,7 @@ def test_without_checkpointing_every_layer_keeps_its_activations() -> None:
 
 
 def test_optimizer_state_waits_on_the_host_where_the_gpu_is_shared_in_turns() -> None:
-    shared, kept = recipe_of("1_5b"), recipe_of("1_5b", "rollout.sleep=false")
+    shared, kept = recipe_of("1_5b"), recipe_of("1_5b", "rollout.vllm.enable_sleep_mode=false")
     for phase in ("rollout", "siamese", "update", "swap"):
         assert "optimizer state" not in in_phase(shared, phase)
         assert "optimizer state" in in_phase(kept, phase)
@@ -114,16 +114,18 @@ def test_optimizer_state_waits_on_the_host_where_the_gpu_is_shared_in_turns() ->
 
 
 def test_a_sleeping_engine_gives_its_weights_and_cache_back() -> None:
-    asleep, awake = (in_phase(recipe_of("1_5b", f"rollout.sleep={sleep}"), "update") for sleep in ("true", "false"))
+    asleep, awake = (
+        in_phase(recipe_of("1_5b", f"rollout.vllm.enable_sleep_mode={sleep}"), "update") for sleep in ("true", "false")
+    )
     assert "engine weights" not in asleep
     assert "KV cache" not in asleep
     assert asleep["CUDA graphs"] == awake["CUDA graphs"]
-    assert "CUDA graphs" not in in_phase(recipe_of("1_5b", "rollout.eager=true"), "update")
+    assert "CUDA graphs" not in in_phase(recipe_of("1_5b", "rollout.vllm.enforce_eager=true"), "update")
 
 
 def test_the_engine_takes_its_share_of_the_gpu() -> None:
     for share in (0.35, 0.5):
-        rollout = in_phase(recipe_of("1_5b", f"rollout.gpu_memory_share={share}"), "rollout")
+        rollout = in_phase(recipe_of("1_5b", f"rollout.vllm.gpu_memory_utilization={share}"), "rollout")
         taken = sum(rollout[name] for name in ("engine weights", "engine, other", "KV cache"))
         assert taken == round(share * 24 * GIB)
 
@@ -132,7 +134,9 @@ def test_the_engines_weights_follow_its_base() -> None:
     rollout = in_phase(recipe_of("7b"), "rollout")
     own = sum(rollout[name] for name in ("base linears", "embeddings", "LM head", "norms, biases"))
     assert rollout["engine weights"] == own
-    whole = in_phase(recipe_of("7b", "rollout.base=dequantized", "rollout.gpu_memory_share=0.65"), "rollout")
+    whole = in_phase(
+        recipe_of("7b", "rollout.vllm.base=dequantized", "rollout.vllm.gpu_memory_utilization=0.65"), "rollout"
+    )
     assert whole["engine weights"] == 2 * 7_615_616_512
 
 
@@ -149,25 +153,25 @@ def test_what_others_hold_is_in_every_phase_and_the_engines_share_stays_one_of_t
     assert plan_memory(recipe, shape, vram_bytes=24 * GIB, others_bytes=room).fits
     assert not plan_memory(recipe, shape, vram_bytes=24 * GIB, others_bytes=room + 1).fits
     advice = advice_for(recipe, shape, 24 * GIB, room + 1)
-    assert advice.overrides == ("rollout.gpu_memory_share=0.3",)
+    assert advice.overrides == ("rollout.vllm.gpu_memory_utilization=0.3",)
 
 
 def test_a_run_beyond_the_models_context_is_refused() -> None:
-    long = ("rollout.max_completion_tokens=8192", "train.tokens_per_microbatch=9000")
+    long = ("rollout.max_completion_length=8192", "train.tokens_per_microbatch=9000")
     with pytest.raises(UserInputError, match=r"512 \+ 8192 = 8704 tokens, and the context of .* is 4096") as caught:
         plan_of(recipe_of("1_5b", *long))
     assert caught.value.next_step is not None
     override = caught.value.next_step.removeprefix("--set ")
     plan = plan_of(recipe_of("1_5b", *long, override))
     assert plan.sequence_tokens == plan.context_tokens
-    prompts = ("rollout.max_prompt_tokens=4096", "train.tokens_per_microbatch=9000")
+    prompts = ("rollout.max_prompt_length=4096", "train.tokens_per_microbatch=9000")
     with pytest.raises(UserInputError) as caught:
         plan_of(recipe_of("1_5b", *prompts))
-    assert caught.value.next_step == "set rollout.max_prompt_tokens below 4096"
+    assert caught.value.next_step == "set rollout.max_prompt_length below 4096"
 
 
 def test_only_what_the_objective_needs_is_passed_without_a_graph() -> None:
-    off = ("objective.alpha=0.0", "objective.beta=0.0")
+    off = ("objective.similarity_coef=0.0", "objective.entropy_coef=0.0")
     grpo, raft = (*off, "objective.algorithm=grpo"), (*off, "objective.algorithm=raft", "objective.weights=uniform")
 
     def siamese(*options: str) -> dict[str, int]:
@@ -183,7 +187,7 @@ def test_only_what_the_objective_needs_is_passed_without_a_graph() -> None:
         assert {"predictor head", "siamese average"} <= siamese(*options).keys()
     assert passed <= siamese(*off, "objective.weights_from=trainer").keys()
     assert passed <= in_phase(recipe_of("1_5b", *grpo), "siamese").keys()  # an engine's log-probs are checked
-    with_kl = (*grpo, "objective.kl=0.04")
+    with_kl = (*grpo, "objective.kl_coef=0.04")
     assert siamese(*with_kl)["layer working set"] == siamese()["layer working set"]
     # 32 x 8 answers, float32: a target of D numbers each, or a log-prob for each of 1,024 tokens.
     targets, logps = 4 * 256 * 1536, 4 * 256 * 1024
@@ -205,22 +209,26 @@ def test_a_share_that_holds_no_sequence_does_not_fit_although_the_peak_would() -
     assert plan.shortfall_bytes > 0
     assert not plan.fits
     assert plan.longest_tokens == 0
-    fp8, auto = (plan_of(recipe_of("1_5b", f"rollout.kv_dtype={kind}")) for kind in ("fp8", "auto"))
+    fp8, auto = (plan_of(recipe_of("1_5b", f"rollout.vllm.kv_cache_dtype={kind}")) for kind in ("fp8", "auto"))
     assert fp8.sequences_at_once in (2 * (auto.sequences_at_once or 0), 2 * (auto.sequences_at_once or 0) + 1)
 
 
 def test_the_models_own_decoding_grows_with_its_batch_and_a_server_takes_nothing() -> None:
     small, large = (
-        in_phase(recipe_of("1_5b", "rollout.engine=hf", f"rollout.batch_size={size}"), "rollout") for size in (32, 64)
+        in_phase(recipe_of("1_5b", "rollout.engine=hf", f"rollout.max_num_seqs={size}"), "rollout") for size in (32, 64)
     )
     assert large["KV cache"] == 2 * small["KV cache"]
     plan = plan_of(recipe_of("1_5b", "rollout.engine=hf"))
     fitting = plan.sequences_at_once
     assert fitting is not None
     for size, fits in ((fitting, True), (fitting + 1, False)):
-        assert plan_of(recipe_of("1_5b", "rollout.engine=hf", f"rollout.batch_size={size}")).fits is fits
+        assert plan_of(recipe_of("1_5b", "rollout.engine=hf", f"rollout.max_num_seqs={size}")).fits is fits
     served = recipe_of(
-        "1_5b", "rollout.engine=server", 'rollout.servers=["http://x"]', "rollout.shared_dir=/x", "rollout.sleep=false"
+        "1_5b",
+        "rollout.engine=server",
+        'rollout.server.base_urls=["http://x"]',
+        "rollout.server.shared_dir=/x",
+        "rollout.vllm.enable_sleep_mode=false",
     )
     assert plan_of(served).sequences_at_once is None
     assert not {"KV cache", "engine weights"} & in_phase(served, "rollout").keys()
@@ -238,7 +246,7 @@ def test_the_longest_sequence_is_the_longest_that_fits() -> None:
     longest = plan_of(recipe).longest_tokens
     for tokens, fits in ((longest, True), (longest + 1, False)):
         tried = recipe_of(
-            "1_5b", f"rollout.max_completion_tokens={tokens - 512}", f"train.tokens_per_microbatch={tokens}"
+            "1_5b", f"rollout.max_completion_length={tokens - 512}", f"train.tokens_per_microbatch={tokens}"
         )
         assert (overrun_bytes(tried, load_shape(tried.model), 24 * GIB) == 0) is fits
 
@@ -258,9 +266,9 @@ def test_a_recipe_on_the_cpu_has_no_cuda_context(tiny_recipe: Callable[..., Reci
     [
         ("1_5b", ()),
         ("7b", ()),
-        ("7b", ("rollout.base=dequantized", "rollout.gpu_memory_share=0.35")),
+        ("7b", ("rollout.vllm.base=dequantized", "rollout.vllm.gpu_memory_utilization=0.35")),
         ("1_5b", ("model.quantization=none", "rollout.engine=hf", "optimizer.name=adamw")),
-        ("1_5b", ("train.gradient_checkpointing=false", "rollout.sleep=false")),
+        ("1_5b", ("train.gradient_checkpointing=false", "rollout.vllm.enable_sleep_mode=false")),
     ],
 )
 def test_advice_really_fits_and_no_change_of_it_is_needless(size: str, options: tuple[str, ...], gib: int) -> None:
@@ -316,7 +324,7 @@ def test_a_run_that_does_not_fit_is_refused_with_options_to_copy() -> None:
     assert error.next_step is not None
     advised = recipe_of("7b", *shlex.split(error.next_step)[1::2])
     refuse_unless_fits(advised, 12 * GIB)
-    with pytest.raises(UserInputError, match="gpu_memory_share = 0.35"):
+    with pytest.raises(UserInputError, match="gpu_memory_utilization = 0.35"):
         refuse_unless_fits(recipe_of("1_5b"), 8 * GIB)
 
 
@@ -330,7 +338,7 @@ def test_relief_names_what_is_left_to_change(tiny_recipe: Callable[..., Recipe])
         "in a new run, which may start from this one's adapter (lora.init_from), use one of:",
         "  --set optimizer.name=paged_adamw8bit",
         "  --set lora.rank=16 --set lora.alpha=32.0",
-        "  --set rollout.max_completion_tokens=512 --set train.tokens_per_microbatch=1024",
+        "  --set rollout.max_completion_length=512 --set train.tokens_per_microbatch=1024",
     ]
     spent = recipe_of(
         "1_5b",
@@ -338,7 +346,7 @@ def test_relief_names_what_is_left_to_change(tiny_recipe: Callable[..., Recipe])
         "train.logits_mib=32",
         "optimizer.name=paged_adamw8bit",
         "lora.rank=4",
-        "rollout.max_completion_tokens=256",
+        "rollout.max_completion_length=256",
     )
     assert relief(spent) == "train on a GPU with more memory"
     assert "offload" not in relief(tiny_recipe())

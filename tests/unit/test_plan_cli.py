@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from popo_lite.cli.plan import parse_size, plan
-from popo_lite.console.plan_report import plan_report
 from popo_lite.errors import UserInputError
+from popo_lite.tools.plan.command import parse_size, plan
+from popo_lite.tools.plan.report import plan_report
 
 
 def invoke(*arguments: str) -> Result:
@@ -129,7 +129,7 @@ def test_each_change_says_which_phase_it_eases() -> None:
         assert phase + f"{change['after_bytes'] / 2**30:.2f} GiB" in refused
     assert "train.offload_activations = true: phase update" in refused
     short = invoke("qwen_1_5b_lora", "--vram", "8GiB").stdout
-    assert "rollout.gpu_memory_share = 0.45: the engine's share lacks nothing, before " in short
+    assert "rollout.vllm.gpu_memory_utilization = 0.45: the engine's share lacks nothing, before " in short
 
 
 @pytest.mark.parametrize(

@@ -190,11 +190,14 @@ def test_adapter_round_trip(policy, tiny_recipe, tmp_path):
         assert torch.equal(ours, theirs)
     with pytest.raises(ModelError, match="made with r = 16"):
         load_policy(tiny_recipe(f'lora.init_from="{tmp_path / "adapter"}"', "lora.rank=8"))
-    for override, wrong in (("lora.dropout=0.1", "lora_dropout = 0.0"), ('lora.targets=["q_proj"]', "was made for")):
+    for override, wrong in (
+        ("lora.dropout=0.1", "lora_dropout = 0.0"),
+        ('lora.target_modules=["q_proj"]', "was made for"),
+    ):
         with pytest.raises(ModelError, match=wrong):
             load_policy(tiny_recipe(f'lora.init_from="{tmp_path / "adapter"}"', override))
     with pytest.raises(ModelError, match="another shape"):
-        load_adapter_weights(load_policy(tiny_recipe('lora.targets=["q_proj"]')).model, tmp_path / "adapter")
+        load_adapter_weights(load_policy(tiny_recipe('lora.target_modules=["q_proj"]')).model, tmp_path / "adapter")
 
 
 def test_adapters_in_pickle_are_refused(tmp_path):
@@ -215,12 +218,12 @@ def test_models_in_pickle_are_refused(tiny_recipe, tmp_path):
 
 def test_unknown_targets_name_the_nearest_layer(tiny_recipe):
     with pytest.raises(ModelError, match='did you mean "q_proj"'):
-        load_policy(tiny_recipe('lora.targets=["q_prj"]'))
+        load_policy(tiny_recipe('lora.target_modules=["q_prj"]'))
 
 
 def test_beyond_the_context_is_refused(tiny_recipe):
     with pytest.raises(ModelError, match="the context of tiny is 1024"):
-        load_policy(tiny_recipe("rollout.max_prompt_tokens=1000"))
+        load_policy(tiny_recipe("rollout.max_prompt_length=1000"))
 
 
 def test_an_unknown_model_is_one_clear_error(tiny_recipe):
@@ -257,7 +260,7 @@ def test_heads_of_other_architectures(tiny_recipe, tmp_path, architecture, extra
     what it does not know, which the last lines show."""
     import transformers
 
-    from popo_lite.policy.tiny_model import TINY_FOLDER
+    from popo_lite.policy.load import TINY_FOLDER
 
     config = getattr(transformers, f"{architecture}Config")(
         vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,

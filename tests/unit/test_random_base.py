@@ -12,8 +12,8 @@ import torch
 import popo_lite
 from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.load import load_base
-from popo_lite.policy.random_base import architecture, random_base, write_random_base
 from popo_lite.recipe import LoraRecipe, ModelRecipe
+from popo_lite.tools.bench.random_base import architecture, random_base, write_random_base
 
 CPU = torch.device("cpu")
 

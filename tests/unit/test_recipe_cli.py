@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 
 from popo_lite.cli.recipe import recipe
 from popo_lite.errors import RecipeError
-from popo_lite.recipe_docs import template_toml
 from popo_lite.recipe_file import load_recipe, shipped_recipes
+from popo_lite.tools.recipe_docs import template_toml
 
 
 def invoke(*arguments: str) -> Result:

@@ -6,8 +6,8 @@ import tomllib
 from pathlib import Path
 
 from popo_lite.recipe import Recipe
-from popo_lite.recipe_docs import generated_files, meaning, recipes_markdown, section_meaning, template_toml
 from popo_lite.recipe_file import SECTIONS, load_recipe
+from popo_lite.tools.recipe_docs import generated_files, meaning, recipes_markdown, section_meaning, template_toml
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -56,4 +56,4 @@ def test_the_committed_files_are_the_generated_ones() -> None:
         for path, text in generated_files(CHECKOUT).items()
         if path.read_text(encoding="utf-8") != text
     ]
-    assert stale == [], "run: python -m popo_lite.recipe_docs"
+    assert stale == [], "run: python -m popo_lite.tools.recipe_docs"

@@ -63,19 +63,19 @@ def faults_of(source: str | Path, *overrides: str) -> list[str]:
         ("[lora]\nrank = true", "lora.rank = true: must be a whole number, at least 1 and at most 1024"),
         ("[lora]\ndropout = 1", "lora.dropout = 1: must be at least 0 and below 1"),
         ('[lora]\nalpha = "x"', 'lora.alpha = "x": must be a number, above 0'),
-        ("[lora]\ntargets = [1]", "lora.targets = [1]: must be text or a list of text"),
+        ("[lora]\ntargets = [1]", "lora.target_modules = [1]: must be text or a list of text"),
         ("[lora]\nrslora = 1", "lora.rslora = 1: must be true or false"),
         ("[model]\nid = 1979-05-27", "model.id = 1979-05-27: must be text"),
-        ("[objective]\nbeta = nan", "objective.beta = nan: must be a finite number, at least 0"),
+        ("[objective]\nbeta = nan", "objective.entropy_coef = nan: must be a finite number, at least 0"),
         ("[objective]\ntarget_entropy = 0", "objective.target_entropy = 0: must be above 0"),
         (
             '[objective]\nalgorithm = "ppo"',
             'objective.algorithm = "ppo": must be one of "popo", "raft", "mixed", "grpo"',
         ),
-        ("[objective]\nkl = 0.1", 'objective.kl = 0.1: belongs to "grpo"; leave the key out'),
+        ("[objective]\nkl = 0.1", 'objective.kl_coef = 0.1: belongs to "grpo"; leave the key out'),
         (
             '[objective]\nalgorithm = "grpo"\nalpha = 0.1',
-            'objective.alpha = 0.1: "grpo" has no such term; set 0.0 or leave the key out, or use "popo"',
+            'objective.similarity_coef = 0.1: "grpo" has no such term; set 0.0 or leave the key out, or use "popo"',
         ),
         (
             '[objective]\nalgorithm = "grpo"\nnoise_sigma = 0.1',
@@ -87,7 +87,7 @@ def faults_of(source: str | Path, *overrides: str) -> list[str]:
             '"popo"',
         ),
         ("[data]\nlimit = 0", "data.limit = 0: must be at least 1"),
-        ("[rollout]\ngroup_size = 1", "rollout.group_size = 1: must be at least 2"),
+        ("[rollout]\ngroup_size = 1", "rollout.num_generations = 1: must be at least 2"),
         (
             '[optimizer]\nschedule = "cosin"',
             'optimizer.schedule = "cosin": must be one of "cosine", "linear", "constant"; did you mean "cosine"?',
@@ -97,8 +97,8 @@ def faults_of(source: str | Path, *overrides: str) -> list[str]:
             "data.filter = { level = [[4]] }: must be a table of columns, each with true or false, a number, text, "
             "or a list of these",
         ),
-        ("[objective]\nalfa = 0.1", "objective.alfa = 0.1: unknown key; did you mean objective.alpha?"),
-        ("[lora]\ngroup_size = 4", "lora.group_size = 4: belongs to [rollout]"),
+        ("[objective]\nalfa = 0.1", "objective.alfa = 0.1: unknown key; did you mean objective.similarity_coef?"),
+        ("[lora]\ngroup_size = 4", "lora.num_generations = 4: belongs to [rollout]"),
         ("[train]\ntemperature = 1.0", "train.temperature = 1.0: belongs to [rollout] or [eval]"),
         (
             "[lora]\nlearning_rat = 1.0",
@@ -110,11 +110,14 @@ def faults_of(source: str | Path, *overrides: str) -> list[str]:
         ("train = 5", "train = 5: must be a section, written [train]"),
         ("[[lora]]\nrank = 8", "lora = [{ rank = 8 }]: must be a section, written [lora]"),
         ("[rollout]\ntop_p = 0.9", f"rollout.top_p = 0.9: {TOP_P}"),
-        ('[lora]\ntargets = ["q_proj", "lm_head"]', f'lora.targets = "lm_head": {LM_HEAD}'),
-        ("[lora]\ntargets = []", 'lora.targets = []: names no module; use "all-linear" or a list of module names'),
+        ('[lora]\ntargets = ["q_proj", "lm_head"]', f'lora.target_modules = "lm_head": {LM_HEAD}'),
+        (
+            "[lora]\ntargets = []",
+            'lora.target_modules = []: names no module; use "all-linear" or a list of module names',
+        ),
         (
             '[lora]\ntargets = "q_proj"',
-            'lora.targets = "q_proj": one name goes into a list as well; write ["q_proj"]',
+            'lora.target_modules = "q_proj": one name goes into a list as well; write ["q_proj"]',
         ),
         (
             "[data]\nlimit = 100",
@@ -155,19 +158,19 @@ def test_all_faults_of_file_and_overrides_are_reported_together(write: Write) ->
         dtype = "float32"
         [rollout]
         top_k = 50
-        group_size = 4
+        num_generations = 4
         [objectiv]
         """
     )
-    overrides = ("rollout.group_size=1", "reward.workers=many", "seed=3", "lor.rank=8", "nonsense", "model.id=")
+    overrides = ("rollout.num_generations=1", "reward.workers=many", "seed=3", "lor.rank=8", "nonsense", "model.id=")
     assert sorted(faults_of(path, *overrides)) == sorted(
         [
             "x.toml: [objectiv]: unknown section; did you mean [objective]?",
             "x.toml: lora.drpout = 0.1: unknown key; did you mean lora.dropout?",
             "x.toml: lora.rank = 0: must be at least 1 and at most 1024",
-            'x.toml: model.attention = "flash_attention_2": needs a 16-bit model.dtype, not "float32"; use "sdpa"',
+            'x.toml: model.attn_implementation = "flash_attention_2": needs a 16-bit model.dtype, not "float32"; use "sdpa"',
             f"x.toml: rollout.top_k = 50: {TOP_P.replace('1.0', '0')}",
-            "--set rollout.group_size = 1: must be at least 2",
+            "--set rollout.num_generations = 1: must be at least 2",
             '--set reward.workers = "many": must be a whole number, at least 1 and at most 64',
             '--set "seed=3": belongs to [train]',
             "--set lor.rank: unknown section; did you mean [lora]?",
@@ -201,7 +204,7 @@ def test_override_values_are_toml_or_else_text(write: Write) -> None:
             "lora.rank=4",
             " lora.rank = 8 ",
             "lora.alpha=16",
-            'lora.targets=["q_proj", "v_proj"]',
+            'lora.target_modules=["q_proj", "v_proj"]',
             "model.id=Qwen/Qwen2.5-1.5B",
             'model.revision="1234"',
             "data.dataset=a=b",
@@ -211,7 +214,7 @@ def test_override_values_are_toml_or_else_text(write: Write) -> None:
     )
     assert recipe.lora.rank == 8  # the last one wins, also over a faulty value in the file
     assert recipe.lora.alpha == 16.0
-    assert recipe.lora.targets == ("q_proj", "v_proj")
+    assert recipe.lora.target_modules == ("q_proj", "v_proj")
     assert recipe.model.id == "Qwen/Qwen2.5-1.5B"
     assert recipe.model.revision == "1234"
     assert recipe.data.dataset == "a=b"
@@ -223,8 +226,8 @@ def test_override_values_are_toml_or_else_text(write: Write) -> None:
     ("override", "fault"),
     [
         (
-            "lora.targets=[q_proj]",
-            'lora.targets = "[q_proj]": is not valid TOML; text inside a list or table needs quotes',
+            "lora.target_modules=[q_proj]",
+            'lora.target_modules = "[q_proj]": is not valid TOML; text inside a list or table needs quotes',
         ),
         ("model.id=a\udcff", 'model.id = "a\\udcff": is not UTF-8 text'),
         ("lora.rank=8\n[train]\nsteps=1", 'lora.rank = "8\\n[train]\\nsteps=1": must be a whole number'),
@@ -378,8 +381,11 @@ def test_an_algorithm_has_the_terms_that_it_names() -> None:
         "grpo": (0.0, 0.0, "mean_logprob"),
     }.items():
         objective = load_recipe("tiny_cpu", [f"objective.algorithm={algorithm}"]).objective
-        assert (objective.alpha, objective.beta, objective.weights) == terms
-    assert load_recipe("tiny_cpu", ["objective.algorithm=grpo", "objective.beta=0.005"]).objective.beta == 0.005
+        assert (objective.similarity_coef, objective.entropy_coef, objective.weights) == terms
+    assert (
+        load_recipe("tiny_cpu", ["objective.algorithm=grpo", "objective.entropy_coef=0.005"]).objective.entropy_coef
+        == 0.005
+    )
 
 
 def test_dumping_leaves_out_no_key_that_is_set() -> None:

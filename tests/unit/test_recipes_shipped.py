@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from popo_lite.planning import advice_for, load_shape, plan_memory
-from popo_lite.planning.shapes import KNOWN_CONFIGS
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import dump_recipe, load_recipe, shipped_recipes
+from popo_lite.tools.plan import advice_for, load_shape, plan_memory
+from popo_lite.tools.plan.shapes import KNOWN_CONFIGS
 
 GIB = 2**30
 MODELS = {
@@ -59,7 +59,7 @@ def test_there_is_room_for_the_whole_answer_and_to_spare(name):
     plan = plan_memory(recipe, shape, vram_bytes=24 * GIB)
     assert plan.sequence_tokens <= plan.context_tokens
     assert plan.sequence_tokens <= plan.longest_tokens
-    assert plan.sequences_at_once >= recipe.rollout.group_size
+    assert plan.sequences_at_once >= recipe.rollout.num_generations
     assert plan.peak.total_bytes <= 22 * GIB  # a 24 GB card rarely has all of it to give
     assert recipe.optimizer.learning_rate > 1e-6  # LoRA's, not that of full fine-tuning
 
@@ -67,7 +67,7 @@ def test_there_is_room_for_the_whole_answer_and_to_spare(name):
 @pytest.mark.parametrize("name", [name for name in GPU_RECIPES if name.startswith("r1_")])
 def test_models_that_think_long_are_let_think(name):
     recipe = load_recipe(name)
-    assert recipe.rollout.max_prompt_tokens + recipe.rollout.max_completion_tokens >= 16384
+    assert recipe.rollout.max_prompt_length + recipe.rollout.max_completion_length >= 16384
     assert recipe.data.system_prompt is None
 
 
@@ -77,19 +77,19 @@ def test_popo_and_grpo_differ_in_the_objective_alone(name):
     differing = {key for key in popo.keys() | grpo.keys() if popo.get(key) != grpo.get(key)}
     assert "objective.algorithm" in differing
     assert {key.partition(".")[0] for key in differing} <= {"objective", "siamese"}
-    assert 0.01 <= grpo["objective.kl"] <= 0.1  # the published baseline's
+    assert 0.01 <= grpo["objective.kl_coef"] <= 0.1  # the published baseline's
 
 
 def test_longer_thinking_than_shipped_is_what_the_comment_says():
     """r1_distill_7b: 32,768 tokens do not fit, and do with activations on the host."""
-    longer = ("rollout.max_completion_tokens=32256", "train.tokens_per_microbatch=32768")
+    longer = ("rollout.max_completion_length=32256", "train.tokens_per_microbatch=32768")
     for more, fits in (((), False), (("train.offload_activations=true",), True)):
         recipe = load_recipe("r1_distill_7b_lora", (*longer, *more))
         assert plan_memory(recipe, load_shape(recipe.model), vram_bytes=24 * GIB).fits is fits
 
 
-@pytest.mark.parametrize("name", [name for name in GPU_RECIPES if load_recipe(name).rollout.base == "nf4"])
+@pytest.mark.parametrize("name", [name for name in GPU_RECIPES if load_recipe(name).rollout.vllm.base == "nf4"])
 def test_a_16_bit_engine_would_not_fit_beside_a_7b_trainer(name):
-    recipe = load_recipe(name, ("rollout.base=dequantized",))
+    recipe = load_recipe(name, ("rollout.vllm.base=dequantized",))
     plan = plan_memory(recipe, load_shape(recipe.model), vram_bytes=24 * GIB)
-    assert not plan.fits or plan.sequences_at_once < recipe.rollout.group_size, json.dumps(plan.as_json())
+    assert not plan.fits or plan.sequences_at_once < recipe.rollout.num_generations, json.dumps(plan.as_json())

@@ -21,7 +21,7 @@ from popo_lite.seeding import stream_seed
 from popo_lite.types import Problem, Prompt
 
 END = 1
-PARAMS = SamplingParams(temperature=1.0, max_completion_tokens=8)
+PARAMS = SamplingParams(temperature=1.0, max_completion_length=8)
 PROMPTS = [
     Prompt(problem=Problem(id=f"p{n}", messages=({"role": "user", "content": "?"},), answer="0"), token_ids=(5, 6, 7))
     for n in range(5)
@@ -164,8 +164,8 @@ def start(tiny_recipe, tmp_path, policy):
 
     def make(*urls, **changes):
         recipe = tiny_recipe(
-            'rollout.engine="server"', f"rollout.servers={list(urls)}", f'rollout.shared_dir="{shared}"',
-            "model.quantization=none", "rollout.batch_size=4",
+            'rollout.engine="server"', f"rollout.server.base_urls={list(urls)}", f'rollout.server.shared_dir="{shared}"',
+            "model.quantization=none", "rollout.max_num_seqs=4",
             *(f"{key.replace('__', '.')}={value}" for key, value in changes.items()),
         )  # fmt: skip
         notices = []
@@ -250,7 +250,7 @@ def test_servers_that_are_not_there_are_named_with_the_command_that_starts_them(
         ({"answer": lambda path, body: (500, error("LoRA rank 16 is greater than max_lora_rank 8"))
           if "load" in path else None}, "rank 16 is greater than max_lora_rank 8", "--max-lora-rank 16"),
         ({"answer": lambda path, body: (404, error("failed: No adapter found for <path>")) if "lora" in path else None},
-         "finds no adapter", "rollout.shared_dir"),
+         "finds no adapter", "rollout.server.shared_dir"),
         ({"answer": lambda path, body: (404, "") if path == "/health" else None}, "404 to GET /health", "vllm serve"),
         ({"answer": lambda path, body: (200, "<html>") if path == "/v1/models" else None}, "not JSON", "vllm serve"),
         ({"answer": lambda path, body: (200, "[]") if path == "/v1/models" else None}, "list of models", "vllm serve"),
@@ -398,7 +398,7 @@ def test_an_interrupt_ends_every_request(start, servers):
 
 
 def test_the_command_names_what_the_recipe_needs(tiny_recipe):
-    recipe = tiny_recipe("lora.rank=20", "lora.alpha=20.0", "model.trust_remote_code=true", "rollout.batch_size=7")
+    recipe = tiny_recipe("lora.rank=20", "lora.alpha=20.0", "model.trust_remote_code=true", "rollout.max_num_seqs=7")
     command = serve_command(recipe, "http://node7:8001")
     assert command.startswith("VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve DEQUANTIZED_BASE --enable-lora")
     for part in ("--host node7 --port 8001", "--dtype float32", "--max-model-len 128", "--max-num-seqs 7",

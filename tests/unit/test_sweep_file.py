@@ -12,7 +12,7 @@ import pytest
 
 from popo_lite.errors import RecipeError
 from popo_lite.recipe_file import SECTIONS, load_recipe, shipped_folder, shipped_recipes
-from popo_lite.sweep.file import dump_sweep, find_sweep, load_sweep, shipped_sweeps
+from popo_lite.tools.sweep.file import dump_sweep, find_sweep, load_sweep, shipped_sweeps
 
 Write = Callable[[str], Path]
 
@@ -47,22 +47,22 @@ train.steps = 5
 "lora.rank" = 4
 [variants.popo]
 [variants.other]
-objective.beta = 0.0
+objective.entropy_coef = 0.0
 "objective.weights" = "uniform"
 [variants.other.data]
 digits = 3
 """
     )
-    sweep = load_sweep(path, ["lora.rank=8", "objective.beta=0.5"])
+    sweep = load_sweep(path, ["lora.rank=8", "objective.entropy_coef=0.5"])
     assert (sweep.name, sweep.seeds) == ("x", (0, 1, 2, 7))
-    assert sweep.base == load_recipe("tiny_cpu", ["train.steps=5", "lora.rank=8", "objective.beta=0.5"])
+    assert sweep.base == load_recipe("tiny_cpu", ["train.steps=5", "lora.rank=8", "objective.entropy_coef=0.5"])
     popo, other = sweep.variants
     assert (popo.name, popo.recipe) == ("popo", sweep.base)
-    assert other.overrides == {"objective.beta": 0.0, "objective.weights": "uniform", "data.digits": 3}
+    assert other.overrides == {"objective.entropy_coef": 0.0, "objective.weights": "uniform", "data.digits": 3}
     # --set changes the base; what makes the variant stays.
     assert other.recipe == load_recipe(
         "tiny_cpu",
-        ["train.steps=5", "lora.rank=8", "objective.beta=0", "objective.weights=uniform", "data.digits=3"],
+        ["train.steps=5", "lora.rank=8", "objective.entropy_coef=0", "objective.weights=uniform", "data.digits=3"],
     )
 
 
@@ -74,22 +74,22 @@ recipe = "tiny_cpu"
 [variants.b]
 objective.target = "features"
 [over]
-"objective.alpha" = [0.05, 0.1]
+"objective.similarity_coef" = [0.05, 0.1]
 lora.alpha = [8.0]
-lora.targets = ["all-linear", ["q_proj", "v_proj"]]
+lora.target_modules = ["all-linear", ["q_proj", "v_proj"]]
 """
     )
     sweep = load_sweep(path)
     assert sweep.seeds == (0,)
     assert [variant.name for variant in sweep.variants] == [
-        f"{name},objective.alpha={alpha},lora.alpha=8.0,targets={targets}"
+        f"{name},objective.similarity_coef={alpha},lora.alpha=8.0,targets={targets}"
         for name in "ab"
         for alpha in (0.05, 0.1)
         for targets in ("all-linear", "-q_proj-,-v_proj-")
     ]
     last = sweep.variants[-1].recipe
-    assert (last.objective.target, last.objective.alpha, last.lora.alpha) == ("features", 0.1, 8.0)
-    assert last.lora.targets == ("q_proj", "v_proj")
+    assert (last.objective.target, last.objective.similarity_coef, last.lora.alpha) == ("features", 0.1, 8.0)
+    assert last.lora.target_modules == ("q_proj", "v_proj")
 
 
 def test_seeds_alone_make_one_variant_and_can_be_replaced(write: Write) -> None:
@@ -125,7 +125,7 @@ objective.alpa = 1
 lora.rank = 0
 [variants."b/c"]
 train.seed = 2
-rollout.max_completion_tokens = 100000
+rollout.max_completion_length = 100000
 [variants.comparison]
 rank = 3
 """
@@ -139,7 +139,7 @@ rank = 3
         "x.toml: variant comparison: is the name of a file or folder of the sweep's own",
         '--seeds = "x": must be different whole numbers, such as 0-4 or 0,2,5',
         "--set train.seed: the sweep sets it; give --seeds",
-        "x.toml: variant a: objective.alpa = 1: unknown key; did you mean objective.alpha?",
+        "x.toml: variant a: objective.alpa = 1: unknown key; did you mean objective.similarity_coef?",
         "x.toml: variant a: lora.rank = 0: must be at least 1 and at most 1024",
         # The key to blame is the base's, the variant is still named.
         f"x.toml: variant b/c: {shipped_recipes()['tiny_cpu']}: train.tokens_per_microbatch = 16384: one prompt with "
@@ -196,7 +196,7 @@ set = { "train.steps" = 5, "lora.rank" = 4 }
 model.id = 'a "quoted" one'
 data = { dataset = "gsm8k", filter = { level = [4, 5] } }
 [over]
-objective.beta = [0.0, 1e-3]
+objective.entropy_coef = [0.0, 1e-3]
 """
     )
     sweep = load_sweep(path, ["lora.rank = 8", "model.id=some one's"])
@@ -219,7 +219,7 @@ def test_every_shipped_sweep_loads_and_is_no_recipe() -> None:
     ablations = set((shipped_folder() / "ablations").rglob("*.toml"))
     assert set(shipped.values()) == ablations
     assert ablations.isdisjoint(shipped_recipes().values())
-    assert {"components", "tiny_components", "tau", "alpha", "beta", "group_size", "normalizer"} <= shipped.keys()
+    assert {"components", "tiny_components", "tau", "alpha", "beta", "num_generations", "normalizer"} <= shipped.keys()
     for name, path in shipped.items():
         first, second, *_ = path.read_text(encoding="utf-8").split("\n")
         assert first.startswith("# ")
@@ -235,15 +235,15 @@ def test_the_components_are_those_of_the_method() -> None:
         popo, *without = load_sweep(name).variants
         assert popo.overrides == {}
         assert [dict(variant.overrides) for variant in without] == [
-            {"objective.weights": "uniform"}, {"objective.alpha": 0.0}, {"siamese.tau": 0.0}, {"objective.beta": 0.0},
+            {"objective.weights": "uniform"}, {"objective.similarity_coef": 0.0}, {"siamese.tau": 0.0}, {"objective.entropy_coef": 0.0},
             {"objective.noise_sigma": 0.0}, {"objective.target": "features"},
         ]  # fmt: skip
 
 
 def test_group_sizes_are_swept_at_equal_rollouts() -> None:
-    recipes = [variant.recipe for variant in load_sweep("group_size").variants]
-    assert [recipe.rollout.group_size for recipe in recipes] == [4, 8, 16]
-    assert {recipe.rollout.group_size * recipe.data.prompts_per_step for recipe in recipes} == {256}
+    recipes = [variant.recipe for variant in load_sweep("num_generations").variants]
+    assert [recipe.rollout.num_generations for recipe in recipes] == [4, 8, 16]
+    assert {recipe.rollout.num_generations * recipe.data.prompts_per_step for recipe in recipes} == {256}
 
 
 def test_an_unknown_sweep_names_the_nearest(write: Write) -> None:
@@ -253,8 +253,8 @@ def test_an_unknown_sweep_names_the_nearest(write: Write) -> None:
 
 def test_planning_and_comparing_need_no_torch() -> None:
     code = (
-        "import sys, popo_lite.sweep.runner, popo_lite.sweep.compare, popo_lite.console.compare_report\n"
-        "import popo_lite.console.plots, popo_lite.console.sweep_view\n"
+        "import sys, popo_lite.tools.sweep.runner, popo_lite.tools.sweep.compare, popo_lite.tools.sweep.compare_report\n"
+        "import popo_lite.tools.sweep.plots, popo_lite.tools.sweep.view\n"
         "sys.exit(bool({'torch', 'matplotlib'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,9 +11,9 @@ import pytest
 
 from popo_lite.errors import PopoError, UserInputError
 from popo_lite.run_folder import append_line, new_run_folder, read_lines
-from popo_lite.sweep.file import Sweep, load_sweep
-from popo_lite.sweep.folder import SweepFolder, SweepRun, refuse_other_sweep
-from popo_lite.sweep.runner import locked, train_command
+from popo_lite.tools.sweep.file import Sweep, load_sweep
+from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, refuse_other_sweep
+from popo_lite.tools.sweep.runner import locked, train_command
 
 TWO = '[variants.a]\n[variants.b]\nobjective.beta = 0.0\ndata.system_prompt = "count, don\'t guess"\n'
 
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> SweepFolder:
     ("text", "seeds", "overrides", "told"),
     [
         (TWO, "0-1", ("lora.rank=4",), [f"variant {name}: lora.rank was 16 and is 4" for name in "ab"]),
-        (TWO.replace("0.0", "0.1"), "0-1", (), ["variant b: objective.beta was 0.0 and is 0.1"]),
+        (TWO.replace("0.0", "0.1"), "0-1", (), ["variant b: objective.entropy_coef was 0.0 and is 0.1"]),
         (TWO, "1-4", (), ["seeds: 0 gone"]),
         ("[variants.b]\nobjective.beta = 0.0\n", "0-1", (), ["variant a: gone", "variant b: data.system_prompt was "
          "\"count, don't guess\" and is None"]),
@@ -54,7 +54,7 @@ def test_another_sweep_is_refused_with_the_difference(tmp_path, folder, text, se
         (TWO, "0-1", ()),
         (TWO, "0-5", ()),
         (TWO + "[variants.c]\nlora.rank = 4\n", "0-1", ()),
-        (TWO, "0-1", ("rollout.batch_size=8", "train.tokens_per_microbatch=4096")),
+        (TWO, "0-1", ("rollout.max_num_seqs=8", "train.tokens_per_microbatch=4096")),
     ],
 )
 def test_more_variants_and_seeds_and_what_changes_speed_alone_are_welcome(tmp_path, folder, text, seeds, overrides):
@@ -69,7 +69,7 @@ def test_the_cut_may_not_change_where_dropout_hangs_on_it(tmp_path):
     with_dropout = "[set]\nlora.dropout = 0.1\n" + TWO
     folder = SweepFolder(tmp_path / "dropout")
     folder.start_files(asked(tmp_path, with_dropout))
-    refuse_other_sweep(folder, asked(tmp_path, with_dropout, "0-1", "rollout.batch_size=8"))
+    refuse_other_sweep(folder, asked(tmp_path, with_dropout, "0-1", "rollout.max_num_seqs=8"))
     with pytest.raises(UserInputError, match="variant a: train.tokens_per_microbatch was 16384 and is 4096"):
         refuse_other_sweep(folder, asked(tmp_path, with_dropout, "0-1", "train.tokens_per_microbatch=4096"))
 
@@ -143,7 +143,7 @@ def test_results_are_the_finished_runs(tmp_path, folder):
     folder.write_results(runs)
     (line,) = read_lines(folder.results_path)
     assert (line["variant"], line["seed"], line["run"]) == ("b", 1, "b/seed-1")
-    assert line["overrides"] == {"objective.beta": 0.0, "data.system_prompt": "count, don't guess"}
+    assert line["overrides"] == {"objective.entropy_coef": 0.0, "data.system_prompt": "count, don't guess"}
     assert (line["pass_at_1_before"], line["pass_at_1"], line["trained_tokens"], line["seconds"]) == (
         0.25,
         0.5,
@@ -171,7 +171,7 @@ def test_an_unfinished_run_is_resumed_with_the_same_settings(tmp_path, folder):
         "--set",
         "lora.rank=4",
         "--set",
-        "objective.beta=0.0",
+        "objective.entropy_coef=0.0",
         "--set",
         'data.system_prompt="count, don\'t guess"',
     ]

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from popo_lite.console.sweep_view import SweepWatcher
 from popo_lite.errors import PopoError
 from popo_lite.run_folder import read_lines
 from popo_lite.sweep import runner
-from popo_lite.sweep.file import load_sweep
-from popo_lite.sweep.folder import SweepFolder, SweepRun
-from popo_lite.sweep.runner import STOPPING, SweepOutcome, execute, locked
+from popo_lite.tools.sweep.file import load_sweep
+from popo_lite.tools.sweep.folder import SweepFolder, SweepRun
+from popo_lite.tools.sweep.runner import STOPPING, SweepOutcome, execute, locked
+from popo_lite.tools.sweep.view import SweepWatcher
 
 READY = "print('ready', flush=True)\n"
 DEAF = f"import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{READY}time.sleep(600)\n"

@@ -14,7 +14,7 @@ from popo_lite.training.loop import Trainer
 
 
 def train(folder: Path, *options: str) -> Result:
-    small = ("train.steps=1", "data.prompts_per_step=2", "rollout.group_size=2", "eval.problems=2")
+    small = ("train.steps=1", "data.prompts_per_step=2", "rollout.num_generations=2", "eval.problems=2")
     settings = [word for setting in small for word in ("--set", setting)]
     return CliRunner().invoke(main, ["train", "tiny_cpu", *settings, "--output", str(folder), *options])
 

@@ -122,7 +122,7 @@ def test_features_of_16_bit_states_are_summed_in_float32():
 
 
 def test_learning_rate():
-    cosine = OptimizerRecipe(warmup_share=0.1)
+    cosine = OptimizerRecipe(warmup_ratio=0.1)
     factors = [learning_rate_factor(step, 100, cosine) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == factors[10] == 1.0
@@ -131,7 +131,7 @@ def test_learning_rate():
     assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert learning_rate_factor(55, 100, OptimizerRecipe(schedule="linear")) == pytest.approx(0.5)
     assert learning_rate_factor(99, 100, OptimizerRecipe(schedule="constant")) == 1.0
-    assert learning_rate_factor(0, 1, OptimizerRecipe(warmup_share=0.0)) == 1.0
+    assert learning_rate_factor(0, 1, OptimizerRecipe(warmup_ratio=0.0)) == 1.0
 
 
 def test_head_and_adapters_have_their_own_rates(tiny_recipe):
@@ -254,7 +254,7 @@ def test_resume_finds_the_newest_unfinished_run(tiny_recipe, tmp_path):
     assert find_run_folder(recipe, "tiny", None) == runs[1]
     environment = json.loads((runs[0].path / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
-    refuse_other_recipe(runs[0], tiny_recipe(f'output.dir="{tmp_path}"', "rollout.batch_size=7"))
+    refuse_other_recipe(runs[0], tiny_recipe(f'output.dir="{tmp_path}"', "rollout.max_num_seqs=7"))
     with pytest.raises(CheckpointError, match=r"lora.rank was 16 and is 8"):
         refuse_other_recipe(runs[0], tiny_recipe("lora.rank=8"))
 

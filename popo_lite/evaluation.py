@@ -1,0 +1,95 @@
+"""Accuracy on the problems of a run's own task that were held out from training."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+from popo_lite.grading import Grader, GradeRequest, refuse_ungraded, ungraded_ratio
+from popo_lite.policy.policy import Policy
+from popo_lite.recipe import Recipe
+from popo_lite.samplers import Sampler, SamplingParams
+from popo_lite.tasks import Task
+from popo_lite.tasks.rendering import Renderer
+from popo_lite.types import EvalResult, FinishReason, Problem
+
+
+def fitting(problems: Sequence[Problem], renderer: Renderer, recipe: Recipe) -> list[Problem]:
+    """`problems` without those that `data.overlong_prompts = "skip"` leaves out; else all of them."""
+    if recipe.data.overlong_prompts == "error":
+        return list(problems)
+    return [problem for problem in problems if renderer.fits(problem)]
+
+
+def evaluate(
+    *,
+    weights: str,
+    policy: Policy,
+    sampler: Sampler,
+    renderer: Renderer,
+    grader: Grader,
+    task: Task,
+    problems: Sequence[Problem],
+    samples_per_problem: int,
+    params: SamplingParams,
+    threshold: float,
+    max_ungraded_ratio: float,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> EvalResult:
+    """Sample `samples_per_problem` answers to every problem and grade them.
+
+    The random streams depend on `seed` and the problem alone, so two policies are compared on the same draws.
+    `weights` names what is measured in the result. Raises GradingError where more than `max_ungraded_ratio` of the
+    answers cannot be graded: counted as wrong, a broken grader would look like a bad model.
+    """
+    start = time.perf_counter()
+    answers = sampler.sample(
+        [renderer.render(problem) for problem in problems],
+        count=samples_per_problem,
+        params=params,
+        policy_version=policy.version,
+        stream=("eval", seed),
+        finished=progress,
+    )
+    flat = [completion for completions in answers for completion in completions]
+    rewards = grader.grade(
+        [
+            GradeRequest(text=completion.text, problem=problem)
+            for problem, completions in zip(problems, answers, strict=True)
+            for completion in completions
+        ]
+    )
+    refuse_ungraded(rewards, max_ungraded_ratio, f"evaluation of the {weights}")
+    right = [
+        sum(reward.value > threshold for reward in rewards[start : start + samples_per_problem])
+        for start in range(0, len(rewards), samples_per_problem)
+    ]
+    ks = [2**power for power in range(samples_per_problem.bit_length()) if 2**power <= samples_per_problem]
+    estimates = {k: statistics.fmean(pass_at_k(samples_per_problem, count, k) for count in right) for k in ks}
+    told = [shown for shown in (task.shows_working(completion.text) for completion in flat) if shown is not None]
+    return EvalResult(
+        weights=weights,
+        problems=len(problems),
+        samples_per_problem=samples_per_problem,
+        pass_at_1=estimates[1],
+        pass_at_k=estimates,
+        step_by_step_ratio=statistics.fmean(told) if told else None,
+        truncated_ratio=statistics.fmean(completion.finish_reason is FinishReason.LENGTH for completion in flat),
+        ungraded_ratio=ungraded_ratio(rewards),
+        completion_tokens_mean=statistics.fmean(len(completion.token_ids) for completion in flat),
+        rollout_tokens=sum(len(completion.token_ids) for completion in flat),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k answers is right, from `right` of `samples` (Chen et al. 2021).
+
+    1 - C(samples - right, k) / C(samples, k).
+    """
+    if not 1 <= k <= samples or not 0 <= right <= samples:
+        raise ValueError(f"pass@{k} needs 1 <= k <= samples and 0 <= right <= samples, not {right} of {samples}")
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)

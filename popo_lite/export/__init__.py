@@ -1,6 +1,0 @@
-"""Turning a run into a model that others can load: merging, checking, describing and uploading it."""
-
-from popo_lite.export.pipeline import ExportReport, export_run
-from popo_lite.export.verify import Verification
-
-__all__ = ["ExportReport", "Verification", "export_run"]

@@ -1,0 +1,118 @@
+"""`popo-lite bench`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import click
+
+from popo_lite.errors import UserInputError
+from popo_lite.tools.plan.command import parse_size
+
+OUT_OF_MEMORY = 1
+"""Exit code of a bench that found that memory does not suffice; also PopoError's own, of an engine that fails."""
+
+
+@click.command(short_help="Measure a recipe's step with random weights.")
+@click.argument("recipe", metavar="RECIPE")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Measured steps, after one more."
+)
+@click.option("--prompts", type=click.IntRange(min=1), help="Same as --set data.prompts_per_step=N.")
+@click.option("--prompt-tokens", type=click.IntRange(min=1), help="Same as --set rollout.max_prompt_length=N.")
+@click.option("--completion-tokens", type=click.IntRange(min=1), help="Same as --set rollout.max_completion_length=N.")
+@click.option("--positives", type=click.IntRange(min=1), help="Rewarded rollouts of a step; default half of them.")
+@click.option("--memory-cap", metavar="SIZE", help="Use a larger GPU as if it had this, such as 24GiB; not with vLLM.")
+@click.option("--longest", is_flag=True, help="Find the longest sequence that can be trained on instead.")
+@click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
+@click.option("as_json", "--json", is_flag=True, help="Print the result as JSON and nothing else.")
+def bench(
+    recipe: str,
+    steps: int,
+    prompts: int | None,
+    prompt_tokens: int | None,
+    completion_tokens: int | None,
+    positives: int | None,
+    memory_cap: str | None,
+    longest: bool,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure a step of RECIPE on this machine before anything is downloaded.
+
+    Builds the architecture with random weights, samples answers of full length, calls half of them right, and trains
+    on those. Prints seconds and tokens per second by stage, peak memory beside the plan's, and what the whole run
+    would take.
+
+    Exit code 0: measured; 1: memory ran out, and the result says where, or an engine failed or is not installed, and
+    an error says so; 2: the recipe or the command line is at fault.
+    """
+    from popo_lite.recipe_file import load_recipe
+
+    sizes = {
+        "data.prompts_per_step": prompts,
+        "rollout.max_prompt_length": prompt_tokens,
+        "rollout.max_completion_length": completion_tokens,
+    }
+    sized = tuple(f"{key}={value}" for key, value in sizes.items() if value is not None)
+    settings = load_recipe(recipe, (*overrides, *sized))
+
+    import torch
+
+    from popo_lite.policy.load import pick_device
+    from popo_lite.tools.bench.measure import bench as measure
+    from popo_lite.tools.bench.measure import bench_longest
+    from popo_lite.tools.bench.report import bench_report, longest_report
+
+    if settings.model.backend == "unsloth":
+        from popo_lite.policy.load import import_unsloth
+
+        import_unsloth()
+    if settings.train.cpu_threads:
+        torch.set_num_threads(settings.train.cpu_threads)
+
+    def notify(text: str) -> None:
+        click.echo(text, err=True)
+
+    try:
+        cap = None if memory_cap is None else _cap_bytes(memory_cap)
+        if pick_device(settings.train.device).type == "cpu":
+            _refuse_on_a_cpu(recipe, (*overrides, *sized), memory_cap, longest)
+        if longest:
+            found = asdict(bench_longest(settings, memory_cap_bytes=cap, notify=notify))
+            report, failed = longest_report, found["longest_tokens"] is None
+        else:
+            found = asdict(measure(settings, steps=steps, positives=positives, memory_cap_bytes=cap, notify=notify))
+            report, failed = bench_report, found["out_of_memory"] is not None
+    except UserInputError as error:
+        raise error.within(recipe) from error
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        report(found)
+    if failed:
+        raise SystemExit(OUT_OF_MEMORY)
+
+
+def _cap_bytes(text: str) -> int:
+    try:
+        return parse_size(text)
+    except UserInputError as error:
+        raise UserInputError(error.what, where="--memory-cap", next_step=error.next_step) from error
+
+
+def _refuse_on_a_cpu(recipe: str, overrides: Sequence[str], memory_cap: str | None, longest: bool) -> None:
+    """Raise UserInputError for what only a GPU can show; the plan tells it on any machine."""
+    command = ["popo-lite", "plan", recipe]
+    if memory_cap is not None:
+        what, where = "only a GPU's memory can be capped, and this runs on a CPU", "--memory-cap"
+        command += ["--vram", memory_cap]
+    elif longest:
+        what, where = "a CPU does not run out of memory, it swaps", "--longest"
+    else:
+        return
+    command += [word for override in overrides for word in ("--set", override)]
+    raise UserInputError(what, where=where, next_step=f"{shlex.join(command)} predicts it")
