@@ -218,6 +218,12 @@ def learning_rate_factor(step: int, steps: int, recipe: OptimizerRecipe) -> floa
     return 1.0 - progress if recipe.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
 # --------------------------------------------------------------------------- the update
 
 
@@ -269,6 +275,12 @@ class UpdateResult:
             "trained_tokens": plan.trained_tokens,
             "micro_batches": self.micro_batches,
         }
+
+
+def _to_host(terms: dict[str, Tensor], log_ratios: Tensor) -> tuple[dict[str, float], Tensor]:
+    """Return a micro-batch's terms and log-ratios as numbers and as float64 on the host."""
+    values = torch.stack([term.detach() for term in terms.values()]).tolist()  # one transfer
+    return dict(zip(terms, values, strict=True)), log_ratios.cpu().double()
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -373,8 +385,7 @@ class Learner:
             try:
                 terms, log_ratios = self._loss(plan, batch, targets, reference_logps, entropy_coef)
                 terms["loss"].backward()
-                values = torch.stack([term.detach() for term in terms.values()]).tolist()  # one transfer
-                log_ratios = log_ratios.cpu().double()
+                values, log_ratios = _to_host(terms, log_ratios)
                 # From here on nothing allocates. The step's sums are separate from this micro-batch's gradients, so one
                 # that ran out of memory anywhere above has added nothing.
                 for index, parameter in enumerate(parameters):
@@ -384,7 +395,7 @@ class Learner:
             finally:
                 for parameter in parameters:
                     parameter.grad = None
-            result.add(dict(zip(terms, values, strict=True)), log_ratios)
+            result.add(values, log_ratios)
             progress(len(batch.members))
 
         rollouts = [sequence.rollout for sequence in plan.sequences]
@@ -457,9 +468,7 @@ class Learner:
 
     def apply(self, step: int, result: UpdateResult, before: list[Tensor]) -> None:
         """Move optimizer, siamese and version together. `before` comes from `prepare` and is emptied."""
-        factor = learning_rate_factor(step, self.recipe.train.steps, self.recipe.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        set_learning_rate(self.optimizer, learning_rate_factor(step, self.recipe.train.steps, self.recipe.optimizer))
         self.optimizer.step()
         if self.recipe.rollout.vllm.enable_sleep_mode:
             # The optimizer runs once a step; until then its memory belongs to the rollout engine.
