@@ -231,7 +231,8 @@ class Trainer:
             prompts = [self.renderer.render(problem) for problem in choice.problems]
         groups = self._collect(step, prompts, clock)  # stages "rollout" and "grade"
         with clock("weights"):
-            self.sampler.sleep()
+            if self.recipe.rollout.vllm.enable_sleep_mode:
+                self.sampler.sleep()
             plan = self.learner.plan(groups)
         before: list[torch.Tensor] = []
         if plan is None:
