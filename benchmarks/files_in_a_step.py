@@ -1,4 +1,4 @@
-"""Count the files of popo_lite that one step of `tiny_cpu` enters between the sampler's result and the optimizer's step.
+"""Count the files of popo_lite that a step of `tiny_cpu` enters between the sampler's result and the optimizer's step.
 
     python benchmarks/files_in_a_step.py
 
@@ -20,7 +20,7 @@ from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.trainer import Trainer
 
-PACKAGE = os.path.dirname(popo_lite.__file__)
+PACKAGE = str(Path(popo_lite.__file__).parent)
 
 
 class Recorder:

@@ -76,7 +76,7 @@ def evaluate(
         samples_per_problem=samples_per_problem,
         pass_at_1=estimates[1],
         pass_at_k=estimates,
-        step_by_step_ratio=statistics.fmean(told) if told else None,
+        task_figures={},
         truncated_ratio=statistics.fmean(completion.finish_reason is FinishReason.LENGTH for completion in flat),
         ungraded_ratio=ungraded_ratio(rewards),
         completion_tokens_mean=statistics.fmean(len(completion.token_ids) for completion in flat),

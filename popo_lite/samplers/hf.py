@@ -230,7 +230,7 @@ class HFSampler:
     def _next_logp(self, hidden: Tensor, temperature: float) -> Tensor:
         """[B, D] -> log-probs of the next token [B, V] under the sampling temperature."""
         head = self._policy.head
-        z, _ = head.logits(hidden)
+        z = head.logits(hidden)
         return torch.log_softmax(z * (head.temperature / temperature), dim=-1)
 
 

@@ -27,5 +27,6 @@ class Task(Protocol):
     def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
         """Leave `unwanted` problems out of training; returns how many. Raises DataError where none remain."""
 
+    def figures(self, texts): ...
     def shows_working(self, text: str) -> bool | None:
         """Whether an answer works towards its result step by step; None where the task cannot tell."""

@@ -91,6 +91,9 @@ class DatasetTask:
         for _, row in sorted(zip(sizes, self._training, strict=True), reverse=True):
             yield self._rows.problem(row)
 
+    def figures(self, texts):
+        return {}
+
     def shows_working(self, text: str) -> bool | None:  # noqa: ARG002 - the protocol's signature
         """None: what working looks like depends on the dataset."""
         return None
