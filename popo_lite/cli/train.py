@@ -89,7 +89,7 @@ def train(
     if as_json:
         click.echo(json.dumps(result.summary))
         return
-    from popo_lite.console.reports import closing_report
+    from popo_lite.tools.console.reports import closing_report
 
     closing_report(
         result.summary,
@@ -106,7 +106,7 @@ def _run(
 ) -> tuple[RunResult, str]:
     """Load everything, train, and return the result with a question of the task."""
     # Imported here because it takes seconds: a recipe with errors is refused at once.
-    from popo_lite.console.views import open_view
+    from popo_lite.tools.console.views import open_view
     from popo_lite.errors import UserInputError
     from popo_lite.policy.memory import memory_named
     from popo_lite.run_folder import RunFolder, new_run_folder
