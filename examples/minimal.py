@@ -124,8 +124,8 @@ def main(steps: int) -> None:
             before = [parameter.detach().clone() for _, parameter in policy.trainable_parameters()]
             optimizer.step()
             optimizer.zero_grad()
-            moved = [(p.detach() - old).norm() for (_, p), old in zip(policy.trainable_parameters(), before, strict=True)]
-            siamese.update(float(torch.stack(moved).norm()))
+            after = [parameter.detach() for _, parameter in policy.trainable_parameters()]
+            siamese.update(float(torch.stack(torch._foreach_norm(torch._foreach_sub(after, before))).norm()))
             policy.version += 1
             sampler.sync(policy.version)
             print(f"step {step + 1}: {right:.1%} right, loss {total:.4f}")

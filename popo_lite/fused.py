@@ -287,7 +287,7 @@ def _row_gradients(
 
 @cache
 def _row_functions(compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return `_row_statistics` and `_row_gradients`; compiled, they read the logits twice in all instead of 11 times."""
+    """Return `_row_statistics` and `_row_gradients`; compiled, they read the logits twice instead of 11 times."""
     if not compiled:
         return _row_statistics, _row_gradients
     return torch.compile(_row_statistics), torch.compile(_row_gradients)

@@ -157,7 +157,7 @@ class Trainer:
         self._skipped_in_a_row = 0
 
     def _open_task(self, stack: ExitStack) -> None:
-        """Open grader and problems, and load the policy. (`popo-lite bench` has made-up ones.)"""
+        """Open grader and problems, and load the policy; `popo-lite bench` makes them up."""
         self.grader = stack.enter_context(Grader(self.recipe.reward))
         self.grader.check()
         self.train_task, self.eval_task = open_tasks(self.recipe)
@@ -212,8 +212,8 @@ class Trainer:
                 raise EngineError(
                     f"the GPU ran out of memory; {f'the run is saved in {saved}' if saved else 'no step was done'}",
                     where=f"step {self.cursor.next_step}",
-                    next_step="if it was the engine's memory, resume with a smaller rollout.vllm.gpu_memory_utilization "
-                    f"or rollout.max_num_seqs; else {self.memory_advice()}",
+                    next_step="if it was the engine's memory, resume with a smaller "
+                    f"rollout.vllm.gpu_memory_utilization or rollout.max_num_seqs; else {self.memory_advice()}",
                 ) from error
 
     def _train(self) -> dict[str, Any] | None:
@@ -238,7 +238,7 @@ class Trainer:
             prompts = [self.renderer.render(problem) for problem in choice.problems]
         groups = self._collect(step, prompts, clock)  # stages "rollout" and "grade"
         with clock("weights"):
-            if self.recipe.rollout.vllm.enable_sleep_mode:
+            if self.sampler.can_sleep:
                 self.sampler.sleep()
             plan = self.learner.plan(groups)
         result: UpdateResult | None = None

@@ -200,7 +200,7 @@ def build_optimizer(policy: Policy, recipe: OptimizerRecipe) -> torch.optim.Opti
 
 
 def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Move the optimizer's moments to `device`. Step counts stay, and so does paged state: the driver moves its pages."""
+    """Move the optimizer's moments to `device`. Step counts stay, and so does paged state, which the driver moves."""
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.numel() > 1 and not getattr(value, "is_paged", False):

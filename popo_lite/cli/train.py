@@ -76,7 +76,8 @@ def train(
         run = find_run_folder(settings, Path(recipe).stem, output)
         refuse_other_recipe(run, settings)
         run_path = run.path
-    result, question = _run(settings, recipe, run_path, resume=resume, view="silent" if as_json else view, ignore_plan=ignore_plan)
+    view = "silent" if as_json else view
+    result, question = _run(settings, recipe, run_path, resume=resume, view=view, ignore_plan=ignore_plan)
     path = result.folder.path
     if result.summary is None:
         resume_command = f"popo-lite train {result.folder.recipe_path} --resume --output {path}"
@@ -106,10 +107,10 @@ def _run(
 ) -> tuple[RunResult, str]:
     """Load everything, train, and return the result with a question of the task."""
     # Imported here because it takes seconds: a recipe with errors is refused at once.
-    from popo_lite.tools.console.views import open_view
     from popo_lite.errors import UserInputError
     from popo_lite.policy.memory import memory_named
     from popo_lite.run_folder import RunFolder, new_run_folder
+    from popo_lite.tools.console.views import open_view
     from popo_lite.tools.plan import memory_advice, refuse_without_room
     from popo_lite.trainer import Trainer
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from popo_lite.errors import EngineError, ModelError
-from popo_lite.recipe import Recipe
+from popo_lite.errors import EngineError
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from popo_lite.policy.load import (
     pick_device,
     quantized_modules,
 )
-from popo_lite.policy.predictor import PredictorHead
+from popo_lite.policy.siamese import PredictorHead
 from popo_lite.recipe import Recipe
 from popo_lite.seeding import stream_seed
 

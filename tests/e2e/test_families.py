@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import json_lines
 from jinja2 import TemplateError
+from popo_lite.training.loop import Trainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from popo_lite.callbacks import Callback
@@ -30,7 +31,6 @@ from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.plan import known_config
 from popo_lite.tools.plan.shapes import load_shape, parameter_counts
 from popo_lite.tools.tiny_model import build_tokenizer
-from popo_lite.training.loop import Trainer
 from popo_lite.types import FinishReason
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from popo_lite.objective.logprobs import Head, naive_token_logprobs, token_logprobs, weighted_token_logprobs
+
 from popo_lite.run_folder import RunFolder
 
 pytestmark = [
@@ -61,8 +61,9 @@ def test_chunked_log_probs_are_no_further_from_float64_than_naive(vocabulary, dt
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw8bit"])
 def test_a_run_in_nf4_and_bfloat16_goes_on_from_its_checkpoint(tiny_recipe, tmp_path, optimizer):
-    from popo_lite.callbacks import Callback
     from popo_lite.training.loop import Trainer
+
+    from popo_lite.callbacks import Callback
 
     recipe = tiny_recipe(
         'train.device="cuda"', 'model.dtype="bfloat16"', f'optimizer.name="{optimizer}"', "train.steps=3",
@@ -146,8 +147,9 @@ def test_checkpoints_on_the_host_take_less_of_the_gpu_and_change_no_gradient(tin
 
 
 def test_a_run_that_really_runs_out_of_memory_goes_on_with_smaller_micro_batches(tiny_recipe, tmp_path):
-    from popo_lite.callbacks import Callback
     from popo_lite.training.loop import Trainer
+
+    from popo_lite.callbacks import Callback
 
     recipe = tiny_recipe(
         'train.device="cuda"', 'model.dtype="bfloat16"', "train.steps=2", "eval.problems=0", "train.packing=false",

@@ -34,8 +34,8 @@ def test_plain_prints_a_line_a_step():
     steps = [line for line in lines if line.startswith("step ")]
     assert len(steps) == STEPS
     assert steps[0] == (
-        "step 6/60  pass rate 11.0%  loss 0.4312  token entropy 1.2043  of start 96.0%  cosine 0.9987  mean tokens 143.2  "
-        "prompts all/some/none/ungraded 5/14/12/1  memory 3.00 GiB  pace 12.2 s  left 10:59"
+        "step 6/60  pass rate 11.0%  loss 0.4312  token entropy 1.2043  of start 96.0%  cosine 0.9987  "
+        "mean tokens 143.2  prompts all/some/none/ungraded 5/14/12/1  memory 3.00 GiB  pace 12.2 s  left 10:59"
     )
     assert steps[3] == (
         "step 9/60  pass rate 0.0%  mean tokens 143.2  prompts all/some/none/ungraded 5/14/12/1  memory 3.00 GiB  "

@@ -79,7 +79,7 @@ class BenchTrainer(Trainer):
 class RandomSampler:
     """Answers of random tokens at full length, with log-probs as of a nearly uniform policy."""
 
-    engine, swap_seconds = "hf", ()
+    engine, swap_seconds, can_sleep = "hf", (), False
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
@@ -102,9 +102,6 @@ class RandomSampler:
 
     def sync(self, _: int) -> None:
         """Hold no weights, so there is nothing to swap."""
-
-    def sleep(self) -> None:
-        """Hold no memory."""
 
 
 def random_policy(recipe: Recipe, *, seed: int = 0) -> Policy:

@@ -152,7 +152,8 @@ def _progress(state: RunState) -> RenderableType:
         skipped = [record["skipped_reason"] for record in state.records if record["skipped_reason"] is not None]
         below += f"   {len(skipped)} of {len(state.records)} steps skipped" if skipped else ""
         if (reason := state.records[-1]["skipped_reason"]) is not None:
-            below = f"step {done} changed no weights ({len(skipped)} of {len(state.records)} skipped): {words.clean(reason)}"
+            below = f"step {done} changed no weights ({len(skipped)} of {len(state.records)} skipped): "
+            below += words.clean(reason)
     ran = words.duration(state.clock() - state.stage_since) if state.stage_name else ""
     if stage_total := state.stage_total:
         ran = f"{state.stage_done / stage_total:4.0%}   {state.stage_done:,} of {stage_total:,}   {ran}"
