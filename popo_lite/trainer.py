@@ -41,7 +41,7 @@ from popo_lite.run_folder import (
     start_files,
     write_atomically,
 )
-from popo_lite.samplers import SamplingParams, open_sampler, pick_engine
+from popo_lite.samplers import CanSleep, SamplingParams, open_sampler, pick_engine
 from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import open_tasks
@@ -238,7 +238,7 @@ class Trainer:
             prompts = [self.renderer.render(problem) for problem in choice.problems]
         groups = self._collect(step, prompts, clock)  # stages "rollout" and "grade"
         with clock("weights"):
-            if self.sampler.can_sleep:
+            if isinstance(self.sampler, CanSleep):
                 self.sampler.sleep()
             plan = self.learner.plan(groups)
         result: UpdateResult | None = None
@@ -323,7 +323,9 @@ class Trainer:
             recipe.objective.reward_threshold,
             first_round=Budget.of(recipe.rollout).round_size,
         )
-        learned = {"trained_tokens": 0, "micro_batches": 0} if result is None or plan is None else result.metrics(plan)
+        learned: dict[str, Any] = (
+            {"trained_tokens": 0, "micro_batches": 0} if result is None or plan is None else result.metrics(plan)
+        )
         if result is not None and self.cursor.start_entropy is None:
             self.cursor.start_entropy = result.entropy
         if result is not None and self.cursor.start_entropy:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from popo_lite.callbacks import Callback
 from popo_lite.objective import StepPlan
+from popo_lite.recipe import Recipe
+from popo_lite.tools.plan import memory_advice
 from popo_lite.trainer import Trainer
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Prompt, Reward, Rollout
 from popo_lite.update import UpdateResult
+
+
+def trainer_of(recipe: Recipe, callback: Callback | None = None) -> Trainer:
+    """A trainer as the command opens it."""
+    return Trainer(recipe, callback or Callback(), memory_advice=lambda: memory_advice(recipe))
 
 
 def groups_of(trainer: Trainer, *, hopeless: int = 1) -> list[Group]:

@@ -8,9 +8,9 @@ from typing import Literal
 from popo_lite.errors import EngineError
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
-from popo_lite.samplers.base import Sampler, SamplingParams
+from popo_lite.samplers.base import CanSleep, Sampler, SamplingParams
 
-__all__ = ["Sampler", "SamplingParams", "open_sampler", "pick_engine"]
+__all__ = ["CanSleep", "Sampler", "SamplingParams", "open_sampler", "pick_engine"]
 
 Engine = Literal["hf", "vllm", "server"]
 

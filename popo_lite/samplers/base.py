@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from popo_lite.errors import StalePolicyError
 from popo_lite.types import Completion, Prompt
@@ -61,13 +61,6 @@ class Sampler(Protocol):
     def swap_seconds(self) -> Sequence[float]:
         """Seconds of every adapter swap so far; empty where weights are shared."""
 
-    @property
-    def can_sleep(self) -> bool:
-        """True if the engine can give GPU memory back."""
-
-    def sleep(self) -> None:
-        """Give GPU memory back until the next `sync`. Only for engines that `can_sleep`."""
-
     def close(self) -> None:
         """Give back what the engine holds."""
 
@@ -76,6 +69,14 @@ class Sampler(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class CanSleep(Protocol):
+    """A sampler that can give GPU memory back while it is not needed."""
+
+    def sleep(self) -> None:
+        """Give GPU memory back until the next `sync`."""
 
 
 def refuse_stale(held: int | None, wanted: int) -> None:

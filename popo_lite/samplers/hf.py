@@ -39,7 +39,6 @@ class HFSampler:
     """Batched, left-padded decoding with a KV cache over the policy's live weights."""
 
     engine = "hf"
-    can_sleep = False
 
     def __init__(
         self,

@@ -55,7 +55,6 @@ class ServerSampler:
     """
 
     engine = "server"
-    can_sleep = False
 
     def __init__(
         self,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from updates import trainer_of
 
-from popo_lite.callbacks import Callback
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.trainer import Trainer
 
@@ -45,7 +45,7 @@ def trainer(phi, tiny_recipe):
             f'model.id="{phi}"', 'model.quantization="none"', 'model.dtype="float64"', "eval.problems=0",
             *entropy, "train.tokens_per_microbatch=1000000", *overrides,
         )  # fmt: skip
-        found = Trainer(recipe, Callback())
+        found = trainer_of(recipe)
         opened.append(found)
         torch.manual_seed(4)
         with torch.no_grad():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from updates import assert_same, groups_of, update
+from updates import assert_same, groups_of, trainer_of, update
 
 from popo_lite import update as update_module
 from popo_lite.callbacks import Callback
@@ -14,7 +14,6 @@ from popo_lite.errors import EngineError
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.run_folder import RunFolder, refuse_other_recipe
 from popo_lite.samplers import SamplingParams
-from popo_lite.trainer import Trainer
 from popo_lite.types import FinishReason
 
 
@@ -137,7 +136,7 @@ def fails_once(monkeypatch, owner, name, *, call=1):
 def test_rollouts_are_the_same_with_fewer_at_once(tiny_recipe, monkeypatch):
     view = Messages()
     recipe = small(tiny_recipe)
-    with Trainer(recipe, view) as one:
+    with trainer_of(recipe, view) as one:
         prompts = [one.renderer.render(one.train_task.train_problem(0, index)) for index in range(6)]
 
         def draw():
@@ -179,9 +178,9 @@ def test_where_nothing_can_be_cut_the_run_ends_saved_and_goes_on(
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
     for folder in (whole, broken):
         folder.path.mkdir()
-    with Trainer(recipe, Callback()) as one:
+    with trainer_of(recipe) as one:
         one.run(whole)
-    with Trainer(recipe, Callback()) as one:
+    with trainer_of(recipe) as one:
         target = one
         for part in owner.split("."):
             target = getattr(target, part)
@@ -191,7 +190,7 @@ def test_where_nothing_can_be_cut_the_run_ends_saved_and_goes_on(
     assert "--set" in caught.value.next_step
     if saved:
         assert saved in caught.value.what
-    with Trainer(recipe, Callback()) as one:
+    with trainer_of(recipe) as one:
         one.run(broken, resume=True)
     for file in ("adapter/adapter_model.safetensors", "siamese/adapter_model.safetensors"):
         assert (broken.path / file).read_bytes() == (whole.path / file).read_bytes()
@@ -202,9 +201,9 @@ def test_a_run_with_a_sequence_that_does_not_fit_is_saved_and_goes_on_where_it_d
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
     for folder in (whole, broken):
         folder.path.mkdir()
-    with Trainer(recipe, Callback()) as one:
+    with trainer_of(recipe) as one:
         one.run(whole)
-    with Trainer(recipe, Callback()) as one:
+    with trainer_of(recipe) as one:
         step = one.train_step
 
         def train_step(number):
@@ -224,7 +223,7 @@ def test_a_run_with_a_sequence_that_does_not_fit_is_saved_and_goes_on_where_it_d
     for option in options:
         refuse_other_recipe(broken, small(tiny_recipe, *option.split("--set ")[1:]))
     assert [folder.name for folder in sorted(broken.checkpoints.iterdir())] == ["step-000002", "step-000003"]
-    with Trainer(recipe, Callback()) as one:
+    with trainer_of(recipe) as one:
         one.run(broken, resume=True)
     file = "adapter/adapter_model.safetensors"
     assert (broken.path / file).read_bytes() == (whole.path / file).read_bytes()
@@ -234,7 +233,7 @@ def test_the_lowered_budget_is_told_logged_and_survives_the_run(tiny_recipe, mon
     recipe = small(tiny_recipe)
     folder = RunFolder(tmp_path)
     view = Messages()
-    with Trainer(recipe, view) as one:
+    with trainer_of(recipe, view) as one:
         short_of_memory(monkeypatch, one.policy, 300, when="backward")
         one.run(folder)
         lowered = one.learner.micro_batches.budget_tokens
@@ -243,11 +242,11 @@ def test_the_lowered_budget_is_told_logged_and_survives_the_run(tiny_recipe, mon
     lines = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
     assert lines[-1]["microbatch_tokens"] == lowered
     folder.summary_path.unlink()
-    with Trainer(recipe, Callback()) as one:
+    with trainer_of(recipe) as one:
         one.folder = folder
         one._restore()
         assert one.learner.micro_batches.budget_tokens == lowered
-    with Trainer(small(tiny_recipe, "train.tokens_per_microbatch=9000"), Callback()) as one:
+    with trainer_of(small(tiny_recipe, "train.tokens_per_microbatch=9000")) as one:
         one.folder = folder
         one._restore()
         assert one.learner.micro_batches.budget_tokens == 9000  # another budget in the recipe is a new try

@@ -111,7 +111,7 @@ class Meter(Callback):
 
     def seconds(self, stage: str) -> float:
         """Return the median seconds of a stage; not of `sync`, which comes after a step's record."""
-        return statistics.median(record["seconds"][stage] for record in self.records)
+        return float(statistics.median(record["seconds"][stage] for record in self.records))
 
 
 def run_steps(trainer: BenchTrainer, meter: Meter, steps: int, notify: Callable[[str], None]) -> list[float]:

@@ -79,7 +79,7 @@ class BenchTrainer(Trainer):
 class RandomSampler:
     """Answers of random tokens at full length, with log-probs as of a nearly uniform policy."""
 
-    engine, swap_seconds, can_sleep = "hf", (), False
+    engine, swap_seconds = "hf", ()
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary

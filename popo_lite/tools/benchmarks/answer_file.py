@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from popo_lite.errors import CheckpointError, UserInputError
-from popo_lite.run_folder import append_line, environment, keep_lines, read_lines, take_lock, write_atomically
+from popo_lite.run_folder import append_line, environment, keep_lines, locked, read_lines, write_atomically
 from popo_lite.tools.benchmarks.run import Chunk
 from popo_lite.types import BenchmarkResult, ProblemAnswers
 
@@ -59,13 +59,12 @@ class EvaluationFolder:
                 next_step="name another folder",
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as file:
-            busy = UserInputError(
-                "another evaluation is at work in this folder",
-                where=str(self.path),
-                next_step="wait for it, stop it, or name another folder with --output",
-            )
-            take_lock(file, busy)
+        busy = UserInputError(
+            "another evaluation is at work in this folder",
+            where=str(self.path),
+            next_step="wait for it, stop it, or name another folder with --output",
+        )
+        with locked(lock, busy):
             yield
 
     def open(self, settings: Mapping[str, Any]) -> None:

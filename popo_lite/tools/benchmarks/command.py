@@ -355,7 +355,7 @@ def _sampler(recipe: Recipe, policy: Policy, renderer: Renderer) -> Sampler:
 
 
 def _prove(recipe: Recipe, policy: Policy, sampler: Sampler, prompts: Iterable[Prompt]) -> None:
-    from popo_lite.training.sampler_guard import PROBE_PROMPTS, SamplerGuard
+    from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 
     SamplerGuard(recipe, policy, sampler).prove(list(islice(prompts, PROBE_PROMPTS)), lambda _: None)
 

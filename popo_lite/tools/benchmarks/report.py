@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from popo_lite.tools.console import words
-from popo_lite.tools.console.output import build_table, open_console, print_table, safe
+from popo_lite.tools.console.output import open_console, safe, table
 from popo_lite.types import BenchmarkResult
 
 
@@ -49,7 +49,7 @@ def benchmark_report(
         ]
         for result in ordered
     ]
-    print_table(build_table([*columns, "cut off", "ungraded", "mean tokens"], rows, console), "Benchmarks", console)
+    table("Benchmarks", [*columns, "truncated", "ungraded", "mean tokens"], rows, console)
     _print_seeds(ordered, k, titles, console)
     for result in ordered:
         known = published.get(result.benchmark, result.problems)
@@ -77,4 +77,4 @@ def _print_seeds(results: Sequence[BenchmarkResult], k: int, titles: Mapping[str
         rows.append([title, result.weights, f"avg@{samples}", *(words.share(score.average) for score in scores)])
         rows.append([title, result.weights, f"pass@{k}", *(words.share(score.pass_at_k[k]) for score in scores)])
     columns = ["benchmark", "weights", "", *(f"seed {seed}" for seed in seeds)]
-    print_table(build_table(columns, rows, console), "Each seed", console)
+    table("Each seed", columns, rows, console)

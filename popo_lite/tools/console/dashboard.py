@@ -142,7 +142,7 @@ def _header(state: RunState, width: int) -> list[Text]:
 
 
 def _progress(state: RunState) -> RenderableType:
-    done, total, pace, left = state.steps_done, state.total_steps, *state.pace()
+    done, total, (pace, left) = state.steps_done, state.total_steps, state.pace()
     far = f"{done / max(total, 1):4.0%}   {words.duration(state.clock() - state.started)} elapsed"
     below = "no step has ended yet"
     if pace is not None and left is not None:

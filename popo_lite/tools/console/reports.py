@@ -99,7 +99,7 @@ def _print_results(results: Mapping[str, Mapping[str, Any]], console: Console) -
             rows.append([label, *(words.quantity(value, unit) for value in values)])
             if len(found) > 1:
                 # The second against the first stands after the second.
-                rows[-1].insert(3, _difference(*values[:2], unit))
+                rows[-1].insert(3, _difference(values[0], values[1], unit))
     if len(found) > 1:
         columns.insert(3, "difference")
     table("Held-out problems", columns, rows, console)

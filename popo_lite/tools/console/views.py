@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
 from typing import Literal, TextIO
@@ -77,7 +76,7 @@ class RunState(Callback):
         """Remember the answers, cleaned, without the middle of very long ones."""
         with self.lock:
             self._samples = deque(
-                replace(sample, **{name: _clip(text) for name, text in vars(sample).items() if isinstance(text, str)})
+                SampleView(**{n: _clip(v) if isinstance(v, str) else v for n, v in vars(sample).items()})
                 for sample in samples
             )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -23,7 +23,7 @@ def quantity(value: Any, unit: Unit) -> str:
         return ABSENT
     if unit in ("count", "tokens"):
         return decimals(value, 0 if isinstance(value, int) else 1)
-    formats = {"ratio": share, "seconds": duration, "bytes": memory, "text": clean}
+    formats: dict[str, Callable[[Any], str]] = {"ratio": share, "seconds": duration, "bytes": memory, "text": clean}
     return formats.get(unit, figure)(value)
 
 

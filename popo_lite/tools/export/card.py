@@ -31,8 +31,7 @@ CITATION = """\
 ```"""
 
 MEASURES = (
-    ("step by step", "step_by_step_ratio", "{:.1%}"),
-    ("cut off", "truncated_ratio", "{:.1%}"),
+    ("truncated", "truncated_ratio", "{:.1%}"),
     ("mean tokens", "completion_tokens_mean", "{:.1f}"),
     ("problems", "problems", "{:,}"),
     ("answers each", "samples_per_problem", "{:,}"),
@@ -175,6 +174,10 @@ def _results(summary: Mapping[str, Any], weights: str) -> str:
         return "Nothing was measured on held-out problems."
     ks = sorted({int(k) for result in found.values() for k in result["pass_at_k"]})
     rows = [[f"pass@{k}", *(f"{result['pass_at_k'][str(k)]:.1%}" for result in found.values())] for k in ks]
+    tasks = [result.get("task_figures") or {} for result in found.values()]
+    for name in dict.fromkeys(name for task in tasks for name in task):
+        cells = [f"{task[name]:.1%}" if name in task else "" for task in tasks]
+        rows.append([name.removesuffix("_ratio").replace("_", " "), *cells])
     for name, key, form in MEASURES:
         values = [result.get(key) for result in found.values()]
         if any(value is not None for value in values):

@@ -109,7 +109,7 @@ def export(
 
 
 def _print_report(report: ExportReport, upload: Upload | None) -> None:
-    from popo_lite.tools.console.reports import table
+    from popo_lite.tools.console.output import table
 
     facts = {"folder": report.folder, "what": report.what, "weights": report.weights, "base": report.base}
     if report.dtype is not None:

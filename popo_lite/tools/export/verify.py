@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from popo_lite.errors import ExportError
-from popo_lite.objective.logprobs import Head, token_logprobs
+from popo_lite.fused import Head, score
 from popo_lite.policy.policy import Policy, head_of
 
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
@@ -105,7 +105,7 @@ class Answerer:
             output = self.trunk(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
-            logits, _ = self.head.logits(output.last_hidden_state[:, -1])
+            logits = self.head.logits(output.last_hidden_state[:, -1])
             logps, tokens = logits.log_softmax(dim=-1).max(dim=-1)
             for answer, token, logp, runs in zip(found, tokens.tolist(), logps.tolist(), running.tolist(), strict=True):
                 if runs:
@@ -143,7 +143,7 @@ class Answerer:
             ]
         )
         targets = torch.tensor([token for answer in answers for token in answer.token_ids], device=self.device)
-        logps, _ = token_logprobs(hidden, targets, self.head)
+        logps, _ = score(hidden, targets, self.head)
         return list(logps.double().cpu().split([len(answer.token_ids) for answer in answers]))
 
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from popo_lite.tools.console import words
-from popo_lite.tools.console.draw import bar
-from popo_lite.tools.console.output import build_table, open_console, print_table, safe
+from popo_lite.tools.console.output import open_console, safe, table
 
 _ORDER = (
     "base linears",
@@ -74,9 +74,7 @@ def plan_report(
     rows.append(["in all", *(shown(phase["total_bytes"]) for phase in phases)])
     columns = ["", *(phase["name"] for phase in phases)]
     memory = "memory of the GPU" if plan["device"] == "cuda" else "host memory, as the recipe runs on the CPU"
-    print_table(
-        build_table(columns, rows, console), f"{plan['model']}, engine {plan['engine']}: {memory}, {unit}", console
-    )
+    table(f"{plan['model']}, engine {plan['engine']}: {memory}, {unit}", columns, rows, console)
     console.print(_bars(plan, shown, unit, console))
     console.print()
     _print_verdict(plan, batch_size, why_not, next_step, console)
@@ -93,8 +91,7 @@ def _bars(plan: Mapping[str, Any], shown: Any, unit: str, console: Console) -> T
         total = phase["total_bytes"]
         is_peak = phase["name"] == plan["peak_phase"]
         style = "red" if total > plan["vram_bytes"] else "green"
-        drawn = bar(total / plan["vram_bytes"], _BAR_CELLS, style)
-        drawn.plain = words.encodable(drawn.plain, console.encoding)
+        drawn = ProgressBar(plan["vram_bytes"], total, width=_BAR_CELLS, complete_style=style, finished_style=style)
         moment = f"peak: {phase['moment']}" if is_peak else phase["moment"]
         grid.add_row(
             Text(phase["name"], "bold" if is_peak else ""),
