@@ -10,59 +10,61 @@ Rule = tuple[object, str, str]
 """True if it is broken; the keys, of which the first must change; what is wrong and what to do."""
 
 RENAMED = {
-    "model.id": "model_name model_name_or_path",
+    "model.id": "model_name model_name_or_path model.name model.path",
     "model.dtype": "torch_dtype bf16 fp16",
-    "model.attn_implementation": "attention",
     "lora.rank": "r lora_r max_lora_rank",
     "lora.alpha": "lora_alpha",
     "lora.dropout": "lora_dropout",
-    "lora.target_modules": "targets",
     "lora.rslora": "use_rslora",
     "lora.dora": "use_dora",
-    "siamese.tau": "objective.tau",
+    "siamese.tau": "ema_decay",
+    "siamese.head_width": "hidden_dim predictor_hidden_dim",
     "objective.similarity_coef": "objective.alpha siamese.alpha",
-    "objective.entropy_coef": "entropy_coeff",
-    "objective.kl_coef": "kl kl_beta kl_loss_coef",
+    "objective.kl_coef": "beta kl kl_beta kl_loss_coef",
+    "objective.entropy_coef": "beta entropy_coeff",
+    "objective.noise_sigma": "sigma noise_std",
     "objective.epsilon": "epsilon_low clip_range cliprange",
-    "objective.importance_sampling_clip_max": "vllm_importance_sampling_clip_max",
+    "objective.importance_sampling_clip_max": "vllm_importance_sampling_cap vllm_importance_sampling_clip_max",
     "rollout.num_generations": "group_size num_return_sequences",
     "rollout.max_completion_length": "max_new_tokens max_tokens",
     "rollout.max_num_seqs": "rollout.batch_size rollout.vllm.batch_size",
     "rollout.vllm.gpu_memory_utilization": "vllm_gpu_memory_utilization",
     "rollout.vllm.enable_sleep_mode": "vllm_enable_sleep_mode",
-    "rollout.server.base_urls": "vllm_server_base_url servers",
+    "rollout.server.base_urls": "vllm_server_base_url vllm_server_host vllm_server_port",
     "data.dataset": "dataset_name train_dataset",
     "eval.dataset": "eval_dataset",
     "eval.every": "eval_steps",
     "reward.function": "reward_funcs",
     "optimizer.name": "optim",
+    "optimizer.learning_rate": "lr",
     "optimizer.schedule": "lr_scheduler_type",
-    "optimizer.warmup_ratio": "warmup_steps",
     "train.steps": "max_steps",
     "train.seed": "random_state",
     "train.gradient_checkpointing": "use_gradient_checkpointing",
     "output.dir": "output_dir",
     "output.samples_per_step": "num_completions_to_print",
 }
-"""Key -> its names in TRL, PEFT, Unsloth and the paper. A name with a section counts only there."""
+"""Key -> its names in TRL, PEFT, Unsloth, verl and the paper. A name with a section counts only there; a name with
+several keys means the first that the algorithm has."""
 
 UNTRUNCATED = "is not a setting: positives must be sampled from the policy's whole distribution; leave the key out"
 BATCH = "is data.prompts_per_step (prompts of a step) or train.tokens_per_microbatch (memory) here"
 ENGINE = 'is rollout.engine = "vllm" (same process) or "server" here'
-FOREIGN_KEYS = {name: key for key, names in RENAMED.items() for name in names.split()} | {
+NOT_RENAMED = {
     **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty"), UNTRUNCATED),
     **dict.fromkeys(("use_vllm", "vllm_mode", "fast_inference"), ENGINE),
     **dict.fromkeys(("batch_size", "per_device_train_batch_size"), BATCH),
-    "beta": "is objective.kl_coef here (TRL's beta, algorithm grpo) or objective.entropy_coef (the POPO paper's beta)",
     "load_in_4bit": 'is model.quantization = "nf4" here',
+    "float8_kv_cache": 'is rollout.vllm.kv_cache_dtype = "fp8" here',
     "max_seq_length": "is rollout.max_prompt_length plus rollout.max_completion_length here",
     "gradient_accumulation_steps": "is not a setting: train.tokens_per_microbatch decides how many passes a step takes",
     "num_train_epochs": "is not a setting; set train.steps",
+    "warmup_steps": "is optimizer.warmup_ratio here, a part of train.steps",
     "num_iterations": "is not a setting: every rollout is used for one step",
     "mask_truncated_completions": 'is reward.truncated = "wrong" here',
     "logging_steps": "is not a setting: every step is logged",
 }
-"""Key of another library -> our key, or a sentence if it is not just another name."""
+"""Name of another library's key that is not just another name -> what to do instead."""
 
 
 def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
@@ -83,10 +85,10 @@ def _model(recipe: Recipe) -> Iterable[Rule]:
     names = (targets,) if isinstance(targets, str) else targets
     head = next((name for name in names if name.split(".")[-1] in ("lm_head", "embed_out", "output_layer")), None)
     return (
-        (head, "lora.target_modules", f'"{head}" is the LM head, on which the loss would ignore an adapter; leave it out'),
+        (head, "lora.target_modules", f'"{head}" is the LM head, where the loss would ignore an adapter; leave it out'),
         (isinstance(targets, str) and targets not in ("", "all-linear"), "lora.target_modules",
          f'must be a list even for one name; write ["{targets}"]'),
-        (not names or "" in names, "lora.target_modules", 'names no module; use "all-linear" or a list of module names'),
+        (not names or "" in names, "lora.target_modules", 'names no module; use "all-linear" or a list of names'),
         (model.quantization == "nf4" and model.dtype == "float64", "model.dtype model.quantization",
          'NF4 computes in "bfloat16" or "float32"'),
         (model.attn_implementation == flash and wide, "model.attn_implementation model.dtype",
@@ -141,8 +143,9 @@ def _training(recipe: Recipe) -> Iterable[Rule]:
     return (
         (no_entropy and getattr(objective, "target_entropy", None), "objective.entropy_coef objective.target_entropy",
          "is multiplied up and down to reach the target entropy, and 0 stays 0; set a positive start"),
-        (no_entropy and getattr(objective, "entropy_over", "") == "all", "objective.entropy_over objective.entropy_coef",
-         "runs wrong answers through the model for an entropy bonus that is off; leave the key out, or set entropy_coef"),
+        (no_entropy and getattr(objective, "entropy_over", "") == "all",
+         "objective.entropy_over objective.entropy_coef",
+         "runs wrong answers through the model for an entropy bonus of 0; leave the key out, or set entropy_coef"),
         (getattr(objective, "skip_all_right", False) and recipe.rollout.adaptive.enabled,
          "objective.skip_all_right rollout.adaptive.enabled",
          "would skip prompts that the adaptive budget stopped before their first wrong answer; use one of the two"),
