@@ -22,7 +22,7 @@ SWEEPS = "ablations"
 """Subfolder of the shipped recipes that holds sweep files."""
 LONGEST_VALUE = 120
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of text",
+KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", tuple: "a list of text",
          dict: "a table of columns, each with true or false, a number, text, or a list of these"}  # fmt: skip
 
 

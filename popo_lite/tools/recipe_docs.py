@@ -12,10 +12,11 @@ from pathlib import Path
 import click
 from pydantic.fields import FieldInfo
 
-from popo_lite.recipe import OBJECTIVES, Objective
+from popo_lite.recipe import OBJECTIVES, Objective, Section
 from popo_lite.recipe_file import SECTIONS, allowed_values, keys_of, kind_and_bounds, to_toml
 
 COMMENT_COLUMNS = 100
+DESCRIBED = {**SECTIONS, "objective": Objective}
 TEMPLATE_HEAD = """\
 # Every setting of a recipe with its default, for the algorithm popo.
 # popo-lite recipe show > my_recipe.toml
@@ -29,7 +30,7 @@ def template_toml() -> str:
     """Return every key of the default algorithm as TOML; a key that is unset by default is commented out."""
     parts = [TEMPLATE_HEAD]
     for name, section in SECTIONS.items():
-        parts.append(f"\n{_comment(section_meaning(name))}[{name}]\n")
+        parts.append(f"\n{_comment(meaning(DESCRIBED[name]))}[{name}]\n")
         for key, field in keys_of(section).items():
             setting = f"# {key} = ..." if field.default is None else f"{key} = {to_toml(field.default)}"
             parts.append(f"{_comment(meaning(field))}{setting}  # {allowed_values(field)}\n")
@@ -40,7 +41,7 @@ def settings_markdown() -> str:
     """Return a list of keys for each section, grouped by the algorithms that have them."""
     parts, described = [SETTINGS_BEGIN], set[str]()
     for name, section in SECTIONS.items():
-        parts.append(f"\n## [{name}]\n\n{section_meaning(name)}\n")
+        parts.append(f"\n## [{name}]\n\n{meaning(DESCRIBED[name])}\n")
         kinds = OBJECTIVES if name == "objective" else {"": section}
         owners: dict[str, list[str]] = {}
         for algorithm, kind in kinds.items():
@@ -49,10 +50,9 @@ def settings_markdown() -> str:
         for group in dict.fromkeys(map(tuple, owners.values())):
             parts.append("\n" if len(group) == len(kinds) else f"\nOnly with {', '.join(group)}:\n\n")
             entries = [entry for entry, having in owners.items() if tuple(having) == group]
-            # [eval] has most keys of [data].
-            known = [f"`{entry.split('`')[1].split()[0]}`" for entry in entries if entry in described]
             parts += [f"{entry}\n" for entry in entries if entry not in described]
-            parts += [f"- {', '.join(known)}: as in [data].\n"] if known else []
+            if known := ", ".join(f"`{entry.split('`')[1].split()[0]}`" for entry in entries if entry in described):
+                parts.append(f"- {known}: as in [data].\n")  # [eval] has most keys of [data]
             described.update(entries)
     return "".join(parts)
 
@@ -65,14 +65,9 @@ def _entry(key: str, field: FieldInfo) -> str:
     return f"- {default}{f' ({allowed})' if allowed else ''}: {meaning(field)}"
 
 
-def meaning(field: FieldInfo) -> str:
-    """Return the docstring of a key on one line."""
-    return " ".join((field.description or "").split())
-
-
-def section_meaning(section: str) -> str:
-    """Return the docstring of a section on one line."""
-    return " ".join(((Objective if section == "objective" else SECTIONS[section]).__doc__ or "").split())
+def meaning(of: FieldInfo | type[Section]) -> str:
+    """Return the docstring of a key or section on one line."""
+    return " ".join(((of.description if isinstance(of, FieldInfo) else of.__doc__) or "").split())
 
 
 def generated_files(checkout: Path) -> dict[Path, str]:
