@@ -13,18 +13,13 @@ class PredictorHead(nn.Module):
 
     def __init__(self, width: int, hidden_width: int, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, hidden_width, dtype=dtype),
-            nn.LayerNorm(hidden_width, dtype=dtype),
-            nn.ReLU(),
-            nn.Linear(hidden_width, width, dtype=dtype),
-        )
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        first = nn.Linear(width, hidden_width, dtype=dtype)
+        last = nn.Linear(hidden_width, width, dtype=dtype)
+        for layer in (first, last):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.layers = nn.Sequential(first, nn.LayerNorm(hidden_width, dtype=dtype), nn.ReLU(), last)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B, D]; the input is widened to the head's own dtype first."""
-        first = cast("nn.Linear", self.layers[0])
-        return cast("Tensor", self.layers(features.to(first.weight.dtype)))
+        """Return predictions [B, D]; 16-bit features are widened to the head's dtype first."""
+        return cast("Tensor", self.layers(features.to(cast("nn.Linear", self.layers[0]).weight.dtype)))
