@@ -30,7 +30,7 @@ from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.plan import known_config
 from popo_lite.tools.plan.shapes import load_shape, parameter_counts
 from popo_lite.tools.tiny_model import build_tokenizer
-from popo_lite.training.loop import Trainer
+from popo_lite.trainer import Trainer
 from popo_lite.types import FinishReason
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -346,7 +346,7 @@ def test_a_template_that_takes_no_assistant_turn_leaves_the_models_own_ends():
 
 
 def test_a_template_that_is_no_jinja_is_the_recipes_fault():
-    with pytest.raises(ModelError, match="no valid Jinja") as caught:
+    with pytest.raises(ModelError, match="not valid Jinja") as caught:
         stop_ids_of(Silent(7), build_tokenizer(), "{% for m in messages %}")
     assert caught.value.where == "data.chat_template"
 

@@ -1,4 +1,4 @@
-"""Base, adapters, predictor head and siamese on the tiny model, in real NF4."""
+"""Test base, adapters, predictor head and siamese on the tiny model, in real NF4."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from popo_lite.errors import ModelError, PopoError
-from popo_lite.objective.logprobs import token_logprobs
+from popo_lite.fused import fused_loss
 from popo_lite.policy.adapters import adapter_folder, load_adapter_weights, save_adapter
 from popo_lite.policy.load import import_unsloth, load_base
 from popo_lite.policy.policy import check_logits, load_policy, stop_ids_of
@@ -35,9 +35,9 @@ def states(policy, tokens):
 def loss_gradients(policy):
     policy.model.train()
     tokens = ids()
-    hidden = states(policy, tokens)
-    logps, entropies = token_logprobs(hidden[:, :-1].reshape(-1, 128), tokens[:, 1:].reshape(-1), policy.head)
-    (logps.mean() + entropies.mean()).backward()
+    hidden, targets = states(policy, tokens)[:, :-1].reshape(-1, 128), tokens[:, 1:].reshape(-1)
+    output = fused_loss(hidden, targets, policy.head, lambda logps, entropies, _: (logps + entropies).sum())
+    (output.loss / len(targets)).backward()
     found = {name: p.grad.clone() for name, p in policy.adapter_parameters()}
     policy.model.zero_grad(set_to_none=True)
     return found
