@@ -6,11 +6,12 @@ import json
 import re
 import tomllib
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from popo_lite.errors import RecipeError, nearest
@@ -21,6 +22,7 @@ SHOW_KEYS = "popo-lite recipe show   (every key with its meaning, allowed values
 SWEEPS = "ablations"
 """Subfolder of the shipped recipes that holds sweep files."""
 LONGEST_VALUE = 120
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", tuple: "a list of text",
          dict: "a table of columns, each with true or false, a number, text, or a list of these"}  # fmt: skip
@@ -45,7 +47,13 @@ def keys_of(section: type[Section]) -> dict[str, FieldInfo]:
     return {**fields, "algorithm": Objective.model_fields["algorithm"]} if "algorithm" in fields else fields
 
 
-SECTIONS: Mapping[str, type[Section]] = sections_of()
+def schema_of(algorithm: str) -> dict[str, FieldInfo]:
+    """Return `section.key` -> field for every key of a recipe with this algorithm."""
+    sections = sections_of(algorithm).items()
+    return {f"{name}.{key}": field for name, section in sections for key, field in keys_of(section).items()}
+
+
+SECTIONS = sections_of()
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -63,16 +71,12 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     chosen = written.get("objective.algorithm")
     algorithm = str(chosen.value) if chosen else "popo"
     if algorithm not in OBJECTIVES:  # which other keys [objective] may have is unknown then
-        written = {
-            name: setting for name, setting in written.items() if setting is chosen or not name.startswith("objective.")
-        }
-        algorithm = "popo"
+        unknown = {name for name in written if name.startswith("objective.") and name != "objective.algorithm"}
+        written, algorithm = {name: written[name] for name in written if name not in unknown}, "popo"
 
-    sections, wrong = sections_of(algorithm), set()
+    schema, wrong = schema_of(algorithm), set()
     for name, setting in written.items():
-        section, _, key = name.rpartition(".")
-        field = keys_of(sections[section]).get(key)
-        why = _wrong_value(sections[section], key, field, setting.value) if field else _unknown_key(name, algorithm)
+        why = _wrong_value(schema[name], setting.value) if name in schema else _unknown_key(name, algorithm)
         if why:
             wrong.add(name)
             errors.append(setting.error(why))
@@ -132,13 +136,12 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Return `section.key` -> value for every key that is set."""
-    document, values = recipe.to_dict(), {}
-    for name, section in sections_of(recipe.objective.algorithm).items():
-        table = document
-        for part in name.split("."):
-            table = table[part]
-        values |= {f"{name}.{key}": table[key] for key in keys_of(section) if key in table}
-    return values
+    document = recipe.to_dict()
+    values = {
+        name: reduce(lambda table, part: table.get(part), name.split("."), document)
+        for name in schema_of(recipe.objective.algorithm)
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def to_toml(value: Any) -> str:
@@ -279,11 +282,10 @@ def _build(settings: Iterable[_Setting]) -> Recipe:
     return Recipe.model_validate(document)
 
 
-def _wrong_value(section: type[Section], key: str, field: FieldInfo, value: Any) -> str | None:
+def _wrong_value(field: FieldInfo, value: Any) -> str | None:
     """Return what the value of a key must be, or None if the schema accepts this one."""
-    section = Objective if key == "algorithm" else section
     try:
-        section.model_validate({key: _with_tuples(value)})  # every other key has a default
+        TypeAdapter(Annotated[field.annotation, field], config=STRICT).validate_python(_with_tuples(value))
     except ValidationError:
         must = f"must be {allowed_values(field)}"
         if get_origin(field.annotation) is Literal and (guess := nearest(str(value), get_args(field.annotation))):
@@ -302,37 +304,33 @@ def _unknown_key(name: str, algorithm: str = "popo") -> str:
     if name in SECTIONS:
         return f"must be a section, [{name}]"
     section, _, key = name.rpartition(".")
-    sections = sections_of(algorithm)
+    schema = schema_of(algorithm)
+
+    def renamed(name: str) -> str | None:
+        keys = [ours for ours, names in RENAMED.items() if name in names.split()]
+        known = [ours for ours in keys if ours in schema]  # of several meanings, the first that the algorithm has
+        owned = known[:1] or [f"{ours} (algorithm {_owners(ours.rpartition('.')[2])})" for ours in keys]
+        return f"is called {' or '.join(owned)} here" if keys else None
 
     def homes(key: str) -> str:
-        return " or ".join(f"[{home}]" for home, kind in sections.items() if key in keys_of(kind))
+        return " or ".join(f"[{ours.removesuffix(f'.{key}')}]" for ours in schema if ours.endswith(f".{key}"))
 
-    if section and (renamed := _renamed(name, sections)):
-        return renamed
+    if section and (why := renamed(name)):
+        return why
     if homes(key):
         return f"belongs to {homes(key)}"
     if owners := _owners(key):
         return f"unknown key of algorithm {to_toml(algorithm)}; {owners} has it in [objective]"
-    if renamed := _renamed(key, sections) or NOT_RENAMED.get(key):
-        return renamed
-    if section not in sections:
+    if why := renamed(key) or NOT_RENAMED.get(key):
+        return why
+    if not section:
         return f"stands outside a section; there are {', '.join(SECTIONS)}"
-    own = keys_of(sections[section])
+    own = list(keys_of(sections_of(algorithm)[section]))
     if guess := nearest(key, own):
         return f"unknown key; did you mean {section}.{guess}?"
-    if guess := nearest(key, (other for kind in sections.values() for other in keys_of(kind))):
+    if guess := nearest(key, (ours.rpartition(".")[2] for ours in schema)):
         return f"unknown key; did you mean {guess} of {homes(guess)}?"
     return f"unknown key; [{section}] has {', '.join(own)}"
-
-
-def _renamed(name: str, sections: Mapping[str, type[Section]]) -> str | None:
-    """Say what another library's `name` is called here; if it has several meanings, take the one of the algorithm."""
-    keys = [key for key, names in RENAMED.items() if name in names.split()]
-    for section, _, key in (key.rpartition(".") for key in keys):
-        if key in keys_of(sections[section]):
-            return f"is called {section}.{key} here"
-    owned = (f"{key} (algorithm {_owners(key.rpartition('.')[2])})" for key in keys)
-    return f"is called {' or '.join(owned)} here" if keys else None
 
 
 def _owners(key: str) -> str:
