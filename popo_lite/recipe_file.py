@@ -136,7 +136,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Return `section.key` -> value for every key that is set."""
-    document = recipe.to_dict()
+    document: Any = recipe.to_dict()
     values = {
         name: reduce(lambda table, part: table.get(part), name.split("."), document)
         for name in schema_of(recipe.objective.algorithm)
@@ -192,13 +192,12 @@ def read_toml(path: Path, shown_as: str) -> dict[str, Any]:
     try:
         # Some editors put a byte order mark in front, which TOML does not know.
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        what, cause = f"is not UTF-8 text (byte {error.start})", error
-    except OSError as error:
-        what, cause = f"cannot be read ({error.strerror})", error
-    except ValueError as error:
-        what, cause = f"not valid TOML: {error}", error
-    raise RecipeError(f"{shown_as}: {what}", next_step=f"fix {path}") from cause
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            what = f"is not UTF-8 text (byte {error.start})"
+        else:
+            what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else f"not valid TOML: {error}"
+        raise RecipeError(f"{shown_as}: {what}", next_step=f"fix {path}") from error
 
 
 class _Setting(NamedTuple):
@@ -284,8 +283,9 @@ def _build(settings: Iterable[_Setting]) -> Recipe:
 
 def _wrong_value(field: FieldInfo, value: Any) -> str | None:
     """Return what the value of a key must be, or None if the schema accepts this one."""
+    kind: Any = Annotated[field.annotation, field]
     try:
-        TypeAdapter(Annotated[field.annotation, field], config=STRICT).validate_python(_with_tuples(value))
+        TypeAdapter(kind, config=STRICT).validate_python(_with_tuples(value))
     except ValidationError:
         must = f"must be {allowed_values(field)}"
         if get_origin(field.annotation) is Literal and (guess := nearest(str(value), get_args(field.annotation))):

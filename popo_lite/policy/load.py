@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from popo_lite.errors import ModelError, UserInputError
+from popo_lite.policy.adapters import PEFT_NAMES
 from popo_lite.recipe import LoraRecipe, ModelRecipe
 from popo_lite.tasks.rendering import keeps_text
 
@@ -127,15 +128,11 @@ def load_unsloth(
         )
     model = FastLanguageModel.get_peft_model(
         model,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
         target_modules=list(targets),
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
         bias="none",
         random_state=seed,
         use_gradient_checkpointing=checkpointing,
+        **{theirs: getattr(lora, ours) for ours, theirs in PEFT_NAMES.items()},
     )
     return model, tokenizer
 

@@ -15,14 +15,7 @@ from popo_lite.errors import ModelError
 from popo_lite.fused import Head
 from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions, window_of
-from popo_lite.policy.load import (
-    load_base,
-    load_config,
-    load_tokenizer,
-    load_unsloth,
-    pick_device,
-    quantized_modules,
-)
+from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device, quantized_modules
 from popo_lite.policy.predictor import PredictorHead
 from popo_lite.recipe import Recipe
 from popo_lite.seeding import stream_seed

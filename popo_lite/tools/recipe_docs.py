@@ -16,7 +16,7 @@ from popo_lite.recipe import OBJECTIVES, Objective, Section
 from popo_lite.recipe_file import SECTIONS, allowed_values, keys_of, kind_and_bounds, to_toml
 
 COMMENT_COLUMNS = 100
-DESCRIBED = {**SECTIONS, "objective": Objective}
+DESCRIBED: dict[str, type[Section]] = {**SECTIONS, "objective": Objective}
 TEMPLATE_HEAD = """\
 # Every setting of a recipe with its default, for the algorithm popo.
 # popo-lite recipe show > my_recipe.toml
