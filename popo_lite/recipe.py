@@ -53,8 +53,8 @@ class LoraRecipe(Section):
     """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout in front of A. Above 0, sampling and training use different policies."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """`all-linear`, or a list of module names without the LM head."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter: `all-linear`, or a list of module names. Never the LM head."""
     rslora: bool = False
     """Rank-stabilised scaling."""
     dora: bool = False
@@ -182,9 +182,8 @@ class AdaptiveRecipe(Section):
     """Adaptive rollout budget: sample a prompt in rounds until it has enough positives."""
 
     enabled: bool = False
-    """False: `num_generations` rollouts for every prompt. True: rounds of `round_size` until a prompt has
-    `positives_wanted` positives or `max_rollouts` rollouts. The step's total stays within
-    `data.prompts_per_step` * `num_generations`."""
+    """Sample rounds of `round_size` until a prompt has `positives_wanted` positives or `max_rollouts` rollouts. A step
+    makes at most `data.prompts_per_step` * `num_generations` rollouts. Off: `num_generations` for every prompt."""
     positives_wanted: Positive = 2
     """Stop sampling a prompt at this many positives. All its positives are trained on."""
     round_size: Positive = 2

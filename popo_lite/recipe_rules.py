@@ -81,13 +81,10 @@ def _model(recipe: Recipe) -> Iterable[Rule]:
     model, lora, train = recipe.model, recipe.lora, recipe.train
     unsloth, on_cpu, flash = model.backend == "unsloth", train.device == "cpu", "flash_attention_2"
     wide = model.dtype != "bfloat16"
-    targets = lora.target_modules
-    names = (targets,) if isinstance(targets, str) else targets
+    names = lora.target_modules if isinstance(lora.target_modules, tuple) else ("all-linear",)
     head = next((name for name in names if name.split(".")[-1] in ("lm_head", "embed_out", "output_layer")), None)
     return (
         (head, "lora.target_modules", f'"{head}" is the LM head, where the loss would ignore an adapter; leave it out'),
-        (isinstance(targets, str) and targets not in ("", "all-linear"), "lora.target_modules",
-         f'must be a list even for one name; write ["{targets}"]'),
         (not names or "" in names, "lora.target_modules", 'names no module; use "all-linear" or a list of names'),
         (model.quantization == "nf4" and model.dtype == "float64", "model.dtype model.quantization",
          'NF4 computes in "bfloat16" or "float32"'),

@@ -137,13 +137,6 @@ def load_unsloth(
     return model, tokenizer
 
 
-def quantized_modules(model: torch.nn.Module) -> int:
-    """Return the number of 4-bit linear layers."""
-    import bitsandbytes as bnb
-
-    return sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
-
-
 def close_cpu_repacking(model: torch.nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for AVX512-BF16 on the first no-grad forward in eval mode.
 

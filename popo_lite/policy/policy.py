@@ -15,8 +15,8 @@ from popo_lite.errors import ModelError
 from popo_lite.fused import Head
 from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions, window_of
-from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device, quantized_modules
-from popo_lite.policy.predictor import PredictorHead
+from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device
+from popo_lite.policy.siamese import PredictorHead
 from popo_lite.recipe import Recipe
 from popo_lite.seeding import stream_seed
 
@@ -121,6 +121,8 @@ def load_policy(recipe: Recipe) -> Policy:
 
 def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, device: torch.device) -> Policy:
     """Build a policy from a loaded PEFT model. Raises ModelError if its logits or packed rows would be wrong."""
+    import bitsandbytes as bnb
+
     base: Any = model.get_base_model()
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
@@ -137,7 +139,7 @@ def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Re
         stop_ids=stop_ids_of(base, tokenizer, recipe.data.chat_template),
         pad_id=cast("int", tokenizer.pad_token_id),
         context_tokens=_context_tokens(base.config),
-        quantized_modules=quantized_modules(model),
+        quantized_modules=sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
         offload=recipe.train.offload_activations,
     )
     check_logits(policy)

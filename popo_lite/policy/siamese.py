@@ -1,4 +1,4 @@
-"""The siamese network: an exponential moving average of only the trainable weights, over the shared frozen base.
+"""The predictor head, and the siamese network: a moving average of only the trainable weights, over the shared base.
 
 The average of the LoRA factors A and B is not the average of the product BA.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,28 @@ from torch import Tensor, nn
 from popo_lite.errors import CheckpointError, PopoError
 
 
+class PredictorHead(nn.Module):
+    """h = Linear(D, H) - LayerNorm - ReLU - Linear(H, D), Xavier initialised.
+
+    Maps mean features [B, D] to predictions [B, D], in float32 (float64 for a float64 policy).
+    """
+
+    def __init__(self, width: int, hidden_width: int, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        first = nn.Linear(width, hidden_width, dtype=dtype)
+        last = nn.Linear(hidden_width, width, dtype=dtype)
+        for layer in (first, last):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.layers = nn.Sequential(first, nn.LayerNorm(hidden_width, dtype=dtype), nn.ReLU(), last)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return predictions [B, D]; 16-bit features are widened to the head's dtype first."""
+        return cast("Tensor", self.layers(features.to(cast("nn.Linear", self.layers[0]).weight.dtype)))
+
+
 class Siamese:
-    """Averages `parameters` (adapters and predictor head) in float32: xi <- tau * xi + (1 - tau) * theta.
+    """The float32 average xi <- tau * xi + (1 - tau) * theta of `parameters` (adapters and predictor head).
 
     A 16-bit average would freeze: (1 - tau) times a small step is below its resolution.
     """

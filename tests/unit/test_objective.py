@@ -19,8 +19,7 @@ from popo_lite.objective import (
     similarity_loss,
     steered_entropy_coef,
 )
-from popo_lite.policy.predictor import PredictorHead
-from popo_lite.policy.siamese import Siamese
+from popo_lite.policy.siamese import PredictorHead, Siamese
 from popo_lite.recipe import GrpoObjective, MixedObjective, PopoObjective, RaftObjective
 
 

@@ -67,7 +67,7 @@ def errors_of(source: str | Path, *overrides: str) -> list[str]:
         ("[lora]\nrank = true", "lora.rank = true: must be a whole number, at least 1 and at most 1024"),
         ("[lora]\ndropout = 1", "lora.dropout = 1: must be a finite number, at least 0 and below 1"),
         ('[lora]\nalpha = "x"', 'lora.alpha = "x": must be a finite number, above 0'),
-        ("[lora]\ntarget_modules = [1]", "lora.target_modules = [1]: must be text or a list of text"),
+        ("[lora]\ntarget_modules = [1]", 'lora.target_modules = [1]: must be "all-linear" or a list of text'),
         ("[lora]\nrslora = 1", "lora.rslora = 1: must be true or false"),
         ("[model]\nid = 1979-05-27", "model.id = 1979-05-27: must be text"),
         ("[objective]\nentropy_coef = nan", "objective.entropy_coef = nan: must be a finite number, at least 0"),
@@ -143,7 +143,7 @@ def errors_of(source: str | Path, *overrides: str) -> list[str]:
         ),
         (
             '[lora]\ntarget_modules = "q_proj"',
-            'lora.target_modules = "q_proj": must be a list even for one name; write ["q_proj"]',
+            'lora.target_modules = "q_proj": must be "all-linear" or a list of text',
         ),
         (
             "[data]\nlimit = 100",
