@@ -92,7 +92,7 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
 
 
 def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
-    """Restore `learner` from `folder` and return its cursor. Raises CheckpointError if it does not fit or is damaged."""
+    """Restore `learner` from `folder`; return its cursor. Raises CheckpointError if it is damaged or does not fit."""
     policy = learner.policy
     try:
         content = json.loads((folder / "cursor.json").read_text())

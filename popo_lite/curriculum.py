@@ -156,7 +156,8 @@ class Budget:
 class Clock(Protocol):
     """Times a stage of the step."""
 
-    def __call__(self, stage: str, *, total: int | None = None) -> AbstractContextManager[None]: ...
+    def __call__(self, stage: str, *, total: int | None = None) -> AbstractContextManager[None]:
+        """Time the block as `stage`."""
 
 
 def collect(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache, cached_property, reduce
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -64,6 +64,17 @@ class Head:
         """Dtype of logits and everything after them: float32, or float64 if the head is float64."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
+    @cached_property
+    def row_block(self) -> int:
+        """Rows of a chunk that the row-wise math takes at a time."""
+        vocabulary, logits_bytes = self.weight.shape[0], self.compute_dtype.itemsize
+        return row_block(vocabulary, on_gpu=self.weight.is_cuda, logits_bytes=logits_bytes)
+
+    @cached_property
+    def tile_rows(self) -> int:
+        """Rows of the head that a CPU widens to float32 at a time."""
+        return tile_rows(self.weight.shape[1])
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return z [n, V] of `hidden` [n, D] in `compute_dtype`; 16-bit operands are accumulated in float32."""
         raw = hidden.new_empty(len(hidden), len(self.weight), dtype=self.compute_dtype)
@@ -71,7 +82,7 @@ class Head:
 
     def write_raw(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Write the raw logits u of `hidden` [n, D] to `out` [n, V] and return it."""
-        _multiply(hidden, self.weight, out=out)
+        _multiply(hidden, self.weight, out=out, tile=self.tile_rows)
         return out if self.bias is None else out.add_(self.bias)
 
 
@@ -171,7 +182,6 @@ class _ChunkWalk:
         vocabulary, dtype = head.weight.shape[0], head.compute_dtype
         self.head = head
         self.buffer = head.weight.new_empty(min(chunk, tokens), vocabulary, dtype=dtype)
-        self.block = row_block(vocabulary, on_gpu=head.weight.is_cuda, logits_bytes=dtype.itemsize)
         self.row_statistics, self.row_gradients = _row_functions(compile_rows)
         self.rule = (head.scale, head.softcap, head.temperature)
 
@@ -184,7 +194,7 @@ class _ChunkWalk:
         # Block by block into one tensor: small ones that outlive a block would keep a CPU's allocator from reusing
         # the memory of its temporaries.
         statistics = TokenStatistics(*raw.new_empty(3, len(raw)))
-        for part in _slices(len(raw), self.block):
+        for part in _slices(len(raw), self.head.row_block):
             for whole, piece in zip(statistics, self.row_statistics(raw[part], *self.rule), strict=True):
                 whole[part] = piece
         return statistics
@@ -219,7 +229,7 @@ class _ChunkWalk:
         # In 16 bit, row r is written where row r / 2 was. That row has been read already, or belongs to the same
         # block, which is read as a whole before any of it is written.
         rows = self.buffer.view(dtype).view(-1)[: raw.numel()].view(raw.shape)
-        for part in _slices(len(raw), self.block):
+        for part in _slices(len(raw), self.head.row_block):
             slopes = None if slope is None else slope[part]
             rows[part] = self.row_gradients(
                 raw[part], statistics.maxima[part], constant[part], slopes, None, dtype, *self.rule
@@ -277,13 +287,13 @@ def _row_gradients(
 
 @cache
 def _row_functions(compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return `_row_statistics` and `_row_gradients`; compiled, they read the logits twice in all instead of 11 times."""
+    """Return `_row_statistics` and `_row_gradients`; compiled, they read the logits twice instead of 11 times."""
     if not compiled:
         return _row_statistics, _row_gradients
     return torch.compile(_row_statistics), torch.compile(_row_gradients)
 
 
-def _multiply(hidden: Tensor, weight: Tensor, *, out: Tensor) -> None:
+def _multiply(hidden: Tensor, weight: Tensor, *, out: Tensor, tile: int) -> None:
     """Write hidden [n, D] times weight [V, D] transposed to `out` [n, V], accumulated in the dtype of `out`."""
     hidden = hidden.to(weight.dtype)
     if weight.is_cuda and weight.dtype != out.dtype:
@@ -294,7 +304,7 @@ def _multiply(hidden: Tensor, weight: Tensor, *, out: Tensor) -> None:
         # The CPU has no product with 16-bit operands and float32 results. Products of 16-bit numbers are exact in
         # float32, so widening the operands loses nothing; tile by tile it needs no second head.
         terms = FORWARD_TERMS if weight.dtype == torch.float32 else weight.shape[1]
-        for part in _slices(weight.shape[0], tile_rows(weight.shape[1])):
+        for part in _slices(weight.shape[0], tile):
             sums = (
                 _float32_linear(hidden[:, some], weight[part, some].contiguous())
                 for some in _slices(weight.shape[1], terms)

@@ -64,7 +64,11 @@ def popo(
 
 
 def raft(
-    policy_logps: Tensor, entropies: Tensor, tokens: Tokens, objective: RaftObjective, entropy_coef: float
+    policy_logps: Tensor,
+    entropies: Tensor,  # noqa: ARG001  # the signature of all losses
+    tokens: Tokens,
+    objective: RaftObjective,
+    entropy_coef: float,  # noqa: ARG001
 ) -> Tensor:
     """Return L_nll alone; the plan gives the positives of a prompt equal weights (Dong et al. 2023)."""
     return nll(policy_logps, tokens, objective)

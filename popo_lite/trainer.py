@@ -146,23 +146,30 @@ class Trainer:
             torch.set_num_threads(recipe.train.cpu_threads)
         _, self.engine = pick_engine(recipe)
         with ExitStack() as stack:
-            self.grader = stack.enter_context(Grader(recipe.reward))
-            self.grader.check()
-            self.train_task, self.eval_task = open_tasks(recipe)
-            self.held_out = self.eval_task.held_out(recipe.eval.problems) if recipe.eval.problems else []
-            self.policy = load_policy(recipe)
-            self.renderer = Renderer.of(recipe, self.policy.tokenizer)
-            self._check_prompts()
+            self._open_task(stack)
             self.learner = Learner(recipe, self.policy, notify=callback.message, memory_advice=memory_advice)
-            self.sampler = stack.enter_context(
-                open_sampler(recipe, self.policy, text=self.renderer.text, notify=callback.message)
-            )
+            self._open_sampler(stack)
             self._resources = stack.pop_all()
         self.cursor = Cursor(entropy_coef=getattr(recipe.objective, "entropy_coef", 0.0))
         self.interrupts = Interrupts(callback.message)
         self.guard = SamplerGuard(recipe, self.policy, self.sampler)
         self._consistent = True  # weights and cursor belong to the same step
         self._skipped_in_a_row = 0
+
+    def _open_task(self, stack: ExitStack) -> None:
+        """Open grader and problems, and load the policy; `popo-lite bench` makes them up."""
+        self.grader = stack.enter_context(Grader(self.recipe.reward))
+        self.grader.check()
+        self.train_task, self.eval_task = open_tasks(self.recipe)
+        self.held_out = self.eval_task.held_out(self.recipe.eval.problems) if self.recipe.eval.problems else []
+        self.policy = load_policy(self.recipe)
+        self.renderer = Renderer.of(self.recipe, self.policy.tokenizer)
+        self._check_prompts()
+
+    def _open_sampler(self, stack: ExitStack) -> None:
+        self.sampler = stack.enter_context(
+            open_sampler(self.recipe, self.policy, text=self.renderer.text, notify=self.callback.message)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -205,8 +212,8 @@ class Trainer:
                 raise EngineError(
                     f"the GPU ran out of memory; {f'the run is saved in {saved}' if saved else 'no step was done'}",
                     where=f"step {self.cursor.next_step}",
-                    next_step="if it was the engine's memory, resume with a smaller rollout.vllm.gpu_memory_utilization "
-                    f"or rollout.max_num_seqs; else {self.memory_advice()}",
+                    next_step="if it was the engine's memory, resume with a smaller "
+                    f"rollout.vllm.gpu_memory_utilization or rollout.max_num_seqs; else {self.memory_advice()}",
                 ) from error
 
     def _train(self) -> dict[str, Any] | None:
@@ -231,11 +238,12 @@ class Trainer:
             prompts = [self.renderer.render(problem) for problem in choice.problems]
         groups = self._collect(step, prompts, clock)  # stages "rollout" and "grade"
         with clock("weights"):
-            self.sampler.sleep()
+            if self.sampler.can_sleep:
+                self.sampler.sleep()
             plan = self.learner.plan(groups)
-        before: list[torch.Tensor] = []
+        result: UpdateResult | None = None
+        skipped: str | None = nothing_to_learn(self.recipe.objective)
         if plan is None:
-            result, skipped = None, nothing_to_learn(self.recipe.objective)
             self._check_unscored(step, groups)
         else:
             with clock("siamese"):
@@ -256,13 +264,13 @@ class Trainer:
                 skipped = None
                 if not math.isfinite(result.grad_norm):
                     result, skipped = None, "the gradient is not finite"
-                if result is not None:
-                    before = self.learner.prepare()
-        # From here to the record, weights and cursor belong to different steps: nothing may save or stop.
-        self._consistent = False
         if result is not None:
-            with clock("update"):
+            with clock("optimizer"):
+                before = self.learner.prepare()
+                # From here to the record, weights and cursor belong to different steps: nothing may save or stop.
+                self._consistent = False
                 self.learner.apply(step, result, before)
+        self._consistent = False
         self.learner.optimizer.zero_grad(set_to_none=True)
         record = self._record(step, choice, groups, plan, result, skipped, clock.seconds)
         self._move_cursor(record, choice, groups, result)

@@ -136,7 +136,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Sampled accuracy on held-out problems. `pass_at_k` maps k to the unbiased estimate; `task_figures` are the task's own."""
+    """Sampled accuracy on held-out problems. `pass_at_k` maps k to the unbiased estimate."""
 
     weights: str
     problems: int

@@ -30,7 +30,7 @@ from popo_lite.objective import (
 from popo_lite.policy.memory import is_out_of_memory, release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.policy.siamese import Siamese
-from popo_lite.recipe import OptimizerRecipe, PopoObjective, Recipe
+from popo_lite.recipe import GrpoObjective, OptimizerRecipe, PopoObjective, Recipe
 from popo_lite.seeding import stream_seed
 from popo_lite.types import Group, Rollout
 
@@ -200,7 +200,7 @@ def build_optimizer(policy: Policy, recipe: OptimizerRecipe) -> torch.optim.Opti
 
 
 def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Move the optimizer's moments to `device`. Step counts stay, and so does paged state: the driver moves its pages."""
+    """Move the optimizer's moments to `device`. Step counts stay, and so does paged state, which the driver moves."""
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.numel() > 1 and not getattr(value, "is_paged", False):
@@ -355,7 +355,8 @@ class Learner:
 
     def reference_logps(self, plan: StepPlan) -> list[Tensor] | None:
         """Return each sequence's log-probs under the base without adapter, or None without a KL term."""
-        if not self.recipe.objective.needs_reference_pass:
+        objective = self.recipe.objective
+        if not isinstance(objective, GrpoObjective) or not objective.kl_coef:
             return None
         logps_of: dict[int, Tensor] = {}
         with self.policy.model.disable_adapter():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from popo_lite.trainer import Trainer
 from popo_lite.objective import StepPlan
+from popo_lite.trainer import Trainer
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Prompt, Reward, Rollout
 from popo_lite.update import UpdateResult
 

@@ -230,7 +230,7 @@ def test_gradient_rows_take_the_place_of_logits_whatever_the_row_block(monkeypat
     a, b = coefficients(dtype=torch.float32)
     found = []
     for rows in (1, 2, 3, 7, 1000):
-        monkeypatch.setattr(fused, "row_block", lambda *_, rows=rows, **__: rows)
+        monkeypatch.setattr(Head, "row_block", rows)
         found.append(ours(hidden, targets, head, a, b, chunk=16))
     for other in found[1:]:
         assert_all_close(other, found[0], rtol=0, atol=0)
@@ -241,7 +241,7 @@ def test_tiles_of_the_head_and_torch_without_onednn(monkeypatch, dtype):
     hidden, targets, head = make(dtype)
     a, b = coefficients(dtype=torch.float32)
     expected = ours(hidden, targets, head, a, b, chunk=256)
-    monkeypatch.setattr(fused, "tile_rows", lambda width: 10)
+    monkeypatch.setattr(Head, "tile_rows", 10)
     monkeypatch.setattr(fused, "FORWARD_TERMS", 5)
     monkeypatch.setattr(fused, "BACKWARD_TERMS", 7)
     tiled = ours(hidden, targets, head, a, b, chunk=256)
@@ -278,7 +278,7 @@ def test_compiled_rows_make_the_same(monkeypatch, variant, dtype):
     torch.compiler.reset()
     hidden, targets, head = make(dtype, **VARIANTS[variant])
     a, b = coefficients(dtype=head.compute_dtype)
-    monkeypatch.setattr(fused, "row_block", lambda *_, **__: 3)  # the last block of a chunk has another size
+    monkeypatch.setattr(Head, "row_block", 3)  # the last block of a chunk has another size
     tolerances = EXACT if dtype is torch.float64 else {"rtol": 2.0**-7, "atol": 1e-2}
     for entropy in (b, None):
         found = ours(hidden, targets, head, a, entropy, chunk=11, compile_rows=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from popo_lite.objective.chunks import chunk_tokens, pass_bytes
+from popo_lite.chunks import chunk_tokens, row_block, tile_rows
 from popo_lite.recipe import Recipe
 from popo_lite.tools.plan.shapes import Linear, ModelShape, adapted_linears
 from popo_lite.tools.plan.sizes import adapter_elements, compute_bytes
@@ -136,3 +136,33 @@ def loss_bytes(recipe: Recipe, shape: ModelShape, *, tokens: int, on_gpu: bool) 
 def kv_token_bytes(recipe: Recipe, shape: ModelShape, *, fp8: bool = False) -> int:
     """Keys and values of one token in all layers."""
     return 2 * shape.layers * shape.kv_width * (1 if fp8 else compute_bytes(recipe.model))
+
+
+def pass_bytes(
+    *,
+    tokens: int,
+    chunk: int,
+    vocabulary: int,
+    width: int,
+    on_gpu: bool,
+    head_bytes: int = 2,
+    logits_bytes: int = 4,
+    bent: bool = False,
+) -> int:
+    """Peak bytes of the loss over `tokens` tokens, forward and backward, beside hidden states, targets and head.
+
+    An upper bound for either entry, compiled or not, reached by neither exactly: the chunk's logits, the row block's
+    temporaries (two more where logits are scaled, capped or divided by a temperature: `bent`), the gradient [N, D]
+    once more for its scaling by the incoming one, and eight numbers a token. `head_bytes` is the size of one weight of
+    the head, `logits_bytes` of one logit.
+    """
+    chunk = min(chunk, tokens)
+    rows = min(row_block(vocabulary, on_gpu=on_gpu, logits_bytes=logits_bytes), chunk)
+    block = rows * vocabulary * logits_bytes
+    cast = 0 if head_bytes == logits_bytes else rows * vocabulary * head_bytes
+    temporaries = (4 if bent else 2) * block + cast
+    tile_columns = min(tile_rows(width), vocabulary)
+    # The widened tile, the widened hidden states, and their product twice.
+    products = 0 if on_gpu else tile_columns * width * 4 + chunk * (width + 2 * tile_columns) * 4
+    held = 2 * tokens * width * head_bytes + 8 * tokens * logits_bytes
+    return chunk * vocabulary * logits_bytes + max(temporaries, products) + held

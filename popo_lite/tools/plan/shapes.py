@@ -11,7 +11,7 @@ from typing import Any
 from popo_lite.errors import ModelError
 from popo_lite.recipe import ModelRecipe
 
-TINY_CONFIG = Path(__file__).parents[1] / "policy" / "tiny" / "config.json"
+TINY_CONFIG = Path(__file__).parents[2] / "policy" / "tiny" / "config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
