@@ -1,15 +1,13 @@
-"""The recipe: every setting of a run, its type, range, default and meaning. Free of torch.
+"""The recipe: every setting of a run with its type, range, default and meaning. Free of torch.
 
-This schema is the only place where a setting is documented: `docs/recipes.md`, `recipes/template.toml` and
-`popo-lite recipe show` are written from it. Which settings cannot go
-together is told by `recipe_rules`; reading files and reporting faults is `recipe_file`'s work.
+`docs/recipes.md`, `recipes/template.toml` and `popo-lite recipe show` are generated from this schema.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -39,11 +37,11 @@ class ModelRecipe(Section):
     double_quantization: bool = True
     """Quantise the NF4 scales too: about 0.4 bits a parameter less."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    """Compute dtype. Adapters, predictor head and siamese are at least float32 whatever this says."""
+    """Compute dtype. Adapters, predictor head and siamese always have at least float32."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+    """Run Python code that comes with the model. Read that code first."""
 
 
 class LoraRecipe(Section):
@@ -54,15 +52,15 @@ class LoraRecipe(Section):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout in front of A. At 0 the policy that samples is the policy that is trained."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """`all-linear`, or a list of module names. The LM head cannot be one of them."""
+    """Dropout in front of A. Above 0, sampling and training use different policies."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter: `all-linear`, or a list of module names. Never the LM head."""
     rslora: bool = False
     """Rank-stabilised scaling."""
     dora: bool = False
     """Weight-decomposed LoRA."""
     init_from: str | None = None
-    """Folder of an adapter (PEFT format) to start from, for a base that rarely answers right."""
+    """Folder of a PEFT adapter to start from, for a base that is rarely right."""
 
 
 class SiameseRecipe(Section):
@@ -75,8 +73,11 @@ class SiameseRecipe(Section):
 
 
 class Objective(Section):
-    """Settings that every algorithm has."""
+    """What is optimised. Every algorithm has keys of its own; docs/method.md has the formulas."""
 
+    algorithm: Literal["popo", "raft", "mixed", "grpo"] = "popo"
+    """`popo`; `raft`, the likelihood of correct answers alone; `mixed`, `popo` plus a term that lowers wrong answers;
+    `grpo`, clipped policy gradients with group-relative advantages."""
     reward_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """A rollout is positive if its reward is above this."""
 
@@ -92,39 +93,37 @@ class Objective(Section):
 
 
 class EntropyObjective(Objective):
-    """Settings of the entropy bonus."""
+    """The entropy bonus, which RAFT lacks."""
 
     entropy_coef: Rate = 0.01
-    """Weight of the entropy bonus (beta in the paper)."""
+    """Weight of the entropy bonus (beta in the POPO paper)."""
     target_entropy: Annotated[float, Field(gt=0)] | None = None
     """Mean token entropy in nats that `entropy_coef` is steered to. Unset: the coefficient stays constant."""
     entropy_coef_gain: Annotated[float, Field(gt=0)] = 0.05
-    """With `target_entropy`: log(entropy_coef) moves by this times the relative entropy error, each step."""
+    """With `target_entropy`: log(entropy_coef) changes by this times the relative entropy error, each step."""
 
 
 class PositiveObjective(Objective):
-    """Settings of the algorithms that train on positives."""
+    """The likelihood of positives, which GRPO lacks."""
 
     normalizer: Literal["token_mean", "reference", "sequence_sum", "sequence_mean"] = "token_mean"
-    """Divisor of L_nll, fixed for a whole step. `sequence_mean` is biased to short answers."""
+    """Divisor of L_nll, fixed for a whole step. `sequence_mean` favours short answers."""
     importance_sampling_clip_max: Annotated[float, Field(gt=0)] | None = None
-    """Weigh each token by min(policy / sampler probability, this cap). Unset: no such weight."""
+    """Weight each token by min(policy / sampler probability, this cap). Unset: no such weight."""
     skip_all_right: bool = False
-    """Train only on groups that contain a wrong answer. Late in a run most tokens can belong to groups without one,
-    from which little is learned. `grpo` skips them in any case."""
+    """Train only on groups that contain a wrong answer. Groups without one teach little, and late in a run most
+    tokens can be theirs. `grpo` always skips them."""
 
 
 class PopoObjective(PositiveObjective, EntropyObjective):
     """Positive-Only Policy Optimization: L = L_nll + similarity_coef * L_sim + entropy_coef * L_ent."""
 
     algorithm: Literal["popo"] = "popo"
-    """`popo`; `raft`, uniform weights without similarity and entropy; `mixed`, `popo` plus a term that lowers wrong
-    answers; `grpo`, clipped policy gradients with group-relative advantages."""
     similarity_coef: Rate = 0.1
-    """Weight of the similarity term (alpha in the paper); 0 skips the siamese pass."""
+    """Weight of the similarity term (alpha in the POPO paper); 0 skips the siamese pass."""
     weights: Literal["mean_logprob", "uniform", "sequence_logprob"] = "mean_logprob"
-    """Self-normalised weights over a prompt's positives: softmax of the mean token log-prob, uniform, or
-    softmax of the summed log-prob (nearly winner-take-all)."""
+    """Self-normalised weights of a prompt's positives: softmax of the mean token log-prob, uniform, or softmax of
+    the summed log-prob (nearly winner-take-all)."""
     weight_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of that softmax."""
     weights_from: Literal["sampler", "trainer"] = "sampler"
@@ -134,21 +133,19 @@ class PopoObjective(PositiveObjective, EntropyObjective):
     noise_sigma: Rate = 0.02
     """Gaussian noise on that target, relative to its root mean square."""
     entropy_over: Literal["positives", "all"] = "positives"
-    """Rollouts whose entropy counts. `all` forwards the negatives too."""
+    """Rollouts whose entropy counts. `all` runs the negatives through the model too."""
 
 
 class RaftObjective(PositiveObjective):
     """RAFT: the mean negative log-likelihood of the positives."""
 
     algorithm: Literal["raft"] = "raft"
-    """`raft`."""
 
 
 class MixedObjective(PopoObjective):
     """POPO plus a term that lowers the likelihood of wrong answers."""
 
     algorithm: Literal["mixed"] = "mixed"  # type: ignore[assignment]
-    """`mixed`."""
     negative_weight: Annotated[float, Field(gt=0)] = 0.1
     """Weight of the mean log-prob of wrong answers, which is lowered."""
 
@@ -157,13 +154,12 @@ class GrpoObjective(EntropyObjective):
     """GRPO: clipped importance ratios times group-relative advantages, with TRL's names."""
 
     algorithm: Literal["grpo"] = "grpo"
-    """`grpo`."""
     entropy_coef: Rate = 0.0
     """Weight of the entropy bonus."""
     scale_rewards: Literal["group", "none"] = "group"
     """Divide a group's advantages by the standard deviation of its rewards, or not."""
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
-    """Normaliser: every answer counts alike (`grpo`), every token counts alike (`dapo`), or tokens are divided by
+    """Normaliser: answers count alike (`grpo`), tokens count alike (`dapo`), or token sums are divided by
     `rollout.max_completion_length` (`dr_grpo`)."""
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Clip the ratio policy / sampler at 1 minus this if the advantage is negative."""
@@ -172,53 +168,36 @@ class GrpoObjective(EntropyObjective):
     kl_coef: Rate = 0.0
     """Weight of the KL divergence from the base model without any adapter (`beta` in TRL)."""
     use_bias_correction_kl: bool = True
-    """Multiply the KL term by the importance ratio, which makes its gradient that of the divergence
-    (DeepSeek-V3.2); without it as published first."""
+    """Multiply the KL term by the importance ratio, so that its gradient is that of the divergence (DeepSeek-V3.2).
+    Off: as GRPO was published."""
 
 
 AnyObjective = PopoObjective | RaftObjective | MixedObjective | GrpoObjective
-OBJECTIVES: dict[str, type[AnyObjective]] = {
-    "popo": PopoObjective,
-    "raft": RaftObjective,
-    "mixed": MixedObjective,
-    "grpo": GrpoObjective,
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.model_fields["algorithm"].default: kind for kind in get_args(AnyObjective)
 }
-
-
-def _algorithm_of(objective: Any) -> Any:
-    return objective.get("algorithm", "popo") if isinstance(objective, dict) else objective.algorithm
-
-
-TaggedObjective = Annotated[
-    Annotated[PopoObjective, Tag("popo")]
-    | Annotated[RaftObjective, Tag("raft")]
-    | Annotated[MixedObjective, Tag("mixed")]
-    | Annotated[GrpoObjective, Tag("grpo")],
-    Discriminator(_algorithm_of),
-]
 
 
 class AdaptiveRecipe(Section):
     """Adaptive rollout budget: sample a prompt in rounds until it has enough positives."""
 
     enabled: bool = False
-    """False: `num_generations` rollouts for every prompt. True: rounds of `round_size` until a prompt has
-    `positives_wanted` positives or `max_rollouts` rollouts. A step makes at most prompts x num_generations rollouts."""
+    """Sample rounds of `round_size` until a prompt has `positives_wanted` positives or `max_rollouts` rollouts. A step
+    makes at most `data.prompts_per_step` * `num_generations` rollouts. Off: `num_generations` for every prompt."""
     positives_wanted: Positive = 2
     """Stop sampling a prompt at this many positives. All its positives are trained on."""
     round_size: Positive = 2
     """Rollouts per prompt and round; at most `num_generations`."""
     max_rollouts: Annotated[int, Field(ge=2)] = 8
-    """Most rollouts of one prompt. At `num_generations` or below, rollouts saved on easy prompts are not spent on hard
-    ones."""
+    """Most rollouts of one prompt. Above `num_generations`, rollouts saved on easy prompts go to hard ones."""
 
 
 class VLLMRecipe(Section):
     """Settings of the engines `vllm` and `server`."""
 
     base: Literal["dequantized", "nf4", "bf16"] = "dequantized"
-    """Base that vLLM serves: the trainer's own base dequantised to `model.dtype`, which is the policy
-    that is trained; the same in 4 bit (GPU only); or the original 16-bit weights."""
+    """Base that vLLM serves: the trainer's 4-bit base dequantised to `model.dtype` (samples exactly the trained
+    policy), the same base in 4 bit (GPU only), or the original 16-bit weights."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.35
     """Fraction of the GPU's memory for vLLM: weights and KV cache."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
@@ -226,8 +205,8 @@ class VLLMRecipe(Section):
     enforce_eager: bool = False
     """Run vLLM without compiling the model: starts sooner, samples slower."""
     enable_sleep_mode: bool = True
-    """Share the GPU in turns: vLLM gives its memory back during training, and the optimizer's state
-    is moved to host memory during sampling."""
+    """Share the GPU in turns: vLLM frees its memory during training, and the optimizer's state moves to host memory
+    during sampling."""
 
 
 class ServerRecipe(Section):
@@ -244,7 +223,7 @@ class RolloutRecipe(Section):
 
     engine: Literal["auto", "hf", "vllm", "server"] = "auto"
     """`hf` samples from the trainer's own model, `vllm` from an engine in the same process, `server` from vLLM
-    servers elsewhere. `auto` takes `vllm` if it is installed, else `hf`."""
+    servers. `auto` is `vllm` if it is installed, else `hf`."""
     num_generations: Annotated[int, Field(ge=2)] = 8
     """G, rollouts per prompt."""
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
@@ -256,13 +235,12 @@ class RolloutRecipe(Section):
     max_num_seqs: Positive = 64
     """Sequences decoded at once."""
     max_gap_multiple: Annotated[float, Field(gt=1)] = 50.0
-    """Stop the run if the mean gap between the sampler's and the trainer's log-probs exceeds this multiple of its
-    value at the start."""
+    """Stop the run if the mean gap between sampler and trainer log-probs exceeds this multiple of the first gap."""
     skip_known: bool = False
-    """Skip prompts that were all right (4 rollouts or more) or hopeless (G or more) when last sampled. For data
-    sets that are gone through several times."""
+    """Skip prompts whose last rollouts were all right (at least 4 of them) or all wrong (at least G). For runs of
+    several epochs."""
     explore_ratio: Ratio = 0.1
-    """With `skip_known`: probability that such a prompt is sampled all the same."""
+    """With `skip_known`: probability that such a prompt is sampled anyway."""
     vllm: VLLMRecipe = VLLMRecipe()
     server: ServerRecipe = ServerRecipe()
     adaptive: AdaptiveRecipe = AdaptiveRecipe()
@@ -278,13 +256,13 @@ class DatasetRecipe(Section):
     split: str | None = None
     """Split of a Hub dataset."""
     prompt_column: str | None = None
-    """Column with the question; known datasets bring their own."""
+    """Column with the question. Not needed for known datasets."""
     answer_column: str | None = None
-    """Column with the reference answer; known datasets bring their own."""
+    """Column with the reference answer. Not needed for known datasets."""
     filter: dict[str, ColumnValue | tuple[ColumnValue, ...]] = {}
-    """Keep rows whose column equals a value or is among a list: `filter = { level = [4, 5] }`."""
+    """Keep the rows in which a column has a value, or one of a list: `filter = { level = [4, 5] }`."""
     limit: Positive | None = None
-    """Use only this many rows, the first ones."""
+    """Use only the first rows."""
 
 
 class DataRecipe(DatasetRecipe):
@@ -299,7 +277,7 @@ class DataRecipe(DatasetRecipe):
     chat_template: str | None = None
     """A Jinja chat template to use instead of the tokenizer's."""
     overlong_prompts: Literal["error", "skip"] = "error"
-    """What to do with a prompt longer than `rollout.max_prompt_length`; skipped ones are counted."""
+    """If a prompt is longer than `rollout.max_prompt_length`: stop, or skip and count it."""
     prompts_per_step: Positive = 32
     """P, prompts per optimizer step."""
 
@@ -312,14 +290,14 @@ class RewardRecipe(Section):
     workers: Annotated[int, Field(ge=1, le=64)] = 2
     """Grading processes."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
-    """Time for one answer before its worker is killed."""
+    """Kill a worker that takes longer for one answer."""
     max_answer_characters: Positive = 20000
-    """Only this much of an answer's end is graded."""
+    """Grade only the end of an answer, up to this length."""
     truncated: Literal["grade", "wrong"] = "grade"
-    """An answer that training cut off at `rollout.max_completion_length`: graded as it stands, or wrong. `wrong` for
-    models that think first, of which a positive that never ends would teach not to end."""
+    """Grade an answer cut off at `rollout.max_completion_length` as it is, or count it wrong. Use `wrong` for thinking
+    models: rewarding truncated answers teaches a model never to stop."""
     max_ungraded_ratio: Ratio = 0.2
-    """Stop the run when more of a step than this times out or errs."""
+    """Stop the run if grading fails or times out for a larger part of a step."""
 
 
 class OptimizerRecipe(Section):
@@ -334,11 +312,11 @@ class OptimizerRecipe(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     warmup_ratio: Ratio = 0.1
-    """Share of the steps over which the learning rate rises from 0."""
+    """Part of the steps in which the learning rate rises from 0."""
     weight_decay: Rate = 0.01
-    """Decoupled weight decay; biases and norms are spared."""
+    """Decoupled weight decay, not for biases and norms."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Clip gradients to this global norm."""
 
 
 class TrainRecipe(Section):
@@ -347,51 +325,51 @@ class TrainRecipe(Section):
     steps: Positive = 100
     """Optimizer steps."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Everything random is derived from this."""
+    """Seed of everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes a CUDA GPU where there is one."""
+    """`auto` is a CUDA GPU if there is one."""
     cpu_threads: Annotated[int, Field(ge=0)] = 0
-    """Threads of torch on the CPU; 0 leaves torch's choice. Tiny models are fastest with 1."""
+    """Torch's CPU threads; 0 is torch's default. Tiny models are fastest with 1."""
     tokens_per_microbatch: Positive = 8192
-    """Token budget of one forward and backward pass; sequences are packed into it without padding. Lowered by the
-    run itself when memory runs out. Without dropout it does not change the update beyond rounding."""
+    """Tokens of one forward and backward pass, packed without padding. Reduced automatically if memory runs out.
+    Changes the update only by rounding (without dropout)."""
     packing: bool = True
-    """Put whole sequences one behind another in a row, each attending to itself alone. Off, and always with eager
-    attention, with a sliding window shorter than the sequences and with unsloth: one sequence at a time."""
+    """Pack several sequences into one row, each attending only to itself. Off: one sequence at a time, as always with
+    eager attention, unsloth, or a sliding window shorter than the sequences."""
     logits_mib: Positive = 256
-    """Memory, in MiB, for the logits of one chunk of tokens and for their gradient. Does not change the update."""
+    """MiB for the logits of one chunk of tokens and their gradient. Does not change the update."""
     compile_loss: bool = True
-    """On a GPU, compile the part of the loss that goes through the logits row by row (torch.compile)."""
+    """Compile the loss on a GPU (torch.compile)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     offload_activations: bool = False
     """With `gradient_checkpointing`: keep each layer's input in host memory until the backward pass needs it."""
     save_steps: Positive = 50
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints. The last step always writes one."""
     save_total_limit: Positive = 2
     """Newest checkpoints to keep."""
 
 
 class EvalRecipe(DatasetRecipe):
-    """What is measured before and after training. Unset `dataset`: problems held out from training."""
+    """What is measured before and after training. Without `dataset`: problems held out from training."""
 
     problems: Annotated[int, Field(ge=0)] = 200
     """Held-out problems; 0 turns evaluation off."""
     samples_per_problem: Positive = 1
-    """Sampled answers per problem; k of pass@k goes up to this."""
+    """Answers per problem; the largest k of pass@k."""
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Sampling temperature."""
     every: Annotated[int, Field(ge=0)] = 0
-    """Evaluate every so many steps as well; 0 is only before and after."""
+    """Steps between further evaluations; 0: only before and after training."""
 
 
 class OutputRecipe(Section):
     """Where results go."""
 
     dir: str = "runs"
-    """Folder that run folders are made in."""
+    """Folder for run folders."""
     samples_per_step: Annotated[int, Field(ge=0)] = 2
-    """Prompts per step whose answers are written to samples.jsonl."""
+    """Prompts per step whose answers go to samples.jsonl."""
 
 
 class Recipe(Section):
@@ -400,7 +378,7 @@ class Recipe(Section):
     model: ModelRecipe = ModelRecipe()
     lora: LoraRecipe = LoraRecipe()
     siamese: SiameseRecipe = SiameseRecipe()
-    objective: TaggedObjective = PopoObjective()
+    objective: AnyObjective = Field(PopoObjective(), discriminator="algorithm")
     rollout: RolloutRecipe = RolloutRecipe()
     data: DataRecipe = DataRecipe()
     reward: RewardRecipe = RewardRecipe()

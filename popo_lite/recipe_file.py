@@ -6,44 +6,54 @@ import json
 import re
 import tomllib
 import types
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from popo_lite.errors import RecipeError, nearest
-from popo_lite.recipe import OBJECTIVES, AnyObjective, Recipe, Section
-from popo_lite.recipe_rules import FOREIGN_KEYS, impossible_combinations
+from popo_lite.recipe import OBJECTIVES, Objective, Recipe, Section
+from popo_lite.recipe_rules import NOT_RENAMED, RENAMED, impossible_combinations
 
 SHOW_KEYS = "popo-lite recipe show   (every key with its meaning, allowed values and default)"
 SWEEPS = "ablations"
 """Subfolder of the shipped recipes that holds sweep files."""
 LONGEST_VALUE = 120
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", tuple: "a list of text",
+         dict: "a table of columns, each with true or false, a number, text, or a list of these"}  # fmt: skip
 
 
-def sections_of(section: type[Section] | None = None, prefix: str = "", algorithm: str = "popo") -> dict[str, Any]:
-    """Return section name (`rollout.vllm`) -> section class, in the order of the schema."""
-    found: dict[str, Any] = {}
-    for name, field in (section or Recipe).model_fields.items():
-        annotation = field.annotation
-        if name == "objective" and section is None:
-            annotation = OBJECTIVES[algorithm]
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            found[prefix + name] = annotation
-            found |= sections_of(annotation, f"{prefix}{name}.")
-    return found
+def sections_of(algorithm: str = "popo") -> dict[str, type[Section]]:
+    """Return section name (`rollout.vllm`) -> its class, in the order of the schema."""
+
+    def walk(parent: type[Section], prefix: str) -> Iterator[tuple[str, type[Section]]]:
+        for name, field in parent.model_fields.items():
+            if isinstance(field.default, Section):
+                section = OBJECTIVES[algorithm] if name == "objective" else type(field.default)
+                yield prefix + name, section
+                yield from walk(section, f"{prefix}{name}.")
+
+    return dict(walk(Recipe, ""))
 
 
 def keys_of(section: type[Section]) -> dict[str, FieldInfo]:
-    """Return the keys of a section without its subsections."""
-    return {name: field for name, field in section.model_fields.items() if not isinstance(field.default, Section)}
+    """Return the keys of a section without its subsections; `algorithm` has the values of all algorithms."""
+    fields = {name: field for name, field in section.model_fields.items() if not isinstance(field.default, Section)}
+    return {**fields, "algorithm": Objective.model_fields["algorithm"]} if "algorithm" in fields else fields
 
 
-SECTIONS: Mapping[str, type[Section]] = sections_of()
+def schema_of(algorithm: str) -> dict[str, FieldInfo]:
+    """Return `section.key` -> field for every key of a recipe with this algorithm."""
+    sections = sections_of(algorithm).items()
+    return {f"{name}.{key}": field for name, section in sections for key, field in keys_of(section).items()}
+
+
+SECTIONS = sections_of()
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -56,24 +66,28 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(source)
     errors: list[str] = []
-    written = {
-        setting.name: setting
-        for setting in (*_file_settings(path, str(source), errors), *_override_settings(overrides, errors))
-    }
-    schema = _schema(written)
-    for name, setting in list(written.items()):
-        if name not in schema:
-            errors.append(setting.error(_unknown_key(name, schema)))
-            del written[name]
+    settings = (*_file_settings(path, f"{source}: ", errors), *_override_settings(overrides, errors))
+    written = {setting.name: setting for setting in settings}
+    chosen = written.get("objective.algorithm")
+    algorithm = str(chosen.value) if chosen else "popo"
+    if algorithm not in OBJECTIVES:  # which other keys [objective] may have is unknown then
+        unknown = {name for name in written if name.startswith("objective.") and name != "objective.algorithm"}
+        written, algorithm = {name: written[name] for name in written if name not in unknown}, "popo"
 
-    wrong = _wrong_values(written, schema)
-    errors += [written[name].error(why) for name, why in wrong.items()]
+    schema, wrong = schema_of(algorithm), set()
+    for name, setting in written.items():
+        why = _wrong_value(schema[name], setting.value) if name in schema else _unknown_key(name, algorithm)
+        if why:
+            wrong.add(name)
+            errors.append(setting.error(why))
+
     # Wrong keys fall back to their defaults here only so that the other settings can be checked together.
     recipe = _build(setting for name, setting in written.items() if name not in wrong)
-    for names, value, why in impossible_combinations(recipe):
-        if wrong.keys().isdisjoint(names):
+    values = flatten(recipe)
+    for names, why in impossible_combinations(recipe):
+        if wrong.isdisjoint(names):
             origin = next((written[name].origin for name in names if name in written), f"{source}: ")
-            errors.append(_Setting(name=names[0], value=value, origin=origin).error(why))
+            errors.append(_Setting(names[0], values.get(names[0]), origin).error(why))
     if errors:
         raise RecipeError("\n".join(errors), next_step=SHOW_KEYS)
     return recipe
@@ -88,11 +102,8 @@ def shipped_folder() -> Path:
 def shipped_recipes() -> dict[str, Path]:
     """Return name -> file of the shipped recipes, sorted; a name in a subfolder is `folder/name`."""
     folder = shipped_folder()
-    return {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*.toml"))
-        if folder / SWEEPS not in path.parents
-    }
+    files = [path for path in sorted(folder.rglob("*.toml")) if folder / SWEEPS not in path.parents]
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -109,32 +120,28 @@ def find_recipe(source: str | Path) -> Path:
     if name in shipped:
         return shipped[name]
     what = f"{source}: is a folder, not a recipe" if path.is_dir() else f"{source}: no such recipe"
-    guess = nearest(name, shipped) or nearest(path.stem, shipped)
-    if guess:
+    if guess := nearest(name, shipped) or nearest(path.stem, shipped):
         what += f"; did you mean the shipped recipe {guess}?"
     raise RecipeError(f"{what} (shipped: {', '.join(shipped)})", next_step="popo-lite recipe list")
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as TOML with every key that is set; reading it gives an equal recipe."""
-    values = flatten(recipe)
-    return "\n".join(
-        "".join([f"[{name}]\n", *(f"{key} = {to_toml(values[f'{name}.{key}'])}\n" for key in keys)])
-        for name, section in sections_of(algorithm=recipe.objective.algorithm).items()
-        if (keys := [key for key in keys_of(section) if f"{name}.{key}" in values])
-    )
+    tables: dict[str, list[str]] = {}
+    for name, value in flatten(recipe).items():
+        section, _, key = name.rpartition(".")
+        tables.setdefault(section, [f"[{section}]\n"]).append(f"{key} = {to_toml(value)}\n")
+    return "\n".join("".join(lines) for lines in tables.values())
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Return `section.key` -> value for every key that is set."""
-    document = recipe.to_dict()
-    values: dict[str, Any] = {}
-    for name, section in sections_of(algorithm=recipe.objective.algorithm).items():
-        table = document
-        for part in name.split("."):
-            table = table[part]
-        values |= {f"{name}.{key}": table[key] for key in keys_of(section) if key in table}
-    return values
+    document: Any = recipe.to_dict()
+    values = {
+        name: reduce(lambda table, part: table.get(part), name.split("."), document)
+        for name in schema_of(recipe.objective.algorithm)
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def to_toml(value: Any) -> str:
@@ -146,7 +153,7 @@ def to_toml(value: Any) -> str:
             # JSON's escapes are TOML's as well, but JSON lets through DEL, the C1 controls, two separators that
             # end a line, and lone surrogates.
             text = json.dumps(value, ensure_ascii=False)
-            return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+            return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
         case float():
             return repr(value).replace("e-0", "e-")
         case list() | tuple():
@@ -160,12 +167,40 @@ def to_toml(value: Any) -> str:
 
 def allowed_values(field: FieldInfo) -> str:
     """Describe the values of a key: `a whole number, at least 1`, or its values as TOML."""
-    kind, bounds = _kind_and_bounds(field.annotation, field.metadata)
-    return f"{kind}, {bounds}" if bounds else kind
+    return ", ".join(filter(None, kind_and_bounds(field.annotation, field.metadata)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Setting:
+def kind_and_bounds(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[str, str]:
+    """Return (type or values, range or "") of a schema annotation, in plain words."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return kind_and_bounds(arguments[0], arguments[1].metadata)
+    if origin in (Union, types.UnionType):
+        members = [kind_and_bounds(member, metadata) for member in arguments if member is not types.NoneType]
+        return " or ".join(kind for kind, _ in members), members[0][1] if len(members) == 1 else ""
+    if origin is Literal:
+        values = ", ".join(map(to_toml, arguments))
+        return f"one of {values}" if len(arguments) > 1 else values, ""
+    limits = [
+        (words, getattr(bound, name)) for bound in metadata for name, words in BOUNDS.items() if hasattr(bound, name)
+    ]
+    return KINDS[origin or annotation], " and ".join(f"{words} {limit:g}" for words, limit in limits)
+
+
+def read_toml(path: Path, shown_as: str) -> dict[str, Any]:
+    """Read the document at `path`. Raises RecipeError, which calls the file `shown_as`, with line and column."""
+    try:
+        # Some editors put a byte order mark in front, which TOML does not know.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            what = f"is not UTF-8 text (byte {error.start})"
+        else:
+            what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else f"not valid TOML: {error}"
+        raise RecipeError(f"{shown_as}: {what}", next_step=f"fix {path}") from error
+
+
+class _Setting(NamedTuple):
     """A value as the user wrote it. `origin` is the prefix that says where: `recipes/x.toml: ` or `--set `."""
 
     name: str
@@ -173,55 +208,51 @@ class _Setting:
     origin: str
 
     def error(self, why: str) -> str:
+        if self.value is None:  # a key that is required and not set
+            return f"{self.origin}{self.name}: {why}"
         shown = to_toml(self.value)
-        if len(shown) > LONGEST_VALUE:
-            shown = f"{shown[: LONGEST_VALUE - 4]} ..."
+        shown = shown if len(shown) <= LONGEST_VALUE else f"{shown[: LONGEST_VALUE - 4]} ..."
         return f"{self.origin}{self.name} = {shown}: {why}"
 
 
-def _file_settings(path: Path, shown_as: str, errors: list[str]) -> list[_Setting]:
+def _file_settings(path: Path, origin: str, errors: list[str]) -> list[_Setting]:
     """Return the settings of a file in known sections; add everything else to `errors`."""
     settings: list[_Setting] = []
-    origin = f"{shown_as}: "
 
     def visit(table: dict[str, Any], prefix: str) -> None:
         for key, value in table.items():
-            name = prefix + _toml_key(key)
-            if name in SECTIONS:
-                if isinstance(value, dict):
-                    visit(value, f"{name}.")
-                else:
-                    errors.append(_Setting(name=name, value=value, origin=origin).error(f"must be a section, [{name}]"))
+            setting = _Setting(prefix + _toml_key(key), value, origin)
+            if setting.name in SECTIONS and isinstance(value, dict):
+                visit(value, f"{setting.name}.")
             elif prefix:
-                settings.append(_Setting(name=name, value=value, origin=origin))
+                settings.append(setting)
             elif isinstance(value, dict):
-                errors.append(f"{origin}[{name}]: {_unknown_section(name)}")
+                errors.append(f"{origin}[{setting.name}]: {_unknown_section(setting.name)}")
             else:
-                errors.append(_Setting(name=name, value=value, origin=origin).error(_without_section(name)))
+                errors.append(setting.error(_unknown_key(setting.name)))
 
-    visit(read_toml(path, shown_as), "")
+    visit(read_toml(path, origin.removesuffix(": ")), "")
     return settings
 
 
-def _override_settings(overrides: Iterable[str], errors: list[str]) -> list[_Setting]:
-    """Return the settings of `--set`; add those that name no known section or hold no value to `errors`."""
-    settings = []
+def _override_settings(overrides: Iterable[str], errors: list[str]) -> Iterator[_Setting]:
+    """Yield the settings of `--set`; add those that name no known section or hold no value to `errors`."""
     for override in overrides:
         name, equals, text = (part.strip() for part in override.partition("="))
         section, _, key = name.rpartition(".")
-        if not (equals and section and key):
-            why = _without_section(name) if equals and name and not section else "must be section.key=value"
-            errors.append(f"--set {to_toml(override)}: {why}")
+        if equals and name and "." not in name:
+            errors.append(f"--set {to_toml(override)}: {_unknown_key(name)}")
+        elif not (equals and section and key):
+            errors.append(f"--set {to_toml(override)}: must be section.key=value")
         elif section not in SECTIONS:
             errors.append(f"--set {name}: {_unknown_section(section)}")
         elif not text:
             errors.append(f"--set {name}: has no value; the form is section.key=value")
         else:
             try:
-                settings.append(_Setting(name=name, value=_override_value(text), origin="--set "))
+                yield _Setting(name, _override_value(text), "--set ")
             except ValueError as error:
-                errors.append(_Setting(name=name, value=text, origin="--set ").error(str(error)))
-    return settings
+                errors.append(_Setting(name, text, "--set ").error(str(error)))
 
 
 def _override_value(text: str) -> Any:
@@ -239,33 +270,8 @@ def _override_value(text: str) -> Any:
     return document["value"] if len(document) == 1 else text
 
 
-def read_toml(path: Path, shown_as: str) -> dict[str, Any]:
-    """Read the document at `path`. Raises RecipeError, which calls the file `shown_as`, with line and column."""
-    next_step = f"fix {path}"
-    try:
-        # Some editors put a byte order mark in front, which TOML does not know.
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{shown_as}: is not UTF-8 text (byte {error.start})", next_step=next_step) from error
-    except OSError as error:
-        raise RecipeError(f"{shown_as}: cannot be read ({error.strerror})", next_step=next_step) from error
-    except ValueError as error:
-        raise RecipeError(f"{shown_as}: not valid TOML: {error}", next_step=next_step) from error
-
-
-def _schema(written: Mapping[str, _Setting]) -> dict[str, FieldInfo]:
-    """Return `section.key` -> field for the algorithm that the settings choose."""
-    chosen = written.get("objective.algorithm")
-    algorithm = chosen.value if chosen and chosen.value in OBJECTIVES else "popo"
-    return {
-        f"{name}.{key}": field
-        for name, section in sections_of(algorithm=algorithm).items()
-        for key, field in keys_of(section).items()
-    }
-
-
 def _build(settings: Iterable[_Setting]) -> Recipe:
-    document: dict[str, Any] = {}
+    document: dict[str, Any] = {"objective": {"algorithm": "popo"}}
     for setting in settings:
         *parents, key = setting.name.split(".")
         table = document
@@ -275,67 +281,17 @@ def _build(settings: Iterable[_Setting]) -> Recipe:
     return Recipe.model_validate(document)
 
 
-def _wrong_values(written: Mapping[str, _Setting], schema: Mapping[str, FieldInfo]) -> dict[str, str]:
-    """Return name -> what the value must be, for every value that the schema refuses."""
-    algorithm = written.get("objective.algorithm")
-    if algorithm and algorithm.value not in OBJECTIVES:
-        others = {name: setting for name, setting in written.items() if not name.startswith("objective.")}
-        must = f"must be one of {', '.join(map(to_toml, OBJECTIVES))}"
-        guess = nearest(str(algorithm.value), OBJECTIVES)
-        why = f"{must}; did you mean {to_toml(guess)}?" if guess else must
-        return {"objective.algorithm": why, **_wrong_values(others, schema)}
+def _wrong_value(field: FieldInfo, value: Any) -> str | None:
+    """Return what the value of a key must be, or None if the schema accepts this one."""
+    kind: Any = Annotated[field.annotation, field]
     try:
-        _build(written.values())
-    except ValidationError as error:
-        wrong: dict[str, str] = {}
-        for detail in error.errors(include_url=False, include_context=False, include_input=False):
-            # The location also names the union member or the item that was refused.
-            parts = [str(part) for part in detail["loc"]]
-            name = next(n for end in range(1, len(parts) + 1) if (n := _without_tag(parts[:end])) in written)
-            wrong[name] = _must_be(written[name], schema[name])
-        return wrong
-    return {}
-
-
-def _without_tag(parts: Sequence[str]) -> str:
-    return ".".join([*parts[:1], *parts[2:]] if parts[0] == "objective" else parts)
-
-
-def _must_be(setting: _Setting, field: FieldInfo) -> str:
-    must = f"must be {allowed_values(field)}"
-    if get_origin(field.annotation) is Literal and isinstance(setting.value, str):
-        guess = nearest(setting.value, get_args(field.annotation))
-        return f"{must}; did you mean {to_toml(guess)}?" if guess else must
-    return must
-
-
-def _kind_and_bounds(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[str, str]:
-    """Return (type or values, range or "") of a schema annotation, in plain words."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _kind_and_bounds(arguments[0], arguments[1].metadata)
-    if origin in (Union, types.UnionType):
-        members = [_kind_and_bounds(member, metadata) for member in arguments if member is not types.NoneType]
-        return " or ".join(kind for kind, _ in members), members[0][1] if len(members) == 1 else ""
-    if origin is Literal:
-        values = ", ".join(map(to_toml, arguments))
-        return (f"one of {values}" if len(arguments) > 1 else values), ""
-    if origin is dict:
-        return "a table of columns, each with true or false, a number, text, or a list of these", ""
-    kinds = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a finite number",
-        str: "text",
-        tuple: "a list of text",
-    }
-    bounds = [
-        f"{words} {getattr(bound, name):g}"
-        for bound in metadata
-        for name, words in BOUNDS.items()
-        if hasattr(bound, name)
-    ]
-    return kinds[origin or annotation], " and ".join(bounds)
+        TypeAdapter(kind, config=STRICT).validate_python(_with_tuples(value))
+    except ValidationError:
+        must = f"must be {allowed_values(field)}"
+        if get_origin(field.annotation) is Literal and (guess := nearest(str(value), get_args(field.annotation))):
+            return f"{must}; did you mean {to_toml(guess)}?"
+        return must
+    return None
 
 
 def _unknown_section(section: str) -> str:
@@ -343,32 +299,42 @@ def _unknown_section(section: str) -> str:
     return f"unknown section; did you mean [{guess}]?" if guess else f"unknown section; there are {', '.join(SECTIONS)}"
 
 
-def _unknown_key(name: str, schema: Mapping[str, FieldInfo]) -> str:
+def _unknown_key(name: str, algorithm: str = "popo") -> str:
+    """Say what to write instead of a key that this algorithm's schema lacks; a name without a dot has no section."""
+    if name in SECTIONS:
+        return f"must be a section, [{name}]"
     section, _, key = name.rpartition(".")
-    if section == "objective" and (owners := [a for a, kind in OBJECTIVES.items() if key in kind.model_fields]):
-        return f"belongs to algorithm {' or '.join(map(to_toml, owners))}; leave the key out"
-    if key in FOREIGN_KEYS:
-        return FOREIGN_KEYS[key]
-    if homes := _sections_with(key):
-        return f"belongs to {homes}"
-    own = [other.rpartition(".")[2] for other in schema if other.rpartition(".")[0] == section]
+    schema = schema_of(algorithm)
+
+    def renamed(name: str) -> str | None:
+        keys = [ours for ours, names in RENAMED.items() if name in names.split()]
+        known = [ours for ours in keys if ours in schema]  # of several meanings, the first that the algorithm has
+        owned = known[:1] or [f"{ours} (algorithm {_owners(ours.rpartition('.')[2])})" for ours in keys]
+        return f"is called {' or '.join(owned)} here" if keys else None
+
+    def homes(key: str) -> str:
+        return " or ".join(f"[{ours.removesuffix(f'.{key}')}]" for ours in schema if ours.endswith(f".{key}"))
+
+    if section and (why := renamed(name)):
+        return why
+    if homes(key):
+        return f"belongs to {homes(key)}"
+    if owners := _owners(key):
+        return f"unknown key of algorithm {to_toml(algorithm)}; {owners} has it in [objective]"
+    if why := renamed(key) or NOT_RENAMED.get(key):
+        return why
+    if not section:
+        return f"stands outside a section; there are {', '.join(SECTIONS)}"
+    own = list(keys_of(sections_of(algorithm)[section]))
     if guess := nearest(key, own):
         return f"unknown key; did you mean {section}.{guess}?"
-    if guess := nearest(key, (other.rpartition(".")[2] for other in schema)):
-        return f"unknown key; did you mean {guess} of {_sections_with(guess)}?"
+    if guess := nearest(key, (ours.rpartition(".")[2] for ours in schema)):
+        return f"unknown key; did you mean {guess} of {homes(guess)}?"
     return f"unknown key; [{section}] has {', '.join(own)}"
 
 
-def _without_section(key: str) -> str:
-    if key in FOREIGN_KEYS:
-        return FOREIGN_KEYS[key]
-    homes = _sections_with(key)
-    return f"belongs to {homes}" if homes else f"stands outside a section; there are {', '.join(SECTIONS)}"
-
-
-def _sections_with(key: str) -> str:
-    sections: dict[str, type[AnyObjective | Section]] = dict(SECTIONS)
-    return " or ".join(f"[{name}]" for name, section in sections.items() if key in keys_of(section))
+def _owners(key: str) -> str:
+    return " or ".join(to_toml(name) for name, kind in OBJECTIVES.items() if key in kind.model_fields)
 
 
 def _with_tuples(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`popo-lite recipe`: look at recipes and check them, without loading anything."""
+"""`popo-lite recipe`: show and check recipes without loading a model or data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from popo_lite.tools.recipe_docs import template_toml
 
 @click.group()
 def recipe() -> None:
-    """Look at recipes and check them."""
+    """Show and check recipes."""
 
 
 @recipe.command("list")
@@ -47,33 +47,25 @@ def show(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @recipe.command()
 @click.argument("sources", metavar="RECIPE...", nargs=-1, required=True)
-@click.option("as_json", "--json", is_flag=True, help="Print a JSON list with the faults of each recipe.")
+@click.option("as_json", "--json", is_flag=True, help="Print a JSON list with the errors of each recipe.")
 def check(sources: tuple[str, ...], as_json: bool) -> None:
-    """Validate recipes, paths or shipped names, and report every fault of them.
+    """Check recipes, given as paths or shipped names, and print all of their errors.
 
-    Nothing is loaded or downloaded. The exit code is 2 if a recipe is at fault.
+    Nothing is loaded or downloaded. The exit code is 2 if a recipe has an error.
     """
-    faults = {source: _faults(source) for source in sources}
+    errors: dict[str, list[str]] = {}
+    for source in sources:
+        try:
+            load_recipe(source)
+            errors[source] = []
+        except RecipeError as error:
+            errors[source] = error.what.split("\n")
     if as_json:
-        results = [{"recipe": source, "ok": not found, "faults": found} for source, found in faults.items()]
+        results = [{"recipe": source, "ok": not lines, "errors": lines} for source, lines in errors.items()]
         click.echo(json.dumps(results, indent=2))
     else:
-        for source, found in faults.items():
-            click.echo(f"{source}: {_count(found)}")
-    every_fault = [fault for found in faults.values() for fault in found]
-    if every_fault:
-        raise RecipeError("\n".join(every_fault), next_step=SHOW_KEYS)
-
-
-def _faults(source: str) -> list[str]:
-    try:
-        load_recipe(source)
-    except RecipeError as error:
-        return error.what.split("\n")
-    return []
-
-
-def _count(faults: list[str]) -> str:
-    if not faults:
-        return "ok"
-    return "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        for source, lines in errors.items():
+            count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
+            click.echo(f"{source}: {count if lines else 'ok'}")
+    if any(errors.values()):
+        raise RecipeError("\n".join(line for lines in errors.values() for line in lines), next_step=SHOW_KEYS)

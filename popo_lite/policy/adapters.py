@@ -1,4 +1,4 @@
-"""LoRA adapters by PEFT: adding them to a frozen base, and writing and reading them in PEFT's own format."""
+"""LoRA adapters by PEFT: add them to a frozen base, and write and read them in PEFT's own format."""
 
 from __future__ import annotations
 
@@ -18,121 +18,98 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_FILE = "adapter_model.safetensors"
+PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora", "dora": "use_dora"}
 
 
 def add_adapters(base: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PeftModel:
-    """`base` with fresh adapters (B = 0, so the policy starts as the base), or those of `lora.init_from`."""
+    """Return `base` with new adapters (B = 0, so the policy starts as the base), or with those of `lora.init_from`."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if recipe.init_from is not None:
         folder = adapter_folder(recipe.init_from, key="lora.init_from")
-        _refuse_other_shape(folder, recipe, base)
+        _check_adapter_config(folder, recipe, base)
         try:
             return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        except (SafetensorError, RuntimeError) as error:  # torn file; shapes of another base
+        except (SafetensorError, RuntimeError) as error:  # a truncated file, or shapes of another base
             raise _unreadable(folder, error) from error
-    config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # PEFT says int and takes any number
-        lora_dropout=recipe.dropout,
-        target_modules=recipe.target_modules if isinstance(recipe.target_modules, str) else list(recipe.target_modules),
-        use_rslora=recipe.rslora,
-        use_dora=recipe.dora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    targets = recipe.target_modules
+    options: dict[str, Any] = {theirs: getattr(recipe, ours) for ours, theirs in PEFT_NAMES.items()}
+    options["target_modules"] = targets if isinstance(targets, str) else list(targets)
     torch.manual_seed(stream_seed("adapters", seed))
     try:
-        return get_peft_model(base, config)
+        return get_peft_model(base, LoraConfig(**options, bias="none", task_type="CAUSAL_LM"))
     except ValueError as error:
         names = linear_names(base)
-        wanted = recipe.target_modules if isinstance(recipe.target_modules, str) else recipe.target_modules[0]
-        hint = nearest(wanted, names)
+        guess = nearest(targets if isinstance(targets, str) else targets[0], names)
         raise ModelError(
-            f"no adapter could be added to {recipe.target_modules!r}: {error}",
+            f"no adapter could be added to {targets!r}: {error}",
             where="lora.target_modules",
-            next_step=(f'did you mean "{hint}"? ' if hint else "") + f"linear layers here: {', '.join(sorted(names))}",
+            next_step=(f'did you mean "{guess}"? ' if guess else "")
+            + f"linear layers here: {', '.join(sorted(names))}",
         ) from error
 
 
 def adapter_folder(path: str | Path, *, key: str) -> Path:
-    """The folder at `path` if it holds a PEFT adapter in safetensors, else ModelError naming `key`."""
+    """Return the folder at `path`. Raises ModelError naming `key` if it holds no PEFT adapter in safetensors."""
     folder = Path(path).expanduser()
-    missing = [name for name in ("adapter_config.json", ADAPTER_FILE) if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in ("adapter_config.json", ADAPTER_FILE) if not (folder / name).is_file()]:
         raise ModelError(
-            f"{folder} is no adapter in PEFT format: it lacks {' and '.join(missing)}",
+            f"{folder} is not an adapter in PEFT format: it lacks {' and '.join(missing)}",
             where=key,
             next_step="name the adapter/ folder of a run, or leave the key out",
         )
     return folder
 
 
-def _refuse_other_shape(folder: Path, recipe: LoraRecipe, base: PreTrainedModel) -> None:
-    """The loaded adapter brings its own settings, so a recipe that names others would not be what runs."""
+def _check_adapter_config(folder: Path, recipe: LoraRecipe, base: PreTrainedModel) -> None:
+    """Raise ModelError if the adapter has other settings than the recipe: PEFT would use the adapter's."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    keys = (
-        ("rank", "r"),
-        ("alpha", "lora_alpha"),
-        ("dropout", "lora_dropout"),
-        ("rslora", "use_rslora"),
-        ("dora", "use_dora"),
-    )
-    for key, theirs in keys:
-        if getattr(recipe, key) != config.get(theirs, False):
+    for ours, theirs in PEFT_NAMES.items():
+        if getattr(recipe, ours) != (value := config.get(theirs, False)):
             raise ModelError(
-                f"the adapter in {folder} was made with {theirs} = {config.get(theirs)}",
-                where=f"lora.{key} = {getattr(recipe, key)}",
-                next_step=f"--set lora.{key}={json.dumps(config.get(theirs))}",
+                f"the adapter in {folder} was made with {theirs} = {value}",
+                where=f"lora.{ours} = {getattr(recipe, ours)}",
+                next_step=f"--set lora.{ours}={json.dumps(value)}",
             )
-    wanted = (
-        linear_names(base)
-        if recipe.target_modules == "all-linear"
-        else {name.split(".")[-1] for name in recipe.target_modules}
-    )
-    made_for = config.get("target_modules") or ()
-    found = {name.split(".")[-1] for name in ([made_for] if isinstance(made_for, str) else made_for)}
-    if found != wanted:
+    wanted, targets = recipe.target_modules, config.get("target_modules") or ()
+    targets = {name.split(".")[-1] for name in ([targets] if isinstance(targets, str) else targets)}
+    if targets != (linear_names(base) if wanted == "all-linear" else {name.split(".")[-1] for name in wanted}):
         raise ModelError(
-            f"the adapter in {folder} was made for {', '.join(sorted(found))}",
-            where=f"lora.target_modules = {recipe.target_modules!r}",
-            next_step=f"--set 'lora.target_modules={json.dumps(sorted(found))}'",
+            f"the adapter in {folder} was made for {', '.join(sorted(targets))}",
+            where=f"lora.target_modules = {wanted!r}",
+            next_step=f"--set 'lora.target_modules={json.dumps(sorted(targets))}'",
         )
 
 
 def linear_names(base: PreTrainedModel) -> set[str]:
-    """Last names of the linear layers that `all-linear` means: all but the LM head."""
+    """Return the last names of the layers that `all-linear` means: all linear ones but the LM head."""
     head = base.get_output_embeddings()
-    return {
-        name.split(".")[-1]
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
+    linear = (name for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head)
+    return {name.split(".")[-1] for name in linear}
 
 
 def _unreadable(folder: Path, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0]
     return ModelError(
-        f"the adapter cannot be loaded on this base: {reason}",
+        f"the adapter cannot be loaded on this base: {str(error).strip().splitlines()[0]}",
         where=str(folder / ADAPTER_FILE),
-        next_step="check that the file is whole and belongs to the recipe's model.id",
+        next_step="check that the file is complete and belongs to the recipe's model.id",
     )
 
 
 def save_adapter(model: PeftModel, folder: Path, *, base_id: str) -> None:
-    """Write the adapter the way PEFT does, naming the base as the recipe does and not by a local path."""
+    """Write the adapter as PEFT does, but name the base by its id in the recipe and not by a local path."""
     config = model.peft_config["default"]
-    known_as, config.base_model_name_or_path = config.base_model_name_or_path, base_id
+    original, config.base_model_name_or_path = config.base_model_name_or_path, base_id
     try:
         # "auto" would ask the Hub about the base's vocabulary; embeddings are frozen here.
         model.save_pretrained(str(folder), save_embedding_layers=False)
     finally:
-        config.base_model_name_or_path = known_as
+        config.base_model_name_or_path = original
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; `popo-lite export` writes a real card
 
 
 def empty_adapter(model: PeftModel) -> None:
-    """Set every B to 0, so that the adapter adds nothing (DoRA's magnitudes stay, and need the adapter disabled)."""
+    """Set every B to 0, so that the adapter adds nothing (DoRA's magnitudes stay: disable such an adapter instead)."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "lora_embedding_B" in name:
@@ -140,7 +117,7 @@ def empty_adapter(model: PeftModel) -> None:
 
 
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:
-    """Overwrite the model's adapter with the one in `folder`. Raises ModelError where the tensors do not match."""
+    """Overwrite the model's adapter with the one in `folder`. Raises ModelError if the tensors do not match."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 

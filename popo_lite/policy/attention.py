@@ -1,8 +1,8 @@
-"""Attention over packed rows: several sequences one behind another, each attending to itself alone.
+"""Attention over packed rows: several sequences in one row, each attending only to itself.
 
-A row's mask is block-diagonal and causal. Written out it would take T x T bytes for T tokens, so the models are given
-its block boundaries in the mask's place: a 4D mask goes through transformers' mask code untouched and reaches every
-attention layer, in the recomputation of a checkpointed layer as well.
+The mask of such a row is block-diagonal and causal, and would take T x T bytes for T tokens. Models get the row's block
+boundaries in its place: transformers passes a 4D mask unchanged to every attention layer, also when a checkpointed
+layer is recomputed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ NAME = "popo_packed"
 
 
 def enable_packing(model: PreTrainedModel) -> None:
-    """Let `model`, loaded with SDPA attention, take boundaries in place of a mask."""
+    """Make `model`, loaded with SDPA attention, accept boundaries in place of a mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -34,28 +35,29 @@ def enable_packing(model: PreTrainedModel) -> None:
 
 
 def boundaries(lengths: Sequence[int]) -> Tensor:
-    """The stand-in for a row's mask: where its sequences begin and end, int32 [1, 1, 1, B + 1], on the host."""
+    """Return where a row's sequences begin and end, shaped like a mask: int32 [1, 1, 1, B + 1], on the host."""
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)[None, None, None]
 
 
 def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Position ids [1, T] that count every sequence of a row from 0."""
+    """Return position ids [1, T] that count every sequence of a row from 0."""
     return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
 
 
 def window_of(config: Any) -> int | None:
-    """The fewest tokens that a layer looks back on, by a sliding window or chunks; None where all layers see all.
+    """Return the smallest sliding window or attention chunk of a layer; None if all layers see everything.
 
-    Some models window by their mask alone, so the boundaries that take the mask's place would undo it.
+    Some models apply their window only by the mask, so boundaries in place of the mask would turn it off.
     """
     sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((size for size in sizes if size), default=None)
 
 
 def kernel_of(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
-    """Which attention serves packed rows: "varlen" (FlashAttention over unequal lengths) or "sdpa" (length by length).
+    """Return the attention for packed rows: "varlen" (FlashAttention over unequal lengths) or "sdpa".
 
-    FlashAttention wants 16-bit operands, a GPU of compute capability 8.0 and heads of up to 256 in eights.
+    FlashAttention needs 16-bit operands, a GPU of compute capability 8.0, and a head width that is a multiple of 8 up
+    to 256.
     """
     flash = (
         device.type == "cuda"
@@ -64,7 +66,7 @@ def kernel_of(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
         and head_width % 8 == 0
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
-    return "varlen" if flash and _varlen() is not None else "sdpa"
+    return "varlen" if flash and _varlen()[0] is not None else "sdpa"
 
 
 def _attention(
@@ -78,9 +80,9 @@ def _attention(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' interface: `query` [1, H, T, d], `key` and `value` [1, H_kv, T, d] -> ([1, T, H, d], None).
+    """Implement transformers' interface: `query` [1, H, T, d], `key`, `value` [1, H_kv, T, d] -> ([1, T, H, d], None).
 
-    A packed row knows no sliding window: `window_of` says where that would matter.
+    A sliding window is ignored in packed rows; see `window_of`.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -90,51 +92,34 @@ def _attention(
         )
     edges = attention_mask.flatten()
     lengths = tuple(edges.diff().tolist())
+    grouped = query.shape[1] != key.shape[1]
+    parts = [part[0].transpose(0, 1) for part in (query, key, value)]  # [T, H, d]
     if not dropout and kernel_of(query.device, query.dtype, query.shape[-1]) == "varlen":
-        return _by_varlen(query, key, value, edges, max(lengths), scaling), None
-    if len(lengths) == 1:
-        return _causal(query, key, value, scaling, dropout).transpose(1, 2), None
+        attend, parameters = _varlen()
+        extra = {"enable_gqa": True} if grouped and "enable_gqa" in parameters else {}
+        if grouped and not extra:
+            parts[1:] = [part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in parts[1:]]
+        edges = edges.to(query.device, non_blocking=True)
+        ends = (edges, edges, max(lengths), max(lengths))
+        return cast("Tensor", attend(*parts, *ends, scale=scaling, window_size=(-1, 0), **extra))[None], None
     classes, back = _alike(lengths, query.device)
-    found = []
+    outputs = []
     for rows in classes:
-        # What pads a shorter sequence comes behind it, where causality hides it.
-        q, k, v = (part[0].transpose(0, 1)[rows.clamp(min=0)].transpose(1, 2) for part in (query, key, value))
-        found.append(_causal(q, k, v, scaling, dropout).transpose(1, 2)[rows >= 0])
-    return torch.cat(found)[back][None], None
-
-
-def _by_varlen(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, scaling: float | None) -> Tensor:
-    attend = _varlen()
-    assert attend is not None  # noqa: S101  # kernel_of has asked
-    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(attend).parameters:
-            options["enable_gqa"] = True
-        else:
-            k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
-    edges = edges.to(query.device, non_blocking=True)
-    return cast("Tensor", attend(q, k, v, edges, edges, longest, longest, **options))[None]
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        dropout_p=dropout,
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+        # Padding comes after a shorter sequence, where causality hides it.
+        q, k, v = (part[rows.clamp(min=0)].transpose(1, 2) for part in parts)
+        output = scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+        outputs.append(output.transpose(1, 2)[rows >= 0])
+    return torch.cat(outputs)[back][None], None
 
 
 @lru_cache(maxsize=8)
 def _alike(lengths: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The row's sequences in classes whose lengths share a power of two, so that at most half is padding.
+    """Group a row's sequences by the power of two of their lengths, so that less than half of a group is padding.
 
-    Token indices [b, L] of each class, -1 behind the shorter sequences; and where each token of the row [T] is in the
-    classes' tokens, one behind another.
+    Return the token indices [b, L] of each group, -1 after the shorter sequences, and the place [T] of each token of
+    the row among the groups' tokens.
     """
     starts = [0, *itertools.accumulate(lengths)]
     members: dict[int, list[int]] = {}
@@ -151,10 +136,11 @@ def _alike(lengths: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor
 
 
 @lru_cache(maxsize=1)
-def _varlen() -> Any:
-    """Torch's attention over unequal lengths; None where this release has it in an earlier form."""
+def _varlen() -> tuple[Any, frozenset[str]]:
+    """Return torch's attention over unequal lengths and its parameters; None if this release lacks those we need."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return None
-    return varlen_attn if {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters) else None
+        return None, frozenset()
+    parameters = frozenset(inspect.signature(varlen_attn).parameters)
+    return (varlen_attn if {"scale", "window_size"} <= parameters else None), parameters

@@ -1,28 +1,30 @@
-"""Loading the frozen base: 4-bit NormalFloat by bitsandbytes, or 16/32-bit, through transformers or unsloth."""
+"""Load the frozen base, in 4-bit NormalFloat by bitsandbytes or in 16/32-bit, through transformers or unsloth."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from popo_lite.errors import ModelError, UserInputError
+from popo_lite.policy.adapters import PEFT_NAMES
 from popo_lite.recipe import LoraRecipe, ModelRecipe
 from popo_lite.tasks.rendering import keeps_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-
 TINY_FOLDER = Path(__file__).parent / "tiny"
 """The model `tiny`, which ships with the package."""
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice of the libraries off a terminal that a view of ours draws on."""
+    """Turn off the libraries' progress bars and advice, which would disturb a terminal view."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -32,7 +34,7 @@ def quiet_libraries() -> None:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device for `train.device`. Raises UserInputError where a CUDA GPU is asked for and there is none."""
+    """Return the device for `train.device`. Raises UserInputError if it is a CUDA GPU and there is none."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserInputError(
             "no CUDA GPU is visible to torch",
@@ -43,75 +45,70 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def model_source(recipe: ModelRecipe) -> str:
-    """What transformers is asked for: the shipped folder for `tiny`, else the recipe's id."""
-    if recipe.id == "tiny":
-        return str(TINY_FOLDER)
-    return str(Path(recipe.id).expanduser()) if Path(recipe.id).expanduser().is_dir() else recipe.id
+    """Return the folder or Hub id to load from."""
+    folder = TINY_FOLDER if recipe.id == "tiny" else Path(recipe.id).expanduser()
+    return str(folder) if folder.is_dir() else recipe.id
 
 
 def load_tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a PAD token where it has none (EOS serves; padding is masked everywhere)."""
+    """Load the tokenizer. If it has no PAD token, EOS takes its place: padding is masked everywhere."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    quiet_libraries()
-    options: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_source(recipe), **options)
-        if not keeps_text(tokenizer):  # its tokenizer.json as it stands
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(model_source(recipe), **options)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(recipe, "tokenizer", error) from error
+    with _load_errors(recipe, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_source(recipe), **_options(recipe))
+        if not keeps_text(tokenizer):  # ignore the class that its config names, and take tokenizer.json as it is
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(model_source(recipe), **_options(recipe))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
-    """The base in the recipe's precision on `device`, every weight frozen. Only safetensors are read."""
+    """Load the base in the recipe's precision on `device` and freeze it. Only safetensors are read."""
     from transformers import AutoModelForCausalLM
 
-    quiet_libraries()
     dtype: torch.dtype = getattr(torch, recipe.dtype)
-    options: dict[str, Any] = {}
+    options = _options(recipe)
     if recipe.quantization == "nf4":
         options["quantization_config"] = nf4_config(recipe, dtype)
-    try:
+    with _load_errors(recipe, "model"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_source(recipe),
-            revision=recipe.revision,
             dtype=dtype,
             attn_implementation=recipe.attn_implementation,
-            trust_remote_code=recipe.trust_remote_code,
             use_safetensors=True,
             device_map={"": device},
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise _not_loaded(recipe, "model", error) from error
     close_cpu_repacking(model)
     model.requires_grad_(False)
     return model
 
 
+def load_config(recipe: ModelRecipe) -> PreTrainedConfig:
+    """Load only the model's config."""
+    from transformers import AutoConfig
+
+    with _load_errors(recipe, "config"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model_source(recipe), **_options(recipe))
+    return config
+
+
 def import_unsloth() -> None:
-    """Import unsloth, which must come before transformers and peft to patch them. Raises ModelError where it cannot."""
+    """Import unsloth, which must come before transformers and peft to patch them. Raises ModelError if it cannot."""
+    where = 'model.backend = "unsloth"'
     if not torch.cuda.is_available():
-        raise ModelError(
-            "unsloth needs a CUDA GPU and torch sees none",
-            where='model.backend = "unsloth"',
-            next_step='--set model.backend="transformers"',
-        )
+        next_step = '--set model.backend="transformers"'
+        raise ModelError("unsloth needs a CUDA GPU and torch sees none", where=where, next_step=next_step)
     if importlib.util.find_spec("unsloth") is None:
-        raise ModelError(
-            "unsloth is not installed", where='model.backend = "unsloth"', next_step='pip install "popo-lite[gpu]"'
-        )
+        raise ModelError("unsloth is not installed", where=where, next_step='pip install "popo-lite[gpu]"')
     import unsloth  # noqa: F401
 
 
 def load_unsloth(
     recipe: ModelRecipe, lora: LoraRecipe, *, sequence_tokens: int, seed: int, gradient_checkpointing: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Base with adapters and tokenizer through unsloth. Raises ModelError where it cannot run here."""
+    """Load base with adapters, and tokenizer, through unsloth. Raises ModelError if it cannot run here."""
     import_unsloth()
     from unsloth import FastLanguageModel
 
@@ -119,60 +116,32 @@ def load_unsloth(
     targets = lora.target_modules
     if targets == "all-linear":
         targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    try:
+    with _load_errors(recipe, "model"):
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=model_source(recipe),
-            revision=recipe.revision,
             max_seq_length=sequence_tokens,
             dtype=getattr(torch, recipe.dtype),
             load_in_4bit=recipe.quantization == "nf4",
-            trust_remote_code=recipe.trust_remote_code,
             use_gradient_checkpointing=checkpointing,
-            use_exact_model_name=True,  # or it would take a repository of its own in place of the recipe's
+            use_exact_model_name=True,  # otherwise it loads a repository of its own instead of the recipe's
+            **_options(recipe),
         )
-    except (OSError, ValueError) as error:
-        raise _not_loaded(recipe, "model", error) from error
     model = FastLanguageModel.get_peft_model(
         model,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
         target_modules=list(targets),
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
         bias="none",
         random_state=seed,
         use_gradient_checkpointing=checkpointing,
+        **{theirs: getattr(lora, ours) for ours, theirs in PEFT_NAMES.items()},
     )
     return model, tokenizer
-
-
-def load_config(recipe: ModelRecipe) -> PreTrainedConfig:
-    """The model's config alone. Raises ModelError where it cannot be had."""
-    from transformers import AutoConfig
-
-    quiet_libraries()
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            model_source(recipe), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loaded(recipe, "config", error) from error
-    return config
-
-
-def quantized_modules(model: torch.nn.Module) -> int:
-    """Number of 4-bit linear layers."""
-    import bitsandbytes as bnb
-
-    return sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
 
 
 def close_cpu_repacking(model: torch.nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for AVX512-BF16 on the first no-grad forward in eval mode.
 
-    After the repacking layers without a bias pass no gradient, silently, layers with one raise, and
-    dequantisation gives wrong weights; rollouts would break the training that follows them.
+    After the repacking, layers without a bias silently pass no gradient, layers with one raise, and dequantisation
+    gives wrong weights: rollouts would break the training after them.
     """
     import bitsandbytes as bnb
 
@@ -182,7 +151,7 @@ def close_cpu_repacking(model: torch.nn.Module) -> None:
 
 
 def nf4_config(recipe: ModelRecipe, dtype: torch.dtype) -> Any:
-    """What transformers is told about 4-bit loading, computing in `dtype`."""
+    """Return transformers' settings for 4-bit loading, computing in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -193,17 +162,27 @@ def nf4_config(recipe: ModelRecipe, dtype: torch.dtype) -> Any:
     )
 
 
-def _not_loaded(recipe: ModelRecipe, part: str, error: Exception) -> ModelError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if isinstance(error, ImportError):
-        return ModelError(
-            f"the {part} of {recipe.id} needs a package that is not here: {reason}",
-            where="model",
-            next_step='install it, or use model.attn_implementation = "sdpa" where it is flash-attention that is missing',
-        )
-    return ModelError(
-        f"the {part} of {recipe.id} could not be loaded: {reason}",
-        where="model.id",
-        next_step="check the name, log in with `hf auth login` for a gated model, or give a local folder with "
-        "config.json, tokenizer files and *.safetensors",
-    )
+def _options(recipe: ModelRecipe) -> dict[str, Any]:
+    return {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+
+
+@contextmanager
+def _load_errors(recipe: ModelRecipe, part: str) -> Iterator[None]:
+    """Turn the libraries' errors in the block into a ModelError that names the model and what to do."""
+    quiet_libraries()
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if isinstance(error, ImportError):
+            raise ModelError(
+                f"the {part} of {recipe.id} needs a package that is not installed: {reason}",
+                where="model",
+                next_step='install it, or use model.attn_implementation = "sdpa" if flash-attention is missing',
+            ) from error
+        raise ModelError(
+            f"the {part} of {recipe.id} could not be loaded: {reason}",
+            where="model.id",
+            next_step="check the name, log in with `hf auth login` for a gated model, or give a local folder with "
+            "config.json, tokenizer files and *.safetensors",
+        ) from error

@@ -1,4 +1,4 @@
-"""The GPU's memory: whether a run will fit, whether it ran out, and giving back what a failed attempt held."""
+"""Recognise that GPU memory ran out, say what was being done, and free what a failed attempt held."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from popo_lite.errors import EngineError
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that an allocation on the GPU failed: torch's own, the driver's, or that of a library."""
+    """Return True if an allocation on the GPU failed: torch's own, the driver's, or a library's."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
@@ -23,7 +23,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_named(doing: str, next_step: str) -> Iterator[None]:
-    """Turn running out of memory within into an EngineError that says what was being done."""
+    """Turn running out of memory in the block into an EngineError that says what was being done."""
     try:
         yield
     except RuntimeError as error:
@@ -33,9 +33,9 @@ def memory_named(doing: str, next_step: str) -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Collect what nothing refers to any more and hand torch's cached blocks back.
+    """Collect unreachable objects and return torch's cached blocks to the GPU.
 
-    To be called outside the `except` block: a caught error keeps the frames of the failed attempt, and their tensors.
+    Call it outside the `except` block: a caught error keeps the frames of the failed attempt, and their tensors.
     """
     gc.collect()
     if torch.cuda.is_available():

@@ -1,6 +1,6 @@
-"""The predictor head, and the siamese network: an exponential moving average of adapters and head over the shared base.
+"""The predictor head, and the siamese network: a moving average of only the trainable weights, over the shared base.
 
-Note that averaging the LoRA factors A and B is not averaging the product BA.
+The average of the LoRA factors A and B is not the average of the product BA.
 """
 
 from __future__ import annotations
@@ -16,41 +16,34 @@ from popo_lite.errors import CheckpointError, PopoError
 
 
 class PredictorHead(nn.Module):
-    """h: Linear(D, H) - LayerNorm - ReLU - Linear(H, D), Xavier initialised.
+    """h = Linear(D, H) - LayerNorm - ReLU - Linear(H, D), Xavier initialised.
 
     Maps mean features [B, D] to predictions [B, D], in float32 (float64 for a float64 policy).
     """
 
     def __init__(self, width: int, hidden_width: int, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, hidden_width, dtype=dtype),
-            nn.LayerNorm(hidden_width, dtype=dtype),
-            nn.ReLU(),
-            nn.Linear(hidden_width, width, dtype=dtype),
-        )
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        first = nn.Linear(width, hidden_width, dtype=dtype)
+        last = nn.Linear(hidden_width, width, dtype=dtype)
+        for layer in (first, last):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.layers = nn.Sequential(first, nn.LayerNorm(hidden_width, dtype=dtype), nn.ReLU(), last)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B, D]; the input is widened to the head's own dtype first."""
-        first = cast("nn.Linear", self.layers[0])
-        return cast("Tensor", self.layers(features.to(first.weight.dtype)))
+        """Return predictions [B, D]; 16-bit features are widened to the head's dtype first."""
+        return cast("Tensor", self.layers(features.to(cast("nn.Linear", self.layers[0]).weight.dtype)))
 
 
 class Siamese:
-    """xi <- tau * xi + (1 - tau) * theta over `parameters` (adapters and predictor head), kept in float32.
+    """The float32 average xi <- tau * xi + (1 - tau) * theta of `parameters` (adapters and predictor head).
 
-    A 16-bit average would freeze: an update of (1 - tau) times a small step is below its resolution.
+    A 16-bit average would freeze: (1 - tau) times a small step is below its resolution.
     """
 
     def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]], tau: float) -> None:
         if narrow := [name for name, p in parameters if p.dtype not in (torch.float32, torch.float64)]:
-            raise PopoError(
-                f"the siamese averages float32 weights; {narrow[0]} and {len(narrow) - 1} others are narrower"
-            )
+            raise PopoError(f"the siamese needs float32 weights; {narrow[0]} and {len(narrow) - 1} others are narrower")
         self.tau = tau
         self._names = [name for name, _ in parameters]
         self._live = [parameter for _, parameter in parameters]
@@ -60,14 +53,14 @@ class Siamese:
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes that the siamese adds to the policy."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._average)
+        """Bytes that the siamese needs in addition to the policy."""
+        return sum(tensor.nbytes for tensor in self._average)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Within, the policy's modules hold the averaged weights. Pointers are exchanged and nothing is copied.
+        """Put the averaged weights into the policy's modules for the block, by exchanging pointers without a copy.
 
-        Restored even when an exception passes through. Not to be entered while a graph over the weights is alive.
+        The weights are restored after an exception too. Do not enter while an autograd graph over the weights exists.
         """
         if self._swapped:
             raise PopoError("the siamese weights are swapped in already")
@@ -92,20 +85,20 @@ class Siamese:
 
     @torch.no_grad()
     def drift(self) -> float:
-        """||theta - xi||, global L2 norm over all averaged weights."""
+        """Return ||theta - xi||, the global L2 norm over all averaged weights."""
         differences = torch._foreach_sub([p.detach() for p in self._live], self._average)
         return float(torch.stack(torch._foreach_norm(differences)).double().norm())
 
     def drift_bound(self) -> float:
-        """Lemma 3.2: drift <= tau * (largest update norm so far) / (1 - tau), for any optimizer."""
+        """Return the bound of Lemma 3.2 on the drift: tau * (largest update norm so far) / (1 - tau)."""
         return self.tau * self._largest_update / (1.0 - self.tau)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """(averaged tensors by name, scalars): what a checkpoint keeps."""
+        """Return (averaged tensors by name, scalars) for a checkpoint."""
         return dict(zip(self._names, self._average, strict=True)), {"largest_update": self._largest_update}
 
     def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, float]) -> None:
-        """Restore `state`. Raises CheckpointError where names or shapes are not those of this policy."""
+        """Restore `state`. Raises CheckpointError if names or shapes are not those of this policy."""
         for name, average in zip(self._names, self._average, strict=True):
             if name not in tensors or tensors[name].shape != average.shape:
                 raise CheckpointError(f"the checkpoint's siamese has no tensor {name} of shape {tuple(average.shape)}")

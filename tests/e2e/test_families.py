@@ -1,4 +1,4 @@
-"""The architectures and chat formats that the GPU recipes name, built small: one real step each, NF4 on the CPU.
+"""Test the architectures and chat formats of the GPU recipes, built small: one real step each, NF4 on the CPU.
 
 Configs are the originals' with fewer and narrower layers; tokenizers are the tiny model's with each family's special
 tokens and a template of its format.
@@ -16,7 +16,6 @@ import pytest
 import torch
 from helpers import json_lines
 from jinja2 import TemplateError
-from popo_lite.training.loop import Trainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from popo_lite.callbacks import Callback
@@ -31,6 +30,7 @@ from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.plan import known_config
 from popo_lite.tools.plan.shapes import load_shape, parameter_counts
 from popo_lite.tools.tiny_model import build_tokenizer
+from popo_lite.trainer import Trainer
 from popo_lite.types import FinishReason
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -39,7 +39,7 @@ QUESTION = "What is 3 + 4?"
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a model's files say beside its shape.
+    """What the files of a model say besides its shape.
 
     `tokens` are special tokens by their id in the original's vocabulary; `declared` is the tokenizer class that
     tokenizer_config.json names and `loaded` the one that transformers makes of it.
@@ -154,7 +154,7 @@ def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:
 
 
 def small_config(model: str, family: Family, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """The original's config with two layers of heads of 32, and special tokens by the small tokenizer's ids."""
+    """Return the original's config with two layers of heads of 32, and special tokens by the small tokenizer's ids."""
     config = known_config(model)
     assert config is not None
     ratio = config["num_attention_heads"] // config["num_key_value_heads"]
@@ -178,7 +178,7 @@ def small_config(model: str, family: Family, tokenizer: PreTrainedTokenizerFast)
 
 
 def write_model(folder: Path, model: str, family: Family) -> None:
-    """A folder as `from_pretrained` takes it, random weights and all."""
+    """Write a folder that `from_pretrained` can load, with random weights."""
     tokenizer = tokenizer_of(family)
     torch.manual_seed(0)
     built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small_config(model, family, tokenizer)))
@@ -198,7 +198,7 @@ def declare(folder: Path, tokenizer_class: str) -> None:
 
 @pytest.fixture(scope="module")
 def rewards(tmp_path_factory) -> Iterator[str]:
-    """A verdict that random text gets half the time: random weights never add rightly."""
+    """Give a reward function that is 1 for half of random texts: random weights never add correctly."""
     folder = tmp_path_factory.mktemp("rewards")
     (folder / "family_rewards.py").write_text("def even(text, problem):\n    return float(len(text) % 2 == 0)\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -207,7 +207,7 @@ def rewards(tmp_path_factory) -> Iterator[str]:
 
 
 def recipe_of(name: str, folder: Path, rewards: str) -> Recipe:
-    """The shipped recipe of that name, small: everything that is not overridden is the recipe's."""
+    """Return the shipped recipe of that name with overrides that make it small."""
     return load_recipe(
         name,
         (
@@ -345,8 +345,8 @@ def test_a_template_that_takes_no_assistant_turn_leaves_the_models_own_ends():
         assert stop_ids_of(Silent(7), tokenizer, template) == {7, tokenizer.eos_token_id}
 
 
-def test_a_template_that_is_no_jinja_is_the_recipes_fault():
-    with pytest.raises(ModelError, match="no valid Jinja") as caught:
+def test_a_template_that_is_not_jinja_names_its_key():
+    with pytest.raises(ModelError, match="not valid Jinja") as caught:
         stop_ids_of(Silent(7), build_tokenizer(), "{% for m in messages %}")
     assert caught.value.where == "data.chat_template"
 

@@ -1,4 +1,4 @@
-"""Packed rows: each sequence attends to itself alone, as if it were computed by itself."""
+"""Test that each sequence of a packed row attends only to itself, as if it were computed alone."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_packed_equals_one_at_a_time_forward_and_backward(name, lengths, checkpo
 
 
 def test_a_sequence_does_not_see_its_neighbours():
-    """To the last bit: whatever stands before and behind it."""
+    """To the last bit, whatever comes before and after it."""
     model = build("qwen2", torch.float32)
     enable_packing(model)
     lengths = (10, 12, 9)
@@ -112,13 +112,13 @@ def test_classes_of_like_lengths_hold_every_token_once_and_are_at_most_half_padd
     assert len(classes) <= 6
 
 
-def test_the_kernel_is_chosen_by_what_there_is():
+def test_the_kernel_fits_device_and_dtype():
     assert kernel_of(torch.device("cpu"), torch.bfloat16, 128) == "sdpa"
     if torch.cuda.is_available():
         assert kernel_of(torch.device("cuda"), torch.float32, 128) == "sdpa"
 
 
-def test_the_policy_packs_where_it_can(tiny_recipe):
+def test_the_policy_packs_if_it_can(tiny_recipe):
     assert load_policy(tiny_recipe()).packing == "sdpa"
     assert load_policy(tiny_recipe("train.packing=false")).packing == "off"
     assert load_policy(tiny_recipe('model.attn_implementation="eager"')).packing == "off"
@@ -153,7 +153,7 @@ def test_a_window_shorter_than_the_sequences_is_not_packed(tiny_recipe, tmp_path
 
 
 @pytest.mark.parametrize(("dtype", "leak"), [("float32", "all"), ("float32", "one token"), ("bfloat16", "all")])
-def test_a_row_that_leaks_is_found_out_behind_an_outlier_channel(tiny_recipe, monkeypatch, leak, dtype):
+def test_a_row_that_leaks_is_refused_despite_an_outlier_channel(tiny_recipe, monkeypatch, leak, dtype):
     """Real models have channels of values so large that a bound by the largest value would accept anything."""
     from popo_lite.policy import policy as module
 

@@ -1,4 +1,4 @@
-"""Base, adapters, predictor head and siamese on the tiny model, in real NF4."""
+"""Test base, adapters, predictor head and siamese on the tiny model, in real NF4."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from popo_lite.errors import ModelError, PopoError
-from popo_lite.objective.logprobs import token_logprobs
+from popo_lite.fused import fused_loss
 from popo_lite.policy.adapters import adapter_folder, load_adapter_weights, save_adapter
 from popo_lite.policy.load import import_unsloth, load_base
-from popo_lite.policy.policy import _refuse_unknown_head, load_policy, stop_ids_of
+from popo_lite.policy.policy import check_logits, load_policy, stop_ids_of
 from popo_lite.policy.siamese import Siamese
 from popo_lite.policy.trained import load_trained_policy
 
@@ -35,9 +35,9 @@ def states(policy, tokens):
 def loss_gradients(policy):
     policy.model.train()
     tokens = ids()
-    hidden = states(policy, tokens)
-    logps, entropies = token_logprobs(hidden[:, :-1].reshape(-1, 128), tokens[:, 1:].reshape(-1), policy.head)
-    (logps.mean() + entropies.mean()).backward()
+    hidden, targets = states(policy, tokens)[:, :-1].reshape(-1, 128), tokens[:, 1:].reshape(-1)
+    output = fused_loss(hidden, targets, policy.head, lambda logps, entropies, _: (logps + entropies).sum())
+    (output.loss / len(targets)).backward()
     found = {name: p.grad.clone() for name, p in policy.adapter_parameters()}
     policy.model.zero_grad(set_to_none=True)
     return found
@@ -278,7 +278,7 @@ def test_heads_of_other_architectures(tiny_recipe, tmp_path, architecture, extra
     assert (policy.head.bias is not None) == (architecture == "Phi")
     policy.head.__dict__["scale"] = 0.5 * policy.head.scale
     with pytest.raises(ModelError, match="not known here"):
-        _refuse_unknown_head(policy)
+        check_logits(policy)
 
 
 def test_a_torn_adapter_is_one_clear_error(policy, tiny_recipe, tmp_path):
@@ -311,7 +311,7 @@ def test_a_logit_scale_that_is_a_little_off_is_noticed_in_16_bit(tiny_recipe):
     policy = load_policy(tiny_recipe('model.dtype="bfloat16"'))
     policy.head.__dict__["scale"] = 1.05
     with pytest.raises(ModelError, match="not known here"):
-        _refuse_unknown_head(policy)
+        check_logits(policy)
 
 
 def test_a_run_can_be_loaded_without_the_adapter_it_started_from(policy, tiny_recipe, tmp_path):

@@ -1,4 +1,4 @@
-"""`popo-lite recipe`: what it prints and how it leaves."""
+"""Test what `popo-lite recipe` prints, and its exit codes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_check_reports_on_every_recipe_before_it_fails(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     Path("bad.toml").write_text("[lora]\nrank = 0\ndropout = 2", encoding="utf-8")
     result = invoke("check", "bad.toml", "missing.toml", "tiny_cpu")
-    assert result.output == "bad.toml: 2 faults\nmissing.toml: 1 fault\ntiny_cpu: ok\n"
+    assert result.output == "bad.toml: 2 errors\nmissing.toml: 1 error\ntiny_cpu: ok\n"
     assert isinstance(result.exception, RecipeError)
     assert result.exception.exit_code == 2
     assert [line.split(":")[0] for line in result.exception.what.split("\n")] == [
@@ -68,8 +68,12 @@ def test_check_in_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("bad.toml").write_text("[lora]\nrank = 0", encoding="utf-8")
     result = invoke("check", "tiny_cpu", "bad.toml", "--json")
     assert json.loads(result.output) == [
-        {"recipe": "tiny_cpu", "ok": True, "faults": []},
-        {"recipe": "bad.toml", "ok": False, "faults": ["bad.toml: lora.rank = 0: must be at least 1 and at most 1024"]},
+        {"recipe": "tiny_cpu", "ok": True, "errors": []},
+        {
+            "recipe": "bad.toml",
+            "ok": False,
+            "errors": ["bad.toml: lora.rank = 0: must be a whole number, at least 1 and at most 1024"],
+        },
     ]
     assert isinstance(result.exception, RecipeError)
 

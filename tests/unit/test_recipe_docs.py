@@ -1,24 +1,24 @@
-"""The template and the documentation page: complete, loadable, and the same as what is committed."""
+"""Test that the template and the documentation page are complete, load, and match the committed files."""
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
-from popo_lite.recipe import Recipe
-from popo_lite.recipe_file import SECTIONS, load_recipe
-from popo_lite.tools.recipe_docs import generated_files, meaning, recipes_markdown, section_meaning, template_toml
+from popo_lite.recipe import OBJECTIVES, Recipe
+from popo_lite.recipe_file import SECTIONS, keys_of, load_recipe, sections_of
+from popo_lite.tools.recipe_docs import DESCRIBED, generated_files, meaning, settings_markdown, template_toml
 
 CHECKOUT = Path(__file__).parents[2]
 
 
 def test_every_key_and_section_has_a_meaning() -> None:
-    unexplained = [name for name in SECTIONS if not section_meaning(name).endswith(".")]
-    unexplained += [
-        f"{name}.{key}" for name, keys in SECTIONS.items() for key in keys if not meaning(keys[key]).endswith(".")
-    ]
-    # A value in backticks may end a description.
-    assert [name for name in unexplained if name != "data.filter" and name != "eval.filter"] == []
+    described = {name: meaning(section) for name, section in DESCRIBED.items()}
+    for kind in OBJECTIVES:
+        for name, section in sections_of(kind).items():
+            described |= {f"{name}.{key}": meaning(field) for key, field in keys_of(section).items()}
+    assert [name for name, text in described.items() if not text.endswith(".")] == []
 
 
 def test_the_template_is_the_default_recipe_with_every_key(tmp_path: Path) -> None:
@@ -34,20 +34,26 @@ def test_the_template_is_the_default_recipe_with_every_key(tmp_path: Path) -> No
             section = line.strip("[]")
         elif " = " in line:
             seen.add(f"{section}.{line.removeprefix('# ').partition(' = ')[0]}")
-    assert seen >= {f"{name}.{key}" for name, keys in SECTIONS.items() for key in keys}
+    assert seen >= {f"{name}.{key}" for name, keys in SECTIONS.items() for key in keys_of(keys)}
 
 
 def test_the_template_wraps_its_comments() -> None:
     assert max(len(line) for line in template_toml().splitlines() if line.startswith("#")) <= 100
 
 
-def test_the_page_has_a_row_with_all_four_cells_for_every_key() -> None:
-    rows = [line for line in recipes_markdown().splitlines() if line.startswith("| `")]
-    assert len(rows) == sum(len(keys) for keys in SECTIONS.values())
-    for row in rows:
-        assert row.replace(r"\|", "").count("|") == 5
-    assert "| `rank` | a whole number, at least 1 and at most 1024 | `16` | Rank r of the update BA. |" in rows
-    assert "| `limit` | a whole number, at least 1 | unset | Use only this many rows, the first ones. |" in rows
+def test_the_page_describes_every_key_of_every_algorithm() -> None:
+    page = settings_markdown()
+    for kind in OBJECTIVES:
+        for name, section in sections_of(kind).items():
+            part = page.partition(f"\n## [{name}]\n")[2].partition("\n## ")[0]
+            for key, field in keys_of(section).items():
+                inherited = re.search(rf"- .*`{key}`.*: as in \[data\]\.\n", part)
+                assert re.search(rf"^- `{key}\b.*: {re.escape(meaning(field))}$", part, re.MULTILINE) or inherited
+    assert "\n- `rank = 16` (at least 1 and at most 1024): Rank r of the update BA.\n" in page
+    assert "\n- `limit`, unset (a whole number, at least 1): Use only the first rows.\n" in page
+    grpo = page.partition("\nOnly with `grpo`:\n\n")[2].partition("\n## ")[0]
+    assert "- `kl_coef = 0.0` (at least 0): " in grpo
+    assert "weights" not in grpo
 
 
 def test_the_committed_files_are_the_generated_ones() -> None:

@@ -1,4 +1,4 @@
-"""Every recipe that ships: it loads, its plan fits the card that it is made for, and a pair compares one thing."""
+"""Test that every shipped recipe loads and fits its card, and that a pair of recipes compares one thing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from popo_lite.recipe import Recipe
-from popo_lite.recipe_file import dump_recipe, load_recipe, shipped_recipes
+from popo_lite.recipe_file import dump_recipe, flatten, load_recipe, shipped_recipes
 from popo_lite.tools.plan import advice_for, load_shape, plan_memory
 from popo_lite.tools.plan.shapes import KNOWN_CONFIGS
 
@@ -21,11 +20,6 @@ MODELS = {
     "deepseek_math_7b": "deepseek-ai/deepseek-math-7b-instruct",
 }
 GPU_RECIPES = [f"{name}_{kind}" for name in MODELS for kind in ("lora", "grpo")]
-
-
-def settings(recipe: Recipe) -> dict[str, object]:
-    """Every setting by its full name."""
-    return {f"{name}.{key}": value for name, section in recipe.to_dict().items() for key, value in section.items()}
 
 
 # The template shows every key with its default, and its default model is too small for its default lengths.
@@ -73,7 +67,7 @@ def test_models_that_think_long_are_let_think(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_popo_and_grpo_differ_in_the_objective_alone(name):
-    popo, grpo = (settings(load_recipe(f"{name}_{kind}")) for kind in ("lora", "grpo"))
+    popo, grpo = (flatten(load_recipe(f"{name}_{kind}")) for kind in ("lora", "grpo"))
     differing = {key for key in popo.keys() | grpo.keys() if popo.get(key) != grpo.get(key)}
     assert "objective.algorithm" in differing
     assert {key.partition(".")[0] for key in differing} <= {"objective", "siamese"}
