@@ -58,7 +58,7 @@ def test_bench_prints_stages_tensors_beside_the_plan_and_the_whole_run(command):
     assert "The whole run at this size" in text
     assert "60 steps" in text
     assert "Not counted" in text
-    assert "measured on a GPU alone" in text
+    assert "measured on a GPU only" in text
     assert "warm-up step" in done.stderr
 
 
@@ -219,21 +219,25 @@ def test_running_out_of_memory_is_a_result(monkeypatch, capsys, target, stage, l
 )
 def test_tokens_are_those_that_the_step_forwards(monkeypatch, tiny_recipe, overrides, siamese, update):
     forwarded, by_step = [], []
-    hidden_states, apply_update = Policy.hidden_states, Learner.apply
+    hidden_states, plan_update, apply_update = Policy.hidden_states, Learner.plan, Learner.apply
 
     def counting(policy, input_ids, lengths):
         forwarded.append(len(input_ids))
         return hidden_states(policy, input_ids, lengths)
 
+    def plan(*arguments):
+        forwarded.clear()  # what was forwarded while the model was loaded
+        return plan_update(*arguments)
+
     def apply(*arguments):
         by_step.append(sum(forwarded))
-        forwarded.clear()
         return apply_update(*arguments)
 
     recipe = tiny_recipe(
         "data.prompts_per_step=2", "rollout.max_prompt_length=8", "rollout.max_completion_length=8", *overrides
     )
     monkeypatch.setattr(Policy, "hidden_states", counting)
+    monkeypatch.setattr(Learner, "plan", plan)
     monkeypatch.setattr(Learner, "apply", apply)
     found = run_bench(recipe, positives=3)
     stages = {stage["stage"]: stage for stage in found["stages"]}

@@ -7,9 +7,9 @@ import json
 import bitsandbytes as bnb
 import pytest
 import torch
+from popo_lite.tools.bench.meter import Meter, OutOfMemoryError
 
 from popo_lite.recipe import ModelRecipe
-from popo_lite.tools.bench.meter import Meter, OutOfMemoryError
 from popo_lite.tools.bench.random_base import random_base
 
 pytestmark = [

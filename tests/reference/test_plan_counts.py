@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from popo_lite.training.optimizer import build_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,7 +33,6 @@ from popo_lite.tools.plan.shapes import (
 )
 from popo_lite.tools.plan.sizes import adapter_elements, base_bytes, nf4_bytes, optimizer_bytes, predictor_elements
 from popo_lite.tools.plan.vram import plan_memory
-from popo_lite.training.optimizer import build_optimizer
 from popo_lite.types import Problem, Prompt
 
 SMALL = {

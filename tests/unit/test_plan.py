@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from popo_lite.objective.chunks import chunk_tokens
 
 from popo_lite.errors import ModelError, UserInputError
-from popo_lite.objective.chunks import chunk_tokens
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.tools.plan import (
