@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from popo_lite.errors import CheckpointError, DataError, GradingError, ModelError, UserInputError
+from popo_lite.evaluation import pass_at_k
 from popo_lite.grading import Grader
 from popo_lite.policy.load import TINY_FOLDER, load_tokenizer
 from popo_lite.policy.policy import load_policy
@@ -25,7 +26,7 @@ from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.benchmarks import estimates
 from popo_lite.tools.benchmarks.answer_file import EvaluationFolder
 from popo_lite.tools.benchmarks.choices import choices_of, settings_of
-from popo_lite.tools.benchmarks.estimates import bootstrap_interval, majority_at_k, pass_at_k
+from popo_lite.tools.benchmarks.estimates import bootstrap_interval, majority_at_k
 from popo_lite.tools.benchmarks.report import benchmark_report
 from popo_lite.tools.benchmarks.run import (
     chunks_of,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -16,15 +16,12 @@ import click
 from popo_lite.errors import EngineError, UserInputError
 
 if TYPE_CHECKING:
-    from popo_lite.policy.policy import Policy
     from popo_lite.recipe import Recipe
-    from popo_lite.samplers import Sampler
     from popo_lite.tasks.rendering import Renderer
     from popo_lite.tools.benchmarks.answer_file import EvaluationFolder
     from popo_lite.tools.benchmarks.choices import Choices
     from popo_lite.tools.benchmarks.run import Chunk, PreparedBenchmark
     from popo_lite.tools.benchmarks.subject import Subject
-    from popo_lite.types import Prompt
 
 WEIGHTS = ("base", "adapter", "siamese")
 ONLY_HELD_OUT = ("problems",)
@@ -111,70 +108,16 @@ def _advice_for_eval() -> Iterator[None]:
 _HELD_OUT_OPTIONS = ("problems", "samples", "temperature", "seed", "engine")
 
 
-def _held_out(
-    run: Path,
-    weights: tuple[str, ...],
-    as_json: bool,
-    *,
-    problems: int | None,
-    samples: int | None,
-    temperature: float | None,
-    seed: int | None,
-    engine: str | None,
-) -> None:
-    from popo_lite.tools.benchmarks.subject import open_run
-
-    subject = open_run(run, weights)
-    recipe = _with_engine(subject.recipe, engine)
-    count = problems or recipe.eval.problems
-    if count < 1:
-        raise UserInputError(
-            "this run's recipe has no held-out problems",
-            where="eval.problems = 0",
-            next_step=f"popo-lite eval {run} --problems 200",
-        )
-
-    from popo_lite.evaluation import evaluate, fitting
-    from popo_lite.grading import Grader
-    from popo_lite.samplers import SamplingParams
-    from popo_lite.tasks import open_tasks
-    from popo_lite.tasks.rendering import Renderer
+def _held_out(run: Path, weights: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    from popo_lite.tools.benchmarks.held_out import evaluate_run
     from popo_lite.tools.console.reports import eval_report
 
-    _set_threads(recipe)
-    task = open_tasks(recipe)[1]
-    policy = subject.load(recipe)
-    renderer = Renderer.of(recipe, policy.tokenizer)
-    held_out = fitting(task.held_out(count), renderer, recipe)
-    results = []
-    with Grader(recipe.reward) as grader, _sampler(recipe, policy, renderer) as sampler:
-        grader.check()
-        _prove(recipe, policy, sampler, map(renderer.render, held_out))
-        for name, adapter in subject.adapters.items():
-            with (
-                _holding(adapter, policy, sampler),
-                _bar(f"{name}: answers", len(held_out) * (samples or 8), as_json) as bar,
-            ):
-                results.append(
-                    evaluate(
-                        weights=name,
-                        policy=policy,
-                        sampler=sampler,
-                        renderer=renderer,
-                        grader=grader,
-                        task=task,
-                        problems=held_out,
-                        samples_per_problem=samples or 8,
-                        params=SamplingParams(
-                            temperature=temperature or recipe.eval.temperature,
-                            max_completion_length=recipe.rollout.max_completion_length,
-                        ),
-                        threshold=recipe.objective.reward_threshold,
-                        max_ungraded_ratio=recipe.reward.max_ungraded_ratio,
-                        seed=seed or 0,
-                        progress=bar,
-                    )
-                )
+    results = evaluate_run(
+        run,
+        weights=weights,
+        **{name: value for name, value in options.items() if value is not None},
+        bar=partial(_bar, as_json=as_json),
+    )
     if as_json:
         click.echo(json.dumps({"run": str(run), "results": [asdict(result) for result in results]}))
     else:
@@ -184,6 +127,7 @@ def _held_out(
 def _benchmarks(model_or_run: str, weights: tuple[str, ...], as_json: bool, choices: Choices) -> None:
     from popo_lite.tools.benchmarks.answer_file import EvaluationFolder
     from popo_lite.tools.benchmarks.choices import settings_of
+    from popo_lite.tools.benchmarks.held_out import set_threads
     from popo_lite.tools.benchmarks.run import chunks_of, summarise
     from popo_lite.tools.benchmarks.subject import open_model, open_run
 
@@ -191,7 +135,7 @@ def _benchmarks(model_or_run: str, weights: tuple[str, ...], as_json: bool, choi
     path = Path(model_or_run).expanduser()
     subject = open_run(path, weights) if is_run else open_model(model_or_run, weights)
     recipe = choices.applied_to(subject.recipe)
-    _set_threads(recipe)
+    set_threads(recipe)
     prepared, renderer = _prepared(subject, recipe, choices)
     settings = settings_of(subject, recipe, prepared, choices)
     folder = EvaluationFolder(
@@ -292,20 +236,21 @@ def _sample(
 ) -> None:
     """Sample, grade and write `chunks`, one after another."""
     from popo_lite.grading import Grader
+    from popo_lite.tools.benchmarks.held_out import holding, open_quiet_sampler, prove
     from popo_lite.tools.benchmarks.run import refuse_ungradable, sample_chunk
 
     policy = subject.load(recipe)
     folder.note_environment(policy.device)
     lines = folder.answers()
-    with Grader(recipe.reward) as grader, _sampler(recipe, policy, renderer) as sampler:
+    with Grader(recipe.reward) as grader, open_quiet_sampler(recipe, policy, renderer) as sampler:
         grader.check()
-        _prove(recipe, policy, sampler, prepared[0].prompts)
+        prove(recipe, policy, sampler, prepared[0].prompts)
         for name, adapter in subject.adapters.items():
             todo = [chunk for chunk in chunks if chunk.weights == name]
             if not todo:
                 continue
             total = choices.samples * sum(len(chunk.prompts) for chunk in todo)
-            with _holding(adapter, policy, sampler), _bar(f"{name}: answers", total, as_json) as bar:
+            with holding(adapter, policy, sampler), _bar(f"{name}: answers", total, as_json) as bar:
                 for chunk in todo:
                     new = sample_chunk(
                         chunk,
@@ -327,53 +272,12 @@ def _sample(
                     folder.add(new)
 
 
-def _with_engine(recipe: Recipe, engine: str | None) -> Recipe:
-    if engine is None:
-        return recipe
-    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": engine})})
-
-
 def _with_room(recipe: Recipe, prepared: list[PreparedBenchmark]) -> Recipe:
     """`recipe` with room for the longest prompt and, together with it, for the longest prompt with its answer."""
     prompt = max(one.longest_prompt_tokens for one in prepared)
     both = max(one.longest_prompt_tokens + one.max_completion_length for one in prepared)
     limits = {"max_prompt_length": prompt, "max_completion_length": both - prompt}
     return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=limits)})
-
-
-def _set_threads(recipe: Recipe) -> None:
-    import torch
-
-    if recipe.train.cpu_threads:
-        torch.set_num_threads(recipe.train.cpu_threads)
-
-
-def _sampler(recipe: Recipe, policy: Policy, renderer: Renderer) -> Sampler:
-    from popo_lite.samplers import open_sampler
-
-    return open_sampler(recipe, policy, text=renderer.text, notify=partial(click.echo, err=True))
-
-
-def _prove(recipe: Recipe, policy: Policy, sampler: Sampler, prompts: Iterable[Prompt]) -> None:
-    from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
-
-    SamplerGuard(recipe, policy, sampler).prove(list(islice(prompts, PROBE_PROMPTS)), lambda _: None)
-
-
-@contextmanager
-def _holding(adapter: Path | None, policy: Policy, sampler: Sampler) -> Iterator[None]:
-    """Policy and sampler hold the adapter in this folder, or none, as long as this lasts."""
-    from popo_lite.policy.adapters import empty_adapter, load_adapter_weights
-
-    if adapter is None:
-        # Emptied and not only switched off: an engine with weights of its own is given the adapter too.
-        empty_adapter(policy.model)
-    else:
-        load_adapter_weights(policy.model, adapter)
-    policy.version += 1
-    sampler.sync(policy.version)
-    with policy.model.disable_adapter() if adapter is None else nullcontext():
-        yield
 
 
 def _bar(description: str, total: int, as_json: bool) -> Any:
