@@ -20,8 +20,6 @@ from popo_lite.policy.siamese import Siamese
 from popo_lite.recipe import Recipe
 from popo_lite.samplers.base import SamplingParams
 from popo_lite.samplers.hf import HFSampler
-from popo_lite.tools.plan.activations import LayerBytes, layer_bytes
-from popo_lite.tools.plan.engine import hf_moments
 from popo_lite.tools.plan.shapes import (
     KNOWN_CONFIGS,
     ModelShape,
@@ -30,7 +28,16 @@ from popo_lite.tools.plan.shapes import (
     parameter_counts,
     shape_of,
 )
-from popo_lite.tools.plan.sizes import adapter_elements, base_bytes, nf4_bytes, optimizer_bytes, predictor_elements
+from popo_lite.tools.plan.terms import (
+    LayerBytes,
+    adapter_elements,
+    base_bytes,
+    hf_moments,
+    layer_bytes,
+    nf4_bytes,
+    optimizer_bytes,
+    predictor_elements,
+)
 from popo_lite.tools.plan.vram import plan_memory
 from popo_lite.training.optimizer import build_optimizer
 from popo_lite.types import Problem, Prompt
@@ -97,7 +104,7 @@ def test_known_models_have_the_parameters_that_transformers_builds(name: str) ->
         model = AutoModelForCausalLM.from_config(built)
     shape = shape_of(config)
     assert shape == shape_of(built.to_dict())
-    assert parameter_counts(shape).total == sum(p.numel() for p in model.parameters())
+    assert sum(parameter_counts(shape).values()) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -116,10 +123,10 @@ def test_every_understood_architecture_is_counted_by_class(config: dict[str, Any
     counts = parameter_counts(shape_of(SMALL | config))
     head = model.get_output_embeddings()
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    assert counts.linears == sum(linear.weight.numel() for linear in linears)
-    assert counts.embeddings == model.get_input_embeddings().weight.numel()
-    assert counts.head == (0 if config["tie_word_embeddings"] else head.weight.numel())
-    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts["base linears"] == sum(linear.weight.numel() for linear in linears)
+    assert counts["embeddings"] == model.get_input_embeddings().weight.numel()
+    assert counts["LM head"] == (0 if config["tie_word_embeddings"] else head.weight.numel())
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
@@ -499,6 +506,6 @@ def test_the_base_takes_less_in_nf4_by_what_the_scales_allow(tiny_recipe: Callab
     shape = shape_of(KNOWN_CONFIGS["Qwen/Qwen2.5-Math-7B"])
     model = tiny_recipe("model.dtype=bfloat16").model
     single = model.model_copy(update={"double_quantization": False})
-    weights = parameter_counts(shape).linears
-    assert base_bytes(shape, model).linears * 8 / weights == pytest.approx(4.127, abs=1e-3)
-    assert base_bytes(shape, single).linears * 8 / weights == pytest.approx(4.5, abs=1e-3)
+    weights = parameter_counts(shape)["base linears"]
+    assert base_bytes(shape, model)["base linears"] * 8 / weights == pytest.approx(4.127, abs=1e-3)
+    assert base_bytes(shape, single)["base linears"] * 8 / weights == pytest.approx(4.5, abs=1e-3)
