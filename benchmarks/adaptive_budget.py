@@ -23,14 +23,15 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from popo_lite.console.views import SilentView
+from popo_lite.training.loop import Trainer
+
+from popo_lite.callbacks import Callback
 from popo_lite.evaluation import evaluate
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder, environment
 from popo_lite.samplers import SamplingParams
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks.arithmetic import is_held_out
-from popo_lite.training.loop import Trainer
 from popo_lite.types import Problem
 
 RESULTS = Path(__file__).parent / "results" / "adaptive_budget.json"
@@ -85,7 +86,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def pass_rates(overrides: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Pass rates of the warm-started model: by class, and the spread over single prompts (16 samples each)."""
     found: dict[str, Any] = {}
-    with Trainer(load_recipe("tiny_cpu", overrides), SilentView()) as trainer:
+    with Trainer(load_recipe("tiny_cpu", overrides), Callback()) as trainer:
         for name in dict.fromkeys(row["digits"] for row in rows):
             problems = [
                 Problem(id=row["id"], messages=({"role": "user", "content": row["prompt"]},), answer=row["answer"])
@@ -114,7 +115,7 @@ def pass_rates(overrides: list[str], rows: list[dict[str, Any]]) -> dict[str, An
 def train(overrides: list[str], folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(lines of metrics.jsonl, lines of evaluations.jsonl) of one run."""
     folder.mkdir()
-    with Trainer(load_recipe("tiny_cpu", overrides), SilentView()) as trainer:
+    with Trainer(load_recipe("tiny_cpu", overrides), Callback()) as trainer:
         if trainer.run(RunFolder(folder)).summary is None:
             raise SystemExit("interrupted")
     run = RunFolder(folder)

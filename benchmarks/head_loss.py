@@ -4,11 +4,11 @@
     python benchmarks/head_loss.py --json                       the same as JSON on the standard output
     python benchmarks/head_loss.py --json benchmarks/results/head_loss-cpu.json
     python benchmarks/head_loss.py --device cuda --shape qwen2.5-1.5b --tokens 4096 --memory-tokens 8192
-    python benchmarks/head_loss.py --device cuda --shape qwen2.5-7b --dtype bfloat16 --only naive weighted
+    python benchmarks/head_loss.py --device cuda --shape qwen2.5-7b --dtype bfloat16 --only naive fused
 
 Every variant runs in a process of its own, in rounds: each round runs every variant once. Synthetic hidden states and
-head; every token has its own random coefficients of log-prob and entropy, or, where a rival knows no entropy or no
-coefficients (`gives`), the sum of log-probs. Ratios are to `naive`: the logits as a model's own head makes them, in
+head; every token has its own random coefficients of log-prob and entropy. For a rival without entropy or coefficients
+(`gives`) the loss is the sum of log-probs. Ratios are to `naive`: the logits as a model's own head makes them, in
 its dtype, and everything after them in float32. `naive_float32_logits` rounds no logits, as popo-lite does not.
 
 Memory is the most that a first pass over --memory-tokens takes beyond inputs and head: on a CPU resident memory, by
@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from popo_lite.objective.logprobs import Head, naive_token_logprobs, token_logprobs, weighted_token_logprobs
+from popo_lite.fused import Head, fused_loss, naive_logprobs
 from popo_lite.run_folder import environment
 
 SHAPES = {
@@ -84,7 +84,7 @@ def naive(hidden: Tensor, x: Inputs) -> Tensor:
 
 def naive_float32_logits(hidden: Tensor, x: Inputs) -> Tensor:
     """All logits in float32."""
-    return x.total(*naive_token_logprobs(hidden, x.targets, Head(weight=x.weight)))
+    return x.total(*naive_logprobs(hidden, x.targets, Head(weight=x.weight)))
 
 
 def checkpointed(hidden: Tensor, x: Inputs) -> Tensor:
@@ -98,23 +98,14 @@ def checkpointed(hidden: Tensor, x: Inputs) -> Tensor:
     return x.total(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def weighted(hidden: Tensor, x: Inputs, *, compile_rows: bool = False) -> Tensor:
-    """Ours, coefficients known."""
-    return weighted_token_logprobs(
-        hidden,
-        x.targets,
-        Head(weight=x.weight),
-        logp_coefficients=x.a,
-        entropy_coefficients=x.b,
-        chunk=x.chunk,
-        compile_rows=compile_rows,
-    ).total
+def fused(hidden: Tensor, x: Inputs, *, compile_rows: bool = False) -> Tensor:
+    """Ours."""
 
+    def token_loss(logps: Tensor, entropies: Tensor, part: slice) -> Tensor:
+        return (x.a[part] * logps).sum() + (x.b[part] * entropies).sum()
 
-def recomputed(hidden: Tensor, x: Inputs, *, compile_rows: bool = False) -> Tensor:
-    """Ours, coefficients not known."""
     head = Head(weight=x.weight)
-    return x.total(*token_logprobs(hidden, x.targets, head, chunk=x.chunk, compile_rows=compile_rows))
+    return fused_loss(hidden, x.targets, head, token_loss, chunk=x.chunk, compile_rows=compile_rows).loss
 
 
 def trl_full_logits(hidden: Tensor, x: Inputs) -> Tensor:
@@ -187,10 +178,8 @@ VARIANTS = {
     "naive": Variant(total=naive),
     "naive_float32_logits": Variant(total=naive_float32_logits),
     "checkpointed": Variant(total=checkpointed),
-    "weighted": Variant(total=weighted),
-    "weighted_compiled": Variant(total=lambda hidden, x: weighted(hidden, x, compile_rows=True)),
-    "recomputed": Variant(total=recomputed),
-    "recomputed_compiled": Variant(total=lambda hidden, x: recomputed(hidden, x, compile_rows=True)),
+    "fused": Variant(total=fused),
+    "fused_compiled": Variant(total=lambda hidden, x: fused(hidden, x, compile_rows=True)),
     "trl_full_logits": Variant(total=trl_full_logits, needs=("trl",)),
     "trl_fused_head": Variant(total=trl_fused_head, needs=("trl", "cuda")),
     "liger_cross_entropy": Variant(total=liger_cross_entropy, gives="sum of log-probs", needs=("liger-kernel", "cuda")),
@@ -199,7 +188,7 @@ VARIANTS = {
         total=torch_linear_cross_entropy, gives="sum of log-probs", needs=("functional.linear_cross_entropy",)
     ),
 }
-OURS = ("weighted", "weighted_compiled", "recomputed", "recomputed_compiled")
+OURS = ("fused", "fused_compiled")
 
 
 def version(package: str) -> str | None:
@@ -244,7 +233,7 @@ def gradient_error(variant: Variant, x: Inputs) -> float:
     """|g - g64| / |g64| over the tokens of `x`."""
     found = gradient(variant, x).double()
     hidden = x.hidden.double().requires_grad_()
-    logps, entropies = naive_token_logprobs(hidden, x.targets, Head(weight=x.weight.double()))
+    logps, entropies = naive_logprobs(hidden, x.targets, Head(weight=x.weight.double()))
     (logps.sum() if variant.gives == "sum of log-probs" else x.total(logps, entropies)).backward()
     assert hidden.grad is not None
     return float((found - hidden.grad).norm() / hidden.grad.norm())

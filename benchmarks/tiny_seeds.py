@@ -53,7 +53,7 @@ def main() -> None:
         before, after = result["before"], result["after"]
         print(
             f"seed {seed}: pass@1 {before['pass_at_1']:.1%} -> {after['pass_at_1']:.1%}, step by step "
-            f"{before['step_by_step_ratio']:.1%} -> {after['step_by_step_ratio']:.1%}, "
+            f"{before['task_figures']['step_by_step_ratio']:.1%} -> {after['task_figures']['step_by_step_ratio']:.1%}, "
             f"{result['process_seconds']:.0f} s",
             flush=True,
         )

@@ -40,9 +40,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -50,20 +49,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from popo_lite import update
+from popo_lite.fused import Head, LossOutput, TokenLoss, naive_logprobs
 from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.load import pick_device
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.run_folder import environment
-from popo_lite.tools.bench.measure import peaks_beside_plan, planned_phases
-from popo_lite.tools.bench.meter import Meter, OutOfMemoryError, cap_memory
+from popo_lite.samplers import SamplingParams
+from popo_lite.tools.bench.measure import (
+    Meter,
+    OutOfMemoryError,
+    cap_memory,
+    frozen_bytes,
+    longest_update,
+    peaks_beside_plan,
+    planned_phases,
+    run_steps,
+)
 from popo_lite.tools.bench.random_base import random_base, stand_in_tokenizer
-from popo_lite.tools.bench.synthetic import random_completions, random_policy, random_prompts, step_size
-from popo_lite.tools.bench.updates import UPDATE_STAGES, frozen_bytes, longest_update, train_once
+from popo_lite.tools.bench.synthetic import BenchTrainer, RandomSampler, random_policy, random_prompt
 from popo_lite.tools.plan import load_shape
 from popo_lite.tools.plan.command import parse_size
-from popo_lite.training.learner import Learner
-from popo_lite.types import Group, Outcome, Reward, Rollout
 
 SHAPES = {
     "tiny": "tiny",
@@ -72,6 +79,8 @@ SHAPES = {
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
     "deepseek-math-7b": "deepseek-ai/deepseek-math-7b-base",
 }
+UPDATE_STAGES = ("weights", "siamese", "update", "optimizer")
+"""The stages of a step in which it trains."""
 RIVALS = ("trl", "trl-liger")
 PASS_TOKENS = 8192
 """Tokens of a forward and backward pass of several sequences, unless told: the default of the recipes."""
@@ -98,7 +107,7 @@ def recipe_for(arguments: argparse.Namespace, tokens: int) -> Recipe:
                 "num_generations": arguments.positives,
                 "max_prompt_length": prompt,
                 "max_completion_length": tokens - prompt,
-                "sleep": False,  # the optimizer's state stays on the GPU, where TRL's is
+                "vllm": {"enable_sleep_mode": False},  # the optimizer's state stays on the GPU, where TRL's is
             },
             "data": {"prompts_per_step": 1},
             "optimizer": {"name": "adamw8bit"},
@@ -107,78 +116,51 @@ def recipe_for(arguments: argparse.Namespace, tokens: int) -> Recipe:
     )
 
 
-def group_of(recipe: Recipe, vocabulary: int, seed: int, *, policy_version: int = 0) -> Group:
-    """The rollouts of update `seed`, the same on both sides: random tokens, rewards from 1 down to 0.6."""
-    size = step_size(recipe, positives=recipe.rollout.num_generations)
-    (prompt,) = random_prompts(size, vocabulary, seed=2 * seed)
-    (completions,) = random_completions(size, vocabulary, seed=2 * seed)
-    return Group(
-        rollouts=tuple(
-            Rollout(
-                prompt=prompt,
-                completion=completion,
-                reward=Reward(value=1.0 - 0.4 * index / size.num_generations, outcome=Outcome.CORRECT),
-                policy_version=policy_version,
-                index=index,
-            )
-            for index, completion in enumerate(completions)
-        )
-    )
+def verdict(number: int, total: int) -> float:
+    """Rewards from 1 down to 0.6: every answer is a positive, and has an advantage."""
+    return 1.0 - 0.4 * number / total
 
 
 # ---------------------------------------------------------------------- our side
 
 
 def use_naive_loss() -> None:
-    """Put the loss over all logits in the fused one's place, in this process alone."""
-    from popo_lite.objective.logprobs import Head, TokenTerms, naive_token_logprobs
-    from popo_lite.training import learner
+    """Replace the fused loss by one over all logits, in this process alone."""
 
-    def naive(
-        hidden: Tensor,
-        targets: Tensor,
-        head: Head,
-        *,
-        logp_coefficients: Tensor,
-        entropy_coefficients: Tensor | float,
-        factor: Callable[[Tensor, slice], Tensor],
-        **_: Any,
-    ) -> TokenTerms:
-        logps, entropies = naive_token_logprobs(hidden, targets, head)
-        coefficients = logp_coefficients * factor(logps.detach(), slice(None))
-        total = (coefficients * logps).sum() + (entropy_coefficients * entropies).sum()
-        return TokenTerms(total=total, logps=logps.detach(), entropies=entropies.detach())
+    def naive(hidden: Tensor, targets: Tensor, head: Head, token_loss: TokenLoss, **_: Any) -> LossOutput:
+        logps, entropies = naive_logprobs(hidden, targets, head)
+        loss = token_loss(logps, entropies, slice(None))
+        return LossOutput(loss, logps.detach(), entropies.detach())
 
-    learner.weighted_token_logprobs = naive  # type: ignore[attr-defined, assignment]
+    update.fused_loss = naive  # type: ignore[assignment]
 
 
 def our_side(arguments: argparse.Namespace, tokens: int) -> Side:
-    """Metered updates of ours at sequences of `tokens`."""
+    """Measure updates of ours at sequences of `tokens`."""
     recipe = recipe_for(arguments, tokens)
-    policy = random_policy(recipe)
-    meter = Meter(device=policy.device)
-    notices: list[str] = []
-    learner = Learner(recipe, policy, notify=notices.append, relief=meter.exhausted)
+    device = pick_device("auto")
+    meter = Meter(device)
     cap = None if arguments.memory_cap is None else parse_size(arguments.memory_cap)
-    planned = planned_phases(recipe, policy.device, cap)
-    vocabulary = policy.head.weight.shape[0]
-    figures = []
+    planned = planned_phases(recipe, device, cap)
     try:
-        for step in range(arguments.updates + 1):
-            group = group_of(recipe, vocabulary, step, policy_version=policy.version)
-            figures.append(train_once(learner, meter, step, [group]).figures)
+        with BenchTrainer(
+            recipe, meter, verdict=verdict, memory_advice=meter.exhausted, random_answers=True
+        ) as trainer:
+            run_steps(trainer, meter, arguments.updates, lambda _: None)
+            base_bytes, packing = frozen_bytes(trainer.policy.model), trainer.policy.packing
     except OutOfMemoryError as error:
-        return {"out_of_memory": error.what, "notices": notices}
-    stages = {stage: statistics.median(cost.seconds for cost in meter.costs[stage][1:]) for stage in UPDATE_STAGES}
-    return costs_of(meter, UPDATE_STAGES) | {
+        return {"out_of_memory": error.what, "notices": meter.notices}
+    stages = {stage: meter.seconds(stage) for stage in UPDATE_STAGES}
+    seconds = [sum(record["seconds"][stage] for stage in UPDATE_STAGES) for record in meter.records]
+    return costs_of(seconds, [meter.peaks[stage] for stage in UPDATE_STAGES if stage in meter.peaks]) | {
         "seconds_by_stage": stages,
-        "peaks_by_phase": [asdict(peak) for peak in peaks_beside_plan(meter, planned, engine=recipe.rollout.engine)],
-        "entropies": [one.entropy for one in figures],
-        "grad_norms": [one.grad_norm for one in figures],
-        "passes": figures[-1].micro_batches,
-        "base_bytes": frozen_bytes(policy.model),
-        "packing": policy.packing,
-        "notices": notices,
+        "peaks_by_phase": peaks_beside_plan(meter, planned, engine=recipe.rollout.engine),
+        "entropies": [record["entropy"] for record in meter.records],
+        "grad_norms": [record["grad_norm"] for record in meter.records],
+        "passes": meter.records[-1]["micro_batches"],
+        "base_bytes": base_bytes,
+        "packing": packing,
+        "notices": meter.notices,
     }
 
 
@@ -214,26 +196,31 @@ def trl_side(arguments: argparse.Namespace, tokens: int) -> Side:
     tokenizer = stand_in_tokenizer()
     tokenizer.padding_side = "left"
     vocabulary = base.config.vocab_size
-    meter = Meter(device=device)
-    running = ExitStack()
+    meter = Meter(device)
+    times: list[float] = []
 
     def rollouts(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
-        group = group_of(recipe, vocabulary, trainer.state.global_step)
-        assert len(prompts) == len(group.rollouts)
+        prompt = random_prompt(trainer.state.global_step, vocabulary, recipe.rollout.max_prompt_length)
+        params = SamplingParams(temperature=1.0, max_completion_length=recipe.rollout.max_completion_length)
+        (answers,) = RandomSampler(vocabulary).sample([prompt], count=len(prompts), params=params)
         return {
-            "prompt_ids": [list(one.prompt.token_ids) for one in group.rollouts],
-            "completion_ids": [list(one.completion.token_ids) for one in group.rollouts],
+            "prompt_ids": [list(prompt.token_ids) for _ in answers],
+            "completion_ids": [list(answer.token_ids) for answer in answers],
             "logprobs": None,
-            "made": [one.reward.value for one in group.rollouts],
+            "made": [verdict(number, len(answers)) for number in range(len(answers))],
         }
 
     def reward(made: Sequence[float], **_: Any) -> list[float]:
-        running.enter_context(meter("update"))
+        meter.stage("update")
+        times.append(time.perf_counter())
         return list(made)
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            running.close()
+            meter.stage("between updates")
+            times.append(time.perf_counter())
+            if len(times) == 2:
+                meter.forget_step()
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
@@ -279,22 +266,21 @@ def trl_side(arguments: argparse.Namespace, tokens: int) -> Side:
     unchanged = [name for name, values in before.items() if torch.equal(values, model.get_parameter(name).cpu())]
     assert not unchanged, f"TRL left {len(unchanged)} of {len(before)} adapters as they were"
     entropies = [line["entropy"] for line in trainer.state.log_history if "loss" in line]
-    return costs_of(meter, ("update",)) | {"entropies": entropies, "passes": passes, "base_bytes": base_bytes}
+    seconds = [end - start for start, end in zip(times[2::2], times[3::2], strict=True)]
+    peaks = [meter.peaks["update"]] if "update" in meter.peaks else []
+    return costs_of(seconds, peaks) | {"entropies": entropies[1:], "passes": passes, "base_bytes": base_bytes}
 
 
 # ---------------------------------------------------------------------- both
 
 
-def costs_of(meter: Meter, stages: Sequence[str]) -> Side:
-    """Seconds and peaks of the updates behind the first, `stages` taken together."""
-    updates = list(zip(*(meter.costs[stage] for stage in stages), strict=True))[1:]
-    seconds = [sum(cost.seconds for cost in update) for update in updates]
-    peaks = [cost for update in updates for cost in update if cost.allocated_bytes is not None]
+def costs_of(seconds: Sequence[float], peaks: Sequence[tuple[int, int]]) -> Side:
+    """Return seconds and peaks of the measured updates; no peaks on a CPU."""
     return {
-        "seconds": seconds,
+        "seconds": list(seconds),
         "seconds_median": statistics.median(seconds),
-        "peak_allocated_bytes": max((cost.allocated_bytes for cost in peaks), default=None),
-        "peak_card_bytes": max((cost.card_bytes for cost in peaks), default=None),
+        "peak_allocated_bytes": max((peak[0] for peak in peaks), default=None),
+        "peak_card_bytes": max((peak[1] for peak in peaks), default=None),
     }
 
 

@@ -17,7 +17,7 @@ from popo_lite.types import EvalResult, FinishReason, Problem
 
 
 def fitting(problems: Sequence[Problem], renderer: Renderer, recipe: Recipe) -> list[Problem]:
-    """`problems` without those that `data.overlong_prompts = "skip"` leaves out; else all of them."""
+    """Return `problems` without those that `data.overlong_prompts = "skip"` skips."""
     if recipe.data.overlong_prompts == "error":
         return list(problems)
     return [problem for problem in problems if renderer.fits(problem)]
@@ -42,7 +42,7 @@ def evaluate(
     """Sample `samples_per_problem` answers to every problem and grade them.
 
     The random streams depend on `seed` and the problem alone, so two policies are compared on the same draws.
-    `weights` names what is measured in the result. Raises GradingError where more than `max_ungraded_ratio` of the
+    `weights` names what is measured in the result. Raises GradingError if more than `max_ungraded_ratio` of the
     answers cannot be graded: counted as wrong, a broken grader would look like a bad model.
     """
     start = time.perf_counter()
@@ -69,14 +69,13 @@ def evaluate(
     ]
     ks = [2**power for power in range(samples_per_problem.bit_length()) if 2**power <= samples_per_problem]
     estimates = {k: statistics.fmean(pass_at_k(samples_per_problem, count, k) for count in right) for k in ks}
-    told = [shown for shown in (task.shows_working(completion.text) for completion in flat) if shown is not None]
     return EvalResult(
         weights=weights,
         problems=len(problems),
         samples_per_problem=samples_per_problem,
         pass_at_1=estimates[1],
         pass_at_k=estimates,
-        step_by_step_ratio=statistics.fmean(told) if told else None,
+        task_figures=dict(task.figures([completion.text for completion in flat])),
         truncated_ratio=statistics.fmean(completion.finish_reason is FinishReason.LENGTH for completion in flat),
         ungraded_ratio=ungraded_ratio(rewards),
         completion_tokens_mean=statistics.fmean(len(completion.token_ids) for completion in flat),
@@ -86,9 +85,9 @@ def evaluate(
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k answers is right, from `right` of `samples` (Chen et al. 2021).
+    """Return an unbiased estimate of the chance that one of k answers is right (Chen et al. 2021).
 
-    1 - C(samples - right, k) / C(samples, k).
+    1 - C(samples - right, k) / C(samples, k), from `right` right answers of `samples`.
     """
     if not 1 <= k <= samples or not 0 <= right <= samples:
         raise ValueError(f"pass@{k} needs 1 <= k <= samples and 0 <= right <= samples, not {right} of {samples}")

@@ -1,4 +1,4 @@
-"""The metrics of a training step: every name, label, unit and meaning, defined once. Free of torch.
+"""What a training step is recorded as: every metric's name, label, unit and meaning, and the samples. Free of torch.
 
 A step's record is a plain mapping from these names to values, written as one line of metrics.jsonl. The live view,
 the plain log, comparisons and docs read this schema.
@@ -6,9 +6,15 @@ the plain log, comparisons and docs read this schema.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from popo_lite.types import FinishReason, Group, SampleView, count_outcomes
+
+if TYPE_CHECKING:
+    from popo_lite.tasks import Task
 
 Unit = Literal["count", "tokens", "nats", "ratio", "number", "seconds", "tokens/s", "bytes", "text", "counts"]
 
@@ -83,3 +89,125 @@ METRICS: Mapping[str, Metric] = {
     "tokens_per_second": Metric("tokens/s", "tokens/s", "Throughput by stage."),
     "peak_memory_bytes": Metric("peak memory", "bytes", "CUDA: most bytes reserved. CPU: most resident bytes."),
 }
+
+
+def make_record(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step's record: every metric in order, None if `values` lacks it. Raises KeyError for unknown names."""
+    if unknown := values.keys() - METRICS.keys():
+        raise KeyError(f"not in METRICS: {sorted(unknown)}")
+    return {name: values.get(name) for name in METRICS}
+
+
+def rollout_metrics(groups: Sequence[Group], task: Task, threshold: float, *, first_round: int) -> dict[str, Any]:
+    """Return the metrics that rollouts and rewards decide.
+
+    An adaptive budget gives hard prompts more rollouts, so ratios over all rollouts would say how it samples and not
+    what the policy does. Those described as "first round" count the first `first_round` rollouts of each prompt.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    first = [rollout for rollout in rollouts if rollout.index < first_round]
+    graded = [group for group in groups if any(r.reward.outcome.is_graded for r in group.rollouts)]
+    right = [len(group.positives(threshold)) for group in graded]
+    all_right = sum(count == len(group.rollouts) for count, group in zip(right, graded, strict=True))
+    with_positive = sum(count > 0 for count in right)
+    positives = [rollout for group in groups for rollout in group.positives(threshold)]
+    tokens = sum(len(r.completion.token_ids) for r in rollouts)
+    mixed = [
+        group for group in graded if len({r.reward.value for r in group.rollouts if r.reward.outcome.is_graded}) > 1
+    ]
+    return {
+        "prompts": len(groups),
+        "prompts_with_positive": with_positive,
+        "prompts_with_positive_ratio": with_positive / len(groups),
+        "rollouts": len(rollouts),
+        "positives": len(positives),
+        "groups_none_right": right.count(0),
+        "groups_some_right": len(graded) - right.count(0) - all_right,
+        "groups_all_right": all_right,
+        "groups_ungraded": len(groups) - len(graded),
+        "outcomes": count_outcomes([rollout.reward for rollout in rollouts]),
+        "pass_rate": statistics.fmean(rollout.reward.value > threshold for rollout in first),
+        "unique_answers_mean": statistics.fmean(
+            len({r.reward.answer for r in group.rollouts[:first_round]} - {None}) for group in groups
+        ),
+        "task_figures": dict(task.figures([rollout.completion.text for rollout in first])),
+        "truncated_ratio": statistics.fmean(r.completion.finish_reason is FinishReason.LENGTH for r in first),
+        "completion_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in first),
+        "positive_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in positives) if positives else None,
+        "rollout_tokens": tokens,
+        "rollouts_per_positive_prompt": len(rollouts) / with_positive if with_positive else None,
+        "rollout_tokens_per_positive_prompt": tokens / with_positive if with_positive else None,
+        "sampled_entropy": -statistics.fmean(logp for r in first for logp in r.completion.sampler_logps),
+        "tokens_of_all": sum(r.tokens for r in rollouts),
+        "tokens_of_positives": sum(r.tokens for r in positives),
+        "tokens_of_mixed_groups": sum(
+            r.tokens for group in mixed for r in group.rollouts if r.reward.outcome.is_graded
+        ),
+    }
+
+
+def sampler_summary(engine: str, swap_seconds: Sequence[float], records: Sequence[StepRecord]) -> dict[str, Any]:
+    """Return the sampler's part of summary.json, over all steps; `swap_seconds` are those of this process.
+
+    `logp_gap` in nats: `mean` and `p99` are means over steps, `max` is the largest of all.
+    """
+    trained = [record for record in records if record["logp_gap_mean"] is not None]
+    with_positive = sum(record["prompts_with_positive"] for record in records)
+    seconds = sum(record["seconds"]["rollout"] for record in records)
+    return {
+        "engine": engine,
+        "tokens_per_second": sum(record["rollout_tokens"] for record in records) / max(1e-9, seconds),
+        "swap_seconds": {"median": statistics.median(swap_seconds), "max": max(swap_seconds)} if swap_seconds else None,
+        "logp_gap": {
+            "mean": statistics.fmean(record["logp_gap_mean"] for record in trained),
+            "p99": statistics.fmean(record["logp_gap_p99"] for record in trained),
+            "max": max(record["logp_gap_max"] for record in trained),
+        }
+        if trained
+        else None,
+        "rollouts_per_prompt_with_positive": sum(record["rollouts"] for record in records) / with_positive
+        if with_positive
+        else None,
+    }
+
+
+def sample_views(step: int, groups: Sequence[Group], threshold: float, count: int) -> list[SampleView]:
+    """Return `count` prompts with a right and a wrong answer each, those that have both first."""
+    views = []
+    for group in groups:
+        right = [r.completion.text for r in group.rollouts if r.reward.value > threshold]
+        wrong = [r.completion.text for r in group.rollouts if r.reward.value <= threshold]
+        problem = group.prompt.problem
+        views.append(
+            SampleView(
+                step=step,
+                question=problem.question,
+                reference=problem.answer,
+                right=next(iter(right), None),
+                wrong=next(iter(wrong), None),
+            )
+        )
+    views.sort(key=lambda view: (view.right is None) + (view.wrong is None))
+    return views[:count]
+
+
+def sample_line(step: int, group: Group) -> dict[str, Any]:
+    """Return one line of samples.jsonl: a whole group."""
+    problem = group.prompt.problem
+    return {
+        "step": step,
+        "problem": problem.id,
+        "question": problem.question,
+        "reference": problem.answer,
+        "answers": [
+            {
+                "text": rollout.completion.text,
+                "tokens": len(rollout.completion.token_ids),
+                "finish_reason": rollout.completion.finish_reason.value,
+                "reward": rollout.reward.value,
+                "outcome": rollout.reward.outcome.value,
+                "detail": rollout.reward.detail,
+            }
+            for rollout in group.rollouts
+        ],
+    }

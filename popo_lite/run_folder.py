@@ -1,4 +1,4 @@
-"""The folder a run leaves behind: its layout, and writing to it so that a kill leaves nothing half.
+"""The folder of a run: its layout, and writing to it so that a kill leaves no file half written.
 
 recipe.toml, environment.json, metrics.jsonl, samples.jsonl, evaluations.jsonl, checkpoints/, adapter/, siamese/,
 summary.json
@@ -6,20 +6,21 @@ summary.json
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from popo_lite.errors import CheckpointError, PopoError, UserInputError
 from popo_lite.recipe import Recipe
-from popo_lite.recipe_file import dump_recipe, load_recipe
+from popo_lite.recipe_file import dump_recipe, flatten, load_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -40,69 +41,36 @@ MAY_CHANGE_ON_RESUME = {
     "train.packing",
     "train.tokens_per_microbatch",
 }
-"""Settings that change speed, bookkeeping and rounding, and nothing else of what is learned."""
+"""Settings that change speed, bookkeeping and rounding, but not what is learned."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths inside one run's folder."""
 
-    path: Path
-
-    @property
-    def recipe_path(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "recipe.toml"
-
-    @property
-    def metrics_path(self) -> Path:
-        """One line a step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples_path(self) -> Path:
-        """A few groups a step, whole."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def evaluations_path(self) -> Path:
-        """One line an evaluation on held-out problems."""
-        return self.path / "evaluations.jsonl"
-
-    @property
-    def summary_path(self) -> Path:
-        """What the run came to; written when it ends."""
-        return self.path / "summary.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Everything needed to go on."""
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter, PEFT format."""
-        return self.path / "adapter"
-
-    @property
-    def siamese(self) -> Path:
-        """The averaged adapter, PEFT format."""
-        return self.path / "siamese"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_path = path / "recipe.toml"  # resolved: every key
+        self.metrics_path = path / "metrics.jsonl"  # one line per step
+        self.samples_path = path / "samples.jsonl"  # a few whole groups per step
+        self.evaluations_path = path / "evaluations.jsonl"  # one line per evaluation on held-out problems
+        self.summary_path = path / "summary.json"  # written at the end
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"  # trained adapter, PEFT format
+        self.siamese = path / "siamese"  # averaged adapter, PEFT format
 
     def trained_adapter(self, weights: str) -> Path:
-        """Folder of the trained adapter: `weights` is "policy" or "siamese". Raises CheckpointError before the end."""
+        """Return the adapter's folder; `weights` is "policy" or "siamese". Raises CheckpointError before the end."""
         folder = self.siamese if weights == "siamese" else self.adapter
-        recipe = self.recipe_path
         if not self.summary_path.is_file():
             raise CheckpointError(
                 f"the run has not ended, so its {folder.name}/ is not there yet",
                 where=str(self.path),
-                next_step=f"popo-lite train {recipe} --resume --output {self.path}",
+                next_step=f"popo-lite train {self.recipe_path} --resume --output {self.path}",
             )
         return folder
 
     def recipe(self) -> Recipe:
-        """The recipe this run was started with."""
+        """Return the recipe that the run was started with."""
         if not self.recipe_path.is_file():
             raise CheckpointError(
                 "there is no run here: recipe.toml is missing",
@@ -113,7 +81,7 @@ class RunFolder:
 
 
 def new_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder:
-    """A fresh folder: `output`, or `<output.dir>/<name>-seed<N>`, numbered on where that holds a run already."""
+    """Create `output`, or `<output.dir>/<name>-seed<N>` with a number appended if that exists."""
     if output is not None:
         if output.exists() and (not output.is_dir() or not all(map(is_leftover, output.iterdir()))):
             raise UserInputError(
@@ -136,7 +104,7 @@ def new_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder:
 
 
 def find_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder:
-    """The folder to resume: `output`, or the newest run of this recipe and seed that has not ended."""
+    """Return the folder to resume: `output`, or the newest unfinished run of this recipe and seed."""
     if output is not None:
         return RunFolder(output)
     parent = Path(recipe.output.dir).expanduser()
@@ -152,20 +120,20 @@ def find_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder
         raise CheckpointError(
             f"no unfinished run of {name} with seed {recipe.train.seed} is in {parent}",
             where="--resume",
-            next_step="name its folder with --output, or leave --resume out to start a run",
+            next_step="name its folder with --output, or omit --resume to start a run",
         )
     return RunFolder(max(found, key=lambda folder: folder.stat().st_mtime))
 
 
 def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
-    """Raise CheckpointError where the run has ended, or `recipe` would continue it as another experiment."""
+    """Raise CheckpointError if the run has ended, or if `recipe` would make it another experiment."""
     if run.summary_path.is_file():
         raise CheckpointError(
             "the run has ended, there is nothing to resume",
             where=str(run.path),
-            next_step="train on from it in a new run with lora.init_from, or leave --resume out",
+            next_step="train on from it in a new run with lora.init_from, or omit --resume",
         )
-    before, now = _flat(run.recipe()), _flat(recipe)
+    before, now = flatten(run.recipe()), flatten(recipe)
     may_change = may_change_on_resume(recipe)
     changed = sorted(
         key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in may_change
@@ -180,19 +148,15 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
 
 
 def may_change_on_resume(recipe: Recipe) -> set[str]:
-    """Those of MAY_CHANGE_ON_RESUME that leave `recipe` the same experiment."""
-    # Dropout's masks depend on how the step is cut and packed.
-    cutting = {"train.tokens_per_microbatch", "train.packing"} if recipe.lora.dropout else set()
-    return MAY_CHANGE_ON_RESUME - cutting
+    """Return those of MAY_CHANGE_ON_RESUME that leave `recipe` the same experiment."""
+    # Dropout masks depend on how the step is split and packed.
+    splitting = {"train.tokens_per_microbatch", "train.packing"} if recipe.lora.dropout else set()
+    return MAY_CHANGE_ON_RESUME - splitting
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether `path` is what a `write_atomically` that was killed, or found the disk full, left behind."""
+    """Return whether `path` is left over from a `write_atomically` that was killed or found the disk full."""
     return path.name.startswith(".") and path.name.endswith(".partial") and path.is_file()
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, keys in recipe.to_dict().items() for key, value in keys.items()}
 
 
 def start_files(run: RunFolder, recipe: Recipe, device: torch.device) -> None:
@@ -202,7 +166,7 @@ def start_files(run: RunFolder, recipe: Recipe, device: torch.device) -> None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions that a figure belongs to."""
+    """Return the hardware and versions that a figure was measured with."""
     import torch
 
     packages = ("torch", "transformers", "peft", "bitsandbytes", "vllm", "unsloth", "math-verify", "popo-lite")
@@ -237,7 +201,7 @@ def _processor() -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """CUDA: most bytes that torch has reserved. CPU: most resident bytes of this process."""
+    """Return the most bytes that torch reserved (CUDA), or the most resident bytes of this process (CPU)."""
     if device.type == "cuda":
         import torch
 
@@ -249,22 +213,22 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line and hand it to the operating system."""
+    """Append one JSON line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Every line of a JSONL file."""
-    # Not str.splitlines: answers may hold separators that it takes for ends of lines.
+    """Return every line of a JSONL file."""
+    # Not str.splitlines: it also splits at separators that answers may contain.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines of a JSONL file that `keep` refuses: a resumed run writes them again.
+    """Delete the lines of a JSONL file that `keep` refuses: a resumed run writes them again.
 
-    What a kill left of a last line, without its end, goes too. Raises CheckpointError for any other line that is no
-    JSON object: that is no kill's work, and what else of the file was lost is not known.
+    An incomplete last line, which a kill leaves, is deleted too. Raises CheckpointError for any other line that is not
+    a JSON object: a kill cannot explain it, so more of the file may be lost.
     """
     if not path.is_file():
         return
@@ -276,9 +240,9 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         record = _record(line)
         if record is None and number <= len(whole):
             raise CheckpointError(
-                f"line {number} is not one that was written here",
+                f"line {number} is damaged",
                 where=str(path),
-                next_step="restore the file, or start anew in another folder",
+                next_step="restore the file, or start a new run in another folder",
             )
         if record is not None and keep(record):
             kept.append(line.decode() + "\n")
@@ -288,21 +252,23 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line.decode())
-    except ValueError:  # no JSON, or the half of a character
+    except ValueError:  # not JSON, or half a character
         return None
     return record if isinstance(record, dict) else None
 
 
-def take_lock(file: IO[str], busy: PopoError) -> None:
-    """Lock `file` until it is closed, by this process and all that inherit it. Raises `busy` where another has it."""
+@contextmanager
+def locked(path: Path, busy: PopoError) -> Iterator[None]:
+    """Hold the lock file `path`, which a kill releases. Raises `busy` if another process holds it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout as error:
         raise busy from error
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`; after a crash it holds either the old content or the new."""
+    """Replace the content of `path` by `text`; after a crash it holds either the old content or the new."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""The nouns of a run: what the rooms hand to one another. Frozen, keyword-only, free of torch."""
+"""The data of a run, from problems to results. Frozen, keyword-only, free of torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FinishReason(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What grading found. Only `CORRECT` and `INCORRECT` say anything about the answer."""
+    """Result of grading. Only `CORRECT` and `INCORRECT` say anything about the answer."""
 
     CORRECT = "correct"
     INCORRECT = "incorrect"
@@ -28,7 +28,7 @@ class Outcome(StrEnum):
 
     @property
     def is_graded(self) -> bool:
-        """True where the grader reached a verdict. An answer with none in it is a verdict: not correct."""
+        """True if the grader reached a verdict. `UNPARSED`, no answer in the text, is one: not correct."""
         return self not in (Outcome.TIMEOUT, Outcome.ERROR)
 
 
@@ -43,7 +43,7 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """The last message's text: what a person reads as the question."""
+        """Text of the last message: what a person reads as the question."""
         return self.messages[-1]["content"]
 
 
@@ -83,7 +83,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """A verdict: `value` in [0, 1], how it came about, and the final answer found in the text, if any."""
+    """A verdict: `value` in [0, 1], the outcome of grading, and the final answer found in the text, if any."""
 
     value: float
     outcome: Outcome
@@ -109,7 +109,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """All rollouts of one prompt, made by one version of the policy."""
+    """All rollouts of one prompt, sampled from one version of the policy."""
 
     rollouts: tuple[Rollout, ...]
 
@@ -130,88 +130,8 @@ class Group:
         return self.rollouts[0].prompt
 
     def positives(self, threshold: float) -> tuple[Rollout, ...]:
-        """S+: the rollouts whose reward is above `threshold`."""
+        """Return S+: the rollouts whose reward is above `threshold`."""
         return tuple(rollout for rollout in self.rollouts if rollout.reward.value > threshold)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """One training step as one line of `metrics.jsonl`. Shares are in [0, 1]; log-probs and entropies in nats.
-
-    `skipped_reason` is set where the step changed no weights; the loss figures are None then.
-
-    An adaptive budget gives hard prompts more rollouts and stops at positives, so shares over all rollouts would say
-    how it samples and not what the policy does. `pass_rate`, `unique_answers_mean`, `step_by_step_ratio`,
-    `truncated_ratio` and `completion_tokens_mean` therefore count the first round alone, in which all prompts have
-    equally many rollouts; under a fixed budget that is all of them. The figures per positive prompt, None without
-    one, count all rollouts of the step.
-
-    `entropy` is that of the answers trained on, `sampled_entropy` an estimate over all answers of the first round:
-    the mean of -log-prob of the sampled tokens, nats. Algorithms that train on different answers can be compared by
-    the second alone.
-
-    `tokens_of_*` count prompts and answers of all rollouts, of the positives, and of the graded ones of groups with
-    more than one reward: what training on each of them forwards. `trained_tokens` is what was forwarded.
-
-    `microbatch_tokens` is the budget of a micro-batch, which is lowered when memory runs out.
-    """
-
-    step: int
-    policy_version: int
-    skipped_reason: str | None
-    # what was sampled
-    prompts: int
-    prompts_skipped: int
-    prompts_with_positive: int
-    rollouts: int
-    positives: int
-    groups_none_right: int
-    groups_some_right: int
-    groups_all_right: int
-    groups_ungraded: int
-    outcomes: Mapping[str, int]
-    pass_rate: float
-    prompts_with_positive_ratio: float
-    unique_answers_mean: float
-    step_by_step_ratio: float | None
-    truncated_ratio: float
-    completion_tokens_mean: float
-    positive_tokens_mean: float | None
-    rollout_tokens: int
-    rollouts_per_positive_prompt: float | None
-    rollout_tokens_per_positive_prompt: float | None
-    sampled_entropy: float
-    tokens_of_all: int
-    tokens_of_positives: int
-    tokens_of_mixed_groups: int
-    trained_tokens: int
-    # what was learned from it
-    loss: float | None
-    loss_nll: float | None
-    loss_similarity: float | None
-    loss_entropy: float | None
-    entropy: float | None
-    entropy_over_start: float | None
-    beta: float
-    effective_sample_size: float | None
-    effective_sample_ratio: float | None
-    siamese_cosine: float | None
-    siamese_drift: float
-    siamese_drift_over_bound: float | None
-    logp_gap_mean: float | None
-    logp_gap_p99: float | None
-    logp_gap_max: float | None
-    logp_k3: float | None
-    grad_norm: float | None
-    update_norm: float | None
-    learning_rate: float
-    head_learning_rate: float
-    micro_batches: int
-    microbatch_tokens: int
-    # what it took
-    seconds: Mapping[str, float]
-    tokens_per_second: Mapping[str, float]
-    peak_memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +143,7 @@ class EvalResult:
     samples_per_problem: int
     pass_at_1: float
     pass_at_k: Mapping[int, float]
-    step_by_step_ratio: float | None
+    task_figures: Mapping[str, float]
     truncated_ratio: float
     ungraded_ratio: float
     completion_tokens_mean: float
@@ -233,7 +153,7 @@ class EvalResult:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleView:
-    """One prompt of a step with a right and a wrong answer, where there is one, for people to read."""
+    """One prompt of a step with a right and a wrong answer, if there is one, for people to read."""
 
     step: int
     question: str
@@ -243,7 +163,7 @@ class SampleView:
 
 
 def count_outcomes(rewards: Sequence[Reward]) -> dict[str, int]:
-    """How often each outcome occurred, every outcome named."""
+    """Return how often each outcome occurred, those that did not included."""
     counts = {outcome.value: 0 for outcome in Outcome}
     for reward in rewards:
         counts[reward.outcome.value] += 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from popo_lite.training.loop import Trainer
+from popo_lite.objective import StepPlan
+from popo_lite.trainer import Trainer
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Prompt, Reward, Rollout
+from popo_lite.update import UpdateResult
 
 
 def groups_of(trainer: Trainer, *, hopeless: int = 1) -> list[Group]:
@@ -36,23 +38,33 @@ def groups_of(trainer: Trainer, *, hopeless: int = 1) -> list[Group]:
     return groups
 
 
+def backward(trainer: Trainer, plan: StepPlan) -> UpdateResult:
+    """Run the passes of step 0 from the siamese to the gradients."""
+    return trainer.learner.backward(
+        plan,
+        trainer.learner.siamese_targets(0, plan),
+        trainer.learner.reference_logps(plan),
+        entropy_coef=trainer.cursor.entropy_coef,
+        progress=lambda _: None,
+    )
+
+
 def update(trainer: Trainer, groups: list[Group]) -> dict[str, torch.Tensor]:
-    """The stages from credit to backward of one step; the gradients, and the loss as `loss`."""
-    plan = trainer.learner.credit(groups)
-    anchors = trainer.learner.anchors(0, plan)
+    """Return the gradients of one step, and its loss as `loss`."""
+    plan = trainer.learner.plan(groups)
     clip, trainer.recipe.optimizer.__dict__["max_grad_norm"] = trainer.recipe.optimizer.max_grad_norm, 1e30
-    figures = trainer.learner.backward(plan, anchors, beta=trainer.cursor.beta, advance=lambda _: None)
+    result = backward(trainer, plan)
     trainer.recipe.optimizer.__dict__["max_grad_norm"] = clip
     found = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in trainer.policy.trainable_parameters()
     }
     trainer.learner.optimizer.zero_grad(set_to_none=True)
-    assert figures.grad_norm > 0
+    assert result.grad_norm > 0
     return {
         **found,
-        "loss": torch.tensor(figures.loss, dtype=torch.float64),
-        "micro_batches": torch.tensor(figures.micro_batches),
+        "loss": torch.tensor(result.sums["loss"], dtype=torch.float64),
+        "micro_batches": torch.tensor(result.micro_batches),
     }
 
 

@@ -36,7 +36,7 @@ class _Commands(click.Group):
                 where=error.filename,
                 next_step="make room and give the command again, train with --resume: what was saved before is whole",
             )
-        from popo_lite.console.output import print_error
+        from popo_lite.tools.console.output import print_error
 
         print_error(told)
         return ctx.exit(told.exit_code)

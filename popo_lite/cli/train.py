@@ -8,16 +8,21 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+if TYPE_CHECKING:
+    from popo_lite.recipe import Recipe
+    from popo_lite.trainer import RunResult
+
 INTERRUPTED = 130
-"""Exit code of a run that was stopped by Ctrl-C, as shells have it."""
+"""Exit code of a run that was stopped by Ctrl-C, as in shells."""
 
 
 @contextmanager
-def _interrupt_is_no_failure() -> Iterator[None]:
-    """Leave with INTERRUPTED where Ctrl-C comes before the run hears it: a sweep tells stopped from failed by that."""
+def _exit_on_interrupt() -> Iterator[None]:
+    """Exit with INTERRUPTED if Ctrl-C comes before the run handles it: a sweep tells stopped from failed by that."""
     try:
         yield
     except KeyboardInterrupt:
@@ -38,11 +43,11 @@ def _interrupt_is_no_failure() -> Iterator[None]:
     type=click.Choice(["auto", "live", "plain", "silent"]),
     default="auto",
     show_default=True,
-    help="Live view on a terminal, one plain line a step elsewhere.",
+    help="Live view on a terminal, one plain line per step elsewhere.",
 )
 @click.option("--ignore-plan", is_flag=True, help="Start although the memory plan says that the run does not fit.")
 @click.option("as_json", "--json", is_flag=True, help="Print the summary as JSON at the end and nothing else.")
-@_interrupt_is_no_failure()
+@_exit_on_interrupt()
 def train(
     recipe: str,
     seed: int | None,
@@ -55,71 +60,85 @@ def train(
 ) -> None:
     """Train with RECIPE: a TOML file, or the name of a shipped recipe (`popo-lite recipe list`).
 
-    Leaves a run folder with recipe, metrics, samples, checkpoints, adapters and summary. Ctrl-C finishes the step,
-    saves, and says how to go on; twice abandons the step and saves.
+    Writes a run folder with recipe, metrics, samples, checkpoints, adapters and summary. Ctrl-C finishes the step,
+    saves, and says how to continue; a second Ctrl-C abandons the step and saves.
 
     On a GPU the memory plan comes first (`popo-lite plan`): a run that will not fit is refused with what to change.
     """
-    from popo_lite.errors import UserInputError
     from popo_lite.recipe_file import load_recipe
-    from popo_lite.run_folder import find_run_folder, new_run_folder, refuse_other_recipe
+    from popo_lite.run_folder import find_run_folder, refuse_other_recipe
 
     if seed is not None:
         overrides = (*overrides, f"train.seed={seed}")
     settings = load_recipe(recipe, overrides)
-    name = Path(recipe).stem
+    run_path = output
     if resume:
-        run = find_run_folder(settings, name, output)
+        run = find_run_folder(settings, Path(recipe).stem, output)
         refuse_other_recipe(run, settings)
+        run_path = run.path
+    view = "silent" if as_json else view
+    result, question = _run(settings, recipe, run_path, resume=resume, view=view, ignore_plan=ignore_plan)
+    path = result.folder.path
+    if result.summary is None:
+        resume_command = f"popo-lite train {result.folder.recipe_path} --resume --output {path}"
+        click.echo(
+            f"stopped after {result.next_step} of {settings.train.steps} steps; saved. To continue:\n  {resume_command}"
+            + (" --ignore-plan" if ignore_plan else ""),
+            err=as_json,
+        )
+        raise SystemExit(INTERRUPTED)
+    if as_json:
+        click.echo(json.dumps(result.summary))
+        return
+    from popo_lite.tools.console.reports import closing_report
 
-    # Only now what takes seconds to import: a recipe with faults is refused at once.
-    from popo_lite.console.reports import closing_report
-    from popo_lite.console.views import open_view
+    closing_report(
+        result.summary,
+        [
+            f"popo-lite generate {path} {shlex.quote(question if 0 < len(question) < 80 else 'your question')}",
+            f"popo-lite eval {path}",
+            f"popo-lite export {path}",
+        ],
+    )
+
+
+def _run(
+    settings: Recipe, recipe: str, path: Path | None, *, resume: bool, view: str, ignore_plan: bool
+) -> tuple[RunResult, str]:
+    """Load everything, train, and return the result with a question of the task."""
+    # Imported here because it takes seconds: a recipe with errors is refused at once.
+    from popo_lite.errors import UserInputError
     from popo_lite.policy.memory import memory_named
-    from popo_lite.training.loop import Trainer
+    from popo_lite.run_folder import RunFolder, new_run_folder
+    from popo_lite.tools.console.views import open_view
+    from popo_lite.tools.plan import memory_advice, refuse_without_room
+    from popo_lite.trainer import Trainer
 
     if settings.model.backend == "unsloth":
         from popo_lite.policy.load import import_unsloth
 
         import_unsloth()
-    with open_view("silent" if as_json else view) as watcher:  # type: ignore[arg-type]  # click checks the choice
+    with open_view(view) as watcher:  # type: ignore[arg-type]  # click checks the choice
         watcher.message(f"loading {settings.model.id}")
-        what_helps = f"popo-lite plan {shlex.quote(recipe)}   (what takes how much, and what to change)"
+        advice = f"popo-lite plan {shlex.quote(recipe)}   (what takes how much, and what to change)"
         try:
-            with memory_named("while the run was loaded", what_helps):
-                trainer = Trainer(settings, watcher, ignore_plan=ignore_plan)
+            with memory_named("while the run was loaded", advice):
+                if not ignore_plan:
+                    refuse_without_room(settings, watcher.message)
+                trainer = Trainer(settings, watcher, memory_advice=lambda: memory_advice(settings))
         except UserInputError as error:
             raise error.within(recipe) from error
         with trainer:
-            # The folder is made when everything has loaded: a run that cannot start leaves nothing behind.
-            if not resume:
-                run = new_run_folder(settings, name, output)
-            # The run hears Ctrl-C itself; one that comes before it does stops it at its first step.
+            # The folder is made after everything has loaded: a run that cannot start leaves nothing behind.
+            folder = RunFolder(path) if resume and path else new_run_folder(settings, Path(recipe).stem, path)
+            # The run handles Ctrl-C itself; one that comes before it starts stops it at its first step.
             default = signal.signal(signal.SIGINT, trainer.interrupts.note)
-            with memory_named("before the first step", what_helps):
-                outcome = trainer.run(run, resume=resume)
-            # One that comes after has nothing left to stop. No handler of Python's: the interpreter takes those down
-            # as it leaves, and the signal would kill it.
+            with memory_named("before the first step", advice):
+                result = trainer.run(folder, resume=resume)
+            # One that comes after it must not stop anything. Not a Python handler: the interpreter removes those when
+            # it exits, and then the signal would kill it.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             question = trainer.held_out[0].question if trainer.held_out else ""
-    resume_command = f"popo-lite train {run.recipe_path} --resume --output {run.path}"
-    if ignore_plan:
-        resume_command += " --ignore-plan"
-    if outcome.summary is None:
-        click.echo(
-            f"stopped after {outcome.next_step} of {settings.train.steps} steps; saved. To go on:\n  {resume_command}",
-            err=as_json,
-        )
-        raise SystemExit(INTERRUPTED)
-    signal.signal(signal.SIGINT, default)
-    if as_json:
-        click.echo(json.dumps(outcome.summary))
-        return
-    closing_report(
-        outcome.summary,
-        [
-            f"popo-lite generate {run.path} {shlex.quote(question if 0 < len(question) < 80 else 'your question')}",
-            f"popo-lite eval {run.path}",
-            f"popo-lite export {run.path}",
-        ],
-    )
+    if result.summary is not None:
+        signal.signal(signal.SIGINT, default)
+    return result, question

@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from popo_lite.errors import EngineError, ModelError
-from popo_lite.recipe import Recipe
-from popo_lite.tools.plan import refuse_unless_fits
-from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES
-
-
-def refuse_without_room(recipe: Recipe, device: torch.device, notify: Callable[[str], None]) -> None:
-    """Raise UserInputError, with what to change, where the memory plan says that the run does not fit `device`.
-
-    A model of an architecture that cannot be planned goes on, and `notify` says so.
-    """
-    if device.type != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info(device)
-    try:
-        # Asking has made this process's CUDA context, which the plan counts.
-        refuse_unless_fits(recipe, total, max(0, total - free - CUDA_CONTEXT_BYTES))
-    except ModelError as error:
-        notify(f"no memory plan: {error.what}")
+from popo_lite.errors import EngineError
 
 
 def is_out_of_memory(error: BaseException) -> bool:

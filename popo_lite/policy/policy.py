@@ -12,7 +12,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from torch import Tensor, nn
 
 from popo_lite.errors import ModelError
-from popo_lite.objective.logprobs import Head
+from popo_lite.fused import Head
 from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions, window_of
 from popo_lite.policy.load import (
@@ -23,7 +23,7 @@ from popo_lite.policy.load import (
     pick_device,
     quantized_modules,
 )
-from popo_lite.policy.predictor import PredictorHead
+from popo_lite.policy.siamese import PredictorHead
 from popo_lite.recipe import Recipe
 from popo_lite.seeding import stream_seed
 
@@ -204,7 +204,7 @@ def _refuse_unknown_head(policy: Policy) -> None:
     policy.model.eval()
     with policy.precision():
         expected = policy.model(input_ids=ids[None]).logits[0]
-    found, _ = policy.head.logits(policy.hidden_states(ids, [len(ids)]))
+    found = policy.head.logits(policy.hidden_states(ids, [len(ids)]))
     found = found * policy.head.temperature
     # The model may round its logits to the head's precision, ours are not rounded; half an eps is the most that does.
     eps = max(torch.finfo(dtype).eps for dtype in (expected.dtype, policy.head.weight.dtype))

@@ -1,4 +1,4 @@
-"""The siamese network: an exponential moving average of the trainable weights alone, over the shared frozen base.
+"""The predictor head, and the siamese network: an exponential moving average of adapters and head over the shared base.
 
 Note that averaging the LoRA factors A and B is not averaging the product BA.
 """
@@ -7,11 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from popo_lite.errors import CheckpointError, PopoError
+
+
+class PredictorHead(nn.Module):
+    """h: Linear(D, H) - LayerNorm - ReLU - Linear(H, D), Xavier initialised.
+
+    Maps mean features [B, D] to predictions [B, D], in float32 (float64 for a float64 policy).
+    """
+
+    def __init__(self, width: int, hidden_width: int, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden_width, dtype=dtype),
+            nn.LayerNorm(hidden_width, dtype=dtype),
+            nn.ReLU(),
+            nn.Linear(hidden_width, width, dtype=dtype),
+        )
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, D]; the input is widened to the head's own dtype first."""
+        first = cast("nn.Linear", self.layers[0])
+        return cast("Tensor", self.layers(features.to(first.weight.dtype)))
 
 
 class Siamese:

@@ -61,8 +61,12 @@ class Sampler(Protocol):
     def swap_seconds(self) -> Sequence[float]:
         """Seconds of every adapter swap so far; empty where weights are shared."""
 
+    @property
+    def can_sleep(self) -> bool:
+        """True if the engine can give GPU memory back."""
+
     def sleep(self) -> None:
-        """Give GPU memory back until the next `sync` or `sample`, where the engine can."""
+        """Give GPU memory back until the next `sync`. Only for engines that `can_sleep`."""
 
     def close(self) -> None:
         """Give back what the engine holds."""

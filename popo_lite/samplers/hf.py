@@ -39,6 +39,7 @@ class HFSampler:
     """Batched, left-padded decoding with a KV cache over the policy's live weights."""
 
     engine = "hf"
+    can_sleep = False
 
     def __init__(
         self,
@@ -62,9 +63,6 @@ class HFSampler:
     def swap_seconds(self) -> list[float]:
         """Empty: nothing is swapped."""
         return []
-
-    def sleep(self) -> None:
-        """Nothing is held that could be given back."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -230,7 +228,7 @@ class HFSampler:
     def _next_logp(self, hidden: Tensor, temperature: float) -> Tensor:
         """[B, D] -> log-probs of the next token [B, V] under the sampling temperature."""
         head = self._policy.head
-        z, _ = head.logits(hidden)
+        z = head.logits(hidden)
         return torch.log_softmax(z * (head.temperature / temperature), dim=-1)
 
 

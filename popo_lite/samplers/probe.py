@@ -1,16 +1,17 @@
-"""Proof that a sampler samples from the adapter it was given: trainers have sampled their base model unnoticed."""
+"""Checks that a sampler samples from the adapter it was given: other trainers sampled their base model unnoticed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from popo_lite.errors import EngineError
-from popo_lite.objective.logprobs import token_logprobs
+from popo_lite.fused import score
 from popo_lite.policy.policy import Policy
+from popo_lite.recipe import Recipe
 from popo_lite.samplers.base import Sampler, SamplingParams
 from popo_lite.types import Completion, Prompt
 
@@ -24,7 +25,7 @@ LARGEST_RATIO = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Mean |sampler - trainer| log-prob, nats: with the policy's adapter, with the probe's, and had it been ignored."""
+    """Mean |sampler - trainer| log-prob, nats: with the policy's adapter, the probe's, and the probe's if ignored."""
 
     gap_mean: float
     probe_gap_mean: float
@@ -36,8 +37,8 @@ def prove_adapter_in_use(
 ) -> Probe:
     """Sample with the policy's adapter and with a disturbed one, and score both with the trainer.
 
-    Leaves policy and sampler as they were. Raises EngineError where the disturbed adapter makes no difference to the
-    sampler, or another one than to the trainer.
+    Leaves policy and sampler as they were. Raises EngineError if the disturbed adapter does not change the sampler
+    as it changes the trainer.
     """
     params = SamplingParams(temperature=temperature, max_completion_length=PROBE_TOKENS)
 
@@ -100,6 +101,70 @@ def _score(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Sequence
         for one in group:
             ids = torch.tensor(prompt.token_ids + one.token_ids, device=policy.device)
             hidden = policy.hidden_states(ids, [len(ids)])[len(prompt.token_ids) - 1 : -1]
-            logps, _ = token_logprobs(hidden, ids[len(prompt.token_ids) :], policy.head)
+            logps, _ = score(hidden, ids[len(prompt.token_ids) :], policy.head)
             parts.append(logps.float().cpu())
     return torch.cat(parts)
+
+
+PROBE_PROMPTS = 4
+ROUNDING_NATS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-3}
+"""Mean gap between two correct computations of a token's log-prob, by dtype."""
+LARGEST_START = 10
+"""A gap of more than this many times the rounding, before the first step, is not rounding."""
+LARGEST_LIMIT_NATS = 0.2
+"""Largest limit, or twice the usual gap if the recipe chooses a sampler that is not quite the policy."""
+
+
+class SamplerGuard:
+    """Knows the usual gap between the sampler's and the trainer's log-probs, and stops the run at a larger one."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, sampler: Sampler) -> None:
+        self._recipe, self._policy, self._sampler = recipe, policy, sampler
+        self._rounding = self._usual_gap = ROUNDING_NATS[policy.head.weight.dtype]
+        # The original base beside a quantised one: the recipe asks for a sampler that is not quite the policy.
+        self._another_policy = recipe.rollout.vllm.base == "bf16" and policy.quantized_modules > 0
+
+    def prove(self, prompts: Sequence[Prompt], notify: Callable[[str], None]) -> None:
+        """Check that the engine samples from the adapter it is given. Raises EngineError if not."""
+        if self._sampler.engine == "hf":
+            return  # it has no weights of its own
+        probe = prove_adapter_in_use(
+            self._sampler,
+            self._policy,
+            list({prompt.problem.id: prompt for prompt in prompts}.values()),
+            temperature=self._recipe.rollout.temperature,
+            seed=self._recipe.train.seed,
+        )
+        if probe.gap_mean > LARGEST_START * self._rounding and not self._another_policy:
+            raise EngineError(
+                f"log-probs of the {self._sampler.engine} sampler differ from the trainer's by {probe.gap_mean:.3g} "
+                f"nats on average, and {self._rounding:.3g} is what rounding explains: it samples from another base",
+                where=f'rollout.engine = "{self._sampler.engine}"',
+                next_step='--set rollout.vllm.base="dequantized" serves the base that is trained; servers must too',
+            )
+        self._usual_gap = max(self._usual_gap, probe.gap_mean)
+        notify(
+            f"sampler proven: log-probs differ from the trainer's by {probe.probe_gap_mean:.2g} nats, and would by "
+            f"{probe.ignored_gap_mean:.2g} if the adapter were ignored"
+        )
+
+    @property
+    def limit(self) -> float:
+        """Largest mean |sampler - policy| log-prob that passes, nats."""
+        multiple = self._recipe.rollout.max_gap_multiple
+        return min(multiple * self._usual_gap, max(LARGEST_LIMIT_NATS, 2 * self._usual_gap))
+
+    def check(self, step: int, gap_mean: float) -> None:
+        """Raise EngineError if sampler and trainer disagree: then the rollouts come from another policy.
+
+        `gap_mean` is the mean |sampler - policy| log-prob of the step's rollouts that were scored, nats.
+        """
+        if not gap_mean <= self.limit:  # NaN must fail, too
+            raise EngineError(
+                f"log-probs of the {self._sampler.engine} sampler and of the trainer differ by {gap_mean:.3g} nats on "
+                f"average in this step; {self._usual_gap:.3g} is usual here, and more than {self.limit:.3g} stops the "
+                "run (rollout.max_gap_multiple)",
+                where=f"step {step}",
+                next_step="the sampler's adapter, cache or base is not the trainer's; resume, and if it happens again, "
+                'set rollout.engine="hf" and please report it',
+            )

@@ -55,6 +55,7 @@ class ServerSampler:
     """
 
     engine = "server"
+    can_sleep = False
 
     def __init__(
         self,
@@ -134,9 +135,6 @@ class ServerSampler:
         answers = self._run(self._collect(requests, params, finished))
         completions = [self._completion(answer) for answer in answers]
         return [completions[row * count : (row + 1) * count] for row in range(len(prompts))]
-
-    def sleep(self) -> None:
-        """Nothing is held here; the servers' memory is their own."""
 
     def close(self) -> None:
         """Take the adapter off the servers and out of the shared folder. A second call does nothing."""

@@ -52,7 +52,7 @@ class VLLMSampler:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._engine = _start_engine(policy, recipe)
-        self._can_sleep = recipe.rollout.vllm.enable_sleep_mode and policy.device.type == "cuda"
+        self.can_sleep = recipe.rollout.vllm.enable_sleep_mode and policy.device.type == "cuda"
         self._requests = itertools.count()
         self._adapter = EngineAdapter(
             self._engine,
@@ -91,7 +91,7 @@ class VLLMSampler:
     def sleep(self) -> None:
         """Give weights and KV cache back to the GPU, the weights to host memory (level 1)."""
         # Level 2 drops the weights, and waking from it with LoRA has crashed or corrupted them.
-        if self._can_sleep and not self._asleep:
+        if self.can_sleep and not self._asleep:
             self._engine.sleep(level=1)
             self._asleep = True
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from popo_lite.errors import DataError
@@ -20,12 +21,12 @@ _BOX = re.compile(r"\\boxed\{")
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """True for about one in ten sums; a + b and b + a always fall on the same side."""
+    """Return True for about one in ten sums; the same for a + b and b + a."""
     return stream_seed("arithmetic/split", min(a, b), max(a, b)) % HELD_OUT_ONE_IN == 0
 
 
 def working(a: int, b: int) -> str:
-    """Column addition written out, lowest digit first: `7+5=12, 1+2+1=4`."""
+    """Write out column addition, lowest digit first: `7+5=12, 1+2+1=4`."""
     steps, carry = [], 0
     for place in range(max(len(str(a)), len(str(b)))):
         x, y = a // 10**place % 10, b // 10**place % 10
@@ -57,12 +58,12 @@ class ArithmeticTask:
         )
 
     def train_problem(self, seed: int, index: int) -> Problem:
-        """The `index`-th training sum of `seed`, drawn uniformly from those not held out."""
+        """Return the `index`-th training sum of `seed`, drawn uniformly from those not held out."""
         source = random.Random(stream_seed("arithmetic/train", seed, index))  # noqa: S311
         return self._problem(*self._draw(source, held_out=False))
 
     def held_out(self, count: int) -> list[Problem]:
-        """`count` distinct held-out sums, the same for every seed. Raises DataError where there are too few."""
+        """Return `count` distinct held-out sums, the same for every seed. Raises DataError if there are too few."""
         pairs = 9 * 10 ** (self.digits - 1)
         # Small ranges are listed to know their size; large ones always hold enough.
         if self.digits <= 2:
@@ -83,15 +84,15 @@ class ArithmeticTask:
         return [self._problem(a, b) for a, b in found]
 
     def longest_candidates(self) -> list[Problem]:
-        """One sum: all have the same number of digits."""
+        """Return one sum: all have the same number of digits."""
         return [self.train_problem(0, 0)]
 
     def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
-        """All sums are alike in length, so it is none of them or all, and all is an error."""
+        """Drop nothing: all sums have the same length. Raises DataError if they are unwanted."""
         if unwanted(self.train_problem(0, 0)):
             raise DataError("every sum is unwanted, so nothing remains to train on", where="data.dataset")
         return 0
 
-    def shows_working(self, text: str) -> bool:
-        """True where an addition is written out before the boxed result."""
-        return "=" in _BOX.split(text, maxsplit=1)[0]
+    def figures(self, texts: Sequence[str]) -> dict[str, float]:
+        """Return the fraction of answers that write out an addition before the boxed result."""
+        return {"step_by_step_ratio": statistics.fmean("=" in _BOX.split(text, maxsplit=1)[0] for text in texts)}

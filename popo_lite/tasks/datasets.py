@@ -91,9 +91,9 @@ class DatasetTask:
         for _, row in sorted(zip(sizes, self._training, strict=True), reverse=True):
             yield self._rows.problem(row)
 
-    def shows_working(self, text: str) -> bool | None:  # noqa: ARG002 - the protocol's signature
-        """None: what working looks like depends on the dataset."""
-        return None
+    def figures(self, texts: Sequence[str]) -> dict[str, float]:  # noqa: ARG002 - the protocol's signature
+        """Return nothing: a dataset has no figures of its own."""
+        return {}
 
 
 def open_dataset(part: DatasetRecipe, *, section: Literal["data", "eval"], held_out: int = 0) -> DatasetTask:

@@ -16,9 +16,10 @@ import pytest
 import torch
 from helpers import json_lines
 from jinja2 import TemplateError
+from popo_lite.training.loop import Trainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from popo_lite.console.views import SilentView
+from popo_lite.callbacks import Callback
 from popo_lite.errors import ModelError
 from popo_lite.policy.load import load_tokenizer
 from popo_lite.policy.policy import stop_ids_of
@@ -30,7 +31,6 @@ from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.plan import known_config
 from popo_lite.tools.plan.shapes import load_shape, parameter_counts
 from popo_lite.tools.tiny_model import build_tokenizer
-from popo_lite.training.loop import Trainer
 from popo_lite.types import FinishReason
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -233,7 +233,7 @@ def test_one_step_of_both_recipes_on_the_real_architecture(named, rewards, tmp_p
     lines = {}
     for kind in ("lora", "grpo"):
         (tmp_path / kind).mkdir()
-        with Trainer(recipe_of(f"{name}_{kind}", folder, rewards), SilentView()) as trainer:
+        with Trainer(recipe_of(f"{name}_{kind}", folder, rewards), Callback()) as trainer:
             before = {key: p.detach().clone() for key, p in trainer.policy.trainable_parameters()}
             assert trainer.run(RunFolder(tmp_path / kind)).summary is not None
             moved = {key for key, p in trainer.policy.trainable_parameters() if not torch.equal(p, before[key])}
@@ -300,7 +300,7 @@ def first_problem(recipe: Recipe):
 def test_answers_end_at_the_familys_stops_and_nowhere_else(named, rewards):
     name, family, folder = named
     recipe = recipe_of(f"{name}_lora", folder, rewards)
-    with Trainer(recipe, SilentView()) as trainer:
+    with Trainer(recipe, Callback()) as trainer:
         tokenizer, stops = trainer.policy.tokenizer, trainer.policy.stop_ids
         assert {tokenizer.convert_ids_to_tokens(one) for one in stops} == family.stops
         prompts = [trainer.renderer.render(trainer.train_task.train_problem(0, index)) for index in range(2)]

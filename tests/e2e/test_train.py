@@ -45,7 +45,7 @@ def test_training_learns_to_work_step_by_step(trained):
     assert before["problems"] == after["problems"] == 200
     assert 0.20 <= before["pass_at_1"] <= 0.50
     assert after["pass_at_1"] >= 0.85
-    assert after["step_by_step_ratio"] > before["step_by_step_ratio"] + 0.3
+    assert after["task_figures"]["step_by_step_ratio"] > before["task_figures"]["step_by_step_ratio"] + 0.3
     assert summary["quantized_modules"] == 14
     assert summary["steps"] == 60
     metrics = json_lines(run / "metrics.jsonl")
@@ -274,4 +274,4 @@ problems = 5
     assert asked == {1}
     metrics = json_lines(run / "metrics.jsonl")
     assert all(line["outcomes"]["error"] == 0 for line in metrics)
-    assert all(line["step_by_step_ratio"] is None for line in metrics)
+    assert all(line["task_figures"] == {} for line in metrics)

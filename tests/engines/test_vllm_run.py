@@ -9,13 +9,13 @@ import json
 import shutil
 
 import pytest
+from popo_lite.training.loop import Trainer
 
-from popo_lite.console.views import SilentView
+from popo_lite.callbacks import Callback
 from popo_lite.errors import EngineError
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder, read_lines
 from popo_lite.samplers.engine_adapter import EngineAdapter
-from popo_lite.training.loop import Trainer
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_the_run_itself_stops_when_the_adapter_is_wrong(tmp_path, monkeypatch, m
     run.mkdir()
     if broken is not None:
         monkeypatch.setattr(EngineAdapter, method, broken)
-    with Trainer(recipe, SilentView()) as trainer:
+    with Trainer(recipe, Callback()) as trainer:
         if broken is None:
             assert trainer.run(RunFolder(run)).summary is not None
             gaps = [line["logp_gap_max"] for line in read_lines(run / "metrics.jsonl")]

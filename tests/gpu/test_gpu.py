@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from popo_lite.objective.logprobs import Head, naive_token_logprobs, token_logprobs, weighted_token_logprobs
+
 from popo_lite.run_folder import RunFolder
 
 pytestmark = [
@@ -61,14 +61,15 @@ def test_chunked_log_probs_are_no_further_from_float64_than_naive(vocabulary, dt
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw8bit"])
 def test_a_run_in_nf4_and_bfloat16_goes_on_from_its_checkpoint(tiny_recipe, tmp_path, optimizer):
-    from popo_lite.console.views import SilentView
     from popo_lite.training.loop import Trainer
+
+    from popo_lite.callbacks import Callback
 
     recipe = tiny_recipe(
         'train.device="cuda"', 'model.dtype="bfloat16"', f'optimizer.name="{optimizer}"', "train.steps=3",
         "train.save_steps=1", "data.prompts_per_step=8", "eval.problems=16", "train.gradient_checkpointing=true",
     )  # fmt: skip
-    with Trainer(recipe, SilentView()) as trainer:
+    with Trainer(recipe, Callback()) as trainer:
         bytes_before = torch.cuda.memory_allocated()
         outcome = trainer.run(RunFolder(tmp_path))
         assert outcome.summary is not None
@@ -83,7 +84,7 @@ def test_a_run_in_nf4_and_bfloat16_goes_on_from_its_checkpoint(tiny_recipe, tmp_
         assert trainer.learner.siamese.drift() <= trainer.learner.siamese.drift_bound()
         state = 8 * sum(p.numel() for p in weights.values())
         assert torch.cuda.memory_allocated() - bytes_before < state + 2**24
-    with Trainer(recipe, SilentView()) as resumed:
+    with Trainer(recipe, Callback()) as resumed:
         resumed.run_folder = RunFolder(tmp_path)
         resumed._restore()
         assert resumed.cursor.next_step == 3
@@ -146,14 +147,15 @@ def test_checkpoints_on_the_host_take_less_of_the_gpu_and_change_no_gradient(tin
 
 
 def test_a_run_that_really_runs_out_of_memory_goes_on_with_smaller_micro_batches(tiny_recipe, tmp_path):
-    from popo_lite.console.views import SilentView
     from popo_lite.training.loop import Trainer
+
+    from popo_lite.callbacks import Callback
 
     recipe = tiny_recipe(
         'train.device="cuda"', 'model.dtype="bfloat16"', "train.steps=2", "eval.problems=0", "train.packing=false",
         "data.prompts_per_step=64", "rollout.num_generations=16", "train.tokens_per_microbatch=1000000",
     )  # fmt: skip
-    with Trainer(recipe, SilentView()) as trainer:
+    with Trainer(recipe, Callback()) as trainer:
         fits = torch.cuda.memory_reserved() + 48 * 2**20
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(fits / torch.cuda.get_device_properties(0).total_memory)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from popo_lite.console.views import SilentView
+from popo_lite.callbacks import Callback
 from popo_lite.policy.load import TINY_FOLDER
-from popo_lite.training.loop import Trainer
+from popo_lite.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,12 @@ def trainer(phi, tiny_recipe):
     opened = []
 
     def make(*overrides: str) -> Trainer:
-        beta = [] if "objective.algorithm=raft" in overrides else ["objective.entropy_coef=0.05"]
+        entropy = [] if "objective.algorithm=raft" in overrides else ["objective.entropy_coef=0.05"]
         recipe = tiny_recipe(
             f'model.id="{phi}"', 'model.quantization="none"', 'model.dtype="float64"', "eval.problems=0",
-            *beta, "train.tokens_per_microbatch=1000000", *overrides,
+            *entropy, "train.tokens_per_microbatch=1000000", *overrides,
         )  # fmt: skip
-        found = Trainer(recipe, SilentView())
+        found = Trainer(recipe, Callback())
         opened.append(found)
         torch.manual_seed(4)
         with torch.no_grad():

@@ -8,12 +8,13 @@ import pytest
 import torch
 from updates import assert_same, groups_of, update
 
-from popo_lite.console.views import SilentView
+from popo_lite import update as update_module
+from popo_lite.callbacks import Callback
 from popo_lite.errors import EngineError
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.run_folder import RunFolder, refuse_other_recipe
-from popo_lite.training.loop import Trainer
-from popo_lite.training.metrics import MicroBatchFigures
+from popo_lite.samplers import SamplingParams
+from popo_lite.trainer import Trainer
 from popo_lite.types import FinishReason
 
 
@@ -23,7 +24,7 @@ def out_of_memory():
 
 def short_of_memory(monkeypatch, policy, limit, *, when):
     """From `limit` tokens on a pass of `policy` fails: in its "forward", in "backward" when most gradients are made, or
-    when all are and its "figures" are read."""
+    when all are and its "metrics" are read."""
     compute = policy.hidden_states
     refused = []
 
@@ -41,15 +42,15 @@ def short_of_memory(monkeypatch, policy, limit, *, when):
             handle = first.register_hook(lambda grad: (handle.remove(), fail(grad)))
         return hidden
 
-    read = MicroBatchFigures.of
+    read = update_module._to_host
 
-    def of(terms, log_ratios):
-        if when == "figures" and len(log_ratios) > limit // 2:
+    def to_host(terms, log_ratios):
+        if when == "metrics" and len(log_ratios) > limit // 2:
             refused.append(len(log_ratios))
             raise out_of_memory()
         return read(terms, log_ratios)
 
-    monkeypatch.setattr(MicroBatchFigures, "of", of)
+    monkeypatch.setattr(update_module, "_to_host", to_host)
     monkeypatch.setattr(policy, "hidden_states", hidden_states)
     return refused
 
@@ -57,7 +58,7 @@ def short_of_memory(monkeypatch, policy, limit, *, when):
 VARIANTS = [(), ('objective.weights_from="trainer"',), ('objective.entropy_over="all"', 'objective.target="features"')]
 
 
-@pytest.mark.parametrize("when", ["forward", "backward", "figures"])
+@pytest.mark.parametrize("when", ["forward", "backward", "metrics"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_update_that_ran_out_of_memory_is_the_same_update(trainer, monkeypatch, variant, when):
     whole, short = trainer(*variant), trainer(*variant)
@@ -111,7 +112,7 @@ def small(tiny_recipe, *overrides):
     )  # fmt: skip
 
 
-class Told(SilentView):
+class Messages(Callback):
     def __init__(self):
         self.messages = []
 
@@ -134,7 +135,7 @@ def fails_once(monkeypatch, owner, name, *, call=1):
 
 
 def test_rollouts_are_the_same_with_fewer_at_once(tiny_recipe, monkeypatch):
-    view = Told()
+    view = Messages()
     recipe = small(tiny_recipe)
     with Trainer(recipe, view) as one:
         prompts = [one.renderer.render(one.train_task.train_problem(0, index)) for index in range(6)]
@@ -142,7 +143,12 @@ def test_rollouts_are_the_same_with_fewer_at_once(tiny_recipe, monkeypatch):
         def draw():
             ended = []
             found = one.sampler.sample(
-                prompts, count=4, params=one._sampling(1.0), policy_version=0, stream=("x",), finished=ended.append
+                prompts,
+                count=4,
+                params=SamplingParams(temperature=1.0, max_completion_length=32),
+                policy_version=0,
+                stream=("x",),
+                finished=ended.append,
             )
             return found, sum(ended)
 
@@ -173,9 +179,9 @@ def test_where_nothing_can_be_cut_the_run_ends_saved_and_goes_on(
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
     for folder in (whole, broken):
         folder.path.mkdir()
-    with Trainer(recipe, SilentView()) as one:
+    with Trainer(recipe, Callback()) as one:
         one.run(whole)
-    with Trainer(recipe, SilentView()) as one:
+    with Trainer(recipe, Callback()) as one:
         target = one
         for part in owner.split("."):
             target = getattr(target, part)
@@ -185,7 +191,7 @@ def test_where_nothing_can_be_cut_the_run_ends_saved_and_goes_on(
     assert "--set" in caught.value.next_step
     if saved:
         assert saved in caught.value.what
-    with Trainer(recipe, SilentView()) as one:
+    with Trainer(recipe, Callback()) as one:
         one.run(broken, resume=True)
     for file in ("adapter/adapter_model.safetensors", "siamese/adapter_model.safetensors"):
         assert (broken.path / file).read_bytes() == (whole.path / file).read_bytes()
@@ -196,9 +202,9 @@ def test_a_run_with_a_sequence_that_does_not_fit_is_saved_and_goes_on_where_it_d
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
     for folder in (whole, broken):
         folder.path.mkdir()
-    with Trainer(recipe, SilentView()) as one:
+    with Trainer(recipe, Callback()) as one:
         one.run(whole)
-    with Trainer(recipe, SilentView()) as one:
+    with Trainer(recipe, Callback()) as one:
         step = one.train_step
 
         def train_step(number):
@@ -218,7 +224,7 @@ def test_a_run_with_a_sequence_that_does_not_fit_is_saved_and_goes_on_where_it_d
     for option in options:
         refuse_other_recipe(broken, small(tiny_recipe, *option.split("--set ")[1:]))
     assert [folder.name for folder in sorted(broken.checkpoints.iterdir())] == ["step-000002", "step-000003"]
-    with Trainer(recipe, SilentView()) as one:
+    with Trainer(recipe, Callback()) as one:
         one.run(broken, resume=True)
     file = "adapter/adapter_model.safetensors"
     assert (broken.path / file).read_bytes() == (whole.path / file).read_bytes()
@@ -227,7 +233,7 @@ def test_a_run_with_a_sequence_that_does_not_fit_is_saved_and_goes_on_where_it_d
 def test_the_lowered_budget_is_told_logged_and_survives_the_run(tiny_recipe, monkeypatch, tmp_path):
     recipe = small(tiny_recipe)
     folder = RunFolder(tmp_path)
-    view = Told()
+    view = Messages()
     with Trainer(recipe, view) as one:
         short_of_memory(monkeypatch, one.policy, 300, when="backward")
         one.run(folder)
@@ -237,11 +243,11 @@ def test_the_lowered_budget_is_told_logged_and_survives_the_run(tiny_recipe, mon
     lines = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
     assert lines[-1]["microbatch_tokens"] == lowered
     folder.summary_path.unlink()
-    with Trainer(recipe, SilentView()) as one:
-        one.run_folder = folder
+    with Trainer(recipe, Callback()) as one:
+        one.folder = folder
         one._restore()
         assert one.learner.micro_batches.budget_tokens == lowered
-    with Trainer(small(tiny_recipe, "train.tokens_per_microbatch=9000"), SilentView()) as one:
-        one.run_folder = folder
+    with Trainer(small(tiny_recipe, "train.tokens_per_microbatch=9000"), Callback()) as one:
+        one.folder = folder
         one._restore()
         assert one.learner.micro_batches.budget_tokens == 9000  # another budget in the recipe is a new try

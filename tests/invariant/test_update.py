@@ -11,11 +11,10 @@ import math
 
 import pytest
 import torch
-from updates import assert_same, groups_of, update
+from updates import assert_same, backward, groups_of, update
 
-from popo_lite.console.views import SilentView
-from popo_lite.training.loop import Trainer
-from popo_lite.training.metrics import StageClock
+from popo_lite.callbacks import Callback
+from popo_lite.trainer import StageClock, Trainer
 from popo_lite.types import Completion, Group, Rollout
 
 VARIANTS = [
@@ -232,13 +231,12 @@ def test_the_update_is_the_gradient_of_the_formula(trainer, settings):
 def test_the_update_leaves_no_copy_of_the_weights_behind(trainer):
     """They would meet the rollout engine as it wakes."""
     one = trainer()
-    plan = one.learner.credit(groups_of(one))
-    figures = one.learner.backward(plan, one.learner.anchors(0, plan), beta=0.05, advance=lambda _: None)
+    result = backward(one, one.learner.plan(groups_of(one)))
     before = one.learner.prepare()
     assert len(before) == len(one.policy.trainable_parameters())
-    one.learner.apply(0, figures, before)
+    one.learner.apply(0, result, before)
     assert before == []
-    assert figures.update_norm > 0
+    assert result.update_norm > 0
 
 
 def test_a_step_without_positives_changes_nothing_and_says_so(tiny_recipe, tmp_path):
@@ -246,25 +244,25 @@ def test_a_step_without_positives_changes_nothing_and_says_so(tiny_recipe, tmp_p
 
     recipe = tiny_recipe('reward.function="math"', "eval.problems=0", "data.prompts_per_step=2",
                          "rollout.num_generations=2", "rollout.max_completion_length=1")  # fmt: skip
-    with Trainer(recipe, SilentView()) as trainer:
-        trainer.run_folder = RunFolder(tmp_path)
+    with Trainer(recipe, Callback()) as trainer:
+        trainer.folder = RunFolder(tmp_path)
         before = {name: p.detach().clone() for name, p in trainer.policy.trainable_parameters()}
         trainer.train_step(0)
         assert all(torch.equal(p, before[name]) for name, p in trainer.policy.trainable_parameters())
         assert trainer.policy.version == 0
         assert trainer.cursor.next_step == 1
         assert trainer.learner.siamese.drift() == 0.0
-    (line,) = trainer.run_folder.metrics_path.read_text().splitlines()
+    (line,) = trainer.folder.metrics_path.read_text().splitlines()
     assert '"skipped_reason": "no prompt had a positive"' in line
     assert '"loss": null' in line
 
 
-def test_the_clock_tells_the_view(tiny_recipe):
-    told = []
-    view = SilentView()
-    view.stage = lambda name, *, total=None: told.append((name, total))
-    clock = StageClock(view, lambda: None)
+def test_the_clock_announces_its_stages():
+    stages = []
+    callback = Callback()
+    callback.stage = lambda name, *, total=None: stages.append((name, total))
+    clock = StageClock(callback, torch.device("cpu"))
     with clock("rollout", total=3):
         pass
-    assert told == [("rollout", 3)]
+    assert stages == [("rollout", 3)]
     assert set(clock.seconds) == {"rollout"}

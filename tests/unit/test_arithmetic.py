@@ -82,9 +82,9 @@ def test_working_is_column_addition():
 
 def test_working_is_recognised():
     task = ArithmeticTask(2)
-    assert task.shows_working("7+5=12, so \\boxed{12}")
-    assert not task.shows_working("\\boxed{12}")
-    assert not task.shows_working("\\boxed{1=2}")
+    texts = ["7+5=12, so \\boxed{12}", "\\boxed{12}", "\\boxed{1=2}"]
+    assert [task.figures([text])["step_by_step_ratio"] for text in texts] == [1, 0, 0]
+    assert task.figures(texts) == {"step_by_step_ratio": pytest.approx(1 / 3)}
 
 
 def test_the_shipped_model_is_small_plain_and_reproducible():

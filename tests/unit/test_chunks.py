@@ -1,10 +1,11 @@
-"""Sizes of the chunked loss."""
+"""Sizes of the fused loss."""
 
 from __future__ import annotations
 
 import pytest
 
-from popo_lite.objective.chunks import chunk_tokens, pass_bytes, row_block, tile_rows
+from popo_lite.chunks import chunk_tokens, row_block, tile_rows
+from popo_lite.tools.plan.terms import pass_bytes
 
 MIB = 2**20
 

@@ -9,7 +9,7 @@ import sys
 SCRIPT = """
 import torch
 from popo_lite.errors import ModelError
-from popo_lite.objective.logprobs import Head, refuse_without_compiler
+from popo_lite.fused import Head, refuse_without_compiler
 try:
     refuse_without_compiler(Head(weight=torch.randn(50, 8)))
 except ModelError as error:

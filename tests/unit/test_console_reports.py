@@ -7,9 +7,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from popo_lite.console.output import open_console
-from popo_lite.console.reports import closing_report, eval_report, noise, print_error, progress, table
 from popo_lite.errors import RecipeError
+from popo_lite.tools.console.output import open_console, print_error, progress, table
+from popo_lite.tools.console.reports import closing_report, eval_report, noise
 from popo_lite.types import EvalResult
 
 WIDTHS = [80, 100, 140]
@@ -21,7 +21,7 @@ def evaluation(rate: float, tokens: float) -> dict:
         "pass_at_k": {"1": rate, "8": rate + 0.3, "16": rate + 0.4},
         "problems": 200,
         "samples_per_problem": 16,
-        "step_by_step_ratio": 0.34,
+        "task_figures": {"step_by_step_ratio": 0.34},
         "truncated_ratio": 0.01,
         "completion_tokens_mean": tokens,
     }
@@ -49,7 +49,7 @@ def result(weights: str, rate: float, problems: int = 200) -> EvalResult:
         samples_per_problem=8,
         pass_at_1=rate,
         pass_at_k={1: rate, 8: rate + 0.2},
-        step_by_step_ratio=None,
+        task_figures={},
         truncated_ratio=0.015,
         ungraded_ratio=0.005,
         completion_tokens_mean=120.25,
@@ -78,7 +78,7 @@ def test_closing_report_compares_before_and_after():
         ["pass@8", "61.5%", "76.2%", "+14.7"],
         ["pass@16", "71.5%", "86.2%", "+14.7"],
         ["step by step", "34.0%", "34.0%", "+0.0"],
-        ["cut off", "1.0%", "1.0%", "+0.0"],
+        ["truncated", "1.0%", "1.0%", "+0.0"],
         ["mean tokens", "143.2", "120.9", "-22.3"],
         ["problems", "200", "200"],
         ["Time: 14:20"],
@@ -117,7 +117,7 @@ def test_closing_report_of_a_run_without_evaluation():
     text = printed(lambda console: closing_report(summary, COMMANDS, console))
     assert "Nothing was measured on held-out problems." in text
     assert "pass@1" not in text
-    assert ["4-bit modules", "none: the base was not quantised"] in rows(text)
+    assert ["4-bit modules", "none: not quantised"] in rows(text)
 
 
 def test_closing_report_with_only_one_evaluation_has_no_difference():
@@ -148,7 +148,7 @@ def test_eval_report_has_a_column_for_each_of_the_weights():
         ["base", "adapter", "difference", "siamese"],
         ["pass@1", "30.0%", "50.0%", "+20.0", "48.0%"],
         ["pass@8", "50.0%", "70.0%", "+20.0", "68.0%"],
-        ["cut off", "1.5%", "1.5%", "+0.0", "1.5%"],
+        ["truncated", "1.5%", "1.5%", "+0.0", "1.5%"],
         ["ungraded", "0.5%", "0.5%", "+0.0", "0.5%"],
         ["mean tokens", "120.2", "120.2", "+0.0", "120.2"],
         ["tokens sampled", "123,456", "123,456", "123,456"],
@@ -216,7 +216,7 @@ def test_error_says_what_where_and_next(capsys, monkeypatch):
     print_error(ERROR)
     out, err = capsys.readouterr()
     assert out == ""
-    assert [line.rstrip() for line in err.splitlines()] == [
+    assert err.splitlines() == [
         "error  objective.similarity_coef = -1: must be at least 0",
         "       rollout.top_p = 0.9 [/red]�[2J",
         "where  recipes/x.toml",
@@ -253,7 +253,7 @@ def test_progress_is_plain_without_a_terminal(capsys):
 
 def test_progress_tells_how_far_it_is_when_it_takes_long(monkeypatch):
     stream = io.StringIO()
-    monkeypatch.setattr("popo_lite.console.output._PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("popo_lite.tools.console.output._PLAIN_SECONDS", 0.0)
     with progress("exporting", total=1200, console=open_console(stream)) as advance:
         advance(500)
         advance(600)

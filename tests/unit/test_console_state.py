@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from popo_lite.console.state import RunState, by_stage
-from popo_lite.types import SampleView, StepRecord
+from popo_lite.metrics import make_record
+from popo_lite.tools.console.views import RunState
+from popo_lite.tools.console.words import by_stage
+from popo_lite.types import SampleView
 
 HOSTILE = "[/red] \x1b[31m\x1b[2J\x9b2J bell\x07 \u202e \ud800 [bold]markup[/] 日本語 👩\u200d🔬\tnul\x00\r\n"
 FACTS = {
@@ -21,69 +23,69 @@ STEPS = 30
 SKIPPED = (3, 16)
 
 
-def record(step: int, **changes) -> StepRecord:
-    made = StepRecord(
-        step=step,
-        policy_version=step,
-        skipped_reason=None,
-        prompts=32,
-        prompts_skipped=0,
-        prompts_with_positive=19,
-        rollouts=256,
-        positives=80,
-        groups_none_right=12,
-        groups_some_right=14,
-        groups_all_right=5,
-        groups_ungraded=1,
-        outcomes={"correct": 80, "incorrect": 160, "unparsed": 12, "timeout": 3, "error": 1},
-        pass_rate=0.11 + 0.01 * step,
-        prompts_with_positive_ratio=0.6,
-        unique_answers_mean=3.2,
-        step_by_step_ratio=None,
-        truncated_ratio=0.023,
-        completion_tokens_mean=143.25,
-        positive_tokens_mean=120.0,
-        rollout_tokens=36_000,
-        rollouts_per_positive_prompt=256 / 19,
-        rollout_tokens_per_positive_prompt=36_000 / 19,
-        sampled_entropy=1.3,
-        tokens_of_all=50_000,
-        tokens_of_positives=14_000,
-        tokens_of_mixed_groups=20_000,
-        trained_tokens=12_000,
-        loss=0.4312,
-        loss_nll=0.4421,
-        loss_similarity=0.0013,
-        loss_entropy=-1.2043,
-        entropy=1.2043,
-        entropy_over_start=0.96,
-        beta=0.01,
-        effective_sample_size=3.12,
-        effective_sample_ratio=0.97,
-        siamese_cosine=0.9987,
-        siamese_drift=0.0123,
-        siamese_drift_over_bound=0.04,
-        logp_gap_mean=0.0012,
-        logp_gap_p99=0.02,
-        logp_gap_max=0.031,
-        logp_k3=0.001,
-        grad_norm=0.83,
-        update_norm=1e-4,
-        learning_rate=2e-5,
-        head_learning_rate=1e-3,
-        micro_batches=4,
-        microbatch_tokens=8192,
-        seconds={"rollout": 8.2, "grade": 0.3, "siamese": 0.6, "update": 3.1},
-        tokens_per_second={"rollout": 4210.0, "update": 3870.0},
-        peak_memory_bytes=3 * 2**30,
-    )
-    return replace(made, **changes)
+def record(step: int, **changes) -> dict:
+    values = {
+        "step": step,
+        "policy_version": step,
+        "skipped_reason": None,
+        "prompts": 32,
+        "prompts_skipped": 0,
+        "prompts_with_positive": 19,
+        "rollouts": 256,
+        "positives": 80,
+        "groups_none_right": 12,
+        "groups_some_right": 14,
+        "groups_all_right": 5,
+        "groups_ungraded": 1,
+        "outcomes": {"correct": 80, "incorrect": 160, "unparsed": 12, "timeout": 3, "error": 1},
+        "pass_rate": 0.11 + 0.01 * step,
+        "prompts_with_positive_ratio": 0.6,
+        "unique_answers_mean": 3.2,
+        "task_figures": {},
+        "truncated_ratio": 0.023,
+        "completion_tokens_mean": 143.25,
+        "positive_tokens_mean": 120.0,
+        "rollout_tokens": 36_000,
+        "rollouts_per_positive_prompt": 256 / 19,
+        "rollout_tokens_per_positive_prompt": 36_000 / 19,
+        "sampled_entropy": 1.3,
+        "tokens_of_all": 50_000,
+        "tokens_of_positives": 14_000,
+        "tokens_of_mixed_groups": 20_000,
+        "trained_tokens": 12_000,
+        "loss": 0.4312,
+        "loss_policy": 0.4421,
+        "loss_similarity": 0.0013,
+        "loss_entropy": -1.2043,
+        "entropy": 1.2043,
+        "entropy_over_start": 0.96,
+        "entropy_coef": 0.01,
+        "effective_sample_size": 3.12,
+        "effective_sample_ratio": 0.97,
+        "siamese_cosine": 0.9987,
+        "siamese_drift": 0.0123,
+        "siamese_drift_over_bound": 0.04,
+        "logp_gap_mean": 0.0012,
+        "logp_gap_p99": 0.02,
+        "logp_gap_max": 0.031,
+        "logp_k3": 0.001,
+        "grad_norm": 0.83,
+        "update_norm": 1e-4,
+        "learning_rate": 2e-5,
+        "head_learning_rate": 1e-3,
+        "micro_batches": 4,
+        "microbatch_tokens": 8192,
+        "seconds": {"rollout": 8.2, "grade": 0.3, "siamese": 0.6, "update": 3.1},
+        "tokens_per_second": {"rollout": 4210.0, "update": 3870.0},
+        "peak_memory_bytes": 3 * 2**30,
+    }
+    return make_record(values | changes)
 
 
-def skipped(step: int) -> StepRecord:
+def skipped(step: int) -> dict:
     none = dict.fromkeys(
         (
-            *("loss", "loss_nll", "loss_similarity", "loss_entropy", "entropy", "entropy_over_start", "grad_norm"),
+            *("loss", "loss_policy", "loss_similarity", "loss_entropy", "entropy", "entropy_over_start", "grad_norm"),
             *("effective_sample_size", "effective_sample_ratio", "siamese_cosine", "siamese_drift_over_bound"),
             *("logp_gap_mean", "logp_gap_p99", "logp_gap_max", "logp_k3", "update_norm", "positive_tokens_mean"),
         )
@@ -120,35 +122,33 @@ def test_samples_stay_until_they_can_have_been_read():
     state = RunState(lambda: clock[0])
     first, second = (SampleView(step=1, question=name, reference="", right=None, wrong=None) for name in "ab")
     state.samples([first, second])
-    assert state.shown_sample() == first
+    assert state.sample() == first
     state.samples([replace(first, question="new"), second])
     clock[0] = 9.9
-    assert state.shown_sample() == first
+    assert state.sample() == first
     clock[0] = 10.0
-    assert state.shown_sample().question == "new"
+    assert state.sample().question == "new"
     clock[0] = 20.0
-    assert state.shown_sample() == second
+    assert state.sample() == second
 
 
 def test_time_left_is_the_median_pace_times_the_steps_left():
     clock = [0.0]
     state = RunState(lambda: clock[0])
-    state.start("t", {}, total_steps=50, first_step=40)
+    state.start(title="t", facts={}, total_steps=50, first_step=40)
     clock[0] = 500.0  # an evaluation before training is no step
-    assert state.seconds_left is None
+    assert state.pace() == (None, None)
     state.step(record(41))
-    assert state.step_seconds == pytest.approx(12.2, abs=1e-9)
+    assert state.pace()[0] == pytest.approx(12.2, abs=1e-9)
     for took in (10.0, 11.0, 300.0, 10.0):
         clock[0] += took
         state.step(record(42))
-    assert state.step_seconds == 11.0
-    assert (state.steps_done, state.seconds_left) == (45, 55.0)
-    assert RunState(lambda: 0.0).elapsed_seconds == 0.0
+    assert (state.steps_done, *state.pace()) == (45, 11.0, 55.0)
 
 
 def test_the_total_among_the_seconds_is_no_stage():
     state = RunState(lambda: 0.0)
     state.step(record(1, seconds={"rollout": 3.0, "update": 1.0, "total": 5.0}))
-    assert state.step_seconds == 5.0
+    assert state.pace()[0] == 5.0
     assert by_stage({"rollout": 3.0, "total": 5.0}) == ({"rollout": 3.0}, 5.0)
     assert by_stage({"rollout": 3.0, "update": 1.5}) == ({"rollout": 3.0, "update": 1.5}, 4.5)

@@ -12,10 +12,10 @@ import time
 import pytest
 from test_console_state import FACTS, HOSTILE, STEPS, play
 
-from popo_lite.console.live import LiveView
-from popo_lite.console.plain import PlainView
-from popo_lite.console.views import SilentView, open_view
+from popo_lite.callbacks import Callback
 from popo_lite.errors import UserInputError
+from popo_lite.tools.console.live import LiveView
+from popo_lite.tools.console.views import PlainView, open_view
 
 
 def test_plain_prints_a_line_a_step():
@@ -34,11 +34,11 @@ def test_plain_prints_a_line_a_step():
     steps = [line for line in lines if line.startswith("step ")]
     assert len(steps) == STEPS
     assert steps[0] == (
-        "step 6/60  pass 11.0%  loss 0.4312  entropy 1.2043 (96% of start)  cosine 0.9987  tokens 143.2  "
-        "prompts all/some/none/ungraded 5/14/12/1  memory 3.00 GiB  pace 12.2 s  left 10:59"
+        "step 6/60  pass rate 11.0%  loss 0.4312  token entropy 1.2043  of start 96.0%  cosine 0.9987  "
+        "mean tokens 143.2  prompts all/some/none/ungraded 5/14/12/1  memory 3.00 GiB  pace 12.2 s  left 10:59"
     )
     assert steps[3] == (
-        "step 9/60  pass 0.0%  tokens 143.2  prompts all/some/none/ungraded 5/14/12/1  memory 3.00 GiB  "
+        "step 9/60  pass rate 0.0%  mean tokens 143.2  prompts all/some/none/ungraded 5/14/12/1  memory 3.00 GiB  "
         "pace 12.0 s  left 10:12  SKIPPED: none of its 32 prompts has a right answer"
     )
     assert "checkpoint of step 10 saved to runs/x/step-000010" in lines
@@ -110,7 +110,7 @@ def test_auto_is_live_on_a_terminal_and_plain_elsewhere(terminal, monkeypatch):
     assert not view._console.no_color
     assert isinstance(open_view("live", terminal), LiveView)
     assert isinstance(open_view("plain", terminal), PlainView)
-    assert isinstance(open_view("silent", terminal), SilentView)
+    assert type(open_view("silent", terminal)) is Callback
     assert isinstance(open_view("auto", io.StringIO()), PlainView)
     monkeypatch.setenv("NO_COLOR", "1")
     assert open_view("auto", terminal)._console.no_color
@@ -131,7 +131,7 @@ def test_silent_says_nothing(capsys):
 
 
 def test_the_loop_needs_neither_rich_nor_torch_to_be_watched():
-    code = "import sys, popo_lite.console.base, popo_lite.console.views as v; v.open_view('plain')\n"
+    code = "import sys, popo_lite.callbacks, popo_lite.tools.console.views as v; v.open_view('plain')\n"
     code += "print(sorted({'rich', 'torch'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

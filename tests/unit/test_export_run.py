@@ -32,7 +32,7 @@ EVALUATION = {
     "samples_per_problem": 1,
     "pass_at_1": 0.295,
     "pass_at_k": {"1": 0.295},
-    "step_by_step_ratio": 0.3,
+    "task_figures": {"step_by_step_ratio": 0.3},
     "truncated_ratio": 0.0,
     "completion_tokens_mean": 12.4,
 }

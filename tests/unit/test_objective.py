@@ -7,26 +7,24 @@ import math
 import pytest
 import torch
 
-from popo_lite.errors import PopoError
-from popo_lite.objective.credit import effective_sample_size, positive_weights
-from popo_lite.objective.losses import (
-    StepNormalizers,
-    cosine,
-    entropy_coefficient,
-    nll_coefficients,
+from popo_lite.objective import (
+    Tokens,
+    effective_sample_size,
+    grpo,
+    mixed,
     noisy_target,
-    popo_loss,
-    steered_beta,
+    popo,
+    positive_weights,
+    raft,
+    similarity_loss,
+    steered_entropy_coef,
 )
-from popo_lite.policy.predictor import PredictorHead
-from popo_lite.policy.siamese import Siamese
-from popo_lite.recipe import AnyObjective
-
-NORMALIZERS = StepNormalizers(prompts=2, positives=3, positive_tokens=12, entropy_tokens=12, max_completion_length=10)
+from popo_lite.policy.siamese import PredictorHead, Siamese
+from popo_lite.recipe import GrpoObjective, MixedObjective, PopoObjective, RaftObjective
 
 
 def test_weights_are_a_softmax_of_mean_logps():
-    weights = positive_weights([-0.1, -0.3], [10, 20], [1.0, 1.0], AnyObjective())
+    weights = positive_weights([-0.1, -0.3], [10, 20], [1.0, 1.0], PopoObjective())
     ratio = math.exp(0.2)
     assert weights.tolist() == pytest.approx([ratio / (1 + ratio), 1 / (1 + ratio)], rel=1e-12)
 
@@ -34,21 +32,21 @@ def test_weights_are_a_softmax_of_mean_logps():
 @pytest.mark.parametrize("kind", ["mean_logprob", "uniform", "sequence_logprob"])
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 5.0])
 def test_weights_of_a_prompt_sum_to_one(kind, temperature):
-    recipe = AnyObjective(weights=kind, weight_temperature=temperature)
+    recipe = PopoObjective(weights=kind, weight_temperature=temperature)
     weights = positive_weights([-0.1, -2.0, -0.7], [4, 400, 90], [1.0, 1.0, 0.6], recipe)
     assert float(weights.sum()) == pytest.approx(1.0, abs=1e-12)
     assert bool((weights >= 0).all())
 
 
 def test_uniform_and_sequence_weights():
-    uniform = positive_weights([-0.1, -5.0], [3, 3], [1.0, 1.0], AnyObjective(weights="uniform"))
+    uniform = positive_weights([-0.1, -5.0], [3, 3], [1.0, 1.0], PopoObjective(weights="uniform"))
     assert uniform.tolist() == [0.5, 0.5]
-    literal = positive_weights([-0.1, -0.2], [10, 10], [1.0, 1.0], AnyObjective(weights="sequence_logprob"))
+    literal = positive_weights([-0.1, -0.2], [10, 10], [1.0, 1.0], PopoObjective(weights="sequence_logprob"))
     assert float(literal[0] / literal[1]) == pytest.approx(math.exp(1.0))
 
 
 def test_graded_rewards_scale_the_weights():
-    weights = positive_weights([-0.5, -0.5], [3, 3], [1.0, 0.6], AnyObjective())
+    weights = positive_weights([-0.5, -0.5], [3, 3], [1.0, 0.6], PopoObjective())
     assert weights.tolist() == pytest.approx([1 / 1.6, 0.6 / 1.6])
 
 
@@ -69,7 +67,7 @@ def test_graded_rewards_scale_the_weights():
     ],
 )  # fmt: skip
 def test_weights_by_hand(settings, mean_logps, lengths, rewards, expected):
-    found = positive_weights(mean_logps, lengths, rewards, AnyObjective(**settings))
+    found = positive_weights(mean_logps, lengths, rewards, PopoObjective(**settings))
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -77,40 +75,85 @@ def test_effective_sample_size_by_hand():
     """Means that differ by 0.06 over eight answers: hardly less than 8 by the mean, little more than 1 by the sum."""
     assert effective_sample_size(torch.tensor([0.75, 0.25])) == pytest.approx(1 / (0.5625 + 0.0625))
     means = [-0.40 - 0.06 * index / 7 for index in range(8)]
-    mean = positive_weights(means, [300] * 8, [1.0] * 8, AnyObjective())
+    mean = positive_weights(means, [300] * 8, [1.0] * 8, PopoObjective())
     assert effective_sample_size(mean) == pytest.approx(7.996916, rel=1e-6)
-    literal = positive_weights(means, [300] * 8, [1.0] * 8, AnyObjective(weights="sequence_logprob"))
+    literal = positive_weights(means, [300] * 8, [1.0] * 8, PopoObjective(weights="sequence_logprob"))
     # A geometric series with q = exp(-18 / 7): (1 + q) (1 - q^8)^2 / ((1 - q) (1 - q^16)) with q^8 next to nothing.
     assert effective_sample_size(literal) == pytest.approx(1.165501, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("normalizer", "expected"),
-    [
-        # Sum of w log pi: (-2 - 1) / 2 - 6 = -7.5; by 2 prompts x mean length 4, 12 tokens, 2 x 10.
-        ("token_mean", 0.9375),
-        ("reference", 0.625),
-        ("sequence_sum", 0.375),
-        # (1 + 0.25) / 2 + 1 = 1.625, by 2 prompts
-        ("sequence_mean", 0.8125),
-    ],
-)
-def test_nll_by_hand(normalizer, expected):
-    recipe = AnyObjective(normalizer=normalizer)
-    weights, log_pi = torch.tensor([0.5, 0.5, 1.0]).double(), torch.tensor([-2.0, -1.0, -6.0]).double()
-    coefficients = nll_coefficients(weights, [2, 4, 6], NORMALIZERS, recipe)
-    assert float(-(coefficients * log_pi).sum()) == pytest.approx(expected, rel=1e-12)
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def tokens_of(weights, divisors, *, sampler=0.0, reference=None, entropy_weights=0.25):
+    """Four tokens: two of a first sequence, one each of two others."""
+    return Tokens(
+        sampler_logps=torch.full((4,), sampler).double(),
+        reference_logps=reference,
+        weights=tensor(*weights),
+        divisors=tensor(*divisors),
+        entropy_weights=torch.full((4,), entropy_weights).double(),
+    )
+
+
+LOGPS, ENTROPIES = tensor(-1.0, -2.0, -0.5, -4.0), tensor(0.4, 0.8, 1.2, 1.6)
+
+
+def test_popo_by_hand():
+    """(0.5 * 3 / 6) + 0.5 * 0.5 / 6 + 1 * 4 / 8 = 0.25 + 0.041667 + 0.5, less 0.01 times the mean entropy 1."""
+    tokens = tokens_of((0.5, 0.5, 0.5, 1.0), (6.0, 6.0, 6.0, 8.0))
+    assert float(popo(LOGPS, ENTROPIES, tokens, PopoObjective(), 0.01)) == pytest.approx(0.7916666667 - 0.01)
+    assert float(raft(LOGPS, ENTROPIES, tokens, RaftObjective(), 0.0)) == pytest.approx(0.7916666667)
+    parts = [popo(LOGPS[p], ENTROPIES[p], tokens.at(p), PopoObjective(), 0.01) for p in (slice(0, 3), slice(3, 4))]
+    assert float(sum(parts)) == pytest.approx(0.7916666667 - 0.01)
+
+
+def test_mixed_by_hand():
+    """A weight below 0 lowers: 0.25 + 0.041667 - 0.1 * 4 / 8."""
+    tokens = tokens_of((0.5, 0.5, 0.5, -0.1), (6.0, 6.0, 6.0, 8.0), entropy_weights=0.0)
+    found = mixed(LOGPS, ENTROPIES, tokens, MixedObjective(), 0.01)
+    assert float(found) == pytest.approx(0.25 + 0.5 * 0.5 / 6 - 0.05)
+
+
+def test_truncated_importance_by_hand():
+    """exp(policy - sampler) with the sampler at -1: 1, exp(-1), exp(0.5) capped at 1.2, exp(-3)."""
+    tokens = tokens_of((1.0,) * 4, (1.0,) * 4, sampler=-1.0)
+    logps = LOGPS.clone().requires_grad_()
+    loss = raft(logps, ENTROPIES, tokens, RaftObjective(importance_sampling_clip_max=1.2), 0.0)
+    factors = [1.0, math.exp(-1), 1.2, math.exp(-3)]
+    assert float(loss) == pytest.approx(factors[0] + 2 * factors[1] + 0.5 * factors[2] + 4 * factors[3])
+    loss.backward()
+    assert (-logps.grad).tolist() == pytest.approx(factors)  # the factor is a constant
+
+
+def test_grpo_by_hand():
+    """Ratios 1, exp(-1), exp(0.5), exp(-3) and advantages 1, 1, 2, -1: the third is clipped above, the fourth below."""
+    objective = GrpoObjective(epsilon=0.2, epsilon_high=0.3, kl_coef=0.1)
+    plain = tokens_of((1.0, 1.0, 2.0, -1.0), (4.0, 4.0, 2.0, 2.0), sampler=-1.0)
+    logps = LOGPS.clone().requires_grad_()
+    loss = grpo(logps, ENTROPIES, plain, objective, 0.0)
+    ratios = [1.0, math.exp(-1), math.exp(0.5), math.exp(-3)]
+    assert float(loss) == pytest.approx(-(1 + ratios[1]) / 4 - 2 * 1.3 / 2 + 0.8 / 2)
+    loss.backward()
+    assert logps.grad.tolist() == pytest.approx([-1 / 4, -ratios[1] / 4, 0.0, 0.0])
+    with_kl = plain._replace(reference_logps=LOGPS + tensor(0.0, 0.5, -0.5, 0.0))
+    extra = grpo(LOGPS, ENTROPIES, with_kl, objective, 0.0) - loss.detach()
+    terms = [ratios[1] * (math.exp(0.5) - 1.5) / 4, ratios[2] * (math.exp(-0.5) - 0.5) / 2]
+    assert float(extra) == pytest.approx(0.1 * sum(terms))
+    assert float(grpo(LOGPS, ENTROPIES, plain, objective, 0.01) - loss.detach()) == pytest.approx(-0.01)
 
 
 def test_similarity_by_hand():
     """Weights 1/4, 3/4 and 1 over 2 prompts, cosines 0.6, 0.8 and -1: (0.25 * 0.4 + 0.75 * 0.2 + 1 * 2) / 2."""
-    terms = hand_case(
-        weights=torch.tensor([0.25, 0.75, 1.0]).double(),
-        predictions=torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]]).double(),
-        targets=torch.tensor([[3.0, 4.0], [3.0, 4.0], [-1.0, 0.0]]).double(),
+    loss, mean_cosine = similarity_loss(
+        torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]]).double().requires_grad_(),
+        torch.tensor([[3.0, 4.0], [3.0, 4.0], [-1.0, 0.0]]).double(),
+        tensor(0.25, 0.75, 1.0) / 2,
     )
-    assert float(terms.similarity) == pytest.approx(1.125, rel=1e-12)
-    assert float(terms.similarity_cosine) == pytest.approx(-0.125, rel=1e-12)
+    assert float(loss.detach()) == pytest.approx(1.125, rel=1e-12)
+    assert float(mean_cosine) == pytest.approx(-0.125, rel=1e-12)
+    assert not mean_cosine.requires_grad
 
 
 def test_noise_by_hand():
@@ -129,55 +172,6 @@ def test_the_predictor_head_by_hand():
     assert head(torch.tensor([[1.0, 3.0]]).double()).tolist() == [pytest.approx([0.0, 0.999995], abs=1e-6)]
 
 
-@pytest.mark.parametrize(
-    ("normalizer", "expected"),
-    [
-        ("token_mean", [0.5 / 8, 0.5 / 8, 1 / 8]),  # 2 prompts x mean length 4
-        ("reference", [0.5 / 12, 0.5 / 12, 1 / 12]),
-        ("sequence_sum", [0.5 / 20, 0.5 / 20, 1 / 20]),
-        ("sequence_mean", [0.5 / (2 * 2), 0.5 / (2 * 4), 1 / (2 * 6)]),
-    ],
-)
-def test_normalizers(normalizer, expected):
-    weights = torch.tensor([0.5, 0.5, 1.0], dtype=torch.float64)
-    found = nll_coefficients(weights, [2, 4, 6], NORMALIZERS, AnyObjective(normalizer=normalizer))
-    assert found.tolist() == pytest.approx(expected)
-
-
-def hand_case(**changes):
-    case = {
-        "token_gradient": torch.tensor(-7.0, dtype=torch.float64, requires_grad=True),  # only its gradient counts
-        "policy": torch.tensor(2.25, dtype=torch.float64),
-        "entropy": torch.tensor(0.7, dtype=torch.float64),
-        "weights": torch.tensor([0.5, 1.5], dtype=torch.float64),
-        "predictions": torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64),
-        "targets": torch.tensor([[0.0, 2.0], [3.0, 3.0]], dtype=torch.float64),
-        "normalizers": StepNormalizers(
-            prompts=2, positives=2, positive_tokens=3, entropy_tokens=3, max_completion_length=9
-        ),
-        "alpha": 0.1,
-        "beta": 0.01,
-    }
-    return popo_loss(**{**case, **changes})
-
-
-def test_loss_by_hand():
-    terms = hand_case()
-    assert float(terms.nll) == pytest.approx(2.25)
-    assert float(terms.similarity) == pytest.approx(0.5 / 2 * 1 + 1.5 / 2 * 0, abs=1e-12)
-    assert float(terms.entropy) == pytest.approx(-0.7)
-    assert float(terms.similarity_cosine) == pytest.approx(0.75)
-    assert float(terms.total) == pytest.approx(2.25 + 0.1 * 0.25 - 0.01 * 0.7)
-
-
-def test_similarity_is_bounded_and_off_when_asked():
-    opposite = hand_case(targets=torch.tensor([[-1.0, 0.0], [-1.0, -1.0]], dtype=torch.float64))
-    assert float(opposite.similarity) == pytest.approx(2.0)
-    off = hand_case(predictions=None, targets=None)
-    assert float(off.similarity) == 0.0
-    assert float(off.total) == pytest.approx(float(off.nll) + 0.01 * float(off.entropy))
-
-
 def test_noise_is_relative_to_the_features_and_detached():
     features = torch.randn(3, 1000, dtype=torch.float64, requires_grad=True)
     noise = torch.randn(3, 1000, dtype=torch.float64)
@@ -186,24 +180,19 @@ def test_noise_is_relative_to_the_features_and_detached():
     torch.testing.assert_close(noisy_target(1000 * features, noise, 0.02), 1000 * once)
     rms = features.square().mean(dim=-1, keepdim=True).sqrt()
     torch.testing.assert_close((once - features) / rms, 0.02 * noise)
-    assert float(cosine(features, once).detach().min()) > 0.999
+    assert float(torch.cosine_similarity(features, once).detach().min()) > 0.999
 
 
-def test_a_step_without_positives_has_no_normalizers():
-    with pytest.raises(PopoError, match="without a positive"):
-        StepNormalizers(prompts=0, positives=0, positive_tokens=0, entropy_tokens=0, max_completion_length=8)
-
-
-def test_beta_is_constant_or_steered():
-    assert steered_beta(0.01, 0.2, AnyObjective()) == 0.01
-    steered = AnyObjective(target_entropy=0.4, entropy_coef_gain=0.1)
-    assert steered_beta(0.01, 0.2, steered) == pytest.approx(0.01 * math.exp(0.05))
-    assert steered_beta(0.01, 0.4, steered) == pytest.approx(0.01)
+def test_the_entropy_coefficient_is_constant_or_steered():
+    assert steered_entropy_coef(0.01, 0.2, PopoObjective()) == 0.01
+    steered = PopoObjective(target_entropy=0.4, entropy_coef_gain=0.1)
+    assert steered_entropy_coef(0.01, 0.2, steered) == pytest.approx(0.01 * math.exp(0.05))
+    assert steered_entropy_coef(0.01, 0.4, steered) == pytest.approx(0.01)
     beta = 0.01
     for _ in range(1000):
-        beta = steered_beta(beta, 0.0, steered)
+        beta = steered_entropy_coef(beta, 0.0, steered)
     assert beta == pytest.approx(1.0)  # a hundred times the recipe's
-    assert steered_beta(0.01, 40.0, steered) == pytest.approx(0.01 * math.exp(-0.1))
+    assert steered_entropy_coef(0.01, 40.0, steered) == pytest.approx(0.01 * math.exp(-0.1))
 
 
 def test_theorem_3_1():
@@ -215,25 +204,18 @@ def test_theorem_3_1():
         positives = torch.tensor([2, 7, 11])
         logp = torch.log_softmax(logits, dim=0)
         weights = torch.softmax(logp[positives].detach(), dim=0)
-        # The same functions as in training.
-        normalizers = StepNormalizers(
-            prompts=1, positives=3, positive_tokens=3, entropy_tokens=1, max_completion_length=1
+        # The loss of training: a divisor of 1, and the entropy of the distribution counted once.
+        tokens = Tokens(
+            sampler_logps=logp[positives].detach(),
+            reference_logps=None,
+            weights=weights,
+            divisors=torch.ones(3).double(),
+            entropy_weights=tensor(1.0, 0.0, 0.0),
         )
         entropy = -(logp.exp() * logp).sum()
-        policy = -(weights * logp[positives]).sum()
-        terms = popo_loss(
-            token_gradient=policy + entropy_coefficient(normalizers, beta) * entropy,
-            policy=policy,
-            entropy=entropy,
-            weights=weights,
-            predictions=None,
-            targets=None,
-            normalizers=normalizers,
-            alpha=0.0,
-            beta=beta,
-        )
-        assert float(terms.total.detach()) == pytest.approx(float(terms.nll) + beta * float(terms.entropy))
-        (gradient,) = torch.autograd.grad(terms.total, logits)
+        loss = popo(logp[positives], entropy.expand(3), tokens, PopoObjective(), beta)
+        assert float(loss.detach()) == pytest.approx(float(-(weights * logp[positives]).sum() - beta * entropy))
+        (gradient,) = torch.autograd.grad(loss, logits)
         logp = logp.detach()
         pi, entropy = logp.exp(), -(logp.exp() * logp).sum()
         others = torch.ones(50, dtype=torch.bool)

@@ -247,7 +247,7 @@ class TestMessagesAndMeta:
 
     def test_it_is_a_task_that_cannot_tell_working(self) -> None:
         task: Task = train(write("x.jsonl", SUMS))
-        assert task.shows_working("1+1=2, so 2") is None
+        assert task.figures(["1+1=2, so 2"]) == {}
 
 
 class TestIds:

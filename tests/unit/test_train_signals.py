@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from popo_lite.cli import main
-from popo_lite.training.loop import Trainer
+from popo_lite.trainer import Trainer
 
 
 def train(folder: Path, *options: str) -> Result:

@@ -6,15 +6,23 @@ import itertools
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import json_lines
 
+from popo_lite.checkpoint import (
+    Cursor,
+    checkpoint_folders,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from popo_lite.curriculum import Seen
 from popo_lite.errors import CheckpointError, PopoError, UserInputError
 from popo_lite.evaluation import pass_at_k
 from popo_lite.policy.policy import load_policy
-from popo_lite.policy.siamese import Siamese
 from popo_lite.recipe import OptimizerRecipe
 from popo_lite.run_folder import (
     RunFolder,
@@ -25,33 +33,28 @@ from popo_lite.run_folder import (
     refuse_other_recipe,
     start_files,
 )
-from popo_lite.training.batching import collate, cut
-from popo_lite.training.checkpoint import (
-    Cursor,
-    checkpoint_folders,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from popo_lite.training.history import Seen
-from popo_lite.training.interrupt import Interrupts, StopRequested
-from popo_lite.training.optimizer import build_optimizer, learning_rate_factor, move_state, set_learning_rate
+from popo_lite.trainer import Interrupts, StopRequested
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
+from popo_lite.update import (
+    Learner,
+    build_optimizer,
+    collate,
+    learning_rate_factor,
+    move_state,
+    pack,
+    set_learning_rate,
+)
 
 CURSOR = Cursor(
     next_step=3,
     evaluated=0,
     next_problem=40,
     history={"p": Seen(8, 0, 1), "q/2": Seen(4, 4, 2)},
-    beta=0.02,
+    entropy_coef=0.02,
     start_entropy=0.5,
-    prompts_skipped=1,
-    prompts_with_positive=2,
-    rollouts=24,
-    rollout_tokens=10,
-    trained_tokens=5,
+    totals={"prompts_skipped": 1, "rollouts": 24},
     seconds={"update": 1.5},
-    before=None,
+    lowered_budget=(4096, 2000),
 )
 
 
@@ -87,16 +90,16 @@ def test_a_completion_needs_a_log_prob_for_every_token():
 
 def test_micro_batches_hold_everything_once_and_keep_the_budget():
     rollouts = [rollout(5, answer) for answer in (1, 30, 7, 8, 22, 2, 15, 40)]
-    batches = cut(rollouts, range(8), budget_tokens=90)
+    batches = pack(rollouts, range(8), budget_tokens=90)
     assert sorted(itertools.chain(*batches)) == list(range(8))
     assert all(sum(rollouts[i].tokens for i in batch) <= 90 for batch in batches)
     assert len(batches) == 2  # 165 tokens, and no padding
-    assert cut(rollouts, [3, 1], budget_tokens=90) == [(1, 3)]
+    assert pack(rollouts, [3, 1], budget_tokens=90) == [(1, 3)]
 
 
 def test_a_sequence_beyond_a_lowered_budget_goes_alone():
     rollouts = [rollout(5, answer) for answer in (40, 1, 2)]
-    assert cut(rollouts, range(3), budget_tokens=20) == [(0,), (2, 1)]
+    assert pack(rollouts, range(3), budget_tokens=20) == [(0,), (2, 1)]
 
 
 def test_collate_points_at_the_right_positions():
@@ -110,7 +113,7 @@ def test_collate_points_at_the_right_positions():
     assert batch.sequence_of_token.tolist() == [0, 0, 0, 0, 1, 1]
     hidden = torch.arange(11.0)[:, None]
     assert batch.mean_features(hidden).tolist() == [[(2 + 3 + 4 + 5) / 4], [(9 + 10) / 2]]
-    assert batch.sequence_means(torch.arange(6.0)).tolist() == [1.5, 4.5]
+    assert [part.tolist() for part in batch.by_sequence(torch.arange(6.0))] == [[0, 1, 2, 3], [4, 5]]
 
 
 def test_features_of_16_bit_states_are_summed_in_float32():
@@ -147,13 +150,17 @@ def test_head_and_adapters_have_their_own_rates(tiny_recipe):
         assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
 
 
-def one_update(policy, optimizer, siamese, seed):
+def learner_of(recipe):
+    return Learner(recipe, load_policy(recipe), notify=pytest.fail, memory_advice=pytest.fail)
+
+
+def one_update(learner, seed):
     torch.manual_seed(seed)
-    for _, parameter in policy.trainable_parameters():
+    for _, parameter in learner.policy.trainable_parameters():
         parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    siamese.update(1.0 + seed)
-    policy.version += 1
+    learner.optimizer.step()
+    learner.siamese.update(1.0 + seed)
+    learner.policy.version += 1
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
@@ -161,27 +168,23 @@ def test_a_checkpoint_brings_everything_back(tiny_recipe, tmp_path, name):
     """Two updates, a checkpoint, two more; and the last two again from the checkpoint: bit for bit the same."""
 
     def fresh():
-        policy = load_policy(tiny_recipe(f'optimizer.name="{name}"', "siamese.head_width=64"))
-        siamese = Siamese(policy.trainable_parameters(), 0.9)
-        return policy, siamese, build_optimizer(policy, tiny_recipe(f'optimizer.name="{name}"').optimizer)
+        return learner_of(tiny_recipe(f'optimizer.name="{name}"', "siamese.head_width=64"))
 
-    policy, siamese, optimizer = fresh()
+    learner, other = fresh(), fresh()
     for seed in (0, 1):
-        one_update(policy, optimizer, siamese, seed)
-    folder = save_checkpoint(
-        tmp_path, policy=policy, siamese=siamese, optimizer=optimizer, cursor=CURSOR, base_id="tiny", keep=2
-    )
-    other, other_siamese, other_optimizer = fresh()
-    assert load_checkpoint(folder, policy=other, siamese=other_siamese, optimizer=other_optimizer) == CURSOR
-    assert other.version == 2
+        one_update(learner, seed)
+    folder = save_checkpoint(tmp_path, learner, CURSOR, base_id="tiny", keep=2)
+    assert load_checkpoint(folder, other) == CURSOR
+    assert other.policy.version == 2
     for seed in (2, 3):
-        one_update(policy, optimizer, siamese, seed)
-        one_update(other, other_optimizer, other_siamese, seed)
-    for (key, ours), (_, theirs) in zip(policy.trainable_parameters(), other.trainable_parameters(), strict=True):
+        one_update(learner, seed)
+        one_update(other, seed)
+    weights = [one.policy.trainable_parameters() for one in (learner, other)]
+    for (key, ours), (_, theirs) in zip(*weights, strict=True):
         assert torch.equal(ours, theirs), key
-    for key, tensor in siamese.state()[0].items():
-        assert torch.equal(tensor, other_siamese.state()[0][key]), key
-    assert siamese.drift_bound() == other_siamese.drift_bound()
+    for key, tensor in learner.siamese.state()[0].items():
+        assert torch.equal(tensor, other.siamese.state()[0][key]), key
+    assert learner.siamese.drift_bound() == other.siamese.drift_bound()
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
@@ -189,47 +192,38 @@ def test_state_that_is_moved_away_and_back_is_the_same_state(tiny_recipe, name):
     """Optimizers must find their state under the same keys after every tensor of it was replaced by a moved copy."""
     outcomes = []
     for moves in (False, True):
-        policy = load_policy(tiny_recipe("siamese.head_width=64"))
-        optimizer = build_optimizer(policy, OptimizerRecipe(name=name, learning_rate=0.01))
-        siamese = Siamese(policy.trainable_parameters(), 0.9)
+        learner = learner_of(
+            tiny_recipe("siamese.head_width=64", f"optimizer.name={name}", "optimizer.learning_rate=0.01")
+        )
         for seed in (0, 1, 2):
-            one_update(policy, optimizer, siamese, seed)
+            one_update(learner, seed)
             if moves:
-                for state in optimizer.state.values():
+                for state in learner.optimizer.state.values():
                     state.update({k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)})
-                move_state(optimizer, torch.device("cpu"))
-        outcomes.append([p.detach().clone() for _, p in policy.trainable_parameters()])
+                move_state(learner.optimizer, torch.device("cpu"))
+        outcomes.append([p.detach().clone() for _, p in learner.policy.trainable_parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
 def test_old_checkpoints_go_and_partial_ones_do_not_count(tiny_recipe, tmp_path):
-    policy = load_policy(tiny_recipe())
-    siamese = Siamese(policy.trainable_parameters(), 0.9)
-    optimizer = build_optimizer(policy, tiny_recipe().optimizer)
+    learner = learner_of(tiny_recipe())
     for step in (1, 2, 3):
-        cursor = Cursor(**{**CURSOR.__dict__, "next_step": step})
-        save_checkpoint(
-            tmp_path, policy=policy, siamese=siamese, optimizer=optimizer, cursor=cursor, base_id="tiny", keep=2
-        )
+        save_checkpoint(tmp_path, learner, replace(CURSOR, next_step=step), base_id="tiny", keep=2)
     (tmp_path / ".step-000009.partial").mkdir()
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-000002", "step-000003"]
     assert not any(file.suffix in (".pt", ".bin", ".pkl") for file in tmp_path.rglob("*"))
     newest = latest_checkpoint(tmp_path)
     (newest / "optimizer.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="delete this folder"):
-        load_checkpoint(newest, policy=policy, siamese=siamese, optimizer=optimizer)
+        load_checkpoint(newest, learner)
     assert latest_checkpoint(tmp_path / "nothing") is None
 
 
 def test_a_repeated_checkpoint_brings_the_cursor_up_to_date(tiny_recipe, tmp_path):
-    policy = load_policy(tiny_recipe())
-    siamese = Siamese(policy.trainable_parameters(), 0.9)
-    optimizer = build_optimizer(policy, tiny_recipe().optimizer)
-    parts = {"policy": policy, "siamese": siamese, "optimizer": optimizer}
+    learner = learner_of(tiny_recipe())
     for before in (None, {"pass_at_1": 0.3}):
-        cursor = Cursor(**{**CURSOR.__dict__, "before": before})
-        folder = save_checkpoint(tmp_path, **parts, cursor=cursor, base_id="tiny", keep=2)
-    assert load_checkpoint(folder, **parts).before == {"pass_at_1": 0.3}
+        folder = save_checkpoint(tmp_path, learner, replace(CURSOR, before=before), base_id="tiny", keep=2)
+    assert load_checkpoint(folder, learner).before == {"pass_at_1": 0.3}
 
 
 def test_run_folders_are_never_overwritten(tiny_recipe, tmp_path):
@@ -251,7 +245,7 @@ def test_resume_finds_the_newest_unfinished_run(tiny_recipe, tmp_path):
         os.utime(run.path, (1e9 - age, 1e9 - age))
     runs[2].summary_path.write_text("{}")
     os.utime(runs[2].path, (2e9, 2e9))
-    assert find_run_folder(recipe, "tiny", None) == runs[1]
+    assert find_run_folder(recipe, "tiny", None).path == runs[1].path
     environment = json.loads((runs[0].path / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     refuse_other_recipe(runs[0], tiny_recipe(f'output.dir="{tmp_path}"', "rollout.max_num_seqs=7"))
@@ -291,16 +285,16 @@ def test_a_corrupt_line_that_is_not_the_last_is_no_kills_work(tmp_path, corrupt)
     path = tmp_path / "metrics.jsonl"
     content = b'{"step": 0}\n' + corrupt + b'\n{"step": 1}\n'
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="line 2 is not one that was written here") as caught:
+    with pytest.raises(CheckpointError, match="line 2 is damaged") as caught:
         keep_lines(path, lambda _: True)
     assert caught.value.where == str(path)
     assert path.read_bytes() == content
 
 
-def test_signals_are_noted_and_raise_only_where_asked():
-    told = []
+def test_signals_are_noted_and_raise_only_in_check():
+    messages = []
     before = signal.getsignal(signal.SIGINT)
-    with Interrupts(told.append) as interrupts:
+    with Interrupts(messages.append) as interrupts:
         interrupts.check()
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupts.requested
@@ -308,7 +302,7 @@ def test_signals_are_noted_and_raise_only_where_asked():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(StopRequested):
             interrupts.check()
-    assert len(told) == 1
+    assert len(messages) == 1
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import click
 
@@ -13,7 +12,7 @@ from popo_lite.errors import UserInputError
 from popo_lite.tools.plan.command import parse_size
 
 OUT_OF_MEMORY = 1
-"""Exit code of a bench that found that memory does not suffice; also PopoError's own, of an engine that fails."""
+"""Exit code if memory does not suffice; also that of an engine that fails."""
 
 
 @click.command(short_help="Measure a recipe's step with random weights.")
@@ -47,8 +46,8 @@ def bench(
     on those. Prints seconds and tokens per second by stage, peak memory beside the plan's, and what the whole run
     would take.
 
-    Exit code 0: measured; 1: memory ran out, and the result says where, or an engine failed or is not installed, and
-    an error says so; 2: the recipe or the command line is at fault.
+    Exit code 0: measured; 1: memory ran out (the result says in which stage), or an engine failed or is missing; 2:
+    error in the recipe or the command line.
     """
     from popo_lite.recipe_file import load_recipe
 
@@ -82,17 +81,17 @@ def bench(
         if pick_device(settings.train.device).type == "cpu":
             _refuse_on_a_cpu(recipe, (*overrides, *sized), memory_cap, longest)
         if longest:
-            found = asdict(bench_longest(settings, memory_cap_bytes=cap, notify=notify))
-            report, failed = longest_report, found["longest_tokens"] is None
+            result = bench_longest(settings, memory_cap_bytes=cap, notify=notify)
+            report, failed = longest_report, result["longest_tokens"] is None
         else:
-            found = asdict(measure(settings, steps=steps, positives=positives, memory_cap_bytes=cap, notify=notify))
-            report, failed = bench_report, found["out_of_memory"] is not None
+            result = measure(settings, steps=steps, positives=positives, memory_cap_bytes=cap, notify=notify)
+            report, failed = bench_report, result["out_of_memory"] is not None
     except UserInputError as error:
         raise error.within(recipe) from error
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(result))
     else:
-        report(found)
+        report(result)
     if failed:
         raise SystemExit(OUT_OF_MEMORY)
 
@@ -105,7 +104,7 @@ def _cap_bytes(text: str) -> int:
 
 
 def _refuse_on_a_cpu(recipe: str, overrides: Sequence[str], memory_cap: str | None, longest: bool) -> None:
-    """Raise UserInputError for what only a GPU can show; the plan tells it on any machine."""
+    """Raise UserInputError for what only a GPU can show; the plan predicts it on any machine."""
     command = ["popo-lite", "plan", recipe]
     if memory_cap is not None:
         what, where = "only a GPU's memory can be capped, and this runs on a CPU", "--memory-cap"

@@ -1,4 +1,4 @@
-"""What a person reads when a bench is over."""
+"""Reports of `popo-lite bench` for people."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from popo_lite.console import words
-from popo_lite.console.output import open_console, safe, table
+from popo_lite.tools.console import words
+from popo_lite.tools.console.output import open_console, safe, table
 
 
 def bench_report(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a BenchResult as a mapping: stages, memory beside the plan's, and what the whole run would take."""
+    """Print the result of `bench`: stages, memory beside the plan's, and what the whole run would take."""
     console = console if console is not None else open_console(sys.stdout)
     _headline(result, console)
     if result["out_of_memory"] is not None:
@@ -25,7 +25,7 @@ def bench_report(result: Mapping[str, Any], console: Console | None = None) -> N
     if result["memory"]:
         _peaks(result["memory"], console)
     elif result["device"] == "cpu":
-        console.print(Text("Peak memory is measured on a GPU alone: what a process holds on a CPU is not comparable."))
+        console.print(Text("Peak memory is measured on a GPU only: resident memory on a CPU is not comparable."))
         console.print()
     if result["tensors"]:
         rows = [
@@ -38,7 +38,7 @@ def bench_report(result: Mapping[str, Any], console: Console | None = None) -> N
 
 
 def longest_report(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a LongestResult as a mapping."""
+    """Print the result of `bench_longest`."""
     console = console if console is not None else open_console(sys.stdout)
     found, planned = result["longest_tokens"], result["planned_tokens"]
     step = result["resolution_tokens"]
@@ -99,7 +99,7 @@ def _peaks(phases: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 
 def _planned(measured: int | None, planned: int | None) -> tuple[str, str]:
-    """The plan's figure, and what was found over it."""
+    """Return the plan's figure, and measured over planned."""
     if measured is None or not planned:
         return words.ABSENT, words.ABSENT
     return words.memory(planned), f"{measured / planned:.2f}"

@@ -1,72 +1,113 @@
-"""A policy of random weights and rollouts out of nothing, of the sizes that a recipe's step has."""
+"""A trainer over a random base and a made-up task: what `popo-lite bench` measures."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
-from popo_lite.errors import UserInputError
+from popo_lite.callbacks import Callback
+from popo_lite.grading import GradeRequest
 from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.load import import_unsloth, pick_device
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy, wrap_policy
 from popo_lite.recipe import Recipe
-from popo_lite.tools.bench.random_base import architecture, random_base, stand_in_tokenizer, write_random_base
-from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
+from popo_lite.samplers import SamplingParams
+from popo_lite.tools.bench.random_base import random_base, stand_in_tokenizer, write_random_base
+from popo_lite.trainer import Trainer
+from popo_lite.types import Completion, FinishReason, Outcome, Problem, Prompt, Reward
+
+Verdict = Callable[[int, int], float]
+"""(number of the answer, answers of the step) -> its reward."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepSize:
-    """How much one step is: P prompts of G rollouts each, all of the same length, `positives` of them rewarded."""
-
-    prompts: int
-    num_generations: int
-    prompt_tokens: int
-    completion_tokens: int
-    positives: int
-
-    @property
-    def sequence_tokens(self) -> int:
-        """Tokens of a prompt with its answer."""
-        return self.prompt_tokens + self.completion_tokens
+def spread(positives: int) -> Verdict:
+    """Return a verdict with `positives` rewards of 1, spread evenly over the answers of a step."""
+    return lambda number, total: float((number + 1) * positives // total > number * positives // total)
 
 
-def step_size(recipe: Recipe, positives: int | None = None) -> StepSize:
-    """The recipe's step with every prompt and answer at its longest; half of the rollouts are positive if not told.
+class BenchTrainer(Trainer):
+    """The trainer with random weights, prompts of random tokens, and a fixed verdict.
 
-    Raises UserInputError where more positives are asked for than there are rollouts.
+    All prompts and answers are as long as the recipe allows. `policy` reuses one that is loaded; with
+    `random_answers` nothing is sampled.
     """
-    rollouts = recipe.data.prompts_per_step * recipe.rollout.num_generations
-    if positives is not None and positives > rollouts:
-        raise UserInputError(
-            f"{positives} positives are asked for, and a step has {recipe.data.prompts_per_step} x "
-            f"{recipe.rollout.num_generations} = {rollouts} rollouts",
-            where="--positives",
-            next_step=f"--positives {rollouts}",
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        callback: Callback,
+        *,
+        verdict: Verdict,
+        memory_advice: Callable[[], str],
+        policy: Policy | None = None,
+        random_answers: bool = False,
+    ) -> None:
+        self._verdict, self._given_policy, self._random_answers = verdict, policy, random_answers
+        super().__init__(_without_choices(recipe), callback, memory_advice=memory_advice)
+        self.guard = SimpleNamespace(check=lambda *_: None)  # type: ignore[assignment]  # made-up answers have any gap
+
+    def _open_task(self, _stack: ExitStack) -> None:
+        self.policy = self._given_policy or random_policy(self.recipe)
+        self.grader: Any = SimpleNamespace(grade=self._grade)
+        self.train_task: Any = SimpleNamespace(train_problem=_problem, figures=lambda _: {}, name="random tokens")
+        self.renderer: Any = SimpleNamespace(render=self._render, text=lambda _: "")
+        self.held_out = []
+
+    def _open_sampler(self, stack: ExitStack) -> None:
+        self.callback.stage("engine")
+        if self._random_answers:
+            self.sampler: Any = RandomSampler(self.policy.head.weight.shape[0])
+        else:
+            super()._open_sampler(stack)
+
+    def _grade(self, requests: Sequence[GradeRequest]) -> list[Reward]:
+        values = [self._verdict(number, len(requests)) for number in range(len(requests))]
+        return [Reward(value=value, outcome=Outcome.CORRECT if value else Outcome.INCORRECT) for value in values]
+
+    def _render(self, problem: Problem) -> Prompt:
+        vocabulary = self.policy.head.weight.shape[0]
+        return random_prompt(problem.meta["index"], vocabulary, self.recipe.rollout.max_prompt_length)
+
+
+class RandomSampler:
+    """Answers of random tokens at full length, with log-probs as of a nearly uniform policy."""
+
+    engine, swap_seconds, can_sleep = "hf", (), False
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+
+    def sample(
+        self, prompts: Sequence[Prompt], *, count: int, params: SamplingParams, **_: Any
+    ) -> list[list[Completion]]:
+        """Make up `count` answers for each prompt."""
+        return [[self._answer(prompt, index, params) for index in range(count)] for prompt in prompts]
+
+    def _answer(self, prompt: Prompt, index: int, params: SamplingParams) -> Completion:
+        source = torch.Generator().manual_seed(prompt.problem.meta["index"] * 10_007 + index)
+        length = params.max_completion_length
+        return Completion(
+            token_ids=tuple(torch.randint(self._vocabulary, (length,), generator=source).tolist()),
+            sampler_logps=tuple((-torch.rand(length, generator=source) - 5.0).tolist()),
+            finish_reason=FinishReason.LENGTH,
+            text="",
         )
-    return StepSize(
-        prompts=recipe.data.prompts_per_step,
-        num_generations=recipe.rollout.num_generations,
-        prompt_tokens=recipe.rollout.max_prompt_length,
-        completion_tokens=recipe.rollout.max_completion_length,
-        positives=positives or (rollouts + 1) // 2,
-    )
 
-
-def context_tokens(recipe: Recipe) -> int | None:
-    """The longest sequence that the model is made for; None where its config sets no limit. Builds nothing."""
-    return getattr(architecture(recipe.model), "max_position_embeddings", None)
+    def sync(self, _: int) -> None:
+        """Hold no weights, so there is nothing to swap."""
 
 
 def random_policy(recipe: Recipe, *, seed: int = 0) -> Policy:
-    """The policy that `load_policy` would give, over a random base with fresh adapters, and without stop ids.
+    """Return the policy that `load_policy` would, but over a random base and without stop ids.
 
-    A warm start (`lora.init_from`) is left out: it changes no shape. The unsloth backend reads the base from a
-    temporary folder, as it builds models from files alone.
+    The unsloth backend only builds models from files, so it reads the base from a temporary folder.
     """
     device = pick_device(recipe.train.device)
     recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"init_from": None})})
@@ -87,56 +128,26 @@ def random_policy(recipe: Recipe, *, seed: int = 0) -> Policy:
     return policy
 
 
-def random_prompts(size: StepSize, vocabulary: int, *, seed: int = 0) -> list[Prompt]:
-    """`size.prompts` prompts of `size.prompt_tokens` random token ids each."""
-    source = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary, (size.prompts, size.prompt_tokens), generator=source).tolist()
-    return [
-        Prompt(
-            problem=Problem(id=f"bench/{index}", messages=({"role": "user", "content": ""},), answer=""),
-            token_ids=tuple(row),
-        )
-        for index, row in enumerate(ids)
-    ]
+def random_prompt(index: int, vocabulary: int, tokens: int) -> Prompt:
+    """Return problem `index` as a prompt of random tokens."""
+    ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(index))
+    return Prompt(problem=_problem(0, index), token_ids=tuple(ids.tolist()))
 
 
-def random_completions(size: StepSize, vocabulary: int, *, seed: int = 0) -> list[list[Completion]]:
-    """Random answers for each prompt where none are sampled; log-probs as of a nearly uniform policy."""
-    source = torch.Generator().manual_seed(seed + 1)
-    shape = (size.prompts, size.num_generations, size.completion_tokens)
-    ids = torch.randint(vocabulary, shape, generator=source).tolist()
-    logps = (-torch.rand(shape, generator=source) - 5.0).tolist()
-    return [
-        [
-            Completion(token_ids=tuple(tokens), sampler_logps=tuple(values), finish_reason=FinishReason.LENGTH, text="")
-            for tokens, values in zip(*pair, strict=True)
-        ]
-        for pair in zip(ids, logps, strict=True)
-    ]
+def _problem(_seed: int, index: int) -> Problem:
+    return Problem(id=f"bench/{index}", messages=({"role": "user", "content": ""},), answer="", meta={"index": index})
 
 
-def rewarded(
-    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], positives: int, *, policy_version: int = 0
-) -> list[Group]:
-    """Groups in which `positives` rollouts, spread evenly over the step, have reward 1 and all others 0."""
-    total = sum(len(group) for group in completions)
-    groups, place = [], 0
-    for prompt, answers in zip(prompts, completions, strict=True):
-        rollouts = []
-        for index, completion in enumerate(answers):
-            right = (place + 1) * positives // total > place * positives // total
-            place += 1
-            reward = Reward(value=float(right), outcome=Outcome.CORRECT if right else Outcome.INCORRECT)
-            rollouts.append(
-                Rollout(prompt=prompt, completion=completion, reward=reward, policy_version=policy_version, index=index)
-            )
-        groups.append(Group(rollouts=tuple(rollouts)))
-    return groups
-
-
-def random_groups(size: StepSize, policy: Policy, *, seed: int = 0) -> list[Group]:
-    """A step's groups where nothing is sampled, as of the policy's current version."""
-    vocabulary = policy.head.weight.shape[0]
-    prompts = random_prompts(size, vocabulary, seed=seed)
-    completions = random_completions(size, vocabulary, seed=seed)
-    return rewarded(prompts, completions, size.positives, policy_version=policy.version)
+def _without_choices(recipe: Recipe) -> Recipe:
+    """Return the recipe with every setting off by which a step's size depends on the answers."""
+    rollout = {
+        "skip_known": False,
+        "adaptive": recipe.rollout.adaptive.model_copy(update={"enabled": False}),
+    }
+    return recipe.model_copy(
+        update={
+            "rollout": recipe.rollout.model_copy(update=rollout),
+            "reward": recipe.reward.model_copy(update={"truncated": "grade"}),
+            "output": recipe.output.model_copy(update={"samples_per_step": 0}),
+        }
+    )

@@ -134,12 +134,12 @@ def _held_out(
             next_step=f"popo-lite eval {run} --problems 200",
         )
 
-    from popo_lite.console.reports import eval_report
     from popo_lite.evaluation import evaluate, fitting
     from popo_lite.grading import Grader
     from popo_lite.samplers import SamplingParams
     from popo_lite.tasks import open_tasks
     from popo_lite.tasks.rendering import Renderer
+    from popo_lite.tools.console.reports import eval_report
 
     _set_threads(recipe)
     task = open_tasks(recipe)[1]
@@ -377,6 +377,6 @@ def _holding(adapter: Path | None, policy: Policy, sampler: Sampler) -> Iterator
 
 
 def _bar(description: str, total: int, as_json: bool) -> Any:
-    from popo_lite.console.output import progress
+    from popo_lite.tools.console.output import progress
 
     return nullcontext(lambda _: None) if as_json else progress(description, total)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from popo_lite.console import words
-from popo_lite.console.output import build_table, open_console, print_table, safe
+from popo_lite.tools.console import words
+from popo_lite.tools.console.output import build_table, open_console, print_table, safe
 from popo_lite.types import BenchmarkResult
 
 

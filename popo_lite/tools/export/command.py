@@ -76,7 +76,7 @@ def export(
 
     import torch
 
-    from popo_lite.console.output import progress
+    from popo_lite.tools.console.output import progress
     from popo_lite.tools.export import export_run
     from popo_lite.tools.export.hub import check_repo_id, name_in_card, push
 
@@ -109,7 +109,7 @@ def export(
 
 
 def _print_report(report: ExportReport, upload: Upload | None) -> None:
-    from popo_lite.console.reports import table
+    from popo_lite.tools.console.reports import table
 
     facts = {"folder": report.folder, "what": report.what, "weights": report.weights, "base": report.base}
     if report.dtype is not None:

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from popo_lite.console import words
-from popo_lite.console.draw import bar
-from popo_lite.console.output import build_table, open_console, print_table, safe
+from popo_lite.tools.console import words
+from popo_lite.tools.console.draw import bar
+from popo_lite.tools.console.output import build_table, open_console, print_table, safe
 from popo_lite.tools.plan.vram import NOT_TENSORS, SHORTFALL
 
 _BAR_CELLS = 28

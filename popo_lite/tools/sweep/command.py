@@ -54,7 +54,7 @@ def sweep(
         _list_runs(runs, as_json=as_json)
         return
 
-    from popo_lite.console.output import table
+    from popo_lite.tools.console.output import table
     from popo_lite.tools.sweep.runner import execute, locked
     from popo_lite.tools.sweep.view import SweepView
 
@@ -100,7 +100,7 @@ def _list_runs(runs: list[SweepRun], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"runs": listed}))
         return
-    from popo_lite.console.output import table
+    from popo_lite.tools.console.output import table
     from popo_lite.tools.sweep.file import as_options
 
     rows = [(row["variant"], row["seed"], row["state"], " ".join(as_options(run.variant.overrides)), row["run"])

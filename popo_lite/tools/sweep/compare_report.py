@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from popo_lite.console import words
-from popo_lite.console.output import open_console, safe, table
+from popo_lite.tools.console import words
+from popo_lite.tools.console.output import open_console, safe, table
 from popo_lite.tools.sweep import plots
 
 

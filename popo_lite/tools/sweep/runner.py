@@ -16,9 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from popo_lite.console.words import duration
 from popo_lite.errors import UserInputError
 from popo_lite.run_folder import append_line, take_lock
+from popo_lite.tools.console.words import duration
 from popo_lite.tools.sweep.file import as_options
 from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, writing
 from popo_lite.tools.sweep.view import SweepWatcher

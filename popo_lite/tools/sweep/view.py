@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from popo_lite.console.output import open_console, safe
+from popo_lite.tools.console.output import open_console, safe
 
 EndState = Literal["done", "failed", "stopped"]
 

@@ -1,4 +1,4 @@
-"""Both entries of the chunked loss against naive autograd over full logits: values, gradients, products and memory."""
+"""The fused loss against naive autograd over full logits: values, gradients, products with the head, memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from popo_lite import fused
 from popo_lite.errors import ModelError
-from popo_lite.objective import logprobs
-from popo_lite.objective.chunks import pass_bytes
-from popo_lite.objective.logprobs import Head, naive_token_logprobs, token_logprobs, weighted_token_logprobs
+from popo_lite.fused import Head, fused_loss, naive_logprobs, score
+from popo_lite.tools.plan.terms import pass_bytes
 
 VARIANTS = {
     "plain": {},
@@ -39,20 +39,29 @@ def coefficients(tokens: int = 37, dtype: torch.dtype = torch.float64):
     return torch.randn(2, tokens, generator=torch.Generator().manual_seed(2), dtype=dtype)
 
 
-def outputs_and_gradient(function, hidden, a, b):
+def naive(hidden, targets, head, a, b):
+    """Log-probs, entropies and the gradient of sum a log p + b H."""
     hidden = hidden.clone().requires_grad_()
-    logps, entropies = function(hidden)
+    logps, entropies = naive_logprobs(hidden, targets, head)
     ((a * logps).sum() + (b * entropies).sum()).backward()
     return logps.detach(), entropies.detach(), hidden.grad
 
 
-def weighted(hidden, targets, head, a, b, **options):
+def linear(a, b):
+    """The loss sum a log p + b H; None leaves a number out of it."""
+
+    def token_loss(logps, entropies, part):
+        terms = [(a, logps), (b, entropies)]
+        return sum((factor[part] * values).sum() for factor, values in terms if factor is not None)
+
+    return token_loss
+
+
+def ours(hidden, targets, head, a, b, **options):
     hidden = hidden.clone().requires_grad_()
-    terms = weighted_token_logprobs(
-        hidden, targets, head, logp_coefficients=a, entropy_coefficients=b, **{"chunk": 8, **options}
-    )
-    terms.total.backward()
-    return terms, hidden.grad
+    output = fused_loss(hidden, targets, head, linear(a, b), **{"chunk": 8, **options})
+    output.loss.backward()
+    return output.logps, output.entropies, hidden.grad
 
 
 def assert_all_close(found, expected, **tolerances):
@@ -62,104 +71,109 @@ def assert_all_close(found, expected, **tolerances):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("chunk", [1, 8, 37, 1000])
-def test_both_entries_equal_naive_in_float64(variant, chunk):
+def test_equal_to_naive_in_float64(variant, chunk):
     hidden, targets, head = make(torch.float64, **VARIANTS[variant])
     a, b = coefficients()
-    naive = outputs_and_gradient(lambda h: naive_token_logprobs(h, targets, head), hidden, a, b)
-    recomputed = outputs_and_gradient(lambda h: token_logprobs(h, targets, head, chunk=chunk), hidden, a, b)
-    terms, gradient = weighted(hidden, targets, head, a, b, chunk=chunk)
-    assert_all_close(recomputed, naive, **EXACT)
-    assert_all_close((terms.logps, terms.entropies, gradient), naive, **EXACT)
-    torch.testing.assert_close(terms.total.detach(), (a * naive[0]).sum() + (b * naive[1]).sum(), **EXACT)
+    expected = naive(hidden, targets, head, a, b)
+    assert_all_close(ours(hidden, targets, head, a, b, chunk=chunk), expected, **EXACT)
+    hidden.requires_grad_()
+    loss = fused_loss(hidden, targets, head, linear(a, b), chunk=chunk).loss
+    torch.testing.assert_close(loss.detach(), (a * expected[0]).sum() + (b * expected[1]).sum(), **EXACT)
+    assert_all_close(score(hidden, targets, head, chunk=chunk), expected[:2], **EXACT)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_entries_make_the_same_gradient_bit_for_bit(variant, dtype):
+def test_scoring_makes_the_same_numbers_bit_for_bit(variant, dtype):
     hidden, targets, head = make(dtype, **VARIANTS[variant])
-    a, b = coefficients(dtype=torch.float32)
-    recomputed = outputs_and_gradient(lambda h: token_logprobs(h, targets, head, chunk=8), hidden, a, b)
-    terms, gradient = weighted(hidden, targets, head, a, b)
-    assert_all_close((terms.logps, terms.entropies, gradient), recomputed, rtol=0, atol=0)
+    output = ours(hidden, targets, head, *coefficients(dtype=torch.float32))
+    assert_all_close(score(hidden, targets, head, chunk=8), output[:2], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_either_output_alone_has_the_right_gradient(which):
+def test_a_loss_of_one_number_alone_has_the_right_gradient(which):
     hidden, targets, head = make(torch.float64)
-    ours, naive = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    token_logprobs(ours, targets, head, chunk=5)[which].sum().backward()
-    naive_token_logprobs(naive, targets, head)[which].sum().backward()
-    torch.testing.assert_close(ours.grad, naive.grad, **EXACT)
+    one, other = torch.ones(37, dtype=torch.float64), None
+    a, b = (one, other) if which == 0 else (other, one)
+    reference = hidden.clone().requires_grad_()
+    naive_logprobs(reference, targets, head)[which].sum().backward()
+    torch.testing.assert_close(ours(hidden, targets, head, a, b, chunk=5)[2], reference.grad, **EXACT)
 
 
-@pytest.mark.parametrize("entropy", [0.0, -0.3])
-def test_one_entropy_coefficient_for_all_tokens(entropy):
+def test_any_differentiable_loss_has_the_right_gradient():
+    """One that is linear in neither number, and mixes them."""
     hidden, targets, head = make(torch.float64, temperature=0.9)
-    a, _ = coefficients()
-    b = torch.full_like(a, entropy)
-    _, _, naive = outputs_and_gradient(lambda h: naive_token_logprobs(h, targets, head), hidden, a, b)
-    terms, gradient = weighted(hidden, targets, head, a, entropy)
-    torch.testing.assert_close(gradient, naive, **EXACT)
-    torch.testing.assert_close(terms.total.detach(), (a * terms.logps).sum() + (b * terms.entropies).sum(), **EXACT)
+
+    def token_loss(logps, entropies, _):
+        return (logps.exp() * entropies.square() + (logps - 0.1 * entropies).tanh()).sum()
+
+    reference, found = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    expected = token_loss(*naive_logprobs(reference, targets, head), None)
+    expected.backward()
+    loss = fused_loss(found, targets, head, token_loss, chunk=8).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), **EXACT)
+    torch.testing.assert_close(found.grad, reference.grad, **EXACT)
 
 
 def test_zero_coefficients_make_zero_gradients():
     hidden, targets, head = make(torch.bfloat16)
     a, b = coefficients(dtype=torch.float32)
     a[3:20] = b[3:20] = 0.0
-    _, gradient = weighted(hidden, targets, head, a, b)
+    *_, gradient = ours(hidden, targets, head, a, b)
     assert not gradient[3:20].any()
     assert gradient[:3].any(-1).all()
     assert gradient[20:].any(-1).all()
 
 
-def test_factor_multiplies_the_coefficients_by_what_it_makes_of_the_log_probs():
-    """Truncated importance weights: detached, from the same pass's log-probs."""
+def test_a_loss_may_use_constants_of_its_own_log_probs():
+    """Truncated importance weights: detached, from the log-probs of the same pass."""
     hidden, targets, head = make(torch.float64)
     a, b = coefficients()
-    sampler_logps = naive_token_logprobs(hidden, targets, head)[0] + 0.3 * torch.randn_like(a)
-
-    def truncated(logps, tokens):
-        return (logps - sampler_logps[tokens]).exp().clamp(max=1.1)
-
-    ratios = truncated(naive_token_logprobs(hidden, targets, head)[0], slice(None))
+    exact = naive_logprobs(hidden, targets, head)[0]
+    sampler_logps = exact + 0.3 * torch.randn_like(a)
+    ratios = (exact - sampler_logps).exp().clamp(max=1.1)
     assert 5 < (ratios == 1.1).sum() < 30
-    naive = outputs_and_gradient(lambda h: naive_token_logprobs(h, targets, head), hidden, a * ratios, b)
-    terms, gradient = weighted(hidden, targets, head, a, b, factor=truncated)
-    assert_all_close((terms.logps, terms.entropies, gradient), naive, **EXACT)
-    torch.testing.assert_close(terms.total.detach(), (a * ratios * naive[0]).sum() + (b * naive[1]).sum(), **EXACT)
+
+    def token_loss(logps, entropies, part):
+        factors = (logps.detach() - sampler_logps[part]).exp().clamp(max=1.1)
+        return (a[part] * factors * logps).sum() + (b[part] * entropies).sum()
+
+    expected = naive(hidden, targets, head, a * ratios, b)
+    hidden.requires_grad_()
+    output = fused_loss(hidden, targets, head, token_loss, chunk=8)
+    output.loss.backward()
+    assert_all_close((output.logps, output.entropies, hidden.grad), expected, **EXACT)
+    value = (a * ratios * expected[0]).sum() + (b * expected[1]).sum()
+    torch.testing.assert_close(output.loss.detach(), value, **EXACT)
 
 
 def test_backward_twice_and_scaled():
     hidden, targets, head = make(torch.float64)
     a, b = coefficients()
-    _, once = weighted(hidden, targets, head, a, b)
+    *_, once = ours(hidden, targets, head, a, b)
     hidden.requires_grad_()
-    terms = weighted_token_logprobs(hidden, targets, head, logp_coefficients=a, entropy_coefficients=b)
-    (-2.5 * terms.total).backward(retain_graph=True)
+    loss = fused_loss(hidden, targets, head, linear(a, b)).loss
+    (-2.5 * loss).backward(retain_graph=True)
     torch.testing.assert_close(hidden.grad, -2.5 * once, **EXACT)
-    (0.5 * terms.total).backward()
+    (0.5 * loss).backward()
     torch.testing.assert_close(hidden.grad, -2.0 * once, **EXACT)
 
 
-def test_log_probs_and_entropies_of_the_weighted_entry_are_detached():
+def test_log_probs_and_entropies_are_detached():
     hidden, targets, head = make(torch.float64)
-    terms, _ = weighted(hidden, targets, head, *coefficients())
-    assert not terms.logps.requires_grad
-    assert not terms.entropies.requires_grad
+    hidden.requires_grad_()
+    output = fused_loss(hidden, targets, head, linear(*coefficients()))
+    assert output.loss.requires_grad
+    assert not output.logps.requires_grad
+    assert not output.entropies.requires_grad
 
 
 def test_gradcheck():
     hidden, targets, head = make(torch.float64, tokens=5, width=4, vocabulary=7, softcap=4.0, temperature=0.8)
     hidden.requires_grad_()
-    a, b = coefficients(5)
-    assert torch.autograd.gradcheck(lambda h: token_logprobs(h, targets, head, chunk=2), (hidden,))
-    assert torch.autograd.gradcheck(
-        lambda h: (
-            weighted_token_logprobs(h, targets, head, logp_coefficients=a, entropy_coefficients=b, chunk=2).total
-        ),
-        (hidden,),
-    )
+    token_loss = linear(*coefficients(5))
+    assert torch.autograd.gradcheck(lambda h: fused_loss(h, targets, head, token_loss, chunk=2).loss, (hidden,))
 
 
 def relative_errors(found, exact):
@@ -176,14 +190,16 @@ def head_dtype_naive(hidden, targets, weight):
 def test_no_further_from_float64_than_naive(dtype):
     hidden, targets, head = make(dtype, tokens=512, width=256, vocabulary=2000)
     a, b = coefficients(512)
-    wide = Head(weight=head.weight.double())
-    exact = outputs_and_gradient(lambda h: naive_token_logprobs(h, targets, wide), hidden.double(), a, b)
+    exact = naive(hidden.double(), targets, Head(weight=head.weight.double()), a, b)
     a, b = a.float(), b.float()
-    ours = outputs_and_gradient(lambda h: token_logprobs(h, targets, head, chunk=64), hidden, a, b)
-    naive = outputs_and_gradient(lambda h: head_dtype_naive(h, targets, head.weight), hidden, a, b)
-    assert ours[0].dtype is ours[1].dtype is torch.float32
-    errors, twin = relative_errors(ours, exact), relative_errors(naive, exact)
-    assert all(error <= limit for error, limit in zip(errors, twin, strict=True)), (errors, twin)
+    found = ours(hidden, targets, head, a, b, chunk=64)
+    assert found[0].dtype is found[1].dtype is torch.float32
+    hidden.requires_grad_()
+    logps, entropies = head_dtype_naive(hidden, targets, head.weight)
+    ((a * logps).sum() + (b * entropies).sum()).backward()
+    naive_errors = relative_errors((logps.detach(), entropies.detach(), hidden.grad), exact)
+    errors = relative_errors(found, exact)
+    assert all(error <= limit for error, limit in zip(errors, naive_errors, strict=True)), (errors, naive_errors)
     if dtype is torch.bfloat16:
         # Log-probs and entropies as exact as if nothing were in 16 bit; the gradient is rounded to 16 bit two times.
         assert errors[0] < 1e-6
@@ -197,13 +213,12 @@ def test_confident_tokens_keep_their_gradient_in_16_bit():
     weight = torch.randn(64, 32).bfloat16()
     targets = torch.arange(64)
     hidden = (weight * 0.35).bfloat16()
-    exact = outputs_and_gradient(
-        lambda h: naive_token_logprobs(h, targets, Head(weight=weight.double())), hidden.double(), 1.0, 0.0
-    )
-    ours = outputs_and_gradient(lambda h: token_logprobs(h, targets, Head(weight=weight)), hidden, 1.0, 0.0)
+    ones, zeros = torch.ones(64), torch.zeros(64)
+    exact = naive(hidden.double(), targets, Head(weight=weight.double()), ones, zeros)
+    found = ours(hidden, targets, Head(weight=weight), ones, zeros)
     confident = exact[0].exp() > 0.99
     assert confident.sum() > 20
-    error = (ours[2].double() - exact[2])[confident].norm() / exact[2][confident].norm()
+    error = (found[2].double() - exact[2])[confident].norm() / exact[2][confident].norm()
     assert error < 5e-3
 
 
@@ -215,9 +230,8 @@ def test_gradient_rows_take_the_place_of_logits_whatever_the_row_block(monkeypat
     a, b = coefficients(dtype=torch.float32)
     found = []
     for rows in (1, 2, 3, 7, 1000):
-        monkeypatch.setattr(logprobs, "row_block", lambda *_, rows=rows, **__: rows)
-        terms, gradient = weighted(hidden, targets, head, a, b, chunk=16)
-        found.append((terms.logps, terms.entropies, gradient))
+        monkeypatch.setattr(Head, "row_block", rows)
+        found.append(ours(hidden, targets, head, a, b, chunk=16))
     for other in found[1:]:
         assert_all_close(other, found[0], rtol=0, atol=0)
 
@@ -226,13 +240,13 @@ def test_gradient_rows_take_the_place_of_logits_whatever_the_row_block(monkeypat
 def test_tiles_of_the_head_and_torch_without_onednn(monkeypatch, dtype):
     hidden, targets, head = make(dtype)
     a, b = coefficients(dtype=torch.float32)
-    expected = outputs_and_gradient(lambda h: token_logprobs(h, targets, head), hidden, a, b)
-    monkeypatch.setattr(logprobs, "tile_rows", lambda width: 10)
-    monkeypatch.setattr(logprobs, "FORWARD_TERMS", 5)
-    monkeypatch.setattr(logprobs, "BACKWARD_TERMS", 7)
-    tiled = outputs_and_gradient(lambda h: token_logprobs(h, targets, head), hidden, a, b)
+    expected = ours(hidden, targets, head, a, b, chunk=256)
+    monkeypatch.setattr(Head, "tile_rows", 10)
+    monkeypatch.setattr(fused, "FORWARD_TERMS", 5)
+    monkeypatch.setattr(fused, "BACKWARD_TERMS", 7)
+    tiled = ours(hidden, targets, head, a, b, chunk=256)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    plain = outputs_and_gradient(lambda h: token_logprobs(h, targets, head), hidden, a, b)
+    plain = ours(hidden, targets, head, a, b, chunk=256)
     # Another order of summation; in 16 bit it may tip a rounding.
     gradient = {"rtol": 2.0**-7, "atol": 1e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     for found in (tiled, plain):
@@ -240,20 +254,12 @@ def test_tiles_of_the_head_and_torch_without_onednn(monkeypatch, dtype):
         torch.testing.assert_close(found[2], expected[2], **gradient)
 
 
-@pytest.mark.parametrize("entry", ["recomputed", "weighted"])
-def test_nothing_to_do_is_still_on_the_graph(entry):
+def test_nothing_to_do_is_still_on_the_graph():
     hidden, targets, head = make(torch.float32)
     hidden.requires_grad_()
-    if entry == "weighted":
-        empty = torch.empty(0)
-        total = weighted_token_logprobs(
-            hidden[:0], targets[:0], head, logp_coefficients=empty, entropy_coefficients=empty
-        ).total
-    else:
-        logps, entropies = token_logprobs(hidden[:0], targets[:0], head)
-        total = logps.sum() + entropies.sum()
-    assert total == 0
-    total.backward()
+    loss = fused_loss(hidden[:0], targets[:0], head, linear(torch.empty(0), torch.empty(0))).loss
+    assert loss == 0
+    loss.backward()
     assert hidden.grad is not None
     assert not hidden.grad.any()
 
@@ -272,15 +278,11 @@ def test_compiled_rows_make_the_same(monkeypatch, variant, dtype):
     torch.compiler.reset()
     hidden, targets, head = make(dtype, **VARIANTS[variant])
     a, b = coefficients(dtype=head.compute_dtype)
-    monkeypatch.setattr(logprobs, "row_block", lambda *_, **__: 3)  # the last block of a chunk has another size
-    for compute in (
-        lambda **options: outputs_and_gradient(
-            lambda h: token_logprobs(h, targets, head, chunk=11, **options), hidden, a, b
-        ),
-        lambda **options: weighted(hidden, targets, head, a, 0.0, chunk=11, **options)[1:],
-    ):
-        tolerances = EXACT if dtype is torch.float64 else {"rtol": 2.0**-7, "atol": 1e-2}
-        assert_all_close(compute(compile_rows=True), compute(), **tolerances)
+    monkeypatch.setattr(Head, "row_block", 3)  # the last block of a chunk has another size
+    tolerances = EXACT if dtype is torch.float64 else {"rtol": 2.0**-7, "atol": 1e-2}
+    for entropy in (b, None):
+        found = ours(hidden, targets, head, a, entropy, chunk=11, compile_rows=True)
+        assert_all_close(found, ours(hidden, targets, head, a, entropy, chunk=11), **tolerances)
 
 
 class Ledger(TorchDispatchMode):
@@ -313,25 +315,18 @@ class Ledger(TorchDispatchMode):
         return out
 
 
-def run(entry, hidden, targets, head, chunk, **options):
+def run(hidden, targets, head, chunk):
     a, b = coefficients(len(hidden), head.compute_dtype)
-    if entry == "weighted":
-        weighted_token_logprobs(
-            hidden, targets, head, logp_coefficients=a, entropy_coefficients=b, chunk=chunk, **options
-        ).total.backward()
-    else:
-        logps, entropies = token_logprobs(hidden, targets, head, chunk=chunk, **options)
-        ((a * logps).sum() + (b * entropies).sum()).backward()
+    fused_loss(hidden, targets, head, linear(a, b), chunk=chunk).loss.backward()
 
 
-@pytest.mark.parametrize(("entry", "products"), [("weighted", 2), ("recomputed", 3)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_products_per_chunk(entry, products, dtype):
+def test_two_products_with_the_head_per_chunk(dtype):
     hidden, targets, head = make(dtype, tokens=100, width=16, vocabulary=300)
     hidden.requires_grad_()
     with Ledger(300, 16) as ledger:
-        run(entry, hidden, targets, head, chunk=32)
-    assert ledger.multiplied == products * 100 * 300 * 16
+        run(hidden, targets, head, chunk=32)
+    assert ledger.multiplied == 2 * 100 * 300 * 16
 
 
 def test_without_grad_mode_there_is_one_product_and_nothing_is_kept():
@@ -339,35 +334,37 @@ def test_without_grad_mode_there_is_one_product_and_nothing_is_kept():
     hidden.requires_grad_()
     a, b = coefficients(100, torch.float32)
     with Ledger(300, 16) as ledger, torch.no_grad():
-        terms = weighted_token_logprobs(hidden, targets, head, logp_coefficients=a, entropy_coefficients=b, chunk=32)
+        output = fused_loss(hidden, targets, head, linear(a, b), chunk=32)
     assert ledger.multiplied == 100 * 300 * 16
-    assert not terms.total.requires_grad
-    torch.testing.assert_close(terms.total, (a * terms.logps).sum() + (b * terms.entropies).sum())
+    assert not output.loss.requires_grad
+    torch.testing.assert_close(output.loss, (a * output.logps).sum() + (b * output.entropies).sum())
+    with Ledger(300, 16) as ledger:
+        score(hidden, targets, head, chunk=32)
+    assert ledger.multiplied == 100 * 300 * 16
 
 
-def test_an_absent_gradient_costs_no_pass_over_the_logits():
+def test_a_number_that_the_loss_leaves_out_costs_no_pass_over_the_logits():
     hidden, targets, head = make(torch.float32, tokens=8, width=16, vocabulary=300)
     hidden.requires_grad_()
+    ones = torch.ones(8)
     operations = {}
-    for name, parts in {"both": (0, 1), "log-probs": (0,), "entropies": (1,)}.items():
-        outputs = token_logprobs(hidden, targets, head)
+    for name, parts in {"both": (ones, ones), "log-probs": (ones, None), "entropies": (None, ones)}.items():
         with Ledger(300, 16) as ledger:
-            sum(outputs[part].sum() for part in parts).backward()
+            fused_loss(hidden, targets, head, linear(*parts))
         operations[name] = ledger.row_operations
-    # mul_ and add_ for the part that is linear in z - m; the target's entry is set apart from the row in any case.
+    # mul_ and add_ for the part that is linear in z - m; the target's entry is written separately in any case.
     assert operations["log-probs"] == operations["both"] - 2
     assert operations["entropies"] == operations["both"]
 
 
-@pytest.mark.parametrize("entry", ["weighted", "recomputed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", ["plain", "everything"])
-def test_peak_memory_is_the_chunk_and_what_the_plan_says(entry, dtype, variant):
+def test_peak_memory_is_the_chunk_and_what_the_plan_says(dtype, variant):
     tokens, width, vocabulary, chunk = 2048, 8, 10_000, 256
     hidden, targets, head = make(dtype, tokens=tokens, width=width, vocabulary=vocabulary, **VARIANTS[variant])
     hidden.requires_grad_()
     with Ledger(vocabulary, width) as ledger:
-        run(entry, hidden, targets, head, chunk)
+        run(hidden, targets, head, chunk)
     assert ledger.largest_bytes == chunk * vocabulary * 4
     planned = pass_bytes(
         tokens=tokens,
@@ -376,19 +373,18 @@ def test_peak_memory_is_the_chunk_and_what_the_plan_says(entry, dtype, variant):
         width=width,
         on_gpu=False,
         head_bytes=dtype.itemsize,
-        bent=variant != "plain",
+        scaled=variant != "plain",
     )
     # The plan counts what is inside a product too, which no tensor shows.
     assert ledger.peak_bytes < planned < 1.8 * ledger.peak_bytes
 
 
-@pytest.mark.parametrize("entry", ["weighted", "recomputed"])
-def test_twice_the_tokens_need_the_same_chunk(entry):
+def test_twice_the_tokens_need_the_same_chunk():
     peaks = []
     for tokens in (512, 1024):
         hidden, targets, head = make(torch.float32, tokens=tokens, width=8, vocabulary=10_000)
         hidden.requires_grad_()
         with Ledger(10_000, 8) as ledger:
-            run(entry, hidden, targets, head, chunk=64)
+            run(hidden, targets, head, chunk=64)
         peaks.append(ledger.peak_bytes)
     assert peaks[1] - peaks[0] <= 512 * (2 * 8 + 12) * 4

@@ -6,16 +6,25 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
-from popo_lite.console.views import SilentView
+from popo_lite.callbacks import Callback
+from popo_lite.curriculum import (
+    LOOK_AHEAD,
+    MIN_ANSWERS,
+    Budget,
+    Seen,
+    choose_problems,
+    collect,
+    is_known,
+    remember,
+)
 from popo_lite.errors import RecipeError
+from popo_lite.metrics import rollout_metrics
 from popo_lite.run_folder import RunFolder
 from popo_lite.samplers import SamplingParams
 from popo_lite.tasks import ArithmeticTask, open_tasks
-from popo_lite.training.collect import Budget, collect
-from popo_lite.training.history import EVIDENCE, LOOK_AHEAD, Seen, choose_problems, is_known, remember
-from popo_lite.training.loop import Trainer
-from popo_lite.training.metrics import StageClock, rollout_figures
+from popo_lite.trainer import StageClock, Trainer
 from popo_lite.types import FinishReason, Group, Outcome, Reward
 
 ADAPTIVE = ('rollout.adaptive.enabled=true', "rollout.adaptive.positives_wanted=2", "rollout.adaptive.round_size=4",
@@ -62,14 +71,14 @@ def gathered(tiny_recipe):
     opened = []
 
     def gather(*overrides):
-        trainer = Trainer(tiny_recipe("eval.problems=0", *overrides), SilentView())
+        trainer = Trainer(tiny_recipe("eval.problems=0", *overrides), Callback())
         opened.append(trainer)
         choice = choose_problems(trainer.train_task, trainer.recipe, step=3, first=36, history={})
         prompts = [trainer.renderer.render(problem) for problem in choice.problems]
-        clock = StageClock(SilentView(), lambda: None)
+        clock = StageClock(Callback(), torch.device("cpu"))
         groups = collect(
             prompts, trainer.recipe, sampler=trainer.sampler, grader=trainer.grader,
-            policy_version=trainer.policy.version, step=3, clock=clock, finished=lambda _: None,
+            policy_version=trainer.policy.version, step=3, clock=clock, progress=lambda _: None,
         )  # fmt: skip
         assert list(clock.seconds) == ["rollout", "grade"]
         return groups, trainer
@@ -153,13 +162,13 @@ def test_an_answer_that_was_cut_off_can_be_wrong(gathered, tmp_path, monkeypatch
 def test_figures_that_describe_the_policy_count_the_first_round(gathered):
     groups, _ = gathered(*ADAPTIVE)
     task = ArithmeticTask(2)
-    found = rollout_figures(groups, task, 0.5, first_round=4)
+    found = rollout_metrics(groups, task, 0.5, first_round=4)
     firsts = [Group(rollouts=group.rollouts[:4]) for group in groups]
-    of_firsts = rollout_figures(firsts, task, 0.5, first_round=4)
+    of_firsts = rollout_metrics(firsts, task, 0.5, first_round=4)
     for name in (
         "pass_rate",
         "unique_answers_mean",
-        "step_by_step_ratio",
+        "task_figures",
         "truncated_ratio",
         "completion_tokens_mean",
         "sampled_entropy",
@@ -189,7 +198,7 @@ def test_figures_that_describe_the_policy_count_the_first_round(gathered):
     hopeless = [group for group in groups if not group.positives(0.5)] or [
         Group(rollouts=tuple(r for r in groups[0].rollouts if r.reward.value == 0))
     ]
-    assert rollout_figures(hopeless, task, 0.5, first_round=4)["rollouts_per_positive_prompt"] is None
+    assert rollout_metrics(hopeless, task, 0.5, first_round=4)["rollouts_per_positive_prompt"] is None
 
 
 # --------------------------------------------------------------------- which problems a step takes
@@ -253,8 +262,8 @@ def test_a_share_of_known_problems_is_explored_by_seed_and_step(skipping):
     ("seen", "expected"),
     [
         (Seen(8, 8, 0), True),
-        (Seen(EVIDENCE, EVIDENCE, 0), True),
-        (Seen(EVIDENCE - 1, EVIDENCE - 1, 0), False),
+        (Seen(MIN_ANSWERS, MIN_ANSWERS, 0), True),
+        (Seen(MIN_ANSWERS - 1, MIN_ANSWERS - 1, 0), False),
         (Seen(8, 7, 0), False),
         (Seen(8, 0, 0), True),
         (Seen(7, 0, 0), False),  # an adaptive budget ran out on it
@@ -286,7 +295,7 @@ def test_a_run_counts_what_its_steps_did(tiny_recipe, small_file, tmp_path):
                          "rollout.num_generations=5")  # fmt: skip
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    with Trainer(recipe, SilentView()) as trainer:
+    with Trainer(recipe, Callback()) as trainer:
         summary = trainer.run(run).summary
         cursor = trainer.cursor
     lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Tables, errors and one-off progress for commands. Right without colour, in a narrow terminal and in a file."""
+"""Tables, errors and one-off progress for commands. Readable without colour, in a narrow terminal and in a file."""
 
 from __future__ import annotations
 
@@ -13,90 +13,75 @@ from typing import TextIO
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from popo_lite.console import words
 from popo_lite.errors import PopoError
+from popo_lite.tools.console import words
 
 _NUMBER = re.compile(r"[+-]?[\d.,:]+(e[+-]?\d+)?%?( (s|[MG]iB))?|-")
-_FILE_WIDTH = 10_000
 _PLAIN_SECONDS = 10.0
 
 
 def open_console(stream: TextIO) -> Console:
-    """A console on `stream`. A file has no width, so nothing that goes into one is wrapped or cut."""
-    width = None if stream.isatty() or "COLUMNS" in os.environ else _FILE_WIDTH
+    """Return a console on `stream`. A file has no width, so nothing written to one is wrapped or cut."""
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 10_000
     return Console(file=stream, width=width, highlight=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], console: Console | None = None) -> None:
-    """Print a table. Columns that hold nothing but numbers are set flush right; long cells are folded."""
+    """Print a title, a table and a blank line. Cells are text, never markup, or progress bars.
+
+    Columns of numbers are aligned right; long cells are folded.
+    """
     console = console if console is not None else open_console(sys.stdout)
-    print_table(build_table(columns, rows, console), title, console)
-
-
-def build_table(columns: Sequence[str], rows: Sequence[Sequence[object]], console: Console) -> Table:
-    """The table itself. Cells are text and never markup."""
-    shown = [[safe("" if cell is None else str(cell), console) for cell in row] for row in rows]
     built = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    shown = [[c if isinstance(c, ProgressBar) else safe("" if c is None else str(c), console) for c in r] for r in rows]
     for index, column in enumerate(columns):
         cells = [row[index] for row in shown if row[index]]
-        numeric = bool(cells) and all(_NUMBER.fullmatch(cell) for cell in cells)
+        numeric = bool(cells) and all(isinstance(cell, str) and _NUMBER.fullmatch(cell) for cell in cells)
         built.add_column(safe(column, console), justify="right" if numeric else "left", overflow="fold")
     for row in shown:
-        built.add_row(*(Text(cell) for cell in row))
-    return built
-
-
-def print_table(built: Table, title: str, console: Console) -> None:
-    """Title, table, blank line."""
-    console.print(Text(safe(title, console), "bold"))
-    console.print(built)
-    console.print()
+        built.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    console.print(Text(safe(title, console), "bold"), built, "", sep="\n")
 
 
 def safe(text: str, console: Console) -> str:
-    """`text` on one line, without control characters, in the console's encoding."""
+    """Return `text` on one line, without control characters, in the console's encoding."""
     return words.encodable(words.clean(text), console.encoding)
 
 
 def print_error(error: PopoError, console: Console | None = None) -> None:
-    """Print what was wrong, where, and what to do next, to standard error."""
+    """Print what is wrong, where, and what to do next, to standard error."""
     console = console if console is not None else open_console(sys.stderr)
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, style, text in (
-        ("error", "bold red", error.what),
-        ("where", "bold", error.where),
-        ("next", "bold", error.next_step),
-    ):
-        if text:
-            lines = [safe(line, console) for line in text.splitlines()]
-            grid.add_row(Text(name, style), Text("\n".join(lines)))
-    console.print(grid)
+    parts = {"error": (error.what, "bold red"), "where": (error.where, "bold"), "next": (error.next_step, "bold")}
+    for name, (text, style) in parts.items():
+        label = name
+        for line in (text or "").splitlines():
+            # Not a table: its cells would be padded with blanks up to the width of the longest.
+            for folded in Text(safe(line, console)).wrap(console, max(console.width - 7, 1)):
+                console.print(Text.assemble((f"{label:<7}", style), folded), soft_wrap=True)
+                label = ""
 
 
 @contextmanager
 def progress(
     description: str, total: int | None = None, console: Console | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error for one piece of work; call what it yields with each amount done.
+    """Show a bar on standard error for one piece of work; call what it yields with each amount done.
 
     Without a terminal: a line at the start, one every ten seconds in which something was done, one at the end.
     """
     console = console if console is not None else open_console(sys.stderr)
     description = safe(description, console)
     if console.is_terminal and not console.is_dumb_terminal:
-        columns = [TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()]
-        if total is not None:
-            columns.insert(2, MofNCompleteColumn())
+        counts = () if total is None else (MofNCompleteColumn(),)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as bars:
             task = bars.add_task(description, total=total)
             yield lambda amount: bars.advance(task, amount)
         return
-
     began = printed = time.monotonic()
     done = 0
 

@@ -1,0 +1,164 @@
+"""Checkpoints: adapter, predictor head, siamese, optimizer and cursor, written atomically, in safetensors and JSON.
+
+There is no random state to keep: every draw of a run is a function of the seed and the step (`seeding`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from popo_lite.curriculum import History, Seen
+from popo_lite.errors import CheckpointError
+from popo_lite.policy.adapters import load_adapter_weights, save_adapter
+from popo_lite.run_folder import write_atomically
+from popo_lite.update import Learner
+
+_PREFIX = "step-"
+
+
+@dataclass(kw_only=True)
+class Cursor:
+    """Where a run stands: the next step, and what later steps and the summary need from earlier ones.
+
+    Only the trainer changes it. `evaluated` is the last step after which held-out problems were evaluated, `before` the
+    evaluation before the first step; `next_problem` the position in the stream of problems; `history` is empty unless
+    known problems are skipped. `totals` sums metrics over all steps, `seconds` times by stage. `lowered_budget` is
+    (the recipe's tokens_per_microbatch, what it was lowered to when memory ran out), or empty.
+    """
+
+    next_step: int = 0
+    evaluated: int = 0
+    next_problem: int = 0
+    history: History = field(default_factory=dict)
+    entropy_coef: float = 0.0
+    start_entropy: float | None = None
+    totals: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    before: dict[str, Any] | None = None
+    lowered_budget: tuple[int, ...] = ()
+
+    def add_seconds(self, seconds: dict[str, float]) -> None:
+        """Add times by stage."""
+        for stage, value in seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+
+
+def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: str, keep: int) -> Path:
+    """Write `parent/step-NNNNNN` and delete all but the newest `keep`. A folder with such a name is always complete."""
+    policy = learner.policy
+    target = parent / f"{_PREFIX}{cursor.next_step:06d}"
+    averages, siamese_scalars = learner.siamese.state()
+    tensors, plain = _split_optimizer_state(learner.optimizer)
+    content = {
+        "cursor": asdict(cursor),
+        "policy_version": policy.version,
+        "siamese": siamese_scalars,
+        "optimizer": plain,
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    if target.is_dir():
+        # Weights after a step are a function of the step; only times and evaluations can have changed.
+        write_atomically(target / "cursor.json", text)
+        return target
+    for leftover in parent.glob(f".{_PREFIX}*"):  # from a process that was killed while saving
+        shutil.rmtree(leftover)
+    partial = parent / f".{target.name}.partial"
+    partial.mkdir(parents=True)
+    save_adapter(policy.model, partial / "adapter", base_id=base_id)
+    for name, values in (("predictor", policy.predictor.state_dict()), ("siamese", averages), ("optimizer", tensors)):
+        # Copies: the 8-bit optimizer shares its quantisation maps between parameters, which safetensors refuses.
+        copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in values.items()}
+        save_file(copies, str(partial / f"{name}.safetensors"))
+    (partial / "cursor.json").write_text(text)
+    for file in partial.rglob("*"):
+        if file.is_file():
+            _sync_to_disk(file)
+    partial.replace(target)
+    _sync_to_disk(parent)
+    for old in checkpoint_folders(parent)[:-keep]:
+        # Rename first: a folder with a checkpoint's name must be complete while it is being deleted, too.
+        shutil.rmtree(old.rename(parent / f".{old.name}.old"))
+    return target
+
+
+def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
+    """Restore `learner` from `folder`; return its cursor. Raises CheckpointError if it is damaged or does not fit."""
+    policy = learner.policy
+    try:
+        content = json.loads((folder / "cursor.json").read_text())
+        load_adapter_weights(policy.model, folder / "adapter")
+        policy.predictor.load_state_dict(load_file(str(folder / "predictor.safetensors")))
+        learner.siamese.load_state(load_file(str(folder / "siamese.safetensors")), content["siamese"])
+        tensors = load_file(str(folder / "optimizer.safetensors"))
+        _restore_optimizer(learner.optimizer, tensors, content["optimizer"])
+        policy.version = content["policy_version"]
+        cursor = Cursor(**content["cursor"])
+        cursor.history = {problem: Seen(*seen) for problem, seen in cursor.history.items()}
+        cursor.lowered_budget = tuple(cursor.lowered_budget)
+        return cursor
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint cannot be read: {type(error).__name__}: {error}",
+            where=str(folder),
+            next_step="delete this folder to resume from the one before it",
+        ) from error
+
+
+def checkpoint_folders(parent: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first."""
+    return sorted(parent.glob(f"{_PREFIX}*")) if parent.is_dir() else []
+
+
+def latest_checkpoint(parent: Path) -> Path | None:
+    """Return the newest checkpoint, if there is one."""
+    folders = checkpoint_folders(parent)
+    return folders[-1] if folders else None
+
+
+def _split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (tensors, everything else as plain JSON), both by paths such as `3/exp_avg` into the state."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, Tensor):
+            tensors[path] = value
+        elif isinstance(value, dict):  # bitsandbytes nests its quantisation state
+            for key, inner in value.items():
+                visit(inner, f"{path}/{key}")
+        else:
+            plain[path] = value
+
+    for number, entries in optimizer.state_dict()["state"].items():
+        visit(entries, str(number))
+    return tensors, plain
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    for path, value in {**tensors, **plain}.items():
+        number, *keys, last = path.split("/")
+        target = state.setdefault(int(number), {})
+        for key in keys:
+            target = target.setdefault(key, {})
+        target[last] = value
+    # Parameter groups hold settings of the recipe, which is the same, so only the state is loaded.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _sync_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

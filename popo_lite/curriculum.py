@@ -1,0 +1,233 @@
+"""Which problems a step samples, how many rollouts each gets, and collecting them in groups.
+
+The choice of problems is a pure function of (seed, step), the position in the stream of problems, and the history of
+earlier steps, which the cursor holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+from popo_lite.grading import Grader, GradeRequest, refuse_ungraded
+from popo_lite.recipe import Recipe, RewardRecipe, RolloutRecipe
+from popo_lite.samplers import Sampler, SamplingParams
+from popo_lite.seeding import stream_seed
+from popo_lite.tasks import Task
+from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
+
+MIN_ANSWERS = 4
+"""Fewer answers that agree prove little: at a pass rate of one half, four agree one time in eight."""
+
+LOOK_AHEAD = 20
+"""A step reads at most this many times P problems of the stream, so that it ends even if all of them are known."""
+
+# --------------------------------------------------------------------------- choosing problems
+
+
+class Seen(NamedTuple):
+    """How a problem fared when it was last sampled."""
+
+    rollouts: int
+    positives: int
+    step: int
+
+
+History = Mapping[str, Seen]
+"""Problem id -> how it fared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The distinct problems of a step, how many known ones were skipped, and the next position in the stream."""
+
+    problems: tuple[Problem, ...]
+    skipped: int
+    next_problem: int
+
+
+def choose_problems(task: Task, recipe: Recipe, *, step: int, first: int, history: History) -> Choice:
+    """Choose the problems of `step`, from position `first` of the stream on.
+
+    Without `rollout.skip_known`: the next P, or fewer if one was drawn twice. With it, known problems are skipped,
+    except a fraction (`explore_ratio`). If that leaves fewer than P within `LOOK_AHEAD`, the skipped ones that were
+    sampled longest ago fill the step.
+    """
+    count, seed, skipping = recipe.data.prompts_per_step, recipe.train.seed, recipe.rollout.skip_known
+    chosen: dict[str, Problem] = {}
+    skipped: dict[str, Problem] = {}
+    position, end = first, first + count * (LOOK_AHEAD if skipping else 1)
+    while position < end and len(chosen) < count:
+        problem = task.train_problem(seed, position)
+        position += 1
+        known = skipping and problem.id in history and is_known(history[problem.id], recipe)
+        if known and not _is_explored(recipe, step, problem):
+            skipped[problem.id] = problem
+        else:
+            chosen[problem.id] = problem
+    for problem in sorted(skipped.values(), key=lambda problem: history[problem.id].step)[: count - len(chosen)]:
+        chosen[problem.id] = skipped.pop(problem.id)
+    return Choice(problems=tuple(chosen.values()), skipped=len(skipped), next_problem=position)
+
+
+def is_known(seen: Seen, recipe: Recipe) -> bool:
+    """Return whether enough answers say that a problem is solved always, or never.
+
+    "Never" takes at least G rollouts: with fewer, an adaptive budget only ran out on it.
+    """
+    rollout = recipe.rollout
+    most = rollout.adaptive.max_rollouts if rollout.adaptive.enabled else rollout.num_generations
+    if seen.positives == 0:
+        return seen.rollouts >= max(MIN_ANSWERS, min(rollout.num_generations, most))
+    return seen.positives == seen.rollouts >= MIN_ANSWERS
+
+
+def remember(history: History, groups: Sequence[Group], recipe: Recipe, step: int) -> dict[str, Seen]:
+    """Return a new history with the groups of `step`; empty if the recipe skips nothing.
+
+    A problem with an answer that could not be graded is forgotten: that answer is neither right nor wrong.
+    """
+    if not recipe.rollout.skip_known:
+        return {}
+    after = dict(history)
+    for group in groups:
+        after.pop(group.prompt.problem.id, None)
+        if all(rollout.reward.outcome.is_graded for rollout in group.rollouts):
+            positives = len(group.positives(recipe.objective.reward_threshold))
+            after[group.prompt.problem.id] = Seen(len(group.rollouts), positives, step)
+    return after
+
+
+def _is_explored(recipe: Recipe, step: int, problem: Problem) -> bool:
+    draw = stream_seed("explore", recipe.train.seed, step, problem.id) / 2**63
+    return draw < recipe.rollout.explore_ratio
+
+
+# --------------------------------------------------------------------------- budget of rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How many rollouts prompts get. `mean_rollouts` is G: a step of P prompts makes at most P * G in all.
+
+    Under the adaptive budget a prompt is sampled in rounds until it has `positives_wanted`. Whether it goes on depends
+    on verdicts alone; given these, a prompt's positives are independent draws from the policy's right answers. So
+    stopping early decides how many positives there are, never which (docs/method.md, Adaptive budget).
+    """
+
+    round_size: int
+    positives_wanted: int
+    max_rollouts: int
+    mean_rollouts: int
+
+    @classmethod
+    def of(cls, recipe: RolloutRecipe) -> Budget:
+        """Return the recipe's budget; a fixed one is a single round of G, however many positives it finds."""
+        size, adaptive = recipe.num_generations, recipe.adaptive
+        if not adaptive.enabled:
+            return cls(round_size=size, positives_wanted=size, max_rollouts=size, mean_rollouts=size)
+        return cls(
+            round_size=adaptive.round_size,
+            positives_wanted=adaptive.positives_wanted,
+            max_rollouts=adaptive.max_rollouts,
+            mean_rollouts=size,
+        )
+
+    def next_round(self, positives: Sequence[int | None], *, made: int, total: int) -> tuple[list[int], int]:
+        """Return (prompts of the next round, rollouts for each of them); no prompts if sampling is over.
+
+        `positives` counts those of each prompt, None for one that has stopped; `made` is how many rollouts each of
+        the others has, `total` how many the step has. If the rest of the budget is too small for all, prompts with
+        the fewest positives come first, then the order of the prompts decides; a rest smaller than a round is not
+        spent.
+        """
+        count = min(self.round_size, self.max_rollouts - made)
+        unfinished = sorted(
+            (number, index)
+            for index, number in enumerate(positives)
+            if number is not None and number < self.positives_wanted
+        )
+        affordable = (len(positives) * self.mean_rollouts - total) // count if count else 0
+        return sorted(index for _, index in unfinished[:affordable]), count
+
+
+class Clock(Protocol):
+    """Times a stage of the step."""
+
+    def __call__(self, stage: str, *, total: int | None = None) -> AbstractContextManager[None]:
+        """Time the block as `stage`."""
+
+
+def collect(
+    prompts: Sequence[Prompt],
+    recipe: Recipe,
+    *,
+    sampler: Sampler,
+    grader: Grader,
+    policy_version: int,
+    step: int,
+    clock: Clock,
+    progress: Callable[[int], None],
+) -> list[Group]:
+    """Sample and grade a group of rollouts for every prompt, in order, round by round.
+
+    Raises GradingError if more than `reward.max_ungraded_ratio` of the rollouts so far could not be graded.
+    """
+    budget, threshold = Budget.of(recipe.rollout), recipe.objective.reward_threshold
+    made: list[list[Rollout]] = [[] for _ in prompts]
+    positives: list[int | None] = [0] * len(prompts)
+    first = 0
+    while True:
+        going, count = budget.next_round(positives, made=first, total=sum(map(len, made)))
+        if not going:
+            return [Group(rollouts=tuple(rollouts)) for rollouts in made]
+        with clock("rollout", total=len(going) * count):
+            completions = sampler.sample(
+                [prompts[index] for index in going],
+                count=count,
+                first_index=first,
+                params=SamplingParams(
+                    temperature=recipe.rollout.temperature, max_completion_length=recipe.rollout.max_completion_length
+                ),
+                policy_version=policy_version,
+                stream=("rollout", recipe.train.seed, step),
+                finished=progress,
+            )
+        with clock("grade"):
+            drawn = [
+                (index, first + number, completion)
+                for index, answers in zip(going, completions, strict=True)
+                for number, completion in enumerate(answers)
+            ]
+            rewards = grader.grade(
+                [GradeRequest(text=completion.text, problem=prompts[index].problem) for index, _, completion in drawn]
+            )
+            for (index, sample, completion), reward in zip(drawn, rewards, strict=True):
+                made[index].append(
+                    Rollout(
+                        prompt=prompts[index],
+                        completion=completion,
+                        reward=_reward(reward, completion, recipe.reward),
+                        policy_version=policy_version,
+                        index=sample,
+                    )
+                )
+            refuse_ungraded(
+                [rollout.reward for rollouts in made for rollout in rollouts],
+                recipe.reward.max_ungraded_ratio,
+                f"step {step}",
+            )
+        first += count
+        # A prompt left out of this round has fewer rollouts than the others from now on, so it stays out.
+        positives = [None] * len(prompts)
+        for index in going:
+            positives[index] = sum(rollout.reward.value > threshold for rollout in made[index])
+
+
+def _reward(reward: Reward, completion: Completion, recipe: RewardRecipe) -> Reward:
+    """Return the grader's reward, or an incorrect one for an answer that was cut off."""
+    if recipe.truncated == "grade" or completion.finish_reason is not FinishReason.LENGTH:
+        return reward
+    return replace(reward, value=0.0, outcome=Outcome.INCORRECT, detail="cut off at rollout.max_completion_length")

@@ -1,0 +1,362 @@
+"""The objective: which rollouts a step trains on, their weights, and the loss of their tokens (docs/method.md).
+
+A step goes through two stages:
+
+1. `plan_step` looks at whole groups and fixes everything that couples sequences: weights or advantages, and divisors.
+2. `LOSSES[algorithm]` turns the log-probs and entropies of any tokens into their share of the loss.
+
+The loss of a step is the plain sum of these shares, so no split into micro-batches changes it. POPO adds the
+similarity term, which is a sum over sequences: `similarity_loss`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from popo_lite.recipe import (
+    AnyObjective,
+    GrpoObjective,
+    MixedObjective,
+    PopoObjective,
+    PositiveObjective,
+    RaftObjective,
+)
+from popo_lite.types import Group, Rollout
+
+STD_EPSILON = 1e-4
+"""Added to the standard deviation of a group's rewards, as in TRL."""
+
+# --------------------------------------------------------------------------- the loss of tokens
+
+
+class Tokens(NamedTuple):
+    """What the loss knows about N completion tokens besides the policy: constants, [N] each.
+
+    `weights` holds w_i or the advantage A_i of a token's sequence, `divisors` what its policy term is divided by.
+    `entropy_weights` is 1 / (all tokens of the step whose entropy counts), or 0. `reference_logps` is None without a
+    KL term.
+    """
+
+    sampler_logps: Tensor
+    reference_logps: Tensor | None
+    weights: Tensor
+    divisors: Tensor
+    entropy_weights: Tensor
+
+    def at(self, part: slice) -> Tokens:
+        """Return the constants of some of the tokens."""
+        return Tokens(*(None if values is None else values[part] for values in self))  # type: ignore[arg-type]
+
+
+def popo(
+    policy_logps: Tensor, entropies: Tensor, tokens: Tokens, objective: PopoObjective, entropy_coef: float
+) -> Tensor:
+    """Return L_nll + entropy_coef * L_ent, with L_ent = -(mean entropy over tokens)."""
+    return nll(policy_logps, tokens, objective) - entropy_coef * (tokens.entropy_weights * entropies).sum()
+
+
+def raft(
+    policy_logps: Tensor,
+    entropies: Tensor,  # noqa: ARG001  # the signature of all losses
+    tokens: Tokens,
+    objective: RaftObjective,
+    entropy_coef: float,  # noqa: ARG001
+) -> Tensor:
+    """Return L_nll alone; the plan gives the positives of a prompt equal weights (Dong et al. 2023)."""
+    return nll(policy_logps, tokens, objective)
+
+
+def mixed(
+    policy_logps: Tensor, entropies: Tensor, tokens: Tokens, objective: MixedObjective, entropy_coef: float
+) -> Tensor:
+    """Return POPO's loss; the plan gives negatives weights below 0, so their likelihood is lowered."""
+    return popo(policy_logps, entropies, tokens, objective, entropy_coef)
+
+
+def nll(policy_logps: Tensor, tokens: Tokens, objective: PositiveObjective) -> Tensor:
+    """Return L_nll = -sum_t w_i * log pi(y_t) / divisor_i.
+
+    `importance_sampling_clip_max` multiplies each token by min(pi / sampler probability, cap), a constant: it corrects
+    for a sampler that is not quite the policy, such as one in lower precision (truncated importance sampling).
+    """
+    losses = -tokens.weights * policy_logps / tokens.divisors
+    if objective.importance_sampling_clip_max is not None:
+        ratios = (policy_logps.detach() - tokens.sampler_logps).exp()
+        losses = losses * ratios.clamp(max=objective.importance_sampling_clip_max)
+    return losses.sum()
+
+
+def grpo(
+    policy_logps: Tensor, entropies: Tensor, tokens: Tokens, objective: GrpoObjective, entropy_coef: float
+) -> Tensor:
+    """Return the clipped surrogate + kl_coef * KL(policy || reference) + entropy_coef * L_ent (Shao et al. 2024).
+
+    With r = pi / sampler probability and d = log reference - log pi, a token's KL is exp(d) - d - 1, times r if
+    `use_bias_correction_kl`.
+    """
+    ratios = (policy_logps - tokens.sampler_logps).exp()
+    clipped = ratios.clamp(1 - objective.epsilon, 1 + objective.epsilon_high)
+    losses = -torch.minimum(ratios * tokens.weights, clipped * tokens.weights)
+    if tokens.reference_logps is not None:
+        difference = tokens.reference_logps - policy_logps
+        divergence = difference.exp() - difference - 1
+        losses = losses + objective.kl_coef * (ratios if objective.use_bias_correction_kl else 1) * divergence
+    return (losses / tokens.divisors).sum() - entropy_coef * (tokens.entropy_weights * entropies).sum()
+
+
+LOSSES: Mapping[str, Callable[[Tensor, Tensor, Tokens, Any, float], Tensor]] = {
+    "popo": popo,
+    "raft": raft,
+    "mixed": mixed,
+    "grpo": grpo,
+}
+"""Loss by algorithm: (log-probs [N] and entropies [N] under the policy, both in nats, constants, settings, current
+entropy_coef) -> the tokens' share of the step's loss, a scalar that autograd differentiates."""
+
+# --------------------------------------------------------------------------- the similarity term of sequences
+
+
+def similarity_loss(predictions: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return L_sim = sum_i w_i (1 - cos(p_i, q_i)) and sum_i w_i cos(p_i, q_i), the second detached.
+
+    Predictions and targets are [B, D]; `weights` [B] are divided by the step's number of prompts with a positive.
+    """
+    dtype = torch.promote_types(predictions.dtype, torch.float32)
+    cosines = functional.cosine_similarity(predictions.to(dtype), targets.to(dtype), dim=-1).to(weights.dtype)
+    return (weights * (1 - cosines)).sum(), (weights * cosines).sum().detach()
+
+
+def noisy_target(features: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Return q + sigma * rms(q) * noise by row, detached; all [B, D], `noise` standard normal."""
+    rms = features.square().mean(dim=-1, keepdim=True).sqrt()
+    return (features + sigma * rms * noise).detach()
+
+
+def steered_entropy_coef(coef: float, entropy: float, objective: AnyObjective) -> float:
+    """Return the next step's entropy coefficient: `coef`, or moved in log space towards `target_entropy`.
+
+    An integral controller. It stays within a factor of 100 of the recipe's coefficient: without a bound it would run
+    away while the target is out of reach.
+    """
+    if isinstance(objective, RaftObjective) or objective.target_entropy is None:
+        return coef
+    error = (objective.target_entropy - entropy) / objective.target_entropy
+    moved = coef * math.exp(objective.entropy_coef_gain * max(-1.0, min(1.0, error)))
+    return max(objective.entropy_coef / 100, min(objective.entropy_coef * 100, moved))
+
+
+# --------------------------------------------------------------------------- the plan of a step
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSequence:
+    """A rollout to train on.
+
+    `weight` is w_i (the weights of a prompt's positives sum to 1; below 0 for negatives of `mixed`; 0 if only the
+    entropy counts), or the advantage for `grpo`. `divisor` divides the policy term of each of its tokens.
+    """
+
+    rollout: Rollout
+    weight: float
+    divisor: float
+    counts_in_entropy: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """All that a step trains on.
+
+    `prompts` counts prompts with a positive, |P+|; `entropy_tokens` the tokens over which the entropy is averaged.
+    `sample_sizes` holds (effective sample size, number of positives) of each prompt with a positive.
+    """
+
+    sequences: tuple[TrainSequence, ...]
+    prompts: int
+    entropy_tokens: int
+    sample_sizes: tuple[tuple[float, int], ...] = ()
+
+    @property
+    def positives(self) -> list[int]:
+        """Indices of the sequences with a weight above 0: those of the similarity term."""
+        return [index for index, sequence in enumerate(self.sequences) if sequence.weight > 0]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Prompt and completion tokens that the update forwards."""
+        return sum(sequence.rollout.tokens for sequence in self.sequences)
+
+
+MeanLogps = Callable[[Sequence[Rollout]], Sequence[float]]
+"""Rollouts -> mean log-prob of each, in nats per token."""
+
+
+def sampler_mean_logps(rollouts: Sequence[Rollout]) -> list[float]:
+    """Return the mean log-probs that came with the rollouts."""
+    return [rollout.completion.mean_logp for rollout in rollouts]
+
+
+def plan_step(
+    groups: Sequence[Group],
+    objective: AnyObjective,
+    *,
+    max_completion_length: int,
+    mean_logps: MeanLogps = sampler_mean_logps,
+) -> StepPlan | None:
+    """Return what a step trains on, or None if it can learn nothing (`nothing_to_learn` says why)."""
+    if isinstance(objective, GrpoObjective):
+        return _plan_by_advantage(groups, objective, max_completion_length)
+    return _plan_by_positives(groups, objective, max_completion_length, mean_logps)
+
+
+def nothing_to_learn(objective: AnyObjective) -> str:
+    """Return why a step has no plan."""
+    if isinstance(objective, GrpoObjective):
+        return "no prompt had answers of different rewards"
+    return "no prompt had both right and wrong answers" if objective.skip_all_right else "no prompt had a positive"
+
+
+def _plan_by_positives(
+    groups: Sequence[Group], objective: PopoObjective | RaftObjective, max_length: int, mean_logps: MeanLogps
+) -> StepPlan | None:
+    """Plan POPO, RAFT and the mixed objective: positives by weight; negatives for their entropy, or to be lowered."""
+    threshold = objective.reward_threshold
+    if objective.skip_all_right:
+        groups = [group for group in groups if len(group.positives(threshold)) < len(group.rollouts)]
+    positives = [group.positives(threshold) for group in groups if group.positives(threshold)]
+    if not positives:
+        return None
+    means = iter(mean_logps([rollout for rollouts in positives for rollout in rollouts]))
+    weights = [
+        positive_weights(
+            [next(means) for _ in rollouts],
+            [_length(rollout) for rollout in rollouts],
+            [rollout.reward.value for rollout in rollouts],
+            objective,
+        )
+        for rollouts in positives
+    ]
+    sequences = _weighted(positives, [w.tolist() for w in weights], objective, max_length)
+    if isinstance(objective, PopoObjective):
+        sequences += _negatives(groups, objective, max_length)
+    return StepPlan(
+        sequences=tuple(sequences),
+        prompts=len(positives),
+        entropy_tokens=sum(_length(sequence.rollout) for sequence in sequences if sequence.counts_in_entropy),
+        sample_sizes=tuple((effective_sample_size(w), len(w)) for w in weights),
+    )
+
+
+def positive_weights(
+    mean_logps: Sequence[float], lengths: Sequence[int], rewards: Sequence[float], objective: PositiveObjective
+) -> Tensor:
+    """Return w_i of a prompt's positives: float64 [n], summing to 1.
+
+    A weight is proportional to r_i * exp(l_i / weight_temperature) with reward r_i in (0, 1] and l_i the mean
+    ("mean_logprob") or summed ("sequence_logprob") log-prob; to r_i alone with "uniform" weights and for RAFT.
+    `mean_logps` are in nats per token, `lengths` in tokens.
+    """
+    scores = torch.tensor(rewards, dtype=torch.float64).log()
+    if isinstance(objective, PopoObjective) and objective.weights != "uniform":
+        logps = torch.tensor(mean_logps, dtype=torch.float64)
+        if objective.weights == "sequence_logprob":
+            logps = logps * torch.tensor(lengths, dtype=torch.float64)
+        scores = scores + logps / objective.weight_temperature
+    return torch.softmax(scores, dim=0)
+
+
+def effective_sample_size(weights: Tensor) -> float:
+    """Return 1 / sum w_i^2 of weights that sum to 1: how many positives the update in effect averages."""
+    return float(1.0 / weights.square().sum())
+
+
+def _weighted(
+    by_prompt: Sequence[Sequence[Rollout]],
+    weights: Sequence[Sequence[float]],
+    objective: PositiveObjective,
+    max_length: int,
+) -> list[TrainSequence]:
+    """Return the sequences with their weights, and with divisors by `objective.normalizer`."""
+    prompts, rollouts = len(by_prompt), [rollout for rollouts in by_prompt for rollout in rollouts]
+    tokens = sum(map(_length, rollouts))
+    divisor_of: Mapping[str, Callable[[Rollout], float]] = {
+        "token_mean": lambda _: prompts * tokens / len(rollouts),
+        "reference": lambda _: tokens,
+        "sequence_sum": lambda _: prompts * max_length,
+        "sequence_mean": lambda rollout: prompts * _length(rollout),
+    }
+    divisor = divisor_of[objective.normalizer]
+    flat = [weight for some in weights for weight in some]
+    return [
+        TrainSequence(rollout=rollout, weight=weight, divisor=divisor(rollout))
+        for rollout, weight in zip(rollouts, flat, strict=True)
+    ]
+
+
+def _negatives(groups: Sequence[Group], objective: PopoObjective, max_length: int) -> list[TrainSequence]:
+    """Return the negatives: of `mixed` to be lowered, and of either if their entropy counts."""
+    lowers, counted = isinstance(objective, MixedObjective), objective.entropy_over == "all"
+    if not (lowers or counted):
+        return []
+
+    def is_negative(rollout: Rollout) -> bool:
+        # An answer that could not be graded may be right, so it must not be lowered.
+        wrong = rollout.reward.value <= objective.reward_threshold
+        return wrong and (rollout.reward.outcome.is_graded or not lowers)
+
+    candidates = [[rollout for rollout in group.rollouts if is_negative(rollout)] for group in groups]
+    by_prompt = [rollouts for rollouts in candidates if rollouts]
+    weight = -objective.negative_weight if isinstance(objective, MixedObjective) else 0.0
+    weights = [[weight / len(rollouts)] * len(rollouts) for rollouts in by_prompt]
+    sequences = _weighted(by_prompt, weights, objective, max_length)
+    return [replace(sequence, counts_in_entropy=counted) for sequence in sequences]
+
+
+def _plan_by_advantage(groups: Sequence[Group], objective: GrpoObjective, max_length: int) -> StepPlan | None:
+    """Plan GRPO: every graded answer counts in the divisors; those without any gradient are not forwarded."""
+    graded = [rollout for group in groups for rollout in group.rollouts if rollout.reward.outcome.is_graded]
+    tokens = sum(map(_length, graded))
+    divisor_of: Mapping[str, Callable[[Rollout], float]] = {
+        "grpo": lambda rollout: len(graded) * _length(rollout),
+        "dapo": lambda _: tokens,
+        "dr_grpo": lambda _: len(graded) * max_length,
+    }
+    divisor = divisor_of[objective.loss_type]
+    sequences = []
+    for group in groups:
+        rewards = [r.reward.value if r.reward.outcome.is_graded else None for r in group.rollouts]
+        advantages = group_advantages(rewards, objective.scale_rewards)
+        sequences += [
+            TrainSequence(rollout=rollout, weight=advantage, divisor=divisor(rollout))
+            for rollout, advantage in zip(group.rollouts, advantages, strict=True)
+            if advantage or (objective.kl_coef and rollout.reward.outcome.is_graded)
+        ]
+    if not sequences:
+        return None
+    entropy_tokens = sum(_length(sequence.rollout) for sequence in sequences)
+    return StepPlan(sequences=tuple(sequences), prompts=len(groups), entropy_tokens=entropy_tokens)
+
+
+def group_advantages(rewards: Sequence[float | None], scale_rewards: str) -> list[float]:
+    """Return A_i = r_i - mean(r) of a prompt's answers, divided by their standard deviation (n - 1) with "group".
+
+    None stands for an answer that could not be graded: its advantage is 0, and mean and deviation leave it out (GRPO,
+    Shao et al. 2024; without scaling Dr. GRPO, Liu et al. 2025).
+    """
+    graded = [reward for reward in rewards if reward is not None]
+    if len(graded) < 2 or max(graded) == min(graded):
+        return [0.0] * len(rewards)
+    mean = statistics.fmean(graded)
+    scale = statistics.stdev(graded) + STD_EPSILON if scale_rewards == "group" else 1.0
+    return [0.0 if reward is None else (reward - mean) / scale for reward in rewards]
+
+
+def _length(rollout: Rollout) -> int:
+    return len(rollout.completion.token_ids)

@@ -1,1 +1,0 @@
-"""The objective: credit, losses and log-probs. Pure functions of tensors."""

@@ -1,0 +1,143 @@
+"""The full-screen view of a run, which keeps what other code prints meanwhile."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TextIO, cast
+
+from rich.console import Console
+from rich.live import Live
+from rich.segment import Segment, SegmentLines
+
+from popo_lite.tools.console import words
+from popo_lite.tools.console.dashboard import dashboard
+from popo_lite.tools.console.views import RunState
+
+# If terminal and program disagree about the width of a character, a line may be too long. With automatic wrapping
+# the whole screen would scroll by a line; without it the terminal clips the line.
+_WRAP_OFF, _WRAP_ON = "\x1b[?7l", "\x1b[?7h"
+
+
+class LiveView(RunState):
+    """Draw on the terminal's alternate screen; closing brings back what was there before.
+
+    What other code printed meanwhile is written on closing, after the messages.
+    """
+
+    def __init__(
+        self, console: Console, *, refresh_seconds: float = 0.5, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(clock)
+        self._console, self._refresh_seconds = console, refresh_seconds
+        self._other: deque[str] = deque(maxlen=50)
+        self._other_count = 0
+        self._screen: ExitStack | None = None
+
+    def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
+        """Take the screen."""
+        super().start(title=title, facts=facts, total_steps=total_steps, first_step=first_step)
+        with ExitStack() as taken:
+            # Undone in reverse order: the screen is given back before other output may reach it.
+            taken.enter_context(caught_output(self._catch))
+            taken.callback(self._write, _WRAP_ON)
+            self._write(_WRAP_OFF)
+            options: dict[str, Any] = {"screen": True, "redirect_stdout": False, "redirect_stderr": False}
+            rate = 1 / self._refresh_seconds
+            live = Live(console=self._console, get_renderable=self.render, refresh_per_second=rate, **options)
+            taken.enter_context(live)
+            self._screen = taken.pop_all()
+
+    def message(self, text: str) -> None:
+        """Show a notice, which is written again on closing. Before `start` it is written at once."""
+        if self._screen is None:
+            self._print(*map(words.clean, text.splitlines()))
+        else:
+            super().message(text)
+
+    def close(self) -> None:
+        """Give the screen back; write where the run got to, all messages and the last lines of other output."""
+        if self._screen is None:
+            return
+        self._screen.close()
+        self._screen = None
+        took = words.duration(self.clock() - self.started)
+        self._print(f"{self.title}: {self.steps_done} of {self.total_steps} steps, {took} in this session")
+        self._print(*([self.step_line()] if self.records else []), *self.notices)
+        if self._other:
+            last = f", the last {len(self._other)}" if len(self._other) < self._other_count else ""
+            self._print(f"Other output during the run (lines: {self._other_count}{last}):")
+            self._print(*(f"  {line}" for line in self._other))
+
+    def render(self) -> SegmentLines:
+        """Return the screen as it is now, at the size that the terminal has now."""
+        console, size = self._console, self._console.size
+        with self.lock:
+            options = console.options.update_dimensions(size.width, size.height)
+            lines = console.render_lines(dashboard(self, console), options)
+        encoding = console.encoding
+        drawn = [[Segment(words.encodable(text, encoding), style) for text, style, _ in line] for line in lines]
+        return SegmentLines(drawn[: size.height], new_lines=True)
+
+    def _catch(self, line: str) -> None:
+        with self.lock:
+            self._other.append(words.clean(line))
+            self._other_count += 1
+
+    def _print(self, *lines: str) -> None:
+        for line in lines:
+            self._console.out(words.encodable(line, self._console.encoding), highlight=False)
+
+    def _write(self, code: str) -> None:
+        if self._console.is_terminal:
+            self._console.file.write(code)
+            self._console.file.flush()
+
+
+class _LineCatcher(io.TextIOBase):
+    """Call `receive` with each finished line. Of a line rewritten by carriage returns only the last state counts."""
+
+    def __init__(self, receive: Callable[[str], None], original: TextIO) -> None:
+        self._receive, self._pending = receive, ""
+        self.fileno = original.fileno  # type: ignore[method-assign]  # child processes need a real one
+
+    def write(self, text: str) -> int:
+        *finished, rest = (self._pending + text).split("\n")
+        self._pending = rest[rest.rstrip("\r").rfind("\r") + 1 :]
+        for line in finished:
+            line = line.rstrip("\r").rsplit("\r", 1)[-1]
+            if line.strip():
+                self._receive(line)
+        return len(text)
+
+
+@contextmanager
+def caught_output(receive: Callable[[str], None]) -> Iterator[None]:
+    """Hand lines that Python code of this process prints to stdout and stderr to `receive`.
+
+    Log handlers that hold the old streams are redirected too. C libraries and child processes are not caught.
+    """
+    names = {id(stream): (name, stream) for name in ("stdout", "stderr") if (stream := getattr(sys, name))}
+    catchers = {key: cast(TextIO, _LineCatcher(receive, stream)) for key, (_, stream) in names.items()}
+    loggers = (logging.root, *logging.root.manager.loggerDict.values())
+    handlers = [handler for logger in loggers for handler in getattr(logger, "handlers", ())]
+    # A handler without a stream of its own follows sys.stderr by itself.
+    held = [(handler, vars(handler)["stream"]) for handler in handlers if id(vars(handler).get("stream")) in names]
+    for handler, stream in held:
+        handler.setStream(catchers[id(stream)])
+    for key, (name, _) in names.items():
+        setattr(sys, name, catchers[key])
+    try:
+        yield
+    finally:
+        for name, stream in names.values():
+            setattr(sys, name, stream)
+        for handler, stream in held:
+            handler.setStream(stream)
+        for catcher in catchers.values():
+            catcher.write("\n")

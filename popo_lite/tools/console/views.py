@@ -1,0 +1,217 @@
+"""Views of a run: what they remember, plain lines, and the choice of a view. Does not import rich."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from itertools import pairwise
+from typing import Literal, TextIO
+
+from popo_lite.callbacks import Callback
+from popo_lite.errors import UserInputError
+from popo_lite.metrics import METRICS, StepRecord
+from popo_lite.tools.console import words
+from popo_lite.types import SampleView
+
+ViewMode = Literal["auto", "live", "plain", "silent"]
+
+_LINE = ("pass_rate", "loss", "entropy", "entropy_over_start", "siamese_cosine", "completion_tokens_mean")
+_SAMPLE_SECONDS = 10.0
+_LONGEST_SAMPLE = 4000  # characters; no screen shows more
+
+
+class RunState(Callback):
+    """Remember what the run reported. `clock` returns seconds that only grow."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.lock = threading.RLock()  # a signal handler may report something while this thread reports
+        self.title, self.total_steps, self.first_step = "", 0, 0
+        self.facts: dict[str, str] = {}
+        self.started = clock()
+        self.stage_name, self.stage_done, self.stage_since = "", 0, 0.0
+        self.stage_total: int | None = None
+        self.records: list[StepRecord] = []
+        self.notices: list[str] = []
+        self._step_ends: deque[float] = deque(maxlen=20)
+        self._samples: deque[SampleView] = deque()
+        self._sample: SampleView | None = None
+        self._sample_until = -math.inf
+
+    def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
+        """Remember the facts and start the clock."""
+        with self.lock:
+            self.title, self.total_steps, self.first_step = words.clean(title), total_steps, first_step
+            self.facts = {words.clean(key): words.clean(value) for key, value in facts.items()}
+            self.started = self.clock()
+
+    def stage(self, name: str, *, total: int | None = None) -> None:
+        """Begin counting the stage's work."""
+        with self.lock:
+            self.stage_name, self.stage_total = words.clean(name), total
+            self.stage_done, self.stage_since = 0, self.clock()
+
+    def advance(self, amount: int) -> None:
+        """Count work of the stage."""
+        with self.lock:
+            self.stage_done += amount
+
+    def step(self, record: StepRecord) -> None:
+        """Remember the record."""
+        with self.lock:
+            if not self._step_ends:
+                # The time since the start would count the evaluation before the first step as part of it.
+                self._step_ends.append(self.clock() - words.by_stage(record["seconds"])[1])
+            self._step_ends.append(self.clock())
+            self.records.append(record)
+
+    def samples(self, samples: Sequence[SampleView]) -> None:
+        """Remember the answers, cleaned, without the middle of very long ones."""
+        with self.lock:
+            self._samples = deque(
+                replace(sample, **{name: _clip(text) for name, text in vars(sample).items() if isinstance(text, str)})
+                for sample in samples
+            )
+
+    def message(self, text: str) -> None:
+        """Remember the notice and when it came."""
+        with self.lock:
+            self.notices += [f"{datetime.now():%H:%M:%S}  {words.clean(line)}" for line in text.splitlines()]
+
+    @property
+    def steps_done(self) -> int:
+        """Return the number of steps done, with those before a resume."""
+        return self.first_step + len(self.records)
+
+    def pace(self) -> tuple[float, float] | tuple[None, None]:
+        """Return the median seconds between the ends of two recent steps, and the seconds left at this pace."""
+        if not self._step_ends:
+            return None, None
+        median = statistics.median(later - earlier for earlier, later in pairwise(self._step_ends))
+        return median, median * max(self.total_steps - self.steps_done, 0)
+
+    def trend(self, name: str) -> list[float | None]:
+        """Return a metric, or a task figure, at each step. None means that the step had none."""
+        values = [{**record["task_figures"], **record}.get(name) for record in self.records]
+        return [value if value is not None and math.isfinite(value) else None for value in values]
+
+    def sample(self) -> SampleView | None:
+        """Return the sample to show now. Each stays long enough to be read, however fast steps are."""
+        if self._samples and self.clock() >= self._sample_until:
+            self._sample = self._samples[0]
+            self._samples.rotate(-1)
+            self._sample_until = self.clock() + _SAMPLE_SECONDS
+        return self._sample
+
+    def step_line(self) -> str:
+        """Return the latest step as one line of `name value` pairs, with two blanks between the pairs."""
+        record, (pace, left) = self.records[-1], self.pace()
+        pairs = [(METRICS[name].label, words.quantity(record[name], METRICS[name].unit)) for name in _LINE]
+        kinds = ("all", "some", "none")
+        groups = "/".join(str(record[f"groups_{name}"]) for name in (*(f"{kind}_right" for kind in kinds), "ungraded"))
+        pairs += [("prompts all/some/none/ungraded", groups), ("memory", words.memory(record["peak_memory_bytes"]))]
+        pairs += [("pace", words.duration(pace)), ("left", words.duration(left))]
+        parts = [f"step {self.steps_done}/{self.total_steps}"]
+        parts += [f"{name} {text}" for name, text in pairs if text != words.ABSENT]
+        if record["skipped_reason"] is not None:
+            parts.append(f"SKIPPED: {words.clean(record['skipped_reason'])}")
+        return "  ".join(parts)
+
+
+def _clip(text: str) -> str:
+    half = _LONGEST_SAMPLE // 2
+    return words.clean(text if len(text) <= 2 * half else f"{text[:half]} … {text[-half:]}")
+
+
+class PlainView(RunState):
+    """Print a line for each step and message, and a sign of life after `heartbeat_seconds` without a line.
+
+    Samples are not printed. They are in the run folder's samples.jsonl.
+    """
+
+    def __init__(
+        self, stream: TextIO, *, heartbeat_seconds: float = 30.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(clock)
+        self._stream, self._heartbeat_seconds = stream, heartbeat_seconds
+        self._printed = clock()
+        self._done = threading.Event()
+        self._heart: threading.Thread | None = None
+
+    def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
+        """Print title and facts."""
+        super().start(title=title, facts=facts, total_steps=total_steps, first_step=first_step)
+        resumed = f", {first_step} done already" if first_step else ""
+        self._print(f"{self.title}: {total_steps} steps{resumed}", *(f"  {k}: {v}" for k, v in self.facts.items()))
+
+    def step(self, record: StepRecord) -> None:
+        """Print the step."""
+        with self.lock:
+            super().step(record)
+            self._print(self.step_line())
+
+    def message(self, text: str) -> None:
+        """Print the notice."""
+        self._print(*map(words.clean, text.splitlines()))
+
+    def close(self) -> None:
+        """Stop the signs of life."""
+        self._done.set()
+        if self._heart is not None:
+            self._heart.join()
+
+    def _beat(self) -> None:
+        wait = self._heartbeat_seconds
+        while not self._done.wait(wait):
+            with self.lock:
+                now = self.clock()
+                if now - self._printed >= self._heartbeat_seconds:
+                    work = f" {self.stage_done:,} of {self.stage_total:,}" if self.stage_total else ""
+                    stage = f"{self.stage_name}{work}, {words.duration(now - self.stage_since)} in this stage"
+                    doing = stage if self.stage_name else "preparing"
+                    self._print(f"running: {doing}, {words.duration(now - self.started)} in all")
+                wait = self._heartbeat_seconds - (now - self._printed)
+
+    def _print(self, *lines: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"  # that of io.StringIO is None
+        with self.lock:
+            for line in lines:
+                self._stream.write(words.encodable(f"{datetime.now():%H:%M:%S}  {line}", encoding) + "\n")
+            self._stream.flush()
+            self._printed = self.clock()
+            if self._heart is None and not self._done.is_set():
+                # Start with the first line: loading a model, before the run starts, takes time as well.
+                self._heart = threading.Thread(target=self._beat, name="popo-lite heartbeat", daemon=True)
+                self._heart.start()
+
+
+def open_view(mode: ViewMode = "auto", stream: TextIO | None = None) -> Callback:
+    """Return the view for `stream` (default: standard output).
+
+    `auto` is live on a terminal that can move its cursor, and plain anywhere else. NO_COLOR removes the colours.
+    Raises UserInputError if `live` is chosen without such a terminal.
+    """
+    stream = stream if stream is not None else sys.stdout
+    if mode == "silent":
+        return Callback()
+    can_move = stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+    if mode == "live" and not can_move:
+        raise UserInputError(
+            "the live view needs a terminal that can move its cursor, and standard output is not one",
+            next_step="choose the plain view or auto",
+        )
+    if mode == "plain" or not can_move:
+        return PlainView(stream)
+    from rich.console import Console  # only the live view needs rich
+
+    from popo_lite.tools.console.live import LiveView
+
+    return LiveView(Console(file=stream, highlight=False))

@@ -1,1 +1,0 @@
-"""The training step, and what a run keeps."""

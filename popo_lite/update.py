@@ -1,0 +1,516 @@
+"""The update of a step: targets of the similarity term, gradients over micro-batches, optimizer, siamese.
+
+`Learner` holds the policy with its siamese and optimizer; the trainer calls its stages in order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from popo_lite.chunks import chunk_tokens
+from popo_lite.errors import EngineError
+from popo_lite.fused import fused_loss, refuse_without_compiler, score
+from popo_lite.objective import (
+    LOSSES,
+    StepPlan,
+    Tokens,
+    noisy_target,
+    plan_step,
+    sampler_mean_logps,
+    similarity_loss,
+)
+from popo_lite.policy.memory import is_out_of_memory, release_memory
+from popo_lite.policy.policy import Policy
+from popo_lite.policy.siamese import Siamese
+from popo_lite.recipe import GrpoObjective, OptimizerRecipe, PopoObjective, Recipe
+from popo_lite.seeding import stream_seed
+from popo_lite.types import Group, Rollout
+
+# --------------------------------------------------------------------------- micro-batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """B sequences one after another in a row of T tokens, without padding, with N completion tokens in all.
+
+    `members` are the sequences' positions in the list that was split; `lengths` are in tokens. `input_ids` [T];
+    `predicting` [N] are the positions whose hidden states predict the completion tokens `targets` [N]; `completions`
+    holds (start, end) of each completion; `sequence_of_token` [N] indexes the B sequences; `sampler_logps` [N].
+    """
+
+    members: tuple[int, ...]
+    input_ids: Tensor
+    lengths: tuple[int, ...]
+    predicting: Tensor
+    targets: Tensor
+    completions: tuple[tuple[int, int], ...]
+    sequence_of_token: Tensor
+    sampler_logps: Tensor
+
+    def mean_features(self, hidden: Tensor) -> Tensor:
+        """Return [B, D]: the mean of `hidden` [T, D] over each completion's own tokens, in at least float32."""
+        # `mean` sums in float32 without a float32 copy of the whole row.
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        sizes: list[int] = []
+        for length, (start, end) in zip(self.lengths, self.completions, strict=True):
+            sizes += [length - (end - start), end - start]
+        return torch.stack([part.mean(dim=0, dtype=dtype) for part in hidden.split(sizes)[1::2]])
+
+    def by_sequence(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Split [N] values of completion tokens by sequence."""
+        return tuple(values.split([end - start for start, end in self.completions]))
+
+
+def pack(rollouts: Sequence[Rollout], members: Sequence[int], *, budget_tokens: int) -> list[tuple[int, ...]]:
+    """Pack `members` of `rollouts` into micro-batches of at most `budget_tokens`: first fit, longest first.
+
+    A sequence that is longer than the budget goes alone: recipes in which that can happen are refused, but the budget
+    may have been lowered since.
+    """
+    batches: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(members, key=lambda index: (-rollouts[index].tokens, index)):
+        tokens = rollouts[index].tokens
+        place = next((place for place, left in enumerate(free) if left >= tokens), None)
+        if place is None:
+            batches.append([index])
+            free.append(budget_tokens - tokens)
+        else:
+            batches[place].append(index)
+            free[place] -= tokens
+    return [tuple(batch) for batch in batches]
+
+
+def collate(rollouts: Sequence[Rollout], members: Sequence[int], *, device: torch.device) -> MicroBatch:
+    """Build the tensors of the micro-batch of `members`, which index `rollouts`."""
+    chosen = [rollouts[index] for index in members]
+    lengths = tuple(rollout.tokens for rollout in chosen)
+    ends = tuple(itertools.accumulate(lengths))
+    counts = [len(rollout.completion.token_ids) for rollout in chosen]
+    completions = tuple((end - count, end) for end, count in zip(ends, counts, strict=True))
+    ids = torch.tensor([token for r in chosen for token in r.prompt.token_ids + r.completion.token_ids], device=device)
+    answering = torch.cat([torch.arange(start, end, device=device) for start, end in completions])
+    return MicroBatch(
+        members=tuple(members),
+        input_ids=ids,
+        lengths=lengths,
+        predicting=answering - 1,
+        targets=ids[answering],
+        completions=completions,
+        sequence_of_token=torch.arange(len(chosen), device=device).repeat_interleave(
+            torch.tensor(counts, device=device)
+        ),
+        sampler_logps=torch.tensor([logp for r in chosen for logp in r.completion.sampler_logps], device=device),
+    )
+
+
+class MicroBatches:
+    """Splits rollouts into micro-batches of at most `budget_tokens`, which is lowered when GPU memory runs out.
+
+    `memory_advice` returns what else would let a single sequence fit; it ends the error about one that does not.
+    """
+
+    def __init__(
+        self,
+        budget_tokens: int,
+        device: torch.device,
+        *,
+        notify: Callable[[str], None],
+        memory_advice: Callable[[], str],
+    ) -> None:
+        self.budget_tokens = budget_tokens
+        self._device = device
+        self._notify, self._memory_advice = notify, memory_advice
+
+    def run(self, rollouts: Sequence[Rollout], work: Callable[[MicroBatch], None], *, stage: str) -> int:
+        """Call `work` with micro-batches that hold every rollout once; return how many there were.
+
+        If `work` runs out of memory it must leave nothing behind: its micro-batch is split and tried again, and the
+        budget stays lowered. Raises EngineError if a single sequence does not fit.
+        """
+        waiting = pack(rollouts, range(len(rollouts)), budget_tokens=self.budget_tokens)
+        done = 0
+        while waiting:
+            if self._fits(rollouts, waiting[0], work):
+                waiting.pop(0)
+                done += 1
+                continue
+            failed = sum(rollouts[member].tokens for member in waiting[0])
+            if len(waiting[0]) == 1:
+                raise EngineError(
+                    f"the GPU ran out of memory in the {stage} pass of a single sequence of {failed} tokens",
+                    where=f"problem {rollouts[waiting[0][0]].prompt.problem.id}",
+                    next_step=self._memory_advice(),
+                )
+            self.budget_tokens = (failed + 1) // 2
+            self._notify(
+                f"memory ran out in the {stage} pass of {failed:,} tokens; the step goes on, with micro-batches of at "
+                f"most {self.budget_tokens:,} from now on"
+            )
+            left = [member for batch in waiting for member in batch]
+            waiting = pack(rollouts, left, budget_tokens=self.budget_tokens)
+        return done
+
+    def _fits(self, rollouts: Sequence[Rollout], members: Sequence[int], work: Callable[[MicroBatch], None]) -> bool:
+        try:
+            work(collate(rollouts, members, device=self._device))
+            return True
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise
+        # Outside the except block: the caught error would keep the failed attempt's tensors alive.
+        release_memory()
+        return False
+
+
+# --------------------------------------------------------------------------- optimizer
+
+
+def build_optimizer(policy: Policy, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+    """Build AdamW over adapters and predictor head; vectors (biases, norms, DoRA magnitudes) do not decay.
+
+    Each parameter group keeps its peak learning rate as `peak_lr`.
+    """
+    groups = []
+    adapters = [parameter for _, parameter in policy.adapter_parameters()]
+    for parameters, rate in (
+        (adapters, recipe.learning_rate),
+        (list(policy.predictor.parameters()), recipe.head_learning_rate),
+    ):
+        for decay, is_matrix in ((recipe.weight_decay, True), (0.0, False)):
+            members = [parameter for parameter in parameters if (parameter.ndim > 1) == is_matrix]
+            if members:
+                groups.append({"params": members, "lr": rate, "peak_lr": rate, "weight_decay": decay})
+    if recipe.name == "adamw":
+        # Fused on a GPU: one kernel, and no temporary as large as what is trained.
+        return torch.optim.AdamW(groups, fused=policy.device.type == "cuda")
+    import bitsandbytes as bnb
+
+    kind = bnb.optim.AdamW8bit if recipe.name == "adamw8bit" else bnb.optim.PagedAdamW8bit
+    optimizer: torch.optim.Optimizer = kind(groups)
+    return optimizer
+
+
+def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Move the optimizer's moments to `device`. Step counts stay, and so does paged state, which the driver moves."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.numel() > 1 and not getattr(value, "is_paged", False):
+                state[name] = value.to(device)
+
+
+def learning_rate_factor(step: int, steps: int, recipe: OptimizerRecipe) -> float:
+    """Return the fraction of the peak learning rate at `step`: linear warm-up, then the recipe's schedule down to 0."""
+    warmup = round(recipe.warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if recipe.schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 1.0 - progress if recipe.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+# --------------------------------------------------------------------------- the update
+
+
+@dataclass(kw_only=True)
+class UpdateResult:
+    """What the micro-batches of a step added up to. `sums` holds metrics by name, `log_ratios` [N] policy - sampler."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    log_ratios: list[Tensor] = field(default_factory=list)
+    micro_batches: int = 0
+    grad_norm: float = math.nan
+    update_norm: float | None = None
+
+    def add(self, terms: dict[str, float], log_ratios: Tensor) -> None:
+        """Add a micro-batch's terms and log-ratios, both on the host."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.log_ratios.append(log_ratios)
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of the completion tokens whose entropy counts, nats."""
+        return -self.sums["loss_entropy"]
+
+    @property
+    def gap_mean(self) -> float:
+        """Mean |sampler - policy| log-prob of the trained tokens, nats."""
+        return float(torch.cat(self.log_ratios).abs().mean())
+
+    def metrics(self, plan: StepPlan) -> dict[str, Any]:
+        """Return the metrics that the update decides (`popo_lite.metrics.METRICS`).
+
+        `logp_k3` is the mean of exp(r) - 1 - r, r the log-ratio: an unbiased estimate of KL(sampler || policy) that is
+        never negative (Schulman 2020).
+        """
+        ratios = torch.cat(self.log_ratios)
+        gaps = ratios.abs().sort().values
+        return {
+            **self.sums,
+            "entropy": self.entropy,
+            "effective_sample_size": _mean([size for size, _ in plan.sample_sizes]),
+            "effective_sample_ratio": _mean([size / count for size, count in plan.sample_sizes]),
+            "logp_gap_mean": self.gap_mean,
+            "logp_gap_p99": float(gaps[math.ceil(0.99 * len(gaps)) - 1]),
+            "logp_gap_max": float(gaps[-1]),
+            "logp_k3": float((ratios.exp() - 1 - ratios).mean()),
+            "grad_norm": self.grad_norm,
+            "update_norm": self.update_norm,
+            "trained_tokens": plan.trained_tokens,
+            "micro_batches": self.micro_batches,
+        }
+
+
+def _to_host(terms: dict[str, Tensor], log_ratios: Tensor) -> tuple[dict[str, float], Tensor]:
+    """Return a micro-batch's terms and log-ratios as numbers and as float64 on the host."""
+    values = torch.stack([term.detach() for term in terms.values()]).tolist()  # one transfer
+    return dict(zip(terms, values, strict=True)), log_ratios.cpu().double()
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+class Learner:
+    """The policy with its siamese and optimizer. Nothing here samples, grades, records or saves."""
+
+    def __init__(
+        self, recipe: Recipe, policy: Policy, *, notify: Callable[[str], None], memory_advice: Callable[[], str]
+    ) -> None:
+        self.recipe, self.policy = recipe, policy
+        self.siamese = Siamese(policy.trainable_parameters(), recipe.siamese.tau)
+        self.optimizer = build_optimizer(policy, recipe.optimizer)
+        self.micro_batches = MicroBatches(
+            recipe.train.tokens_per_microbatch, policy.device, notify=notify, memory_advice=memory_advice
+        )
+        self._chunk = chunk_tokens(policy.head.weight.shape[0], memory_bytes=recipe.train.logits_mib * 2**20)
+        self._compile_rows = recipe.train.compile_loss and policy.device.type == "cuda"
+        if self._compile_rows:
+            refuse_without_compiler(policy.head)  # here, not after the rollouts of the first step
+
+    def plan(self, groups: Sequence[Group]) -> StepPlan | None:
+        """Return what the step trains on, with log-probs for the weights from the sampler or a no-grad pass."""
+        objective = self.recipe.objective
+        from_trainer = (
+            isinstance(objective, PopoObjective)
+            and objective.weights_from == "trainer"
+            and objective.weights != "uniform"
+        )
+        return plan_step(
+            groups,
+            objective,
+            max_completion_length=self.recipe.rollout.max_completion_length,
+            mean_logps=self._policy_mean_logps if from_trainer else sampler_mean_logps,
+        )
+
+    @torch.no_grad()
+    def siamese_targets(self, step: int, plan: StepPlan) -> Tensor | None:
+        """Return the noisy targets q [S, D] of the plan's S sequences, or None without a similarity term.
+
+        The siamese makes them: the averaged weights stand in the policy's modules meanwhile. Rows of sequences without
+        a positive weight are 0.
+        """
+        objective = self.recipe.objective
+        if not isinstance(objective, PopoObjective) or not objective.similarity_coef:
+            return None
+        targets = next(self.policy.predictor.parameters()).new_zeros(
+            len(plan.sequences), self.policy.head.weight.shape[1]
+        )
+        rollouts = [plan.sequences[index].rollout for index in plan.positives]
+        self.policy.model.eval()
+
+        def fill(batch: MicroBatch) -> None:
+            features = batch.mean_features(self.policy.hidden_states(batch.input_ids, batch.lengths))
+            if objective.target == "predictor":
+                features = self.policy.predictor(features)
+            noise = torch.stack([self._noise(step, rollouts[member], features) for member in batch.members])
+            rows = [plan.positives[member] for member in batch.members]
+            targets[rows] = noisy_target(features, noise, objective.noise_sigma)
+
+        with self.siamese.swapped():
+            self.micro_batches.run(rollouts, fill, stage="siamese")
+        return targets
+
+    def siamese_tokens(self, plan: StepPlan) -> int:
+        """Return how many tokens the passes before the update forward: positives by the siamese, or all by the base."""
+        if self.recipe.objective.needs_siamese_pass:
+            return sum(plan.sequences[index].rollout.tokens for index in plan.positives)
+        return plan.trained_tokens if self.recipe.objective.needs_reference_pass else 0
+
+    def reference_logps(self, plan: StepPlan) -> list[Tensor] | None:
+        """Return each sequence's log-probs under the base without adapter, or None without a KL term."""
+        objective = self.recipe.objective
+        if not isinstance(objective, GrpoObjective) or not objective.kl_coef:
+            return None
+        logps_of: dict[int, Tensor] = {}
+        with self.policy.model.disable_adapter():
+            for batch, logps in self._score([sequence.rollout for sequence in plan.sequences], stage="reference"):
+                logps_of.update(zip(batch.members, batch.by_sequence(logps), strict=True))
+        return [logps_of[member] for member in range(len(plan.sequences))]
+
+    def backward(
+        self,
+        plan: StepPlan,
+        targets: Tensor | None,
+        reference_logps: Sequence[Tensor] | None,
+        *,
+        entropy_coef: float,
+        progress: Callable[[int], None],
+    ) -> UpdateResult:
+        """Leave the step's clipped gradients in the parameters: the sum over micro-batches, however they are split.
+
+        `progress` gets the number of sequences that are done, and may raise.
+        """
+        result = UpdateResult()
+        parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
+        sums: list[Tensor | None] = [None] * len(parameters)
+        self.policy.model.train()
+
+        def accumulate(batch: MicroBatch) -> None:
+            try:
+                terms, log_ratios = self._loss(plan, batch, targets, reference_logps, entropy_coef)
+                terms["loss"].backward()
+                values, log_ratios = _to_host(terms, log_ratios)
+                # From here on nothing allocates. The step's sums are separate from this micro-batch's gradients, so one
+                # that ran out of memory anywhere above has added nothing.
+                for index, parameter in enumerate(parameters):
+                    if parameter.grad is not None:
+                        before = sums[index]
+                        sums[index] = parameter.grad if before is None else before.add_(parameter.grad)
+            finally:
+                for parameter in parameters:
+                    parameter.grad = None
+            result.add(values, log_ratios)
+            progress(len(batch.members))
+
+        rollouts = [sequence.rollout for sequence in plan.sequences]
+        result.micro_batches = self.micro_batches.run(rollouts, accumulate, stage="update")
+        for parameter, total in zip(parameters, sums, strict=True):
+            parameter.grad = total
+        result.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.max_grad_norm))
+        return result
+
+    def _loss(
+        self,
+        plan: StepPlan,
+        batch: MicroBatch,
+        targets: Tensor | None,
+        reference_logps: Sequence[Tensor] | None,
+        entropy_coef: float,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return a micro-batch's share of the loss and of its terms by metric, and policy - sampler log-probs [N]."""
+        objective, head = self.recipe.objective, self.policy.head
+        sequences = [plan.sequences[member] for member in batch.members]
+        hidden = self.policy.hidden_states(batch.input_ids, batch.lengths)
+
+        def of_sequences(values: Sequence[float]) -> Tensor:
+            return hidden.new_tensor(values, dtype=head.compute_dtype)
+
+        weights = of_sequences([sequence.weight for sequence in sequences])
+        divisors = of_sequences([sequence.divisor for sequence in sequences])
+        counts_in_entropy = of_sequences([float(sequence.counts_in_entropy) for sequence in sequences])
+        tokens = Tokens(
+            sampler_logps=batch.sampler_logps,
+            reference_logps=None
+            if reference_logps is None
+            else torch.cat([reference_logps[member] for member in batch.members]),
+            weights=weights[batch.sequence_of_token],
+            divisors=divisors[batch.sequence_of_token],
+            entropy_weights=counts_in_entropy[batch.sequence_of_token] / plan.entropy_tokens,
+        )
+        loss_of_tokens = LOSSES[objective.algorithm]
+        output = fused_loss(
+            hidden.index_select(0, batch.predicting),
+            batch.targets,
+            head,
+            lambda logps, entropies, part: loss_of_tokens(logps, entropies, tokens.at(part), objective, entropy_coef),
+            chunk=self._chunk,
+            compile_rows=self._compile_rows,
+        )
+        mean_entropy = (tokens.entropy_weights * output.entropies).sum()
+        terms = {
+            "loss": output.loss,
+            "loss_policy": output.loss + entropy_coef * mean_entropy,
+            "loss_entropy": -mean_entropy,
+        }
+        if targets is not None and isinstance(objective, PopoObjective):
+            predictions = self.policy.predictor(batch.mean_features(hidden))
+            similarity, cosine = similarity_loss(
+                predictions, targets[list(batch.members)], weights.clamp(min=0) / plan.prompts
+            )
+            terms["loss"] = output.loss + objective.similarity_coef * similarity
+            terms |= {"loss_similarity": similarity, "siamese_cosine": cosine}
+        return terms, output.logps - batch.sampler_logps
+
+    def prepare(self) -> list[Tensor]:
+        """Return a copy of the trained weights, with the optimizer's state on the device: all memory `apply` needs.
+
+        Separate from `apply` so that running out of memory changes nothing. (The optimizer makes its state in its
+        first step, when there is nothing to lose.)
+        """
+        move_state(self.optimizer, self.policy.device)
+        return [parameter.detach().clone() for _, parameter in self.policy.trainable_parameters()]
+
+    def apply(self, step: int, result: UpdateResult, before: list[Tensor]) -> None:
+        """Move optimizer, siamese and version together. `before` comes from `prepare` and is emptied."""
+        set_learning_rate(self.optimizer, learning_rate_factor(step, self.recipe.train.steps, self.recipe.optimizer))
+        self.optimizer.step()
+        if self.recipe.rollout.vllm.enable_sleep_mode:
+            # The optimizer runs once a step; until then its memory belongs to the rollout engine.
+            move_state(self.optimizer, torch.device("cpu"))
+        torch._foreach_sub_(before, [parameter.detach() for _, parameter in self.policy.trainable_parameters()])
+        result.update_norm = float(torch.stack(torch._foreach_norm(before)).double().norm())
+        before.clear()  # the caller's list would keep them while the rollout engine wakes up
+        self.siamese.update(result.update_norm)
+        self.policy.version += 1
+
+    def gap_mean(self, rollouts: Sequence[Rollout]) -> float:
+        """Return the mean |sampler - policy| log-prob of the rollouts' tokens in nats, by a forward pass."""
+        gaps = [(logps - batch.sampler_logps).abs() for batch, logps in self._score(rollouts, stage="weights")]
+        return float(torch.cat(gaps).mean())
+
+    def _policy_mean_logps(self, rollouts: Sequence[Rollout]) -> list[float]:
+        means = [0.0] * len(rollouts)
+        for batch, logps in self._score(rollouts, stage="weights"):
+            for member, values in zip(batch.members, batch.by_sequence(logps), strict=True):
+                means[member] = float(values.mean())
+        return means
+
+    @torch.no_grad()
+    def _score(self, rollouts: Sequence[Rollout], *, stage: str) -> list[tuple[MicroBatch, Tensor]]:
+        """Return micro-batches of `rollouts` with the policy's log-probs [N] of their completion tokens."""
+        self.policy.model.eval()
+        scored: list[tuple[MicroBatch, Tensor]] = []
+
+        def add(batch: MicroBatch) -> None:
+            hidden = self.policy.hidden_states(batch.input_ids, batch.lengths)[batch.predicting]
+            logps, _ = score(
+                hidden, batch.targets, self.policy.head, chunk=self._chunk, compile_rows=self._compile_rows
+            )
+            scored.append((batch, logps))
+
+        self.micro_batches.run(rollouts, add, stage=stage)
+        return scored
+
+    def _noise(self, step: int, rollout: Rollout, like: Tensor) -> Tensor:
+        """Draw standard normal [D] from (seed, step, problem, sample), whatever batch the rollout is in."""
+        source = torch.Generator().manual_seed(
+            stream_seed("noise", self.recipe.train.seed, step, rollout.prompt.problem.id, rollout.index)
+        )
+        return torch.randn(like.shape[-1], generator=source, dtype=torch.float64).to(like)
