@@ -39,8 +39,8 @@ from popo_lite.tools.plan.terms import (
     predictor_elements,
 )
 from popo_lite.tools.plan.vram import plan_memory
-from popo_lite.training.optimizer import build_optimizer
 from popo_lite.types import Problem, Prompt
+from popo_lite.update import build_optimizer
 
 SMALL = {
     "hidden_size": 192,

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from popo_lite.tools.console import words
-from popo_lite.tools.console.draw import bar
-from popo_lite.tools.console.output import build_table, open_console, print_table, safe
+from popo_lite.tools.console.output import open_console, safe, table
 from popo_lite.tools.plan.vram import NOT_TENSORS, SHORTFALL
 
 _BAR_CELLS = 28
@@ -39,19 +38,15 @@ def plan_report(
     memory = "memory of the GPU" if plan["device"] == "cuda" else "host memory, as the recipe runs on the CPU"
     title = f"{plan['model']}, engine {plan['engine']}: {memory}, {unit}"
     console.print()
-    print_table(build_table(["", *(phase["name"] for phase in phases)], rows, console), title, console)
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    for options in ({"no_wrap": True}, {"no_wrap": True}, {"no_wrap": True, "justify": "right"}, {"overflow": "fold"}):
-        grid.add_column(**options)  # type: ignore[arg-type]
+    table(title, ["", *(phase["name"] for phase in phases)], rows, console)
+    bars = []
     for phase in phases:
-        total, is_peak = phase["total_bytes"], phase["name"] == plan["peak_phase"]
-        drawn = bar(total / plan["vram_bytes"], _BAR_CELLS, "red" if total > plan["vram_bytes"] else "green")
-        drawn.plain = words.encodable(drawn.plain, console.encoding)
-        bold, moment = ("bold", f"peak: {phase['moment']}") if is_peak else ("", phase["moment"])
-        amount = Text(f"{shown(total)} {unit}", bold)
-        grid.add_row(Text(phase["name"], bold), drawn, amount, Text(safe(moment, console), bold or "dim"))
-    console.print(grid)
-    console.print()
+        total = phase["total_bytes"]
+        style = "red" if total > plan["vram_bytes"] else "green"
+        bar = ProgressBar(plan["vram_bytes"], total, _BAR_CELLS, complete_style=style, finished_style=style)
+        moment = ("peak: " if phase["name"] == plan["peak_phase"] else "") + phase["moment"]
+        bars.append((phase["name"], bar, f"{shown(total)} {unit}", moment))
+    table("Fullest moment of each phase", ("", "", "memory", "moment"), bars, console)
     console.print(_verdict(plan, why_not, console))
     for line in _remarks(plan, batch_size):
         console.print(Text(safe(line, console)))
