@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -219,12 +220,12 @@ def _halves(value: int, least: int) -> list[int]:
 
 def _settings(recipe: Recipe, kind: str) -> list[Values]:
     """Return the settings of one kind that make a valid recipe."""
-    return [values for values in reductions(recipe)[kind] if _is_valid(with_values(recipe, values))]
 
+    def is_valid(changed: Recipe) -> bool:
+        served = changed.rollout.engine != "vllm" or vllm_can_serve(changed)
+        return served and next(impossible_combinations(changed), None) is None
 
-def _is_valid(recipe: Recipe) -> bool:
-    served = recipe.rollout.engine != "vllm" or vllm_can_serve(recipe)
-    return served and next(impossible_combinations(recipe), None) is None
+    return [values for values in reductions(recipe)[kind] if is_valid(with_values(recipe, values))]
 
 
 # ---------------------------------------------------------------------- the search
@@ -281,13 +282,10 @@ def _changes(
 
 def _smallest_vram(recipe: Recipe, shape: ModelShape, others_bytes: int) -> int:
     """Return the least memory, in steps of a quarter GiB, that a recipe with every reduction fits."""
-    step = 2**28
-    low, high = 0, 2**12
-    while low < high:
-        middle = (low + high) // 2
-        fits = overrun_bytes(recipe, shape, middle * step, others_bytes) == 0
-        low, high = (low, middle) if fits else (middle + 1, high)
-    return low * step
+    quarters = bisect_left(
+        range(2**12), True, key=lambda quarters: not overrun_bytes(recipe, shape, quarters * 2**28, others_bytes)
+    )
+    return quarters * 2**28
 
 
 def _options(values: Values) -> str:

@@ -18,36 +18,24 @@ from popo_lite.tools.plan.shapes import Linear, ModelShape, adapted_linears, par
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
-NF4_BLOCK = 64
-NF4_SCALE_BLOCK = 256
-NF4_LEVELS = 16
-"""bitsandbytes' quantize_4bit: weights per scale, scales per scale of scales, and levels in the table."""
+# bitsandbytes' quantize_4bit: weights per scale, scales per scale of scales, and levels in the table.
+NF4_BLOCK, NF4_SCALE_BLOCK, NF4_LEVELS = 64, 256, 16
+# bitsandbytes' 8-bit optimizers: elements per scale, and the sizes from which state is 8-bit and paged.
+EIGHT_BIT_BLOCK, EIGHT_BIT_FROM_ELEMENTS, PAGED_FROM_ELEMENTS = 256, 4096, 100_000
 
-EIGHT_BIT_BLOCK = 256
-EIGHT_BIT_FROM_ELEMENTS = 4096
-PAGED_FROM_ELEMENTS = 100_000
-"""bitsandbytes' 8-bit optimizers: elements per scale, and the sizes from which state is 8-bit and paged."""
-
+# vLLM. The first three are assumed: tokens of its largest forward pass (SchedulerConfig's default), float32 tensors
+# [sequences, V] while it samples with log-probs at a temperature, and CUDA graphs, which stay while it sleeps (vLLM's
+# tests/.../test_cumem.py).
 ENGINE_BATCHED_TOKENS = 2048
-"""Assumed: tokens of vLLM's largest forward pass, the default of its SchedulerConfig."""
-
 ENGINE_LOGIT_COPIES = 4
-"""Assumed: float32 tensors [sequences, V] alive while vLLM samples with log-probs at a temperature."""
-
 ENGINE_GRAPHS_BYTES = 512 * 2**20
-"""Assumed: vLLM's captured CUDA graphs. They stay while the engine sleeps (vLLM's tests/.../test_cumem.py)."""
+ENGINE_CPU_CACHE_BYTES = 2**30  # VLLM_CPU_KVCACHE_SPACE as samplers/vllm.py sets it
+ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM builds its adapter slot for
 
-ENGINE_CPU_CACHE_BYTES = 2**30
-"""VLLM_CPU_KVCACHE_SPACE as samplers/vllm.py sets it."""
-
-ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM builds its adapter slot for."""
-
+# samplers/hf.py. Per sequence and token: its int64 mask, twice while it grows, and one of booleans. Per sequence and
+# vocabulary entry: float32 log-probs and two float64 temporaries.
 MASK_BYTES = 17
-"""Per sequence and token while samplers/hf.py decodes: its int64 mask, twice while it grows, and one of booleans."""
-
 DRAW_BYTES = 20
-"""Per sequence and vocabulary entry while samplers/hf.py samples: float32 log-probs and two float64 temporaries."""
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 

@@ -5,7 +5,8 @@ The plan needs only the recipe and the model's shape. docs/memory.md explains ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,8 @@ LARGEST = 2**20
 EXPORT_ANSWERS = 16
 """Answers that `popo-lite export` samples at once to verify a merged model."""
 
-_PERMANENT = ("base linears", "embeddings", "LM head", "norms, biases", "16-bit model", "merged model")
-_PERMANENT += ("adapters", "predictor head")
+_PERMANENT = {"base linears", "embeddings", "LM head", "norms, biases", "16-bit model", "merged model"}
+_PERMANENT |= {"adapters", "predictor head"}
 """Classes that are allocated once and so fragment nothing."""
 
 NOT_TENSORS = ("CUDA context", "fragmentation", "other processes")
@@ -186,11 +187,7 @@ def _check_context(recipe: Recipe, context_tokens: int) -> None:
 
 def _largest(fits: Callable[[int], bool]) -> int:
     """Return the largest number up to `LARGEST` that fits, 0 if none does; smaller ones then fit too."""
-    low, high = 0, LARGEST
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return bisect_left(range(1, LARGEST + 1), True, key=lambda number: not fits(number))
 
 
 class _Run:
@@ -211,11 +208,9 @@ class _Run:
             "predictor head": self.trained_size * sum(predictor),
         }
         self.optimizer = {"optimizer state": terms.optimizer_bytes(adapters + predictor, recipe)}
-        self.vllm = (
-            terms.vllm_bytes(recipe, shape, vram_bytes=vram_bytes, on_gpu=self.on_gpu)
-            if self.engine == "vllm"
-            else None
-        )
+        self.vllm: terms.EngineBytes | None = None
+        if self.engine == "vllm":
+            self.vllm = terms.vllm_bytes(recipe, shape, vram_bytes=vram_bytes, on_gpu=self.on_gpu)
         self.sequence = terms.sequence_tokens(recipe)
         step = recipe.data.prompts_per_step * recipe.rollout.num_generations * self.sequence
         self.tokens = min(max(recipe.train.tokens_per_microbatch, self.sequence), step)
@@ -230,27 +225,16 @@ class _Run:
         # If the GPU is shared in turns, the optimizer's state is in host memory between updates.
         idle = trainer if self.on_gpu and self.recipe.rollout.vllm.enable_sleep_mode else trainer | self.optimizer
         engine = self.vllm.training if self.vllm else {}
+        # A copy of the weights from before the step becomes their difference.
+        step = {"gradients": self.trained} | self.optimizer | {"weight copies": self.trained}
+        swap = ("the adapter enters the engine", self.vllm.swapping) if self.vllm else ("nothing is moved", {})
         return (
             self._phase("load", trainer, self._load()),
             self._phase("rollout", idle, self._rollout()),
             self._phase("siamese", idle | engine, self._siamese()),
             self._phase("update", idle | engine, self._update()),
-            # A copy of the weights from before the step becomes their difference.
-            self._phase(
-                "step",
-                trainer | engine,
-                [
-                    (
-                        "the optimizer's step",
-                        {"gradients": self.trained} | self.optimizer | {"weight copies": self.trained},
-                    )
-                ],
-            ),
-            self._phase(
-                "swap",
-                idle,
-                [("the adapter enters the engine", self.vllm.swapping) if self.vllm else ("nothing is moved", {})],
-            ),
+            self._phase("step", trainer | engine, [("the optimizer's step", step)]),
+            self._phase("swap", idle, [swap]),
         )
 
     def export(self) -> Phase:
@@ -267,9 +251,9 @@ class _Run:
         ]
         return self._phase("export", {}, moments)
 
-    def _phase(self, name: str, stays: dict[str, int], moments: list[Moment] | Iterator[Moment]) -> Phase:
+    def _phase(self, name: str, stays: dict[str, int], moments: Iterable[Moment]) -> Phase:
         """Return the fullest moment of a phase; `stays` is alive in all of them."""
-        permanent = {*_PERMANENT, *(self.vllm.sampling if self.vllm else ())}
+        permanent = _PERMANENT | (self.vllm.sampling.keys() if self.vllm else set())
         found = []
         for moment, comes in moments:
             total = stays | {"other processes": self.others_bytes}
