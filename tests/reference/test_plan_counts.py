@@ -1,4 +1,4 @@
-"""The memory plan's counts against counted tensors: real models, real NF4, real PEFT, real optimizers."""
+"""Compare the memory plan with counted tensors of real models, NF4, PEFT adapters and optimizers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ WIDER = SMALL | {"hidden_size": 256, "intermediate_size": 1408, "num_attention_h
 
 
 def nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`."""
+    """Return the bytes of the distinct storages behind `tensors`."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -66,7 +66,7 @@ def _has_storage(value: Any) -> bool:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Bytes of the storages that operations under it have made and that are still alive, and the most there were."""
+    """Count the bytes of live storages that operations inside it have made, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def test_paged_state_leaves_scales_and_small_tensors_on_the_gpu(tiny_recipe: Cal
 
 
 def counted_layer(recipe: Recipe, config: dict[str, Any], folder: Path, tokens: int) -> tuple[LayerBytes, list[int]]:
-    """The plan for a layer, and [saved, most while backward, most without a graph] counted in bytes."""
+    """Return a layer's plan, and the counted bytes [saved, peak in the backward pass, peak without a graph]."""
     torch.manual_seed(0)
     built = AutoConfig.for_model(**config)
     dtype = getattr(torch, recipe.model.dtype)
@@ -224,7 +224,7 @@ def counted_layer(recipe: Recipe, config: dict[str, Any], folder: Path, tokens: 
 
 @pytest.fixture
 def cuda_like_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT asks torch whether autocast is on and names no device, which means CUDA; here it hears of the CPU."""
+    """Answer for the CPU if PEFT asks whether autocast is on: it names no device, which means CUDA."""
     asked = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": asked(device))
 
@@ -419,7 +419,7 @@ def test_the_tiny_model_takes_by_class_what_was_planned(tiny_recipe: Callable[..
 
 
 def kept_by_a_pass(policy: Policy, tokens: int) -> int:
-    """Bytes that the trunk keeps for its backward pass over one sequence, beside parameters, buffers and rotations."""
+    """Return the bytes that the trunk keeps for its backward pass over one sequence, without parameters and rotations."""
     ids = torch.arange(tokens) % 64 + 5
     policy.model.train()
     base: Any = policy.model.get_base_model()

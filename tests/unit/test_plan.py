@@ -1,4 +1,4 @@
-"""The memory plan: what its parts add up to, where it draws the line, and advice that really fits."""
+"""Test the memory plan: its sums, what fits and what does not, and that the advice fits."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_without_checkpointing_every_layer_keeps_its_activations() -> None:
     assert whole["layer activations"] > 10 * (kept["layer inputs"] + kept["layer working set"]) / 2
 
 
-def test_optimizer_state_waits_on_the_host_where_the_gpu_is_shared_in_turns() -> None:
+def test_optimizer_state_is_on_the_host_between_steps_if_the_engine_sleeps() -> None:
     shared, kept = recipe_of("1_5b"), recipe_of("1_5b", "rollout.vllm.enable_sleep_mode=false")
     for phase in ("rollout", "siamese", "update", "swap"):
         assert "optimizer state" not in in_phase(shared, phase)
@@ -196,7 +196,7 @@ def test_only_what_the_objective_needs_is_passed_without_a_graph() -> None:
     assert update(*with_kl)["hidden states"] - update(*grpo)["hidden states"] == logps
 
 
-def test_auto_plans_the_trainers_own_model_where_vllm_could_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_plans_the_trainers_own_model_if_vllm_could_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ModuleSpec("vllm", None, origin="somewhere")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     for options, engine in (((), "vllm"), (("lora.rank=513",), "hf"), (("lora.dora=true",), "hf")):
@@ -295,7 +295,7 @@ def test_advice_really_fits_and_no_change_of_it_is_needless(size: str, options: 
         assert not plan_memory(partly, shape, vram_bytes=vram).fits
 
 
-def test_where_nothing_helps_the_smallest_memory_is_named() -> None:
+def test_if_nothing_helps_the_smallest_memory_is_named() -> None:
     recipe = recipe_of("7b")
     shape = load_shape(recipe.model)
     advice = advice_for(recipe, shape, 4 * GIB)
@@ -318,7 +318,7 @@ def test_adapters_keep_their_scale_when_their_rank_is_lowered() -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A card with so many GiB, `used` of them by other processes and by this process's CUDA context."""
+    """Set the card's GiB, `used` of them by other processes and by this process's CUDA context."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def make(total: float, used: float = 0) -> None:
