@@ -419,7 +419,7 @@ def test_the_tiny_model_takes_by_class_what_was_planned(tiny_recipe: Callable[..
 
 
 def kept_by_a_pass(policy: Policy, tokens: int) -> int:
-    """Return the bytes that the trunk keeps for its backward pass over one sequence, without parameters and rotations."""
+    """Return the bytes that the trunk keeps for its backward pass over one sequence, without its rotations."""
     ids = torch.arange(tokens) % 64 + 5
     policy.model.train()
     base: Any = policy.model.get_base_model()
