@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from popo_lite import fused
 from popo_lite.errors import ModelError
 from popo_lite.fused import Head, fused_loss, naive_logprobs, score
-from popo_lite.tools.plan.activations import pass_bytes
+from popo_lite.tools.plan.terms import pass_bytes
 
 VARIANTS = {
     "plain": {},
@@ -373,7 +373,7 @@ def test_peak_memory_is_the_chunk_and_what_the_plan_says(dtype, variant):
         width=width,
         on_gpu=False,
         head_bytes=dtype.itemsize,
-        bent=variant != "plain",
+        scaled=variant != "plain",
     )
     # The plan counts what is inside a product too, which no tensor shows.
     assert ledger.peak_bytes < planned < 1.8 * ledger.peak_bytes

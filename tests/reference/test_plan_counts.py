@@ -1,4 +1,4 @@
-"""The memory plan's counts against counted tensors: real models, real NF4, real PEFT, real optimizers."""
+"""Compare the memory plan with counted tensors of real models, NF4, PEFT adapters and optimizers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from popo_lite.policy.siamese import Siamese
 from popo_lite.recipe import Recipe
 from popo_lite.samplers.base import SamplingParams
 from popo_lite.samplers.hf import HFSampler
-from popo_lite.tools.plan.activations import LayerBytes, layer_bytes
-from popo_lite.tools.plan.engine import hf_moments
 from popo_lite.tools.plan.shapes import (
     KNOWN_CONFIGS,
     ModelShape,
@@ -31,9 +29,19 @@ from popo_lite.tools.plan.shapes import (
     parameter_counts,
     shape_of,
 )
-from popo_lite.tools.plan.sizes import adapter_elements, base_bytes, nf4_bytes, optimizer_bytes, predictor_elements
+from popo_lite.tools.plan.terms import (
+    LayerBytes,
+    adapter_elements,
+    base_bytes,
+    hf_moments,
+    layer_bytes,
+    nf4_bytes,
+    optimizer_bytes,
+    predictor_elements,
+)
 from popo_lite.tools.plan.vram import plan_memory
 from popo_lite.types import Problem, Prompt
+from popo_lite.update import build_optimizer
 
 SMALL = {
     "hidden_size": 192,
@@ -50,7 +58,7 @@ WIDER = SMALL | {"hidden_size": 256, "intermediate_size": 1408, "num_attention_h
 
 
 def nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`."""
+    """Return the bytes of the distinct storages behind `tensors`."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -59,7 +67,7 @@ def _has_storage(value: Any) -> bool:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Bytes of the storages that operations under it have made and that are still alive, and the most there were."""
+    """Count the bytes of live storages that operations inside it have made, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +105,7 @@ def test_known_models_have_the_parameters_that_transformers_builds(name: str) ->
         model = AutoModelForCausalLM.from_config(built)
     shape = shape_of(config)
     assert shape == shape_of(built.to_dict())
-    assert parameter_counts(shape).total == sum(p.numel() for p in model.parameters())
+    assert sum(parameter_counts(shape).values()) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -116,10 +124,10 @@ def test_every_understood_architecture_is_counted_by_class(config: dict[str, Any
     counts = parameter_counts(shape_of(SMALL | config))
     head = model.get_output_embeddings()
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    assert counts.linears == sum(linear.weight.numel() for linear in linears)
-    assert counts.embeddings == model.get_input_embeddings().weight.numel()
-    assert counts.head == (0 if config["tie_word_embeddings"] else head.weight.numel())
-    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts["base linears"] == sum(linear.weight.numel() for linear in linears)
+    assert counts["embeddings"] == model.get_input_embeddings().weight.numel()
+    assert counts["LM head"] == (0 if config["tie_word_embeddings"] else head.weight.numel())
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
@@ -175,7 +183,7 @@ def test_paged_state_leaves_scales_and_small_tensors_on_the_gpu(tiny_recipe: Cal
 
 
 def counted_layer(recipe: Recipe, config: dict[str, Any], folder: Path, tokens: int) -> tuple[LayerBytes, list[int]]:
-    """The plan for a layer, and [saved, most while backward, most without a graph] counted in bytes."""
+    """Return a layer's plan, and the counted bytes [saved, peak in the backward pass, peak without a graph]."""
     torch.manual_seed(0)
     built = AutoConfig.for_model(**config)
     dtype = getattr(torch, recipe.model.dtype)
@@ -217,7 +225,7 @@ def counted_layer(recipe: Recipe, config: dict[str, Any], folder: Path, tokens: 
 
 @pytest.fixture
 def cuda_like_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT asks torch whether autocast is on and names no device, which means CUDA; here it hears of the CPU."""
+    """Answer for the CPU if PEFT asks whether autocast is on: it names no device, which means CUDA."""
     asked = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": asked(device))
 
@@ -412,7 +420,7 @@ def test_the_tiny_model_takes_by_class_what_was_planned(tiny_recipe: Callable[..
 
 
 def kept_by_a_pass(policy: Policy, tokens: int) -> int:
-    """Bytes that the trunk keeps for its backward pass over one sequence, beside parameters, buffers and rotations."""
+    """Return the bytes that the trunk keeps for its backward pass over one sequence, without its rotations."""
     ids = torch.arange(tokens) % 64 + 5
     policy.model.train()
     base: Any = policy.model.get_base_model()
@@ -499,6 +507,6 @@ def test_the_base_takes_less_in_nf4_by_what_the_scales_allow(tiny_recipe: Callab
     shape = shape_of(KNOWN_CONFIGS["Qwen/Qwen2.5-Math-7B"])
     model = tiny_recipe("model.dtype=bfloat16").model
     single = model.model_copy(update={"double_quantization": False})
-    weights = parameter_counts(shape).linears
-    assert base_bytes(shape, model).linears * 8 / weights == pytest.approx(4.127, abs=1e-3)
-    assert base_bytes(shape, single).linears * 8 / weights == pytest.approx(4.5, abs=1e-3)
+    weights = parameter_counts(shape)["base linears"]
+    assert base_bytes(shape, model)["base linears"] * 8 / weights == pytest.approx(4.127, abs=1e-3)
+    assert base_bytes(shape, single)["base linears"] * 8 / weights == pytest.approx(4.5, abs=1e-3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from popo_lite.chunks import chunk_tokens, row_block, tile_rows
-from popo_lite.tools.plan.activations import pass_bytes
+from popo_lite.tools.plan.terms import pass_bytes
 
 MIB = 2**20
 

@@ -1,4 +1,4 @@
-"""The memory plan: what its parts add up to, where it draws the line, and advice that really fits."""
+"""Test the memory plan: its sums, what fits and what does not, and that the advice fits."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from popo_lite.objective.chunks import chunk_tokens
+import torch
 
+from popo_lite.chunks import chunk_tokens
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.tools.plan import (
-    GpuMemory,
     MemoryPlan,
     advice_for,
-    installed_gpu,
     load_shape,
+    memory_advice,
     plan_memory,
-    refuse_unless_fits,
-    relief,
+    refuse_without_room,
 )
-from popo_lite.tools.plan.advice import LEVERS
+from popo_lite.tools.plan.advice import reductions
+from popo_lite.tools.plan.command import installed_gpu
 from popo_lite.tools.plan.shapes import adapted_linears, shape_of
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, SHORTFALL, overrun_bytes
 
@@ -105,7 +105,7 @@ def test_without_checkpointing_every_layer_keeps_its_activations() -> None:
     assert whole["layer activations"] > 10 * (kept["layer inputs"] + kept["layer working set"]) / 2
 
 
-def test_optimizer_state_waits_on_the_host_where_the_gpu_is_shared_in_turns() -> None:
+def test_optimizer_state_is_on_the_host_between_steps_if_the_engine_sleeps() -> None:
     shared, kept = recipe_of("1_5b"), recipe_of("1_5b", "rollout.vllm.enable_sleep_mode=false")
     for phase in ("rollout", "siamese", "update", "swap"):
         assert "optimizer state" not in in_phase(shared, phase)
@@ -153,7 +153,7 @@ def test_what_others_hold_is_in_every_phase_and_the_engines_share_stays_one_of_t
     assert plan_memory(recipe, shape, vram_bytes=24 * GIB, others_bytes=room).fits
     assert not plan_memory(recipe, shape, vram_bytes=24 * GIB, others_bytes=room + 1).fits
     advice = advice_for(recipe, shape, 24 * GIB, room + 1)
-    assert advice.overrides == ("rollout.vllm.gpu_memory_utilization=0.3",)
+    assert advice.values == {"rollout.vllm.gpu_memory_utilization": 0.3}
 
 
 def test_a_run_beyond_the_models_context_is_refused() -> None:
@@ -172,7 +172,7 @@ def test_a_run_beyond_the_models_context_is_refused() -> None:
 
 def test_only_what_the_objective_needs_is_passed_without_a_graph() -> None:
     off = ("objective.similarity_coef=0.0", "objective.entropy_coef=0.0")
-    grpo, raft = (*off, "objective.algorithm=grpo"), (*off, "objective.algorithm=raft", "objective.weights=uniform")
+    grpo, raft = ("objective.algorithm=grpo",), ("objective.algorithm=raft",)
 
     def siamese(*options: str) -> dict[str, int]:
         return in_phase(recipe_of("1_5b", "rollout.engine=hf", *options), "siamese")
@@ -196,7 +196,7 @@ def test_only_what_the_objective_needs_is_passed_without_a_graph() -> None:
     assert update(*with_kl)["hidden states"] - update(*grpo)["hidden states"] == logps
 
 
-def test_auto_plans_the_trainers_own_model_where_vllm_could_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_plans_the_trainers_own_model_if_vllm_could_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ModuleSpec("vllm", None, origin="somewhere")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     for options, engine in (((), "vllm"), (("lora.rank=513",), "hf"), (("lora.dora=true",), "hf")):
@@ -279,8 +279,8 @@ def test_advice_really_fits_and_no_change_of_it_is_needless(size: str, options: 
     if overrun_bytes(recipe, shape, vram) == 0:
         assert advice.changes == ()
         return
-    copied = shlex.split(advice.options)
-    assert copied[::2] == ["--set"] * len(advice.overrides)
+    copied = shlex.split(advice.next_step)
+    assert copied[::2] == ["--set"] * len(advice.values)
     advised = recipe_of(size, *options, *copied[1::2])
     plan = plan_memory(advised, load_shape(advised.model), vram_bytes=vram)
     assert plan.fits
@@ -295,7 +295,7 @@ def test_advice_really_fits_and_no_change_of_it_is_needless(size: str, options: 
         assert not plan_memory(partly, shape, vram_bytes=vram).fits
 
 
-def test_where_nothing_helps_the_smallest_memory_is_named() -> None:
+def test_if_nothing_helps_the_smallest_memory_is_named() -> None:
     recipe = recipe_of("7b")
     shape = load_shape(recipe.model)
     advice = advice_for(recipe, shape, 4 * GIB)
@@ -309,27 +309,77 @@ def test_where_nothing_helps_the_smallest_memory_is_named() -> None:
 
 def test_adapters_keep_their_scale_when_their_rank_is_lowered() -> None:
     recipe = recipe_of("1_5b")
-    [lever] = [lever for lever in LEVERS if lever.__name__ == "_rank"]
-    assert [values["lora.alpha"] / values["lora.rank"] for values in lever(recipe)] == [2.0, 2.0, 2.0]
+    ranks = reductions(recipe)["rank"]
+    assert [values["lora.alpha"] / values["lora.rank"] for values in ranks] == [2.0, 2.0, 2.0]
 
 
-def test_a_run_that_does_not_fit_is_refused_with_options_to_copy() -> None:
+# ---------------------------------------------------------------------- before a run
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set the card's GiB, `used` of them by other processes and by this process's CUDA context."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def make(total: float, used: float = 0) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (round((total - used) * GIB), round(total * GIB)))
+
+    return make
+
+
+def test_a_run_that_does_not_fit_is_refused_with_options_to_copy(gpu: Callable[..., None]) -> None:
     recipe = recipe_of("7b")
-    refuse_unless_fits(recipe, 24 * GIB)
+    gpu(24)
+    refuse_without_room(recipe, pytest.fail)
+    gpu(12)
     with pytest.raises(UserInputError) as caught:
-        refuse_unless_fits(recipe, 12 * GIB)
+        refuse_without_room(recipe, pytest.fail)
     error = caught.value
     assert "12.0 GiB" in error.what
     assert "in the phase load" in error.what
     assert error.next_step is not None
-    advised = recipe_of("7b", *shlex.split(error.next_step)[1::2])
-    refuse_unless_fits(advised, 12 * GIB)
+    refuse_without_room(recipe_of("7b", *shlex.split(error.next_step)[1::2]), pytest.fail)
+    gpu(8)
     with pytest.raises(UserInputError, match="gpu_memory_utilization = 0.35"):
-        refuse_unless_fits(recipe_of("1_5b"), 8 * GIB)
+        refuse_without_room(recipe_of("1_5b"), pytest.fail)
 
 
-def test_relief_names_what_is_left_to_change(tiny_recipe: Callable[..., Recipe]) -> None:
-    first = relief(recipe_of("1_5b", "train.gradient_checkpointing=false"))
+def test_what_others_hold_counts(gpu: Callable[..., None]) -> None:
+    gpu(24, used=14)
+    with pytest.raises(UserInputError, match=r"beside 13\.4 GiB of other processes .* there are 24\.0 GiB"):
+        refuse_without_room(recipe_of("7b"), pytest.fail)
+
+
+def test_the_engines_share_is_of_the_card_and_not_of_what_others_leave(gpu: Callable[..., None]) -> None:
+    """0.85 of 24 GiB and what is loaded before do not fit in 22; 0.85 of 22 would."""
+    recipe = recipe_of("1_5b", "rollout.vllm.gpu_memory_utilization=0.85")
+    gpu(22)
+    refuse_without_room(recipe, pytest.fail)
+    gpu(24, used=0.5)  # this process's own context is counted once
+    refuse_without_room(recipe, pytest.fail)
+    gpu(24, used=2)
+    with pytest.raises(UserInputError, match="in the phase load"):
+        refuse_without_room(recipe, pytest.fail)
+
+
+def test_a_run_on_the_cpu_is_not_checked(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(1)
+    refuse_without_room(recipe_of("7b", "train.device=cpu", "rollout.engine=hf"), pytest.fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refuse_without_room(recipe_of("7b"), pytest.fail)
+
+
+def test_an_architecture_without_a_plan_goes_on_and_says_so(gpu: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "falcon", "hidden_size": 64}')
+    gpu(24)
+    messages: list[str] = []
+    refuse_without_room(recipe_of("1_5b", f'model.id="{tmp_path}"'), messages.append)
+    assert len(messages) == 1
+    assert "falcon" in messages[0]
+
+
+def test_memory_advice_names_what_is_left_to_change(tiny_recipe: Callable[..., Recipe]) -> None:
+    first = memory_advice(recipe_of("1_5b", "train.gradient_checkpointing=false"))
     assert first.splitlines() == [
         "resume with one of:",
         "  --set train.gradient_checkpointing=true",
@@ -348,8 +398,8 @@ def test_relief_names_what_is_left_to_change(tiny_recipe: Callable[..., Recipe])
         "lora.rank=4",
         "rollout.max_completion_length=256",
     )
-    assert relief(spent) == "train on a GPU with more memory"
-    assert "offload" not in relief(tiny_recipe())
+    assert memory_advice(spent) == "train on a GPU with more memory"
+    assert "offload" not in memory_advice(tiny_recipe())
 
 
 # ---------------------------------------------------------------------- shapes and GPUs
@@ -456,7 +506,7 @@ def test_the_gpu_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(subprocess, "run", answer("24564, 812\n81559, 3\n"))
-    assert installed_gpu() == GpuMemory(total_bytes=24564 * 2**20, used_bytes=812 * 2**20)
+    assert installed_gpu() == (24564 * 2**20, 812 * 2**20)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     installed_gpu()
     assert asked[-1][-1] == "--id=1"

@@ -1,4 +1,4 @@
-"""`popo-lite plan`: what it prints, how it leaves, and that it never imports torch."""
+"""Test `popo-lite plan`: its output and exit codes, and that it never imports torch."""
 
 from __future__ import annotations
 

@@ -1,119 +1,53 @@
-"""The memory plan as a person reads it: classes by phase, a bar for each phase, the verdict, what to change."""
+"""Print a memory plan: bytes by class and phase, a bar for each phase, the verdict, and what to change."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from popo_lite.tools.console import words
 from popo_lite.tools.console.output import open_console, safe, table
+from popo_lite.tools.plan.vram import NOT_TENSORS, SHORTFALL
 
-_ORDER = (
-    "base linears",
-    "embeddings",
-    "LM head",
-    "norms, biases",
-    "weight in 16 bit",
-    "16-bit model",
-    "merged model",
-    "adapters",
-    "predictor head",
-    "siamese average",
-    "optimizer state",
-    "gradients",
-    "weight copies",
-    "adapter copies",
-    "layer inputs",
-    "layer activations",
-    "layer working set",
-    "final norm",
-    "hidden states",
-    "loss chunk",
-    "engine weights",
-    "KV cache",
-    "logits",
-    "engine, other",
-    "CUDA graphs",
-    "CUDA context",
-    "fragmentation",
-    "other processes",
-)
 _BAR_CELLS = 28
 
 
 def plan_report(
-    plan: Mapping[str, Any],
-    *,
-    batch_size: int,
-    why_not: str | None,
-    next_step: str,
-    console: Console | None = None,
+    plan: Mapping[str, Any], *, batch_size: int, why_not: str | None, next_step: str, console: Console | None = None
 ) -> None:
-    """Print a plan, with the keys that `popo-lite plan --json` has. `why_not` is None where it fits."""
+    """Print a plan with the keys of `popo-lite plan --json`. `why_not` is None if it fits."""
     console = console if console is not None else open_console(sys.stdout)
-    console.print()
-    phases = plan["phases"]
     unit, size, places = ("GiB", 2**30, 2) if plan["peak_bytes"] >= 2**30 else ("MiB", 2**20, 1)
 
     def shown(size_bytes: int) -> str:
         return f"{size_bytes / size:,.{places}f}"
 
-    names = dict.fromkeys((*_ORDER, *(name for phase in phases for name in phase["bytes"])))
-    rows = []
-    for name in names:
+    phases, rows = plan["phases"], []
+    names = dict.fromkeys(name for phase in phases for name in phase["bytes"])
+    for name in sorted(names, key=lambda name: name in NOT_TENSORS):
         cells = [phase["bytes"].get(name, 0) for phase in phases]
         if any(float(shown(cell).replace(",", "")) for cell in cells):
             rows.append([name, *(shown(cell) if cell else "" for cell in cells)])
     rows.append(["in all", *(shown(phase["total_bytes"]) for phase in phases)])
-    columns = ["", *(phase["name"] for phase in phases)]
     memory = "memory of the GPU" if plan["device"] == "cuda" else "host memory, as the recipe runs on the CPU"
-    table(f"{plan['model']}, engine {plan['engine']}: {memory}, {unit}", columns, rows, console)
-    console.print(_bars(plan, shown, unit, console))
+    title = f"{plan['model']}, engine {plan['engine']}: {memory}, {unit}"
     console.print()
-    _print_verdict(plan, batch_size, why_not, next_step, console)
-
-
-def _bars(plan: Mapping[str, Any], shown: Any, unit: str, console: Console) -> Table:
-    """A row for each phase, how full it is, and what happens at its fullest moment."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column(no_wrap=True)
-    grid.add_column(justify="right", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for phase in plan["phases"]:
+    table(title, ["", *(phase["name"] for phase in phases)], rows, console)
+    bars = []
+    for phase in phases:
         total = phase["total_bytes"]
-        is_peak = phase["name"] == plan["peak_phase"]
         style = "red" if total > plan["vram_bytes"] else "green"
-        drawn = ProgressBar(plan["vram_bytes"], total, width=_BAR_CELLS, complete_style=style, finished_style=style)
-        moment = f"peak: {phase['moment']}" if is_peak else phase["moment"]
-        grid.add_row(
-            Text(phase["name"], "bold" if is_peak else ""),
-            drawn,
-            Text(f"{shown(total)} {unit}", "bold" if is_peak else ""),
-            Text(safe(moment, console), "bold" if is_peak else "dim"),
-        )
-    return grid
-
-
-def _print_verdict(
-    plan: Mapping[str, Any], batch_size: int, why_not: str | None, next_step: str, console: Console
-) -> None:
-    peak, there = words.memory(plan["peak_bytes"]), words.memory(plan["vram_bytes"])
-    source = plan["vram_source"]
-    if why_not is None:
-        verdict = Text.assemble(("It fits", "bold green"), f": {peak} of {there} ({source}).")
-    else:
-        verdict = Text.assemble(("It does not fit", "bold red"), f" ({source}): {why_not}.")
-    if plan["others_bytes"]:
-        verdict.append(f" Other processes hold {words.memory(plan['others_bytes'])} ({plan['others_source']}).")
-    console.print(Text(safe(verdict.plain, console), spans=verdict.spans))
+        bar = ProgressBar(plan["vram_bytes"], total, _BAR_CELLS, complete_style=style, finished_style=style)
+        moment = ("peak: " if phase["name"] == plan["peak_phase"] else "") + phase["moment"]
+        bars.append((phase["name"], bar, f"{shown(total)} {unit}", moment))
+    table("Fullest moment of each phase", ("", "", "memory", "moment"), bars, console)
+    console.print(_verdict(plan, why_not, console))
     for line in _remarks(plan, batch_size):
         console.print(Text(safe(line, console)))
     if why_not is not None:
@@ -125,36 +59,42 @@ def _print_verdict(
         console.print(Text.assemble("  ", (safe(next_step, console), "cyan")), soft_wrap=True)
 
 
+def _verdict(plan: Mapping[str, Any], why_not: str | None, console: Console) -> Text:
+    peak, vram, source = words.memory(plan["peak_bytes"]), words.memory(plan["vram_bytes"]), plan["vram_source"]
+    if why_not is None:
+        verdict = Text.assemble(("It fits", "bold green"), f": {peak} of {vram} ({source}).")
+    else:
+        verdict = Text.assemble(("It does not fit", "bold red"), f" ({source}): {why_not}.")
+    if plan["others_bytes"]:
+        verdict.append(f" Other processes hold {words.memory(plan['others_bytes'])} ({plan['others_source']}).")
+    return Text(safe(verdict.plain, console), spans=verdict.spans)
+
+
 def _effect(change: Mapping[str, Any]) -> str:
-    """What a change does to the phase that it eases, or for the engine's share."""
+    """Return the effect of a change on the phase that it eases, or on the engine's share."""
     before, after = words.memory(change["before_bytes"]), words.memory(change["after_bytes"])
-    if change["eases"] == "engine shortfall":
+    if change["eases"] == SHORTFALL:
         return f"the engine's share lacks {after if change['after_bytes'] else 'nothing'}, before {before}"
     return f"phase {change['eases']} from {before} to {after}"
 
 
-def _remarks(plan: Mapping[str, Any], batch_size: int) -> list[str]:
+def _remarks(plan: Mapping[str, Any], batch_size: int) -> Iterator[str]:
     longest, context = plan["longest_sequence_tokens"], plan["context_tokens"]
-    lines = []
     this = f"this recipe's: {plan['sequence_tokens']:,}"
     if longest >= context:
-        lines.append(
-            f"Longest prompt with answer: {context:,} tokens, the model's context (memory would hold {longest:,}); "
-            f"{this}."
-        )
+        longest_fit = f"{context:,} tokens, the model's context (memory would hold {longest:,}); {this}."
+        yield f"Longest prompt with answer: {longest_fit}"
     elif longest:
-        lines.append(
-            f"Longest prompt with answer that would fit: {longest:,} tokens; {this}; the model's context: {context:,}."
-        )
+        longest_fit = f"{longest:,} tokens; {this}; the model's context: {context:,}."
+        yield f"Longest prompt with answer that would fit: {longest_fit}"
     if plan["sequences_at_once"] is not None:
-        lines.append(
+        yield (
             f"Sequences of full length that can be decoded at once: {plan['sequences_at_once']:,}; "
             f"rollout.max_num_seqs: {batch_size:,}."
         )
-    export = next(phase for phase in plan["phases"] if phase["name"] == "export")
+    export = plan["phases"][-1]
     if export["total_bytes"] > plan["vram_bytes"]:
-        lines.append(
+        yield (
             f"Not counted: popo-lite export, later and alone, takes {words.memory(export['total_bytes'])}; "
             "with CUDA_VISIBLE_DEVICES= in front it runs on the CPU."
         )
-    return lines

@@ -1,4 +1,4 @@
-"""What the memory plan knows of a model: its shape, from the config alone. Free of torch and transformers."""
+"""Read a model's shape from its config alone, without torch and transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from popo_lite.errors import ModelError
 from popo_lite.recipe import ModelRecipe
@@ -14,27 +14,25 @@ from popo_lite.recipe import ModelRecipe
 TINY_CONFIG = Path(__file__).parents[2] / "policy" / "tiny" / "config.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Linear:
-    """A linear layer of a decoder layer: `name` as in the model (`self_attn.q_proj`), weight [outputs, inputs]."""
+class Linear(NamedTuple):
+    """A linear layer of a decoder layer: its name in the model (`self_attn.q_proj`), and its weight's two sizes."""
 
     name: str
     inputs: int
     outputs: int
-    bias: bool
 
     @property
     def weights(self) -> int:
-        """Elements of the weight."""
+        """Return the number of elements of the weight."""
         return self.inputs * self.outputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A dense decoder-only model. Widths in elements, `context_tokens` as the config names it.
+    """A dense decoder-only model. Widths are in elements.
 
-    `attention_biases` and `mlp_biases` name the linear layers of each kind that have one (`q_proj`, ...); with
-    `qk_norms` queries and keys are normalised by head.
+    `biases` names the linear layers with a bias (`q_proj`, ...). With `qk_norms` each head's queries and keys are
+    normalised.
     """
 
     model_type: str
@@ -52,179 +50,72 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
-        """Width of all heads together: what the queries and the attention's output have."""
+        """Return the width of all query heads together, which the attention's output has too."""
         return self.heads * self.head_width
 
     @property
     def kv_width(self) -> int:
-        """Width of all key heads together; values have the same."""
+        """Return the width of all key heads together, which the values have too."""
         return self.kv_heads * self.head_width
 
     def linears(self) -> tuple[Linear, ...]:
-        """The linear layers of one decoder layer."""
-        d, q, kv, i = self.width, self.query_width, self.kv_width, self.mlp_width
-        sizes = {
-            "self_attn.q_proj": (d, q),
-            "self_attn.k_proj": (d, kv),
-            "self_attn.v_proj": (d, kv),
-            "self_attn.o_proj": (q, d),
-            "mlp.gate_proj": (d, i),
-            "mlp.up_proj": (d, i),
-            "mlp.down_proj": (i, d),
-        }
-        return tuple(
-            Linear(name=name, inputs=inputs, outputs=outputs, bias=name.split(".")[-1] in self.biases)
-            for name, (inputs, outputs) in sizes.items()
+        """Return the linear layers of one decoder layer."""
+        return (
+            Linear("self_attn.q_proj", self.width, self.query_width),
+            Linear("self_attn.k_proj", self.width, self.kv_width),
+            Linear("self_attn.v_proj", self.width, self.kv_width),
+            Linear("self_attn.o_proj", self.query_width, self.width),
+            Linear("mlp.gate_proj", self.width, self.mlp_width),
+            Linear("mlp.up_proj", self.width, self.mlp_width),
+            Linear("mlp.down_proj", self.mlp_width, self.width),
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParameterCounts:
-    """Parameters of a model by class, without adapters. A tied head is counted once, with the embeddings."""
+def parameter_counts(shape: ModelShape) -> dict[str, int]:
+    """Return the exact parameter counts by class of the model that transformers builds, without adapters.
 
-    linears: int
-    embeddings: int
-    head: int
-    norms_and_biases: int
-
-    @property
-    def total(self) -> int:
-        """All parameters."""
-        return self.linears + self.embeddings + self.head + self.norms_and_biases
-
-
-def parameter_counts(shape: ModelShape) -> ParameterCounts:
-    """Exact counts of the model that transformers builds from the same config."""
+    A tied head is counted once, with the embeddings.
+    """
     linears = shape.linears()
-    by_layer = 2 * shape.width + (2 * shape.head_width if shape.qk_norms else 0)
-    by_layer += sum(linear.outputs for linear in linears if linear.bias)
+    norms = 2 * shape.width + (2 * shape.head_width if shape.qk_norms else 0)
+    biases = sum(linear.outputs for linear in linears if linear.name.split(".")[-1] in shape.biases)
     table = shape.vocabulary * shape.width
-    return ParameterCounts(
-        linears=shape.layers * sum(linear.weights for linear in linears),
-        embeddings=table,
-        head=0 if shape.tied else table,
-        norms_and_biases=shape.layers * by_layer + shape.width,
-    )
+    return {
+        "base linears": shape.layers * sum(linear.weights for linear in linears),
+        "embeddings": table,
+        "LM head": 0 if shape.tied else table,
+        "norms, biases": shape.layers * (norms + biases) + shape.width,
+    }
 
 
 def adapted_linears(shape: ModelShape, targets: str | tuple[str, ...]) -> Iterator[Linear]:
-    """The linear layers, of all decoder layers, that `lora.target_modules` adds an adapter to.
+    """Yield the linear layers, of all decoder layers, that `lora.target_modules` adds an adapter to.
 
     Names match as in PEFT: the whole name, or its end after a dot. Raises ModelError for a target that matches none.
     """
     names = [
-        (f"model.layers.{layer}.{linear.name}", linear) for layer in range(shape.layers) for linear in shape.linears()
+        (f".model.layers.{layer}.{linear.name}", linear) for layer in range(shape.layers) for linear in shape.linears()
     ]
     if targets == "all-linear":
         yield from (linear for _, linear in names)
         return
-    wanted = (targets,) if isinstance(targets, str) else targets
-    unknown = [target for target in wanted if not any(_matches(name, target) for name, _ in names)]
-    if unknown:
-        raise ModelError(
-            f"{unknown[0]} is no linear layer of a {shape.model_type} model",
-            where=f"lora.target_modules = {list(wanted)}",
-            next_step=f"linear layers here: {', '.join(linear.name.split('.')[-1] for linear in shape.linears())}",
-        )
-    yield from (linear for name, linear in names if any(_matches(name, target) for target in wanted))
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+    ends = [f".{target}" for target in ((targets,) if isinstance(targets, str) else targets)]
+    for end in ends:
+        if not any(name.endswith(end) for name, _ in names):
+            raise ModelError(
+                f"{end[1:]} is no linear layer of a {shape.model_type} model",
+                where=f"lora.target_modules = {[end[1:] for end in ends]}",
+                next_step=f"linear layers here: {', '.join(linear.name.split('.')[-1] for linear in shape.linears())}",
+            )
+    yield from (linear for name, linear in names if name.endswith(tuple(ends)))
 
 
 # ---------------------------------------------------------------------- where a shape comes from
 
-_QWEN2 = {"model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6, "bos_token_id": 151643}
-_QWEN_1_5B = _QWEN2 | {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-}
-_QWEN_7B = _QWEN2 | {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-}
-_QWEN_BASE = {
-    "max_position_embeddings": 131072,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "eos_token_id": 151643,
-}
-_QWEN_INSTRUCT = _QWEN_BASE | {"max_position_embeddings": 32768, "eos_token_id": 151645}
-_QWEN_MATH = {
-    "max_position_embeddings": 4096,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    "eos_token_id": 151643,
-}
-_QWEN_MATH_INSTRUCT = _QWEN_MATH | {"eos_token_id": 151645}
-_R1_DISTILL = _QWEN_MATH | {"max_position_embeddings": 131072, "bos_token_id": 151646, "tie_word_embeddings": False}
-_LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 131072,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}
-_DEEPSEEK_MATH_7B = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 102400,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 4096,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    "bos_token_id": 100000,
-    "eos_token_id": 100001,
-}
-
-KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {
-    "Qwen/Qwen2.5-1.5B": _QWEN_1_5B | _QWEN_BASE,
-    "Qwen/Qwen2.5-1.5B-Instruct": _QWEN_1_5B | _QWEN_INSTRUCT,
-    "Qwen/Qwen2.5-7B": _QWEN_7B | _QWEN_BASE,
-    "Qwen/Qwen2.5-7B-Instruct": _QWEN_7B | _QWEN_INSTRUCT,
-    "Qwen/Qwen2.5-Math-1.5B": _QWEN_1_5B | _QWEN_MATH,
-    "Qwen/Qwen2.5-Math-1.5B-Instruct": _QWEN_1_5B | _QWEN_MATH_INSTRUCT,
-    "Qwen/Qwen2.5-Math-7B": _QWEN_7B | _QWEN_MATH,
-    "Qwen/Qwen2.5-Math-7B-Instruct": _QWEN_7B | _QWEN_MATH_INSTRUCT,
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _QWEN_1_5B | _R1_DISTILL,
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _QWEN_7B | _R1_DISTILL,
-    "meta-llama/Llama-3.1-8B": _LLAMA_8B,
-    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_8B | {"eos_token_id": [128001, 128008, 128009]},
-    "deepseek-ai/deepseek-math-7b-base": _DEEPSEEK_MATH_7B,
-    "deepseek-ai/deepseek-math-7b-instruct": _DEEPSEEK_MATH_7B,
-    "deepseek-ai/deepseek-math-7b-rl": _DEEPSEEK_MATH_7B,
-}
-"""Hub id -> what its config.json says of the architecture, in the names of transformers 5."""
+KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = json.loads(
+    Path(__file__).with_name("known_models.json").read_text(encoding="utf-8")
+)
+"""Hub id -> what its config.json says about the architecture, in the names of transformers 5."""
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32},
@@ -232,61 +123,46 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8},
 }
-"""Understood architectures, and what transformers takes for keys that a config.json leaves out."""
+"""Supported architectures, and transformers' defaults for keys that a config.json leaves out."""
 
-_REQUIRED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
-_SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim")
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_REQUIRED += ("max_position_embeddings",)
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-_OWN_CONFIG = "take the config.json that the model came with"
 
 
 def known_config(name: str) -> dict[str, Any] | None:
-    """The config of a model known by name, as `AutoConfig.for_model(**config)` takes it; None for other names."""
-    found = KNOWN_CONFIGS.get(name)
-    return None if found is None else dict(found)
+    """Return the config of a model known by name, as `AutoConfig.for_model(**config)` takes it, or None."""
+    return dict(KNOWN_CONFIGS[name]) if name in KNOWN_CONFIGS else None
 
 
 def load_shape(recipe: ModelRecipe) -> ModelShape:
-    """The shape of `model.id`: `tiny`, a folder, a model known by name, or the Hub's config.json.
+    """Return the shape of `model.id`: `tiny`, a folder, a model known by name, or the Hub's config.json.
 
-    Only the last asks the Hub's cache and then the network; no weights are read. Raises ModelError where the config
-    cannot be had or its architecture is not understood.
+    Only the last reads the Hub's cache and then the network, and never weights. Raises ModelError if the config cannot
+    be read or its architecture is not supported.
     """
     folder = Path(recipe.id).expanduser()
-    if recipe.id == "tiny":
-        return _read_shape(TINY_CONFIG)
-    if folder.is_dir():
-        return _read_shape(folder / "config.json")
-    known = known_config(recipe.id) if recipe.revision is None else None
-    return _read_shape(_hub_config(recipe)) if known is None else shape_of(known)
+    if recipe.id == "tiny" or folder.is_dir():
+        path = TINY_CONFIG if recipe.id == "tiny" else folder / "config.json"
+    elif recipe.id in KNOWN_CONFIGS and recipe.revision is None:
+        return shape_of(KNOWN_CONFIGS[recipe.id])
+    else:
+        path = _hub_config(recipe)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path} cannot be read: {error}", where="model.id", next_step="name a folder with the model's config.json"
+        ) from error
+    return shape_of(config, source=str(path))
 
 
-def shape_of(config: Mapping[str, Any], *, source: str = "config.json") -> ModelShape:
-    """The shape that a config.json, read as a dict, describes. Raises ModelError for what is not understood.
+def shape_of(config: Any, *, source: str = "config.json") -> ModelShape:
+    """Return the shape that the content of a config.json describes. `source` is the file's name in errors.
 
-    `source` is the file's name in errors.
+    Raises ModelError for an unsupported config.
     """
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
-        raise ModelError(
-            f"model_type is {kind!r}, and should name the architecture", where=source, next_step=_OWN_CONFIG
-        )
-    if kind not in _DEFAULTS:
-        raise ModelError(
-            f"the memory plan does not know the architecture {kind!r}",
-            where=source,
-            next_step=f"it knows {', '.join(_DEFAULTS)}; popo-lite bench measures instead of planning",
-        )
-    _refuse_quantized(config.get("quantization_config"), source)
-    config = {key: value for key, value in {**_DEFAULTS[kind], **config}.items() if value is not None}
-    _refuse_faults(config, source)
+    kind, config = _check(config, source)
     heads = config["num_attention_heads"]
     biases: set[str] = {"q_proj", "k_proj", "v_proj"} if kind == "qwen2" else set()
     if kind in ("llama", "qwen3") and config.get("attention_bias"):
@@ -309,56 +185,42 @@ def shape_of(config: Mapping[str, Any], *, source: str = "config.json") -> Model
     )
 
 
-def _refuse_quantized(settings: Any, source: str) -> None:
-    """A checkpoint that is quantised already has neither the sizes nor the gradients of the base that is planned."""
-    if settings is None:
-        return
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
-    raise ModelError(
-        f"quantization_config says that the checkpoint is quantised already ({method}); planned is a base in 16 or 32 "
-        "bit, which the run itself quantises",
-        where=source,
-        next_step="name the model's unquantised checkpoint as model.id",
-    )
+def _check(config: Any, source: str) -> tuple[str, dict[str, Any]]:
+    """Return the architecture and the config with its defaults, or raise ModelError for the first error in it."""
 
+    def fail(what: str, next_step: str = "use the config.json that the model came with") -> NoReturn:
+        raise ModelError(what, where=source, next_step=next_step)
 
-def _refuse_faults(config: Mapping[str, Any], source: str) -> None:
-    """Raise ModelError where keys are missing, or for the first that holds what no model can have."""
+    if not isinstance(config, Mapping):
+        fail(f"the file holds a {type(config).__name__}, and should hold an object")
+    kind, quantized = config.get("model_type"), config.get("quantization_config")
+    if not isinstance(kind, str):
+        fail(f"model_type is {kind!r}, and should name the architecture")
+    if kind not in _DEFAULTS:
+        known = f"it knows {', '.join(_DEFAULTS)}; popo-lite bench measures instead of planning"
+        fail(f"the memory plan does not know the architecture {kind!r}", known)
+    if quantized is not None:
+        # Such a checkpoint has neither the sizes nor the gradients of the base that is planned.
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        fail(
+            f"quantization_config says that the checkpoint is quantised already ({method}); the plan is for a base in "
+            "16 or 32 bit, which the run itself quantises",
+            "set model.id to the model's unquantised checkpoint",
+        )
+    config = {key: value for key, value in {**_DEFAULTS[kind], **config}.items() if value is not None}
     if missing := [key for key in _REQUIRED if key not in config]:
-        raise ModelError(f"the config lacks {', '.join(missing)}", where=source, next_step=_OWN_CONFIG)
-    for key in _SIZES:
+        fail(f"the config lacks {', '.join(missing)}")
+    for key in (*_REQUIRED, "num_key_value_heads", "head_dim"):
         value = config.get(key, 1)
         if type(value) is not int or value < 1:
-            raise ModelError(
-                f"{key} is {value!r}, and should be a whole number above 0", where=source, next_step=_OWN_CONFIG
-            )
+            fail(f"{key} is {value!r}, and should be a whole number above 0")
     for key in _SWITCHES:
-        value = config.get(key, False)
-        if not isinstance(value, bool):
-            raise ModelError(f"{key} is {value!r}, and should be true or false", where=source, next_step=_OWN_CONFIG)
+        if not isinstance(config.get(key, False), bool):
+            fail(f"{key} is {config[key]!r}, and should be true or false")
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if "head_dim" not in config and width % heads:
-        raise ModelError(
-            f"num_attention_heads is {heads}, which does not divide hidden_size = {width}",
-            where=source,
-            next_step=_OWN_CONFIG,
-        )
-
-
-def _read_shape(path: Path) -> ModelShape:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path} cannot be read: {error}", where="model.id", next_step="name a folder with the model's config.json"
-        ) from error
-    if not isinstance(config, dict):
-        raise ModelError(
-            f"the file holds a {type(config).__name__}, and should hold an object",
-            where=str(path),
-            next_step=_OWN_CONFIG,
-        )
-    return shape_of(config, source=str(path))
+        fail(f"num_attention_heads is {heads}, which does not divide hidden_size = {width}")
+    return kind, config
 
 
 def _hub_config(recipe: ModelRecipe) -> Path:
@@ -366,12 +228,12 @@ def _hub_config(recipe: ModelRecipe) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        path = hf_hub_download(recipe.id, "config.json", revision=recipe.revision)
+        return Path(hf_hub_download(recipe.id, "config.json", revision=recipe.revision))
     except (OSError, HFValidationError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
-            f"the config of {recipe.id} could not be had: {reason}",
+            f"the config of {recipe.id} could not be downloaded: {reason}",
             where="model.id",
-            next_step=f"check the name and the network, or use a folder; known without: {', '.join(KNOWN_CONFIGS)}",
+            next_step="check the name and the network, or use a folder; these need no network: "
+            + ", ".join(KNOWN_CONFIGS),
         ) from error
-    return Path(path)

@@ -1,0 +1,362 @@
+"""Compute the bytes of each term of the memory plan, without torch.
+
+The terms are the base, adapters, optimizer state, activations, the loss and the rollout engine. A layer's counts are of
+what torch keeps for transformers' layers with PEFT's adapters. tests/reference/test_plan_counts.py compares them with
+counted tensors, and docs/memory.md explains them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from popo_lite.chunks import chunk_tokens, row_block, tile_rows
+from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
+from popo_lite.tools.plan.shapes import Linear, ModelShape, adapted_linears, parameter_counts
+
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+
+# bitsandbytes' quantize_4bit: weights per scale, scales per scale of scales, and levels in the table.
+NF4_BLOCK, NF4_SCALE_BLOCK, NF4_LEVELS = 64, 256, 16
+# bitsandbytes' 8-bit optimizers: elements per scale, and the sizes from which state is 8-bit and paged.
+EIGHT_BIT_BLOCK, EIGHT_BIT_FROM_ELEMENTS, PAGED_FROM_ELEMENTS = 256, 4096, 100_000
+
+# vLLM. The first three are assumed: tokens of its largest forward pass (SchedulerConfig's default), float32 tensors
+# [sequences, V] while it samples with log-probs at a temperature, and CUDA graphs, which stay while it sleeps (vLLM's
+# tests/.../test_cumem.py).
+ENGINE_BATCHED_TOKENS = 2048
+ENGINE_LOGIT_COPIES = 4
+ENGINE_GRAPHS_BYTES = 512 * 2**20
+ENGINE_CPU_CACHE_BYTES = 2**30  # VLLM_CPU_KVCACHE_SPACE as samplers/vllm.py sets it
+ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM builds its adapter slot for
+
+# samplers/hf.py. Per sequence and token: its int64 mask, twice while it grows, and one of booleans. Per sequence and
+# vocabulary entry: float32 log-probs and two float64 temporaries.
+MASK_BYTES = 17
+DRAW_BYTES = 20
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def compute_bytes(recipe: ModelRecipe) -> int:
+    """Return the bytes of an element in `model.dtype`."""
+    return DTYPE_BYTES[recipe.dtype]
+
+
+def trained_bytes(recipe: ModelRecipe) -> int:
+    """Return the bytes of a trained element: float32, or float64 with a float64 model."""
+    return max(4, compute_bytes(recipe))
+
+
+def sequence_tokens(recipe: Recipe) -> int:
+    """Return the tokens of the longest prompt with the longest answer."""
+    return recipe.rollout.max_prompt_length + recipe.rollout.max_completion_length
+
+
+# ---------------------------------------------------------------------- what stays in memory
+
+
+def nf4_bytes(elements: int, *, double: bool) -> int:
+    """Return the bytes of a weight in NF4: packed values, the table of levels, and a scale for every 64 values.
+
+    With `double` quantisation a scale takes 8 bits. Added to that are a float32 scale for every 256 scales, one float32
+    offset, and a table of the 256 values that a scale can have. Without it a scale is a float32.
+    """
+    blocks = ceil(elements / NF4_BLOCK)
+    scales = blocks + 4 * ceil(blocks / NF4_SCALE_BLOCK) + 4 + 4 * 256 if double else 4 * blocks
+    return ceil(elements / 2) + 4 * NF4_LEVELS + scales
+
+
+def base_bytes(shape: ModelShape, recipe: ModelRecipe, *, nf4: bool | None = None) -> dict[str, int]:
+    """Return the bytes of the frozen base by class, as the recipe loads it or with its linear layers as `nf4` says.
+
+    The LM head always stays in `model.dtype`, because the loss reads it.
+    """
+    found = {name: compute_bytes(recipe) * count for name, count in parameter_counts(shape).items()}
+    if recipe.quantization == "nf4" if nf4 is None else nf4:
+        weights = [nf4_bytes(linear.weights, double=recipe.double_quantization) for linear in shape.linears()]
+        found["base linears"] = shape.layers * sum(weights)
+    return found
+
+
+def adapter_elements(shape: ModelShape, recipe: LoraRecipe) -> list[int]:
+    """Return the size of every adapter tensor: A [r, inputs], B [outputs, r], and with DoRA a magnitude [outputs]."""
+    found: list[int] = []
+    for linear in adapted_linears(shape, recipe.target_modules):
+        found += [recipe.rank * linear.inputs, recipe.rank * linear.outputs]
+        found += [linear.outputs] if recipe.dora else []
+    return found
+
+
+def predictor_elements(shape: ModelShape, head_width: int) -> list[int]:
+    """Return the size of every tensor of Linear(D, H) - LayerNorm - ReLU - Linear(H, D)."""
+    matrix = shape.width * head_width
+    return [matrix, head_width, head_width, head_width, matrix, shape.width]
+
+
+def optimizer_bytes(elements: Iterable[int], recipe: Recipe) -> int:
+    """Return the GPU bytes of the optimizer's two moments, after the first step, for trained tensors of these sizes.
+
+    8-bit optimizers keep the state of tensors under 4,096 elements in 32 bits. The driver keeps paged state in host
+    memory, except for small tensors and the scales.
+    """
+    name = recipe.optimizer.name
+    if name == "adamw":
+        return 2 * trained_bytes(recipe.model) * sum(elements)
+    total = 0
+    for count in elements:
+        if count < EIGHT_BIT_FROM_ELEMENTS:
+            total += 8 * count
+            continue
+        total += 2 * 4 * ceil(count / EIGHT_BIT_BLOCK)
+        if name == "adamw8bit" or count < PAGED_FROM_ELEMENTS:
+            total += 2 * count
+    return total
+
+
+# ---------------------------------------------------------------------- a decoder layer's activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBytes:
+    """Memory of one decoder layer.
+
+    In bytes per token: `boundary` is the layer's input. `saved` is what it keeps for the backward pass apart from that,
+    of which `input_norm` only if its input has a gradient. `recompute` is the peak while the layer runs again and then
+    backward, including `saved`; `inference` the peak without a graph. `mlp` is one activation of the MLP. `pair` is
+    what eager attention keeps for each pair of a token and a token of its sequence.
+
+    In bytes: `casts_bytes` are autocast's 16-bit copies of the layer's adapters, of which `attention_casts_bytes` exist
+    before the attention scores and `input_casts_bytes` are kept only if its input has a gradient. `weight_bytes` is its
+    largest weight in `model.dtype`: a 4-bit weight is dequantised for each product.
+    """
+
+    boundary: int
+    saved: int
+    input_norm: int
+    recompute: int
+    inference: int
+    mlp: int
+    pair: int
+    casts_bytes: int
+    attention_casts_bytes: int
+    input_casts_bytes: int
+    weight_bytes: int
+
+    def recompute_bytes(self, tokens: int, sequence_tokens: int) -> int:
+        """Return the peak while the layer runs again and backward over sequences of that length."""
+        # For eager attention, three times what it keeps is an upper bound.
+        return (self.recompute + 3 * self.pair * sequence_tokens) * tokens + self._fixed_bytes(tokens)
+
+    def inference_bytes(self, tokens: int, sequence_tokens: int) -> int:
+        """Return the peak without a graph."""
+        return (self.inference + 2 * self.pair * sequence_tokens) * tokens + self._fixed_bytes(tokens)
+
+    def _fixed_bytes(self, tokens: int) -> int:
+        # The dequantised weight and the MLP's last activation, which the peak includes, never exist at the same time.
+        return self.casts_bytes + max(0, self.weight_bytes - self.mlp * tokens)
+
+
+def layer_bytes(recipe: Recipe, shape: ModelShape) -> LayerBytes:
+    """Return a layer's memory for the recipe's precision, attention, adapters and dropout."""
+    size, packed = compute_bytes(recipe.model), recipe.model.quantization == "nf4"
+    width, mlp = shape.width, size * shape.mlp_width
+    adapted = {linear.name.split(".")[-1]: linear for linear in adapted_linears(shape, recipe.lora.target_modules)}
+    # A norm keeps a float32 copy of its input and one number per token. In a float32 model the input is that copy.
+    input_norm = 4 * width + 4
+    saved = 2 * input_norm - (4 * width if size == 4 else 0)
+    # Queries, keys, values, the attention's output and its log-sums.
+    saved += 2 * size * (shape.query_width + shape.kv_width) + 4 * shape.heads
+    if shape.qk_norms:
+        saved += 4 * (shape.query_width + shape.kv_width) + 4 * (shape.heads + shape.kv_heads)
+    saved += 3 * mlp  # gate, its activation, and up
+    saved += sum(_adapter_inputs(recipe, adapted)) + size * recipe.lora.rank * len(adapted)
+    recompute, inference = saved + 3 * mlp + size * width, 3 * mlp + 2 * size * width
+    if any(name in adapted for name in ("gate_proj", "up_proj")):
+        inference += mlp
+    if "down_proj" in adapted:
+        recompute -= mlp  # its input is freed before the gradients of gate and up exist together
+    if recipe.lora.dropout:
+        recompute += (4 if size == 2 else 3) * size * width - mlp
+    elif not packed and size == 2:
+        # PEFT casts the input of a layer that is not 4-bit to float32 before autocast casts it to 16 bits again.
+        recompute += mlp + 8 * width
+    if not packed and size == 2:
+        inference += 4 * width
+    early = [adapted[name] for name in _QKV if name in adapted]
+    cast = recipe.lora.rank * size if size == 2 else 0
+    return LayerBytes(
+        boundary=size * width,
+        saved=saved,
+        input_norm=input_norm,
+        recompute=recompute,
+        inference=inference,
+        mlp=mlp,
+        pair=shape.heads * (6 if size == 2 else size) if recipe.model.attn_implementation == "eager" else 0,
+        casts_bytes=size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if size == 2 else 0,
+        attention_casts_bytes=cast * sum(linear.inputs + linear.outputs for linear in early),
+        input_casts_bytes=cast * sum(linear.inputs for linear in early),
+        weight_bytes=size * max(linear.weights for linear in shape.linears()) if packed else 0,
+    )
+
+
+def _adapter_inputs(recipe: Recipe, adapted: Mapping[str, Linear]) -> Iterator[int]:
+    """Yield the bytes per token of the inputs that a layer's adapters keep, apart from the attention's output."""
+    size = compute_bytes(recipe.model)
+    if recipe.lora.dropout:
+        # Each adapter keeps its input after dropout, and a mask, which has one byte per element on a GPU.
+        mask = 1 if recipe.train.device != "cpu" else size
+        yield from ((size + mask) * linear.inputs for linear in adapted.values())
+    elif recipe.model.quantization != "nf4" and size == 2:
+        # Each adapter keeps its own 16-bit copy of PEFT's float32 input.
+        yield from (size * linear.inputs for linear in adapted.values())
+    else:
+        for sharing in (_QKV, ("gate_proj", "up_proj"), ("down_proj",)):
+            if users := [name for name in sharing if name in adapted]:
+                yield size * adapted[users[0]].inputs
+
+
+# ---------------------------------------------------------------------- the loss
+
+
+def loss_bytes(recipe: Recipe, shape: ModelShape, *, tokens: int, on_gpu: bool) -> int:
+    """Return the peak of the loss over `tokens` tokens, forward and backward, without hidden states and head."""
+    size = compute_bytes(recipe.model)
+    logits_bytes = max(4, size)
+    return pass_bytes(
+        tokens=tokens,
+        chunk=chunk_tokens(shape.vocabulary, memory_bytes=recipe.train.logits_mib * 2**20, logits_bytes=logits_bytes),
+        vocabulary=shape.vocabulary,
+        width=shape.width,
+        on_gpu=on_gpu,
+        head_bytes=size,
+        logits_bytes=logits_bytes,
+        scaled=recipe.rollout.temperature != 1.0,
+    )
+
+
+def pass_bytes(
+    *,
+    tokens: int,
+    chunk: int,
+    vocabulary: int,
+    width: int,
+    on_gpu: bool,
+    head_bytes: int = 2,
+    logits_bytes: int = 4,
+    scaled: bool = False,
+) -> int:
+    """Return an upper bound for the memory of the fused loss, without hidden states, targets and head.
+
+    It adds the chunk's logits, a row block's temporaries (two more if logits are scaled, capped or divided by a
+    temperature: `scaled`), the gradient [N, D] twice, because it is multiplied by the incoming one, and eight numbers
+    per token. `head_bytes` is the size of one weight of the head, `logits_bytes` that of one logit.
+    """
+    chunk = min(chunk, tokens)
+    rows = min(row_block(vocabulary, on_gpu=on_gpu, logits_bytes=logits_bytes), chunk)
+    cast = 0 if head_bytes == logits_bytes else rows * vocabulary * head_bytes
+    temporaries = (4 if scaled else 2) * rows * vocabulary * logits_bytes + cast
+    columns = min(tile_rows(width), vocabulary)
+    # On a CPU: the widened tile of the head, the widened hidden states, and their product twice.
+    products = 0 if on_gpu else columns * width * 4 + chunk * (width + 2 * columns) * 4
+    held = 2 * tokens * width * head_bytes + 8 * tokens * logits_bytes
+    return chunk * vocabulary * logits_bytes + max(temporaries, products) + held
+
+
+# ---------------------------------------------------------------------- the rollout engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineBytes:
+    """vLLM in the trainer's process, bytes by class while it samples, while the policy trains, and during a swap.
+
+    `shortfall` is how much its share is too small for one sequence of full length; vLLM then fails to start.
+    `sequences` is how many of full length its KV cache holds at once.
+    """
+
+    sampling: dict[str, int]
+    training: dict[str, int]
+    swapping: dict[str, int]
+    shortfall: int
+    sequences: int
+
+
+def engine_of(recipe: Recipe) -> str:
+    """Return `hf`, `vllm` or `server`; for `auto` what the run would choose on this machine."""
+    if recipe.rollout.engine != "auto":
+        return recipe.rollout.engine
+    found = importlib.util.find_spec("vllm")
+    installed = found is not None and found.origin is not None
+    return "vllm" if installed and vllm_can_serve(recipe) else "hf"
+
+
+def vllm_can_serve(recipe: Recipe) -> bool:
+    """Return whether vLLM can serve the recipe's adapters and precision."""
+    return not recipe.lora.dora and recipe.model.dtype != "float64" and recipe.lora.rank <= ENGINE_LORA_RANKS[-1]
+
+
+def kv_token_bytes(recipe: Recipe, shape: ModelShape, *, fp8: bool = False) -> int:
+    """Return the bytes of one token's keys and values in all layers."""
+    return 2 * shape.layers * shape.kv_width * (1 if fp8 else compute_bytes(recipe.model))
+
+
+def vllm_bytes(recipe: Recipe, shape: ModelShape, *, vram_bytes: int, on_gpu: bool) -> EngineBytes:
+    """Return the memory of the engine that samplers/vllm.py starts on a GPU of `vram_bytes`."""
+    vllm, size, batch = recipe.rollout.vllm, compute_bytes(recipe.model), recipe.rollout.max_num_seqs
+    weights = sum(base_bytes(shape, recipe.model, nf4=vllm.base == "nf4").values())
+    rank = next(rank for rank in ENGINE_LORA_RANKS if rank >= recipe.lora.rank)
+    slot = size * sum(adapter_elements(shape, recipe.lora)) * rank // recipe.lora.rank
+    logits = 4 * batch * shape.vocabulary
+    working = max(ENGINE_BATCHED_TOKENS, batch) * size * (3 * shape.mlp_width + 4 * shape.width)
+    working += ENGINE_LOGIT_COPIES * logits
+    share = round(vllm.gpu_memory_utilization * vram_bytes)
+    cache = share - weights - slot - working if on_gpu else ENGINE_CPU_CACHE_BYTES
+    sequence = sequence_tokens(recipe) * kv_token_bytes(recipe, shape, fp8=vllm.kv_cache_dtype == "fp8")
+    sampling = {
+        "engine weights": weights,
+        "engine, other": slot + working,
+        "KV cache": max(0, cache),
+        "CUDA graphs": ENGINE_GRAPHS_BYTES if on_gpu and not vllm.enforce_eager else 0,
+    }
+    asleep = {"CUDA graphs": sampling["CUDA graphs"], "engine, other": logits}
+    sleeps = on_gpu and vllm.enable_sleep_mode
+    return EngineBytes(
+        sampling=sampling,
+        training=asleep if sleeps else sampling,
+        swapping=sampling | {"KV cache": 0, "engine, other": slot + logits} if sleeps else sampling,
+        shortfall=max(0, sequence - cache),
+        sequences=max(0, cache) // sequence,
+    )
+
+
+def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield each moment that may be the fullest while the trainer's own model samples, with its bytes by class."""
+    size, batch = compute_bytes(recipe.model), recipe.rollout.max_num_seqs
+    layer, kv = layer_bytes(recipe, shape), kv_token_bytes(recipe, shape)
+    adaptive = recipe.rollout.adaptive
+    answers = [adaptive.round_size if adaptive.enabled else recipe.rollout.num_generations]
+    if recipe.eval.problems:
+        answers.append(recipe.eval.samples_per_problem)
+    # A prompt is read once for all its answers in a batch; its answers may be spread over two batches.
+    prompts = min(batch, max(ceil(batch / count) + (batch % count > 0) for count in answers))
+    width = recipe.rollout.max_prompt_length
+    tokens = prompts * width
+    rotations_and_mask = (2 * size * shape.head_width + width) * tokens
+    read = 2 * layer.boundary * tokens + layer.inference_bytes(tokens, width) + rotations_and_mask
+    # Autocast keeps its copies of all layers' adapters until the trunk has run; `layer` includes its own.
+    copies = (shape.layers - 1) * layer.casts_bytes
+    yield "reading the prompts", {"KV cache": kv * tokens, "layer working set": read, "adapter copies": copies}
+    full = batch * sequence_tokens(recipe)
+    masks = MASK_BYTES * full + 2 * layer.boundary * batch
+    # The cache grows layer by layer into a new tensor. Prompts of unequal length need a mask, and with a mask
+    # attention repeats keys and values for every head.
+    growth = size * full * shape.kv_width
+    repeated = 2 * size * full * shape.query_width if shape.heads != shape.kv_heads else 0
+    grown = {"KV cache": kv * full + max(growth, repeated), "layer working set": masks}
+    yield "the full cache grows", grown | {"adapter copies": copies + layer.attention_casts_bytes}
+    decode = masks + layer.inference_bytes(batch, sequence_tokens(recipe))
+    decoded = {"KV cache": kv * full, "layer working set": decode, "adapter copies": copies}
+    yield "a token of every answer in a layer", decoded
+    yield "tokens are drawn", {"KV cache": kv * full, "logits": DRAW_BYTES * batch * shape.vocabulary}
