@@ -243,7 +243,7 @@ def a_sweep(tmp_path: Path, make_run: MakeRun) -> Path:
     """Variants popo and no-entropy with three seeds; one run of the second is missing."""
     asked = tmp_path / "asked.toml"
     asked.write_text(
-        'recipe = "tiny_cpu"\nseeds = [0, 1, 2]\n[variants.popo]\n[variants.no-entropy]\nobjective.beta = 0.0\n'
+        'recipe = "tiny_cpu"\nseeds = [0, 1, 2]\n[variants.popo]\n[variants.no-entropy]\nobjective.entropy_coef = 0.0\n'
     )
     SweepFolder(tmp_path / "sweep").start_files(load_sweep(asked))
     for seed in range(3):

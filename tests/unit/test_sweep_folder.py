@@ -15,7 +15,7 @@ from popo_lite.tools.sweep.file import Sweep, load_sweep
 from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, refuse_other_sweep
 from popo_lite.tools.sweep.runner import locked, train_command
 
-TWO = '[variants.a]\n[variants.b]\nobjective.beta = 0.0\ndata.system_prompt = "count, don\'t guess"\n'
+TWO = '[variants.a]\n[variants.b]\nobjective.entropy_coef = 0.0\ndata.system_prompt = "count, don\'t guess"\n'
 
 
 def asked(tmp_path: Path, text: str = TWO, seeds: str = "0-1", *overrides: str) -> Sweep:
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> SweepFolder:
         (TWO, "0-1", ("lora.rank=4",), [f"variant {name}: lora.rank was 16 and is 4" for name in "ab"]),
         (TWO.replace("0.0", "0.1"), "0-1", (), ["variant b: objective.entropy_coef was 0.0 and is 0.1"]),
         (TWO, "1-4", (), ["seeds: 0 gone"]),
-        ("[variants.b]\nobjective.beta = 0.0\n", "0-1", (), ["variant a: gone", "variant b: data.system_prompt was "
+        ("[variants.b]\nobjective.entropy_coef = 0.0\n", "0-1", (), ["variant a: gone", "variant b: data.system_prompt was "
          "\"count, don't guess\" and is None"]),
     ],
 )  # fmt: skip

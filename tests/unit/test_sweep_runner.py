@@ -14,7 +14,7 @@ import pytest
 
 from popo_lite.errors import PopoError
 from popo_lite.run_folder import read_lines
-from popo_lite.sweep import runner
+from popo_lite.tools.sweep import runner
 from popo_lite.tools.sweep.file import load_sweep
 from popo_lite.tools.sweep.folder import SweepFolder, SweepRun
 from popo_lite.tools.sweep.runner import STOPPING, SweepOutcome, execute, locked
