@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jinja2
@@ -99,22 +99,26 @@ def html_page(comparison: Mapping[str, Any], png: bytes) -> str:
     )  # fmt: skip
 
 
-def tables(comparison: Mapping[str, Any]) -> Iterator[Table]:
-    """Yield the tables of a comparison (`popo_lite.tools.sweep.compare.compare`)."""
+def tables(comparison: Mapping[str, Any], shown: Set[str] | None = None) -> Iterator[Table]:
+    """Yield the tables of a comparison, with the figures in `shown` or by default with all."""
     groups = comparison["groups"]
+
+    def chosen(columns: Sequence[Column]) -> list[Column]:
+        return [each for each in columns if shown is None or each.key in shown]
+
     ks = sorted({int(key[8:]) for group in groups for key in group["figures"] if key.startswith("pass_at_")})
     final = [*(column(f"pass_at_{k}", f"pass@{k}", "ratio") for k in ks), _HELD_OUT_TOKENS]
     for title, columns in (
-        ("Held-out problems, at the end", final),
-        ("Training, last tenth of the steps", _TRAINING),
-        ("Cost of the training steps", _COST),
+        ("Held-out problems, at the end", chosen(final)),
+        ("Training, last tenth of the steps", chosen(_TRAINING)),
+        ("Cost of the training steps", chosen(_COST)),
     ):
         rows = [(group["name"], str(len(group["runs"])), *(_figure(group, each) for each in columns))
                 for group in groups]  # fmt: skip
         yield Table(title, ("variant", "runs", *(each.heading for each in columns)), rows)
-    yield _reached(comparison)
+    yield _reached(comparison, chosen(_REACH))
     if len(groups) > 1:
-        columns = (*final, *_TRAINING[2:4], *_COST[1:])
+        columns = chosen((*final, *_TRAINING[2:4], *_COST[1:]))
         rows = [(group["name"], *(_difference(group, each) for each in columns)) for group in groups[1:]]
         headings = ("variant", *(each.heading for each in columns))
         yield Table(f"Difference from {groups[0]['name']}, paired by seed", headings, rows)
@@ -131,16 +135,16 @@ def cell(estimate: Mapping[str, Any] | None, scale: float = 1, decimals: int = 2
     return f"{mean} [{low}, {high}]" if low else mean
 
 
-def _reached(comparison: Mapping[str, Any]) -> Table:
+def _reached(comparison: Mapping[str, Any], columns: Sequence[Column]) -> Table:
     """Return the cost up to a pass rate, with the number of runs that reached it: only they are averaged."""
     rows = []
     for group in comparison["groups"]:
         values = group["values"]["reach_steps"]
         reached = sum(value is not None for value in values)
-        cells = [cell(group["figures"][each.key], each.scale, each.decimals) for each in _REACH]
+        cells = [cell(group["figures"][each.key], each.scale, each.decimals) for each in columns]
         rows.append((group["name"], f"{reached} of {len(values)}" if reached else "not reached", *cells))
     title = f"To a training pass rate of {plots.percent(comparison['reach'])}"
-    return Table(title, ("variant", "reached", *(each.heading for each in _REACH)), rows)
+    return Table(title, ("variant", "reached", *(each.heading for each in columns)), rows)
 
 
 def _figure(group: Mapping[str, Any], of: Column) -> str:
@@ -205,7 +209,8 @@ dots single runs. Curves of rates, lengths and entropies are trailing means of {
 <thead><tr>{% for heading in table.columns %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in table.rows %}
-<tr><th><i style="{{ lines[row[0]] }}"></i>{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr><th><i style="{{ lines[row[0]] }}"></i>{{ row[0] }}</th>
+{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 {% endfor %}
