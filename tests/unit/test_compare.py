@@ -324,7 +324,7 @@ def test_reports_say_how_many_runs_a_figure_is_of(make_run: MakeRun) -> None:
     assert "+0.0 (1 of 2 paired)" in difference
     assert "To a training pass rate of 99.5%" in stream.getvalue()
     titles = [axis.get_title(loc="left") for axis in plots.draw(found).axes]
-    assert "Trained tokens until a pass rate of 99.5%" in titles
+    assert "Trained tokens until 99.5%" in titles
 
 
 class Page(html.parser.HTMLParser):

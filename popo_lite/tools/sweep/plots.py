@@ -103,10 +103,10 @@ def draw(comparison: Mapping[str, Any]) -> Figure:
 def _panel(key: str, metric: str, *, until: str = "") -> _Panel:
     """Return the panel of a metric with its label and unit, counted `until` a training pass rate if given."""
     label, unit = METRICS[metric].label.capitalize(), METRICS[metric].unit
-    title = f"{label} until a pass rate of {until}" if until else label
+    title = f"{label} until {until}" if until else label
     if metric == "trained_tokens":  # summed over steps
         return _Panel(key, title, "thousand tokens", 1e-3)
-    return _Panel(key, title, "%", 100) if unit == "ratio" else _Panel(key, title, unit, 1)
+    return _Panel(key, title, "%", 100) if unit == "ratio" else _Panel(key, title, unit if unit != "number" else "", 1)
 
 
 def _draw_curve(axis: Axes, panel: _Panel, groups: Sequence[Mapping[str, Any]]) -> None:

@@ -56,7 +56,11 @@ _TRAINING = (
     column("completion_tokens_mean"),
     column("unique_answers_mean", decimals=2),
     column("sampled_entropy"),
-    column("sampled_entropy_over_start", METRICS["entropy_over_start"].label, "ratio"),
+    column(
+        "sampled_entropy_over_start",
+        f"{METRICS['sampled_entropy'].label} {METRICS['entropy_over_start'].label}",
+        "ratio",
+    ),
     column("entropy"),
     column("effective_sample_ratio", unit="ratio", decimals=2),
     column("siamese_drift"),
