@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 FAILED = 1
 INTERRUPTED = 130
+PATH = click.Path(path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+RATE = click.FloatRange(0, 1, min_open=True)
 
 
 @click.command(short_help="Train variants of a recipe with several seeds.")
 @click.argument("sweep_file", metavar="SWEEP")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the sweep; default <output.dir>/<SWEEP>.")
+@click.option("--output", type=PATH, help="Folder of the sweep; default <output.dir>/<SWEEP>.")
 @click.option("seeds", "--seeds", metavar="SEEDS", help="Seeds instead of the file's, such as 0-4 or 0,3.")
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of every variant.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
@@ -68,33 +71,29 @@ def sweep(
                 outcome = execute(folder, runs, jobs=jobs, lock=lock, watcher=view, ignore_plan=ignore_plan)
             finally:
                 results = folder.write_results(runs)
+    options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--ignore-plan"] if ignore_plan else [])]
+    same_command = shlex.join(["popo-lite", "sweep", str(folder.sweep_path), "--output", str(folder.path), *options])
     if as_json:
         click.echo(json.dumps({"folder": str(folder.path), "results": results, "failures": outcome.failures}))
     elif results:
-        rows = [
-            (
-                line["variant"],
-                line["seed"],
-                "-" if line["pass_at_1"] is None else f"{line['pass_at_1']:.1%}",
-                f"{line['trained_tokens']:,}",
-                f"{line['seconds']:.0f}",
-            )
-            for line in results
-        ]
+        rows = [_result_row(line) for line in results]
         table("Finished runs", ("variant", "seed", "pass@1", "trained tokens", "seconds"), rows)
-    options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--ignore-plan"] if ignore_plan else [])]
-    same_command = shlex.join(["popo-lite", "sweep", str(folder.sweep_path), "--output", str(folder.path), *options])
-    if outcome.failures:
-        lines = [f"  {each['variant']} seed {each['seed']}: {each['message']}\n    {each['log']}"
-                 for each in outcome.failures]  # fmt: skip
-        click.echo("\n".join([f"{len(lines)} of {len(runs)} runs failed:", *lines]), err=True)
+    if failures := outcome.failures:
+        click.echo(f"{len(failures)} of {len(runs)} runs failed:", err=True)
+    for each in failures:
+        click.echo(f"  {each['variant']} seed {each['seed']}: {each['message']}\n    {each['log']}", err=True)
     if outcome.interrupted:
         click.echo(f"stopped with {len(results)} of {len(runs)} runs done. To continue:\n  {same_command}", err=as_json)
         raise SystemExit(INTERRUPTED)
-    if outcome.failures:
+    if failures:
         click.echo(f"To try again:\n  {same_command}", err=True)
         raise SystemExit(FAILED)
     click.echo(f"Next\n  popo-lite compare {shlex.quote(str(folder.path))}", err=as_json)
+
+
+def _result_row(line: dict[str, Any]) -> tuple[str, ...]:
+    rate = "-" if line["pass_at_1"] is None else f"{line['pass_at_1']:.1%}"
+    return line["variant"], str(line["seed"]), rate, f"{line['trained_tokens']:,}", f"{line['seconds']:.0f}"
 
 
 def _list_runs(runs: list[SweepRun], *, as_json: bool) -> None:
@@ -120,25 +119,11 @@ def _list_runs(runs: list[SweepRun], *, as_json: bool) -> None:
 
 
 @click.command(short_help="Compare runs and sweeps.")
-@click.argument(
-    "sources",
-    metavar="RUN_OR_SWEEP...",
-    nargs=-1,
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-)
+@click.argument("sources", metavar="RUN_OR_SWEEP...", nargs=-1, required=True, type=FOLDER)
 @click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Folder for the page; default <SWEEP>/comparison for one sweep, else comparison in the current folder.",
+    "--output", type=PATH, help="Folder for the page; default <SWEEP>/comparison for one sweep, else comparison."
 )
-@click.option(
-    "--reach",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=0.8,
-    show_default=True,
-    help="Training pass rate up to which time and tokens are counted.",
-)
+@click.option("--reach", type=RATE, default=0.8, show_default=True, help="Pass rate up to which costs are counted.")
 @click.option("as_json", "--json", is_flag=True, help="Print only the figures, as JSON.")
 def compare(sources: tuple[Path, ...], output: Path | None, reach: float, as_json: bool) -> None:
     """Compare runs, grouped by variant: final results, costs, and curves.

@@ -18,7 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4
 DASHES = {"solid": "solid", "dashed": (0, (5, 2)), "dotted": (0, (1.5, 1.5))}
 """Line styles by their names in CSS: groups beyond the seventh reuse the colours with the next style."""
 WIDTH_INCHES, DOTS_PER_INCH = 12.0, 150
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "text.parse_math": False,  # a variant's name is not a formula
     "axes.titlesize": 11,
@@ -121,7 +121,12 @@ def _draw_curve(axis: Axes, panel: _Panel, groups: Sequence[Mapping[str, Any]]) 
         )
         steps = range(1, len(mean) + 1)
         # The first group, with which the others are compared, lies on top.
-        look = {"color": colour(index), "linestyle": DASHES[dash(index)], "linewidth": 1.8, "zorder": 3 - 0.01 * index}
+        look: Any = {
+            "color": colour(index),
+            "linestyle": DASHES[dash(index)],
+            "linewidth": 1.8,
+            "zorder": 3 - 0.01 * index,
+        }
         axis.plot(steps, mean, label=group["name"], **look)
         if has_band(index, len(groups)):
             axis.fill_between(steps, low, high, color=colour(index), alpha=0.12, linewidth=0)

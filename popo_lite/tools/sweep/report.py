@@ -117,13 +117,21 @@ def tables(comparison: Mapping[str, Any], shown: Set[str] | None = None) -> Iter
         ("Training, last tenth of the steps", chosen(_TRAINING)),
         ("Cost of the training steps", chosen(_COST)),
     ):
-        rows = [(group["name"], str(len(group["runs"])), *(_figure(group, each) for each in columns))
+        rows = [(group["name"], str(len(group["runs"])), *_cells(group, "figures", columns, " (n = {})"))
                 for group in groups]  # fmt: skip
         yield Table(title, ("variant", "runs", *(each.heading for each in columns)), rows)
-    yield _reached(comparison, chosen(_REACH))
+    columns, rows = chosen(_REACH), []
+    for group in groups:
+        values = group["values"]["reach_steps"]
+        reached = sum(value is not None for value in values)
+        status = f"{reached} of {len(values)}" if reached else "not reached"
+        rows.append((group["name"], status, *_cells(group, "figures", columns, "")))
+    title = f"To a training pass rate of {plots.percent(comparison['reach'])}"
+    yield Table(title, ("variant", "reached", *(each.heading for each in columns)), rows)
     if len(groups) > 1:
         columns = chosen((*final, *_TRAINING[2:4], *_COST[1:]))
-        rows = [(group["name"], *(_difference(group, each) for each in columns)) for group in groups[1:]]
+        paired = " ({} of {} paired)"
+        rows = [(group["name"], *_cells(group, "differences", columns, paired, "+")) for group in groups[1:]]
         headings = ("variant", *(each.heading for each in columns))
         yield Table(f"Difference from {groups[0]['name']}, paired by seed", headings, rows)
 
@@ -139,30 +147,13 @@ def cell(estimate: Mapping[str, Any] | None, scale: float = 1, decimals: int = 2
     return f"{mean} [{low}, {high}]" if low else mean
 
 
-def _reached(comparison: Mapping[str, Any], columns: Sequence[Column]) -> Table:
-    """Return the cost up to a pass rate, with the number of runs that reached it: only they are averaged."""
-    rows = []
-    for group in comparison["groups"]:
-        values = group["values"]["reach_steps"]
-        reached = sum(value is not None for value in values)
-        cells = [cell(group["figures"][each.key], each.scale, each.decimals) for each in columns]
-        rows.append((group["name"], f"{reached} of {len(values)}" if reached else "not reached", *cells))
-    title = f"To a training pass rate of {plots.percent(comparison['reach'])}"
-    return Table(title, ("variant", "reached", *(each.heading for each in columns)), rows)
-
-
-def _figure(group: Mapping[str, Any], of: Column) -> str:
-    """Return the cell of a figure, with the number of runs that have it if not all do."""
-    found = group["figures"].get(of.key)
-    fewer = f" (n = {found['count']})" if found and found["count"] < len(group["runs"]) else ""
-    return cell(found, of.scale, of.decimals) + fewer
-
-
-def _difference(group: Mapping[str, Any], of: Column) -> str:
-    """Return the cell of a difference, with the number of pairs if some runs have none."""
-    found, runs = group["differences"][of.key], len(group["runs"])
-    fewer = f" ({found['count']} of {runs} paired)" if found and found["count"] < runs else ""
-    return cell(found, of.scale, of.decimals, sign="+") + fewer
+def _cells(group: Mapping[str, Any], kind: str, columns: Sequence[Column], fewer: str, sign: str = "") -> Iterator[str]:
+    """Yield the cells of "figures" or "differences", with the text `fewer` if they are of some of the runs only."""
+    runs = len(group["runs"])
+    for each in columns:
+        found = group[kind].get(each.key)
+        suffix = fewer.format(found["count"], runs) if found and found["count"] < runs else ""
+        yield cell(found, each.scale, each.decimals, sign=sign) + suffix
 
 
 def _notes(comparison: Mapping[str, Any]) -> Iterator[str]:

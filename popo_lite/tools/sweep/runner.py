@@ -179,7 +179,7 @@ class _Process:
         if self.signals_sent == len(STOPPING) or (self.signals_sent and code in STOPPED):
             watcher.ended(run.name, "stopped", "")
             return None
-        failure = {
+        failure: dict[str, Any] = {
             "variant": run.variant.name,
             "seed": run.seed,
             "exit_code": code,
