@@ -92,6 +92,24 @@ lora.target_modules = ["all-linear", ["q_proj", "v_proj"]]
     assert last.lora.target_modules == ("q_proj", "v_proj")
 
 
+def test_settings_of_nested_sections(write: Write) -> None:
+    path = write(
+        """
+recipe = "tiny_cpu"
+[set]
+rollout.vllm.base = "bf16"
+[variants.a.rollout.adaptive]
+enabled = true
+[over]
+rollout.adaptive.positives_wanted = [1, 2]
+"""
+    )
+    first, second = load_sweep(path).variants
+    assert first.name == "a,positives_wanted=1"
+    assert second.overrides == {"rollout.adaptive.enabled": True, "rollout.adaptive.positives_wanted": 2}
+    assert second.recipe.rollout.vllm.base == "bf16"
+
+
 def test_seeds_alone_make_one_variant_and_can_be_replaced(write: Write) -> None:
     path = write('recipe = "tiny_cpu"\nseeds = [3, 1]\n')
     assert [variant.name for variant in load_sweep(path).variants] == ["base"]
@@ -152,9 +170,10 @@ rank = 3
     [
         ("seeds = [0]", (), "x.toml: recipe: must name the base recipe, a shipped one or a path ending in .toml"),
         ('recipe = "tiny_cpu"\nset = 3', (), "x.toml: [set]: must be a table of recipe keys"),
-        ('recipe = "tiny_cpu"\n[set]\nlora.rank = 0', (), "x.toml: [set] lora.rank = 0: must be a whole number, at least 1 and at "
-         "most 1024"),
-        ('recipe = "tiny_cpu"', ("lora.rank=0",), "--set lora.rank = 0: must be a whole number, at least 1 and at most 1024"),
+        ('recipe = "tiny_cpu"\n[set]\nlora.rank = 0', (), "x.toml: [set] lora.rank = 0: must be a whole "
+         "number, at least 1 and at most 1024"),
+        ('recipe = "tiny_cpu"', ("lora.rank=0",), "--set lora.rank = 0: must be a whole number, at least 1 and "
+         "at most 1024"),
         ('recipe = "tiny_cpu"\nover = { "lora.rank" = 4 }', (), "x.toml: over: lora.rank: must be a list of values"),
         ('recipe = "tiny_cpu"\nover = { "lora.rank" = [] }', (), "x.toml: over: lora.rank: must be a list of values"),
         ('recipe = "tiny_cpu"\nover = { "lora.rank" = [4, 4] }', (), "x.toml: variant rank=4: is there twice"),
@@ -234,8 +253,8 @@ def test_the_components_are_those_of_the_method() -> None:
         popo, *without = load_sweep(name).variants
         assert popo.overrides == {}
         assert [dict(variant.overrides) for variant in without] == [
-            {"objective.weights": "uniform"}, {"objective.similarity_coef": 0.0}, {"siamese.tau": 0.0}, {"objective.entropy_coef": 0.0},
-            {"objective.noise_sigma": 0.0}, {"objective.target": "features"},
+            {"objective.weights": "uniform"}, {"objective.similarity_coef": 0.0}, {"siamese.tau": 0.0},
+            {"objective.entropy_coef": 0.0}, {"objective.noise_sigma": 0.0}, {"objective.target": "features"},
         ]  # fmt: skip
 
 

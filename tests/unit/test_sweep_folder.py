@@ -37,8 +37,8 @@ def folder(tmp_path: Path) -> SweepFolder:
         (TWO, "0-1", ("lora.rank=4",), [f"variant {name}: lora.rank was 16 and is 4" for name in "ab"]),
         (TWO.replace("0.0", "0.1"), "0-1", (), ["variant b: objective.entropy_coef was 0.0 and is 0.1"]),
         (TWO, "1-4", (), ["seeds: 0 gone"]),
-        ("[variants.b]\nobjective.entropy_coef = 0.0\n", "0-1", (), ["variant a: gone", "variant b: data.system_prompt was "
-         "\"count, don't guess\" and is None"]),
+        ("[variants.b]\nobjective.entropy_coef = 0.0\n", "0-1", (), ["variant a: gone", "variant b: "
+         "data.system_prompt was \"count, don't guess\" and is None"]),
     ],
 )  # fmt: skip
 def test_another_sweep_is_refused_with_the_difference(tmp_path, folder, text, seeds, overrides, told):
