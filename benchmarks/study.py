@@ -1,10 +1,10 @@
 """The study of docs/study.md: `make study`, or `python benchmarks/study.py --jobs 2`.
 
-Trains the shipped sweeps study_*: `popo-lite sweep`, a process a run, in runs/. Started again, it goes on where it
-stopped. What every run came to is kept in benchmarks/results/study_*/seed-N.jsonl, a file a seed and a line a variant;
-from these files, and nothing else, it writes the tables of docs/study.md and the plots in docs/study/.
+Trains the shipped sweeps study_* with `popo-lite sweep` in runs/; started again, it continues where it stopped. The
+figures of every run are stored in benchmarks/results/study_*/seed-N.jsonl, one line per variant. The tables of
+docs/study.md and the plots in docs/study/ are written from these files alone.
 
-`--only-write` trains nothing and writes the page from the files that are there.
+`--only-write` trains nothing and writes the page from the stored files.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from popo_lite.run_folder import read_lines, write_atomically
-from popo_lite.tools.sweep.compare import RunGroup, comparison_of
-from popo_lite.tools.sweep.compare_report import Table, tables
+from popo_lite.tools.sweep.compare import RunGroup, comparison_of, mean_interval
 from popo_lite.tools.sweep.figures import TOTALS, RunFigures, read_run
 from popo_lite.tools.sweep.file import Sweep, load_sweep
 from popo_lite.tools.sweep.folder import SweepFolder
-from popo_lite.tools.sweep.intervals import mean_interval
 from popo_lite.tools.sweep.plots import write_png
+from popo_lite.tools.sweep.report import Table, cell, tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,29 +36,40 @@ DIFFICULTIES = ("study_2_digits", "study_3_digits")
 SWEEPS = (*DIFFICULTIES, "study_learning_rate")
 COMMAND = "make study"
 REACH = 0.8
-"""Training pass rate to which time and tokens are counted."""
+"""Training pass rate up to which time and tokens are counted."""
 PARTS = 3
-"""Parts of a run, from its start to its end, for which tokens are told apart."""
+"""Equal parts of a run for which tokens are counted."""
 DIGITS = 5
-"""Of the figures of curves."""
+"""Significant digits of the values of curves."""
+SHOWN = {
+    "pass_at_1",
+    "pass_at_16",
+    "held_out_tokens",
+    "sampled_entropy_over_start",
+    "effective_sample_ratio",
+    "trained_tokens",
+    "reach_steps",
+    "reach_trained_tokens",
+}
+"""Figures of the comparison in the page's tables; its conclusions need no others."""
 SUMMARY = ("popo", "raft", "skip-all-right", "reference", "grpo-token", "grpo")
-"""Variants of the table at the top of the page."""
+"""Variants of the tables at the top of the page."""
 PLOTS: Mapping[str, Sequence[str]] = {
     "objectives": ("popo", "skip-all-right", "mixed", "raft", "grpo", "grpo-token"),
     "components": ("popo", "uniform", "sequence-logprob", "no-similarity", "no-siamese", "no-entropy", "no-noise",
                    "features-target"),
     "normalisers": ("popo", "reference", "sequence-sum", "sequence-mean"),
 }  # fmt: skip
-"""Pages of plots, and the variants on each."""
+"""Page of plots -> variants on it."""
 
 
 def load(name: str) -> Sweep:
-    """The sweep of that name."""
+    """Return the sweep of that name."""
     return load_sweep(str(SWEEP_FILES / f"{name}.toml"))
 
 
 def main() -> None:
-    """Train what is missing, keep its figures, and write the page."""
+    """Train missing runs, store their figures, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the sweeps")
@@ -68,23 +78,23 @@ def main() -> None:
     for name in SWEEPS:
         if not arguments.only_write:
             train(name, arguments.runs / name, arguments.jobs)
-            keep(name, arguments.runs / name)
+            store(name, arguments.runs / name)
         draw(name)
     write_atomically(PAGE, written(PAGE.read_text(encoding="utf-8")))
 
 
 def train(name: str, folder: Path, jobs: int) -> None:
-    """`popo-lite sweep`; ends this process where it was interrupted or a run failed."""
+    """Run `popo-lite sweep`; exit with its code if it is interrupted or a run fails."""
     file = SWEEP_FILES / f"{name}.toml"
     command = [sys.executable, "-m", "popo_lite", "sweep", str(file), "--output", str(folder), "--jobs", str(jobs)]
-    # Ctrl-C reaches the sweep as well, which saves and says how to go on; this process waits for it.
+    # Ctrl-C also reaches the sweep, which saves and says how to continue; this process waits for it.
     signal.signal(signal.SIGINT, lambda *_: None)
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)
 
 
-def keep(name: str, folder: Path) -> None:
-    """Write what every run of a sweep came to, a file a seed."""
+def store(name: str, folder: Path) -> None:
+    """Write the figures of every run of a sweep, one file per seed."""
     lines: dict[int, list[str]] = {}
     for run in SweepFolder(folder).runs(load(name)):
         found = read_run(run.folder.path, reach=REACH)
@@ -96,14 +106,20 @@ def keep(name: str, folder: Path) -> None:
             "problems": found.problems,
             "before": json.loads(run.folder.summary_path.read_text(encoding="utf-8"))["before"],
             "figures": found.figures,
-            "parts": [_part(steps[start:end]) for start, end in _bounds(len(steps))],
-            "curves": {key: [_rounded(value) for value in course] for key, course in found.curves.items()},
+            "parts": [_summed(steps[start:end]) for start, end in _bounds(len(steps))],
+            "curves": {key: [_rounded(value) for value in curve] for key, curve in found.curves.items()},
             "environment": json.loads((run.folder.path / "environment.json").read_text(encoding="utf-8")),
         }
         lines.setdefault(run.seed, []).append(json.dumps(line) + "\n")
     (RESULTS / name).mkdir(parents=True, exist_ok=True)
     for seed, its_lines in lines.items():
         write_atomically(RESULTS / name / f"seed-{seed}.jsonl", "".join(its_lines))
+
+
+def stored(name: str) -> Iterator[dict[str, Any]]:
+    """Yield the stored lines of a sweep, seed by seed."""
+    for seed in load(name).seeds:
+        yield from read_lines(RESULTS / name / f"seed-{seed}.jsonl")
 
 
 def draw(name: str) -> None:
@@ -115,79 +131,75 @@ def draw(name: str) -> None:
 
 
 def written(page: str) -> str:
-    """The page with its tables as the kept files have them: what stands between `<!-- NAME -->` and `<!-- end -->`.
+    """Return the page with its tables, between `<!-- NAME -->` and `<!-- end -->`, replaced by the stored figures.
 
-    Raises ValueError where the page has no place for one of them.
+    Raises ValueError if the page has no place for one of them.
     """
-    parts = {"summary": map(summary, DIFFICULTIES)} | {name: map(markdown, sections(name)) for name in SWEEPS}
-    for name, part in parts.items():
+    parts = {"summary": [summary(name) for name in DIFFICULTIES]} | {name: sections(name) for name in SWEEPS}
+    for name, its_tables in parts.items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, opened, rest = page.partition(start)
         _, closed, after = rest.partition(end)
         if not (opened and closed):
-            raise ValueError(f"{PAGE} has no {start.strip()} with {end} behind it")
-        page = before + start + "\n" + "\n".join(part) + "\n" + end + after
+            raise ValueError(f"{PAGE} has no {start.strip()} followed by {end}")
+        page = before + start + "\n" + "\n".join(map(markdown, its_tables)) + "\n" + end + after
     return page
 
 
 def sections(name: str) -> Iterator[Table]:
-    """The tables of a sweep."""
-    yield from tables(comparison(name))
+    """Yield the tables of a sweep."""
+    yield from tables(comparison(name), SHOWN)
     if name in DIFFICULTIES:
         yield time_table(name)
         yield tokens_table(name)
 
 
-def summary(name: str) -> str:
-    """The table of a sweep at the top of the page, as Markdown: those of SUMMARY, held against popo seed by seed."""
+def summary(name: str) -> Table:
+    """Return the table of a sweep at the top of the page: the variants of SUMMARY, compared with popo by seed."""
     figures: dict[str, list[Mapping[str, float]]] = {variant: [] for variant in SUMMARY}
     starts = []
-    for line in kept(name):
+    for line in stored(name):
         if line["variant"] in figures:
             figures[line["variant"]].append(line["figures"])
             starts.append(line["before"]["pass_at_1"])
     rows = []
     for variant, runs in figures.items():
         pairs = list(zip(runs, figures["popo"], strict=True))
-        gaps = mean_interval([100 * (run["pass_at_1"] - popo["pass_at_1"]) for run, popo in pairs])
+        gaps = mean_interval([run["pass_at_1"] - popo["pass_at_1"] for run, popo in pairs])
         tokens = mean_interval([run["trained_tokens"] / popo["trained_tokens"] for run, popo in pairs])
         seconds = statistics.median(run["seconds"] / popo["seconds"] for run, popo in pairs)
-        rows.append(
-            (
-                variant,
-                f"{statistics.fmean(run['pass_at_1'] for run in runs):.1%}",
-                "" if variant == "popo" else f"{gaps.mean:+.1f} [{gaps.low:+.1f}, {gaps.high:+.1f}]",
-                "1" if variant == "popo" else f"{tokens.mean:.2f} [{tokens.low:.2f}, {tokens.high:.2f}]",
-                "1" if variant == "popo" else f"{seconds:.2f}",
-            )
-        )
-    columns = ("variant", "pass@1 at the end", "points above popo", "tokens trained on, of popo's", "time, of popo's")
+        compared = (cell(gaps, 100, 1, sign="+"), cell(tokens), f"{seconds:.2f}")
+        rate = f"{statistics.fmean(run['pass_at_1'] for run in runs):.1%}"
+        rows.append((variant, rate, *(("", "1", "1") if variant == "popo" else compared)))
+    columns = ("variant", "pass@1 at the end", "points above popo", "trained tokens, of popo's", "time, of popo's")
     title = f"{name.removeprefix('study_').replace('_', ' ')}, pass@1 at the start {statistics.fmean(starts):.1%}"
-    return markdown(Table(title=title, columns=columns, rows=rows))
+    return Table(title, columns, rows)
 
 
 def comparison(name: str, variants: Sequence[str] = ()) -> dict[str, Any]:
-    """The comparison of the kept runs of `variants`, by default of all; the first is the one to hold others against."""
+    """Compare the stored runs of `variants`, by default of all, with the first of them."""
     sweep = load(name)
-    names = variants or [variant.name for variant in sweep.variants]
-    lines = list(kept(name))
-    groups = [
-        RunGroup(name=one, runs=tuple(_figures(sweep, line) for line in lines if line["variant"] == one))
-        for one in names
-    ]
-    return comparison_of(groups, reach=REACH)
-
-
-def kept(name: str) -> Iterator[dict[str, Any]]:
-    """The lines of a sweep's kept files, seed by seed."""
-    for seed in load(name).seeds:
-        yield from read_lines(RESULTS / name / f"seed-{seed}.jsonl")
+    recipes = {variant.name: variant.recipe for variant in sweep.variants}
+    runs: dict[str, list[RunFigures]] = {variant: [] for variant in variants or recipes}
+    for line in stored(name):
+        if line["variant"] in runs:
+            train = recipes[line["variant"]].train.model_copy(update={"seed": line["seed"]})
+            runs[line["variant"]].append(
+                RunFigures(
+                    path=Path(line["variant"]) / f"seed-{line['seed']}",
+                    recipe=recipes[line["variant"]].model_copy(update={"train": train}),
+                    figures=line["figures"],
+                    curves=line["curves"],
+                    problems=line["problems"],
+                )
+            )
+    return comparison_of([RunGroup(name=key, runs=tuple(value)) for key, value in runs.items()], reach=REACH)
 
 
 def time_table(name: str) -> Table:
-    """Medians over seeds: seconds of the steps, and how many times popo's of the same seed they are."""
+    """Return medians over seeds of the seconds of the steps, absolute and relative to popo's with the same seed."""
     seconds: dict[str, dict[int, float]] = {}
-    for line in kept(name):
+    for line in stored(name):
         seconds.setdefault(line["variant"], {})[line["seed"]] = line["figures"]["seconds"]
     rows = []
     for variant, by_seed in seconds.items():
@@ -195,78 +207,50 @@ def time_table(name: str) -> Table:
         shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         rows.append((variant, f"{statistics.median(by_seed.values()):.1f}", shown))
     columns = ("variant", "seconds, median", "of popo's with the same seed, median (least to most)")
-    return Table(title="Time of the training steps", columns=columns, rows=rows)
+    return Table("Time of the training steps", columns, rows)
 
 
 def tokens_table(name: str) -> Table:
-    """What POPO and GRPO would train on, of the rollouts of the runs of POPO."""
-    runs = [line for line in kept(name) if line["variant"] == "popo"]
+    """Return the tokens on which POPO and GRPO would train, given the rollouts of the POPO runs."""
+    runs = [line for line in stored(name) if line["variant"] == "popo"]
     length = len(runs[0]["curves"]["pass_rate"])
     rows = []
     for part, (start, end) in enumerate([*_bounds(length), (0, length)]):
-        sums = [run["parts"][part] if part < PARTS else _whole(run["parts"]) for run in runs]
-        rows.append(
-            (
-                f"{start + 1} to {end}",
-                f"{statistics.fmean(one['pass_rate'] for one in sums):.1%}",
-                _ratio(sums, "tokens_of_positives", "tokens_of_all"),
-                _ratio(sums, "tokens_of_mixed_groups", "tokens_of_all"),
-                _ratio(sums, "tokens_of_positives", "tokens_of_mixed_groups"),
+        sums = [run["parts"][part] if part < PARTS else _summed(run["parts"]) for run in runs]
+        ratios = [
+            cell(mean_interval([each[above] / each[below] for each in sums]))
+            for above, below in (
+                ("tokens_of_positives", "tokens_of_all"),
+                ("tokens_of_mixed_groups", "tokens_of_all"),
+                ("tokens_of_positives", "tokens_of_mixed_groups"),
             )
-        )
-    return Table(
-        title="Tokens to train on, of the rollouts of popo",
-        columns=(
-            "steps",
-            "pass rate",
-            "POPO / GRPO that forwards all answers",
-            "GRPO that skips equal rewards / all",
-            "POPO / GRPO that skips",
-        ),
-        rows=rows,
+        ]
+        rows.append((f"{start + 1} to {end}", f"{statistics.fmean(each['pass_rate'] for each in sums):.1%}", *ratios))
+    columns = (
+        "steps",
+        "pass rate",
+        "POPO / GRPO that forwards all answers",
+        "GRPO that skips equal rewards / all",
+        "POPO / GRPO that skips",
     )
+    return Table("Tokens to train on, of the rollouts of popo", columns, rows)
 
 
 def markdown(table: Table) -> str:
-    """A table with its title."""
-    lines = [f"**{table.title}**", "", _row(table.columns), _row(["---"] * len(table.columns))]
-    return "\n".join([*lines, *(_row(row) for row in table.rows), ""])
-
-
-def _figures(sweep: Sweep, line: Mapping[str, Any]) -> RunFigures:
-    recipe = next(variant.recipe for variant in sweep.variants if variant.name == line["variant"])
-    left_out = {f"pass_at_{k}" for k in (2, 4, 8)}
-    return RunFigures(
-        path=Path(line["variant"]) / f"seed-{line['seed']}",
-        recipe=recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": line["seed"]})}),
-        figures={key: value for key, value in line["figures"].items() if key not in left_out},
-        curves=line["curves"],
-        problems=line["problems"],
-    )
+    """Return a table with its title as Markdown."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
 def _bounds(steps: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of each part of a run of that many steps."""
+    """Yield (start, end) of each part of a run with that many steps."""
     return itertools.pairwise(steps * part // PARTS for part in range(PARTS + 1))
 
 
-def _part(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    rate = statistics.fmean(line["pass_rate"] for line in steps)
-    return {"pass_rate": rate, **{key: sum(line[key] for line in steps) for key in TOTALS}}
-
-
-def _whole(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    rate = statistics.fmean(part["pass_rate"] for part in parts)
-    return {"pass_rate": rate, **{key: sum(part[key] for part in parts) for key in TOTALS}}
-
-
-def _ratio(sums: Sequence[Mapping[str, float]], above: str, below: str) -> str:
-    found = mean_interval([one[above] / one[below] for one in sums])
-    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _summed(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean pass rate and the total tokens of steps or parts."""
+    rate = statistics.fmean(line["pass_rate"] for line in lines)
+    return {"pass_rate": rate, **{key: sum(line[key] for line in lines) for key in TOTALS}}
 
 
 def _rounded(value: float | None) -> float | None:

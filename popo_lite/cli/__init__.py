@@ -16,8 +16,7 @@ from popo_lite.tools.bench.command import bench
 from popo_lite.tools.benchmarks.command import eval_
 from popo_lite.tools.export.command import export
 from popo_lite.tools.plan.command import plan
-from popo_lite.tools.sweep.command import sweep
-from popo_lite.tools.sweep.compare_command import compare
+from popo_lite.tools.sweep.command import compare, sweep
 
 
 class _Commands(click.Group):

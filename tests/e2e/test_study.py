@@ -11,7 +11,7 @@ import pytest
 from helpers import json_lines
 
 from popo_lite.tools.sweep.compare import compare
-from popo_lite.tools.sweep.compare_report import tables
+from popo_lite.tools.sweep.report import tables
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
@@ -42,7 +42,7 @@ def test_the_page_says_what_the_files_say(study):
     for name in study.SWEEPS:
         sweep = study.load(name)
         assert len(sweep.seeds) >= 5
-        runs = [(line["seed"], line["variant"]) for line in study.kept(name)]
+        runs = [(line["seed"], line["variant"]) for line in study.stored(name)]
         assert runs == [(seed, variant.name) for seed in sweep.seeds for variant in sweep.variants]
     plots = set(re.findall(r"\(study/(\w+\.png)\)", page))
     assert plots == {path.name for path in (study.PAGE.parent / "study").iterdir()}
@@ -80,7 +80,7 @@ def test_a_study_trains_what_is_missing_and_writes_its_page(study, tmp_path, mon
     assert "old" not in first
     assert first.endswith("\n<!-- end -->\nafter\n")
     assert (page.parent / "study" / "small_objectives.png").stat().st_size > 10_000
-    for table in tables(compare([tmp_path / "runs" / "small"], reach=0.2)):
+    for table in tables(compare([tmp_path / "runs" / "small"], reach=0.2), study.SHOWN):
         assert study.markdown(table) in first
     for seed in (0, 1):
         popo, grpo = json_lines(tmp_path / "results" / "small" / f"seed-{seed}.jsonl")

@@ -14,8 +14,7 @@ import pytest
 from helpers import json_lines
 
 from popo_lite.errors import UserInputError
-from popo_lite.tools.sweep.folder import SweepFolder
-from popo_lite.tools.sweep.runner import locked
+from popo_lite.tools.sweep.folder import SweepFolder, locked
 
 SMALL = """
 recipe = "tiny_cpu"
@@ -136,7 +135,7 @@ def test_killed_and_stopped_runs_go_on_as_if_nothing_had_happened(tmp_path, comm
     done = command(*go_on[1:])
     assert done.returncode == 0, done.stderr
     for seed, steps in enumerate(saved):
-        assert f"base seed {seed}: goes on after step {steps}, 8 steps" in done.stderr
+        assert f"base seed {seed}: continues after step {steps}, 8 steps" in done.stderr
     assert len(json_lines(folder / "results.jsonl")) == 3
     straight = command("train", folder / "base" / "seed-1" / "recipe.toml", "--output", "straight", "--view", "silent")
     assert straight.returncode == 0, straight.stderr

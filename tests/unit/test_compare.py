@@ -22,12 +22,11 @@ from popo_lite.errors import CheckpointError, UserInputError
 from popo_lite.recipe_file import dump_recipe, load_recipe
 from popo_lite.run_folder import RunFolder, append_line
 from popo_lite.tools.sweep import plots
-from popo_lite.tools.sweep.compare import compare
-from popo_lite.tools.sweep.compare_report import compare_report, html_page
+from popo_lite.tools.sweep.compare import compare, mean_interval, ratio_interval, t_quantile
 from popo_lite.tools.sweep.figures import read_run, smoothed
 from popo_lite.tools.sweep.file import load_sweep
 from popo_lite.tools.sweep.folder import SweepFolder
-from popo_lite.tools.sweep.intervals import mean_interval, share_interval, t_quantile
+from popo_lite.tools.sweep.report import html_page, print_report
 
 MakeRun = Callable[..., Path]
 
@@ -46,24 +45,24 @@ def test_quantiles_of_students_t(degrees: int, quantile: float) -> None:
 def test_the_interval_of_a_mean() -> None:
     found = mean_interval([1.0, 2.0, 6.0])
     margin = 4.3026527297 * math.sqrt(7 / 3)  # the variance of these is 7
-    assert (found.mean, found.count) == (3.0, 3)
-    assert (found.low, found.high) == pytest.approx((3 - margin, 3 + margin), abs=1e-9)
+    assert (found["mean"], found["count"]) == (3.0, 3)
+    assert (found["low"], found["high"]) == pytest.approx((3 - margin, 3 + margin), abs=1e-9)
     alone = mean_interval([4.0])
-    assert (alone.mean, alone.low, alone.high, alone.count) == (4.0, None, None, 1)
+    assert alone == {"mean": 4.0, "low": None, "high": None, "count": 1}
 
 
 def test_the_interval_of_a_ratio() -> None:
-    found = share_interval(0.8, 10)
-    assert (found.low, found.high) == pytest.approx((0.490162, 0.943318), abs=1e-6)
-    none, every = share_interval(0.0, 10), share_interval(1.0, 10)
-    assert (none.low, none.high) == pytest.approx((0.0, 0.277533), abs=1e-6)
-    assert (every.low, every.high) == pytest.approx((0.722467, 1.0), abs=1e-6)
+    found = ratio_interval(0.8, 10)
+    assert (found["low"], found["high"]) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+    none, every = ratio_interval(0.0, 10), ratio_interval(1.0, 10)
+    assert (none["low"], none["high"]) == pytest.approx((0.0, 0.277533), abs=1e-6)
+    assert (every["low"], every["high"]) == pytest.approx((0.722467, 1.0), abs=1e-6)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     draw = random.Random(1)
     found = [mean_interval([draw.gauss(3, 2) for _ in range(4)]) for _ in range(4000)]
-    held = statistics.fmean(one.low <= 3 <= one.high for one in found if one.low is not None and one.high is not None)
+    held = statistics.fmean(each["low"] <= 3 <= each["high"] for each in found)
     assert abs(held - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
 
 
@@ -124,8 +123,8 @@ def test_figures_of_a_run(make_run: MakeRun) -> None:
     assert "pass_at_k" not in figures
     assert figures["held_out_tokens"] == 23.0
     # The last tenth of 20 steps is steps 18 and 19.
-    assert figures["train_pass_rate"] == pytest.approx(0.9)
-    assert figures["train_tokens"] == 48.5
+    assert figures["pass_rate"] == pytest.approx(0.9)
+    assert figures["completion_tokens_mean"] == 48.5
     assert figures["siamese_drift"] == pytest.approx(0.19)
     assert (figures["rollout_tokens"], figures["trained_tokens"], figures["seconds"]) == (20060, 7600, 40.0)
     assert (figures["sampled_entropy"], figures["sampled_entropy_over_start"]) == (0.5, 0.625)
@@ -171,8 +170,8 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group_named_by_what_differs(
     ]
     found = compare(runs, reach=0.8)
     first, second = found["groups"]
-    assert (first["name"], first["seeds"]) == ("beta=0.01", [0, 1, 2])
-    assert (second["name"], second["seeds"]) == ("beta=0.0", [0, 1])
+    assert (first["name"], first["seeds"]) == ("entropy_coef=0.01", [0, 1, 2])
+    assert (second["name"], second["seeds"]) == ("entropy_coef=0.0", [0, 1])
     assert first["figures"]["pass_at_1"]["mean"] == pytest.approx(0.5)
     assert first["figures"]["pass_at_1"]["high"] == pytest.approx(0.5 + 4.3026527297 * 0.1 / math.sqrt(3))
     assert first["differences"] == {}
@@ -198,7 +197,7 @@ def test_a_pass_rate_that_some_reach_is_not_compared_by_the_lucky_ones(make_run:
     assert second["values"]["reach_steps"] == [5.0, None]
     assert second["figures"]["reach_steps"] == {"mean": 5.0, "low": None, "high": None, "count": 1}
     assert second["differences"]["reach_steps"] is None
-    assert second["differences"]["train_pass_rate"]["mean"] == pytest.approx(-0.4)
+    assert second["differences"]["pass_rate"]["mean"] == pytest.approx(-0.4)
 
 
 def test_seeds_that_agree_do_not_make_a_mean_certain(make_run: MakeRun) -> None:
@@ -228,13 +227,13 @@ def test_steps_of_an_older_version_are_refused_by_name(make_run: MakeRun) -> Non
     for one in lines:
         del one["sampled_entropy"]
         append_line(path / "metrics.jsonl", one)
-    with pytest.raises(CheckpointError, match="do not tell sampled_entropy") as caught:
+    with pytest.raises(CheckpointError, match="lack the metric sampled_entropy") as caught:
         compare([path], reach=0.8)
     assert caught.value.where == str(path / "metrics.jsonl")
 
 
 def test_a_seed_twice_is_refused(make_run: MakeRun) -> None:
-    with pytest.raises(UserInputError, match="have seed 0"):
+    with pytest.raises(UserInputError, match="are both seed 0 of"):
         compare([make_run("a"), make_run("b")], reach=0.8)
 
 
@@ -243,7 +242,7 @@ def a_sweep(tmp_path: Path, make_run: MakeRun) -> Path:
     """Variants popo and no-entropy with three seeds; one run of the second is missing."""
     asked = tmp_path / "asked.toml"
     asked.write_text(
-        'recipe = "tiny_cpu"\nseeds = [0, 1, 2]\n[variants.popo]\n[variants.no-entropy]\nobjective.beta = 0.0\n'
+        'recipe = "tiny_cpu"\nseeds = [0, 1, 2]\n[variants.popo]\n[variants.no-entropy]\nobjective.entropy_coef = 0.0\n'
     )
     SweepFolder(tmp_path / "sweep").start_files(load_sweep(asked))
     for seed in range(3):
@@ -281,7 +280,7 @@ def test_groups_of_like_named_sweeps_and_runs_can_be_told_apart(
     page = html_page(found, b"")
     for index in range(6):
         assert page.count(plots.colour(index)) == (4 if index == 0 else 5)
-    with pytest.raises(UserInputError, match="one/sweep and .* are the same folder"):
+    with pytest.raises(UserInputError, match="one/sweep and .* are both the folder"):
         compare([Path("one/sweep"), tmp_path / "two" / ".." / "one" / "sweep"], reach=0.8)
     # A single run's group would be named as the sweep's variant.
     sweep_path = Path("one/sweep/sweep.toml")
@@ -297,7 +296,7 @@ def test_groups_of_like_named_sweeps_and_runs_can_be_told_apart(
 
 def test_the_report_holds_figures_intervals_and_who_did_not_get_there(a_sweep: Path) -> None:
     stream = io.StringIO()
-    compare_report(compare([a_sweep], reach=0.8), Console(file=stream, width=400))
+    print_report(compare([a_sweep], reach=0.8), Console(file=stream, width=400))
     text = stream.getvalue()
     rows = [row.split("  ") for row in text.splitlines()]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
@@ -316,7 +315,7 @@ def test_reports_say_how_many_runs_a_figure_is_of(make_run: MakeRun) -> None:
             make_run("b0", "lora.rank=4"), make_run("b1", "lora.rank=4", seed=3)]  # fmt: skip
     found = compare(runs, reach=0.995)
     stream = io.StringIO()
-    compare_report(found, Console(file=stream, width=400))
+    print_report(found, Console(file=stream, width=400))
     lines = stream.getvalue().splitlines()
     entropies = [line for line in lines if line.strip().startswith("rank=16")][1]
     assert "0.400 (n = 2)" in entropies
@@ -325,7 +324,7 @@ def test_reports_say_how_many_runs_a_figure_is_of(make_run: MakeRun) -> None:
     assert "+0.0 (1 of 2 paired)" in difference
     assert "To a training pass rate of 99.5%" in stream.getvalue()
     titles = [axis.get_title(loc="left") for axis in plots.draw(found).axes]
-    assert "Tokens trained on until 99.5%" in titles
+    assert "Trained tokens until 99.5%" in titles
 
 
 class Page(html.parser.HTMLParser):
@@ -435,5 +434,5 @@ def test_runs_without_evaluation_or_a_trained_step_are_shown_as_not_measured(mak
     assert found["groups"][0]["curves"]["effective_sample_ratio"]["mean"] == [None] * 6
     plots.write_png(found, tmp_path / "page.png")
     stream = io.StringIO()
-    compare_report(found, Console(file=stream, width=300))
+    print_report(found, Console(file=stream, width=300))
     assert "not reached" in stream.getvalue()

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from popo_lite.errors import RecipeError
-from popo_lite.recipe_file import SECTIONS, load_recipe, shipped_folder, shipped_recipes
+from popo_lite.recipe import OBJECTIVES
+from popo_lite.recipe_file import load_recipe, shipped_folder, shipped_recipes
 from popo_lite.tools.sweep.file import dump_sweep, find_sweep, load_sweep, shipped_sweeps
 
 Write = Callable[[str], Path]
@@ -82,14 +82,32 @@ lora.target_modules = ["all-linear", ["q_proj", "v_proj"]]
     sweep = load_sweep(path)
     assert sweep.seeds == (0,)
     assert [variant.name for variant in sweep.variants] == [
-        f"{name},objective.similarity_coef={alpha},lora.alpha=8.0,targets={targets}"
+        f"{name},similarity_coef={coef},alpha=8.0,target_modules={targets}"
         for name in "ab"
-        for alpha in (0.05, 0.1)
+        for coef in (0.05, 0.1)
         for targets in ("all-linear", "-q_proj-,-v_proj-")
     ]
     last = sweep.variants[-1].recipe
     assert (last.objective.target, last.objective.similarity_coef, last.lora.alpha) == ("features", 0.1, 8.0)
     assert last.lora.target_modules == ("q_proj", "v_proj")
+
+
+def test_settings_of_nested_sections(write: Write) -> None:
+    path = write(
+        """
+recipe = "tiny_cpu"
+[set]
+rollout.vllm.base = "bf16"
+[variants.a.rollout.adaptive]
+enabled = true
+[over]
+rollout.adaptive.positives_wanted = [1, 2]
+"""
+    )
+    first, second = load_sweep(path).variants
+    assert first.name == "a,positives_wanted=1"
+    assert second.overrides == {"rollout.adaptive.enabled": True, "rollout.adaptive.positives_wanted": 2}
+    assert second.recipe.rollout.vllm.base == "bf16"
 
 
 def test_seeds_alone_make_one_variant_and_can_be_replaced(write: Write) -> None:
@@ -136,11 +154,11 @@ rank = 3
         "x.toml: variant b/c: train.seed: the sweep sets it; write seeds = [...] at the top of the file",
         "x.toml: variant comparison: rank: must be a recipe key, section.key = value",
         f"x.toml: variant b/c: {name}",
-        "x.toml: variant comparison: is the name of a file or folder of the sweep's own",
+        "x.toml: variant comparison: is the name of one of the sweep's own files or folders",
         '--seeds = "x": must be different whole numbers, such as 0-4 or 0,2,5',
         "--set train.seed: the sweep sets it; give --seeds",
-        "x.toml: variant a: objective.alpa = 1: unknown key; did you mean objective.similarity_coef?",
-        "x.toml: variant a: lora.rank = 0: must be at least 1 and at most 1024",
+        "x.toml: variant a: objective.alpa = 1: unknown key; did you mean alpha of [lora]?",
+        "x.toml: variant a: lora.rank = 0: must be a whole number, at least 1 and at most 1024",
         # The key to blame is the base's, the variant is still named.
         f"x.toml: variant b/c: {shipped_recipes()['tiny_cpu']}: train.tokens_per_microbatch = 16384: one prompt with "
         "its answer may take 100064 tokens; set at least that",
@@ -152,9 +170,10 @@ rank = 3
     [
         ("seeds = [0]", (), "x.toml: recipe: must name the base recipe, a shipped one or a path ending in .toml"),
         ('recipe = "tiny_cpu"\nset = 3', (), "x.toml: [set]: must be a table of recipe keys"),
-        ('recipe = "tiny_cpu"\n[set]\nlora.rank = 0', (), "x.toml: [set] lora.rank = 0: must be at least 1 and at most "
-         "1024"),
-        ('recipe = "tiny_cpu"', ("lora.rank=0",), "--set lora.rank = 0: must be at least 1 and at most 1024"),
+        ('recipe = "tiny_cpu"\n[set]\nlora.rank = 0', (), "x.toml: [set] lora.rank = 0: must be a whole "
+         "number, at least 1 and at most 1024"),
+        ('recipe = "tiny_cpu"', ("lora.rank=0",), "--set lora.rank = 0: must be a whole number, at least 1 and "
+         "at most 1024"),
         ('recipe = "tiny_cpu"\nover = { "lora.rank" = 4 }', (), "x.toml: over: lora.rank: must be a list of values"),
         ('recipe = "tiny_cpu"\nover = { "lora.rank" = [] }', (), "x.toml: over: lora.rank: must be a list of values"),
         ('recipe = "tiny_cpu"\nover = { "lora.rank" = [4, 4] }', (), "x.toml: variant rank=4: is there twice"),
@@ -164,8 +183,8 @@ rank = 3
          "twice, with and without quotes"),
         ('recipe = "tiny_cpu"\n[variants.a]\n"lora.rank" = 4\n[variants.a.lora]\nrank = 8', (), "x.toml: variant a: "
          "lora.rank: is there twice, with and without quotes"),
-        ('recipe = "tiny_cpu"\n[variants.popo]\n[variants.Popo]\nlora.rank = 4', (), "x.toml: variant Popo: not "
-         "every disk can tell it from popo"),
+        ('recipe = "tiny_cpu"\n[variants.popo]\n[variants.Popo]\nlora.rank = 4', (), "x.toml: variant Popo: differs "
+         "from popo in case alone, which some file systems ignore"),
         (f'recipe = "tiny_cpu"\n[variants.{"v" * 201}]', (), f"x.toml: variant {'v' * 40}...: is longer than 200 "
          "characters"),
         ('recipe = "tiny_cpu"\nvariants = 3', (), "x.toml: variants: must be tables, [variants.name]"),
@@ -182,7 +201,7 @@ def test_one_fault(write: Write, text: str, overrides: tuple[str, ...], fault: s
 )
 def test_names_that_the_sweep_itself_needs(write: Write, name: str) -> None:
     (fault,) = faults_of(write(f'recipe = "tiny_cpu"\n[variants."{name}"]'))
-    assert fault == f"x.toml: variant {name}: is the name of a file or folder of the sweep's own"
+    assert fault == f"x.toml: variant {name}: is the name of one of the sweep's own files or folders"
 
 
 def test_what_was_asked_is_a_sweep_file_that_asks_the_same(write: Write, tmp_path: Path) -> None:
@@ -208,10 +227,9 @@ objective.entropy_coef = [0.0, 1e-3]
 
 
 def test_every_algorithm_can_be_swept(write: Write) -> None:
-    algorithms = get_args(SECTIONS["objective"]["algorithm"].annotation)
-    values = ", ".join(f'"{name}"' for name in algorithms)
+    values = ", ".join(f'"{name}"' for name in OBJECTIVES)
     sweep = load_sweep(write(f'recipe = "tiny_cpu"\nover = {{ "objective.algorithm" = [{values}] }}'))
-    assert [variant.recipe.objective.algorithm for variant in sweep.variants] == list(algorithms)
+    assert [variant.recipe.objective.algorithm for variant in sweep.variants] == list(OBJECTIVES)
 
 
 def test_every_shipped_sweep_loads_and_is_no_recipe() -> None:
@@ -235,8 +253,8 @@ def test_the_components_are_those_of_the_method() -> None:
         popo, *without = load_sweep(name).variants
         assert popo.overrides == {}
         assert [dict(variant.overrides) for variant in without] == [
-            {"objective.weights": "uniform"}, {"objective.similarity_coef": 0.0}, {"siamese.tau": 0.0}, {"objective.entropy_coef": 0.0},
-            {"objective.noise_sigma": 0.0}, {"objective.target": "features"},
+            {"objective.weights": "uniform"}, {"objective.similarity_coef": 0.0}, {"siamese.tau": 0.0},
+            {"objective.entropy_coef": 0.0}, {"objective.noise_sigma": 0.0}, {"objective.target": "features"},
         ]  # fmt: skip
 
 
@@ -253,7 +271,7 @@ def test_an_unknown_sweep_names_the_nearest(write: Write) -> None:
 
 def test_planning_and_comparing_need_no_torch() -> None:
     code = (
-        "import sys, popo_lite.tools.sweep.runner, popo_lite.tools.sweep.compare, popo_lite.tools.sweep.compare_report\n"
+        "import sys, popo_lite.tools.sweep.runner, popo_lite.tools.sweep.compare, popo_lite.tools.sweep.report\n"
         "import popo_lite.tools.sweep.plots, popo_lite.tools.sweep.view\n"
         "sys.exit(bool({'torch', 'matplotlib'} & sys.modules.keys()))"
     )

@@ -12,10 +12,10 @@ import pytest
 from popo_lite.errors import PopoError, UserInputError
 from popo_lite.run_folder import append_line, new_run_folder, read_lines
 from popo_lite.tools.sweep.file import Sweep, load_sweep
-from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, refuse_other_sweep
-from popo_lite.tools.sweep.runner import locked, train_command
+from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, locked, refuse_other_sweep
+from popo_lite.tools.sweep.runner import train_command
 
-TWO = '[variants.a]\n[variants.b]\nobjective.beta = 0.0\ndata.system_prompt = "count, don\'t guess"\n'
+TWO = '[variants.a]\n[variants.b]\nobjective.entropy_coef = 0.0\ndata.system_prompt = "count, don\'t guess"\n'
 
 
 def asked(tmp_path: Path, text: str = TWO, seeds: str = "0-1", *overrides: str) -> Sweep:
@@ -37,8 +37,8 @@ def folder(tmp_path: Path) -> SweepFolder:
         (TWO, "0-1", ("lora.rank=4",), [f"variant {name}: lora.rank was 16 and is 4" for name in "ab"]),
         (TWO.replace("0.0", "0.1"), "0-1", (), ["variant b: objective.entropy_coef was 0.0 and is 0.1"]),
         (TWO, "1-4", (), ["seeds: 0 gone"]),
-        ("[variants.b]\nobjective.beta = 0.0\n", "0-1", (), ["variant a: gone", "variant b: data.system_prompt was "
-         "\"count, don't guess\" and is None"]),
+        ("[variants.b]\nobjective.entropy_coef = 0.0\n", "0-1", (), ["variant a: gone", "variant b: "
+         "data.system_prompt was \"count, don't guess\" and is None"]),
     ],
 )  # fmt: skip
 def test_another_sweep_is_refused_with_the_difference(tmp_path, folder, text, seeds, overrides, told):

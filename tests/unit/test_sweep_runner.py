@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from popo_lite.sweep import runner
 
 from popo_lite.errors import PopoError
 from popo_lite.run_folder import read_lines
+from popo_lite.tools.sweep import runner
 from popo_lite.tools.sweep.file import load_sweep
-from popo_lite.tools.sweep.folder import SweepFolder, SweepRun
-from popo_lite.tools.sweep.runner import STOPPING, SweepOutcome, execute, locked
-from popo_lite.tools.sweep.view import SweepWatcher
+from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, locked
+from popo_lite.tools.sweep.runner import STOPPING, SweepOutcome, execute
 
 READY = "print('ready', flush=True)\n"
 DEAF = f"import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{READY}time.sleep(600)\n"
@@ -29,7 +28,7 @@ CRASHES = (
 OBEYS = CRASHES.replace("'error boom'", "130")
 
 
-class Impatient(SweepWatcher):
+class Impatient:
     """Answers every message with one Ctrl-C more."""
 
     def __init__(self, presses: int) -> None:
@@ -37,7 +36,11 @@ class Impatient(SweepWatcher):
         self.ends: list[tuple[str, str]] = []
         self._presses = presses
 
-    def ended(self, run: str, state: str, words: str) -> None:
+    def started(self, run: str, *, done: int, total: int) -> None: ...
+
+    def advanced(self, run: str, *, done: int, pass_rate: float) -> None: ...
+
+    def ended(self, run: str, state: str, details: str) -> None:
         self.ends.append((run, state))
 
     def message(self, text: str) -> None:
@@ -58,7 +61,7 @@ def folder(tmp_path: Path) -> SweepFolder:
 def sweep(folder: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SweepOutcome]:
     """Both variants at once as processes of these programs."""
 
-    def run(watcher: SweepWatcher, **programs: str) -> SweepOutcome:
+    def run(watcher: Impatient, **programs: str) -> SweepOutcome:
         def command(_: SweepFolder, one: SweepRun, **__: bool) -> list[str]:
             return [sys.executable, "-c", programs[one.variant.name]]
 
@@ -90,7 +93,7 @@ def test_one_signal_stops_and_a_crash_is_still_a_failure(folder, sweep):
     assert watcher.messages == [STOPPING[0]]
     assert sorted(watcher.ends) == [("a seed 0", "stopped"), ("b seed 0", "failed")]
     (failure,) = outcome.failures
-    assert (failure.variant, failure.exit_code, failure.message) == ("b", 1, "boom")
+    assert (failure["variant"], failure["exit_code"], failure["message"]) == ("b", 1, "boom")
     assert outcome.interrupted
     assert [line["variant"] for line in read_lines(folder.failures_path)] == ["b"]
 

@@ -28,7 +28,7 @@ def test_lines_without_a_terminal() -> None:
     assert lines == [
         "[bold]a seed 0: starts, 4 steps",
         "[bold]a seed 0: done: 3.2 s, pass@1 50.0% (2 of 3 done)",
-        "b seed 0: goes on after step 2, 4 steps",
+        "b seed 0: continues after step 2, 4 steps",
         "b seed 0: FAILED: killed by SIGKILL\ufffd[2J (2 of 3 done)",
         "c seed 0: starts, 4 steps",
         "c seed 0: stopped (2 of 3 done)",

@@ -1,1 +1,1 @@
-"""Several runs: sweeps over recipe keys and seeds, and the comparison of what they came to."""
+"""Train sweeps over recipe settings and seeds, and compare their runs."""

@@ -1,4 +1,4 @@
-"""`popo-lite sweep`."""
+"""`popo-lite sweep` and `popo-lite compare`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ if TYPE_CHECKING:
 
 FAILED = 1
 INTERRUPTED = 130
+PATH = click.Path(path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+RATE = click.FloatRange(0, 1, min_open=True)
 
 
 @click.command(short_help="Train variants of a recipe with several seeds.")
 @click.argument("sweep_file", metavar="SWEEP")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the sweep; default <output.dir>/<SWEEP>.")
+@click.option("--output", type=PATH, help="Folder of the sweep; default <output.dir>/<SWEEP>.")
 @click.option("seeds", "--seeds", metavar="SEEDS", help="Seeds instead of the file's, such as 0-4 or 0,3.")
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of every variant.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
-@click.option("--ignore-plan", is_flag=True, help="Start runs although the memory plan says that they do not fit.")
+@click.option("--ignore-plan", is_flag=True, help="Start runs even if the memory plan says that they do not fit.")
 @click.option("--dry-run", is_flag=True, help="Check every recipe and list the runs; start nothing.")
-@click.option("as_json", "--json", is_flag=True, help="Print the results as JSON at the end and nothing else.")
+@click.option("as_json", "--json", is_flag=True, help="Print only the results, as JSON, at the end.")
 def sweep(
     sweep_file: str,
     output: Path | None,
@@ -37,53 +40,60 @@ def sweep(
 ) -> None:
     """Train every variant of SWEEP with every seed: a TOML file, or the name of a shipped sweep.
 
-    The same command goes on where it was stopped: finished runs are kept, an unfinished one is resumed, a failed one
-    is tried again. Variants and seeds may be added; other changes are refused. Ctrl-C stops the running ones cleanly,
-    twice they abandon their step and save, three times they are killed.
+    The same command continues a stopped sweep: finished runs are kept, an unfinished one is resumed, a failed one
+    is retried. Variants and seeds may be added; other changes are refused. Ctrl-C stops the running processes after
+    their step; a second one abandons the step and saves; a third kills them.
 
     A run that fails does not end the others; the exit code is 1 then. See docs/experiments.md.
     """
     from popo_lite.tools.sweep.file import load_sweep
-    from popo_lite.tools.sweep.folder import SweepFolder, refuse_other_sweep
+    from popo_lite.tools.sweep.folder import SweepFolder, locked, refuse_other_sweep
 
-    asked = load_sweep(sweep_file, overrides, seeds)
-    folder = SweepFolder(output if output is not None else Path(asked.base.output.dir).expanduser() / asked.name)
-    refuse_other_sweep(folder, asked)
-    runs = folder.runs(asked)
+    requested = load_sweep(sweep_file, overrides, seeds)
+    folder = SweepFolder(
+        output if output is not None else Path(requested.base.output.dir).expanduser() / requested.name
+    )
+    refuse_other_sweep(folder, requested)
+    runs = folder.runs(requested)
     if dry_run:
         _list_runs(runs, as_json=as_json)
         return
 
     from popo_lite.tools.console.output import table
-    from popo_lite.tools.sweep.runner import execute, locked
+    from popo_lite.tools.sweep.runner import execute
     from popo_lite.tools.sweep.view import SweepView
 
     with locked(folder) as lock:
-        refuse_other_sweep(folder, asked)  # again: another may have started here meanwhile
-        folder.start_files(asked)
+        refuse_other_sweep(folder, requested)  # again: another may have started here meanwhile
+        folder.start_files(requested)
         with SweepView(len(runs), sum(run.finished for run in runs)) as view:
             try:
                 outcome = execute(folder, runs, jobs=jobs, lock=lock, watcher=view, ignore_plan=ignore_plan)
             finally:
                 results = folder.write_results(runs)
+    options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--ignore-plan"] if ignore_plan else [])]
+    same_command = shlex.join(["popo-lite", "sweep", str(folder.sweep_path), "--output", str(folder.path), *options])
     if as_json:
-        failures = [vars(failure) for failure in outcome.failures]
-        click.echo(json.dumps({"folder": str(folder.path), "results": results, "failures": failures}))
+        click.echo(json.dumps({"folder": str(folder.path), "results": results, "failures": outcome.failures}))
     elif results:
         rows = [_result_row(line) for line in results]
         table("Finished runs", ("variant", "seed", "pass@1", "trained tokens", "seconds"), rows)
-    options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--ignore-plan"] if ignore_plan else [])]
-    go_on = shlex.join(["popo-lite", "sweep", str(folder.sweep_path), "--output", str(folder.path), *options])
-    if outcome.failures:
-        told = "\n".join(f"  {one.variant} seed {one.seed}: {one.message}\n    {one.log}" for one in outcome.failures)
-        click.echo(f"{len(outcome.failures)} of {len(runs)} runs failed:\n{told}", err=True)
+    if failures := outcome.failures:
+        click.echo(f"{len(failures)} of {len(runs)} runs failed:", err=True)
+    for each in failures:
+        click.echo(f"  {each['variant']} seed {each['seed']}: {each['message']}\n    {each['log']}", err=True)
     if outcome.interrupted:
-        click.echo(f"stopped with {len(results)} of {len(runs)} runs done. To go on:\n  {go_on}", err=as_json)
+        click.echo(f"stopped with {len(results)} of {len(runs)} runs done. To continue:\n  {same_command}", err=as_json)
         raise SystemExit(INTERRUPTED)
-    if outcome.failures:
-        click.echo(f"To try again:\n  {go_on}", err=True)
+    if failures:
+        click.echo(f"To try again:\n  {same_command}", err=True)
         raise SystemExit(FAILED)
     click.echo(f"Next\n  popo-lite compare {shlex.quote(str(folder.path))}", err=as_json)
+
+
+def _result_row(line: dict[str, Any]) -> tuple[str, ...]:
+    rate = "-" if line["pass_at_1"] is None else f"{line['pass_at_1']:.1%}"
+    return line["variant"], str(line["seed"]), rate, f"{line['trained_tokens']:,}", f"{line['seconds']:.0f}"
 
 
 def _list_runs(runs: list[SweepRun], *, as_json: bool) -> None:
@@ -103,17 +113,45 @@ def _list_runs(runs: list[SweepRun], *, as_json: bool) -> None:
     from popo_lite.tools.console.output import table
     from popo_lite.tools.sweep.file import as_options
 
-    rows = [(row["variant"], row["seed"], row["state"], " ".join(as_options(run.variant.overrides)), row["run"])
-            for row, run in zip(listed, runs, strict=True)]  # fmt: skip
+    rows = [(row["variant"], row["seed"], row["state"], " ".join(as_options(row["overrides"])), row["run"])
+            for row in listed]  # fmt: skip
     table(f"{len(runs)} runs", ("variant", "seed", "state", "differs in", "folder"), rows)
 
 
-def _result_row(line: dict[str, Any]) -> tuple[str, ...]:
-    rate = line["pass_at_1"]
-    return (
-        line["variant"],
-        str(line["seed"]),
-        "-" if rate is None else f"{rate:.1%}",
-        f"{line['trained_tokens']:,}",
-        f"{line['seconds']:.0f}",
-    )
+@click.command(short_help="Compare runs and sweeps.")
+@click.argument("sources", metavar="RUN_OR_SWEEP...", nargs=-1, required=True, type=FOLDER)
+@click.option(
+    "--output", type=PATH, help="Folder for the page; default <SWEEP>/comparison for one sweep, else comparison."
+)
+@click.option("--reach", type=RATE, default=0.8, show_default=True, help="Pass rate up to which costs are counted.")
+@click.option("as_json", "--json", is_flag=True, help="Print only the figures, as JSON.")
+def compare(sources: tuple[Path, ...], output: Path | None, reach: float, as_json: bool) -> None:
+    """Compare runs, grouped by variant: final results, costs, and curves.
+
+    The variants of a sweep's folder are groups; single runs whose recipes differ only in the seed form a group. The
+    others are compared with the first group, paired by seed.
+
+    Writes comparison.png, comparison.html (one file, nothing else needed) and comparison.json. See
+    docs/experiments.md for the meaning of every figure.
+    """
+    from popo_lite.run_folder import write_atomically
+    from popo_lite.tools.sweep.compare import compare as compare_sources
+    from popo_lite.tools.sweep.folder import SweepFolder, writing
+    from popo_lite.tools.sweep.plots import write_png
+    from popo_lite.tools.sweep.report import html_page, print_report
+
+    comparison = compare_sources(sources, reach=reach)
+    if output is None:
+        is_sweep = len(sources) == 1 and SweepFolder(sources[0]).sweep_path.is_file()
+        output = (sources[0] if is_sweep else Path()) / "comparison"
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "comparison.json", json.dumps(comparison) + "\n")
+        write_png(comparison, output / "comparison.png")
+        write_atomically(output / "comparison.html", html_page(comparison, (output / "comparison.png").read_bytes()))
+    if as_json:
+        without_curves = [{key: group[key] for key in group if key != "curves"} for group in comparison["groups"]]
+        click.echo(json.dumps({**comparison, "groups": without_curves}))
+        return
+    print_report(comparison)
+    click.echo(f"Page of plots\n  {output / 'comparison.html'}\n  {output / 'comparison.png'}")

@@ -1,29 +1,35 @@
-"""Sweep files: a base recipe, seeds, and variants of the recipe, every fault of them at once. Free of torch."""
+"""Read and write sweep files: a base recipe, seeds, and variants of the recipe. Free of torch."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from popo_lite.errors import RecipeError, nearest
 from popo_lite.recipe import Recipe
-from popo_lite.recipe_file import SWEEPS, find_recipe, load_recipe, read_toml, shipped_folder, to_toml
+from popo_lite.recipe_file import (
+    SECTIONS,
+    SWEEPS,
+    find_recipe,
+    flatten,
+    load_recipe,
+    read_toml,
+    shipped_folder,
+    to_toml,
+)
 
 KEYS = ("recipe", "seeds", "set", "variants", "over")
 SEED = "train.seed"
-"""The recipe's key that belongs to the sweep."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 RESERVED = ("comparison", "failures.jsonl", "recipe.toml", "results.jsonl", "sweep.toml")
 """Names in a sweep's folder that no variant can have."""
 LONGEST_NAME = 200
 """Characters of a variant's name, which names a folder; most file systems end at 255."""
-ONLY_VARIANT = "base"
-"""Name of the variant of a sweep over seeds alone."""
+HELP = "see docs/experiments.md for the form of the file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +43,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Every variant with every seed.
-
-    `base` is the recipe that the variants differ from: the file at `base_path` with the settings in `shared`, which
-    maps `section.key` to a value. Defaults that hang on other keys are a variant's own, so it is not made from `base`.
-    """
+    """All variants and seeds. `base` is the recipe at `base_path` with the settings `shared` by all variants."""
 
     name: str
     base_path: Path
@@ -57,76 +59,72 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = (), seeds: str | N
     `overrides` have the form of `--set` and change the base, so a variant's own settings win over them. `seeds`,
     such as "0-4" or "0,3", replaces the file's.
 
-    Raises RecipeError with one line for every fault of file, base and variants.
+    Raises RecipeError with one line for every error of file, base and variants.
     """
     path = find_sweep(source)
-    shown = str(source)
-    written = read_toml(path, shown)
-    faults = [f"{shown}: {fault}" for fault in _unknown_keys(written)]
-    shared = _flat(written.get("set", {}), f"{shown}: [set]", faults)
-    named = _named_variants(written, shown, faults)
-    chosen_seeds = _seeds(written.get("seeds", [0]), f"{shown}: seeds", faults)
+    written = read_toml(path, str(source))
+    errors: list[str] = []
+    for key in written.keys() - set(KEYS):
+        guess = nearest(key, KEYS)
+        hint = f"did you mean {guess}?" if guess else f"there are {', '.join(KEYS)}"
+        errors.append(f"{source}: {key}: unknown key; {hint}")
+    shared = _flat(written.get("set", {}), f"{source}: [set]", errors)
+    named = _named_variants(written, source, errors)
+    chosen_seeds = _seeds(written.get("seeds", [0]), f"{source}: seeds", errors)
     if seeds is not None:
-        chosen_seeds = _seeds(seeds, "--seeds", faults)
+        chosen_seeds = _seeds(seeds, "--seeds", errors)
     overridden = [override.partition("=")[0].strip() for override in overrides]
     if SEED in overridden:
-        faults.append(f"--set {SEED}: the sweep sets it; give --seeds")
-    if not isinstance(written.get("recipe"), str):
-        faults.append(f"{shown}: recipe: must name the base recipe, a shipped one or a path ending in .toml")
-        raise _refused(faults)
+        errors.append(f"--set {SEED}: the sweep sets it; give --seeds")
+    recipe = written.get("recipe")
+    if not isinstance(recipe, str):
+        errors.append(f"{source}: recipe: must name the base recipe, a shipped one or a path ending in .toml")
+        raise _refused(errors)
 
-    base_path = _base_path(path, written["recipe"])
-    base = _load(functools.partial(load_recipe, base_path, as_options(shared)), f"{shown}: [set] ", faults)
+    # Relative to the sweep file, so that the sweep means the same in every working folder.
+    base_path = find_recipe(path.parent / recipe if recipe.endswith(".toml") else recipe)
+    base = _load(base_path, as_options(shared), f"{source}: [set] ", errors)
     if base is not None and overrides:
-        base = _load(functools.partial(load_recipe, base_path, (*as_options(shared), *overrides)), "--set ", faults)
+        base = _load(base_path, (*as_options(shared), *overrides), "--set ", errors)
     if base is None:
-        raise _refused(faults)
-    resolved = flat_recipe(base)
+        raise _refused(errors)
+    resolved = flatten(base)
     shared |= {key: resolved[key] for key in overridden}
     variants = []
     for name, changes in named.items():
-        options = as_options(shared | changes)
-        place = f"{shown}: variant {name}: "
-        recipe = _load(functools.partial(load_recipe, base_path, options), place, faults, owner=place)
-        if recipe is not None:
-            variants.append(Variant(name=name, overrides=changes, recipe=recipe))
-    if faults:
-        raise _refused(faults)
+        place = f"{source}: variant {name}: "
+        # From the file and not from `base`: defaults that depend on other settings are resolved per variant.
+        variant = _load(base_path, as_options(shared | changes), place, errors, owner=place)
+        if variant is not None:
+            variants.append(Variant(name=name, overrides=changes, recipe=variant))
+    if errors:
+        raise _refused(errors)
     return Sweep(
-        name=path.stem,
-        base_path=base_path,
-        shared=shared,
-        base=base,
-        seeds=chosen_seeds,
-        variants=tuple(variants),
+        name=path.stem, base_path=base_path, shared=shared, base=base, seeds=chosen_seeds, variants=tuple(variants)
     )
 
 
 def shipped_sweeps() -> dict[str, Path]:
-    """Name -> file of the sweeps that come with the package, sorted."""
+    """Return name -> file of the sweeps that come with the package, sorted."""
     return {path.stem: path for path in sorted((shipped_folder() / SWEEPS).glob("*.toml"))}
 
 
 def find_sweep(source: str | Path) -> Path:
-    """The file that `source` means: an existing file, else the shipped sweep of exactly that name."""
-    path = Path(source)
+    """Return the file that `source` names: an existing file, else the shipped sweep of exactly that name."""
+    path, shipped = Path(source), shipped_sweeps()
     if path.is_file():
         return path
-    shipped = shipped_sweeps()
     if str(source) in shipped:
         return shipped[str(source)]
     what = f"{source}: is a folder, not a sweep file" if path.is_dir() else f"{source}: no such sweep file"
-    guess = nearest(path.stem, shipped)
-    if guess:
+    if guess := nearest(path.stem, shipped):
         what += f"; did you mean the shipped sweep {guess}?"
-    raise RecipeError(
-        f"{what} (shipped: {', '.join(shipped)})", next_step="see docs/experiments.md for the form of the file"
-    )
+    raise RecipeError(f"{what} (shipped: {', '.join(shipped)})", next_step=HELP)
 
 
 def dump_sweep(sweep: Sweep, recipe: str) -> str:
-    """The sweep as TOML over a copy of its base at `recipe`; a grid is written out as the variants it stands for."""
-    tables = {"set": sweep.shared} | {f"variants.{to_toml(one.name)}": one.overrides for one in sweep.variants}
+    """Return the sweep as TOML over a copy of its base at `recipe`; a grid is written as the variants it stands for."""
+    tables = {"set": sweep.shared} | {f"variants.{to_toml(each.name)}": each.overrides for each in sweep.variants}
     lines = [f"recipe = {to_toml(recipe)}", f"seeds = {to_toml(list(sweep.seeds))}"]
     for name, settings in tables.items():
         lines += ["", f"[{name}]", *(f"{to_toml(key)} = {to_toml(value)}" for key, value in settings.items())]
@@ -134,124 +132,106 @@ def dump_sweep(sweep: Sweep, recipe: str) -> str:
 
 
 def as_options(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Settings by `section.key` as arguments of `--set`."""
+    """Return settings as arguments of `--set`."""
     return tuple(f"{key}={to_toml(value)}" for key, value in settings.items())
 
 
-def flat_recipe(recipe: Recipe) -> dict[str, Any]:
-    """`section.key` -> value of every key that is set."""
-    return {f"{section}.{key}": value for section, keys in recipe.to_dict().items() for key, value in keys.items()}
+def named_values(settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Return `key=value` of each of `keys`; with the section if two of them end alike."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    values = [settings.get(key) for key in keys]
+    shown = ["unset" if value is None else value if isinstance(value, str) else to_toml(value) for value in values]
+    return [
+        f"{end if ends.count(end) == 1 else key}={value}" for key, end, value in zip(keys, ends, shown, strict=True)
+    ]
 
 
-def _base_path(sweep_path: Path, recipe: str) -> Path:
-    """A path is seen from the sweep file, so that a sweep means the same wherever it is called from."""
-    return find_recipe(sweep_path.parent / recipe if recipe.endswith(".toml") else recipe)
+def _load(path: Path, options: Sequence[str], place: str, errors: list[str], *, owner: str = "") -> Recipe | None:
+    """Load the recipe at `path`, or add its errors to `errors`.
 
-
-def _load(load: Callable[[], Recipe], place: str, faults: list[str], *, owner: str = "") -> Recipe | None:
-    """What `load` gives; else None, and its faults are added to `faults`.
-
-    Those of overrides are told as faults of `place`; `owner` goes in front of the others.
+    Errors of options are reported as errors of `place`; `owner` is put in front of the others.
     """
     try:
-        return load()
+        return load_recipe(path, options)
     except RecipeError as error:
-        for fault in error.what.split("\n"):
-            override = fault.removeprefix("--set ")
-            faults.append(f"{owner}{fault}" if override == fault else f"{place}{override}")
+        for line in error.what.split("\n"):
+            setting = line.removeprefix("--set ")
+            errors.append(f"{owner}{line}" if setting == line else f"{place}{setting}")
         return None
 
 
-def _refused(faults: Iterable[str]) -> RecipeError:
-    return RecipeError(
-        "\n".join(dict.fromkeys(faults)),
-        next_step="see docs/experiments.md for the form of the file, and `popo-lite recipe show` for the keys",
-    )
+def _refused(errors: Sequence[str]) -> RecipeError:
+    next_step = f"{HELP}, and `popo-lite recipe show` for the keys"
+    return RecipeError("\n".join(dict.fromkeys(errors)), next_step=next_step)
 
 
-def _unknown_keys(written: Mapping[str, Any]) -> Iterator[str]:
-    for key in written.keys() - set(KEYS):
-        guess = nearest(key, KEYS)
-        yield f"{key}: unknown key; " + (f"did you mean {guess}?" if guess else f"there are {', '.join(KEYS)}")
-
-
-def _flat(table: Any, place: str, faults: list[str]) -> dict[str, Any]:
-    """`section.key` -> value of settings written `"objective.similarity_coef" = 0`, `objective.similarity_coef = 0` or in subtables."""
+def _flat(table: Any, place: str, errors: list[str]) -> dict[str, Any]:
+    """Return `section.key` -> value of settings written with dotted keys, quoted or not, or in subtables."""
     if not isinstance(table, dict):
-        faults.append(f"{place}: must be a table of recipe keys")
+        errors.append(f"{place}: must be a table of recipe keys")
         return {}
     flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if "." not in key and not isinstance(value, dict):
-            faults.append(f"{place}: {key}: must be a recipe key, section.key = value")
-            continue
-        settings = {key: value} if "." in key else {f"{key}.{inner}": item for inner, item in value.items()}
-        faults += [
-            f"{place}: {name}: is there twice, with and without quotes" for name in sorted(settings.keys() & flat)
-        ]
-        flat |= settings
+
+    def visit(settings: Mapping[str, Any], prefix: str) -> None:
+        for key, value in settings.items():
+            name = prefix + key
+            # A table at the top is visited even if no section has its name: load_recipe reports its keys.
+            if isinstance(value, dict) and (name in SECTIONS or "." not in name):
+                visit(value, f"{name}.")
+            elif "." not in name:
+                errors.append(f"{place}: {key}: must be a recipe key, section.key = value")
+            elif name in flat:
+                errors.append(f"{place}: {name}: is there twice, with and without quotes")
+            else:
+                flat[name] = value
+
+    visit(table, "")
     if SEED in flat:
-        faults.append(f"{place}: {SEED}: the sweep sets it; write seeds = [...] at the top of the file")
+        errors.append(f"{place}: {SEED}: the sweep sets it; write seeds = [...] at the top of the file")
     return flat
 
 
-def _named_variants(written: Mapping[str, Any], shown: str, faults: list[str]) -> dict[str, dict[str, Any]]:
-    """Name -> overrides: each of `variants` with each point of the grid `over`."""
+def _named_variants(written: Mapping[str, Any], source: str | Path, errors: list[str]) -> dict[str, dict[str, Any]]:
+    """Return name -> overrides: each of `variants` with each point of the grid `over`."""
     tables = written.get("variants", {})
     if not isinstance(tables, dict):
-        faults.append(f"{shown}: variants: must be tables, [variants.name]")
+        errors.append(f"{source}: variants: must be tables, [variants.name]")
         tables = {}
-    variants = {name: _flat(table, f"{shown}: variant {name}", faults) for name, table in tables.items()}
-    points = _grid(_flat(written.get("over", {}), f"{shown}: over", faults), f"{shown}: over", faults)
+    variants = {name: _flat(table, f"{source}: variant {name}", errors) for name, table in tables.items()}
+    over = _flat(written.get("over", {}), f"{source}: over", errors)
+    wrong = [key for key, values in over.items() if not isinstance(values, list) or not values]
+    errors += [f"{source}: over: {key}: must be a list of values" for key in wrong]
+    points = [dict(zip(over, point, strict=True)) for point in itertools.product(*over.values())] if not wrong else [{}]
     found: dict[str, dict[str, Any]] = {}
-    spellings: dict[str, str] = {}  # by what a disk that ignores case makes of a name
+    spellings: dict[str, str] = {}  # by name without case: some file systems ignore it
     for (name, settings), point in itertools.product(variants.items() or [("", {})], points):
-        full = ",".join(filter(None, (name, _point_name(point, points)))) or ONLY_VARIANT
+        grid_name = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", ",".join(named_values(point, list(point))))
+        full = ",".join(filter(None, (name, grid_name))) or "base"
+        place = f"{source}: variant {full}"
         other = spellings.setdefault(full.casefold(), full)
         if full in found:
-            faults.append(f"{shown}: variant {full}: is there twice")
+            errors.append(f"{place}: is there twice")
         elif other != full:
-            faults.append(f"{shown}: variant {full}: not every disk can tell it from {other}")
+            errors.append(f"{place}: differs from {other} in case alone, which some file systems ignore")
         if len(full) > LONGEST_NAME:
-            faults.append(f"{shown}: variant {full[:40]}...: is longer than {LONGEST_NAME} characters")
+            errors.append(f"{source}: variant {full[:40]}...: is longer than {LONGEST_NAME} characters")
         if full.casefold() in RESERVED:
-            faults.append(f"{shown}: variant {full}: is the name of a file or folder of the sweep's own")
+            errors.append(f"{place}: is the name of one of the sweep's own files or folders")
         elif not NAME.fullmatch(full):
-            faults.append(f"{shown}: variant {full}: cannot name a folder; use letters, digits and . _ = , + -")
+            errors.append(f"{place}: cannot name a folder; use letters, digits and . _ = , + -")
         found[full] = settings | point
     return found
 
 
-def _grid(over: Mapping[str, Any], place: str, faults: list[str]) -> list[dict[str, Any]]:
-    for key, values in over.items():
-        if not isinstance(values, list) or not values:
-            faults.append(f"{place}: {key}: must be a list of values")
-            return [{}]
-    return [dict(zip(over, point, strict=True)) for point in itertools.product(*over.values())]
-
-
-def _point_name(point: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> str:
-    """`alpha=0.1,beta=0.01`; with the section where two keys of the grid end alike."""
-    ends = [key.partition(".")[2] for key in points[0]]
-    names = [key if ends.count(end) > 1 else end for key, end in zip(point, ends, strict=True)]
-    values = [value if isinstance(value, str) else to_toml(value) for value in point.values()]
-    parts = [f"{name}={value}" for name, value in zip(names, values, strict=True)]
-    return re.sub(r"[^A-Za-z0-9._=,+-]+", "-", ",".join(parts))
-
-
-def _seeds(written: Any, place: str, faults: list[str]) -> tuple[int, ...]:
-    """Seeds of a list of whole numbers, or of text such as "0-4,7"."""
+def _seeds(written: Any, place: str, errors: list[str]) -> tuple[int, ...]:
+    """Return the seeds of a list of whole numbers, or of text such as "0-4,7"."""
     seeds: list[int] = []
     if isinstance(written, str):
-        for part in written.split(","):
-            found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-            if found is not None:
-                seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
-            else:
-                seeds.clear()
-                break
+        ranges = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part) for part in written.split(",")]
+        if all(ranges):
+            seeds = [seed for each in ranges if each for seed in range(int(each[1]), int(each[2] or each[1]) + 1)]
     elif isinstance(written, list) and all(type(seed) is int and seed >= 0 for seed in written):
         seeds = written
     if not seeds or len(set(seeds)) < len(seeds):
-        faults.append(f"{place} = {to_toml(written)}: must be different whole numbers, such as 0-4 or 0,2,5")
+        errors.append(f"{place} = {to_toml(written)}: must be different whole numbers, such as 0-4 or 0,2,5")
     return tuple(seeds)

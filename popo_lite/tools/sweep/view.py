@@ -1,10 +1,10 @@
-"""Watching a sweep: a bar for the whole and one for each run on a terminal, plain lines elsewhere."""
+"""Show a sweep at work: a bar for the whole and one for each run on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 from datetime import datetime
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -12,27 +12,9 @@ from rich.text import Text
 
 from popo_lite.tools.console.output import open_console, safe
 
-EndState = Literal["done", "failed", "stopped"]
 
-
-class SweepWatcher(Protocol):
-    """What a sweep may say to whoever is watching."""
-
-    def started(self, run: str, *, done: int, total: int) -> None:
-        """`run` begins, or goes on, with `done` of `total` steps behind it."""
-
-    def advanced(self, run: str, *, done: int, pass_rate: float) -> None:
-        """`run` has `done` steps behind it; `pass_rate` is that of the last one."""
-
-    def ended(self, run: str, state: EndState, words: str) -> None:
-        """`run` ended; `words` say more."""
-
-    def message(self, text: str) -> None:
-        """A notice that must not be lost."""
-
-
-class SweepView(SweepWatcher):
-    """A SweepWatcher on standard error. A context manager: leaving it puts the terminal in order."""
+class SweepView:
+    """The progress of a sweep on standard error. A context manager: leaving it restores the terminal."""
 
     def __init__(self, total_runs: int, finished_runs: int, console: Console | None = None) -> None:
         self._console = console if console is not None else open_console(sys.stderr)
@@ -61,31 +43,27 @@ class SweepView(SweepWatcher):
             self._bars.stop()
 
     def started(self, run: str, *, done: int, total: int) -> None:
-        """A new bar, or a line."""
+        """Add a bar, or print a line; `done` of `total` steps are in the run's checkpoint."""
         if self._bars is not None:
-            self._tasks[run] = self._bars.add_task(
-                safe(run, self._console), total=total, completed=done, note="loading"
-            )
+            name = safe(run, self._console)
+            self._tasks[run] = self._bars.add_task(name, total=total, completed=done, note="loading")
         else:
-            self._print(f"{run}: {f'goes on after step {done}' if done else 'starts'}, {total} steps")
+            self.message(f"{run}: {f'continues after step {done}' if done else 'starts'}, {total} steps")
 
     def advanced(self, run: str, *, done: int, pass_rate: float) -> None:
-        """The bar moves; a plain view is silent, as the run's log has every step."""
+        """Move the bar. The plain view is silent, because the run's log has every step."""
         if self._bars is not None:
             self._bars.update(self._tasks[run], completed=done, note=f"pass {pass_rate:.1%}", refresh=True)
 
-    def ended(self, run: str, state: EndState, words: str) -> None:
-        """A line that stays, and the run's bar goes."""
+    def ended(self, run: str, state: Literal["done", "failed", "stopped"], details: str) -> None:
+        """Print a line and remove the run's bar."""
         self._done += state == "done"
         if self._bars is not None:
             self._bars.remove_task(self._tasks.pop(run))
             self._bars.update(self._whole, completed=self._done)
-        told = f"{run}: {'FAILED' if state == 'failed' else state}{words and ': ' + words}"
-        self._print(f"{told} ({self._done} of {self._total} done)", "bold red" if state == "failed" else "")
+        text = f"{run}: {'FAILED' if state == 'failed' else state}{details and ': ' + details}"
+        self.message(f"{text} ({self._done} of {self._total} done)", "bold red" if state == "failed" else "")
 
-    def message(self, text: str) -> None:
-        """A line that stays."""
-        self._print(text)
-
-    def _print(self, text: str, style: str = "") -> None:
+    def message(self, text: str, style: str = "") -> None:
+        """Print a line that stays."""
         self._console.print(Text(f"{datetime.now():%H:%M:%S}  {safe(text, self._console)}", style), soft_wrap=True)
