@@ -23,7 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from popo_lite.training.loop import Trainer
+from popo_lite.trainer import Trainer
 
 from popo_lite.callbacks import Callback
 from popo_lite.evaluation import evaluate

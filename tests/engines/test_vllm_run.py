@@ -9,7 +9,7 @@ import json
 import shutil
 
 import pytest
-from popo_lite.training.loop import Trainer
+from popo_lite.trainer import Trainer
 
 from popo_lite.callbacks import Callback
 from popo_lite.errors import EngineError

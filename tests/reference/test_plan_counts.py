@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from popo_lite.training.optimizer import build_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM

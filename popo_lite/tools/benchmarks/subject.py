@@ -12,7 +12,7 @@ from popo_lite.policy.adapters import ADAPTER_FILE
 from popo_lite.policy.load import load_config, pick_device
 from popo_lite.policy.policy import Policy, load_policy
 from popo_lite.policy.trained import load_trained_policy
-from popo_lite.recipe import ModelRecipe, Recipe
+from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
 from popo_lite.run_folder import RunFolder
 
 RUN_WEIGHTS = ("base", "adapter", "siamese")
@@ -96,7 +96,8 @@ def open_model(model: str, wanted: Sequence[str]) -> Subject:
         )
     dtype = "bfloat16" if pick_device("auto").type == "cuda" else "float32"
     known_as = str(folder.resolve()) if folder.is_dir() else model
-    recipe = Recipe(model=ModelRecipe(id=known_as, quantization="none", dtype=dtype))  # type: ignore[arg-type]
+    settings = ModelRecipe(id=known_as, quantization="none", dtype=dtype)  # type: ignore[arg-type]
+    recipe = Recipe(model=settings, objective=PopoObjective())
     return Subject(name=known_as, recipe=recipe, adapters={MODEL_WEIGHTS: None})
 
 

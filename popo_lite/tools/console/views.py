@@ -76,7 +76,13 @@ class RunState(Callback):
         """Remember the answers, cleaned, without the middle of very long ones."""
         with self.lock:
             self._samples = deque(
-                SampleView(**{n: _clip(v) if isinstance(v, str) else v for n, v in vars(sample).items()})
+                SampleView(
+                    step=sample.step,
+                    question=_clip(sample.question),
+                    reference=_clip(sample.reference),
+                    right=None if sample.right is None else _clip(sample.right),
+                    wrong=None if sample.wrong is None else _clip(sample.wrong),
+                )
                 for sample in samples
             )
 

@@ -11,9 +11,9 @@ import jinja2
 from rich.console import Console
 from rich.text import Text
 
+from popo_lite.metrics import METRICS
 from popo_lite.tools.console.output import open_console, safe, table
 from popo_lite.tools.console.words import ABSENT
-from popo_lite.metrics import METRICS
 from popo_lite.tools.sweep import plots
 
 SCALES: Mapping[str, tuple[str, float, int]] = {

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from popo_lite.tools.console.words import duration
 from popo_lite.run_folder import append_line
+from popo_lite.tools.console.words import duration
 from popo_lite.tools.sweep.file import as_options
 from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, writing
 
