@@ -169,18 +169,18 @@ def reductions(recipe: Recipe) -> dict[str, list[Values]]:
     """Return smaller settings than the recipe's own, the mildest first, by kind and in the order to try them."""
     rollout, train, lora, name = recipe.rollout, recipe.train, recipe.lora, recipe.optimizer.name
     uses_vllm, now, longest = engine_of(recipe) == "vllm", rollout.vllm.gpu_memory_utilization, sequence_tokens(recipe)
-    batches = [{"rollout.max_num_seqs": batch} for batch in _halves(rollout.max_num_seqs, 1)]
+    batches: list[Values] = [{"rollout.max_num_seqs": batch} for batch in _halves(rollout.max_num_seqs, 1)]
     key, near = "rollout.vllm.gpu_memory_utilization", sorted(UTILIZATIONS, key=lambda value: (abs(value - now), value))
-    utilizations = [{key: value} for value in near]
+    utilizations: list[Values] = [{key: value} for value in near]
     microbatches = [tokens for tokens in _halves(train.tokens_per_microbatch, 1) if tokens > longest]
     microbatches += [longest] if train.tokens_per_microbatch > longest else []
     optimizers = OPTIMIZERS[OPTIMIZERS.index(name) + 1 :] if recipe.model.dtype != "float64" else ()
-    dtype = {} if recipe.model.dtype == "bfloat16" else {"model.dtype": "bfloat16"}
-    nf4 = [dtype | {"model.quantization": "nf4"}] if recipe.model.quantization == "none" else []
+    dtype: dict[str, str] = {} if recipe.model.dtype == "bfloat16" else {"model.dtype": "bfloat16"}
+    nf4: list[Values] = [dtype | {"model.quantization": "nf4"}] if recipe.model.quantization == "none" else []
     ranks = _halves(lora.rank, SMALLEST_RANK) if lora.init_from is None else []
     # Alpha keeps the adapters' scale, which is alpha / rank, or alpha / sqrt(rank) with rslora.
     alphas = [lora.alpha * (rank / lora.rank) ** (0.5 if lora.rslora else 1) for rank in ranks]
-    answers = [
+    answers: list[Values] = [
         {"rollout.max_completion_length": answer}
         | ({"train.tokens_per_microbatch": tokens} if tokens < train.tokens_per_microbatch else {})
         for answer in _halves(rollout.max_completion_length, SMALLEST_ANSWER_TOKENS)

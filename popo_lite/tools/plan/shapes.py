@@ -125,8 +125,8 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """Supported architectures, and transformers' defaults for keys that a config.json leaves out."""
 
-_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_REQUIRED += ("max_position_embeddings",)
+_REQUIRED = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+_REQUIRED += ["max_position_embeddings"]
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
