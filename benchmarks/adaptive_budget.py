@@ -23,8 +23,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from popo_lite.trainer import Trainer
-
 from popo_lite.callbacks import Callback
 from popo_lite.evaluation import evaluate
 from popo_lite.recipe_file import load_recipe
@@ -32,6 +30,7 @@ from popo_lite.run_folder import RunFolder, environment
 from popo_lite.samplers import SamplingParams
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks.arithmetic import is_held_out
+from popo_lite.trainer import Trainer
 from popo_lite.types import Problem
 
 RESULTS = Path(__file__).parent / "results" / "adaptive_budget.json"

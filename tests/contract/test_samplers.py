@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from popo_lite.fused import score
 
 from popo_lite.errors import EngineError, StalePolicyError
+from popo_lite.fused import score
 from popo_lite.policy.policy import load_policy
 from popo_lite.samplers import SamplingParams, open_sampler
 from popo_lite.tasks import ArithmeticTask

@@ -265,7 +265,9 @@ def test_the_model_is_the_original_in_all_but_size(named):
     assert tied is (name in TIED)
     biased = {key.split(".")[-2] for key, _ in model.named_parameters() if key.endswith(".bias")}
     assert biased == family.biased
-    assert sum(p.numel() for p in model.parameters()) == sum(parameter_counts(load_shape(ModelRecipe(id=str(folder)))).values())
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        parameter_counts(load_shape(ModelRecipe(id=str(folder)))).values()
+    )
     original = AutoConfig.for_model(**known_config(load_recipe(f"{name}_lora").model.id))
     assert model.config.rope_parameters == original.rope_parameters
     assert model.config.max_position_embeddings == original.max_position_embeddings

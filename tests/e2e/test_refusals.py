@@ -65,7 +65,9 @@ def test_vllm_is_refused_before_anything_is_loaded(command):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("code", ["import popo_lite.cli", "import popo_lite.tools.console.base, popo_lite.grading.worker"])
+@pytest.mark.parametrize(
+    "code", ["import popo_lite.cli", "import popo_lite.tools.console.base, popo_lite.grading.worker"]
+)
 def test_help_and_validation_need_no_torch(code):
     check = f"import sys; {code}; print(sorted({{'torch', 'transformers', 'numpy', 'rich'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)

@@ -290,8 +290,11 @@ class _Run:
         """Yield the moments of passes without a graph: the siamese's features, and log-probs by the trainer."""
         objective = self.recipe.objective
         # The trainer computes log-probs for weights, for those of the base, and to check an engine's.
-        from_trainer = isinstance(objective, PopoObjective) and objective.weights_from == "trainer"
-        weighs = from_trainer and objective.weights != "uniform"
+        weighs = (
+            isinstance(objective, PopoObjective)
+            and objective.weights_from == "trainer"
+            and objective.weights != "uniform"
+        )
         scores = weighs or objective.needs_reference_pass or self.engine != "hf"
         if not objective.needs_siamese_pass and not scores:
             yield "nothing is passed", {}
