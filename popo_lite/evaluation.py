@@ -69,14 +69,13 @@ def evaluate(
     ]
     ks = [2**power for power in range(samples_per_problem.bit_length()) if 2**power <= samples_per_problem]
     estimates = {k: statistics.fmean(pass_at_k(samples_per_problem, count, k) for count in right) for k in ks}
-    told = [shown for shown in (task.shows_working(completion.text) for completion in flat) if shown is not None]
     return EvalResult(
         weights=weights,
         problems=len(problems),
         samples_per_problem=samples_per_problem,
         pass_at_1=estimates[1],
         pass_at_k=estimates,
-        step_by_step_ratio=statistics.fmean(told) if told else None,
+        step_by_step_ratio=task.figures([completion.text for completion in flat]).get("step_by_step_ratio"),
         truncated_ratio=statistics.fmean(completion.finish_reason is FinishReason.LENGTH for completion in flat),
         ungraded_ratio=ungraded_ratio(rewards),
         completion_tokens_mean=statistics.fmean(len(completion.token_ids) for completion in flat),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from popo_lite.errors import DataError
@@ -92,6 +92,8 @@ class ArithmeticTask:
             raise DataError("every sum is unwanted, so nothing remains to train on", where="data.dataset")
         return 0
 
-    def shows_working(self, text: str) -> bool:
-        """True where an addition is written out before the boxed result."""
-        return "=" in _BOX.split(text, maxsplit=1)[0]
+    def figures(self, texts: Sequence[str]) -> Mapping[str, float]:
+        """Return the share of texts that write an addition out before the boxed result."""
+        if not texts:
+            return {}
+        return {"step_by_step_ratio": sum("=" in _BOX.split(text, maxsplit=1)[0] for text in texts) / len(texts)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from popo_lite.types import Problem
@@ -27,5 +27,5 @@ class Task(Protocol):
     def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
         """Leave `unwanted` problems out of training; returns how many. Raises DataError where none remain."""
 
-    def shows_working(self, text: str) -> bool | None:
-        """Whether an answer works towards its result step by step; None where the task cannot tell."""
+    def figures(self, texts: Sequence[str]) -> Mapping[str, float]:
+        """Return what the task measures on answers, by name; empty for most tasks and if there are no `texts`."""

@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -91,9 +91,9 @@ class DatasetTask:
         for _, row in sorted(zip(sizes, self._training, strict=True), reverse=True):
             yield self._rows.problem(row)
 
-    def shows_working(self, text: str) -> bool | None:  # noqa: ARG002 - the protocol's signature
-        """None: what working looks like depends on the dataset."""
-        return None
+    def figures(self, texts: Sequence[str]) -> Mapping[str, float]:  # noqa: ARG002 - the protocol's signature
+        """Return nothing: what counts as step-by-step work depends on the dataset."""
+        return {}
 
 
 def open_dataset(part: DatasetRecipe, *, section: Literal["data", "eval"], held_out: int = 0) -> DatasetTask:

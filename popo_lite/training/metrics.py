@@ -129,8 +129,7 @@ def rollout_figures(groups: Sequence[Group], task: Task, threshold: float, *, fi
     positives = [rollout for group in groups for rollout in group.positives(threshold)]
     with_positive = sum(count > 0 for count in counts)
     tokens = sum(len(r.completion.token_ids) for r in rollouts)
-    workings = [task.shows_working(rollout.completion.text) for rollout in firsts]
-    told = [shown for shown in workings if shown is not None]
+    figures = task.figures([rollout.completion.text for rollout in firsts])
     logps = [logp for rollout in firsts for logp in rollout.completion.sampler_logps]
     mixed = [
         group for group in graded if len({r.reward.value for r in group.rollouts if r.reward.outcome.is_graded}) > 1
@@ -151,7 +150,7 @@ def rollout_figures(groups: Sequence[Group], task: Task, threshold: float, *, fi
             len({r.reward.answer for r in group.rollouts[:first_round] if r.reward.answer is not None})
             for group in groups
         ),
-        "step_by_step_ratio": statistics.fmean(told) if told else None,
+        "step_by_step_ratio": figures.get("step_by_step_ratio"),
         "truncated_ratio": statistics.fmean(r.completion.finish_reason is FinishReason.LENGTH for r in firsts),
         "completion_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in firsts),
         "positive_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in positives) if positives else None,

@@ -245,9 +245,9 @@ class TestMessagesAndMeta:
         assert meta == {"short": "s" * 1998, "level": 3, "tags": ["a", "b"], "nested": {"k": 1.5}, "nothing": None}
         assert json.loads(json.dumps(meta)) == meta
 
-    def test_it_is_a_task_that_cannot_tell_working(self) -> None:
+    def test_it_is_a_task_without_figures(self) -> None:
         task: Task = train(write("x.jsonl", SUMS))
-        assert task.shows_working("1+1=2, so 2") is None
+        assert task.figures(["1+1=2, so 2"]) == {}
 
 
 class TestIds:
