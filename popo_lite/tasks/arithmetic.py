@@ -1,4 +1,4 @@
-"""The built-in task: sums of whole numbers, a pure function of (seed, index), with answers that can be checked.
+"""Generate the built-in task: sums of whole numbers, a pure function of (seed, index).
 
 Whether a sum belongs to training or is held out depends on its two numbers alone, so no seed and no order of
 the numbers can bring a held-out sum into training.
@@ -20,12 +20,12 @@ _BOX = re.compile(r"\\boxed\{")
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """True for about one in ten sums; a + b and b + a always fall on the same side."""
+    """Check whether a sum is held out, as one in ten is; a + b and b + a always get the same result."""
     return stream_seed("arithmetic/split", min(a, b), max(a, b)) % HELD_OUT_ONE_IN == 0
 
 
 def working(a: int, b: int) -> str:
-    """Column addition written out, lowest digit first: `7+5=12, 1+2+1=4`."""
+    """Return the column addition, lowest digit first: `7+5=12, 1+2+1=4`."""
     steps, carry = [], 0
     for place in range(max(len(str(a)), len(str(b)))):
         x, y = a // 10**place % 10, b // 10**place % 10
@@ -57,12 +57,12 @@ class ArithmeticTask:
         )
 
     def train_problem(self, seed: int, index: int) -> Problem:
-        """The `index`-th training sum of `seed`, drawn uniformly from those not held out."""
+        """Return the `index`-th training sum of `seed`, drawn uniformly from those not held out."""
         source = random.Random(stream_seed("arithmetic/train", seed, index))  # noqa: S311
         return self._problem(*self._draw(source, held_out=False))
 
     def held_out(self, count: int) -> list[Problem]:
-        """`count` distinct held-out sums, the same for every seed. Raises DataError where there are too few."""
+        """Return `count` distinct held-out sums, the same for every seed. Raises DataError if there are too few."""
         pairs = 9 * 10 ** (self.digits - 1)
         # Small ranges are listed to know their size; large ones always hold enough.
         if self.digits <= 2:
@@ -77,17 +77,17 @@ class ArithmeticTask:
                 next_step=f"set eval.problems to at most {available}, or raise data.digits",
             )
         source = random.Random(stream_seed("arithmetic/held-out", self.digits))  # noqa: S311
-        found: dict[tuple[int, int], None] = {}
-        while len(found) < count:
-            found[self._draw(source, held_out=True)] = None
-        return [self._problem(a, b) for a, b in found]
+        chosen: dict[tuple[int, int], None] = {}
+        while len(chosen) < count:
+            chosen[self._draw(source, held_out=True)] = None
+        return [self._problem(a, b) for a, b in chosen]
 
     def longest_candidates(self) -> list[Problem]:
-        """One sum: all have the same number of digits."""
+        """Return one sum, as all have the same number of digits."""
         return [self.train_problem(0, 0)]
 
     def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
-        """All sums are alike in length, so it is none of them or all, and all is an error."""
+        """Return 0, or fail if the sums are unwanted: all have the same length."""
         if unwanted(self.train_problem(0, 0)):
             raise DataError("every sum is unwanted, so nothing remains to train on", where="data.dataset")
         return 0

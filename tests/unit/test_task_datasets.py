@@ -485,7 +485,7 @@ class TestRows:
         error = refused("x.jsonl")
         assert error.where == 'data.dataset "x.jsonl"'
         assert error.what.splitlines() == [
-            "cannot be read, faults: 3:",
+            "cannot be read, errors: 3:",
             "    line 3: Expecting value (column 26)",
             "    line 4: not a JSON object",
             "    line 5: Extra data (column 10)",
