@@ -1,4 +1,4 @@
-"""From the text of an answer to a `Reward`, in processes that can be killed."""
+"""Grade answers in processes that can be killed."""
 
 from popo_lite.grading.grader import Grader, GradeRequest, refuse_ungraded, ungraded_ratio
 

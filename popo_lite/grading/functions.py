@@ -1,4 +1,4 @@
-"""Reward functions: how one is found by its name, and what its return value means."""
+"""Load reward functions by name and interpret their return values."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ GradeFunction = Callable[[str, Mapping[str, Any]], Reward]
 
 
 def load_function(name: str) -> GradeFunction:
-    """The grading function called `name`: `math`, or `module:function` on `sys.path`.
+    """Return the grading function called `name`: `math`, or `module:function` on `sys.path`.
 
-    Raises UserInputError where the module cannot be imported or has no such function.
+    Raises UserInputError if the module cannot be imported or has no such function.
     """
     if name == "math":
         from popo_lite.grading.symbolic import grade_math  # sympy is for workers only
@@ -31,7 +31,7 @@ def load_function(name: str) -> GradeFunction:
 
 
 def as_reward(returned: object) -> Reward:
-    """The meaning of what a reward function returned. Anything but None and numbers in [0, 1] is an ERROR."""
+    """Convert a reward function's return value. Anything but None and numbers in [0, 1] is an ERROR."""
     if returned is None:
         return Reward(value=0.0, outcome=Outcome.UNPARSED)
     value = float(returned) if isinstance(returned, Real) else math.nan
@@ -42,7 +42,7 @@ def as_reward(returned: object) -> Reward:
 
 
 def describe_exception(error: BaseException) -> str:
-    """The last line of the traceback and where it was raised, such as `ValueError: no (rewards.py:12)`."""
+    """Return the last line of the traceback and its place, such as `ValueError: no (rewards.py:12)`."""
     line = f"{type(error).__name__}: {error}".removesuffix(": ")
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     if not frames or isinstance(error, SyntaxError):  # a SyntaxError names its file itself
@@ -80,13 +80,13 @@ def _find(name: str) -> Callable[..., object]:
     except TypeError as error:
         raise _refusal(name, f"it must take (text, problem): {error}") from error
     except ValueError:
-        pass  # a function in C without a signature; calling it will tell
+        pass  # a function in C without a signature; errors then appear when it is called
     return function
 
 
-def _refusal(name: str, fault: str, next_step: str | None = None) -> UserInputError:
+def _refusal(name: str, reason: str, next_step: str | None = None) -> UserInputError:
     return UserInputError(
-        f'"{name}" cannot be used: {fault}',
+        f'"{name}" cannot be used: {reason}',
         where="reward.function",
         next_step=next_step or "correct the module or reward.function; see docs/rewards.md",
     )

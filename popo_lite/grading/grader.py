@@ -1,4 +1,4 @@
-"""Grading as the training loop sees it: texts in, rewards out, and a stop where too few could be graded."""
+"""Grade texts, and stop the run if too many cannot be graded."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class GradeRequest:
 
 
 class Grader:
-    """Grades answers with the recipe's reward function. A context manager; leaving it ends all processes.
+    """Grade answers with the recipe's reward function. A context manager; leaving it ends all processes.
 
-    Processes are started when an answer needs one. An answer that hangs is a TIMEOUT, one that ends its process
-    twice an ERROR: never a silent 0. May be used from any thread.
+    Processes are started when an answer needs one. An answer that hangs is a TIMEOUT. An answer that ends its
+    process twice is an ERROR, never a silent 0. May be used from any thread.
     """
 
     def __init__(self, reward: RewardRecipe) -> None:
@@ -44,14 +44,14 @@ class Grader:
         self.close()
 
     def check(self) -> None:
-        """Load the reward function in one worker. Raises UserInputError where that fails."""
+        """Load the reward function in one worker. Raises UserInputError if that fails."""
         self._pool.start()
 
     def grade(self, requests: Sequence[GradeRequest]) -> list[Reward]:
-        """One reward per request, in order.
+        """Return one reward per request, in order.
 
-        Raises UserInputError where the reward function cannot be loaded, and GradingError where a worker
-        cannot be started any more.
+        Raises UserInputError if the reward function cannot be loaded, and GradingError if a worker can no longer
+        be started.
         """
         rewards: dict[int, Reward] = {}
         lines: dict[int, bytes] = {}
@@ -82,12 +82,12 @@ class Grader:
 
 
 def ungraded_ratio(rewards: Sequence[Reward]) -> float:
-    """The share of `rewards`, in [0, 1], that are no verdict; 0 for none at all."""
+    """Return the share of `rewards`, in [0, 1], without a verdict; 0 if there are no rewards."""
     return sum(not reward.outcome.is_graded for reward in rewards) / len(rewards) if rewards else 0.0
 
 
 def refuse_ungraded(rewards: Sequence[Reward], limit: float, where: str) -> None:
-    """Raise GradingError where more than the share `limit` of `rewards` is no verdict. `where` says whose they are.
+    """Raise GradingError if more than the share `limit` of `rewards` has no verdict. `where` names their source.
 
     To a positive-only objective a broken grader looks like a hard task; training on would hide it.
     """

@@ -1,7 +1,7 @@
-"""Mathematical answers, the cheap part: find the final answer and compare it exactly where that decides.
+"""Find the final mathematical answer and compare it exactly if that decides.
 
-Nothing here needs sympy, so the trainer's own process settles ordinary answers without a worker. What is left
-over goes to `symbolic`.
+Nothing here needs sympy, so the trainer's own process settles ordinary answers without a worker. The rest
+goes to `symbolic`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])0*+([0-9]*+)(?:\.([0-9]*+))?")
 
 
 def last_box(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` whose braces balance, or None. Of nested boxes, the innermost."""
+    r"""Return the content of the last `\boxed{...}` whose braces balance, or None. Of nested boxes, the innermost."""
     contents: list[int | None] = []  # for every open brace, where the content of its box starts, if it is a box
-    found = (-1, -1)
+    last = (-1, -1)
     for token in _BOX_TOKENS.finditer(text):
         if token.lastgroup == "box":
             contents.append(token.end())
@@ -33,13 +33,13 @@ def last_box(text: str) -> str | None:
             contents.append(None)
         elif token.lastgroup == "close" and contents:
             start = contents.pop()
-            if start is not None and start > found[0]:
-                found = (start, token.start())
-    return text[found[0] : found[1]] if found[0] >= 0 else None
+            if start is not None and start > last[0]:
+                last = (start, token.start())
+    return text[last[0] : last[1]] if last[0] >= 0 else None
 
 
 def plain_number(text: str) -> str | None:
-    """The one spelling that all ways to write a plain integer or decimal share, or None for anything else.
+    """Return the normal form of a plain integer or decimal, or None for anything else.
 
     Two plain numbers are equal exactly when these strings are, whatever their number of digits.
     """
@@ -54,7 +54,7 @@ def plain_number(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """`answer` without dollar signs and a full stop around it; a plain number in its one spelling."""
+    """Strip dollar signs and a full stop from `answer`; bring a plain number into normal form."""
     answer = answer.strip().replace("−", "-")
     inner = answer.strip("$")
     if "$" not in inner:  # otherwise several formulas, whose signs belong together
@@ -65,19 +65,19 @@ def normalise(answer: str) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """What the last box of `text` holds, in normal form, or None where nothing is boxed."""
+    """Return the content of the last box of `text` in normal form, or None if nothing is boxed."""
     box = last_box(text)
     return None if box is None else normalise(box)
 
 
 def unwrap(reference: str) -> str:
-    """A reference answer in normal form; datasets write it bare, between dollar signs, or in a box."""
+    """Return a reference answer in normal form; datasets write it bare, between dollar signs, or in a box."""
     boxed = final_answer(reference)
     return normalise(reference) if boxed is None else boxed
 
 
 def too_complex(expression: str) -> str | None:
-    """Why `expression` is not to be given to the LaTeX parser, or None."""
+    """Return why `expression` is too complex for the LaTeX parser, or None."""
     if len(expression) > MAX_BOX_CHARACTERS:
         return f"{len(expression):,} characters long; the limit is {MAX_BOX_CHARACTERS:,}"
     depth = deepest = 0
@@ -91,7 +91,7 @@ def too_complex(expression: str) -> str | None:
 
 
 def decide_exactly(text: str, problem: Problem) -> Reward | None:
-    """The verdict on an answer that needs no algebra, or None where it does or where nothing is boxed."""
+    """Return the verdict on an answer, or None if it needs algebra or nothing is boxed."""
     box = last_box(text)
     if box is None:
         return None
@@ -101,8 +101,8 @@ def decide_exactly(text: str, problem: Problem) -> Reward | None:
     reference = unwrap(problem.answer)
     if answer == reference:
         return Reward(value=1.0, outcome=Outcome.CORRECT, answer=answer)
-    if fault := too_complex(answer):
-        return Reward(value=0.0, outcome=Outcome.UNPARSED, detail=f"the boxed answer is {fault}")
+    if reason := too_complex(answer):
+        return Reward(value=0.0, outcome=Outcome.UNPARSED, detail=f"the boxed answer is {reason}")
     if plain_number(answer) and plain_number(reference):
         return Reward(value=0.0, outcome=Outcome.INCORRECT, answer=answer)
     return None

@@ -1,4 +1,4 @@
-"""The grading processes: started when needed, each with one answer at a time, killed at the deadline.
+"""Run grading processes: started when needed, one answer at a time, killed at the deadline.
 
 Everything runs in the calling thread on non-blocking pipes, without signals. Processes are our own and not
 `multiprocessing`'s, which would import the user's main script again in every one of them.
@@ -50,13 +50,13 @@ class WorkerPool:
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="popo-lite-grading")
 
     def start(self) -> None:
-        """Have one worker up. Raises UserInputError where the reward function cannot be loaded."""
+        """Start one worker. Raises UserInputError if the reward function cannot be loaded."""
         with self._undisturbed():
             while not any(worker.ready for worker in self._workers):
                 self._turn(_Batch([]), wanted=1)
 
     def grade(self, requests: Sequence[bytes]) -> list[Reward]:
-        """One reward per request line, in order. Raises like `start`."""
+        """Return one reward per request line, in order. Raises like `start`."""
         batch = _Batch(requests)
         with self._undisturbed():
             while batch.unfinished:
@@ -81,7 +81,7 @@ class WorkerPool:
                 raise
 
     def _turn(self, batch: _Batch, wanted: int) -> None:
-        """Hand out work, then serve whatever happens first: news from workers, or a deadline."""
+        """Assign requests, then handle the next worker output or deadline."""
         while len(self._workers) < wanted:
             self._start_worker()
         for worker in self._workers:
@@ -158,7 +158,7 @@ class WorkerPool:
             self._end_dead(worker, batch)
 
     def _end_dead(self, worker: _Worker, batch: _Batch) -> None:
-        """A worker that is gone: its answer gets one more try."""
+        """Remove a worker that died and retry its answer once."""
         ended = self._end(worker)
         if not worker.ready:
             raise self._startup_error(f"its worker ended while importing it ({ended})", worker)
@@ -171,7 +171,7 @@ class WorkerPool:
             batch.waiting.appendleft(worker.job)
 
     def _end_overdue(self, worker: _Worker, batch: _Batch) -> None:
-        """A worker past its deadline: no second try, the answer would only hang again."""
+        """Kill a worker past its deadline without a retry, as the answer would hang again."""
         self._end(worker)
         if not worker.ready:
             raise self._startup_error(f"importing it took more than {STARTUP_SECONDS:g} seconds", worker)
@@ -179,11 +179,11 @@ class WorkerPool:
             detail = f"no verdict within reward.timeout_seconds = {self._timeout_seconds:g}"
             batch.rewards[worker.job] = Reward(value=0.0, outcome=Outcome.TIMEOUT, detail=detail)
 
-    def _startup_error(self, fault: str, worker: _Worker) -> PopoError:
-        # A function that was loaded before is not at fault when a replacement cannot load it.
+    def _startup_error(self, reason: str, worker: _Worker) -> PopoError:
+        # If the function was loaded before, the user's setting is not the cause.
         kind = GradingError if self._function_loaded else UserInputError
         return kind(
-            f'"{self._function}" cannot be used: {fault}{worker.stderr_note()}',
+            f'"{self._function}" cannot be used: {reason}{worker.stderr_note()}',
             where="reward.function",
             next_step="import the module in a Python shell to see what it does; see docs/rewards.md",
         )
@@ -202,7 +202,7 @@ class WorkerPool:
 
 
 class _Batch:
-    """The requests of one call: which wait for a worker, which had their second try, and the rewards so far."""
+    """The requests of one call: those waiting, those already retried, and the rewards so far."""
 
     def __init__(self, requests: Sequence[bytes]) -> None:
         self.requests = requests
@@ -251,10 +251,10 @@ class _Worker:
         except BlockingIOError:
             return
         except BrokenPipeError:
-            self.unsent = b""  # it died; the end of its stdout says so too, and is acted upon
+            self.unsent = b""  # it died; the end of its stdout is handled by the reader
 
     def read_replies(self) -> tuple[list[dict[str, Any]], bool]:
-        """The replies that are complete by now, and whether there may be more."""
+        """Return the complete replies, and whether more may follow."""
         data = _read(self.stdout)
         if data is None:
             return [], True
@@ -262,7 +262,7 @@ class _Worker:
         return [json.loads(line) for line in lines], bool(data)
 
     def read_stderr(self) -> bool:
-        """Keep the tail of what is there to read. False at the end of the stream.
+        """Keep the tail of the available output. Return False at the end of the stream.
 
         One read, as it takes all that a pipe holds, and a function that prints without end is not waited for.
         """
@@ -271,7 +271,7 @@ class _Worker:
         return data != b""
 
     def stderr_note(self) -> str:
-        """What the worker wrote while on its last job, fit for a terminal, or nothing."""
+        """Return what the worker wrote during its last job, without control characters, or an empty string."""
         text = self._stderr_tail.decode(errors="replace").strip()
         text = "".join(character if character.isprintable() or character == "\n" else " " for character in text)
         return f"; the worker wrote:\n{text}" if text else ""
@@ -292,7 +292,7 @@ class _Worker:
 
 
 def _read(stream: IO[bytes]) -> bytes | None:
-    """What there is to read: empty at the end of the stream, None where there is nothing yet."""
+    """Read what is available: empty at the end of the stream, None if there is nothing yet."""
     try:
         return os.read(stream.fileno(), _READ_BYTES)
     except BlockingIOError:

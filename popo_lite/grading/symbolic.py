@@ -1,4 +1,4 @@
-"""Mathematical answers that need algebra: math-verify. Imported by workers only, as it can hang or eat memory."""
+"""Compare answers that need algebra by math-verify. Only workers import it, as it can hang or exhaust memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNESCAPED_DOLLAR = re.compile(r"(?<!\\)\$")
 
 
 def grade_math(text: str, problem: Mapping[str, Any]) -> Reward:
-    """Whether the final answer of `text` equals `problem["answer"]`.
+    """Check whether the final answer of `text` equals `problem["answer"]`.
 
     The final answer is the last box; in a text without one, the expression or number that math-verify takes
     for it. A reference answer that cannot be parsed is an ERROR: it says nothing about the text.
@@ -29,11 +29,11 @@ def grade_math(text: str, problem: Mapping[str, Any]) -> Reward:
     reference = unwrap(problem["answer"])
     gold = _parse_reference(reference)
     if not _holds_expression(gold):
-        fault = too_complex(reference) or "not an expression that math-verify can parse"
+        reason = too_complex(reference) or "not an expression that math-verify can parse"
         return Reward(
             value=0.0,
             outcome=Outcome.ERROR,
-            detail=f"the reference answer of problem {problem['id']!r} is {fault}: {reference[:80]!r}",
+            detail=f"the reference answer of problem {problem['id']!r} is {reason}: {reference[:80]!r}",
         )
     answer = final_answer(text)
     # Only the last box: given the whole text, math-verify joins all boxes of it to a set.
@@ -59,7 +59,7 @@ def _parse_expression(expression: str) -> list[Any]:
 
 
 def _parse(text: str) -> list[Any]:
-    """What math-verify extracts: a sympy expression, where it could make one, and the string it came from."""
+    """Return what math-verify extracts: a sympy expression, if it could build one, and the source string."""
     extracted: list[Any] = parse(text, parsing_timeout=None, raise_on_error=True)
     return extracted
 

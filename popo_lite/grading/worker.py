@@ -1,4 +1,4 @@
-"""A grading process: one JSON request a line on stdin, one JSON verdict a line on stdout.
+"""Run a grading process: one JSON request a line on stdin, one JSON verdict a line on stdout.
 
 `pool` runs this file as it is, with the interpreter's `-P`, and sends the path to import from as the first line.
 So workers import what their parent would, and nothing of popo_lite is imported before that line. A `-m` would
@@ -18,13 +18,13 @@ import sys
 from typing import BinaryIO
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
-"""Address space of one worker: an answer such as 9^(9^(9^9)) fails here and does not eat the machine."""
+"""Address space of one worker: an answer such as 9^(9^(9^9)) fails here and cannot exhaust memory."""
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    """Greet, load the reward function, then grade until stdin ends."""
+    """Read the settings, load the reward function, then grade until stdin ends."""
     requests, replies = take_protocol_streams()
     limit_memory()
     die_with_parent()
@@ -52,14 +52,14 @@ def main() -> None:
         except (Exception, SystemExit) as error:
             out_of_memory = isinstance(error, MemoryError)
             reward = Reward(value=0.0, outcome=Outcome.ERROR, detail=describe_exception(error))
-        # What else went wrong for want of memory is unknown; the next answer gets a fresh process.
+        # Running out of memory may have left broken state, so the next answer gets a new process.
         reply(replies, {"reward": dataclasses.asdict(reward), "leaving": out_of_memory})
         if out_of_memory:
             return
 
 
 def take_protocol_streams() -> tuple[BinaryIO, BinaryIO]:
-    """The two pipes to the parent, out of reach of `print` and `input`: fd 1 goes to stderr, fd 0 is empty."""
+    """Return the two pipes to the parent and hide them from `print` and `input`: fd 1 is stderr, fd 0 is empty."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -69,7 +69,7 @@ def take_protocol_streams() -> tuple[BinaryIO, BinaryIO]:
 
 
 def limit_memory() -> None:
-    """Cap the address space, under whatever cap there is already."""
+    """Limit the address space, within any existing limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -1,4 +1,4 @@
-"""Problems with checkable answers: where they come from and how they become token ids."""
+"""Load problems with checkable answers and turn them into token ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["ArithmeticTask", "Task", "open_tasks"]
 
 
 def open_tasks(recipe: Recipe) -> tuple[Task, Task]:
-    """(task to train on, task to evaluate on). Raises DataError where a dataset cannot be used."""
+    """Return (task to train on, task to evaluate on). Raises DataError if a dataset cannot be used."""
     from popo_lite.tasks.datasets import open_dataset
 
     data, evaluation = recipe.data, recipe.eval

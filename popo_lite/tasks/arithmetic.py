@@ -1,4 +1,4 @@
-"""The built-in task: sums of whole numbers, a pure function of (seed, index), with answers that can be checked.
+"""Generate the built-in task: sums of whole numbers, a pure function of (seed, index).
 
 Whether a sum belongs to training or is held out depends on its two numbers alone, so no seed and no order of
 the numbers can bring a held-out sum into training.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from popo_lite.errors import DataError
@@ -21,12 +20,12 @@ _BOX = re.compile(r"\\boxed\{")
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """Return True for about one in ten sums; the same for a + b and b + a."""
+    """Check whether a sum is held out, as one in ten is; a + b and b + a always get the same result."""
     return stream_seed("arithmetic/split", min(a, b), max(a, b)) % HELD_OUT_ONE_IN == 0
 
 
 def working(a: int, b: int) -> str:
-    """Write out column addition, lowest digit first: `7+5=12, 1+2+1=4`."""
+    """Return the column addition, lowest digit first: `7+5=12, 1+2+1=4`."""
     steps, carry = [], 0
     for place in range(max(len(str(a)), len(str(b)))):
         x, y = a // 10**place % 10, b // 10**place % 10
@@ -78,21 +77,23 @@ class ArithmeticTask:
                 next_step=f"set eval.problems to at most {available}, or raise data.digits",
             )
         source = random.Random(stream_seed("arithmetic/held-out", self.digits))  # noqa: S311
-        found: dict[tuple[int, int], None] = {}
-        while len(found) < count:
-            found[self._draw(source, held_out=True)] = None
-        return [self._problem(a, b) for a, b in found]
+        chosen: dict[tuple[int, int], None] = {}
+        while len(chosen) < count:
+            chosen[self._draw(source, held_out=True)] = None
+        return [self._problem(a, b) for a, b in chosen]
 
     def longest_candidates(self) -> list[Problem]:
-        """Return one sum: all have the same number of digits."""
+        """Return one sum, as all have the same number of digits."""
         return [self.train_problem(0, 0)]
 
     def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
-        """Drop nothing: all sums have the same length. Raises DataError if they are unwanted."""
+        """Return 0, or fail if the sums are unwanted: all have the same length."""
         if unwanted(self.train_problem(0, 0)):
             raise DataError("every sum is unwanted, so nothing remains to train on", where="data.dataset")
         return 0
 
-    def figures(self, texts: Sequence[str]) -> dict[str, float]:
-        """Return the fraction of answers that write out an addition before the boxed result."""
-        return {"step_by_step_ratio": statistics.fmean("=" in _BOX.split(text, maxsplit=1)[0] for text in texts)}
+    def figures(self, texts: Sequence[str]) -> Mapping[str, float]:
+        """Return the share of texts that write an addition out before the boxed result."""
+        if not texts:
+            return {}
+        return {"step_by_step_ratio": sum("=" in _BOX.split(text, maxsplit=1)[0] for text in texts) / len(texts)}

@@ -1,4 +1,4 @@
-"""The interface of a task: problems with checkable answers, some for training and others for evaluation."""
+"""Define the interface of a task: a source of training and evaluation problems."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from popo_lite.types import Problem
 
 
 class Task(Protocol):
-    """A source of problems. Problems are pure functions of the arguments."""
+    """A source of problems. `train_problem` and `held_out` are pure functions of their arguments."""
 
     @property
     def name(self) -> str:
-        """Name of the task in logs and reports."""
+        """Return the name for logs and reports."""
 
     def train_problem(self, seed: int, index: int) -> Problem:
         """Return the `index`-th problem of the endless training stream of `seed`."""
 
     def held_out(self, count: int) -> list[Problem]:
-        """Return `count` distinct problems that no training stream ever yields. Raises DataError if there are fewer."""
+        """Return `count` distinct problems that no training stream yields. Raises DataError if there are fewer."""
 
     def longest_candidates(self) -> Iterable[Problem]:
-        """Yield training problems that include the one with the longest prompt, to check before a run."""
+        """Return training problems that include the one with the longest prompt, to check before a run."""
 
     def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
-        """Drop `unwanted` problems from training; return how many. Raises DataError if none remain."""
+        """Remove `unwanted` problems from training and return how many. Raises DataError if none remains."""
 
     def figures(self, texts: Sequence[str]) -> Mapping[str, float]:
-        """Return figures of the task's own about some answers, such as ratios in [0, 1]; empty for most tasks."""
+        """Return what the task measures on answers, by name; empty for most tasks and if there are no `texts`."""

@@ -1,4 +1,4 @@
-"""Problems from rows: those of a local file, of a Hub dataset, or of one of the names in `tables.KNOWN`."""
+"""Make problems from the rows of a local file, a Hub dataset, or one of the names in `tables.KNOWN`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -30,7 +30,7 @@ _GROUPED_NUMBER = re.compile(r"[-+$]*\d[\d,]*(\.\d+)?%?")
 
 
 class DatasetTask:
-    """Problems made on demand from the rows of a table. `open_dataset` makes one."""
+    """Make problems on demand from the rows of a table. Opened by `open_dataset`."""
 
     def __init__(self, *, rows: _Rows, training: Sequence[int], held_out: Sequence[int]) -> None:
         self._rows = rows
@@ -39,18 +39,18 @@ class DatasetTask:
 
     @property
     def name(self) -> str:
-        """The file's name, or the dataset and its split."""
+        """Return the file's name, or the dataset and its split."""
         return self._rows.name
 
     @property
     def train_size(self) -> int:
-        """Training rows, the length of an epoch; 0 where the task was opened for evaluation."""
+        """Return the number of training rows, the length of an epoch; 0 if the task was opened for evaluation."""
         return len(self._training)
 
     def train_problem(self, seed: int, index: int) -> Problem:
-        """The `index`-th problem of `seed`'s stream; each epoch is another order of all training rows.
+        """Return the `index`-th problem of `seed`'s stream; each epoch has a new order of all training rows.
 
-        Raises DataError where the task was opened for evaluation.
+        Raises DataError if the task was opened for evaluation.
         """
         if not self._training:
             raise DataError(f"{self.name} was opened for evaluation; none of its rows is trained on")
@@ -59,7 +59,7 @@ class DatasetTask:
         return self._rows.problem(self._training[order[position]])
 
     def held_out(self, count: int) -> list[Problem]:
-        """The first `count` held-out problems; a larger count adds problems and changes none."""
+        """Return the first `count` held-out problems; a larger count only adds problems."""
         if count > len(self._held_out):
             raise DataError(
                 f"{count} held-out problems are asked for; {self.name} has {len(self._held_out)}",
@@ -69,7 +69,7 @@ class DatasetTask:
         return [self._rows.problem(row) for row in self._held_out[:count]]
 
     def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
-        """Leave the rows of `unwanted` problems out of training; returns how many. Raises DataError for all."""
+        """Remove `unwanted` problems from training and return how many. Raises DataError if none remains."""
         kept = [row for row in self._training if not unwanted(self._rows.problem(row))]
         dropped = len(self._training) - len(kept)
         if not kept:
@@ -82,7 +82,7 @@ class DatasetTask:
         return dropped
 
     def longest_candidates(self) -> Iterator[Problem]:
-        """All training problems, those with the most bytes of text first.
+        """Yield all training problems, those with the most bytes of text first.
 
         Bytes only suggest the number of tokens: a row of digits can take more tokens than a longer sentence. A
         caller who knows that its tokenizer makes no more tokens than bytes may stop where the bytes fit.
@@ -91,8 +91,8 @@ class DatasetTask:
         for _, row in sorted(zip(sizes, self._training, strict=True), reverse=True):
             yield self._rows.problem(row)
 
-    def figures(self, texts: Sequence[str]) -> dict[str, float]:  # noqa: ARG002 - the protocol's signature
-        """Return nothing: a dataset has no figures of its own."""
+    def figures(self, texts: Sequence[str]) -> Mapping[str, float]:  # noqa: ARG002 - the protocol's signature
+        """Return nothing: what counts as step-by-step work depends on the dataset."""
         return {}
 
 
@@ -101,27 +101,33 @@ def open_dataset(part: DatasetRecipe, *, section: Literal["data", "eval"], held_
 
     Opened as `data`, all rows are for training except `held_out` of them, chosen by a hash of the question;
     other rows with the same question are used for neither. Opened as `eval`, all rows are held out, in an order
-    given by a hash of their id. Ids are `name/row`, or the rows' own where those are unique; rows count from 1,
+    given by a hash of their id. Ids are `name/row`, or the rows' own if those are unique; rows count from 1,
     before filtering.
 
-    Raises DataError for a dataset that cannot be loaded, lacks a column, or has rows that cannot be used.
+    Raises DataError if the dataset cannot be loaded, lacks a column, or has rows that cannot be used.
     """
     if part.dataset is None:
         raise DataError("names no dataset", where=f"{section}.dataset", next_step="name a file or a Hub dataset")
     place = Place(section=section, dataset=part.dataset)
     name, table = load_table(part, place)
+    known = KNOWN.get(part.dataset)
     rows = _Rows(
         name=name,
         table=table,
         prompt_column=_prompt_column(part, place, table.column_names),
-        answer_column=_answer_column(part, place, table.column_names),
+        answer_column=_column(
+            part.answer_column or (known.answer_column if known else ANSWER_COLUMN),
+            "answer_column",
+            place,
+            table.column_names,
+        ),
         own_ids=_own_ids(table),
     )
     kept = _filtered(part, place, table)[: part.limit]
-    if faults := list(rows.faults(kept)):
+    if problems := list(rows.problems(kept)):
         raise place.refusal(
-            f"{len(faults)} of {len(kept)} rows cannot be used",
-            faults,
+            f"{len(problems)} of {len(kept)} rows cannot be used",
+            problems,
             f"correct these rows, or leave them out by {section}.filter",
         )
     if section == "eval":
@@ -138,14 +144,14 @@ def open_dataset(part: DatasetRecipe, *, section: Literal["data", "eval"], held_
 
 @lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, size: int) -> tuple[int, ...]:
-    """The permutation of range(size) that belongs to (seed, epoch)."""
+    """Return the permutation of range(size) for (seed, epoch)."""
     stream = random.Random(stream_seed("dataset/epoch", seed, epoch))  # noqa: S311 - an order, not a secret
     # random() is the one draw that stays the same in every Python version; shuffle() is not.
     return tuple(sorted(range(size), key=lambda _: stream.random()))
 
 
 def _split_by_question(rows: _Rows, kept: Sequence[int], count: int) -> tuple[list[int], list[int]]:
-    """(training rows, held-out rows): one row each of `count` questions, and the rows of all other questions."""
+    """Return (training rows, held-out rows): one row of each held-out question, all rows of the other questions."""
     questions = rows.question_hashes(kept)
     first_row: dict[int, int] = {}
     for question, row in zip(questions, kept, strict=True):
@@ -164,12 +170,12 @@ def _split_by_question(rows: _Rows, kept: Sequence[int], count: int) -> tuple[li
 
 
 class _BadCellError(Exception):
-    """A cell that holds no question or no answer. The message goes on from "column ... "."""
+    """Report a cell without a usable question or answer. The message continues "column ... "."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """A table and how to read it. Rows are numbered from 0 in here, and from 1 in what people see."""
+    """Read problems from a table. Rows are numbered from 0 here, and from 1 in ids and messages."""
 
     name: str
     table: Table
@@ -189,8 +195,8 @@ class _Rows:
             meta={key: cell for key, cell in cells.items() if _fits_meta(cell)},
         )
 
-    def faults(self, kept: Sequence[int]) -> Iterator[str]:
-        """One line for each row that cannot be a problem."""
+    def problems(self, kept: Sequence[int]) -> Iterator[str]:
+        """Yield an error message for each row that cannot be used."""
         prompts, answers = self.table.column(self.prompt_column), self.table.column(self.answer_column)
         # One answer in GSM8K's form means that all have to be: a row without its last line would otherwise have
         # its whole working taken for the answer.
@@ -199,24 +205,24 @@ class _Rows:
             found = []
             try:
                 _messages(prompts[row])
-            except _BadCellError as fault:
-                found.append(f'column "{self.prompt_column}" {fault}')
+            except _BadCellError as error:
+                found.append(f'column "{self.prompt_column}" {error}')
             try:
                 _answer(answers[row])
                 if results and not _ends_in_result(answers[row]):
                     raise _BadCellError('does not end in a line "#### result", as it does in other rows')
-            except _BadCellError as fault:
-                found.append(f'column "{self.answer_column}" {fault}')
+            except _BadCellError as error:
+                found.append(f'column "{self.answer_column}" {error}')
             if found:
                 yield f"row {row + 1}: {', '.join(found)}"
 
     def prompt_bytes(self, kept: Sequence[int]) -> list[int]:
-        """UTF-8 bytes of each row's messages, without what a chat template adds."""
+        """Return the UTF-8 bytes of each row's messages, without what a chat template adds."""
         prompts = self.table.column(self.prompt_column)
         return [sum(len(message["content"].encode()) for message in _messages(prompts[row])) for row in kept]
 
     def question_hashes(self, kept: Sequence[int]) -> list[int]:
-        """One number a row, the same for the same question whatever its white space."""
+        """Return one hash per row, equal for equal questions; white space is ignored."""
         prompts = self.table.column(self.prompt_column)
         return [
             stream_seed(
@@ -228,7 +234,7 @@ class _Rows:
 
 
 def _messages(cell: object) -> tuple[dict[str, str], ...]:
-    """The chat messages of a prompt cell, which holds them, or the user's text."""
+    """Return the chat messages of a prompt cell; plain text becomes a user message."""
     if isinstance(cell, str):
         return ({"role": "user", "content": _text(cell)},)
     if cell is None or cell == []:
@@ -255,7 +261,7 @@ def _message(message: object) -> dict[str, str]:
 
 
 def _answer(cell: object) -> str:
-    """The reference answer of a cell: its text, its number as text, or the result in a last line `#### result`."""
+    """Return a cell's reference answer: its text, its number as text, or the result of a last line `#### result`."""
     if cell is None:
         raise _BadCellError("is empty")
     if isinstance(cell, bool) or not isinstance(cell, str | int | float):
@@ -270,7 +276,7 @@ def _answer(cell: object) -> str:
 
 
 def _text(text: str) -> str:
-    """`text`, refused where it is blank or holds half a surrogate pair, which JSON can escape and UTF-8 cannot."""
+    """Return `text`; fail if it is blank or holds half a surrogate pair, which UTF-8 cannot encode."""
     if not text.strip():
         raise _BadCellError("is empty")
     if _SURROGATE.search(text):
@@ -283,7 +289,7 @@ def _ends_in_result(cell: object) -> bool:
 
 
 def _plain(cell: object) -> str:
-    """A cell as text, the same for 4, 4.0 and "4": one fraction makes a column float, and CSV holds only text."""
+    """Return a cell as text, equal for 4, 4.0 and "4": a fraction makes a column float, and CSV holds only text."""
     if isinstance(cell, bool):
         return str(cell).lower()
     if isinstance(cell, float) and cell.is_integer():
@@ -292,7 +298,7 @@ def _plain(cell: object) -> str:
 
 
 def _fits_meta(cell: object) -> bool:
-    """Whether JSON can hold the cell in `MAX_META_CHARACTERS`."""
+    """Check that JSON can hold the cell in `MAX_META_CHARACTERS`."""
     try:
         return len(json.dumps(cell, allow_nan=False, ensure_ascii=False)) <= MAX_META_CHARACTERS
     except (TypeError, ValueError):  # dates, bytes, NaN
@@ -324,12 +330,6 @@ def _prompt_column(part: DatasetRecipe, place: Place, columns: Sequence[str]) ->
     return found[0]
 
 
-def _answer_column(part: DatasetRecipe, place: Place, columns: Sequence[str]) -> str:
-    known = KNOWN.get(place.dataset)
-    wanted = part.answer_column or (known.answer_column if known else ANSWER_COLUMN)
-    return _column(wanted, "answer_column", place, columns)
-
-
 def _column(wanted: str, key: str, place: Place, columns: Sequence[str]) -> str:
     if wanted in columns:
         return wanted
@@ -341,12 +341,12 @@ def _column(wanted: str, key: str, place: Place, columns: Sequence[str]) -> str:
 
 
 def _own_ids(table: Table) -> Sequence[int | str] | None:
-    """The ids that rows bring along, where each is text or a whole number and occurs once."""
+    """Return the rows' own ids if each is text or a whole number and occurs once."""
     for column in ID_COLUMNS:
         if column in table.column_names:
             ids = table.column(column)
-            usable = all(isinstance(one, str | int) and not isinstance(one, bool) and one != "" for one in ids)
-            if usable and len({str(one) for one in ids}) == len(ids):
+            usable = all(isinstance(own, str | int) and not isinstance(own, bool) and own != "" for own in ids)
+            if usable and len({str(own) for own in ids}) == len(ids):
                 return ids
     return None
 

@@ -1,4 +1,4 @@
-"""Problem -> token ids, by the tokenizer's chat template or the recipe's. The only place that does it."""
+"""Turn problems into token ids with the tokenizer's or the recipe's chat template."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 PROBE = "17 + 25\n= 42"
-"""What a tokenizer has to give back as it was: spaces and line breaks carry meaning in mathematics."""
+"""A tokenizer must decode this text unchanged: spaces and line breaks carry meaning in mathematics."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Renderer:
-    """Turns problems into prompts and token ids back into text."""
+    """Turn problems into prompts and token ids back into text."""
 
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None = None
@@ -48,7 +48,7 @@ class Renderer:
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-        """The renderer that `recipe` asks for."""
+        """Return the renderer for `recipe`."""
         return cls(
             tokenizer=tokenizer,
             system_prompt=recipe.data.system_prompt,
@@ -57,7 +57,7 @@ class Renderer:
         )
 
     def token_ids(self, problem: Problem) -> tuple[int, ...]:
-        """Token ids of the problem with the generation prompt, whatever their number."""
+        """Return the problem's token ids with the generation prompt, without a length limit."""
         messages: list[dict[str, Any]] = [dict(message) for message in problem.messages]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
@@ -80,11 +80,11 @@ class Renderer:
         return tuple(cast("list[int]", ids))
 
     def fits(self, problem: Problem) -> bool:
-        """True where the rendered problem is within `max_prompt_length`."""
+        """Check that the rendered problem is within `max_prompt_length`."""
         return len(self.token_ids(problem)) <= self.max_prompt_length
 
     def render(self, problem: Problem) -> Prompt:
-        """The prompt of `problem`. Raises DataError where it is longer than `max_prompt_length`."""
+        """Return the prompt of `problem`. Raises DataError if it is longer than `max_prompt_length`."""
         ids = self.token_ids(problem)
         if len(ids) > self.max_prompt_length:
             raise DataError(
@@ -95,12 +95,12 @@ class Renderer:
         return Prompt(problem=problem, token_ids=ids)
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """Text of a completion without special tokens."""
+        """Return the text of a completion without special tokens."""
         return cast("str", self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
 def keeps_text(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """False where text comes back from the tokenizer without its spaces or line breaks.
+    """Check that the tokenizer keeps spaces and line breaks.
 
     transformers 5 takes byte-level tokenizers that are registered as LlamaTokenizer, DeepSeek's among them, for
     SentencePiece ones and replaces their pre-tokenizer, silently (huggingface/transformers issue 48206).

@@ -1,8 +1,8 @@
-"""Rows as a table: read from a local file, or fetched from the Hub.
+"""Load rows as a table from a local file or from the Hub.
 
-JSON and CSV files are read here rather than by the `datasets` library, which guesses types where a reference
-answer must stay as it was written: "007" would become 7, "1e5" 100000.0, a date a timestamp, and the text "04" in
-a column that also holds numbers 4.
+JSON and CSV files are read here rather than by the `datasets` library, which guesses types, while a
+reference answer must stay as it was written: "007" would become 7, "1e5" 100000.0, a date a timestamp, and the
+text "04" in a column that also holds numbers 4.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from popo_lite.errors import DataError, nearest
 from popo_lite.recipe import DatasetRecipe
@@ -22,139 +22,79 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-FAULTS_SHOWN = 5
+ERRORS_SHOWN = 5
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownDataset:
-    """A Hub dataset with a short name. `eval_split` is None where no part of it is meant for evaluation."""
+    """Describe a Hub dataset that has a short name. Without `eval_split`, no part of it is meant for evaluation."""
 
     hub_id: str
     config: str | None = None
-    train_split: str
-    eval_split: str | None
-    prompt_column: str
-    answer_column: str
+    train_split: str = "train"
+    eval_split: str | None = "test"
+    prompt_column: str = "problem"
+    answer_column: str = "answer"
 
 
 KNOWN: Mapping[str, KnownDataset] = {
-    "deepscaler": KnownDataset(
-        hub_id="agentica-org/DeepScaleR-Preview-Dataset",
-        train_split="train",
-        eval_split=None,
-        prompt_column="problem",
-        answer_column="answer",
-    ),
-    "gsm8k": KnownDataset(
-        hub_id="openai/gsm8k",
-        config="main",
-        train_split="train",
-        eval_split="test",
-        prompt_column="question",
-        answer_column="answer",
-    ),
-    "math500": KnownDataset(
-        hub_id="HuggingFaceH4/MATH-500",
-        train_split="test",
-        eval_split="test",
-        prompt_column="problem",
-        answer_column="answer",
-    ),
+    "deepscaler": KnownDataset(hub_id="agentica-org/DeepScaleR-Preview-Dataset", eval_split=None),
+    "gsm8k": KnownDataset(hub_id="openai/gsm8k", config="main", prompt_column="question"),
+    "math500": KnownDataset(hub_id="HuggingFaceH4/MATH-500", train_split="test"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where in the recipe a dataset is named. Makes the errors about it."""
+    """Name a dataset's place in the recipe and build the errors about it."""
 
     section: Literal["data", "eval"]
     dataset: str
 
     def error(self, what: str, next_step: str) -> DataError:
-        """An error about this dataset."""
+        """Return an error about this dataset."""
         return DataError(what, where=f'{self.section}.dataset "{self.dataset}"', next_step=next_step)
 
-    def refusal(self, what: str, faults: Sequence[str], next_step: str) -> DataError:
-        """An error that shows the first of `faults`."""
-        lines = [f"{what}:", *faults[:FAULTS_SHOWN]]
-        if len(faults) > FAULTS_SHOWN:
-            lines.append(f"and {len(faults) - FAULTS_SHOWN} more")
+    def refusal(self, what: str, problems: Sequence[str], next_step: str) -> DataError:
+        """Return an error that shows the first of `problems`."""
+        lines = [f"{what}:", *problems[:ERRORS_SHOWN]]
+        if len(problems) > ERRORS_SHOWN:
+            lines.append(f"and {len(problems) - ERRORS_SHOWN} more")
         return self.error("\n    ".join(lines), next_step)
 
 
 Record = tuple[str, dict[str, Any] | str]
-"""Where in its file a row is, such as "line 3", and its cells; text where it is none, which says why."""
+"""A row's position in its file, such as "line 3", and its cells, or an error message if it is not a row."""
 
 
-class Table(Protocol):
-    """Rows, numbered from 0, with named columns."""
+class Table:
+    """Rows, numbered from 0, with named columns: parsed records, or a `datasets` table mapped into memory."""
 
-    @property
-    def column_names(self) -> Sequence[str]:
-        """Every column that occurs."""
-
-    def __len__(self) -> int:
-        """Rows."""
-
-    def row(self, index: int) -> dict[str, Any]:
-        """A copy of one row's cells by column."""
-
-    def column(self, name: str) -> list[Any]:
-        """One cell per row; None where a row has none."""
-
-
-@dataclass(frozen=True)
-class RecordTable:
-    """Rows of a JSON or CSV file, held as they were parsed."""
-
-    records: Sequence[Mapping[str, Any]]
-
-    @property
-    def column_names(self) -> list[str]:
-        """Columns in the order of their first appearance."""
-        return list(dict.fromkeys(name for record in self.records for name in record))
+    def __init__(self, rows: Sequence[Mapping[str, Any]] | Dataset) -> None:
+        self._rows: Any = rows
+        self._is_arrow = not isinstance(rows, list)
+        # Records may differ in their columns; they are listed in the order of their first appearance.
+        names = self._rows.column_names if self._is_arrow else dict.fromkeys(name for row in rows for name in row)
+        self.column_names: list[str] = list(names)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self._rows)
 
     def row(self, index: int) -> dict[str, Any]:
-        """A copy of one record."""
-        return dict(self.records[index])
+        """Return a copy of one row's cells by column."""
+        return dict(self._rows[index])
 
     def column(self, name: str) -> list[Any]:
-        """One cell per record; None where it lacks the column."""
-        return [record.get(name) for record in self.records]
-
-
-@dataclass(frozen=True)
-class ArrowTable:
-    """Rows of the `datasets` library, which stay on disk, mapped into memory."""
-
-    dataset: Dataset
-
-    @property
-    def column_names(self) -> list[str]:
-        """Columns in the dataset's order."""
-        return list(self.dataset.column_names)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def row(self, index: int) -> dict[str, Any]:
-        """One row as Python values."""
-        return dict(self.dataset[index])
-
-    def column(self, name: str) -> list[Any]:
-        """One column as Python values."""
-        return list(self.dataset[name][:])
+        """Return one cell per row; None if the row lacks the column."""
+        return list(self._rows[name][:]) if self._is_arrow else [row.get(name) for row in self._rows]
 
 
 def load_table(part: DatasetRecipe, place: Place) -> tuple[str, Table]:
-    """The rows that `part` names, unfiltered, and how they are called in logs: file name, or dataset and split.
+    """Return the name for logs (file name, or dataset and split) and the unfiltered rows that `part` names.
 
-    Raises DataError for a dataset that cannot be found, fetched or read, or that has no rows.
+    Raises DataError if the dataset cannot be found, fetched or read, or has no rows.
     """
     path = Path(place.dataset).expanduser()
     if path.suffix in SUFFIXES:
@@ -193,13 +133,13 @@ def load_table(part: DatasetRecipe, place: Place) -> tuple[str, Table]:
     return name, table
 
 
-def _fetch(hub_id: str, config: str | None, split: str, place: Place) -> ArrowTable:
+def _fetch(hub_id: str, config: str | None, split: str, place: Place) -> Table:
     import datasets
 
     try:
-        return ArrowTable(datasets.load_dataset(hub_id, config, split=split))
+        return Table(datasets.load_dataset(hub_id, config, split=split))
     except Exception as error:
-        # The library lets errors of httpx, fsspec, pyarrow and pandas through. All mean: it cannot be had.
+        # The library lets errors of httpx, fsspec, pyarrow and pandas through. All mean that loading failed.
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             reason = _one_line(error.__cause__)
         else:
@@ -222,9 +162,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def read_records(path: Path, place: Place) -> list[Record]:
-    """Every row of a JSON or CSV file, also those that are none, in the file's order.
+    """Return every row of a JSON or CSV file in order; invalid rows come with an error message.
 
-    Raises DataError where there is no such file, or it cannot be read at all.
+    Raises DataError if the file does not exist or cannot be read at all.
     """
     _require_file(path, place)
     try:
@@ -240,14 +180,13 @@ def _read_file(path: Path, place: Place) -> Table:
     if path.suffix == ".parquet":
         _require_file(path, place)
         try:
-            return ArrowTable(Dataset.from_parquet(str(path)))
+            return Table(Dataset.from_parquet(str(path)))
         except (OSError, ValueError, DatasetsError) as error:
             raise _unreadable(error, place) from error
     records = read_records(path, place)
-    faults = [f"{where}: {row}" for where, row in records if isinstance(row, str)]
-    if faults:
-        raise place.refusal(f"cannot be read, faults: {len(faults)}", faults, "correct these places in the file")
-    return RecordTable([row for _, row in records if not isinstance(row, str)])
+    if invalid := [f"{where}: {row}" for where, row in records if isinstance(row, str)]:
+        raise place.refusal(f"cannot be read, errors: {len(invalid)}", invalid, "correct these places in the file")
+    return Table([row for _, row in records if not isinstance(row, str)])
 
 
 def _require_file(path: Path, place: Place) -> None:
@@ -258,11 +197,11 @@ def _require_file(path: Path, place: Place) -> None:
 
 
 def _unreadable(error: Exception, place: Place) -> DataError:
-    return place.error(f"cannot be read: {_one_line(error)}", "correct the file, or write it anew")
+    return place.error(f"cannot be read: {_one_line(error)}", "correct the file, or write it again")
 
 
 def _json_records(path: Path) -> list[Record]:
-    """Rows of one array of objects, or of one object a line."""
+    """Read one array of objects, or one object per line."""
     with path.open(encoding="utf-8-sig") as file:
         start = next((line for line in file if line.strip()), "")
         file.seek(0)
@@ -292,7 +231,7 @@ def _object(line: str) -> dict[str, Any] | str:
 
 
 def _csv_records(path: Path) -> list[Record]:
-    """Rows of a CSV file with a header, each by the line on which it starts. Every cell is text."""
+    """Read a CSV file with a header; each row is named by the line on which it starts. Every cell is text."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = _csv_lines(file)
         number, header = next(lines, (1, []))
@@ -312,7 +251,7 @@ def _csv_records(path: Path) -> list[Record]:
 
 
 def _csv_lines(file: Iterable[str]) -> Iterator[tuple[int, list[str] | str]]:
-    """(line on which a row starts, its cells or what is wrong with them), without empty lines."""
+    """Yield (line on which a row starts, its cells or an error message), without empty lines."""
     reader = csv.reader(file, strict=True)
     while True:
         number = reader.line_num + 1
@@ -321,7 +260,7 @@ def _csv_lines(file: Iterable[str]) -> Iterator[tuple[int, list[str] | str]]:
             cells = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:  # the reader goes on with the next line
+        except csv.Error as error:  # the reader continues with the next line
             cells = str(error)
         if cells:
             yield number, cells

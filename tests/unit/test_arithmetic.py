@@ -80,11 +80,12 @@ def test_working_is_column_addition():
     assert working(9, 9) == "9+9=18"
 
 
-def test_working_is_recognised():
+def test_step_by_step_ratio_counts_additions_before_the_box():
+    texts = ["7+5=12, so \\boxed{12}", "\\boxed{12}", "\\boxed{1=2}", "7+5=12"]
     task = ArithmeticTask(2)
-    texts = ["7+5=12, so \\boxed{12}", "\\boxed{12}", "\\boxed{1=2}"]
-    assert [task.figures([text])["step_by_step_ratio"] for text in texts] == [1, 0, 0]
-    assert task.figures(texts) == {"step_by_step_ratio": pytest.approx(1 / 3)}
+    assert [task.figures([text])["step_by_step_ratio"] for text in texts] == [1, 0, 0, 1]
+    assert task.figures(texts) == {"step_by_step_ratio": 0.5}
+    assert task.figures([]) == {}
 
 
 def test_the_shipped_model_is_small_plain_and_reproducible():

@@ -245,7 +245,7 @@ class TestMessagesAndMeta:
         assert meta == {"short": "s" * 1998, "level": 3, "tags": ["a", "b"], "nested": {"k": 1.5}, "nothing": None}
         assert json.loads(json.dumps(meta)) == meta
 
-    def test_it_is_a_task_that_cannot_tell_working(self) -> None:
+    def test_it_is_a_task_without_figures(self) -> None:
         task: Task = train(write("x.jsonl", SUMS))
         assert task.figures(["1+1=2, so 2"]) == {}
 
@@ -485,7 +485,7 @@ class TestRows:
         error = refused("x.jsonl")
         assert error.where == 'data.dataset "x.jsonl"'
         assert error.what.splitlines() == [
-            "cannot be read, faults: 3:",
+            "cannot be read, errors: 3:",
             "    line 3: Expecting value (column 26)",
             "    line 4: not a JSON object",
             "    line 5: Extra data (column 10)",
