@@ -1,4 +1,4 @@
-"""The base as it is trained, written out in 16 or 32 bit: what a rollout engine serves to sample the same policy."""
+"""Write the trained base in 16 or 32 bit, for a rollout engine to serve the same policy."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def write_dequantized_base(policy: Policy, folder: Path) -> None:
 
 
 def _plain(name: str) -> str:
-    """The name that a weight has in the base, without PEFT's wrapper around a layer."""
+    """Return a weight's name in the base, without PEFT's wrapper around a layer."""
     return name.replace(".base_layer", "")

@@ -1,4 +1,4 @@
-"""A policy as a run left it, to be measured, asked or exported."""
+"""Load the policy that a run trained."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from popo_lite.recipe import Recipe
 
 
 def load_trained_policy(recipe: Recipe, adapter: Path) -> Policy:
-    """The recipe's base with the adapter in `adapter` (PEFT format), in eval mode. The predictor head is untrained."""
+    """Return the recipe's base with the PEFT adapter in `adapter`, in eval mode. The predictor head is untrained."""
     folder = adapter_folder(adapter, key="run folder")
-    # The run's own adapter stands in for the one it may have started from, which may be gone by now.
+    # Replaces the adapter that training may have started from, which need not exist any more.
     trained = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"init_from": str(folder)})})
     policy = load_policy(trained)
     policy.model.eval()

@@ -2,7 +2,7 @@
 
 It is taught from answers of two kinds: some work the sum out digit by digit and are right, most name a result at
 once and are mostly wrong. Sampling it therefore gives both kinds, and positive-only reinforcement has something to
-find. `python -m popo_lite.tools.tiny_model FOLDER` teaches it anew (a few minutes on one core).
+find. `python -m popo_lite.tools.tiny_model FOLDER` teaches it again (a few minutes on one core).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from popo_lite.policy.load import TINY_FOLDER
@@ -114,16 +115,10 @@ def teaching_batches(
             )
             ending: Any = tokenizer.eos_token_id
             rows.append((list(prompt), [*tokenizer.encode(answer), ending]))
-        width = max(len(asked) + len(answered) for asked, answered in rows)
-        ids = torch.full((size, width), tokenizer.pad_token_id)
-        mask = torch.zeros((size, width), dtype=torch.long)
-        labels = torch.full((size, width), -100)
-        for row, (asked, answered) in enumerate(rows):
-            length = len(asked) + len(answered)
-            ids[row, :length] = torch.tensor(asked + answered)
-            mask[row, :length] = 1
-            labels[row, len(asked) : length] = torch.tensor(answered)
-        yield ids, mask, labels
+        ids = [torch.tensor(asked + answered) for asked, answered in rows]
+        labels = [torch.tensor([-100] * len(asked) + answered) for asked, answered in rows]
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        yield pad_sequence(ids, True, tokenizer.pad_token_id), mask, pad_sequence(labels, True, -100)
 
 
 def teach(

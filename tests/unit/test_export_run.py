@@ -25,6 +25,7 @@ from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.export import export_run, pipeline
+from popo_lite.tools.export.card import model_card
 
 PLAIN = "model.quantization=none"
 EVALUATION = {
@@ -245,10 +246,27 @@ def test_the_card_tells_what_the_run_came_to(tmp_path: Path) -> None:
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
     assert {"popo", "rlvr", "lora"} <= set(card.data.tags)
     assert "| pass@1 | 29.5% | 96.5% |" in card.text
+    assert "| step by step | 30.0% | 30.0% |" in card.text
     assert "| mean tokens | 12.4 | 23.5 |" in card.text
+    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("pass@1", 0.965)]
     assert "2605.06650" in card.text
     assert "@article{xu2026popo" in card.text
     assert tomllib.loads(card.text.partition("```toml\n")[2].partition("```")[0])["lora"]["rank"] == 16
+
+
+def test_the_card_names_the_algorithm_and_no_server(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny_cpu", ("objective.algorithm=raft",))
+    server = recipe.rollout.server.model_copy(
+        update={"base_urls": ("http://me:secret@host:1",), "shared_dir": "/mnt/x"}
+    )
+    recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"server": server})})
+    card = model_card(recipe, SUMMARY, weights="policy", dtype=None, verification=None)
+    assert "trained with RAFT" in card
+    assert "raft" in ModelCard(card).data.tags
+    assert "POPO" not in card
+    assert "@article" not in card
+    assert "secret" not in card
+    assert "/mnt/x" not in card
 
 
 # --------------------------------------------------------------------------------------------- refusals

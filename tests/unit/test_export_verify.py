@@ -35,10 +35,9 @@ def test_greedy_answers_are_those_of_generate(asked: tuple) -> None:
         expected = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=LIMIT
         )
-        assert answer.token_ids == tuple(expected[0, len(prompt) :].tolist())
-        assert len(answer.logps) == len(answer.token_ids)
-        lengths.add(len(answer.token_ids))
-    stops = {answer.token_ids[-1] in answerer.stop_ids for answer in answers}
+        assert answer == tuple(expected[0, len(prompt) :].tolist())
+        lengths.add(len(answer))
+    stops = {answer[-1] in answerer.stop_ids for answer in answers}
     assert stops == {True, False}
     assert len(lengths) > 1
 
@@ -46,21 +45,17 @@ def test_greedy_answers_are_those_of_generate(asked: tuple) -> None:
 def test_logps_are_those_of_the_whole_softmax_at_temperature_one(asked: tuple) -> None:
     model, answerer, prompts, answers = asked
     for prompt, answer, found in zip(prompts, answers, answerer.logps(prompts, answers), strict=True):
-        ids = torch.tensor([[*prompt, *answer.token_ids]])
+        ids = torch.tensor([[*prompt, *answer]])
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
         expected = logits.log_softmax(dim=-1)[len(prompt) - 1 : -1].gather(-1, ids[0, len(prompt) :, None])[:, 0]
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-        # The same by way of the cache, token after token.
-        torch.testing.assert_close(torch.tensor(answer.logps, dtype=torch.float64), expected, rtol=0, atol=2e-5)
 
 
 def test_parting() -> None:
-    theirs = Answer(token_ids=(5, 6, 7), logps=(-0.1, -0.2, -0.3))
-    by_merged = torch.tensor([-0.1, -0.9, -0.3])
-    assert _parting(theirs, theirs, by_merged) is None
-    ours = Answer(token_ids=(5, 8), logps=(-0.1, -0.5))
-    assert _parting(theirs, ours, by_merged) == pytest.approx(0.4)
+    theirs, theirs_logps = (5, 6, 7), torch.tensor([-0.1, -0.9, -0.3])
+    assert _parting(theirs, theirs, theirs_logps, theirs_logps) is None
+    assert _parting(theirs, (5, 8), theirs_logps, torch.tensor([-0.1, -0.5])) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

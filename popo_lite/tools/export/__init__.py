@@ -1,4 +1,4 @@
-"""Turning a run into a model that others can load: merging, checking, describing and uploading it."""
+"""Merge, check, describe and upload the model that a run trained."""
 
 from popo_lite.tools.export.pipeline import ExportReport, export_run
 from popo_lite.tools.export.verify import Verification

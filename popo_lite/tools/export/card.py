@@ -1,4 +1,4 @@
-"""The model card: what the model is, how it was trained, what it reached, and how to load it. No local paths."""
+"""Write the model card: what the model is, how it was trained, its results, and how to load it. No local paths."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ from popo_lite.tools.export.verify import Verification
 CARD_FILE = "README.md"
 TABLE_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
-METHOD = """\
-Positive-Only Policy Optimization (POPO) samples several answers to each prompt, has them graded by a program, and
-raises the likelihood of the right ones alone, weighted within each prompt. An average of the trained weights (the
-siamese) keeps the representation from drifting, and an entropy term keeps the answers varied. Wrong answers are never
-trained on. The base stayed frozen; popo-lite trained LoRA adapters on it."""
+POPO = """\
+Positive-Only Policy Optimization (POPO) samples several answers to each prompt, grades them with a program, and raises
+the likelihood of the right ones, weighted within each prompt. An average of the trained weights (the siamese) keeps
+the representation from drifting, and an entropy term keeps the answers varied."""
+METHODS = {
+    "popo": f"{POPO} Wrong answers are never trained on.",
+    "mixed": f"{POPO} A further term lowers the likelihood of wrong answers.",
+    "raft": "RAFT samples several answers to each prompt, grades them with a program, and minimizes the mean negative "
+    "log-likelihood of the right ones.",
+    "grpo": "GRPO samples several answers to each prompt, grades them with a program, and trains on all of them with "
+    "clipped importance ratios times group-relative advantages.",
+}
 
 CITATION = """\
 ```bibtex
@@ -31,7 +38,7 @@ CITATION = """\
 ```"""
 
 MEASURES = (
-    ("truncated", "truncated_ratio", "{:.1%}"),
+    ("cut off", "truncated_ratio", "{:.1%}"),
     ("mean tokens", "completion_tokens_mean", "{:.1f}"),
     ("problems", "problems", "{:,}"),
     ("answers each", "samples_per_problem", "{:,}"),
@@ -46,14 +53,15 @@ def model_card(
     dtype: str | None,
     verification: Verification | None,
 ) -> str:
-    """README.md of an export. `summary` is the content of the run's summary.json, `dtype` None for an adapter."""
+    """Return the README.md of an export. `summary` is the run's summary.json, `dtype` is None for an adapter."""
     base = known_as(recipe.model.id)
+    algorithm = recipe.objective.algorithm
     what = "adapter" if dtype is None else "merged"
     kept_as = "a LoRA adapter (PEFT)" if dtype is None else f"merged into the base in {dtype}"
     of = "the siamese, the running average of the trained adapters" if weights == "siamese" else "the trained policy"
     parts = [
-        f"---\n{_front_matter(recipe, what)}\n---",
-        f"# {base.rpartition('/')[2]}, trained with POPO",
+        f"---\n{_front_matter(recipe, what, summary.get('siamese' if weights == 'siamese' else 'after'))}\n---",
+        f"# {base.rpartition('/')[2]}, trained with {algorithm.upper()}",
         f"{_base_link(recipe)} after {summary['steps']:,} steps of reinforcement learning with verifiable rewards. "
         f"These weights are {of}, {kept_as}.",
         f"## Loading it\n\n```python\n{_example(recipe, what)}\n```",
@@ -61,28 +69,30 @@ def model_card(
     ]
     if verification is not None:
         parts.append(f"## Merged against trained\n\n{_verified(verification)}")
-    parts += [
-        f"## Method\n\n{METHOD}\n\nSource: Xu and Fang, [arXiv 2605.06650](https://arxiv.org/abs/2605.06650).",
-        CITATION,
-        f"## Recipe\n\n```toml\n{dump_recipe(_without_paths(recipe)).strip()}\n```",
-    ]
+    method = f"{METHODS[algorithm]} The base stayed frozen; popo-lite trained LoRA adapters on it."
+    parts.append(f"## Method\n\n{method}")
+    if algorithm in ("popo", "mixed"):
+        parts += ["Source: Xu and Fang, [arXiv 2605.06650](https://arxiv.org/abs/2605.06650).", CITATION]
+    parts.append(f"## Recipe\n\n```toml\n{dump_recipe(_without_paths(recipe)).strip()}\n```")
     return "\n\n".join(parts) + "\n"
 
 
 def is_local(source: str) -> bool:
-    """True where a setting of the recipe means a file or folder of this machine and not something on the Hub."""
+    """Return True if a setting names a local file or folder and not something on the Hub."""
     path = Path(source).expanduser()
     return path.exists() or path.is_absolute() or source.startswith(".") or path.suffix in TABLE_FILES
 
 
 def known_as(source: str) -> str:
-    """How a model or dataset is called in public: its Hub id, or the last part of a local path."""
+    """Return the public name of a model or dataset: its Hub id, or the last part of a local path."""
     return Path(source).expanduser().name if is_local(source) else source
 
 
 def _without_paths(recipe: Recipe) -> Recipe:
     places = (("model", "id"), ("lora", "init_from"), ("data", "dataset"), ("eval", "dataset"))
-    changes: dict[str, Any] = {"output": OutputRecipe()}
+    # Servers' addresses may hold a login, and their shared folder is a local path.
+    rollout = recipe.rollout.model_copy(update={"server": type(recipe.rollout.server)()})
+    changes: dict[str, Any] = {"output": OutputRecipe(), "rollout": rollout}
     for section, key in places:
         part = changes.get(section, getattr(recipe, section))
         value = getattr(part, key)
@@ -94,14 +104,27 @@ def _on_hub(recipe: Recipe) -> bool:
     return recipe.model.id != "tiny" and not is_local(recipe.model.id)
 
 
-def _front_matter(recipe: Recipe, what: str) -> str:
-    from huggingface_hub import ModelCardData
+def _front_matter(recipe: Recipe, what: str, result: Mapping[str, Any] | None) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
 
+    dataset = known_as(recipe.eval.dataset or recipe.data.dataset)
+    measured = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=f"pass@{k}",
+            metric_value=value,
+        )
+        for k, value in (result or {}).get("pass_at_k", {}).items()
+    ]
     data = ModelCardData(
         base_model=recipe.model.id if _on_hub(recipe) else None,
         library_name="transformers" if what == "merged" else "peft",
         pipeline_tag="text-generation",
-        tags=["popo", "popo-lite", "rlvr", "reinforcement-learning", "lora"],
+        tags=[recipe.objective.algorithm, "popo-lite", "rlvr", "reinforcement-learning", "lora"],
+        model_name=known_as(recipe.model.id).rpartition("/")[2] if measured else None,
+        eval_results=measured or None,
     )
     for key, value in _licence(recipe).items():
         setattr(data, key, value)
@@ -109,7 +132,7 @@ def _front_matter(recipe: Recipe, what: str) -> str:
 
 
 def _licence(recipe: Recipe) -> dict[str, str]:
-    """The base's licence as its own model card names it; empty where that says nothing or cannot be had."""
+    """Return the licence that the base's own model card names; empty if it names none or cannot be read."""
     from httpx import HTTPError
     from huggingface_hub import ModelCard, hf_hub_download
 
@@ -121,7 +144,7 @@ def _licence(recipe: Recipe) -> dict[str, str]:
             path = Path(hf_hub_download(recipe.model.id, "README.md", revision=recipe.model.revision))
         found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
     except (OSError, HTTPError, ValueError):
-        # No card, no network, or one that cannot be read: then the licence is not known, and no line is written.
+        # No card, no network or an unreadable card: the licence is unknown, so none is stated.
         return {}
     keys = ("license", "license_name", "license_link")
     return {key: value for key in keys if isinstance(value := getattr(found, key, None), str)}
@@ -135,7 +158,7 @@ def _base_link(recipe: Recipe) -> str:
 
 
 def _example(recipe: Recipe, what: str) -> str:
-    """Python that asks the model; the line with `model_id` is what an upload changes."""
+    """Return Python that asks the model; the line with `model_id` is what an upload changes."""
     trust = ", trust_remote_code=True" if recipe.model.trust_remote_code else ""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     load = [f'model = AutoModelForCausalLM.from_pretrained(model_id, device_map="auto"{trust})']
@@ -169,21 +192,22 @@ def _example(recipe: Recipe, what: str) -> str:
 
 
 def _results(summary: Mapping[str, Any], weights: str) -> str:
-    found = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name)}
-    if not found:
+    results = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name)}
+    if not results:
         return "Nothing was measured on held-out problems."
-    ks = sorted({int(k) for result in found.values() for k in result["pass_at_k"]})
-    rows = [[f"pass@{k}", *(f"{result['pass_at_k'][str(k)]:.1%}" for result in found.values())] for k in ks]
-    tasks = [result.get("task_figures") or {} for result in found.values()]
-    for name in dict.fromkeys(name for task in tasks for name in task):
-        cells = [f"{task[name]:.1%}" if name in task else "" for task in tasks]
-        rows.append([name.removesuffix("_ratio").replace("_", " "), *cells])
-    for name, key, form in MEASURES:
-        values = [result.get(key) for result in found.values()]
+    ks = sorted({int(k) for result in results.values() for k in result["pass_at_k"]})
+    rows = [[f"pass@{k}", *(f"{result['pass_at_k'][str(k)]:.1%}" for result in results.values())] for k in ks]
+    figures = sorted({key for result in results.values() for key in result.get("task_figures") or {}})
+    task = [
+        (key.removesuffix("_ratio").replace("_", " "), key, "{:.1%}" if key.endswith("_ratio") else "{:.3g}")
+        for key in figures
+    ]
+    for name, key, form in (*task, *MEASURES):
+        values = [{**result, **(result.get("task_figures") or {})}.get(key) for result in results.values()]
         if any(value is not None for value in values):
             rows.append([name, *("" if value is None else form.format(value) for value in values)])
-    text = f"Sampled answers to problems held out from training.\n\n{_table(['', *found], rows)}"
-    if weights == "siamese" and "siamese" not in found:
+    text = f"Sampled answers to problems held out from training.\n\n{_table(['', *results], rows)}"
+    if weights == "siamese" and "siamese" not in results:
         text += "\n\nMeasured with the trained policy; the siamese, which these weights are, was not measured."
     return text
 

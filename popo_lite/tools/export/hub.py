@@ -1,4 +1,4 @@
-"""Uploading an export to the Hugging Face Hub, with the login that its own tools keep."""
+"""Upload an export to the Hugging Face Hub, with the login of `hf auth login`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Upload:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise UserInputError where `repo_id` is not a `user/name` that the Hub takes."""
+    """Raise UserInputError if `repo_id` is not a `user/name` that the Hub takes."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, though not in __all__
 
@@ -56,10 +56,10 @@ def name_in_card(folder: Path, repo_id: str) -> str:
 
 
 def push(folder: Path, repo_id: str, *, private: bool) -> Upload:
-    """Upload `folder`, card included, to `repo_id`, which is made where it does not exist.
+    """Upload `folder`, card included, to `repo_id`, which is created if it does not exist.
 
-    Weights of an earlier push are replaced. Raises ExportError where the Hub refuses or cannot be reached, and where
-    a private upload is asked for and the repository is public. The folder is kept in any case.
+    Weights of an earlier push are replaced. Raises ExportError if the Hub refuses or cannot be reached, or
+    if a private upload is requested and the repository is public. The folder is kept in any case.
     """
     from httpx import HTTPError
     from huggingface_hub import HfApi
@@ -89,7 +89,7 @@ def push(folder: Path, repo_id: str, *, private: bool) -> Upload:
 
 
 def _refused(error: BaseException, folder: Path, repo_id: str) -> ExportError:
-    """The library's error as one of ours; the cause is looked at where it only wraps another."""
+    """Return an ExportError that explains the library's error, or the error that it wraps."""
     from httpx import TransportError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

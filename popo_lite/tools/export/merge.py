@@ -1,6 +1,6 @@
-"""Merging an adapter into its base in 16 or 32 bit, and writing the result so that it loads without PEFT.
+"""Merge an adapter into its base in 16 or 32 bit, and write the result so that it loads without PEFT.
 
-Never into the 4-bit base: that would quantise the sum anew and lose part of what was learned.
+Never into the 4-bit base: that would quantise the sum again and lose part of what was learned.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SHARD_SIZE = "5GB"
 
 
 def load_unmerged(recipe: ModelRecipe, adapter: Path, dtype: str) -> PeftModel:
-    """The base in `dtype` on the CPU with the adapter beside it. Raises ExportError for a base that is quantised."""
+    """Return the base in `dtype` on the CPU with an unmerged adapter. Raises ExportError if it is stored quantised."""
     from peft import PeftModel
 
     attention = "sdpa" if recipe.attn_implementation == "flash_attention_2" else recipe.attn_implementation
-    plain = recipe.model_copy(update={"quantization": "none", "dtype": dtype, "attention": attention})
+    plain = recipe.model_copy(update={"quantization": "none", "dtype": dtype, "attn_implementation": attention})
     base = load_base(plain, torch.device("cpu"))
     if getattr(base.config, "quantization_config", None) is not None:
         raise ExportError(
@@ -42,7 +42,7 @@ def load_unmerged(recipe: ModelRecipe, adapter: Path, dtype: str) -> PeftModel:
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """The base with its weights changed in place. Raises ExportError where the sum is not finite."""
+    """Merge in place and return the base. Raises ExportError if the sum is not finite."""
     try:
         merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -81,7 +81,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, chat_templ
 
 
 def load_merged(folder: Path, recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
-    """The folder as anybody loads it, in the precision that it was written in."""
+    """Load the folder with plain transformers, in the precision that it was written in."""
     from transformers import AutoModelForCausalLM
 
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

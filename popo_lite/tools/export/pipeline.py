@@ -1,4 +1,4 @@
-"""From a run folder to a folder that others can load; it appears only when it is complete and has been checked."""
+"""Export a run folder to a folder that others can load; it appears only when it is complete and checked."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ UNMERGED_ANSWERS = 4
 class ExportReport:
     """What lies in `folder`. `dtype` and `verification` belong to merged models.
 
-    `reused` is True where the folder was there already and has been left as it is.
+    `reused` is True if the folder existed already and was left unchanged.
     """
 
     folder: Path
@@ -93,8 +93,8 @@ def export_run(
     the recipe's). A merged model is loaded again and compared with the trained policy on `prompts` prompts of the
     run's task, at most `eval.problems`. With `reuse`, an earlier export of the same adapter in `output` is returned.
 
-    Raises CheckpointError for a run that has not ended, UserInputError where `output` is not empty, and ExportError
-    where the merged model is not the trained policy; nothing is left behind then.
+    Raises CheckpointError for a run that has not ended, UserInputError if `output` is not empty, and ExportError
+    if the merged model is not the trained policy; nothing is left behind then.
     """
     recipe = run.recipe()
     if not run.summary_path.is_file():
@@ -138,9 +138,9 @@ def export_run(
 
 
 def _for_export(recipe: Recipe, adapter: Path) -> Recipe:
-    """The recipe with what only training needs left out.
+    """Return the recipe without what only training needs.
 
-    The adapter is loaded as it is, since where training started from need not be there any more. unsloth is not
+    The adapter that training started from need not exist any more. unsloth is not
     needed: its adapters are PEFT's, and the merged model is compared as plain transformers runs it.
     """
     return recipe.model_copy(
@@ -160,7 +160,7 @@ def _for_export(recipe: Recipe, adapter: Path) -> Recipe:
 def _export_merged(
     recipe: Recipe, adapter: Path, folder: Path, dtype: str, prompts: int, progress: Progress
 ) -> Verification:
-    """Trained policy, merging and merged model come one after the other: never two of them are in memory."""
+    """Run policy, merge and merged model one after the other, so that only one of them is in memory."""
     problems = _problems(recipe, prompts)
     trained = _ask_trained(recipe, adapter, problems, progress)
     _free_memory()
@@ -179,15 +179,15 @@ def _export_merged(
     if same_base:
         mean, worst, parting = found.mean_difference, found.worst_difference, found.widest_parting
     else:
-        # The policy was trained on other base weights, so its distance is a finding and no fault. The merge is
-        # held against the same base with the adapter beside it.
+        # The policy was trained on other base weights, so a difference is expected. Compare the merge with
+        # the same base and an unmerged adapter instead.
         (mean, worst), parting = differences(unmerged, logps[checked]), 0.0
     refuse_beyond_rounding(dtype, mean=mean, worst=worst, parting=parting)
     return found
 
 
 def _problems(recipe: Recipe, count: int) -> list[Problem]:
-    """Problems held out from training; where the run kept none back, those that it trained on."""
+    """Return problems held out from training, or training problems if the run held none out."""
     train, evaluation = open_tasks(recipe)
     if recipe.eval.problems:
         return evaluation.held_out(min(count, recipe.eval.problems))
@@ -203,7 +203,7 @@ def _ask_trained(recipe: Recipe, adapter: Path, problems: Sequence[Problem], pro
 
 
 def _refuse_other_tokens(recipe: Recipe, folder: Path, problems: Sequence[Problem], trained: Trained) -> None:
-    """The folder's own tokenizer and chat template must make the prompts that the policy was trained with."""
+    """Raise ExportError if the folder's tokenizer and chat template make other prompts than in training."""
     tokenizer = load_tokenizer(recipe.model.model_copy(update={"id": str(folder), "revision": None}))
     renderer = replace(Renderer.of(recipe, tokenizer), chat_template=None)
     for problem, prompt in zip(problems, trained.prompts, strict=True):
@@ -216,7 +216,7 @@ def _refuse_other_tokens(recipe: Recipe, folder: Path, problems: Sequence[Proble
 
 
 def _export_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:
-    """The adapter as it was trained, with the tokenizer; its config names no folder of this machine."""
+    """Copy the adapter and write the tokenizer; its config names no local folder."""
     shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
     config = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
@@ -226,7 +226,7 @@ def _export_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:
 
 @contextmanager
 def _complete_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill. It becomes `target` when the block ends, and is gone without a trace where it raises."""
+    """Yield a folder to fill. It becomes `target` when the block ends, and is removed if the block raises."""
     made = [parent for parent in target.absolute().parents if not parent.exists()]
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
@@ -249,7 +249,7 @@ def _complete_folder(target: Path) -> Iterator[Path]:
 
 
 def _earlier(wanted: ExportReport) -> ExportReport | None:
-    """The finished export of the same adapter in the folder, if that is what lies there."""
+    """Return the finished export of the same adapter in the folder, or None."""
     path = wanted.folder / REPORT_FILE
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if {key: content.get(key) for key in wanted.made_from()} != wanted.made_from():
@@ -264,7 +264,7 @@ def _sha256(path: Path) -> str:
 
 
 def _free_memory() -> None:
-    """Give back what the last model held; modules and hooks refer to one another, so the collector is needed."""
+    """Free the last model's memory; modules and hooks refer to one another, so the collector is needed."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""Whether a merged model is the trained policy: its greedy answers, and its log-probs of the policy's answers.
+"""Check that a merged model is the trained policy, by greedy answers and by log-probs of the policy's answers.
 
-Rounding alone makes greedy answers part where two tokens are nearly tied, and the longer the answers the oftener.
-So a merge is judged by log-probs, and by how far apart the two tokens are where answers do part.
+Rounding alone can change a greedy answer when two tokens are nearly tied, more often in long answers.
+A merge is therefore judged by log-probs, and by the gap between the two tokens where answers first differ.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from popo_lite.policy.policy import Policy, head_of
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 """(description, total) -> a context that yields what is to be told each amount done, as `console.output.progress`."""
 
+Answer = tuple[int, ...]
+"""Token ids of a greedy answer, its end-of-sequence token included."""
+
 BATCH = 16
 ROUNDING = {"float64": 1e-6, "float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}
 """Mean difference of log-probs in nats that rounding may make: ten times or more what was measured on small models."""
@@ -35,17 +38,10 @@ def silent(description: str, total: int | None) -> Iterator[Callable[[int], None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A greedy answer, its end-of-sequence token included, and the log-prob of each token in nats."""
-
-    token_ids: tuple[int, ...]
-    logps: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Answerer:
-    """A causal language model as its decoder and its LM head, and the tokens at which its answers end."""
+    """A causal language model, its decoder and LM head, and the tokens at which its answers end."""
 
+    model: Any
     trunk: nn.Module
     head: Head
     stop_ids: frozenset[int]
@@ -54,8 +50,9 @@ class Answerer:
 
     @classmethod
     def of_policy(cls, policy: Policy) -> Self:
-        """The policy at temperature 1."""
+        """Wrap the policy at temperature 1."""
         return cls(
+            model=policy.model.get_base_model(),
             trunk=policy.trunk,
             head=replace(policy.head, temperature=1.0),
             stop_ids=policy.stop_ids,
@@ -65,10 +62,11 @@ class Answerer:
 
     @classmethod
     def of_model(cls, model: Any, *, pad_id: int) -> Self:
-        """A transformers model as it stands: its answers end where its generation config says."""
+        """Wrap a transformers model with the stop tokens of its own generation config."""
         model.requires_grad_(False).eval()
         stop_ids = model.generation_config.eos_token_id
         return cls(
+            model=model,
             trunk=getattr(model, model.base_model_prefix),
             head=head_of(model, temperature=1.0),
             stop_ids=frozenset([stop_ids] if isinstance(stop_ids, int) else stop_ids or ()),
@@ -76,52 +74,36 @@ class Answerer:
             device=model.device,
         )
 
+    @torch.no_grad()
     def greedy(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, done: Callable[[int], None] = lambda _: None
     ) -> list[Answer]:
-        """The most likely token after the other, at most `max_tokens` for each of the prompts."""
+        """Return the greedy answer to each prompt, at most `max_tokens` long, with its end-of-sequence token."""
+        from transformers import GenerationConfig
+
+        # Assigned, not passed: `generate` fills a passed config from the model's own, and a base's
+        # repetition penalty would then change the answers.
+        self.model.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=max_tokens, eos_token_id=sorted(self.stop_ids), pad_token_id=self.pad_id
+        )
         answers = []
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
-            answers += self._greedy(batch, max_tokens)
+            width = max(map(len, batch))
+            ids = torch.tensor([[self.pad_id] * (width - len(prompt)) + list(prompt) for prompt in batch])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            output = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+            answers += [self._until_stop(row) for row in output[:, width:].tolist()]
             done(len(batch))
         return answers
 
-    @torch.no_grad()
-    def _greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Answer]:
-        from transformers import DynamicCache
-
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        stop_ids = torch.tensor(sorted(self.stop_ids), device=self.device, dtype=ids.dtype)
-        running = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
-        config: Any = self.trunk.config
-        cache = DynamicCache(config=config)
-        found: list[list[tuple[int, float]]] = [[] for _ in prompts]
-        for _ in range(max_tokens):
-            output = self.trunk(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
-            logits = self.head.logits(output.last_hidden_state[:, -1])
-            logps, tokens = logits.log_softmax(dim=-1).max(dim=-1)
-            for answer, token, logp, runs in zip(found, tokens.tolist(), logps.tolist(), running.tolist(), strict=True):
-                if runs:
-                    answer.append((token, logp))
-            running &= ~torch.isin(tokens, stop_ids)
-            if not running.any():
-                break
-            ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-            positions = mask.sum(dim=1, keepdim=True) - 1
-        return [
-            Answer(token_ids=tuple(token for token, _ in answer), logps=tuple(logp for _, logp in answer))
-            for answer in found
-        ]
+    def _until_stop(self, tokens: list[int]) -> Answer:
+        """Return the tokens up to the first stop token: what follows is padding, which may be a stop token too."""
+        end = next((place for place, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
+        return tuple(tokens[: end + 1])
 
     def logps(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> list[Tensor]:
-        """Log-prob of every token of the answers in nats, [tokens of the answer] each, on the CPU in float64."""
+        """Return the log-probs in nats of each answer's tokens, on the CPU in float64."""
         return [
             logps
             for start in range(0, len(prompts), BATCH)
@@ -130,7 +112,7 @@ class Answerer:
 
     @torch.no_grad()
     def _logps(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> list[Tensor]:
-        rows = [[*prompt, *answer.token_ids] for prompt, answer in zip(prompts, answers, strict=True)]
+        rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
         width = max(map(len, rows))
         ids = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
@@ -142,9 +124,9 @@ class Answerer:
                 for states, prompt, row in zip(output.last_hidden_state, prompts, rows, strict=True)
             ]
         )
-        targets = torch.tensor([token for answer in answers for token in answer.token_ids], device=self.device)
+        targets = torch.tensor([token for answer in answers for token in answer], device=self.device)
         logps, _ = score(hidden, targets, self.head)
-        return list(logps.double().cpu().split([len(answer.token_ids) for answer in answers]))
+        return list(logps.double().cpu().split([len(answer) for answer in answers]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +168,7 @@ class Verification:
     adapter_difference: float
 
     def rows(self) -> list[tuple[str, str]]:
-        """(measure, figure) for people to read."""
+        """Return (measure, figure) for people to read."""
         return [
             ("base, when trained and when merged", f"{self.trained_base}, {self.merged_base}"),
             ("prompts, answer tokens", f"{self.prompts:,}, {self.tokens:,}"),
@@ -198,7 +180,7 @@ class Verification:
 
 
 def ask_trained(policy: Policy, prompts: Sequence[Sequence[int]], max_tokens: int, progress: Progress) -> Trained:
-    """The policy's greedy answers and log-probs. Raises ExportError where they are not finite."""
+    """Return the policy's greedy answers and log-probs. Raises ExportError if they are not finite."""
     answerer = Answerer.of_policy(policy)
     with progress("answers of the trained policy", len(prompts)) as done:
         answers = answerer.greedy(prompts, max_tokens, done)
@@ -223,9 +205,9 @@ def ask_trained(policy: Policy, prompts: Sequence[Sequence[int]], max_tokens: in
 
 
 def compare(model: Any, trained: Trained, progress: Progress) -> tuple[Verification, list[Tensor]]:
-    """How `model` does beside the trained policy, and its log-probs of the policy's answers.
+    """Compare `model` with the trained policy; return the figures and its log-probs of the policy's answers.
 
-    Raises ExportError where its answers end at other tokens than the policy's.
+    Raises ExportError if its answers end at other tokens than the policy's.
     """
     merged = Answerer.of_model(model, pad_id=trained.pad_id)
     if merged.stop_ids != trained.stop_ids:
@@ -237,10 +219,8 @@ def compare(model: Any, trained: Trained, progress: Progress) -> tuple[Verificat
     with progress("answers of the merged model", len(trained.prompts)) as done:
         answers = merged.greedy(trained.prompts, trained.max_tokens, done)
         logps = merged.logps(trained.prompts, trained.answers)
-    partings = [
-        _parting(theirs, ours, theirs_by_merged)
-        for theirs, ours, theirs_by_merged in zip(trained.answers, answers, logps, strict=True)
-    ]
+        own = merged.logps(trained.prompts, answers)
+    partings = list(map(_parting, trained.answers, answers, logps, own))
     mean, worst = differences(trained.logps, logps)
     return Verification(
         trained_base=trained.base,
@@ -255,22 +235,22 @@ def compare(model: Any, trained: Trained, progress: Progress) -> tuple[Verificat
     ), logps
 
 
-def _parting(theirs: Answer, ours: Answer, theirs_by_merged: Tensor) -> float | None:
-    """Log-prob of our token minus that of theirs at the first place where they differ, both by the merged model."""
-    for place, (token, own) in enumerate(zip(theirs.token_ids, ours.token_ids, strict=False)):
+def _parting(theirs: Answer, ours: Answer, theirs_logps: Tensor, our_logps: Tensor) -> float | None:
+    """Return our log-prob minus theirs at the first token that differs, both by the merged model; None if none does."""
+    for place, (token, own) in enumerate(zip(theirs, ours, strict=False)):
         if token != own:
-            return ours.logps[place] - float(theirs_by_merged[place])
+            return float(our_logps[place] - theirs_logps[place])
     return None
 
 
 def differences(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[float, float]:
-    """Mean and worst |difference| over all tokens."""
+    """Return the mean and the worst |difference| over all tokens."""
     gaps = (torch.cat(list(first)) - torch.cat(list(second))).abs()
     return float(gaps.mean()), float(gaps.max())
 
 
 def refuse_beyond_rounding(dtype: str, *, mean: float, worst: float, parting: float = 0.0) -> None:
-    """Raise ExportError where the figures cannot come from rounding to `dtype`. NaN is refused too."""
+    """Raise ExportError if the figures cannot come from rounding to `dtype`. NaN is refused too."""
     allowed = ROUNDING[dtype]
     at_worst = WORST_OVER_MEAN * allowed
     if mean <= allowed and worst <= at_worst and parting <= at_worst:
