@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,6 +22,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with other values by dotted key, which are not checked. Raises KeyError for unknown keys."""
+        copy = self
+        for name, value in values.items():
+            key, _, rest = name.partition(".")
+            if key not in type(self).model_fields:
+                raise KeyError(f"{type(self).__name__} has no key {key!r}")
+            copy = copy.model_copy(update={key: getattr(copy, key).with_values({rest: value}) if rest else value})
+        return copy
 
 
 class ModelRecipe(Section):

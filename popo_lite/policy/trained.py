@@ -13,7 +13,7 @@ def load_trained_policy(recipe: Recipe, adapter: Path) -> Policy:
     """Return the recipe's base with the PEFT adapter in `adapter`, in eval mode. The predictor head is untrained."""
     folder = adapter_folder(adapter, key="run folder")
     # Replaces the adapter that training may have started from, which need not exist any more.
-    trained = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"init_from": str(folder)})})
+    trained = recipe.with_values({"lora.init_from": str(folder)})
     policy = load_policy(trained)
     policy.model.eval()
     return policy

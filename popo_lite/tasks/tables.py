@@ -73,10 +73,10 @@ class Table:
     """Rows, numbered from 0, with named columns: parsed records, or a `datasets` table mapped into memory."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]] | Dataset) -> None:
-        self._rows: Any = rows
-        self._is_arrow = not isinstance(rows, list)
+        table: Any = rows
+        self._rows, self._is_arrow = table, not isinstance(rows, list)
         # Records may differ in their columns; they are listed in the order of their first appearance.
-        names = self._rows.column_names if self._is_arrow else dict.fromkeys(name for row in rows for name in row)
+        names = table.column_names if self._is_arrow else dict.fromkeys(name for row in table for name in row)
         self.column_names: list[str] = list(names)
 
     def __len__(self) -> int:

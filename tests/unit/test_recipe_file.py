@@ -506,3 +506,12 @@ def test_reading_recipes_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_other_values_are_set_by_key_and_an_unknown_key_is_an_error():
+    recipe = Recipe()
+    changed = recipe.with_values({"rollout.adaptive.enabled": True, "lora.rank": 4})
+    assert (changed.rollout.adaptive.enabled, changed.lora.rank) == (True, 4)
+    assert (recipe.rollout.adaptive.enabled, recipe.lora.rank) == (False, 16)
+    with pytest.raises(KeyError, match="ModelRecipe has no key 'attention'"):
+        recipe.with_values({"model.attention": "sdpa"})

@@ -241,12 +241,7 @@ def longest_update(
 
     def fits(tokens: int) -> bool:
         recipe = recipe_at(tokens)
-        recipe = recipe.model_copy(
-            update={
-                "data": recipe.data.model_copy(update={"prompts_per_step": 1}),
-                "rollout": recipe.rollout.model_copy(update={"num_generations": 2}),
-            }
-        )
+        recipe = recipe.with_values({"data.prompts_per_step": 1, "rollout.num_generations": 2})
         meter, fitted = Meter(policy.device), True
         try:
             with BenchTrainer(
@@ -289,12 +284,11 @@ def longest(fits: Callable[[int], bool], *, first: int, last: int, step: int) ->
 def at_length(recipe: Recipe, tokens: int) -> Recipe:
     """Return the recipe with prompt and answer of `tokens` in all, and a token budget that allows one of them."""
     prompt = min(recipe.rollout.max_prompt_length, tokens // 2)
-    rollout = {"max_prompt_length": prompt, "max_completion_length": tokens - prompt}
-    train = {"tokens_per_microbatch": max(tokens, recipe.train.tokens_per_microbatch)}
-    return recipe.model_copy(
-        update={
-            "rollout": recipe.rollout.model_copy(update=rollout),
-            "train": recipe.train.model_copy(update=train),
+    return recipe.with_values(
+        {
+            "rollout.max_prompt_length": prompt,
+            "rollout.max_completion_length": tokens - prompt,
+            "train.tokens_per_microbatch": max(tokens, recipe.train.tokens_per_microbatch),
         }
     )
 

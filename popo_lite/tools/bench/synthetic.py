@@ -110,14 +110,13 @@ def random_policy(recipe: Recipe, *, seed: int = 0) -> Policy:
     The unsloth backend only builds models from files, so it reads the base from a temporary folder.
     """
     device = pick_device(recipe.train.device)
-    recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"init_from": None})})
+    recipe = recipe.with_values({"lora.init_from": None})
     if recipe.model.backend == "unsloth":
         import_unsloth()
         with tempfile.TemporaryDirectory(prefix="popo-lite-bench-") as folder:
             write_random_base(recipe.model, device, Path(folder), seed=seed)
             release_memory()
-            model = recipe.model.model_copy(update={"id": folder, "revision": None})
-            policy = load_policy(recipe.model_copy(update={"model": model}))
+            policy = load_policy(recipe.with_values({"model.id": folder, "model.revision": None}))
     else:
         base = random_base(recipe.model, device, seed=seed)
         adapted = add_adapters(base, recipe.lora, recipe.train.seed)
@@ -140,14 +139,11 @@ def _problem(_seed: int, index: int) -> Problem:
 
 def _without_choices(recipe: Recipe) -> Recipe:
     """Return the recipe with every setting off by which a step's size depends on the answers."""
-    rollout = {
-        "skip_known": False,
-        "adaptive": recipe.rollout.adaptive.model_copy(update={"enabled": False}),
-    }
-    return recipe.model_copy(
-        update={
-            "rollout": recipe.rollout.model_copy(update=rollout),
-            "reward": recipe.reward.model_copy(update={"truncated": "grade"}),
-            "output": recipe.output.model_copy(update={"samples_per_step": 0}),
+    return recipe.with_values(
+        {
+            "rollout.skip_known": False,
+            "rollout.adaptive.enabled": False,
+            "reward.truncated": "grade",
+            "output.samples_per_step": 0,
         }
     )

@@ -47,21 +47,16 @@ class Choices:
     def applied_to(self, recipe: Recipe) -> Recipe:
         """`recipe` with what the command line says instead. An empty system prompt is none."""
         system_prompt = recipe.data.system_prompt if self.system_prompt is None else self.system_prompt
-        changes = {
-            "data": {
-                "system_prompt": system_prompt or None,
-                "chat_template": self.chat_template or recipe.data.chat_template,
-            },
-            "rollout": {
-                "engine": self.engine or recipe.rollout.engine,
-                "max_prompt_length": self.max_prompt_length,
-                "max_completion_length": self.max_tokens or recipe.rollout.max_completion_length,
-            },
-            "eval": {"temperature": self.temperature or recipe.eval.temperature},
-            "reward": {"function": "math"},
-        }
-        return recipe.model_copy(
-            update={name: getattr(recipe, name).model_copy(update=keys) for name, keys in changes.items()}
+        return recipe.with_values(
+            {
+                "data.system_prompt": system_prompt or None,
+                "data.chat_template": self.chat_template or recipe.data.chat_template,
+                "rollout.engine": self.engine or recipe.rollout.engine,
+                "rollout.max_prompt_length": self.max_prompt_length,
+                "rollout.max_completion_length": self.max_tokens or recipe.rollout.max_completion_length,
+                "eval.temperature": self.temperature or recipe.eval.temperature,
+                "reward.function": "math",
+            }
         )
 
 

@@ -276,8 +276,7 @@ def _with_room(recipe: Recipe, prepared: list[PreparedBenchmark]) -> Recipe:
     """`recipe` with room for the longest prompt and, together with it, for the longest prompt with its answer."""
     prompt = max(one.longest_prompt_tokens for one in prepared)
     both = max(one.longest_prompt_tokens + one.max_completion_length for one in prepared)
-    limits = {"max_prompt_length": prompt, "max_completion_length": both - prompt}
-    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=limits)})
+    return recipe.with_values({"rollout.max_prompt_length": prompt, "rollout.max_completion_length": both - prompt})
 
 
 def _bar(description: str, total: int, as_json: bool) -> Any:

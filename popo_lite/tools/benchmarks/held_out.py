@@ -50,7 +50,7 @@ def evaluate_run(
     subject = open_run(run, weights)
     recipe = subject.recipe
     if engine is not None:
-        recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": engine})})
+        recipe = recipe.with_values({"rollout.engine": engine})
     count = problems or recipe.eval.problems
     if count < 1:
         raise UserInputError(

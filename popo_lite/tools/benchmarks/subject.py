@@ -52,12 +52,12 @@ class Subject:
     def load(self, recipe: Recipe) -> Policy:
         """The policy under `recipe`, which is the subject's own with other settings, in eval mode."""
         # Only training packs rows; a model that does not keep them apart can be measured all the same.
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"packing": False})})
+        recipe = recipe.with_values({"train.packing": False})
         first = next((folder for folder in self.adapters.values() if folder is not None), None)
         if first is not None:
             return load_trained_policy(recipe, first)
         # A base is measured without the adapter that the run may have started from.
-        policy = load_policy(recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"init_from": None})}))
+        policy = load_policy(recipe.with_values({"lora.init_from": None}))
         policy.model.eval()
         return policy
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from popo_lite.policy.load import model_source
 from popo_lite.recipe import OutputRecipe, Recipe
-from popo_lite.recipe_file import dump_recipe
+from popo_lite.recipe_file import dump_recipe, flatten
 from popo_lite.tools.export.verify import Verification
 
 CARD_FILE = "README.md"
@@ -89,15 +89,12 @@ def known_as(source: str) -> str:
 
 
 def _without_paths(recipe: Recipe) -> Recipe:
-    places = (("model", "id"), ("lora", "init_from"), ("data", "dataset"), ("eval", "dataset"))
     # Servers' addresses may hold a login, and their shared folder is a local path.
-    rollout = recipe.rollout.model_copy(update={"server": type(recipe.rollout.server)()})
-    changes: dict[str, Any] = {"output": OutputRecipe(), "rollout": rollout}
-    for section, key in places:
-        part = changes.get(section, getattr(recipe, section))
-        value = getattr(part, key)
-        changes[section] = part.model_copy(update={key: known_as(value)}) if value is not None else part
-    return recipe.model_copy(update=changes)
+    changes: dict[str, Any] = {"output": OutputRecipe(), "rollout.server": type(recipe.rollout.server)()}
+    for key in ("model.id", "lora.init_from", "data.dataset", "eval.dataset"):
+        if (value := flatten(recipe).get(key)) is not None:
+            changes[key] = known_as(value)
+    return recipe.with_values(changes)
 
 
 def _on_hub(recipe: Recipe) -> bool:

@@ -28,7 +28,7 @@ def load_unmerged(recipe: ModelRecipe, adapter: Path, dtype: str) -> PeftModel:
     from peft import PeftModel
 
     attention = "sdpa" if recipe.attn_implementation == "flash_attention_2" else recipe.attn_implementation
-    plain = recipe.model_copy(update={"quantization": "none", "dtype": dtype, "attn_implementation": attention})
+    plain = recipe.with_values({"quantization": "none", "dtype": dtype, "attn_implementation": attention})
     base = load_base(plain, torch.device("cpu"))
     if getattr(base.config, "quantization_config", None) is not None:
         raise ExportError(

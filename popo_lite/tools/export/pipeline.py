@@ -143,16 +143,12 @@ def _for_export(recipe: Recipe, adapter: Path) -> Recipe:
     The adapter that training started from need not exist any more. unsloth is not
     needed: its adapters are PEFT's, and the merged model is compared as plain transformers runs it.
     """
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"backend": "transformers"}),
-            "lora": recipe.lora.model_copy(update={"init_from": str(adapter)}),
-            "train": recipe.train.model_copy(
-                update={
-                    "device": "cpu" if recipe.train.device == "cpu" else "auto",
-                    "gradient_checkpointing": False,
-                }
-            ),
+    return recipe.with_values(
+        {
+            "model.backend": "transformers",
+            "lora.init_from": str(adapter),
+            "train.device": "cpu" if recipe.train.device == "cpu" else "auto",
+            "train.gradient_checkpointing": False,
         }
     )
 
@@ -204,7 +200,7 @@ def _ask_trained(recipe: Recipe, adapter: Path, problems: Sequence[Problem], pro
 
 def _refuse_other_tokens(recipe: Recipe, folder: Path, problems: Sequence[Problem], trained: Trained) -> None:
     """Raise ExportError if the folder's tokenizer and chat template make other prompts than in training."""
-    tokenizer = load_tokenizer(recipe.model.model_copy(update={"id": str(folder), "revision": None}))
+    tokenizer = load_tokenizer(recipe.model.with_values({"id": str(folder), "revision": None}))
     renderer = replace(Renderer.of(recipe, tokenizer), chat_template=None)
     for problem, prompt in zip(problems, trained.prompts, strict=True):
         if renderer.token_ids(problem) != prompt:

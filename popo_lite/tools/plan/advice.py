@@ -23,7 +23,6 @@ from popo_lite.tools.plan.vram import (
     needs,
     overrun_bytes,
     plan_memory,
-    with_values,
 )
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
@@ -225,7 +224,7 @@ def _settings(recipe: Recipe, kind: str) -> list[Values]:
         served = changed.rollout.engine != "vllm" or vllm_can_serve(changed)
         return served and next(impossible_combinations(changed), None) is None
 
-    return [values for values in reductions(recipe)[kind] if is_valid(with_values(recipe, values))]
+    return [values for values in reductions(recipe)[kind] if is_valid(recipe.with_values(values))]
 
 
 # ---------------------------------------------------------------------- the search
@@ -239,7 +238,7 @@ def _new(recipe: Recipe, values: Values) -> Values:
 def _apply(recipe: Recipe, chosen: Choice) -> Recipe:
     for kind, index in chosen:
         # A reduction's settings depend on those before it.
-        recipe = with_values(recipe, _settings(recipe, kind)[index])
+        recipe = recipe.with_values(_settings(recipe, kind)[index])
     return recipe
 
 
@@ -250,7 +249,7 @@ def _choose(recipe: Recipe, kinds: Iterable[str], overrun: Callable[[Recipe], in
     for kind in kinds:
         best = None
         for index, values in enumerate(_settings(recipe, kind) if least else ()):
-            changed = with_values(recipe, values)
+            changed = recipe.with_values(values)
             if (size := overrun(changed)) < least:
                 best, least = (index, changed), size
             if not size:
@@ -269,7 +268,7 @@ def _changes(
     before = needs(recipe, shape, vram_bytes, others_bytes)
     for kind, index in chosen:
         values = _new(recipe, _settings(recipe, kind)[index])
-        recipe = with_values(recipe, values)
+        recipe = recipe.with_values(values)
         after = needs(recipe, shape, vram_bytes, others_bytes)
         too_large, still = excess(before, vram_bytes), excess(after, vram_bytes)
         gains = {name: (too_large[name] - still[name], before[name] - after[name]) for name in before}

@@ -125,10 +125,10 @@ def plan_memory(recipe: Recipe, shape: ModelShape, *, vram_bytes: int, others_by
     def length_fits(tokens: int) -> bool:
         answer = max(1, tokens - recipe.rollout.max_prompt_length)
         values = {"rollout.max_completion_length": answer, "train.tokens_per_microbatch": tokens}
-        return overrun_bytes(with_values(recipe, values), shape, vram_bytes, others_bytes) == 0
+        return overrun_bytes(recipe.with_values(values), shape, vram_bytes, others_bytes) == 0
 
     def batch_fits(sequences: int) -> bool:
-        tried = _Run(with_values(recipe, {"rollout.max_num_seqs": sequences}), shape, vram_bytes, others_bytes)
+        tried = _Run(recipe.with_values({"rollout.max_num_seqs": sequences}), shape, vram_bytes, others_bytes)
         return tried.phases()[1].total_bytes <= vram_bytes
 
     return MemoryPlan(
@@ -161,15 +161,6 @@ def excess(needed: Mapping[str, int], vram_bytes: int) -> dict[str, int]:
 def overrun_bytes(recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> int:
     """Return by how many bytes a run is too large, summed over its phases; 0 if it fits."""
     return sum(excess(needs(recipe, shape, vram_bytes, others_bytes), vram_bytes).values())
-
-
-def with_values(recipe: Any, values: Mapping[str, Any]) -> Any:
-    """Return the recipe with other values (dotted key -> value), unchecked."""
-    for name, value in values.items():
-        key, _, rest = name.partition(".")
-        changed = with_values(getattr(recipe, key), {rest: value}) if rest else value
-        recipe = recipe.model_copy(update={key: changed})
-    return recipe
 
 
 def _check_context(recipe: Recipe, context_tokens: int) -> None:
