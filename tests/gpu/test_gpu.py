@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from popo_lite.objective.logprobs import Head, naive_token_logprobs, token_logprobs, weighted_token_logprobs
 
+from popo_lite.callbacks import Callback
+from popo_lite.fused import Head, fused_loss, naive_logprobs
 from popo_lite.run_folder import RunFolder
+from popo_lite.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,31 +16,25 @@ pytestmark = [
 ]
 
 
-def known(hidden, targets, head, a, b, compile_rows):
-    terms = weighted_token_logprobs(
-        hidden, targets, head, logp_coefficients=a, entropy_coefficients=b, compile_rows=compile_rows
-    )
-    terms.total.backward()
-    return terms.logps, terms.entropies
+def fused(hidden, targets, head, a, b, compile_rows):
+    def token_loss(logps, entropies, part):
+        return (a[part] * logps).sum() + (b[part] * entropies).sum()
 
-
-def unknown(hidden, targets, head, a, b, compile_rows):
-    logps, entropies = token_logprobs(hidden, targets, head, compile_rows=compile_rows)
-    ((a * logps).sum() + (b * entropies).sum()).backward()
-    return logps.detach(), entropies.detach()
+    output = fused_loss(hidden, targets, head, token_loss, compile_rows=compile_rows)
+    output.loss.backward()
+    return output.logps, output.entropies
 
 
 def naive(hidden, targets, head, a, b, _):
-    logps, entropies = naive_token_logprobs(hidden, targets, head)
+    logps, entropies = naive_logprobs(hidden, targets, head)
     ((a * logps).sum() + (b * entropies).sum()).backward()
     return logps.detach(), entropies.detach()
 
 
 @pytest.mark.parametrize("compile_rows", [False, True])
-@pytest.mark.parametrize("entry", [known, unknown])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [5000, 151936])
-def test_chunked_log_probs_are_no_further_from_float64_than_naive(vocabulary, dtype, entry, compile_rows):
+def test_fused_log_probs_are_no_further_from_float64_than_naive(vocabulary, dtype, compile_rows):
     """The large vocabulary is where a product over it might be summed in 16 bit."""
     torch.manual_seed(0)
     weight = torch.randn(vocabulary, 256, device="cuda").to(dtype) / 8
@@ -51,20 +47,16 @@ def test_chunked_log_probs_are_no_further_from_float64_than_naive(vocabulary, dt
         return (*function(h, targets, head, a, b, compile_rows), h.grad)
 
     exact = run(naive, hidden.double(), Head(weight=weight.double()))
-    ours = run(entry, hidden, Head(weight=weight))
-    twin = run(naive, hidden, Head(weight=weight))
+    ours = run(fused, hidden, Head(weight=weight))
+    theirs = run(naive, hidden, Head(weight=weight))
     assert ours[0].dtype is torch.float32
-    for found, theirs, reference in zip(ours, twin, exact, strict=True):
+    for found, other, reference in zip(ours, theirs, exact, strict=True):
         error = (found.double() - reference).norm() / reference.norm()
-        assert error <= 1.5 * (theirs.double() - reference).norm() / reference.norm() + 1e-7
+        assert error <= 1.5 * (other.double() - reference).norm() / reference.norm() + 1e-7
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw8bit"])
 def test_a_run_in_nf4_and_bfloat16_goes_on_from_its_checkpoint(tiny_recipe, tmp_path, optimizer):
-    from popo_lite.training.loop import Trainer
-
-    from popo_lite.callbacks import Callback
-
     recipe = tiny_recipe(
         'train.device="cuda"', 'model.dtype="bfloat16"', f'optimizer.name="{optimizer}"', "train.steps=3",
         "train.save_steps=1", "data.prompts_per_step=8", "eval.problems=16", "train.gradient_checkpointing=true",
@@ -85,7 +77,7 @@ def test_a_run_in_nf4_and_bfloat16_goes_on_from_its_checkpoint(tiny_recipe, tmp_
         state = 8 * sum(p.numel() for p in weights.values())
         assert torch.cuda.memory_allocated() - bytes_before < state + 2**24
     with Trainer(recipe, Callback()) as resumed:
-        resumed.run_folder = RunFolder(tmp_path)
+        resumed.folder = RunFolder(tmp_path)
         resumed._restore()
         assert resumed.cursor.next_step == 3
         for name, parameter in resumed.policy.trainable_parameters():
@@ -147,10 +139,6 @@ def test_checkpoints_on_the_host_take_less_of_the_gpu_and_change_no_gradient(tin
 
 
 def test_a_run_that_really_runs_out_of_memory_goes_on_with_smaller_micro_batches(tiny_recipe, tmp_path):
-    from popo_lite.training.loop import Trainer
-
-    from popo_lite.callbacks import Callback
-
     recipe = tiny_recipe(
         'train.device="cuda"', 'model.dtype="bfloat16"', "train.steps=2", "eval.problems=0", "train.packing=false",
         "data.prompts_per_step=64", "rollout.num_generations=16", "train.tokens_per_microbatch=1000000",
