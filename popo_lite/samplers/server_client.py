@@ -70,7 +70,7 @@ class ServerClient:
             self._client = openai.AsyncOpenAI(
                 base_url=self.url,
                 api_key=token or "none",
-                default_headers=dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), openai.Omit()),
+                default_headers={"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()},  # type: ignore[dict-item]
                 # No proxy or .netrc may see prompts and token, or replace the token.
                 http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
             )
