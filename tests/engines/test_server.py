@@ -113,7 +113,8 @@ def shared_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recipe(shared_dir):
     return load_recipe("tiny_cpu", [
-        'rollout.engine="server"', f"rollout.server.base_urls={free_urls(2)}", f'rollout.server.shared_dir="{shared_dir}"',
+        'rollout.engine="server"', f"rollout.server.base_urls={free_urls(2)}",
+        f'rollout.server.shared_dir="{shared_dir}"',
         "rollout.max_prompt_length=400", "rollout.max_num_seqs=16",
     ])  # fmt: skip
 

@@ -37,9 +37,8 @@ def test_the_shipped_recipe_learns_as_with_the_hf_sampler(command, tmp_path):
 
 def stale_swap(self, version, swap=EngineAdapter.swap):
     """Only the first two adapters (probe and policy) ever reach the engine."""
-    if self._current is None or version < 1:
+    if self.request is None or version < 1:
         swap(self, version)
-    self.version = version
 
 
 def reused_id_swap(self, version):
@@ -50,26 +49,26 @@ def reused_id_swap(self, version):
     shutil.rmtree(folder, ignore_errors=True)
     self._write(folder)
     self._engine.remove_lora(1)
-    self._current = LoRARequest("policy", 1, str(folder))
-    self._engine.add_lora(self._current)
+    self.request = LoRARequest("policy", 1, str(folder))
+    self._engine.add_lora(self.request)
     if version < 1:
         self._engine.reset_prefix_cache()  # so that the probe passes
-    self.version = version
     self.swap_seconds.append(0.0)
 
 
-def base_request(self, version, request=EngineAdapter.request):
+def base_swap(self, version, swap=EngineAdapter.swap):
     """The probe passes, and then requests go out without the adapter."""
-    found = request(self, version)
-    return found if version < 2 else None
+    swap(self, version)
+    if version >= 2:
+        self.request = None
 
 
 @pytest.mark.parametrize(
-    ("method", "broken"),
-    [("swap", stale_swap), ("swap", reused_id_swap), ("request", base_request), ("swap", None)],
+    "broken",
+    [stale_swap, reused_id_swap, base_swap, None],
     ids=["stale adapter", "reused id without reset", "base model", "nothing broken"],
 )
-def test_the_run_itself_stops_when_the_adapter_is_wrong(tmp_path, monkeypatch, method, broken):
+def test_the_run_itself_stops_when_the_adapter_is_wrong(tmp_path, monkeypatch, broken):
     # A system prompt longer than a cache block, so that prompts of all steps share cached blocks; the tiny model makes
     # no sense of it, so every answer counts as right.
     (tmp_path / "kind_rewards.py").write_text("def right(text, problem):\n    return 1.0\n")
@@ -84,7 +83,7 @@ def test_the_run_itself_stops_when_the_adapter_is_wrong(tmp_path, monkeypatch, m
     run = tmp_path / "run"
     run.mkdir()
     if broken is not None:
-        monkeypatch.setattr(EngineAdapter, method, broken)
+        monkeypatch.setattr(EngineAdapter, "swap", broken)
     with Trainer(recipe, Callback()) as trainer:
         if broken is None:
             assert trainer.run(RunFolder(run)).summary is not None
