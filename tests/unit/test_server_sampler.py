@@ -164,7 +164,8 @@ def start(tiny_recipe, tmp_path, policy):
 
     def make(*urls, **changes):
         recipe = tiny_recipe(
-            'rollout.engine="server"', f"rollout.server.base_urls={list(urls)}", f'rollout.server.shared_dir="{shared}"',
+            'rollout.engine="server"', f"rollout.server.base_urls={list(urls)}",
+            f'rollout.server.shared_dir="{shared}"',
             "model.quantization=none", "rollout.max_num_seqs=4",
             *(f"{key.replace('__', '.')}={value}" for key, value in changes.items()),
         )  # fmt: skip
