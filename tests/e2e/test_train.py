@@ -202,7 +202,8 @@ def test_a_killed_run_remembers_what_it_knew_of_its_problems(tmp_path, command):
     options = (
         "--set", f"data.dataset={tmp_path / 'sums.jsonl'}", "--set", "data.prompts_per_step=8",
         "--set", "rollout.adaptive.enabled=true", "--set", "rollout.skip_known=true",
-        "--set", "rollout.num_generations=6", "--set", "rollout.adaptive.max_rollouts=12", "--set", "train.steps=8", "--set", "train.save_steps=3",
+        "--set", "rollout.num_generations=6", "--set", "rollout.adaptive.max_rollouts=12", "--set", "train.steps=8",
+        "--set", "train.save_steps=3",
         "--set", "eval.problems=0", "--set", "optimizer.warmup_ratio=0.0",
     )  # fmt: skip
     whole = command("train", "tiny_cpu", *options, "--output", "whole", "--json")

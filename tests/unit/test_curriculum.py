@@ -93,7 +93,8 @@ def test_adaptive_groups_are_the_beginnings_of_large_fixed_ones(gathered, settin
     """The same streams as one round of 32, cut where the rule says, within the budget of the step."""
     wanted, size, most = settings
     groups, trainer = gathered(*ADAPTIVE, f"rollout.adaptive.positives_wanted={wanted}",
-                               f"rollout.adaptive.round_size={size}", f"rollout.adaptive.max_rollouts={most}")  # fmt: skip
+                               f"rollout.adaptive.round_size={size}",
+                               f"rollout.adaptive.max_rollouts={most}")  # fmt: skip
     whole, _ = gathered("rollout.num_generations=32", "data.prompts_per_step=12")
     assert [group.prompt for group in groups] == [group.prompt for group in whole]
     for group, large in zip(groups, whole, strict=True):

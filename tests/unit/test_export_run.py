@@ -25,8 +25,8 @@ from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.export import pipeline
-from popo_lite.tools.export.pipeline import export_run
 from popo_lite.tools.export.card import model_card
+from popo_lite.tools.export.pipeline import export_run
 
 PLAIN = "model.quantization=none"
 EVALUATION = {
