@@ -13,7 +13,7 @@ from popo_lite.run_folder import RunFolder, new_run_folder, refuse_other_recipe
 
 if TYPE_CHECKING:
     from popo_lite.tools.export.pipeline import ExportReport
-    from popo_lite.trainer import RunResult
+    from popo_lite.trainer import RunResult, Trainer
     from popo_lite.types import EvalResult
 
 
@@ -34,8 +34,6 @@ def train(
 
     Raises PopoError (UserInputError, ModelError, EngineError and others) with what to do next.
     """
-    from popo_lite.trainer import Trainer
-
     name = "run" if isinstance(recipe, Recipe) else Path(recipe).stem
     settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     path = None if output is None else Path(output)
@@ -43,9 +41,31 @@ def train(
         if path is None:
             raise ValueError("resume needs the run's folder: train(recipe, output=..., resume=True)")
         refuse_other_recipe(RunFolder(path), settings)
-    with CallbackList(callbacks) as callback, Trainer(settings, callback) as trainer:
+    with CallbackList(callbacks) as callback, load_trainer(settings, callback) as trainer:
         folder = RunFolder(path) if resume and path else new_run_folder(settings, name, path)
         return trainer.run(folder, resume=resume)
+
+
+def load_trainer(
+    recipe: Recipe, callback: Callback, *, ignore_plan: bool = False, advice: str = "popo-lite plan RECIPE"
+) -> Trainer:
+    """Load everything that `recipe` needs, after the memory plan has said that it fits the GPU.
+
+    `advice` ends the error if memory runs out all the same.
+    """
+    if recipe.model.backend == "unsloth":
+        from popo_lite.policy.load import import_unsloth
+
+        import_unsloth()  # before transformers and peft, which it patches
+    from popo_lite.policy.memory import memory_named
+    from popo_lite.tools.plan import memory_advice, refuse_without_room
+    from popo_lite.trainer import Trainer
+
+    callback.message(f"loading {recipe.model.id}")
+    with memory_named("while the run was loaded", advice):
+        if not ignore_plan:
+            refuse_without_room(recipe, callback.message)
+        return Trainer(recipe, callback, memory_advice=lambda: memory_advice(recipe))
 
 
 def evaluate(

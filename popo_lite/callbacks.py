@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,7 +14,8 @@ from popo_lite.types import SampleView
 class Callback:
     """Watches a run. Every method does nothing here: override those you need.
 
-    Methods must return at once. A callback is a context manager; leaving it calls `close`, also after an error.
+    Methods must return at once. `message` may come from a signal handler, in the middle of another call. A callback is
+    a context manager; leaving it calls `close`, also after an error.
     """
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
@@ -51,16 +53,40 @@ class Callback:
 
 
 class CallbackList(Callback):
-    """Passes every call on to several callbacks, in order."""
+    """Passes every call on to several callbacks, in order; enters and closes all of them."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
-        for name in ("start", "stage", "advance", "step", "samples", "message", "close"):
-            setattr(self, name, _fan_out([getattr(callback, name) for callback in callbacks]))
+        self._callbacks = callbacks
+        self._entered = ExitStack()
 
+    def __enter__(self) -> Self:
+        for callback in self._callbacks:
+            self._entered.enter_context(callback)
+        return self
 
-def _fan_out(methods: Sequence[Any]) -> Any:
-    def call(*args: Any, **kwargs: Any) -> None:
-        for method in methods:
-            method(*args, **kwargs)
+    def close(self) -> None:  # noqa: D102
+        self._entered.close()
 
-    return call
+    def start(self, **facts: Any) -> None:  # noqa: D102
+        for callback in self._callbacks:
+            callback.start(**facts)
+
+    def stage(self, name: str, *, total: int | None = None) -> None:  # noqa: D102
+        for callback in self._callbacks:
+            callback.stage(name, total=total)
+
+    def advance(self, amount: int) -> None:  # noqa: D102
+        for callback in self._callbacks:
+            callback.advance(amount)
+
+    def step(self, record: StepRecord) -> None:  # noqa: D102
+        for callback in self._callbacks:
+            callback.step(record)
+
+    def samples(self, samples: Sequence[SampleView]) -> None:  # noqa: D102
+        for callback in self._callbacks:
+            callback.samples(samples)
+
+    def message(self, text: str) -> None:  # noqa: D102
+        for callback in self._callbacks:
+            callback.message(text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,8 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
         tensors = load_file(str(folder / "optimizer.safetensors"))
         _restore_optimizer(learner.optimizer, tensors, content["optimizer"])
         policy.version = content["policy_version"]
+        if missing := {entry.name for entry in fields(Cursor)} - content["cursor"].keys():
+            raise KeyError(f"the cursor lacks {sorted(missing)}")
         cursor = Cursor(**content["cursor"])
         cursor.history = {problem: Seen(*seen) for problem, seen in cursor.history.items()}
         cursor.lowered_budget = tuple(cursor.lowered_budget)

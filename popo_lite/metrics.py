@@ -16,7 +16,7 @@ from popo_lite.types import FinishReason, Group, SampleView, count_outcomes
 if TYPE_CHECKING:
     from popo_lite.tasks import Task
 
-Unit = Literal["count", "tokens", "nats", "ratio", "number", "seconds", "tokens/s", "bytes", "text", "counts"]
+Unit = Literal["count", "tokens", "nats", "ratio", "number", "seconds", "tokens/s", "bytes", "text", "counts", "ratios"]
 
 StepRecord = Mapping[str, Any]
 """Metric name -> value. A value is None if it does not exist for the step, such as the loss of a skipped step."""
@@ -24,7 +24,7 @@ StepRecord = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric. `ratio` is in [0, 1]; `seconds`, `tokens/s` and `counts` may be mappings by stage or outcome."""
+    """A metric. `ratios`, `counts`, and most in `seconds` and `tokens/s` are mappings, by figure, outcome or stage."""
 
     label: str
     unit: Unit
@@ -49,7 +49,7 @@ METRICS: Mapping[str, Metric] = {
     "outcomes": Metric("outcomes", "counts", "Rollouts by outcome of grading."),
     "pass_rate": Metric("pass rate", "ratio", "Fraction of positives in the first round of rollouts."),
     "unique_answers_mean": Metric("different", "number", "Different final answers per prompt, first round."),
-    "task_figures": Metric("task", "ratio", "Figures that the task itself defines, first round."),
+    "task_figures": Metric("task", "ratios", "Figures that the task itself defines, first round."),
     "truncated_ratio": Metric("truncated", "ratio", "Fraction of answers cut off at the length limit, first round."),
     "completion_tokens_mean": Metric("mean tokens", "tokens", "Mean length of answers, first round."),
     "positive_tokens_mean": Metric("positive tokens", "tokens", "Mean length of positives."),
@@ -66,7 +66,7 @@ METRICS: Mapping[str, Metric] = {
     "loss_policy": Metric("policy", "number", "Policy term: L_nll, or GRPO's surrogate with its KL term."),
     "loss_similarity": Metric("similarity", "number", "L_sim, before its coefficient."),
     "loss_entropy": Metric("entropy", "nats", "L_ent, minus the mean entropy, before its coefficient."),
-    "entropy": Metric("token entropy", "nats", "Mean entropy over the trained completion tokens."),
+    "entropy": Metric("token entropy", "nats", "Mean entropy over the tokens of the entropy term."),
     "entropy_over_start": Metric("of start", "ratio", "Entropy over that of the first step."),
     "entropy_coef": Metric("entropy_coef", "number", "Coefficient of the entropy term in this step."),
     "effective_sample_size": Metric("eff. positives", "number", "1 / sum w^2, mean over prompts."),

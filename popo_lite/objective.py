@@ -76,7 +76,7 @@ def raft(
     objective: RaftObjective,
     entropy_coef: float,  # noqa: ARG001
 ) -> Tensor:
-    """Return L_nll; the plan weighs a prompt's positives by reward alone, so 0/1 rewards alike (Dong et al. 2023)."""
+    """Return L_nll; with rewards 0 and 1 all positives of a prompt weigh the same (Dong et al. 2023)."""
     return nll(policy_logps, tokens, objective)
 
 
@@ -108,7 +108,8 @@ def grpo(
     With r = pi / sampler probability and d = log reference - log pi, a token's KL is exp(d) - d - 1, times r if
     `use_bias_correction_kl`.
     """
-    ratios = (policy_logps - tokens.sampler_logps).exp()
+    # Clamped far beyond any clip: where exp overflows, the gradient of a clipped token would be 0 * inf.
+    ratios = (policy_logps - tokens.sampler_logps).clamp(max=80).exp()
     clipped = ratios.clamp(1 - objective.epsilon, 1 + objective.epsilon_high)
     losses = -torch.minimum(ratios * tokens.weights, clipped * tokens.weights)
     if tokens.reference_logps is not None:

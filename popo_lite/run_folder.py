@@ -60,6 +60,10 @@ class RunFolder:
 
     def trained_adapter(self, weights: str) -> Path:
         """Return the adapter's folder; `weights` is "policy" or "siamese". Raises CheckpointError before the end."""
+        if weights not in ("policy", "siamese"):
+            raise UserInputError(
+                f'a run has no weights "{weights}"', where=str(self.path), next_step='use "policy" or "siamese"'
+            )
         folder = self.siamese if weights == "siamese" else self.adapter
         if not self.summary_path.is_file():
             raise CheckpointError(
@@ -259,12 +263,16 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 @contextmanager
 def locked(path: Path, busy: PopoError) -> Iterator[None]:
-    """Hold the lock file `path`, which a kill releases. Raises `busy` if another process holds it."""
+    """Hold the lock file `path`. Raises `busy` if another process holds it."""
+    lock = FileLock(path)
     try:
-        with FileLock(path, timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise busy from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_atomically(path: Path, text: str) -> None:

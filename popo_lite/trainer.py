@@ -29,6 +29,7 @@ from popo_lite.grading import Grader
 from popo_lite.metrics import StepRecord, make_record, rollout_metrics, sample_line, sample_views, sampler_summary
 from popo_lite.objective import StepPlan, nothing_to_learn, steered_entropy_coef
 from popo_lite.policy.adapters import save_adapter
+from popo_lite.policy.load import pick_device
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe import Recipe
@@ -139,9 +140,10 @@ class Trainer:
         recipe: Recipe,
         callback: Callback,
         *,
-        memory_advice: Callable[[], str] = lambda: "popo-lite plan RECIPE shows what takes how much",
+        memory_advice: Callable[[], str] = lambda: "popo-lite plan RECIPE shows what takes how much memory",
     ) -> None:
         self.recipe, self.callback, self.memory_advice = recipe, callback, memory_advice
+        pick_device(recipe.train.device)  # before anything is opened: the recipe may want a GPU that is not there
         if recipe.train.cpu_threads:
             torch.set_num_threads(recipe.train.cpu_threads)
         _, self.engine = pick_engine(recipe)
@@ -195,12 +197,8 @@ class Trainer:
             )
             try:
                 summary = self._train()
-                if summary is None:
-                    self._save_if_consistent()
-                return RunResult(folder=folder, summary=summary, next_step=self.cursor.next_step)
             except StopRequested:
-                self._save_if_consistent()
-                return RunResult(folder=folder, summary=None, next_step=self.cursor.next_step)
+                summary = None
             except PopoError:
                 self._save_if_consistent()
                 raise
@@ -215,6 +213,9 @@ class Trainer:
                     next_step="if it was the engine's memory, resume with a smaller "
                     f"rollout.vllm.gpu_memory_utilization or rollout.max_num_seqs; else {self.memory_advice()}",
                 ) from error
+            if summary is None:
+                self._save_if_consistent()
+        return RunResult(folder=folder, summary=summary, next_step=self.cursor.next_step)
 
     def _train(self) -> dict[str, Any] | None:
         """Run all evaluations and steps that are left; return the summary, or None if interrupted."""
@@ -277,6 +278,7 @@ class Trainer:
         self._move_cursor(record, choice, groups, result)
         self._write_step(record, groups)
         self._consistent = True
+        self._report(record, groups)
         # After the record: an engine that does not take the adapter costs no step.
         with clock("sync"):
             self.sampler.sync(self.policy.version)
@@ -377,12 +379,13 @@ class Trainer:
 
     def _write_step(self, record: StepRecord, groups: Sequence[Group]) -> None:
         append_line(self.folder.metrics_path, record)
-        count = self.recipe.output.samples_per_step
-        for group in groups[:count]:
+        for group in groups[: self.recipe.output.samples_per_step]:
             append_line(self.folder.samples_path, sample_line(record["step"], group))
+
+    def _report(self, record: StepRecord, groups: Sequence[Group]) -> None:
         self.callback.step(record)
-        threshold = self.recipe.objective.reward_threshold
-        self.callback.samples(sample_views(record["step"], groups, threshold, max(count, 1)))
+        threshold, count = self.recipe.objective.reward_threshold, max(self.recipe.output.samples_per_step, 1)
+        self.callback.samples(sample_views(record["step"], groups, threshold, count))
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped_reason"] else 0
         if self._skipped_in_a_row and self._skipped_in_a_row % ADVISE_AFTER == 0:
             advice = (

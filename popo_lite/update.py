@@ -488,8 +488,9 @@ class Learner:
     def _policy_mean_logps(self, rollouts: Sequence[Rollout]) -> list[float]:
         means = [0.0] * len(rollouts)
         for batch, logps in self._score(rollouts, stage="weights"):
-            for member, values in zip(batch.members, batch.by_sequence(logps), strict=True):
-                means[member] = float(values.mean())
+            values = torch.stack([part.mean() for part in batch.by_sequence(logps)]).tolist()  # one transfer
+            for member, mean in zip(batch.members, values, strict=True):
+                means[member] = mean
         return means
 
     @torch.no_grad()

@@ -107,25 +107,16 @@ def _run(
 ) -> tuple[RunResult, str]:
     """Load everything, train, and return the result with a question of the task."""
     # Imported here because it takes seconds: a recipe with errors is refused at once.
+    from popo_lite.api import load_trainer
     from popo_lite.errors import UserInputError
     from popo_lite.policy.memory import memory_named
     from popo_lite.run_folder import RunFolder, new_run_folder
     from popo_lite.tools.console.views import open_view
-    from popo_lite.tools.plan import memory_advice, refuse_without_room
-    from popo_lite.trainer import Trainer
 
-    if settings.model.backend == "unsloth":
-        from popo_lite.policy.load import import_unsloth
-
-        import_unsloth()
+    advice = f"popo-lite plan {shlex.quote(recipe)}   (what takes how much memory, and what to change)"
     with open_view(view) as watcher:  # type: ignore[arg-type]  # click checks the choice
-        watcher.message(f"loading {settings.model.id}")
-        advice = f"popo-lite plan {shlex.quote(recipe)}   (what takes how much, and what to change)"
         try:
-            with memory_named("while the run was loaded", advice):
-                if not ignore_plan:
-                    refuse_without_room(settings, watcher.message)
-                trainer = Trainer(settings, watcher, memory_advice=lambda: memory_advice(settings))
+            trainer = load_trainer(settings, watcher, ignore_plan=ignore_plan, advice=advice)
         except UserInputError as error:
             raise error.within(recipe) from error
         with trainer:

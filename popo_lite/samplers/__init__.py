@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -16,13 +17,19 @@ Engine = Literal["hf", "vllm", "server"]
 
 
 def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
-    """(engine, one line that says which it is and why). Raises EngineError where the wanted one cannot serve.
+    """Return the engine and one line that says why. Raises EngineError if the wanted one cannot serve.
 
-    Loads nothing, so that a run finds out before its model is read.
+    Loads nothing, so a run finds out before its model is read.
     """
     from popo_lite.samplers.vllm import why_not
 
     wanted = recipe.rollout.engine
+    if wanted == "server" and importlib.util.find_spec("openai") is None:
+        raise EngineError(
+            "rollouts from servers need the openai package",
+            where='rollout.engine = "server"',
+            next_step="pip install 'popo-lite[server]'",
+        )
     if wanted in ("hf", "server"):
         return wanted, f"{wanted} (chosen by the recipe)"
     reason = why_not(recipe)
@@ -40,7 +47,7 @@ def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
 def open_sampler(
     recipe: Recipe, policy: Policy, *, text: Callable[[Sequence[int]], str], notify: Callable[[str], None]
 ) -> Sampler:
-    """The sampler that `rollout.engine` names, for `policy`, holding its current version.
+    """Open the sampler that `rollout.engine` names, with the current version of `policy`.
 
     `text` decodes token ids; `notify` takes notices that must not be lost: a server that died, memory that ran out.
     """

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self, runtime_checkable
 
-from popo_lite.errors import StalePolicyError
+from popo_lite.errors import PopoError, StalePolicyError
 from popo_lite.types import Completion, FinishReason, Prompt
 
 
@@ -68,6 +68,8 @@ class Sampler(ABC):
             for index in range(first_index, first_index + count)
         ]
         completions = self._complete(requests, params, finished or (lambda _: None))
+        if len(completions) != len(requests):
+            raise PopoError(f"the {self.engine} sampler gave {len(completions)} answers to {len(requests)} requests")
         return [completions[row * count : (row + 1) * count] for row in range(len(prompts))]
 
     @abstractmethod

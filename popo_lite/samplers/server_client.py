@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ LOAD_SECONDS = 300.0
 ANSWER_SECONDS = 3600.0
 """For one completion, including the wait for its turn."""
 HEALTH_EVERY_SECONDS = 15.0
+IDLE_SECONDS = 2.0
+"""How long to keep an idle connection: less than the 5 s after which vLLM's web server closes it."""
 
 PROBE_TOKENS = (1, 2, 3, 4)
 LEAST_LOGP = -9999.0
@@ -57,24 +60,28 @@ class ServerClient:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.adapter: str | None = None
         self._held: list[str] = []
-        try:
-            import openai
-        except ImportError as error:
-            raise EngineError(
-                "rollouts from servers need the openai package",
-                where='rollout.engine = "server"',
-                next_step="pip install 'popo-lite[server]'",
-            ) from error
+        import httpx2
+        import openai
+
+        # Headers from the environment would replace the token, or send another service's keys to this server.
+        foreign = (line.partition(":")[0].strip() for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines())
+        self._headers: dict[str, Any] = dict.fromkeys(
+            ("OpenAI-Organization", "OpenAI-Project", *filter(None, foreign)), openai.Omit()
+        )
+        self._headers["Authorization"] = f"Bearer {token}" if token else openai.Omit()
         try:
             urlsplit(url).port  # noqa: B018  # raises for a port that is not a number
             self._client = openai.AsyncOpenAI(
                 base_url=self.url,
                 api_key=token or "none",
-                default_headers={"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()},  # type: ignore[dict-item]
-                # No proxy or .netrc may see prompts and token, or replace the token.
-                http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
+                http_client=openai.DefaultAsyncHttpxClient(
+                    limits=httpx2.Limits(max_connections=None, keepalive_expiry=IDLE_SECONDS),
+                    # No proxy, .netrc or other host may see prompts and token.
+                    trust_env=False,
+                    follow_redirects=False,
+                ),
             )
-        except ValueError as error:
+        except (ValueError, httpx2.InvalidURL) as error:
             raise EngineError(
                 f"{url} is no URL: {error}",
                 where="rollout.server.base_urls",
@@ -201,13 +208,15 @@ class ServerClient:
         """Return the reply once there is one, of a status that says something about the request."""
         import openai
 
-        client = self._client.with_options(
-            max_retries=attempts - 1, timeout=openai.Timeout(SHORT_SECONDS, read=seconds)
-        )
+        options: Any = {
+            "max_retries": attempts - 1,
+            "timeout": openai.Timeout(SHORT_SECONDS, read=seconds, pool=None),
+            "headers": self._headers,
+        }
         try:
             if method == "GET":
-                return 200, await client.get(path, cast_to=str)
-            return 200, await client.post(path, cast_to=str, body=body)
+                return 200, await self._client.get(path, cast_to=str, options=options)
+            return 200, await self._client.post(path, cast_to=str, body=body, options=options)
         except openai.APITimeoutError as error:
             raise ServerFault(f"no answer to {method} {path}") from error
         except openai.APIConnectionError as error:

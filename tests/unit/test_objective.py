@@ -252,3 +252,11 @@ def test_lemma_3_2_is_tight_for_a_constant_direction():
             parameter += torch.tensor([0.0, 0.1, 0.0], dtype=torch.float64)
         siamese.update(0.1)
     assert siamese.drift() / siamese.drift_bound() == pytest.approx(1.0, abs=1e-9)
+
+
+def test_a_clipped_token_has_no_gradient_however_far_the_sampler_is():
+    logps = tensor(0.0, 0.0, 0.0, 0.0).float().requires_grad_()
+    tokens = Tokens(*(None if values is None else values.float() for values in tokens_of((1.0,) * 4, (1.0,) * 4)))
+    far = tokens._replace(sampler_logps=torch.tensor([-200.0, 0.0, 0.0, 0.0]))
+    grpo(logps, ENTROPIES.float(), far, GrpoObjective(), 0.0).backward()
+    assert logps.grad.tolist() == [0.0, -1.0, -1.0, -1.0]

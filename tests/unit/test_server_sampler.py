@@ -39,7 +39,7 @@ class Script(ThreadingHTTPServer):
         self.adapters, self.seeds, self.asked = {}, [], Counter()
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
-        self.connections = []
+        self.connections, self.headers = [], []
         self.room, self.token, self.processed = 512, None, True
         self.answer = lambda path, body: None
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -93,6 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.asked[self.path] += 1
+            server.headers.append({name.lower(): value for name, value in self.headers.items()})
             server.in_flight += self.path == "/v1/completions"
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
         allowed = server.token is None or self.headers["Authorization"] == f"Bearer {server.token}"
@@ -274,6 +275,25 @@ def test_the_token_is_sent(start, servers, monkeypatch):
     monkeypatch.setenv("POPO_SERVER_TOKEN", "right")
     sampler, _ = start(f"{servers[0].url}/v1/")
     assert len(sample(sampler)) == 5
+
+
+def test_no_header_of_another_service_is_sent(start, servers, monkeypatch):
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "authorization: Bearer wrong\nX-Gateway-Key: secret")
+    monkeypatch.setenv("OPENAI_ORG_ID", "mine")
+    monkeypatch.setenv("POPO_SERVER_TOKEN", "right")
+    start(servers[0].url)
+    monkeypatch.delenv("POPO_SERVER_TOKEN")
+    start(servers[1].url)
+    assert {headers["authorization"] for headers in servers[0].headers} == {"Bearer right"}
+    assert not any("authorization" in headers for headers in servers[1].headers)
+    for headers in (*servers[0].headers, *servers[1].headers):
+        assert not {"x-gateway-key", "openai-organization"} & headers.keys()
+
+
+def test_a_redirect_is_not_followed(start, servers):
+    servers[0].answer = lambda path, body: (307, "") if path == "/v1/models" else None
+    with pytest.raises(EngineError, match="not JSON"):
+        start(servers[0].url)
 
 
 def test_what_is_no_url_is_an_error(start):

@@ -213,6 +213,11 @@ def test_old_checkpoints_go_and_partial_ones_do_not_count(tiny_recipe, tmp_path)
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-000002", "step-000003"]
     assert not any(file.suffix in (".pt", ".bin", ".pkl") for file in tmp_path.rglob("*"))
     newest = latest_checkpoint(tmp_path)
+    content = json.loads((newest / "cursor.json").read_text())
+    del content["cursor"]["entropy_coef"]
+    (newest / "cursor.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="entropy_coef"):
+        load_checkpoint(newest, learner)
     (newest / "optimizer.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="delete this folder"):
         load_checkpoint(newest, learner)
