@@ -31,6 +31,8 @@ ONLY_BENCHMARKS = (
     "data", "preset", "k", "top_p", "max_tokens", "max_prompt_length", "skip_overlong", "seeds", "system_prompt",
     "chat_template", "output",
 )  # fmt: skip
+WEIGHTS = click.Choice(["base", "adapter", "siamese"])
+JINJA_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 POSITIVE = click.IntRange(min=1)
 
 
@@ -41,12 +43,7 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
 
 @click.command("eval", short_help="Measure a run or any model, on held-out problems or benchmarks.")
 @click.argument("model_or_run")
-@click.option(
-    "--weights",
-    type=click.Choice(["base", "adapter", "siamese"]),
-    multiple=True,
-    help="Weights of a run to measure; may be repeated. Default: all three.",
-)
+@click.option("--weights", type=WEIGHTS, multiple=True, help="Weights of a run; may be repeated. Default: all three.")
 @click.option("--problems", type=POSITIVE, help="Held-out problems; default as in the run's recipe.")
 @click.option("--samples", type=POSITIVE, default=8, show_default=True, help="Sampled answers per problem.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Default as in the run's recipe.")
@@ -65,11 +62,7 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
 )
 @click.option("--k", type=POSITIVE, help="k of pass@k and of the majority vote.  [default: 8, at most the samples]")
 @click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, min_open=True, max=1),
-    default=1.0,
-    show_default=True,
-    help="Nucleus sampling.",
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Nucleus sampling.  [default: 1]"
 )
 @click.option("--max-tokens", type=POSITIVE, help="Longest answer; default as in the recipe.")
 @click.option(
@@ -78,11 +71,7 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
 @click.option("--skip-overlong", is_flag=True, help="Skip and count longer prompts; without it they are an error.")
 @click.option("--seeds", metavar="0,1,2", help="Evaluate under each of these seeds; reported pooled and one by one.")
 @click.option("--system-prompt", help='Default as in the recipe; "" for none.')
-@click.option(
-    "--chat-template",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Jinja file, for a model without one.",
-)
+@click.option("--chat-template", type=JINJA_FILE, help="Jinja file, for a model without one.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for answers and results, also to resume in.")
 @click.pass_context
 def eval_(ctx: click.Context, model_or_run: str, benchmarks: str | None, **options: Any) -> None:
@@ -148,7 +137,7 @@ def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...],
     set_threads(recipe)
     prepared = prepare_all(subject, recipe, files, skip_overlong=options["skip_overlong"])
     sampling: Any = {"seeds": seeds, "samples": samples, "top_p": options["top_p"]}
-    settings = settings_of(subject, recipe, prepared, **sampling)
+    settings = settings_of(subject, recipe, prepared, sampling)
     default = path / "benchmarks" if is_run else Path("benchmarks") / Path(model_or_run).name
     folder = EvaluationFolder(options["output"] or default)
     with folder.locked():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -21,13 +21,13 @@ from popo_lite.grading.math import normalise, plain_number, unwrap
 from popo_lite.policy.load import load_tokenizer
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import environment, write_atomically
-from popo_lite.samplers import SamplingParams, pick_engine
+from popo_lite.samplers import Sampler, SamplingParams, pick_engine
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.benchmarks.datasets import BENCHMARKS, open_benchmark
 from popo_lite.tools.benchmarks.folder import EvaluationFolder
 from popo_lite.tools.benchmarks.scores import Key, ProblemAnswers, refuse_ungraded
 from popo_lite.tools.benchmarks.subject import Bar, Subject, active_adapter, open_checked
-from popo_lite.types import Completion, FinishReason, Outcome, Problem, Prompt, Reward
+from popo_lite.types import FinishReason, Outcome, Problem, Prompt, Reward
 
 CHUNK_BATCHES = 4
 """Batches of sequences in a chunk: enough to keep an engine busy, few enough to lose little when killed."""
@@ -151,15 +151,12 @@ def _notices(benchmark: PreparedBenchmark, *, max_completion_length: int, contex
 
 
 def settings_of(
-    subject: Subject,
-    recipe: Recipe,
-    prepared: Sequence[PreparedBenchmark],
-    *,
-    seeds: Sequence[int],
-    samples: int,
-    top_p: float,
+    subject: Subject, recipe: Recipe, prepared: Sequence[PreparedBenchmark], sampling: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return everything that the answers depend on, as plain data; `recipe` has the command's options applied."""
+    """Return everything that the answers depend on, as plain data.
+
+    `recipe` has the command's options applied; `sampling` holds `seeds`, `samples` and `top_p`.
+    """
     return {
         "model": subject.name,
         "base": recipe.model.model_dump(),
@@ -174,10 +171,8 @@ def settings_of(
             }
             for benchmark in prepared
         },
-        "seeds": list(seeds),
-        "samples": samples,
+        **sampling,
         "temperature": recipe.eval.temperature,
-        "top_p": top_p,
         "system_prompt": recipe.data.system_prompt,
         "chat_template": recipe.data.chat_template,
         "max_prompt_length": recipe.rollout.max_prompt_length,
@@ -214,13 +209,9 @@ def answer_all(
     top_p: float,
     bar: Bar,
 ) -> list[ProblemAnswers]:
-    """Return all answers in order: those in `folder`, and the others, which are sampled and appended there.
-
-    Draws depend on seed, problem and sample alone, so all weights are compared on the same ones.
-    """
-    chunks = plan_chunks(
-        prepared, weights=list(subject.adapters), seeds=seeds, samples=samples, batch=recipe.rollout.max_num_seqs
-    )
+    """Return all answers in order: those in `folder`, and the others, which are sampled and appended there."""
+    batch = recipe.rollout.max_num_seqs
+    chunks = plan_chunks(prepared, weights=list(subject.adapters), seeds=seeds, samples=samples, batch=batch)
     answers = folder.resume([chunk.keys for chunk in chunks])
     todo = [chunk for chunk in chunks if chunk.keys[0] not in answers]
     if answers:
@@ -234,6 +225,14 @@ def answer_all(
         policy = subject.load(recipe)
         write_atomically(folder.environment_path, json.dumps(environment(policy.device), indent=2) + "\n")
         renderer = Renderer.of(recipe, policy.tokenizer)
+        params = {
+            each.name: SamplingParams(
+                temperature=recipe.eval.temperature,
+                top_p=top_p,
+                max_completion_length=each.max_completion_length,
+            )
+            for each in prepared
+        }
         with open_checked(recipe, policy, renderer, prepared[0].prompts) as (sampler, grader):
             for name, adapter in subject.adapters.items():
                 own = [chunk for chunk in todo if chunk.weights == name]
@@ -242,25 +241,12 @@ def answer_all(
                 total = samples * sum(len(chunk.prompts) for chunk in own)
                 with active_adapter(adapter, policy, sampler), bar(f"{name}: answers", total) as progress:
                     for chunk in own:
-                        params = SamplingParams(
-                            temperature=recipe.eval.temperature,
-                            top_p=top_p,
-                            max_completion_length=chunk.benchmark.max_completion_length,
-                        )
-                        completions = sampler.sample(
-                            chunk.prompts,
-                            count=samples,
-                            params=params,
-                            policy_version=policy.version,
-                            stream=("benchmark", chunk.seed),
-                            finished=progress,
-                        )
-                        lines = _grade(chunk, completions, grader)
+                        benchmark = chunk.benchmark.name
+                        lines = _answer(chunk, samples, params[benchmark], policy.version, sampler, grader, progress)
                         answers |= {line.key: line for line in lines}
                         # Checked before they are written, so that a rerun grades them again.
-                        part = (name, chunk.benchmark.name)
                         refuse_ungraded(
-                            [line for line in answers.values() if (line.weights, line.benchmark) == part],
+                            [line for line in answers.values() if (line.weights, line.benchmark) == (name, benchmark)],
                             planned=len(chunk.benchmark.prompts) * len(seeds),
                             limit=recipe.reward.max_ungraded_ratio,
                         )
@@ -268,7 +254,24 @@ def answer_all(
     return [answers[key] for chunk in chunks for key in chunk.keys]
 
 
-def _grade(chunk: Chunk, completions: Sequence[Sequence[Completion]], grader: Grader) -> list[ProblemAnswers]:
+def _answer(
+    chunk: Chunk,
+    samples: int,
+    params: SamplingParams,
+    policy_version: int,
+    sampler: Sampler,
+    grader: Grader,
+    progress: Callable[[int], None],
+) -> list[ProblemAnswers]:
+    """Sample and grade. Draws depend only on seed, problem and sample, so all weights are compared on the same ones."""
+    completions = sampler.sample(
+        chunk.prompts,
+        count=samples,
+        params=params,
+        policy_version=policy_version,
+        stream=("benchmark", chunk.seed),
+        finished=progress,
+    )
     pairs = [(prompt.problem, group) for prompt, group in zip(chunk.prompts, completions, strict=True)]
     rewards = iter(
         grader.grade([GradeRequest(text=c.text, problem=problem) for problem, group in pairs for c in group])
