@@ -176,6 +176,9 @@ def collect(
     Raises GradingError if more than `reward.max_ungraded_ratio` of the rollouts so far could not be graded.
     """
     budget, threshold = Budget.of(recipe.rollout), recipe.objective.reward_threshold
+    params = SamplingParams(
+        temperature=recipe.rollout.temperature, max_completion_length=recipe.rollout.max_completion_length
+    )
     made: list[list[Rollout]] = [[] for _ in prompts]
     positives: list[int | None] = [0] * len(prompts)
     first = 0
@@ -188,37 +191,28 @@ def collect(
                 [prompts[index] for index in going],
                 count=count,
                 first_index=first,
-                params=SamplingParams(
-                    temperature=recipe.rollout.temperature, max_completion_length=recipe.rollout.max_completion_length
-                ),
+                params=params,
                 policy_version=policy_version,
                 stream=("rollout", recipe.train.seed, step),
                 finished=progress,
             )
         with clock("grade"):
-            drawn = [
-                (index, first + number, completion)
-                for index, answers in zip(going, completions, strict=True)
-                for number, completion in enumerate(answers)
-            ]
-            rewards = grader.grade(
-                [GradeRequest(text=completion.text, problem=prompts[index].problem) for index, _, completion in drawn]
-            )
-            for (index, sample, completion), reward in zip(drawn, rewards, strict=True):
-                made[index].append(
+            asked = [prompts[index] for index in going for _ in range(count)]
+            answers = [completion for group in completions for completion in group]
+            requests = [GradeRequest(text=a.text, problem=p.problem) for p, a in zip(asked, answers, strict=True)]
+            rewards = grader.grade(requests)
+            for place, (prompt, answer, reward) in enumerate(zip(asked, answers, rewards, strict=True)):
+                made[going[place // count]].append(
                     Rollout(
-                        prompt=prompts[index],
-                        completion=completion,
-                        reward=_reward(reward, completion, recipe.reward),
+                        prompt=prompt,
+                        completion=answer,
+                        reward=_reward(reward, answer, recipe.reward),
                         policy_version=policy_version,
-                        index=sample,
+                        index=first + place % count,
                     )
                 )
-            refuse_ungraded(
-                [rollout.reward for rollouts in made for rollout in rollouts],
-                recipe.reward.max_ungraded_ratio,
-                f"step {step}",
-            )
+            so_far = [rollout.reward for rollouts in made for rollout in rollouts]
+            refuse_ungraded(so_far, recipe.reward.max_ungraded_ratio, f"step {step}")
         first += count
         # A prompt left out of this round has fewer rollouts than the others from now on, so it stays out.
         positives = [None] * len(prompts)

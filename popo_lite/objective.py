@@ -1,12 +1,18 @@
 """The objective: which rollouts a step trains on, their weights, and the loss of their tokens (docs/method.md).
 
-A step goes through two stages:
+    popo    L = L_nll + entropy_coef * L_ent + similarity_coef * L_sim
+    mixed   the same, with graded negatives of weight below 0 in L_nll
+    raft    L = L_nll
+    grpo    L = clipped surrogate + kl_coef * KL + entropy_coef * L_ent
 
-1. `plan_step` looks at whole groups and fixes everything that couples sequences: weights or advantages, and divisors.
-2. `LOSSES[algorithm]` turns the log-probs and entropies of any tokens into their share of the loss.
+    L_nll = -sum_i w_i sum_t log pi(y_t) / divisor_i    over positives i of all prompts, w_i summing to 1 in a prompt
+    L_ent = -(mean entropy over tokens)
+    L_sim = sum_i w_i (1 - cos(p_i, q_i)) / |P+|        p_i predicted from the answer's features, q_i by the siamese
 
-The loss of a step is the plain sum of these shares, so no split into micro-batches changes it. POPO adds the
-similarity term, which is a sum over sequences: `similarity_loss`.
+First `plan_step` looks at whole groups and fixes everything that couples sequences: weights or advantages, and
+divisors. Then `LOSSES[algorithm]` turns the log-probs and entropies of any tokens into their share of the loss, and
+`similarity_loss` the features of any sequences into theirs (`Learner` adds them up). The loss of a step is the plain
+sum of these shares, so no split into micro-batches changes it.
 """
 
 from __future__ import annotations
@@ -59,7 +65,7 @@ class Tokens(NamedTuple):
 def popo(
     policy_logps: Tensor, entropies: Tensor, tokens: Tokens, objective: PopoObjective, entropy_coef: float
 ) -> Tensor:
-    """Return L_nll + entropy_coef * L_ent, with L_ent = -(mean entropy over tokens)."""
+    """Return L_nll + entropy_coef * L_ent: the terms of POPO that are sums over tokens."""
     return nll(policy_logps, tokens, objective) - entropy_coef * (tokens.entropy_weights * entropies).sum()
 
 
@@ -70,14 +76,14 @@ def raft(
     objective: RaftObjective,
     entropy_coef: float,  # noqa: ARG001
 ) -> Tensor:
-    """Return L_nll alone; the plan gives the positives of a prompt equal weights (Dong et al. 2023)."""
+    """Return L_nll; the plan weighs a prompt's positives by reward alone, so 0/1 rewards alike (Dong et al. 2023)."""
     return nll(policy_logps, tokens, objective)
 
 
 def mixed(
     policy_logps: Tensor, entropies: Tensor, tokens: Tokens, objective: MixedObjective, entropy_coef: float
 ) -> Tensor:
-    """Return POPO's loss; the plan gives negatives weights below 0, so their likelihood is lowered."""
+    """Return POPO's terms; the plan gives graded negatives weights below 0, so their likelihood is lowered."""
     return popo(policy_logps, entropies, tokens, objective, entropy_coef)
 
 
@@ -127,7 +133,8 @@ entropy_coef) -> the tokens' share of the step's loss, a scalar that autograd di
 def similarity_loss(predictions: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return L_sim = sum_i w_i (1 - cos(p_i, q_i)) and sum_i w_i cos(p_i, q_i), the second detached.
 
-    Predictions and targets are [B, D]; `weights` [B] are divided by the step's number of prompts with a positive.
+    Predictions p and targets q are [B, D]; `weights` [B] are w_i already divided by |P+|, the step's number of prompts
+    with a positive.
     """
     dtype = torch.promote_types(predictions.dtype, torch.float32)
     cosines = functional.cosine_similarity(predictions.to(dtype), targets.to(dtype), dim=-1).to(weights.dtype)
@@ -174,7 +181,8 @@ class TrainSequence:
 class StepPlan:
     """All that a step trains on.
 
-    `prompts` counts prompts with a positive, |P+|; `entropy_tokens` the tokens over which the entropy is averaged.
+    `prompts` counts prompts with a positive, |P+| (all prompts for `grpo`, which has no term that needs it);
+    `entropy_tokens` counts the tokens over which the entropy is averaged.
     `sample_sizes` holds (effective sample size, number of positives) of each prompt with a positive.
     """
 
@@ -185,7 +193,7 @@ class StepPlan:
 
     @property
     def positives(self) -> list[int]:
-        """Indices of the sequences with a weight above 0: those of the similarity term."""
+        """Indices of the sequences with a weight above 0: those of the similarity term of `popo` and `mixed`."""
         return [index for index, sequence in enumerate(self.sequences) if sequence.weight > 0]
 
     @property
@@ -195,7 +203,7 @@ class StepPlan:
 
 
 MeanLogps = Callable[[Sequence[Rollout]], Sequence[float]]
-"""Rollouts -> mean log-prob of each, in nats per token."""
+"""Rollouts -> mean log-prob of each under the policy that sampled them (or the current one), nats per token."""
 
 
 def sampler_mean_logps(rollouts: Sequence[Rollout]) -> list[float]:
@@ -283,7 +291,7 @@ def _weighted(
     objective: PositiveObjective,
     max_length: int,
 ) -> list[TrainSequence]:
-    """Return the sequences with their weights, and with divisors by `objective.normalizer`."""
+    """Return sequences with divisors by `objective.normalizer`, counted over these rollouts alone."""
     prompts, rollouts = len(by_prompt), [rollout for rollouts in by_prompt for rollout in rollouts]
     tokens = sum(map(_length, rollouts))
     divisor_of: Mapping[str, Callable[[Rollout], float]] = {
@@ -301,7 +309,7 @@ def _weighted(
 
 
 def _negatives(groups: Sequence[Group], objective: PopoObjective, max_length: int) -> list[TrainSequence]:
-    """Return the negatives: of `mixed` to be lowered, and of either if their entropy counts."""
+    """Return the negatives that are forwarded: by `mixed` to lower them, by `popo` too if their entropy counts."""
     lowers, counted = isinstance(objective, MixedObjective), objective.entropy_over == "all"
     if not (lowers or counted):
         return []
@@ -320,7 +328,10 @@ def _negatives(groups: Sequence[Group], objective: PopoObjective, max_length: in
 
 
 def _plan_by_advantage(groups: Sequence[Group], objective: GrpoObjective, max_length: int) -> StepPlan | None:
-    """Plan GRPO: every graded answer counts in the divisors; those without any gradient are not forwarded."""
+    """Plan GRPO: every graded answer counts in the divisors; without a KL term those of advantage 0 are not forwarded.
+
+    The entropy is that of the forwarded ones.
+    """
     graded = [rollout for group in groups for rollout in group.rollouts if rollout.reward.outcome.is_graded]
     tokens = sum(map(_length, graded))
     divisor_of: Mapping[str, Callable[[Rollout], float]] = {

@@ -1,8 +1,8 @@
 """Training. `Trainer.train_step` is the whole algorithm, one stage after another; read it first.
 
-Departures from the published reference code, each explained in docs/method.md: the base is 4-bit and frozen, so the
-siamese averages adapters and predictor head alone; divisors are fixed for a step and count every token of every
-positive alike; the entropy is taken over positives, so that negatives are never forwarded.
+Departures from the published code, each explained in docs/method.md: the base is 4-bit and frozen, so the siamese
+averages adapters and predictor head alone; divisors are fixed for a whole step; by default the entropy is taken over
+positives, so that POPO never forwards a negative.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Trainer:
         return self._finish(asdict(self._evaluate("after")) if self.held_out else None)
 
     def train_step(self, step: int) -> None:
-        """Do one step: problems, rollouts, rewards, weights, siamese targets, gradients, update, record, sync."""
+        """Do one step: problems, rollouts, rewards, weights, siamese targets, gradients, optimizer, record, sync."""
         clock = StageClock(self.callback, self.policy.device)
         with clock("prompts"):
             choice = self._choose(step)
@@ -242,12 +242,14 @@ class Trainer:
                 self.sampler.sleep()
             plan = self.learner.plan(groups)
         result: UpdateResult | None = None
-        skipped: str | None = nothing_to_learn(self.recipe.objective)
+        skipped: str | None = None
         if plan is None:
+            skipped = nothing_to_learn(self.recipe.objective)
             self._check_unscored(step, groups)
         else:
             with clock("siamese"):
-                # Before any graph exists: the averaged weights stand in the place of the trained ones.
+                # Before any graph exists: the averaged weights stand in the place of the trained ones. Both are None
+                # for objectives without a similarity or a KL term.
                 targets = self.learner.siamese_targets(step, plan)
                 reference_logps = self.learner.reference_logps(plan)
             with clock("update", total=len(plan.sequences)):
@@ -261,16 +263,15 @@ class Trainer:
                     progress=self._advance,
                 )
                 self.guard.check(step, result.gap_mean)
-                skipped = None
                 if not math.isfinite(result.grad_norm):
                     result, skipped = None, "the gradient is not finite"
         if result is not None:
             with clock("optimizer"):
-                before = self.learner.prepare()
+                weights = self.learner.prepare()
                 # From here to the record, weights and cursor belong to different steps: nothing may save or stop.
                 self._consistent = False
-                self.learner.apply(step, result, before)
-        self._consistent = False
+                self.learner.apply(step, result, weights)  # the optimizer's step, then the siamese's average
+        self._consistent = False  # also for a skipped step: its record moves the cursor
         self.learner.optimizer.zero_grad(set_to_none=True)
         record = self._record(step, choice, groups, plan, result, skipped, clock.seconds)
         self._move_cursor(record, choice, groups, result)

@@ -1,22 +1,22 @@
-"""What a sampler is: the one thing that makes rollouts, and that says which policy it made them with."""
+"""The interface of rollout engines, and the checks that all of them share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 from popo_lite.errors import StalePolicyError
-from popo_lite.types import Completion, Prompt
+from popo_lite.types import Completion, FinishReason, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to draw. Positives must come from the policy itself, so training never sets `top_p`, and there is no top-k.
+    """How to sample. Positives must come from the policy itself, so training never sets `top_p`; there is no top-k.
 
-    Evaluation may cut the distribution to the fewest likeliest tokens whose probabilities sum to `top_p`. Log-probs of
-    such draws are for no loss: `hf` gives those of the whole distribution, vLLM those of the cut one.
+    Evaluation may sample from the fewest likeliest tokens whose probabilities sum to `top_p`. Such log-probs are
+    not for any loss: `hf` gives those of the whole distribution, vLLM those of the nucleus.
     """
 
     temperature: float
@@ -24,19 +24,26 @@ class SamplingParams:
     top_p: float = 1.0
 
 
-class Sampler(Protocol):
-    """Draws completions. Every implementation passes the suite in tests/contract."""
+class Request(NamedTuple):
+    """One completion to sample. `key` names its random stream: what else is in the batch does not change it."""
 
-    @property
-    def engine(self) -> str:
-        """The engine's name in the recipe."""
+    prompt: Prompt
+    key: tuple[int | str, ...]
 
-    @property
-    def policy_version(self) -> int | None:
-        """Version of the policy that this sampler's adapter is; None where it holds none."""
 
-    def sync(self, policy_version: int) -> None:
-        """Take over the trainer's current adapter, which is `policy_version`."""
+Progress = Callable[[int], None]
+"""Called often with how many sequences have just ended, also if none has; may raise."""
+
+
+class Sampler(ABC):
+    """Samples completions from one version of the policy. Every engine passes the suite in tests/contract.
+
+    `policy_version` is that of the adapter it holds, None if none; `swap_seconds` are those of every adapter swap.
+    """
+
+    engine: str
+    policy_version: int | None = None
+    swap_seconds: Sequence[float] = ()
 
     def sample(
         self,
@@ -47,28 +54,38 @@ class Sampler(Protocol):
         policy_version: int,
         stream: tuple[int | str, ...],
         first_index: int = 0,
-        finished: Callable[[int], None] | None = None,
+        finished: Progress | None = None,
     ) -> list[list[Completion]]:
-        """`count` completions for each prompt, in order: samples `first_index` and on of each.
+        """Return `count` completions for each prompt, in order: its samples `first_index` and on.
 
-        Sample i of a prompt draws from the random stream of (*stream, problem id, i) alone, so what else is in the
-        batch changes nothing beyond rounding, and 4 samples and 4 more are those of one call for 8. `finished` is
-        told, often and also when it is none, how many sequences have just ended; it may raise.
-        Raises StalePolicyError where `policy_version` is not the sampler's.
+        Sample i of a prompt draws from the random stream of (*stream, problem id, i) alone, so 4 samples and 4 more are
+        those of one call for 8, beyond rounding. Raises StalePolicyError if `policy_version` is not the sampler's.
         """
+        refuse_stale(self.policy_version, policy_version)
+        requests = [
+            Request(prompt, (*stream, prompt.problem.id, index))
+            for prompt in prompts
+            for index in range(first_index, first_index + count)
+        ]
+        completions = self._complete(requests, params, finished or (lambda _: None))
+        return [completions[row * count : (row + 1) * count] for row in range(len(prompts))]
 
-    @property
-    def swap_seconds(self) -> Sequence[float]:
-        """Seconds of every adapter swap so far; empty where weights are shared."""
+    @abstractmethod
+    def sync(self, policy_version: int) -> None:
+        """Take over the trainer's current adapter, which is `policy_version`."""
 
-    def close(self) -> None:
+    @abstractmethod
+    def _complete(self, requests: Sequence[Request], params: SamplingParams, finished: Progress) -> list[Completion]:
+        """Return a completion for each request, in order."""
+
+    def close(self) -> None:  # noqa: B027  # most engines hold nothing
         """Give back what the engine holds."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @runtime_checkable
@@ -79,8 +96,23 @@ class CanSleep(Protocol):
         """Give GPU memory back until the next `sync`."""
 
 
+def make_completion(
+    token_ids: Sequence[int],
+    logps: Sequence[float],
+    stop_ids: frozenset[int],
+    text: Callable[[Sequence[int]], str],
+) -> Completion:
+    """Return the completion of these tokens; it stopped if the last of them ends answers."""
+    return Completion(
+        token_ids=tuple(token_ids),
+        sampler_logps=tuple(logps),
+        finish_reason=FinishReason.STOP if token_ids[-1] in stop_ids else FinishReason.LENGTH,
+        text=text(token_ids),
+    )
+
+
 def refuse_stale(held: int | None, wanted: int) -> None:
-    """Raise StalePolicyError where a sampler holds another version than the one asked for, or none."""
+    """Raise StalePolicyError if a sampler holds another version than `wanted`, or none."""
     if held != wanted:
         holds = "no policy" if held is None else f"policy version {held}"
         raise StalePolicyError(

@@ -1,12 +1,11 @@
-"""Sampling from the trainer's own model: no second copy of anything, on every machine. The slow, simple engine."""
+"""Sampling from the trainer's own model: slow and simple, without a second copy of anything, on every machine."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,28 +14,27 @@ from torch import Tensor
 from popo_lite.errors import EngineError
 from popo_lite.policy.memory import is_out_of_memory, release_memory
 from popo_lite.policy.policy import Policy
-from popo_lite.samplers.base import SamplingParams, refuse_stale
+from popo_lite.samplers.base import Progress, Request, Sampler, SamplingParams, make_completion
 from popo_lite.seeding import stream_seed
-from popo_lite.types import Completion, FinishReason, Prompt
+from popo_lite.types import Completion, Prompt
 
 COMPACT_BELOW = 0.5
-"""Finished sequences leave the batch when no more than this share of it is still running."""
+"""Finished sequences leave the batch when at most this fraction of it is still running."""
 
 
 @dataclass(kw_only=True)
 class _Sequence:
-    """A completion in the making. `uniforms` [max tokens] is its whole random stream."""
+    """A completion while it is decoded. `uniforms` [max tokens] is its whole random stream."""
 
-    prompt_index: int
-    sample_index: int
+    prompt: Prompt
     uniforms: Any
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     stopped: bool = False
 
 
-class HFSampler:
-    """Batched, left-padded decoding with a KV cache over the policy's live weights."""
+class HFSampler(Sampler):
+    """Decodes batches of left-padded sequences with a KV cache over the policy's own weights."""
 
     engine = "hf"
 
@@ -48,100 +46,45 @@ class HFSampler:
         batch_size: int,
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._policy = policy
-        self._text = text
-        self._batch_size = batch_size
-        self._notify = notify
+        self._policy, self._text, self._batch_size, self._notify = policy, text, batch_size, notify
         self.policy_version = policy.version
 
     def sync(self, policy_version: int) -> None:
-        """The weights are shared, so there is nothing to move; only the version is noted."""
+        """Note the version: the weights are shared, so nothing has to move."""
         self.policy_version = policy_version
 
-    @property
-    def swap_seconds(self) -> list[float]:
-        """Empty: nothing is swapped."""
-        return []
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        count: int,
-        params: SamplingParams,
-        policy_version: int,
-        stream: tuple[int | str, ...],
-        first_index: int = 0,
-        finished: Callable[[int], None] | None = None,
-    ) -> list[list[Completion]]:
-        """See `Sampler.sample`."""
-        refuse_stale(self.policy_version, policy_version)
+    def _complete(self, requests: Sequence[Request], params: SamplingParams, finished: Progress) -> list[Completion]:
         was_training = self._policy.model.training
         self._policy.model.eval()
+        sequences = [
+            _Sequence(prompt=request.prompt, uniforms=_uniforms(params.max_completion_length, request.key))
+            for request in requests
+        ]
+        # Prompts of like length share a batch, which saves padding; the draws do not depend on it.
+        waiting = sorted(sequences, key=lambda sequence: len(sequence.prompt.token_ids))
         try:
-            # Prompts of like length share a batch: less padding. The draws do not depend on it.
-            order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].token_ids))
-            sequences = [
-                _Sequence(
-                    prompt_index=prompt_index,
-                    sample_index=sample,
-                    uniforms=_uniforms(
-                        params.max_completion_length, (*stream, prompts[prompt_index].problem.id, sample)
-                    ),
-                )
-                for prompt_index in order
-                for sample in range(first_index, first_index + count)
-            ]
-            waiting = sequences
             while waiting:
                 batch, rest = waiting[: self._batch_size], waiting[self._batch_size :]
-                if self._decoded(prompts, batch, params, finished):
+                if self._decoded(batch, params, finished):
                     waiting = rest
         finally:
             self._policy.model.train(was_training)
-        groups: list[list[Completion]] = [[] for _ in prompts]
-        for sequence in sorted(sequences, key=lambda s: (s.prompt_index, s.sample_index)):
-            groups[sequence.prompt_index].append(
-                Completion(
-                    token_ids=tuple(sequence.token_ids),
-                    sampler_logps=tuple(sequence.logps),
-                    finish_reason=FinishReason.STOP if sequence.stopped else FinishReason.LENGTH,
-                    text=self._text(sequence.token_ids),
-                )
-            )
-        return groups
+        stop_ids = self._policy.stop_ids
+        return [make_completion(one.token_ids, one.logps, stop_ids, self._text) for one in sequences]
 
-    def _decoded(
-        self,
-        prompts: Sequence[Prompt],
-        batch: list[_Sequence],
-        params: SamplingParams,
-        finished: Callable[[int], None] | None,
-    ) -> bool:
-        """Decode `batch`; False where memory ran out, and half as many sequences at once are to be tried from now on.
+    def _decoded(self, batch: list[_Sequence], params: SamplingParams, finished: Progress) -> bool:
+        """Decode `batch`; return False if memory ran out, and decode half as many sequences at once from then on.
 
         Draws do not depend on what else is in the batch, so the answers are the same.
         """
         try:
-            self._decode(prompts, batch, params, finished)
+            self._decode(batch, params, finished)
             return True
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error) or len(batch) == 1:
                 raise
-        if finished is not None:
-            finished(-sum(sequence.stopped for sequence in batch))
+        finished(-sum(sequence.stopped for sequence in batch))
         for sequence in batch:
             sequence.token_ids, sequence.logps, sequence.stopped = [], [], False
         release_memory()
@@ -151,16 +94,10 @@ class HFSampler:
         )
         return False
 
-    def _decode(
-        self,
-        prompts: Sequence[Prompt],
-        sequences: list[_Sequence],
-        params: SamplingParams,
-        finished: Callable[[int], None] | None,
-    ) -> None:
+    def _decode(self, sequences: list[_Sequence], params: SamplingParams, finished: Progress) -> None:
         """Fill in `sequences` token by token."""
         device = self._policy.device
-        hidden, cache, mask = self._prefill(prompts, sequences)
+        hidden, cache, mask = self._prefill(sequences)
         running = list(sequences)
         uniforms = torch.from_numpy(np.stack([sequence.uniforms for sequence in sequences])).to(device)
         alive = [True] * len(running)
@@ -175,7 +112,7 @@ class HFSampler:
                 if not math.isfinite(logp):
                     raise EngineError(
                         "the model's log-probs are not finite, so its weights or activations are not either",
-                        where=f"problem {prompts[sequence.prompt_index].problem.id}",
+                        where=f"problem {sequence.prompt.problem.id}",
                         next_step="go back to an earlier checkpoint with a lower optimizer.learning_rate",
                     )
                 sequence.token_ids.append(int(token))
@@ -183,8 +120,7 @@ class HFSampler:
                 sequence.stopped = int(token) in self._policy.stop_ids
                 alive[row] = not sequence.stopped
                 ended += sequence.stopped
-            if finished is not None:
-                finished(ended)
+            finished(ended)
             if not any(alive) or position + 1 == params.max_completion_length:
                 break
             if sum(alive) <= COMPACT_BELOW * len(running):
@@ -202,37 +138,35 @@ class HFSampler:
                 use_cache=True,
             )
             hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
-        if finished is not None and any(alive):
+        if any(alive):
             finished(sum(alive))
 
-    def _prefill(self, prompts: Sequence[Prompt], sequences: Sequence[_Sequence]) -> tuple[Tensor, Any, Tensor]:
-        """Run each distinct prompt once and repeat its cache for its samples: (hidden [B, D], cache, mask [B, T])."""
+    def _prefill(self, sequences: Sequence[_Sequence]) -> tuple[Tensor, Any, Tensor]:
+        """Run each distinct prompt once, repeat its cache for its samples: (hidden [B, D], cache, mask [B, T])."""
         device = self._policy.device
-        distinct = list(dict.fromkeys(sequence.prompt_index for sequence in sequences))
-        row_of = {prompt_index: row for row, prompt_index in enumerate(distinct)}
-        width = max(len(prompts[index].token_ids) for index in distinct)
+        distinct = list(dict.fromkeys(sequence.prompt.token_ids for sequence in sequences))
+        width = max(map(len, distinct))
         ids = torch.full((len(distinct), width), self._policy.pad_id)
         mask = torch.zeros((len(distinct), width), dtype=torch.long)
-        for row, index in enumerate(distinct):
-            length = len(prompts[index].token_ids)
-            ids[row, width - length :] = torch.tensor(prompts[index].token_ids)
-            mask[row, width - length :] = 1
+        for row, prompt in enumerate(distinct):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
         ids, mask = ids.to(device), mask.to(device)
         output = self._policy.run_trunk(
             input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0), use_cache=True
         )
-        rows = torch.tensor([row_of[sequence.prompt_index] for sequence in sequences], device=device)
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        rows = torch.tensor([row_of[sequence.prompt.token_ids] for sequence in sequences], device=device)
         return output.last_hidden_state[:, -1][rows], _rows_of(output.past_key_values, rows), mask[rows]
 
     def _next_logp(self, hidden: Tensor, temperature: float) -> Tensor:
-        """[B, D] -> log-probs of the next token [B, V] under the sampling temperature."""
+        """Return log-probs [B, V] of the next token after `hidden` [B, D] under the sampling temperature."""
         head = self._policy.head
-        z = head.logits(hidden)
-        return torch.log_softmax(z * (head.temperature / temperature), dim=-1)
+        return torch.log_softmax(head.logits(hidden) * (head.temperature / temperature), dim=-1)
 
 
 def _rows_of(cache: Any, rows: Tensor) -> Any:
-    """The cache of the sequences `rows`; transformers' caches, or the nested tuples of patched models."""
+    """Return the cache of the sequences `rows`: transformers' caches, or the nested tuples of patched models."""
     if hasattr(cache, "batch_select_indices"):
         cache.batch_select_indices(rows)
         return cache
@@ -240,12 +174,12 @@ def _rows_of(cache: Any, rows: Tensor) -> Any:
 
 
 def _uniforms(count: int, key: tuple[int | str, ...]) -> Any:
-    """`count` float64 uniforms in [0, 1), a pure function of `key`."""
+    """Return `count` float64 uniforms in [0, 1), a pure function of `key`."""
     return np.random.Generator(np.random.Philox(key=stream_seed(*key))).random(count)
 
 
 def _draw(logp: Tensor, uniforms: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF sampling from the nucleus: `logp` [B, V], `uniforms` [B] -> (token ids [B], their log-probs [B]).
+    """Sample by inverse CDF from the nucleus: `logp` [B, V], `uniforms` [B] -> (token ids [B], their log-probs [B]).
 
     The log-probs are those of the whole distribution, whatever `top_p` cuts off.
     """
@@ -259,7 +193,7 @@ def _draw(logp: Tensor, uniforms: Tensor, top_p: float) -> tuple[Tensor, Tensor]
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """`probabilities` [B, V] with 0 for all but the fewest likeliest tokens that sum to at least `top_p`."""
+    """Return `probabilities` [B, V] with 0 for all but the fewest likeliest tokens that sum to at least `top_p`."""
     sorted_probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = sorted_probabilities.cumsum(dim=-1) - sorted_probabilities
     return torch.zeros_like(probabilities).scatter(-1, order, sorted_probabilities.where(before < top_p, 0.0))

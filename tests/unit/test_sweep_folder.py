@@ -92,7 +92,7 @@ def test_what_a_run_that_was_killed_at_its_start_leaves_is_no_hindrance(tmp_path
     run.folder.path.mkdir(parents=True)
     (run.folder.path / ".recipe.toml.partial").touch()
     assert not run.begun
-    assert new_run_folder(run.variant.recipe, "x", run.folder.path) == run.folder
+    assert new_run_folder(run.variant.recipe, "x", run.folder.path).path == run.folder.path
     (run.folder.path / ".notes").touch()
     with pytest.raises(UserInputError, match="not empty"):
         new_run_folder(run.variant.recipe, "x", run.folder.path)

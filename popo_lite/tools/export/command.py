@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from popo_lite.tools.export import ExportReport
+    from popo_lite.tools.export.pipeline import ExportReport
     from popo_lite.tools.export.hub import Upload
 
 
@@ -77,7 +77,7 @@ def export(
     import torch
 
     from popo_lite.tools.console.output import progress
-    from popo_lite.tools.export import export_run
+    from popo_lite.tools.export.pipeline import export_run
     from popo_lite.tools.export.hub import check_repo_id, name_in_card, push
 
     if repo_id is not None:
