@@ -130,7 +130,7 @@ def start(folder, *arguments):
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_and_equals_an_unbroken_one(command, tmp_path):
+def test_a_killed_evaluation_resumes_and_equals_an_unbroken_one(command, tmp_path):
     sums = [(a, b) for a in range(10, 22) for b in range(30, 34)]
     file = jsonl(tmp_path / "amc.jsonl", rows_of("amc23", {(a, b): a + b for a, b in sums}))
     arguments = [
@@ -287,7 +287,7 @@ def test_references_that_cannot_be_graded_are_listed_before_a_model_is_loaded(tm
 
 @pytest.mark.slow
 def test_answers_that_cannot_be_graded_are_not_kept(tmp_path, monkeypatch):
-    """Eight problems in chunks of 2; grading is broken from the third chunk on, and mended when it goes on."""
+    """Eight problems in chunks of 2; grading is broken from the third chunk on, and works again when it resumes."""
     monkeypatch.chdir(tmp_path)
     rows = list(rows_of("aime25", {(a, 40): a + 40 for a in range(10, 18)}))
     rows[7] = rows[0] | {"answer": "1"}
@@ -316,8 +316,8 @@ def test_answers_that_cannot_be_graded_are_not_kept(tmp_path, monkeypatch):
     assert broken.exit_code == 1
     assert "25% of the answers to aime25 could not be graded" in " ".join(broken.output.split())
     assert len(json_lines(tmp_path / "out/problems.jsonl")) == 4
-    mended = run(main, [*arguments, "out"])
-    assert mended.exit_code == 0, mended.output
+    resumed = run(main, [*arguments, "out"])
+    assert resumed.exit_code == 0, resumed.output
     assert (tmp_path / "out/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
 
 

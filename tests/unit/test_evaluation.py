@@ -499,7 +499,7 @@ def test_the_base_of_a_run_needs_no_end_of_it(tiny_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_servers_are_told_the_nucleus(top_p):
+def test_servers_receive_top_p(top_p):
     asked = []
 
     def answer(request):
@@ -509,7 +509,8 @@ def test_servers_are_told_the_nucleus(top_p):
 
     async def complete():
         client = ServerClient("http://server", token=None)
-        client._client = httpx.AsyncClient(base_url="http://server", transport=httpx.MockTransport(answer))
+        transport = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        client._client = client._client.with_options(http_client=transport)
         params = SamplingParams(temperature=0.7, top_p=top_p, max_completion_length=8)
         await client.complete([3], params=params, seed=0, stop_ids=frozenset({1}))
 
