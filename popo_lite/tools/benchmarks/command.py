@@ -74,7 +74,7 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
 @click.option("--chat-template", type=JINJA_FILE, help="Jinja file, for a model without one.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for answers and results, also to resume in.")
 @click.pass_context
-def eval_(ctx: click.Context, model_or_run: str, benchmarks: str | None, **options: Any) -> None:
+def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, **options: Any) -> None:
     """Measure MODEL_OR_RUN.
 
     A run, the folder that `popo-lite train` wrote, is measured on its held-out problems: base, trained adapter and

@@ -31,8 +31,8 @@ def benchmark_report(
     results = sorted(results, key=lambda result: order.index(result.benchmark))
     rows, seed_rows = [], []
     for result in results:
-        score, name = result.pooled, [titles[result.benchmark], result.weights]
-        row = [*name, f"{result.problems:,}"]
+        score, label = result.pooled, [titles[result.benchmark], result.weights]
+        row = [*label, f"{result.problems:,}"]
         values = {"average": score.average, f"pass@{k}": score.pass_at_k[k], f"majority@{k}": score.majority_at_k[k]}
         for figure, value in values.items():
             low, high = score.intervals[figure]
@@ -41,8 +41,8 @@ def benchmark_report(
         rows.append([*row, words.decimals(score.completion_tokens_mean, 1)])
         seeds = result.by_seed.values()
         each = next(iter(seeds)).samples_per_problem
-        seed_rows.append([*name, f"avg@{each}", *(words.share(seed.average) for seed in seeds)])
-        seed_rows.append([*name, f"pass@{k}", *(words.share(seed.pass_at_k[k]) for seed in seeds)])
+        seed_rows.append([*label, f"avg@{each}", *(words.share(seed.average) for seed in seeds)])
+        seed_rows.append([*label, f"pass@{k}", *(words.share(seed.pass_at_k[k]) for seed in seeds)])
     samples = results[0].pooled.samples_per_problem
     columns = ["benchmark", "weights", "problems", f"avg@{samples}", "95%", f"pass@{k}", "95%", f"maj@{k}", "95%"]
     table("Benchmarks", [*columns, "truncated", "ungraded", "mean tokens"], rows, console)
