@@ -75,7 +75,7 @@ def evaluate(
 
     `weights` are some of "base", "adapter" and "siamese"; by default all three. `problems` defaults to the recipe's.
     """
-    from popo_lite.tools.benchmarks.held_out import evaluate_run
+    from popo_lite.tools.benchmarks.subject import evaluate_run
 
     return evaluate_run(Path(run), weights=weights, problems=problems, samples=samples)
 

@@ -54,20 +54,13 @@ def evaluate(
         stream=("eval", seed),
         finished=progress,
     )
-    flat = [completion for completions in answers for completion in completions]
-    rewards = grader.grade(
-        [
-            GradeRequest(text=completion.text, problem=problem)
-            for problem, completions in zip(problems, answers, strict=True)
-            for completion in completions
-        ]
-    )
+    pairs = [(problem, answer) for problem, group in zip(problems, answers, strict=True) for answer in group]
+    flat = [completion for _, completion in pairs]
+    rewards = grader.grade([GradeRequest(text=completion.text, problem=problem) for problem, completion in pairs])
     refuse_ungraded(rewards, max_ungraded_ratio, f"evaluation of the {weights}")
-    right = [
-        sum(reward.value > threshold for reward in rewards[start : start + samples_per_problem])
-        for start in range(0, len(rewards), samples_per_problem)
-    ]
-    ks = [2**power for power in range(samples_per_problem.bit_length()) if 2**power <= samples_per_problem]
+    correct = [reward.value > threshold for reward in rewards]
+    right = [sum(correct[i : i + samples_per_problem]) for i in range(0, len(correct), samples_per_problem)]
+    ks = [2**power for power in range(samples_per_problem.bit_length())]
     estimates = {k: statistics.fmean(pass_at_k(samples_per_problem, count, k) for count in right) for k in ks}
     return EvalResult(
         weights=weights,

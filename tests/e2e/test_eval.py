@@ -20,7 +20,8 @@ from popo_lite.cli import main
 from popo_lite.grading import Grader
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.samplers import vllm
-from popo_lite.tools.benchmarks.answer_file import EvaluationFolder
+from popo_lite.tools.benchmarks.command import eval_, pick_k
+from popo_lite.tools.benchmarks.folder import EvaluationFolder
 from popo_lite.tools.benchmarks.subject import Subject
 from popo_lite.types import Outcome, Reward
 
@@ -129,7 +130,7 @@ def start(folder, *arguments):
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_and_equals_an_unbroken_one(command, tmp_path):
+def test_a_killed_evaluation_resumes_and_equals_an_unbroken_one(command, tmp_path):
     sums = [(a, b) for a in range(10, 22) for b in range(30, 34)]
     file = jsonl(tmp_path / "amc.jsonl", rows_of("amc23", {(a, b): a + b for a, b in sums}))
     arguments = [
@@ -236,7 +237,7 @@ def refused(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("tiny", "--benchmarks", "aime26"), 'no benchmark "aime26"'),
         (("tiny", "--benchmarks", "aime25", "--problems", "5"), "does not go with --benchmarks"),
@@ -244,16 +245,16 @@ def refused(*arguments):
         (("tiny", "--top-p", "0.9"), "is for benchmarks, and none is named"),
         (("tiny", "--benchmarks", "aime25", "--samples", "4", "--k", "8"), "pass@8 cannot be estimated from 4 samples"),
         (("tiny", "--benchmarks", "aime25", "--seeds", "0,0"), "different whole numbers"),
-        (("tiny", "--benchmarks", "aime25", "--data", "amc23=x.jsonl"), "NAME=FILE of a benchmark asked for"),
-        (("tiny", "--benchmarks", "aime25", "--weights", "base"), "is a model on its own and has no base"),
+        (("tiny", "--benchmarks", "aime25", "--data", "amc23=x.jsonl"), "NAME=FILE of a benchmark in --benchmarks"),
+        (("tiny", "--benchmarks", "aime25", "--weights", "base"), "is a model, not a run, and has no base"),
         (("tiny",), "recipe.toml is missing"),
         (("tiny", "--benchmarks", "aime25", "--data", "aime25=aime25"), "is not a file of a known kind"),
         ((".", "--benchmarks", "aime25"), "holds neither a run (recipe.toml) nor a model (config.json)"),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_anything_is_loaded(arguments, told, tmp_path, monkeypatch):
+def test_what_cannot_be_measured_is_said_before_anything_is_loaded(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert told in refused(*arguments)
+    assert message in refused(*arguments)
     assert list(Path.cwd().iterdir()) == []
 
 
@@ -264,10 +265,10 @@ def test_three_percent_of_malformed_rows_fail_with_their_lines(tmp_path, monkeyp
     for number in (7, 31, 90, 91, 133, 200):
         lines[number - 1] = lines[number - 1].replace('"answer"', '"reply"')
     Path("aime.jsonl").write_text("\n".join(lines))
-    told = refused("tiny", "--benchmarks", "aime25", "--data", "aime25=aime.jsonl", "--output", "out")
-    assert "6 of 200 rows are not AIME25's" in told
-    assert [f"line {number}: " in told for number in (7, 31, 90, 91, 133, 200)] == [True] * 6
-    assert "--data aime25=aime.jsonl" in told
+    message = refused("tiny", "--benchmarks", "aime25", "--data", "aime25=aime.jsonl", "--output", "out")
+    assert "6 of 200 rows are not AIME25's" in message
+    assert [f"line {number}: " in message for number in (7, 31, 90, 91, 133, 200)] == [True] * 6
+    assert "--data aime25=aime.jsonl" in message
     assert not Path("out").exists()
 
 
@@ -277,16 +278,16 @@ def test_references_that_cannot_be_graded_are_listed_before_a_model_is_loaded(tm
     rows = list(rows_of("math500", {(a, 40): a + 40 for a in range(10, 20)}))
     rows[2]["answer"] = rows[8]["answer"] = "\\frac{1}{"
     jsonl(Path("math.jsonl"), rows)
-    told = refused("tiny", "--benchmarks", "math500", "--data", "math500=math.jsonl", "--output", "out")
-    assert "2 of 10 rows are not MATH-500's" in told
+    message = refused("tiny", "--benchmarks", "math500", "--data", "math500=math.jsonl", "--output", "out")
+    assert "2 of 10 rows are not MATH-500's" in message
     for number in (3, 9):
-        assert f"line {number}: the reference answer of problem 'math500/{number}' is not an expression" in told
+        assert f"line {number}: the reference answer of problem 'math500/{number}' is not an expression" in message
     assert not Path("out").exists()
 
 
 @pytest.mark.slow
 def test_answers_that_cannot_be_graded_are_not_kept(tmp_path, monkeypatch):
-    """Eight problems in chunks of 2; grading is broken from the third chunk on, and mended when it goes on."""
+    """Eight problems in chunks of 2; grading is broken from the third chunk on, and works again when it resumes."""
     monkeypatch.chdir(tmp_path)
     rows = list(rows_of("aime25", {(a, 40): a + 40 for a in range(10, 18)}))
     rows[7] = rows[0] | {"answer": "1"}
@@ -300,8 +301,8 @@ def test_answers_that_cannot_be_graded_are_not_kept(tmp_path, monkeypatch):
     assert json.loads(whole.stdout)["benchmarks"]["aime25"] == {
         "rows": 8, "published": 30, "skipped": 0, "repeats": {"aime25/8": "aime25/1"},
     }  # fmt: skip
-    assert "aime25: has 30 problems where it was published, and 8 here" in whole.stderr
-    assert "1 of 8 questions stand there before, and count each time: aime25/8 is aime25/1" in whole.stderr
+    assert "aime25: was published with 30 problems, and has 8 here" in whole.stderr
+    assert "1 of 8 questions repeat an earlier one, and count each time: aime25/8 is aime25/1" in whole.stderr
     grade, calls = Grader.grade, []
 
     def breaking(self, requests):
@@ -315,8 +316,8 @@ def test_answers_that_cannot_be_graded_are_not_kept(tmp_path, monkeypatch):
     assert broken.exit_code == 1
     assert "25% of the answers to aime25 could not be graded" in " ".join(broken.output.split())
     assert len(json_lines(tmp_path / "out/problems.jsonl")) == 4
-    mended = run(main, [*arguments, "out"])
-    assert mended.exit_code == 0, mended.output
+    resumed = run(main, [*arguments, "out"])
+    assert resumed.exit_code == 0, resumed.output
     assert (tmp_path / "out/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
 
 
@@ -324,8 +325,8 @@ def test_a_folder_that_is_at_work_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = jsonl(tmp_path / "aime.jsonl", rows_of("aime25", {(17, 25): 42}))
     with EvaluationFolder(tmp_path / "out").locked():
-        told = refused("tiny", "--benchmarks", "aime25", "--data", f"aime25={file}", "--output", "out")
-    assert "another evaluation is at work in this folder" in told
+        message = refused("tiny", "--benchmarks", "aime25", "--data", f"aime25={file}", "--output", "out")
+    assert "another evaluation is running in this folder" in message
 
 
 def test_engine_errors_end_in_an_option_that_there_is(monkeypatch, tmp_path):
@@ -340,20 +341,17 @@ def test_engine_errors_end_in_an_option_that_there_is(monkeypatch, tmp_path):
     assert "--set" not in done.output
 
 
-def test_the_preset_is_the_published_one_and_gives_way_to_what_is_given():
-    from popo_lite.tools.benchmarks.choices import choices_of
+def test_the_preset_is_the_published_one_and_other_options_override_it():
+    def params(*arguments):
+        return eval_.make_context("eval", ["tiny", "--benchmarks", "paper", *arguments]).params
 
-    given = dict.fromkeys(
-        ("samples", "k", "temperature", "top_p", "max_tokens", "max_prompt_length", "system_prompt", "chat_template",
-         "engine", "output", "seeds", "seed"),
-    ) | {"preset": "paper", "data": (), "skip_overlong": False}  # fmt: skip
-    found = choices_of("paper", given)
-    assert (found.samples, found.k, found.temperature, found.top_p, found.max_tokens) == (128, 8, 0.7, 0.95, 4096)
-    assert found.system_prompt == "Please reason step by step, and put your final answer within \\boxed{}."
-    assert found.benchmarks == ("math500", "amc23", "aime24", "aime25", "olympiadbench")
-    fewer = choices_of("paper", given | {"samples": 4, "temperature": 1.0, "system_prompt": "", "seeds": "2,1"})
-    assert (fewer.samples, fewer.k, fewer.temperature, fewer.top_p) == (4, 4, 1.0, 0.95)
-    assert (fewer.system_prompt, fewer.seeds) == ("", (2, 1))
-    plain = choices_of("gsm8k", given | {"preset": None, "seed": 7})
-    assert (plain.samples, plain.k, plain.top_p, plain.temperature, plain.max_tokens) == (8, 8, 1.0, None, None)
-    assert (plain.system_prompt, plain.seeds) == (None, (7,))
+    names = ("samples", "k", "temperature", "top_p", "max_tokens", "system_prompt", "seeds", "seed")
+    prompt = "Please reason step by step, and put your final answer within \\boxed{}."
+    preset = params("--preset", "paper")
+    assert [preset[name] for name in names] == [128, None, 0.7, 0.95, 4096, prompt, None, 0]
+    # Before and after the preset.
+    fewer = params("--samples", "4", "--preset", "paper", "--temperature", "1", "--system-prompt", "")
+    assert [fewer[name] for name in names] == [4, None, 1.0, 0.95, 4096, "", None, 0]
+    plain = params("--seed", "7")
+    assert [plain[name] for name in names] == [8, None, None, 1.0, None, None, None, 7]
+    assert [pick_k(None, 128), pick_k(None, 4), pick_k(2, 4)] == [8, 4, 2]

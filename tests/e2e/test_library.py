@@ -57,6 +57,11 @@ def test_train_evaluate_and_export_as_functions(tmp_path):
 
     report = popo_lite.export(result.folder.path, what="adapter", output=tmp_path / "adapter")
     assert (report.folder / "adapter_model.safetensors").is_file()
+    for wrong in ("siamese", ["policy"]):
+        with pytest.raises(popo_lite.PopoError, match="a run has no weights"):
+            popo_lite.evaluate(result.folder.path, weights=wrong)
+    with pytest.raises(popo_lite.PopoError, match='no weights "siamse"'):
+        popo_lite.export(result.folder.path, weights="siamse")
     with pytest.raises(popo_lite.PopoError, match="the run has ended"):
         popo_lite.train(recipe, output=result.folder.path, resume=True)
 

@@ -1,4 +1,4 @@
-"""Benchmarks in the form that the Hub has them: what is read, and what is refused, line by line."""
+"""Read benchmarks in the form of the Hub's rows, and refuse others with their lines."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_answers_are_read_as_the_benchmark_means_them(name, cell, answer):
 
 
 @pytest.mark.parametrize(
-    ("name", "cell", "fault"),
+    ("name", "cell", "message"),
     [
         ("math500", 42, "is 42, not text"), ("math500", "  ", "is empty"), ("math500", None, "is missing"),
         ("math500", "\ud800", "half a surrogate pair"),
@@ -167,11 +167,11 @@ def test_answers_are_read_as_the_benchmark_means_them(name, cell, answer):
         ("gsm8k", "The answer is 5.", 'does not end in a line "#### result"'), ("gsm8k", "#### five", "not a number"),
     ],
 )  # fmt: skip
-def test_answers_of_another_form_are_refused(name, cell, fault):
+def test_answers_of_another_form_are_refused(name, cell, message):
     column = BENCHMARKS[name].answer_column
     error = refused(name, jsonl("x.jsonl", ROWS[name][0], ROWS[name][0] | {column: cell}))
     assert f'line 2: column "{column}"' in error.what
-    assert fault in error.what
+    assert message in error.what
     assert f"1 of 2 rows are not {BENCHMARKS[name].title}'s" in error.what
 
 
@@ -189,8 +189,8 @@ def test_three_percent_of_malformed_rows_are_all_listed_by_line(name):
     }
     wrong |= {number: {**row, known.answer_column: None} for number in (151, 152)}
     wrong |= {300: {key: cell for key, cell in row.items() if key != known.answer_column}, 250: "not JSON"}
-    for number, fault in wrong.items():
-        rows[number - 1] = fault
+    for number, row_ in wrong.items():
+        rows[number - 1] = row_
     assert len(wrong) == 9
     error = refused(name, jsonl("x.jsonl", *rows))
     assert f"9 of 300 rows are not {known.title}'s" in error.what
@@ -219,25 +219,25 @@ def test_other_kinds_of_files_are_read_too():
     assert "line 3: column \"answer\" is 'many', not a number" in refused("amc23", Path("x.csv")).what
 
 
-def faults(error):
+def errors(error):
     return [line.strip() for line in error.what.splitlines()[1:]]
 
 
-def test_an_integer_beyond_python_is_the_fault_of_its_row():
+def test_an_integer_beyond_python_is_an_error_of_its_row():
     good = '{"question": "?", "answer": 1}'
     found = refused("amc23", jsonl("x.jsonl", good, '{"question": "?", "answer": ' + "9" * 5001 + "}"))
-    assert faults(found) == ["line 2: an integer has more digits than can be read"]
+    assert errors(found) == ["line 2: an integer has more digits than can be read"]
     Path("x.json").write_text(f"[{good[:-2]}{'9' * 5001}}}]")
     assert "cannot be read" in refused("amc23", Path("x.json")).what
 
 
-def test_every_fault_of_a_csv_file_is_listed_by_line():
+def test_every_error_of_a_csv_file_is_listed_by_line():
     Path("x.csv").write_text(
         'question,answer\n"two\nlines",27.0\nonly one cell\n\n?,\n"no"comma,1\n?,many\n?,1,2\n,3\n"no end,4\n'
     )
     found = refused("amc23", Path("x.csv"))
     assert "7 of 8 rows are not AMC23's" in found.what
-    assert faults(found) == [
+    assert errors(found) == [
         "line 4: does not have the 2 cells of the header",
         "line 6: column \"answer\" is '', not a number",
         "line 7: ',' expected after '\"'",
@@ -248,10 +248,10 @@ def test_every_fault_of_a_csv_file_is_listed_by_line():
     ]
 
 
-def test_every_fault_of_a_json_array_is_listed_by_row():
+def test_every_error_of_a_json_array_is_listed_by_row():
     row, _ = ROWS["aime25"]
     Path("x.json").write_text(json.dumps([row, 5, row | {"answer": None}, [], row | {"answer": "x"}]))
-    assert faults(refused("aime25", Path("x.json"))) == [
+    assert errors(refused("aime25", Path("x.json"))) == [
         "row 2: not a JSON object",
         'row 3: column "answer" is missing',
         "row 4: not a JSON object",
@@ -296,19 +296,19 @@ def test_what_is_no_tolerance_is_refused(cell):
     assert 'column "error"' in refused("olympiadbench", jsonl("x.jsonl", OLYMPIAD | {"error": cell})).what
 
 
-def test_references_that_cannot_be_graded_are_listed_with_the_other_faults():
+def test_references_that_cannot_be_graded_are_listed_with_the_other_errors():
     row, _ = ROWS["math500"]
     asked = []
 
-    def reference_faults(problems):
+    def check_references(problems):
         asked.extend(problem.id for problem in problems)
         return ["is no answer" if problem.answer == "x" else None for problem in problems]
 
     file = jsonl("x.jsonl", row, "", row | {"answer": "x"}, "torn", row | {"answer": ""}, row | {"answer": "x"})
     with pytest.raises(DataError) as caught:
-        open_benchmark("math500", file, reference_faults=reference_faults)
+        open_benchmark("math500", file, check_references=check_references)
     assert asked == ["math500/1", "math500/2", "math500/5"]
-    assert faults(caught.value) == [
+    assert errors(caught.value) == [
         "line 3: is no answer",
         "line 4: Expecting value (column 1)",
         'line 5: column "answer" is empty',

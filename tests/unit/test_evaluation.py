@@ -1,4 +1,4 @@
-"""Figures of an evaluation against enumeration, hand and simulation; and how a killed one goes on."""
+"""Check scores by enumeration, by hand and by simulation; check that a killed evaluation resumes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -23,21 +24,21 @@ from popo_lite.recipe_file import dump_recipe
 from popo_lite.samplers import SamplingParams
 from popo_lite.samplers.server_client import ServerClient
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.tools.benchmarks import estimates
-from popo_lite.tools.benchmarks.answer_file import EvaluationFolder
-from popo_lite.tools.benchmarks.choices import choices_of, settings_of
-from popo_lite.tools.benchmarks.estimates import bootstrap_interval, majority_at_k
+from popo_lite.tools.benchmarks import scores
+from popo_lite.tools.benchmarks.command import eval_, with_options
+from popo_lite.tools.benchmarks.datasets import BENCHMARKS
+from popo_lite.tools.benchmarks.folder import EvaluationFolder
 from popo_lite.tools.benchmarks.report import benchmark_report
-from popo_lite.tools.benchmarks.run import (
-    chunks_of,
-    prepare,
-    reference_faults,
-    refuse_ungradable,
+from popo_lite.tools.benchmarks.run import check_references, plan_chunks, prepare, settings_of, within_tolerance
+from popo_lite.tools.benchmarks.scores import (
+    ProblemAnswers,
+    bootstrap_interval,
+    majority_at_k,
+    refuse_ungraded,
     summarise,
-    within_tolerance,
 )
 from popo_lite.tools.benchmarks.subject import open_model, open_run
-from popo_lite.types import Outcome, Problem, ProblemAnswers, Reward
+from popo_lite.types import Outcome, Problem, Reward
 
 
 @pytest.mark.parametrize("samples", [1, 4, 7])
@@ -70,7 +71,7 @@ def test_majority_by_hand(answers, right, k, expected):
 
 def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch):
     """400 benchmarks of 60 problems: the limits are four standard errors of a coverage of 95 %, less 2 for skew."""
-    monkeypatch.setattr(estimates, "RESAMPLES", 1000)
+    monkeypatch.setattr(scores, "RESAMPLES", 1000)
     generator = np.random.default_rng(0)
     truth, covered = 0.4, 0
     for _ in range(400):
@@ -164,18 +165,18 @@ def test_weights_are_kept_apart():
 
 def test_too_many_ungraded_answers_are_an_error_of_the_benchmark():
     lines = [line(1, "tttw"), line(2, "rrrr")]
-    refuse_ungradable(lines, planned=2, limit=0.375)
+    refuse_ungraded(lines, planned=2, limit=0.375)
     with pytest.raises(GradingError, match=r"38% of the answers to amc23 .* amc23/1 \(3 timeout, 0 error\)") as caught:
-        refuse_ungradable(lines, planned=2, limit=0.37)
+        refuse_ungraded(lines, planned=2, limit=0.37)
     assert caught.value.where == "weights base"
 
 
 def test_a_few_problems_that_cannot_be_graded_do_not_stop_a_long_benchmark():
     hanging = [line(number, "tttt") for number in range(1, 6)]
-    refuse_ungradable(hanging[:4], planned=500, limit=0.2)  # 4 of the 20 that are judged at least
+    refuse_ungraded(hanging[:4], planned=500, limit=0.2)  # 4 of the 20 that are judged at least
     with pytest.raises(GradingError, match="25% of the answers"):
-        refuse_ungradable(hanging, planned=500, limit=0.2)
-    refuse_ungradable([*hanging, *(line(number, "rrrr") for number in range(6, 26))], planned=500, limit=0.2)
+        refuse_ungraded(hanging, planned=500, limit=0.2)
+    refuse_ungraded([*hanging, *(line(number, "rrrr") for number in range(6, 26))], planned=500, limit=0.2)
 
 
 GRADABLE = (
@@ -195,10 +196,10 @@ def test_references_that_nothing_can_be_graded_against_are_found():
         Problem(id=f"x/{n}", messages=(), answer=answer, meta={}) for n, answer in enumerate((*GRADABLE, *wrong))
     ]
     with Grader(RewardRecipe(workers=1)) as grader:
-        found = reference_faults(problems, grader)
+        found = check_references(problems, grader)
     assert found[: len(GRADABLE)] == [None] * len(GRADABLE)
-    for fault, told in zip(found[len(GRADABLE) :], ("not an expression", "characters long", "nested 30"), strict=True):
-        assert told in fault
+    for error, text in zip(found[len(GRADABLE) :], ("not an expression", "characters long", "nested 30"), strict=True):
+        assert text in error
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_tolerances_are_as_many_as_the_numbers():
         Problem(id="x", messages=(), answer=answer, meta={"tolerance": ("1e-1", "1e-2")}) for answer in ("1, 2", "1")
     ]
     with Grader(RewardRecipe(workers=1)) as grader:
-        assert reference_faults(problems, grader) == [None, "it names 2 tolerances for the 1 numbers of '1'"]
+        assert check_references(problems, grader) == [None, "it names 2 tolerances for the 1 numbers of '1'"]
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +263,7 @@ def test_overlong_prompts_are_an_error_or_left_out_and_counted(tokenizer):
         prepared(tokenizer, longest=9, limit=60)
     assert "--skip-overlong" in e.value.next_step
     found = prepared(tokenizer, longest=9, limit=60, skip=True)
-    assert (found.skipped, found.prompts[0].problem.id) == (1, "amc23/2")
+    assert (found.contents["skipped"], found.prompts[0].problem.id) == (1, "amc23/2")
     assert found.digest == prepared(tokenizer, longest=9).digest != prepared(tokenizer).digest
 
 
@@ -289,95 +290,98 @@ def test_all_that_is_asked_is_in_the_digest(tokenizer):
     assert len({digest(), *others}) == 6
 
 
-def test_repeated_questions_and_missing_problems_are_told(tokenizer):
+def test_repeated_questions_and_missing_problems_are_counted(tokenizer):
     found = prepared(tokenizer, count=3, longest=2)
     assert found.contents == {"rows": 3, "published": 40, "skipped": 0, "repeats": {"amc23/3": "amc23/2"}}
 
 
 def test_answers_end_with_the_context(tokenizer):
-    longest = prepared(tokenizer).longest_prompt_tokens
+    longest = prepared(tokenizer).longest_prompt
     assert prepared(tokenizer, tokens=100, context=longest + 100).max_completion_length == 100
     assert prepared(tokenizer, tokens=100, context=longest + 99).max_completion_length == 99
-    with pytest.raises(ModelError, match="no room for an answer"):
+    with pytest.raises(ModelError, match="no tokens for an answer"):
         prepared(tokenizer, context=longest)
 
 
 def new_folder(tmp_path):
     folder = EvaluationFolder(tmp_path / "out")
     with folder.locked():
-        folder.open({})
+        folder.start({})
     return folder
 
 
+@pytest.fixture(scope="module")
 def plan(tokenizer):
-    """Two chunks of two problems and one of one, under two seeds."""
-    chunks = list(chunks_of([prepared(tokenizer)], weights=["base"], seeds=[0, 1], samples=8, batch_size=4))
+    """The keys of two chunks of two problems and one of one, under two seeds."""
+    chunks = plan_chunks([prepared(tokenizer)], weights=["base"], seeds=[0, 1], samples=8, batch=4)
     assert [len(chunk.prompts) for chunk in chunks] == [2, 2, 1] * 2
-    return chunks
+    return [chunk.keys for chunk in chunks]
 
 
-def lines_of(chunks):
-    return [line(int(key[3].split("/")[1]), "rw", seed=key[1]) for chunk in chunks for key in chunk.keys]
+def lines_of(plan):
+    return [line(int(problem.split("/")[1]), "rw", seed=seed) for chunk in plan for _, seed, _, problem in chunk]
 
 
 @pytest.mark.parametrize(("written", "whole"), [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 3), (7, 4), (10, 6)])
-def test_chunks_with_all_their_lines_are_kept(tokenizer, tmp_path, written, whole):
-    chunks = plan(tokenizer)
+def test_chunks_with_all_their_lines_are_kept(plan, tmp_path, written, whole):
     folder = new_folder(tmp_path)
-    assert folder.keep_whole(chunks) == 0
-    every = lines_of(chunks)
-    folder.add(every[:written])
+    assert folder.resume(plan) == {}
+    every = lines_of(plan)
+    folder.append(every[:written])
     if written < len(every):
         with folder.answers_path.open("ab") as file:
             file.write('{"weights": "base", "text": "é'.encode()[:-1])  # torn by a kill, inside a character
-    assert folder.keep_whole(chunks) == whole
-    kept = sum(len(chunk.prompts) for chunk in chunks[:whole])
-    if written:
-        assert folder.answers() == every[:kept]
-    folder.add(every[kept:])
-    assert folder.all_answers(chunks) == every
+    kept = sum(map(len, plan[:whole]))
+    assert list(folder.resume(plan).values()) == every[:kept]
+    assert len(folder.answers_path.read_text().splitlines()) == kept
+    folder.append(every[kept:])
+    assert list(folder.resume(plan).values()) == every
 
 
-def test_a_changed_file_is_refused(tokenizer, tmp_path):
-    chunks = plan(tokenizer)
+def test_finished_chunks_are_kept_wherever_they_are(plan, tmp_path):
+    """Problems 1 and 2 are a chunk and so is 5; of the chunk of 3 and 4, 3 is missing."""
     folder = new_folder(tmp_path)
-    folder.add([*lines_of(chunks)[:2], line(5, "rr"), line(4, "rr")])
-    with pytest.raises(CheckpointError, match="line 3 and those after it"):
-        folder.keep_whole(chunks)
+    folder.append([*lines_of(plan)[:2], line(5, "rr"), line(4, "rr")])
+    assert [key[3] for key in folder.resume(plan)] == ["amc23/1", "amc23/2", "amc23/5"]
+    assert len(folder.answers_path.read_text().splitlines()) == 3
 
 
-def test_lines_that_are_there_twice_or_not_at_all_come_to_nothing(tokenizer, tmp_path):
-    chunks = plan(tokenizer)
-    every = lines_of(chunks)
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([0, 1, 0, 1], "line 3 repeats another one"),
+        ([*range(10), 9], "line 11 repeats another one"),
+        ([0, 1, None], "line 3 is not of this evaluation"),
+    ],
+)
+def test_a_changed_file_is_refused(plan, tmp_path, lines, message):
+    every = lines_of(plan)
     folder = new_folder(tmp_path)
-    folder.add([*every[:2], *every[:2]])
-    with pytest.raises(CheckpointError, match="the 10 lines of this evaluation, each once and in order"):
-        folder.all_answers(chunks)
-    folder.answers_path.unlink()
-    folder.add([*every, every[9]])
-    with pytest.raises(CheckpointError, match="each once"):
-        folder.all_answers(chunks)
-    with pytest.raises(CheckpointError, match="line 11 and those after it"):
-        folder.keep_whole(chunks)
+    folder.append([line(6, "rr") if index is None else every[index] for index in lines])
+    before = folder.answers_path.read_bytes()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        folder.resume(plan)
+    assert caught.value.where == str(folder.answers_path)
+    assert folder.answers_path.read_bytes() == before
 
 
 def test_one_evaluation_at_a_time_works_in_a_folder(tmp_path):
     folder = EvaluationFolder(tmp_path / "out")
     with folder.locked():
-        with pytest.raises(UserInputError, match="another evaluation is at work") as caught, folder.locked():
+        with pytest.raises(UserInputError, match="another evaluation is running") as caught, folder.locked():
             pass
         assert caught.value.where == str(tmp_path / "out")
-    with EvaluationFolder(tmp_path / "out").locked():  # also where the first was killed before its settings
+    with EvaluationFolder(tmp_path / "out").locked():  # also if the first was killed before its settings
         pass
 
 
 def test_other_settings_are_refused_with_the_difference(tmp_path):
     folder = new_folder(tmp_path)
     folder.settings_path.unlink()
-    folder.open({"samples": 4, "benchmarks": {"amc23": {"digest": "a"}}, "seeds": (0, 1)})
-    folder.open({"samples": 4, "benchmarks": {"amc23": {"digest": "a"}}, "seeds": (0, 1)})
+    folder.start({"samples": 4, "benchmarks": {"amc23": {"digest": "a"}}, "seeds": (0, 1)})
+    folder.start({"samples": 4, "benchmarks": {"amc23": {"digest": "a"}}, "seeds": (0, 1)})
     with pytest.raises(CheckpointError) as caught:
-        folder.open({"samples": 8, "benchmarks": {"amc23": {"digest": "b"}}, "seeds": (0, 1)})
+        folder.start({"samples": 8, "benchmarks": {"amc23": {"digest": "b"}}, "seeds": (0, 1)})
     assert "benchmarks.amc23.digest was 'a' and is 'b'; samples was 4 and is 8" in caught.value.what
     assert "--output" in caught.value.next_step
 
@@ -398,10 +402,12 @@ def test_the_report_has_a_row_for_each_benchmark_and_weights():
         for problem in (1, 2)
     ]
     output = io.StringIO()
+    known = {
+        "amc23": replace(BENCHMARKS["amc23"], problems=2), "aime24": replace(BENCHMARKS["aime24"], title="[b]AIME24"),
+    }  # fmt: skip
     benchmark_report(
-        summarise(lines, 2), k=2, titles={"amc23": "AMC23", "aime24": "[b]AIME24"},
-        published={"amc23": 2, "aime24": 30}, output="runs/[x]", console=Console(file=output, width=200),
-    )  # fmt: skip
+        summarise(lines, 2), k=2, benchmarks=known, output="runs/[x]", console=Console(file=output, width=200)
+    )
     rows = [row.split() for row in output.getvalue().splitlines()]
     table = [row[:2] for row in rows if len(row) > 2 and row[1] in ("base", "adapter") and row[2].isdecimal()]
     assert table == [[title, weights] for title in ("AMC23", "[b]AIME24", "average") for weights in ("base", "adapter")]
@@ -415,14 +421,12 @@ def test_the_report_has_a_row_for_each_benchmark_and_weights():
     assert "Answers and results: runs/[x]" in text
 
 
-GIVEN = dict.fromkeys(
-    ("samples", "k", "temperature", "top_p", "max_tokens", "max_prompt_length", "system_prompt", "chat_template",
-     "engine", "output", "seeds", "seed", "preset"),
-) | {"data": (), "skip_overlong": False}  # fmt: skip
+def options(*arguments):
+    return eval_.make_context("eval", ["tiny", "--benchmarks", "aime25", *map(str, arguments)]).params
 
 
 def test_a_template_that_is_given_reaches_prompts_and_stop_ids(tmp_path):
-    """Its end of turn is no EOS of the model, and has to end answers all the same."""
+    """Its end of turn is not an EOS of the model, and must end answers all the same."""
     subject = open_model("tiny", ())
     tokenizer = load_tokenizer(subject.recipe.model)
     end = next(token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token)
@@ -430,9 +434,10 @@ def test_a_template_that_is_given_reaches_prompts_and_stop_ids(tmp_path):
     file.write_text(
         "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}" + end + "{% endif %};{% endfor %}"
     )
-    given = GIVEN | {"max_prompt_length": 100, "max_tokens": 9}
-    plain = subject.load(choices_of("aime25", given).applied_to(subject.recipe))
-    recipe = choices_of("aime25", given | {"chat_template": file, "system_prompt": "Add."}).applied_to(subject.recipe)
+    lengths = ("--max-prompt-tokens", 100, "--max-tokens", 9)
+    plain = subject.load(with_options(subject.recipe, options(*lengths)))
+    given = options(*lengths, "--chat-template", file, "--system-prompt", "Add.")
+    recipe = with_options(subject.recipe, given)
     policy = subject.load(recipe)
     assert tokenizer.convert_tokens_to_ids(end) not in plain.stop_ids
     assert policy.stop_ids == plain.stop_ids | {tokenizer.convert_tokens_to_ids(end)}
@@ -440,7 +445,7 @@ def test_a_template_that_is_given_reaches_prompts_and_stop_ids(tmp_path):
     assert tokenizer.decode(Renderer.of(recipe, tokenizer).token_ids(problem)) == "Add.;1 + 2?;"
     file.write_bytes(b"\xff")
     with pytest.raises(UserInputError, match="cannot be read"):
-        choices_of("aime25", GIVEN | {"chat_template": file})
+        with_options(subject.recipe, given)
 
 
 def test_what_the_command_line_leaves_out_is_the_recipes(tiny_recipe):
@@ -448,27 +453,21 @@ def test_what_the_command_line_leaves_out_is_the_recipes(tiny_recipe):
         "eval.temperature=0.6", "rollout.max_completion_length=50", "data.system_prompt=Add.", "rollout.engine=hf",
         "reward.function=json:loads",
     )  # fmt: skip
-    same = choices_of("aime25", GIVEN).applied_to(recipe)
-    assert (same.eval.temperature, same.rollout.max_completion_length, same.rollout.max_prompt_length) == (
-        0.6,
-        50,
-        2048,
-    )
+    same = with_options(recipe, options())
+    assert (same.eval.temperature, same.rollout.max_completion_length) == (0.6, 50)
+    assert same.rollout.max_prompt_length == 2048
     assert (same.data.system_prompt, same.rollout.engine, same.reward.function) == ("Add.", "hf", "math")
-    other = choices_of(
-        "aime25", GIVEN | {"temperature": 0.7, "max_tokens": 9, "system_prompt": "", "engine": "server"}
-    ).applied_to(recipe)
+    other = with_options(
+        recipe,
+        options("--temperature", 0.7, "--max-tokens", 9, "--system-prompt", "", "--engine", "server"),
+    )
     assert (other.eval.temperature, other.rollout.max_completion_length) == (0.7, 9)
     assert (other.data.system_prompt, other.rollout.engine) == (None, "server")
 
 
 def test_the_time_for_an_answer_is_one_of_the_settings(tiny_recipe):
     subject = open_model("tiny", ())
-    choices = choices_of("aime25", GIVEN)
-    settings = [
-        settings_of(subject, choices.applied_to(tiny_recipe(f"reward.timeout_seconds={time}")), [], choices)
-        for time in (5, 6)
-    ]
+    settings = [settings_of(subject, tiny_recipe(f"reward.timeout_seconds={time}"), [], {}) for time in (5, 6)]
     assert [found.pop("timeout_seconds") for found in settings] == [5.0, 6.0]
     assert settings[0] == settings[1]
 
@@ -500,7 +499,7 @@ def test_the_base_of_a_run_needs_no_end_of_it(tiny_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_servers_are_told_the_nucleus(top_p):
+def test_servers_receive_top_p(top_p):
     asked = []
 
     def answer(request):
@@ -510,7 +509,8 @@ def test_servers_are_told_the_nucleus(top_p):
 
     async def complete():
         client = ServerClient("http://server", token=None)
-        client._client = httpx.AsyncClient(base_url="http://server", transport=httpx.MockTransport(answer))
+        transport = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        client._client = client._client.with_options(http_client=transport)
         params = SamplingParams(temperature=0.7, top_p=top_p, max_completion_length=8)
         await client.complete([3], params=params, seed=0, stop_ids=frozenset({1}))
 

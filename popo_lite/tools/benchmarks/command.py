@@ -3,47 +3,51 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from popo_lite.errors import EngineError, UserInputError
 
 if TYPE_CHECKING:
     from popo_lite.recipe import Recipe
-    from popo_lite.tasks.rendering import Renderer
-    from popo_lite.tools.benchmarks.answer_file import EvaluationFolder
-    from popo_lite.tools.benchmarks.choices import Choices
-    from popo_lite.tools.benchmarks.run import Chunk, PreparedBenchmark
-    from popo_lite.tools.benchmarks.subject import Subject
 
-WEIGHTS = ("base", "adapter", "siamese")
+PAPER_PRESET = {
+    "samples": 128,
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "max_tokens": 4096,
+    "system_prompt": r"Please reason step by step, and put your final answer within \boxed{}.",
+}
+"""How the published evaluation sampled. Its k is 8, the default."""
+
 ONLY_HELD_OUT = ("problems",)
 ONLY_BENCHMARKS = (
     "data", "preset", "k", "top_p", "max_tokens", "max_prompt_length", "skip_overlong", "seeds", "system_prompt",
     "chat_template", "output",
 )  # fmt: skip
+WEIGHTS = click.Choice(["base", "adapter", "siamese"])
+JINJA_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+POSITIVE = click.IntRange(min=1)
+
+
+def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | None) -> None:
+    if preset:
+        ctx.default_map = PAPER_PRESET
 
 
 @click.command("eval", short_help="Measure a run or any model, on held-out problems or benchmarks.")
 @click.argument("model_or_run")
-@click.option(
-    "weights",
-    "--weights",
-    type=click.Choice(WEIGHTS),
-    multiple=True,
-    help="What of a run to measure; may be repeated. Default: all three.",
-)
-@click.option("--problems", type=click.IntRange(min=1), help="Held-out problems; default as in the run's recipe.")
-@click.option("--samples", type=click.IntRange(min=1), help="Sampled answers per problem.  [default: 8]")
+@click.option("--weights", type=WEIGHTS, multiple=True, help="Weights of a run; may be repeated. Default: all three.")
+@click.option("--problems", type=POSITIVE, help="Held-out problems; default as in the run's recipe.")
+@click.option("--samples", type=POSITIVE, default=8, show_default=True, help="Sampled answers per problem.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Default as in the run's recipe.")
-@click.option("--seed", type=click.IntRange(min=0), help="Seed of the sampled answers.  [default: 0]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampled answers.")
 @click.option("--engine", type=click.Choice(["auto", "hf", "vllm", "server"]), help="Default as in the run's recipe.")
 @click.option("as_json", "--json", is_flag=True, help="Print the results as JSON.")
 @click.option("--benchmarks", metavar="paper|NAME,...", help="Measure on these instead of held-out problems.")
@@ -51,235 +55,164 @@ ONLY_BENCHMARKS = (
 @click.option(
     "--preset",
     type=click.Choice(["paper"]),
+    is_eager=True,
+    expose_value=False,
+    callback=_use_preset,
     help="Published settings: 128 samples, k = 8, temperature 0.7, top-p 0.95, 4,096 tokens, the \\boxed{} prompt.",
 )
-@click.option("--k", type=click.IntRange(min=1), help="k of pass@k and of the vote.  [default: 8, at most the samples]")
-@click.option("--top-p", type=click.FloatRange(min=0, min_open=True, max=1), help="Nucleus sampling.  [default: 1]")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer; default as in the recipe.")
-@click.option("--max-prompt-tokens", type=click.IntRange(min=1), help="Longest prompt.  [default: 2048]")
-@click.option("--skip-overlong", is_flag=True, help="Leave longer prompts out, and count them; else they are an error.")
+@click.option("--k", type=POSITIVE, help="k of pass@k and of the majority vote.  [default: 8, at most the samples]")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Nucleus sampling.  [default: 1]"
+)
+@click.option("--max-tokens", type=POSITIVE, help="Longest answer; default as in the recipe.")
+@click.option(
+    "max_prompt_length", "--max-prompt-tokens", type=POSITIVE, default=2048, show_default=True, help="Longest prompt."
+)
+@click.option("--skip-overlong", is_flag=True, help="Skip and count longer prompts; without it they are an error.")
 @click.option("--seeds", metavar="0,1,2", help="Evaluate under each of these seeds; reported pooled and one by one.")
 @click.option("--system-prompt", help='Default as in the recipe; "" for none.')
-@click.option(
-    "--chat-template",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Jinja file, for a model without one.",
-)
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for answers and results, to go on in as well.")
-def eval_(model_or_run: str, *, benchmarks: str | None, weights: tuple[str, ...], as_json: bool, **given: Any) -> None:
+@click.option("--chat-template", type=JINJA_FILE, help="Jinja file, for a model without one.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for answers and results, also to resume in.")
+@click.pass_context
+def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, **options: Any) -> None:
     """Measure MODEL_OR_RUN.
 
-    A run, the folder that `popo-lite train` left, is measured on its held-out problems: base, trained adapter and
+    A run, the folder that `popo-lite train` wrote, is measured on its held-out problems: base, trained adapter and
     siamese on the same random draws. With --benchmarks it, an exported model or any model of the Hub is measured on
-    published benchmarks, whose answers are kept: a killed evaluation goes on where it was.
+    published benchmarks. Answers are kept: the same command resumes a killed evaluation.
     """
-    misplaced = [
-        name
-        for name in (ONLY_BENCHMARKS if benchmarks is None else ONLY_HELD_OUT)
-        if given[name] not in (None, (), False)
-    ]
-    if misplaced:
-        raise UserInputError(
-            "does not go with --benchmarks" if benchmarks else "is for benchmarks, and none is named",
-            where=f"--{misplaced[0].replace('_', '-')}",
-            next_step="leave it out" if benchmarks else "name them, for instance --benchmarks paper, or leave it out",
-        )
-    with _advice_for_eval():
-        if benchmarks is None:
-            _held_out(Path(model_or_run), weights, as_json, **{name: given[name] for name in _HELD_OUT_OPTIONS})
-        else:
-            from popo_lite.tools.benchmarks.choices import choices_of
-
-            _benchmarks(model_or_run, weights, as_json, choices_of(benchmarks, given))
-
-
-@contextmanager
-def _advice_for_eval() -> Iterator[None]:
-    """This command takes no --set: where an engine's error names it, --engine is the way out here."""
+    misplaced = ONLY_BENCHMARKS if benchmarks is None else ONLY_HELD_OUT
+    given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
+    for parameter in given:
+        if parameter.name in misplaced:
+            raise UserInputError(
+                "does not go with --benchmarks" if benchmarks else "is for benchmarks, and none is named",
+                where=parameter.opts[0],
+                next_step="leave it out" if benchmarks else "add for instance --benchmarks paper, or leave it out",
+            )
+    if options["seeds"] and any(parameter.name == "seed" for parameter in given):
+        raise UserInputError("does not go with --seeds", where="--seed", next_step="leave one of the two out")
     try:
-        yield
+        if benchmarks is None:
+            _held_out(Path(model_or_run), **options)
+        else:
+            _benchmarks(model_or_run, benchmarks, **options)
     except EngineError as error:
         if "--set rollout" not in (error.next_step or ""):
             raise
+        # This command has no --set.
         advice = "--engine hf samples from the loaded model itself, slower"
         raise EngineError(error.what, where=error.where, next_step=advice) from error
 
 
-_HELD_OUT_OPTIONS = ("problems", "samples", "temperature", "seed", "engine")
-
-
-def _held_out(run: Path, weights: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    from popo_lite.tools.benchmarks.held_out import evaluate_run
+def _held_out(run: Path, *, as_json: bool, **options: Any) -> None:
+    from popo_lite.tools.benchmarks.subject import evaluate_run
     from popo_lite.tools.console.reports import eval_report
 
-    results = evaluate_run(
-        run,
-        weights=weights,
-        **{name: value for name, value in options.items() if value is not None},
-        bar=partial(_bar, as_json=as_json),
-    )
+    used = {name: options[name] for name in ("weights", "problems", "samples", "temperature", "seed", "engine")}
+    results = evaluate_run(run, **used, bar=partial(_bar, as_json=as_json))
     if as_json:
         click.echo(json.dumps({"run": str(run), "results": [asdict(result) for result in results]}))
     else:
         eval_report(results)
 
 
-def _benchmarks(model_or_run: str, weights: tuple[str, ...], as_json: bool, choices: Choices) -> None:
-    from popo_lite.tools.benchmarks.answer_file import EvaluationFolder
-    from popo_lite.tools.benchmarks.choices import settings_of
-    from popo_lite.tools.benchmarks.held_out import set_threads
-    from popo_lite.tools.benchmarks.run import chunks_of, summarise
-    from popo_lite.tools.benchmarks.subject import open_model, open_run
+def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    from popo_lite.run_folder import write_atomically
+    from popo_lite.tools.benchmarks.datasets import BENCHMARKS, benchmark_names
+    from popo_lite.tools.benchmarks.folder import EvaluationFolder
+    from popo_lite.tools.benchmarks.report import benchmark_report
+    from popo_lite.tools.benchmarks.run import answer_all, prepare_all, settings_of
+    from popo_lite.tools.benchmarks.scores import summarise
+    from popo_lite.tools.benchmarks.subject import open_model, open_run, set_threads
 
-    is_run = (Path(model_or_run).expanduser() / "recipe.toml").is_file()
+    files = _files(options["data"], benchmark_names(benchmarks))
+    seeds = _seeds(options["seeds"]) if options["seeds"] else [options["seed"]]
+    samples: int = options["samples"]
+    k = pick_k(options["k"], samples)
     path = Path(model_or_run).expanduser()
+    is_run = (path / "recipe.toml").is_file()
     subject = open_run(path, weights) if is_run else open_model(model_or_run, weights)
-    recipe = choices.applied_to(subject.recipe)
+    recipe = with_options(subject.recipe, options)
     set_threads(recipe)
-    prepared, renderer = _prepared(subject, recipe, choices)
-    settings = settings_of(subject, recipe, prepared, choices)
-    folder = EvaluationFolder(
-        choices.output or (path / "benchmarks" if is_run else Path("benchmarks") / Path(model_or_run).name)
-    )
-    chunks = list(
-        chunks_of(
-            prepared,
-            weights=list(subject.adapters),
-            seeds=choices.seeds,
-            samples=choices.samples,
-            batch_size=recipe.rollout.max_num_seqs,
-        )
-    )
+    prepared = prepare_all(subject, recipe, files, skip_overlong=options["skip_overlong"])
+    sampling: Any = {"seeds": seeds, "samples": samples, "top_p": options["top_p"]}
+    settings = settings_of(subject, recipe, prepared, sampling)
+    default = path / "benchmarks" if is_run else Path("benchmarks") / Path(model_or_run).name
+    folder = EvaluationFolder(options["output"] or default)
     with folder.locked():
-        folder.open(settings)
-        done = folder.keep_whole(chunks)
-        if done:
-            click.echo(f"{done} of {len(chunks)} parts are in {folder.path} already", err=True)
-        if done < len(chunks):
-            _sample(subject, _with_room(recipe, prepared), prepared, renderer, chunks[done:], folder, choices, as_json)
-        results = summarise(folder.all_answers(chunks), choices.k)
-        content = folder.close(results, k=choices.k, benchmarks={one.name: one.contents for one in prepared})
+        folder.start(settings)
+        answers = answer_all(subject, recipe, prepared, folder, **sampling, bar=partial(_bar, as_json=as_json))
+        results = summarise(answers, k)
+        content = {
+            "k": k,
+            "benchmarks": {benchmark.name: benchmark.contents for benchmark in prepared},
+            "settings": settings,
+            "results": [asdict(result) for result in results],
+        }
+        write_atomically(folder.results_path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     if as_json:
         click.echo(json.dumps({"model": model_or_run, "output": str(folder.path), **content}))
-        return
-    from popo_lite.tools.benchmarks.datasets import BENCHMARKS
-    from popo_lite.tools.benchmarks.report import benchmark_report
-
-    benchmark_report(
-        results,
-        k=choices.k,
-        titles={name: benchmark.title for name, benchmark in BENCHMARKS.items()},
-        published={name: BENCHMARKS[name].problems for name in choices.benchmarks},
-        output=str(folder.path),
-    )
+    else:
+        benchmark_report(results, k=k, benchmarks=BENCHMARKS, output=str(folder.path))
 
 
-def _prepared(subject: Subject, recipe: Recipe, choices: Choices) -> tuple[list[PreparedBenchmark], Renderer]:
-    """Every benchmark, read, checked and rendered, before any model is loaded."""
-    from popo_lite.grading import Grader
-    from popo_lite.policy.load import load_tokenizer
-    from popo_lite.tasks.rendering import Renderer
-    from popo_lite.tools.benchmarks.datasets import open_benchmark
-    from popo_lite.tools.benchmarks.run import prepare, reference_faults
+def with_options(recipe: Recipe, options: dict[str, Any]) -> Recipe:
+    """Return `recipe` with the command's options applied; None keeps the recipe's value."""
+    values = {
+        "rollout.engine": options["engine"],
+        "rollout.max_prompt_length": options["max_prompt_length"],
+        "rollout.max_completion_length": options["max_tokens"],
+        "eval.temperature": options["temperature"],
+        "reward.function": "math",
+    }
+    if file := options["chat_template"]:
+        try:
+            values["data.chat_template"] = file.read_text(encoding="utf-8") or None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserInputError(
+                f"cannot be read: {error}", where=f"--chat-template {file}", next_step="save the file as UTF-8"
+            ) from error
+    values = {key: value for key, value in values.items() if value is not None}
+    if options["system_prompt"] is not None:
+        values["data.system_prompt"] = options["system_prompt"] or None
+    return recipe.with_values(values)
 
-    renderer = Renderer.of(recipe, load_tokenizer(recipe.model))
-    with Grader(recipe.reward) as grader:
-        problems = {
-            name: open_benchmark(
-                name, choices.files.get(name), reference_faults=partial(reference_faults, grader=grader)
+
+def pick_k(k: int | None, samples: int) -> int:
+    """Return k of pass@k and of the majority vote."""
+    if k is not None and k > samples:
+        raise UserInputError(
+            f"pass@{k} cannot be estimated from {samples} samples", where="--k", next_step=f"--samples {k}"
+        )
+    return k or min(8, samples)
+
+
+def _files(data: tuple[str, ...], names: tuple[str, ...]) -> dict[str, Path | None]:
+    """Return the file of each benchmark, None for the Hub's."""
+    files: dict[str, Path | None] = dict.fromkeys(names)
+    for item in data:
+        name, _, file = item.partition("=")
+        if not file or files.get(name, "") is not None:
+            raise UserInputError(
+                "names a benchmark twice" if files.get(name) else "is not NAME=FILE of a benchmark in --benchmarks",
+                where=f"--data {item}",
+                next_step=f"for instance --data {names[0]}={names[0]}.jsonl",
             )
-            for name in choices.benchmarks
-        }
-    prepared = [
-        prepare(
-            name,
-            found,
-            renderer,
-            max_completion_length=recipe.rollout.max_completion_length,
-            context_tokens=subject.context_tokens,
-            skip_overlong=choices.skip_overlong,
+        files[name] = Path(file).expanduser()
+    return files
+
+
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise UserInputError(
+            "is not a list of different whole numbers", where=f"--seeds {text}", next_step="--seeds 0,1,2"
         )
-        for name, found in problems.items()
-    ]
-    for one in prepared:
-        for notice in _notices(one, recipe.rollout.max_completion_length, subject.context_tokens):
-            click.echo(f"{one.name}: {notice}", err=True)
-    return prepared, renderer
+    return [int(part) for part in parts]
 
 
-def _notices(one: PreparedBenchmark, wanted_tokens: int, context_tokens: int) -> Iterator[str]:
-    """What is unusual about a benchmark."""
-    rows = len(one.prompts) + one.skipped
-    if rows != one.contents["published"]:
-        yield f"has {one.contents['published']:,} problems where it was published, and {rows:,} here"
-    if one.repeats:
-        pairs = ", ".join(f"{later} is {earlier}" for later, earlier in islice(one.repeats.items(), 5))
-        yield f"{len(one.repeats)} of {rows} questions stand there before, and count each time: {pairs}"
-    if one.skipped:
-        yield f"{one.skipped} of {rows} prompts are left out"
-    if one.max_completion_length < wanted_tokens:
-        yield (
-            f"answers end at {one.max_completion_length:,} tokens instead of {wanted_tokens:,}, as the longest prompt "
-            f"takes {one.longest_prompt_tokens:,} of the context of {context_tokens:,}"
-        )
-
-
-def _sample(
-    subject: Subject,
-    recipe: Recipe,
-    prepared: list[PreparedBenchmark],
-    renderer: Renderer,
-    chunks: list[Chunk],
-    folder: EvaluationFolder,
-    choices: Choices,
-    as_json: bool,
-) -> None:
-    """Sample, grade and write `chunks`, one after another."""
-    from popo_lite.grading import Grader
-    from popo_lite.tools.benchmarks.held_out import holding, open_quiet_sampler, prove
-    from popo_lite.tools.benchmarks.run import refuse_ungradable, sample_chunk
-
-    policy = subject.load(recipe)
-    folder.note_environment(policy.device)
-    lines = folder.answers()
-    with Grader(recipe.reward) as grader, open_quiet_sampler(recipe, policy, renderer) as sampler:
-        grader.check()
-        prove(recipe, policy, sampler, prepared[0].prompts)
-        for name, adapter in subject.adapters.items():
-            todo = [chunk for chunk in chunks if chunk.weights == name]
-            if not todo:
-                continue
-            total = choices.samples * sum(len(chunk.prompts) for chunk in todo)
-            with holding(adapter, policy, sampler), _bar(f"{name}: answers", total, as_json) as bar:
-                for chunk in todo:
-                    new = sample_chunk(
-                        chunk,
-                        sampler=sampler,
-                        grader=grader,
-                        policy_version=policy.version,
-                        samples=choices.samples,
-                        temperature=recipe.eval.temperature,
-                        top_p=choices.top_p,
-                        progress=bar,
-                    )
-                    lines += new
-                    # Before they are kept, so that they are graded again when the command is repeated.
-                    refuse_ungradable(
-                        [line for line in lines if (line.weights, line.benchmark) == (name, chunk.benchmark.name)],
-                        planned=len(chunk.benchmark.prompts) * len(choices.seeds),
-                        limit=recipe.reward.max_ungraded_ratio,
-                    )
-                    folder.add(new)
-
-
-def _with_room(recipe: Recipe, prepared: list[PreparedBenchmark]) -> Recipe:
-    """`recipe` with room for the longest prompt and, together with it, for the longest prompt with its answer."""
-    prompt = max(one.longest_prompt_tokens for one in prepared)
-    both = max(one.longest_prompt_tokens + one.max_completion_length for one in prepared)
-    return recipe.with_values({"rollout.max_prompt_length": prompt, "rollout.max_completion_length": both - prompt})
-
-
-def _bar(description: str, total: int, as_json: bool) -> Any:
+def _bar(description: str, total: int, *, as_json: bool) -> AbstractContextManager[Any]:
     from popo_lite.tools.console.output import progress
 
     return nullcontext(lambda _: None) if as_json else progress(description, total)

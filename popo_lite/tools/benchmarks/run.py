@@ -1,75 +1,53 @@
-"""Benchmarks: what is sampled in which order, how an answer becomes a verdict, and what the verdicts come to."""
+"""Prepare benchmarks, and sample and grade the answers to them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from popo_lite.errors import DataError, GradingError, ModelError
-from popo_lite.evaluation import pass_at_k
+import click
+
+from popo_lite.errors import DataError, ModelError
 from popo_lite.grading import Grader, GradeRequest
 from popo_lite.grading.math import normalise, plain_number, unwrap
-from popo_lite.samplers import Sampler, SamplingParams
+from popo_lite.policy.load import load_tokenizer
+from popo_lite.recipe import Recipe
+from popo_lite.run_folder import environment, write_atomically
+from popo_lite.samplers import Sampler, SamplingParams, pick_engine
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.tools.benchmarks.datasets import BENCHMARKS
-from popo_lite.tools.benchmarks.estimates import bootstrap_interval, majority_at_k
-from popo_lite.types import (
-    BenchmarkResult,
-    BenchmarkScore,
-    FinishReason,
-    Outcome,
-    Problem,
-    ProblemAnswers,
-    Prompt,
-    Reward,
-)
+from popo_lite.tools.benchmarks.datasets import BENCHMARKS, open_benchmark
+from popo_lite.tools.benchmarks.folder import EvaluationFolder
+from popo_lite.tools.benchmarks.scores import Key, ProblemAnswers, refuse_ungraded
+from popo_lite.tools.benchmarks.subject import Bar, Subject, active_adapter, open_checked
+from popo_lite.types import FinishReason, Outcome, Problem, Prompt, Reward
 
-AVERAGE = "average"
 CHUNK_BATCHES = 4
-"""A chunk has about this many batches of sequences: enough to keep an engine busy, few to lose when killed."""
+"""Batches of sequences in a chunk: enough to keep an engine busy, few enough to lose little when killed."""
 
-JUDGED_PROBLEMS = 20
-"""The share of ungraded answers is taken of at least this many problems: one whose answers all hang breaks nothing."""
-
-_SHOWN_UNGRADED = 3
-_NO_VERDICT = [outcome.value for outcome in Outcome if not outcome.is_graded]
 _FRACTION = re.compile(r"([+-]?)(?:\\[dt]?frac\{(\d+)\}\{(0*[1-9]\d*)\}|(\d+)/(0*[1-9]\d*))")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedBenchmark:
-    """Prompts of one benchmark, and how long answers to them may get in the model's context, in tokens.
+    """The prompts of one benchmark and the limit on answers to them, in tokens.
 
-    `repeats` maps problems that ask what an earlier one asks to that one, by their ids.
+    `contents` says what the benchmark consists of, for results.json; `digest` is a hash of everything that is asked.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
-    skipped: int
-    repeats: Mapping[str, str]
+    longest_prompt: int
     max_completion_length: int
+    contents: Mapping[str, Any]
     digest: str
-
-    @property
-    def longest_prompt_tokens(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(len(prompt.token_ids) for prompt in self.prompts)
-
-    @property
-    def contents(self) -> dict[str, Any]:
-        """What it consists of, as plain data."""
-        return {
-            "rows": len(self.prompts) + self.skipped,
-            "published": BENCHMARKS[self.name].problems,
-            "skipped": self.skipped,
-            "repeats": dict(self.repeats),
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +60,28 @@ class Chunk:
     prompts: tuple[Prompt, ...]
 
     @property
-    def keys(self) -> list[tuple[str, int, str, str]]:
-        """(weights, seed, benchmark, problem id) of its lines in the file of answers, in order."""
+    def keys(self) -> list[Key]:
+        """Return the keys of its lines, in order."""
         return [(self.weights, self.seed, self.benchmark.name, prompt.problem.id) for prompt in self.prompts]
+
+
+def prepare_all(
+    subject: Subject, recipe: Recipe, files: Mapping[str, Path | None], *, skip_overlong: bool
+) -> list[PreparedBenchmark]:
+    """Read, check and render benchmarks (name -> file, None for the Hub's) without loading a model.
+
+    Prints what is unusual about them to standard error.
+    """
+    renderer = Renderer.of(recipe, load_tokenizer(recipe.model))
+    with Grader(recipe.reward) as grader:
+        check = partial(check_references, grader=grader)
+        problems = {name: open_benchmark(name, file, check_references=check) for name, file in files.items()}
+    limits = {"max_completion_length": recipe.rollout.max_completion_length, "context_tokens": subject.context_tokens}
+    prepared = [prepare(name, rows, renderer, **limits, skip_overlong=skip_overlong) for name, rows in problems.items()]
+    for benchmark in prepared:
+        for notice in _notices(benchmark, **limits):
+            click.echo(f"{benchmark.name}: {notice}", err=True)
+    return prepared
 
 
 def prepare(
@@ -96,28 +93,28 @@ def prepare(
     context_tokens: int,
     skip_overlong: bool,
 ) -> PreparedBenchmark:
-    """Render `problems`; answers end where the longest of their prompts leaves no more of the context.
+    """Render `problems`, and limit answers to what the longest prompt leaves of the context.
 
     Raises DataError for prompts longer than the renderer's `max_prompt_length`, unless `skip_overlong`, and ModelError
-    where the context has no room for an answer.
+    if the context has no tokens left for an answer.
     """
     prompts = [Prompt(problem=problem, token_ids=renderer.token_ids(problem)) for problem in problems]
-    limit = renderer.max_prompt_length
-    fitting = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= limit)
-    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-    if not fitting or (len(fitting) < len(prompts) and not skip_overlong):
+    fitting = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= renderer.max_prompt_length)
+    skipped = len(prompts) - len(fitting)
+    if not fitting or (skipped and not skip_overlong):
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
         raise DataError(
-            f"{len(prompts) - len(fitting)} of {len(prompts)} prompts are longer than {limit} tokens, the longest, "
+            f"{skipped} of {len(prompts)} prompts are longer than {renderer.max_prompt_length} tokens, the longest, "
             f"{longest.problem.id}, has {len(longest.token_ids)}",
             where=name,
-            next_step=f"--max-prompt-tokens {len(longest.token_ids)}, or leave them out with --skip-overlong",
+            next_step=f"--max-prompt-tokens {len(longest.token_ids)}, or skip them with --skip-overlong",
         )
-    room = context_tokens - max(len(prompt.token_ids) for prompt in fitting)
-    if room < 1:
+    longest_prompt = max(len(prompt.token_ids) for prompt in fitting)
+    if longest_prompt >= context_tokens:
         raise ModelError(
-            f"the longest prompt leaves no room for an answer in the model's context of {context_tokens} tokens",
+            f"the longest prompt leaves no tokens for an answer in the model's context of {context_tokens}",
             where=name,
-            next_step=f"--max-prompt-tokens below {context_tokens}, leaving longer ones out with --skip-overlong",
+            next_step=f"--max-prompt-tokens below {context_tokens}, and skip longer ones with --skip-overlong",
         )
     first: dict[tuple[int, ...], str] = {}
     repeats = {
@@ -125,79 +122,170 @@ def prepare(
         for prompt in prompts
         if (earlier := first.setdefault(prompt.token_ids, prompt.problem.id)) != prompt.problem.id
     }
-    asked = [
-        [prompt.problem.id, prompt.token_ids, prompt.problem.answer, dict(prompt.problem.meta)] for prompt in prompts
-    ]
+    published = BENCHMARKS[name].problems
+    asked = [[p.problem.id, p.token_ids, p.problem.answer, dict(p.problem.meta)] for p in prompts]
     return PreparedBenchmark(
         name=name,
         prompts=fitting,
-        skipped=len(prompts) - len(fitting),
-        repeats=repeats,
-        max_completion_length=min(max_completion_length, room),
+        longest_prompt=longest_prompt,
+        max_completion_length=min(max_completion_length, context_tokens - longest_prompt),
+        contents={"rows": len(prompts), "published": published, "skipped": skipped, "repeats": repeats},
         digest=hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
     )
 
 
-def chunks_of(
-    benchmarks: Sequence[PreparedBenchmark],
+def _notices(benchmark: PreparedBenchmark, *, max_completion_length: int, context_tokens: int) -> Iterator[str]:
+    rows, published, skipped, repeats = benchmark.contents.values()
+    if rows != published:
+        yield f"was published with {published:,} problems, and has {rows:,} here"
+    if repeats:
+        pairs = ", ".join(f"{later} is {earlier}" for later, earlier in islice(repeats.items(), 5))
+        yield f"{len(repeats)} of {rows} questions repeat an earlier one, and count each time: {pairs}"
+    if skipped:
+        yield f"{skipped} of {rows} prompts are skipped"
+    if benchmark.max_completion_length < max_completion_length:
+        yield (
+            f"answers end at {benchmark.max_completion_length:,} tokens instead of {max_completion_length:,}, as the "
+            f"longest prompt takes {benchmark.longest_prompt:,} of the context of {context_tokens:,}"
+        )
+
+
+def settings_of(
+    subject: Subject, recipe: Recipe, prepared: Sequence[PreparedBenchmark], sampling: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return everything that the answers depend on, as plain data.
+
+    `recipe` has the command's options applied; `sampling` holds `seeds`, `samples` and `top_p`.
+    """
+    return {
+        "model": subject.name,
+        "base": recipe.model.model_dump(),
+        "weights": list(subject.adapters),
+        "digests": subject.digests,
+        "benchmarks": {
+            benchmark.name: {
+                "problems": len(benchmark.prompts),
+                "skipped": benchmark.contents["skipped"],
+                "max_completion_length": benchmark.max_completion_length,
+                "digest": benchmark.digest,
+            }
+            for benchmark in prepared
+        },
+        **sampling,
+        "temperature": recipe.eval.temperature,
+        "system_prompt": recipe.data.system_prompt,
+        "chat_template": recipe.data.chat_template,
+        "max_prompt_length": recipe.rollout.max_prompt_length,
+        "engine": pick_engine(recipe)[0],
+        "engine_base": recipe.rollout.vllm.base,
+        "max_num_seqs": recipe.rollout.max_num_seqs,
+        "max_answer_characters": recipe.reward.max_answer_characters,
+        "timeout_seconds": recipe.reward.timeout_seconds,
+    }
+
+
+def plan_chunks(
+    benchmarks: Sequence[PreparedBenchmark], *, weights: Sequence[str], seeds: Sequence[int], samples: int, batch: int
+) -> list[Chunk]:
+    """Return everything to sample, in order; `batch` is the number of sequences that are sampled at once."""
+    size = max(1, CHUNK_BATCHES * batch // samples)
+    return [
+        Chunk(weights=name, seed=seed, benchmark=benchmark, prompts=benchmark.prompts[start : start + size])
+        for name in weights
+        for seed in seeds
+        for benchmark in benchmarks
+        for start in range(0, len(benchmark.prompts), size)
+    ]
+
+
+def answer_all(
+    subject: Subject,
+    recipe: Recipe,
+    prepared: Sequence[PreparedBenchmark],
+    folder: EvaluationFolder,
     *,
-    weights: Sequence[str],
     seeds: Sequence[int],
     samples: int,
-    batch_size: int,
-) -> Iterator[Chunk]:
-    """All that is to be sampled, in the order in which it is."""
-    size = max(1, CHUNK_BATCHES * batch_size // samples)
-    for name in weights:
-        for seed in seeds:
-            for benchmark in benchmarks:
-                for start in range(0, len(benchmark.prompts), size):
-                    yield Chunk(
-                        weights=name, seed=seed, benchmark=benchmark, prompts=benchmark.prompts[start : start + size]
-                    )
+    top_p: float,
+    bar: Bar,
+) -> list[ProblemAnswers]:
+    """Return all answers in order: those in `folder`, and the others, which are sampled and appended there."""
+    batch = recipe.rollout.max_num_seqs
+    chunks = plan_chunks(prepared, weights=list(subject.adapters), seeds=seeds, samples=samples, batch=batch)
+    answers = folder.resume([chunk.keys for chunk in chunks])
+    todo = [chunk for chunk in chunks if chunk.keys[0] not in answers]
+    if answers:
+        click.echo(f"{len(chunks) - len(todo)} of {len(chunks)} parts are in {folder.path} already", err=True)
+    if todo:
+        # Enough tokens for the longest prompt, and for every benchmark's longest prompt with its answer.
+        prompt = max(benchmark.longest_prompt for benchmark in prepared)
+        both = max(benchmark.longest_prompt + benchmark.max_completion_length for benchmark in prepared)
+        lengths = {"rollout.max_prompt_length": prompt, "rollout.max_completion_length": both - prompt}
+        recipe = recipe.with_values(lengths)
+        policy = subject.load(recipe)
+        write_atomically(folder.environment_path, json.dumps(environment(policy.device), indent=2) + "\n")
+        renderer = Renderer.of(recipe, policy.tokenizer)
+        params = {
+            each.name: SamplingParams(
+                temperature=recipe.eval.temperature,
+                top_p=top_p,
+                max_completion_length=each.max_completion_length,
+            )
+            for each in prepared
+        }
+        with open_checked(recipe, policy, renderer, prepared[0].prompts) as (sampler, grader):
+            for name, adapter in subject.adapters.items():
+                own = [chunk for chunk in todo if chunk.weights == name]
+                if not own:
+                    continue
+                total = samples * sum(len(chunk.prompts) for chunk in own)
+                with active_adapter(adapter, policy, sampler), bar(f"{name}: answers", total) as progress:
+                    for chunk in own:
+                        benchmark = chunk.benchmark.name
+                        lines = _answer(chunk, samples, params[benchmark], policy.version, sampler, grader, progress)
+                        answers |= {line.key: line for line in lines}
+                        # Checked before they are written, so that a rerun grades them again.
+                        refuse_ungraded(
+                            [line for line in answers.values() if (line.weights, line.benchmark) == (name, benchmark)],
+                            planned=len(chunk.benchmark.prompts) * len(seeds),
+                            limit=recipe.reward.max_ungraded_ratio,
+                        )
+                        folder.append(lines)
+    return [answers[key] for chunk in chunks for key in chunk.keys]
 
 
-def sample_chunk(
+def _answer(
     chunk: Chunk,
-    *,
+    samples: int,
+    params: SamplingParams,
+    policy_version: int,
     sampler: Sampler,
     grader: Grader,
-    policy_version: int,
-    samples: int,
-    temperature: float,
-    top_p: float,
     progress: Callable[[int], None],
 ) -> list[ProblemAnswers]:
-    """Sample and grade. Draws depend on seed, problem and sample alone, so all weights are compared on the same."""
-    groups = sampler.sample(
+    """Sample and grade. Draws depend only on seed, problem and sample, so all weights are compared on the same ones."""
+    completions = sampler.sample(
         chunk.prompts,
         count=samples,
-        params=SamplingParams(
-            temperature=temperature, top_p=top_p, max_completion_length=chunk.benchmark.max_completion_length
-        ),
+        params=params,
         policy_version=policy_version,
         stream=("benchmark", chunk.seed),
         finished=progress,
     )
+    pairs = [(prompt.problem, group) for prompt, group in zip(chunk.prompts, completions, strict=True)]
     rewards = iter(
-        grader.grade(
-            [
-                GradeRequest(text=completion.text, problem=prompt.problem)
-                for prompt, group in zip(chunk.prompts, groups, strict=True)
-                for completion in group
-            ]
-        )
+        grader.grade([GradeRequest(text=c.text, problem=problem) for problem, group in pairs for c in group])
     )
     lines = []
-    for prompt, group in zip(chunk.prompts, groups, strict=True):
-        verdicts = [within_tolerance(next(rewards), prompt.problem) for _ in group]
+    for problem, group in pairs:
+        verdicts = [within_tolerance(next(rewards), problem) for _ in group]
         lines.append(
             ProblemAnswers(
                 weights=chunk.weights,
                 seed=chunk.seed,
                 benchmark=chunk.benchmark.name,
-                problem=prompt.problem.id,
-                reference=prompt.problem.answer,
+                problem=problem.id,
+                reference=problem.answer,
                 answers=[reward.answer for reward in verdicts],
                 outcomes=[reward.outcome.value for reward in verdicts],
                 tokens=[len(completion.token_ids) for completion in group],
@@ -208,22 +296,17 @@ def sample_chunk(
     return lines
 
 
-def reference_faults(problems: Sequence[Problem], grader: Grader) -> list[str | None]:
-    """Why each problem's answer cannot be graded against, None where it can.
-
-    The grader is given an empty text, which is wrong whatever the reference: no verdict on it is the reference's fault.
-    """
+def check_references(problems: Sequence[Problem], grader: Grader) -> list[str | None]:
+    """Return for each problem why nothing can be graded against its answer, or None."""
+    # An empty text is wrong whatever the reference is; if it gets no verdict, the reference is the reason.
     algebraic = [problem for problem in problems if plain_number(unwrap(problem.answer)) is None]
     rewards = grader.grade([GradeRequest(text="", problem=problem) for problem in algebraic])
-    faults = {
-        problem.id: reward.detail
-        for problem, reward in zip(algebraic, rewards, strict=True)
-        if not reward.outcome.is_graded
-    }
-    return [faults.get(problem.id) or _tolerance_fault(problem) for problem in problems]
+    pairs = zip(algebraic, rewards, strict=True)
+    reasons = {problem.id: reward.detail for problem, reward in pairs if not reward.outcome.is_graded}
+    return [reasons.get(problem.id) or _tolerance_error(problem) for problem in problems]
 
 
-def _tolerance_fault(problem: Problem) -> str | None:
+def _tolerance_error(problem: Problem) -> str | None:
     tolerances, numbers = problem.meta.get("tolerance", ()), _numbers(unwrap(problem.answer))
     if numbers is None or len(tolerances) in (0, 1, len(numbers)):
         return None
@@ -231,20 +314,20 @@ def _tolerance_fault(problem: Problem) -> str | None:
 
 
 def within_tolerance(reward: Reward, problem: Problem) -> Reward:
-    """`reward`, made correct where its numbers, in any order, are no further off than the problem's `tolerance`.
+    """Return `reward`, made correct if its numbers, in any order, are within the problem's `tolerance`.
 
     Numbers are integers, decimals and fractions of integers, compared exactly.
     """
     if reward.outcome is not Outcome.INCORRECT or "tolerance" not in problem.meta or reward.answer is None:
         return reward
-    found, wanted = _numbers(reward.answer), _numbers(unwrap(problem.answer))
-    if found is None or wanted is None or len(found) != len(wanted):
+    given, wanted = _numbers(reward.answer), _numbers(unwrap(problem.answer))
+    if given is None or wanted is None or len(given) != len(wanted):
         return reward
     tolerances = [Fraction(text) for text in problem.meta["tolerance"]]
     if len(tolerances) == 1:
         tolerances *= len(wanted)
-    rest = sorted(found)
-    # The range that ends first takes the least number inside it: if all can be served, so they are.
+    rest = sorted(given)
+    # Matching each interval, in order of its upper end, with the least number in it finds a full match if there is one.
     for high, low in sorted((x + off, x - off) for x, off in zip(wanted, tolerances, strict=True)):
         inside = next((number for number in rest if low <= number <= high), None)
         if inside is None:
@@ -254,11 +337,10 @@ def within_tolerance(reward: Reward, problem: Problem) -> Reward:
 
 
 def _numbers(answer: str) -> list[Fraction] | None:
-    """The numbers that `answer`, in normal form, consists of: one, or several between commas; None for others."""
-    one = _number(answer)
-    found = [one] if one is not None else [_number(normalise(part)) for part in answer.split(",")]
-    numbers = [number for number in found if number is not None]
-    return numbers if len(numbers) == len(found) else None
+    """Return the number, or the numbers between commas, of an answer in normal form; None for other answers."""
+    whole = _number(answer)
+    numbers = [whole] if whole is not None else [_number(normalise(part)) for part in answer.split(",")]
+    return None if None in numbers else [number for number in numbers if number is not None]
 
 
 def _number(text: str) -> Fraction | None:
@@ -267,106 +349,3 @@ def _number(text: str) -> Fraction | None:
         return Fraction(plain)
     parts = _FRACTION.fullmatch(text)
     return Fraction(f"{parts[1]}{parts[2] or parts[4]}/{parts[3] or parts[5]}") if parts else None
-
-
-def summarise(lines: Sequence[ProblemAnswers], k: int) -> list[BenchmarkResult]:
-    """One result for each of the weights and benchmarks, in the order of `lines`, and after several their average.
-
-    `lines` hold the same seeds for each. The average counts every benchmark alike, however many problems it has.
-    """
-    results = []
-    for weights in dict.fromkeys(line.weights for line in lines):
-        names = list(dict.fromkeys(line.benchmark for line in lines if line.weights == weights))
-        seeds = list(dict.fromkeys(line.seed for line in lines if line.weights == weights))
-        found = {
-            (name, seed): [line for line in lines if (line.weights, line.benchmark, line.seed) == (weights, name, seed)]
-            for name in names
-            for seed in seeds
-        }
-        parts = [(name, [name]) for name in names] + ([(AVERAGE, names)] if len(names) > 1 else [])
-        for title, members in parts:
-            pooled = [_pool([found[name, seed] for seed in seeds]) for name in members]
-            results.append(
-                BenchmarkResult(
-                    weights=weights,
-                    benchmark=title,
-                    problems=sum(map(len, pooled)),
-                    pooled=_score(pooled, k),
-                    by_seed={seed: _score([found[name, seed] for name in members], k) for seed in seeds},
-                )
-            )
-    return results
-
-
-def refuse_ungradable(lines: Sequence[ProblemAnswers], *, planned: int, limit: float) -> None:
-    """Raise GradingError where more than the share `limit` of the answers in `lines` is no verdict.
-
-    `lines` are those that there are so far of one benchmark under one set of weights; there will be `planned`. The
-    share is taken of at least `JUDGED_PROBLEMS` lines, or of all planned ones where these are fewer.
-    """
-    shares = [_ungraded_ratio(line) for line in lines]
-    share = sum(shares) / max(len(lines), min(JUDGED_PROBLEMS, planned))
-    if share <= limit:
-        return
-    worst = sorted(lines, key=_ungraded_ratio, reverse=True)[:_SHOWN_UNGRADED]
-    shown = [
-        f"{line.problem} ({', '.join(f'{line.outcomes.count(one)} {one}' for one in _NO_VERDICT)})" for line in worst
-    ]
-    raise GradingError(
-        f"{share:.0%} of the answers to {lines[0].benchmark} could not be graded, more than the {limit:.0%} "
-        f"(reward.max_ungraded_ratio) at which figures still mean something; most to {', '.join(shown)}",
-        where=f"weights {lines[0].weights}",
-        next_step="the last problems were not kept: the same command samples and grades them again; for timeouts, give "
-        "it when the machine has less else to do",
-    )
-
-
-def _ungraded_ratio(line: ProblemAnswers) -> float:
-    return sum(map(line.outcomes.count, _NO_VERDICT)) / len(line.outcomes)
-
-
-def _pool(seeds: Sequence[Sequence[ProblemAnswers]]) -> list[ProblemAnswers]:
-    """Each problem with the samples of all seeds, one seed behind another."""
-    return [
-        replace(
-            lines[0],
-            answers=[one for line in lines for one in line.answers],
-            outcomes=[one for line in lines for one in line.outcomes],
-            tokens=[one for line in lines for one in line.tokens],
-            truncated=[one for line in lines for one in line.truncated],
-        )
-        for lines in zip(*seeds, strict=True)
-    ]
-
-
-def _score(groups: Sequence[Sequence[ProblemAnswers]], k: int) -> BenchmarkScore:
-    """Figures of the problems of each group, averaged over problems and then over groups."""
-    samples = len(groups[0][0].answers)
-
-    def each(figure: Callable[[ProblemAnswers], float]) -> list[list[float]]:
-        return [[figure(line) for line in group] for group in groups]
-
-    def mean(values: Sequence[Sequence[float]]) -> float:
-        return statistics.fmean(statistics.fmean(group) for group in values)
-
-    ks = sorted({k, *(2**power for power in range(samples.bit_length()))})
-    averages = each(lambda line: statistics.fmean(line.right))
-    passes = {n: each(lambda line, n=n: pass_at_k(samples, sum(line.right), n)) for n in ks}  # type: ignore[misc]
-    votes = {
-        n: each(lambda line, n=n: majority_at_k(line.answers, line.right, n))  # type: ignore[misc]
-        for n in sorted({k, samples})
-    }
-    return BenchmarkScore(
-        samples_per_problem=samples,
-        average=mean(averages),
-        pass_at_k={n: mean(values) for n, values in passes.items()},
-        majority_at_k={n: mean(values) for n, values in votes.items()},
-        truncated_ratio=mean(each(lambda line: statistics.fmean(line.truncated))),
-        ungraded_ratio=mean(each(_ungraded_ratio)),
-        completion_tokens_mean=mean(each(lambda line: statistics.fmean(line.tokens))),
-        intervals={
-            "average": bootstrap_interval(averages),
-            f"pass@{k}": bootstrap_interval(passes[k]),
-            f"majority@{k}": bootstrap_interval(votes[k]),
-        },
-    )

@@ -1,29 +1,44 @@
-"""What is evaluated: the weights of a run, or any model on its own."""
+"""Open the weights of a run or any model, sample from them, and evaluate a run on its held-out problems."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import click
+import torch
+
 from popo_lite.errors import ModelError, UserInputError
-from popo_lite.policy.adapters import ADAPTER_FILE
+from popo_lite.evaluation import evaluate, fitting
+from popo_lite.grading import Grader
+from popo_lite.policy.adapters import ADAPTER_FILE, empty_adapter, load_adapter_weights
 from popo_lite.policy.load import load_config, pick_device
 from popo_lite.policy.policy import Policy, load_policy
 from popo_lite.policy.trained import load_trained_policy
 from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
 from popo_lite.run_folder import RunFolder
+from popo_lite.samplers import Sampler, SamplingParams, open_sampler
+from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
+from popo_lite.tasks import open_tasks
+from popo_lite.tasks.rendering import Renderer
+from popo_lite.types import EvalResult, Prompt
 
 RUN_WEIGHTS = ("base", "adapter", "siamese")
-MODEL_WEIGHTS = "model"
 MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
-"""Files of a model's folder that its answers may follow from: weights, configuration and tokenizer."""
+"""Files of a model's folder that can change its answers: weights, configuration and tokenizer."""
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(description, total) -> a context manager; its value is called with each amount done."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model and the sets of weights to measure, each with the folder of its adapter, None where it has none."""
+    """A model and the sets of weights to evaluate: name -> folder of the adapter, None without one."""
 
     name: str
     recipe: Recipe
@@ -31,42 +46,49 @@ class Subject:
 
     @property
     def context_tokens(self) -> int:
-        """Prompt and answer together may have this many tokens."""
+        """Return how many tokens prompt and answer may have together."""
         return int(getattr(load_config(self.recipe.model), "max_position_embeddings", None) or 2**31)
 
     @property
     def digests(self) -> dict[str, str]:
-        """What tells one state of local weights from another; empty for what is only on the Hub."""
-        found = {name: _sha256(folder / ADAPTER_FILE) for name, folder in self.adapters.items() if folder is not None}
+        """Return hashes that identify the state of local weights; empty for a Hub model."""
+        digests = {}
+        for name, adapter in self.adapters.items():
+            if adapter is not None:
+                with (adapter / ADAPTER_FILE).open("rb") as content:
+                    digests[name] = hashlib.file_digest(content, "sha256").hexdigest()
         folder = Path(self.recipe.model.id).expanduser()
         if folder.is_dir():
-            # Hashing a whole model takes minutes.
-            files = [
-                (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-                for file in folder.iterdir()
-                if file.suffix in MODEL_SUFFIXES
-            ]
-            found["files"] = hashlib.sha256(repr(sorted(files)).encode()).hexdigest()
-        return found
+            # Names, sizes and times only: hashing a whole model takes minutes.
+            stats = {file.name: file.stat() for file in folder.iterdir() if file.suffix in MODEL_SUFFIXES}
+            files = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
+            digests["files"] = hashlib.sha256(repr(files).encode()).hexdigest()
+        return digests
 
     def load(self, recipe: Recipe) -> Policy:
-        """The policy under `recipe`, which is the subject's own with other settings, in eval mode."""
-        # Only training packs rows; a model that does not keep them apart can be measured all the same.
+        """Return the policy in eval mode; `recipe` is the subject's own with other settings."""
+        # Only training packs rows, so models whose attention cannot keep packed rows apart can be evaluated too.
         recipe = recipe.with_values({"train.packing": False})
-        first = next((folder for folder in self.adapters.values() if folder is not None), None)
-        if first is not None:
-            return load_trained_policy(recipe, first)
-        # A base is measured without the adapter that the run may have started from.
+        adapter = next((folder for folder in self.adapters.values() if folder is not None), None)
+        if adapter is not None:
+            return load_trained_policy(recipe, adapter)
+        # The base is evaluated without the adapter that the run may have started from.
         policy = load_policy(recipe.with_values({"lora.init_from": None}))
         policy.model.eval()
         return policy
 
 
 def open_run(path: Path, wanted: Sequence[str]) -> Subject:
-    """The weights `wanted` (default: all) of the run in `path`.
+    """Return the weights `wanted` (default: all) of the run in `path`.
 
-    Raises CheckpointError where it has not ended, unless its base alone is wanted.
+    Raises CheckpointError if the run has not ended, unless only its base is wanted.
     """
+    if isinstance(wanted, str) or (unknown := sorted({*wanted} - {*RUN_WEIGHTS})):
+        raise UserInputError(
+            f"a run has no weights {wanted if isinstance(wanted, str) else ', '.join(unknown)}",
+            where=str(path),
+            next_step=f"give a list of some of {', '.join(RUN_WEIGHTS)}",
+        )
     folder = RunFolder(path)
     recipe = folder.recipe()
     adapters = {
@@ -77,13 +99,13 @@ def open_run(path: Path, wanted: Sequence[str]) -> Subject:
 
 
 def open_model(model: str, wanted: Sequence[str]) -> Subject:
-    """A folder in the format of transformers, such as an export, or a Hub id: bfloat16 on a GPU, float32 on a CPU.
+    """Return a model by folder, such as an export, or by Hub id: bfloat16 on a GPU, float32 on a CPU.
 
-    Raises UserInputError where `wanted` names weights that only a run has, and ModelError for an adapter's folder.
+    Raises UserInputError if `wanted` names weights that only a run has, and ModelError for an adapter's folder.
     """
     if wanted:
         raise UserInputError(
-            f"{model} is a model on its own and has no {' or '.join(wanted)}",
+            f"{model} is a model, not a run, and has no {' or '.join(wanted)}",
             where="--weights",
             next_step="leave --weights out, or name a run's folder",
         )
@@ -92,15 +114,105 @@ def open_model(model: str, wanted: Sequence[str]) -> Subject:
         raise ModelError(
             "holds neither a run (recipe.toml) nor a model (config.json)",
             where=model,
-            next_step="an adapter is measured through its run's folder; a merged model comes from popo-lite export",
+            next_step="to evaluate an adapter, name its run's folder; popo-lite export writes merged models",
         )
-    dtype = "bfloat16" if pick_device("auto").type == "cuda" else "float32"
-    known_as = str(folder.resolve()) if folder.is_dir() else model
-    settings = ModelRecipe(id=known_as, quantization="none", dtype=dtype)  # type: ignore[arg-type]
-    recipe = Recipe(model=settings, objective=PopoObjective())
-    return Subject(name=known_as, recipe=recipe, adapters={MODEL_WEIGHTS: None})
+    name = str(folder.resolve()) if folder.is_dir() else model
+    on_gpu = pick_device("auto").type == "cuda"
+    settings = ModelRecipe(id=name, quantization="none", dtype="bfloat16" if on_gpu else "float32")
+    return Subject(name=name, recipe=Recipe(model=settings, objective=PopoObjective()), adapters={"model": None})
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def set_threads(recipe: Recipe) -> None:
+    """Use the recipe's number of CPU threads."""
+    if recipe.train.cpu_threads:
+        torch.set_num_threads(recipe.train.cpu_threads)
+
+
+@contextmanager
+def open_checked(
+    recipe: Recipe, policy: Policy, renderer: Renderer, prompts: Iterable[Prompt]
+) -> Iterator[tuple[Sampler, Grader]]:
+    """Open sampler and grader; check with a few prompts that the sampler uses the adapter that it is given.
+
+    Raises EngineError if it does not.
+    """
+    notify = partial(click.echo, err=True)
+    with (
+        Grader(recipe.reward) as grader,
+        open_sampler(recipe, policy, text=renderer.text, notify=notify) as sampler,
+    ):
+        grader.check()
+        SamplerGuard(recipe, policy, sampler).prove(list(islice(prompts, PROBE_PROMPTS)), lambda _: None)
+        yield sampler, grader
+
+
+@contextmanager
+def active_adapter(adapter: Path | None, policy: Policy, sampler: Sampler) -> Iterator[None]:
+    """Load the adapter in a folder, or none, into policy and sampler for the block."""
+    if adapter is None:
+        # Emptied as well as disabled: an engine with its own copy of the weights is given the adapter, too.
+        empty_adapter(policy.model)
+    else:
+        load_adapter_weights(policy.model, adapter)
+    policy.version += 1
+    sampler.sync(policy.version)
+    with policy.model.disable_adapter() if adapter is None else nullcontext():
+        yield
+
+
+def evaluate_run(
+    run: Path,
+    *,
+    weights: Sequence[str] = (),
+    problems: int | None = None,
+    samples: int = 8,
+    temperature: float | None = None,
+    seed: int = 0,
+    engine: str | None = None,
+    bar: Bar = lambda _description, _total: nullcontext(lambda _: None),
+) -> list[EvalResult]:
+    """Return a result for each of the run's `weights` ("base", "adapter", "siamese"; default: all), on the same draws.
+
+    `problems`, `temperature` and `engine` default to those of the run's recipe; `samples` is per problem.
+    """
+    subject = open_run(run, weights)
+    recipe = subject.recipe
+    if engine is not None:
+        recipe = recipe.with_values({"rollout.engine": engine})
+    count = problems or recipe.eval.problems
+    if count < 1:
+        raise UserInputError(
+            "this run's recipe has no held-out problems",
+            where="eval.problems = 0",
+            next_step=f"popo-lite eval {run} --problems 200",
+        )
+    set_threads(recipe)
+    task = open_tasks(recipe)[1]
+    policy = subject.load(recipe)
+    renderer = Renderer.of(recipe, policy.tokenizer)
+    held_out = fitting(task.held_out(count), renderer, recipe)
+    params = SamplingParams(
+        temperature=temperature or recipe.eval.temperature, max_completion_length=recipe.rollout.max_completion_length
+    )
+    results = []
+    with open_checked(recipe, policy, renderer, map(renderer.render, held_out)) as (sampler, grader):
+        for name, adapter in subject.adapters.items():
+            with active_adapter(adapter, policy, sampler), bar(f"{name}: answers", len(held_out) * samples) as progress:
+                results.append(
+                    evaluate(
+                        weights=name,
+                        policy=policy,
+                        sampler=sampler,
+                        renderer=renderer,
+                        grader=grader,
+                        task=task,
+                        problems=held_out,
+                        samples_per_problem=samples,
+                        params=params,
+                        threshold=recipe.objective.reward_threshold,
+                        max_ungraded_ratio=recipe.reward.max_ungraded_ratio,
+                        seed=seed,
+                        progress=progress,
+                    )
+                )
+    return results
