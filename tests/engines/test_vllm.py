@@ -33,7 +33,7 @@ from popo_lite.policy.policy import load_policy
 from popo_lite.recipe_file import load_recipe
 from popo_lite.samplers import open_sampler, pick_engine
 from popo_lite.samplers.probe import prove_adapter_in_use
-from popo_lite.samplers.vllm import MEMORY_BACKED, PREFIX, EngineAdapter
+from popo_lite.samplers.vllm import MEMORY_BACKED, PREFIX
 from popo_lite.tasks.rendering import Renderer
 
 LONG_PROMPTS = ("rollout.max_prompt_length=400",)
@@ -104,7 +104,10 @@ def test_the_probe_passes_and_leaves_everything_as_it_was(setup):
 
 def test_the_probe_finds_an_ignored_adapter(setup, monkeypatch):
     policy, renderer, sampler = setup
-    monkeypatch.setattr(EngineAdapter, "request", property(lambda _: None, lambda *_: None), raising=False)
+    add_request = sampler._engine.add_request
+    monkeypatch.setattr(
+        sampler._engine, "add_request", lambda *args, lora_request, **options: add_request(*args, **options)
+    )
     with pytest.raises(EngineError, match="does not sample from the adapter it is given"):
         prove_adapter_in_use(sampler, policy, prompts_of(renderer)[:3], temperature=1.0, seed=0)
 
