@@ -260,11 +260,13 @@ def _sample(sample: SampleView, width: int, rows: int, console: Console) -> Rend
     )
     texts = (("question", sample.question, "bold"), ("✓ right", right, "bold green"), ("✗ wrong", wrong, "bold red"))
     for index, (name, text, style) in enumerate(texts):
+        # Not wrapped whole: no screen shows more than 4,000 characters.
+        text = words.clean(text if len(text) <= 4000 else f"{text[:2000]} … {text[-2000:]}")
         shown = fit(text, max(width - 16, 1), left // (3 - index), console)
         left -= len(shown)
         lines.append((Text(name, style), "\n".join(shown)))
     title = f"sample of step {sample.step + 1}"
-    return Group(_rule(title, f"the answer is {sample.reference[:40]}"), _grid([_LABEL, _REST], *lines))
+    return Group(_rule(title, f"the answer is {words.clean(sample.reference)[:40]}"), _grid([_LABEL, _REST], *lines))
 
 
 def fit(text: str, width: int, height: int, console: Console) -> list[str]:
