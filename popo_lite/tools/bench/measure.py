@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +29,7 @@ from popo_lite.update import Learner
 
 STAGES = ("rollout", "weights", "siamese", "update", "optimizer", "sync")
 """The stages of a step that are reported: all but choosing and grading problems."""
-PHASES: Mapping[str, Sequence[str]] = {
+PHASES = {
     "load": ("load", "engine"),
     "rollout": ("rollout",),
     "siamese": ("weights", "siamese"),
@@ -37,19 +38,10 @@ PHASES: Mapping[str, Sequence[str]] = {
     "swap": ("sync",),
 }
 """The plan's phases, and the stages that each consists of."""
-
-BASE_CLASSES = {"base": ("base linears", "embeddings", "LM head", "norms, biases")}
-"""Classes of the plan that are counted as one kind of tensor."""
-
 RESOLUTION = 512
 """Tokens to which the longest sequence is found."""
-
 NOT_COUNTED = (
-    "downloading and loading the model",
-    "starting the rollout engine",
-    "grading",
-    "checkpoints",
-    "answers that end early",
+    "downloading and loading the model; starting the rollout engine; grading; checkpoints; answers that end early"
 )
 """What the estimate of a whole run leaves out."""
 
@@ -66,23 +58,20 @@ class Meter(Callback):
     """
 
     def __init__(self, device: torch.device, notify: Callable[[str], None] = lambda _: None) -> None:
-        self.device = device
+        self.device, self._notify = device, notify
         self.records: list[StepRecord] = []
         self.peaks: dict[str, tuple[int, int]] = {}
         self.notices: list[str] = []
-        self._notify = notify
         self._stage: tuple[str, int | None] = ("load", None)
 
     def stage(self, name: str, *, total: int | None = None) -> None:
         """Note the peaks of the stage before, and measure anew."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            peak = (
-                torch.cuda.max_memory_allocated(self.device),
-                torch.cuda.max_memory_reserved(self.device) + outside_bytes(self.device),
-            )
+            tensors = torch.cuda.max_memory_allocated(self.device)
+            card = torch.cuda.max_memory_reserved(self.device) + outside_bytes(self.device)
             before = self.peaks.get(self._stage[0], (0, 0))
-            self.peaks[self._stage[0]] = (max(peak[0], before[0]), max(peak[1], before[1]))
+            self.peaks[self._stage[0]] = (max(tensors, before[0]), max(card, before[1]))
             if name == "sync":
                 # An engine that wakes up does this first; its peak must not count the update's cache.
                 torch.cuda.empty_cache()
@@ -108,6 +97,16 @@ class Meter(Callback):
         """Raise OutOfMemoryError for the current stage. The trainer asks for advice when nothing else is left."""
         name, total = self._stage
         raise OutOfMemoryError(f"out of memory in {name}" + (f" of {total:,} sequences" if total else ""))
+
+    @contextmanager
+    def naming_memory(self) -> Iterator[None]:
+        """Raise OutOfMemoryError for the current stage where torch says that memory ran out."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.exhausted()
 
     def seconds(self, stage: str) -> float:
         """Return the median seconds of a stage; not of `sync`, which comes after a step's record."""
@@ -172,38 +171,18 @@ def bench(
         "tensors": [],
     }
     start = time.perf_counter()
+    options: dict[str, Any] = {"verdict": spread(size["positives"]), "memory_advice": meter.exhausted}
     try:
-        with BenchTrainer(recipe, meter, verdict=spread(size["positives"]), memory_advice=meter.exhausted) as trainer:
+        with meter.naming_memory(), BenchTrainer(recipe, meter, **options) as trainer:
             result["load_seconds"] = time.perf_counter() - start
-            syncs = run_steps(trainer, meter, steps, notify)
-            result["stages"] = _stages(meter, syncs)
-            by_class = planned["step"].bytes_by_class if planned else None
-            result["tensors"] = [
-                {
-                    "kind": kind,
-                    "counted_bytes": counted,
-                    "planned_bytes": by_class
-                    and sum(by_class.get(name, 0) for name in BASE_CLASSES.get(kind, (kind,))),
-                }
-                for kind, counted in tensor_bytes(trainer.learner).items()
-            ]
-            result["step_seconds"] = sum(stage["seconds"] for stage in result["stages"])
-            result["run"] = _estimate(recipe, size, result["stages"])
+            stages = result["stages"] = _stages(meter, run_steps(trainer, meter, steps, notify))
+            result["tensors"] = _tensors(trainer.learner, planned)
+            result["step_seconds"] = sum(stage["seconds"] for stage in stages)
+            result["run"] = _estimate(recipe, size, stages)
     except OutOfMemoryError as error:
         result["out_of_memory"] = error.what
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        try:
-            meter.exhausted()
-        except OutOfMemoryError as named:
-            result["out_of_memory"] = named.what
-    result |= {
-        "memory": peaks_beside_plan(meter, planned, engine=engine),
-        "notices": meter.notices,
-        "environment": environment(device),
-    }
-    return result
+    memory = peaks_beside_plan(meter, planned, engine=engine)
+    return result | {"memory": memory, "notices": meter.notices, "environment": environment(device)}
 
 
 def bench_longest(recipe: Recipe, *, memory_cap_bytes: int | None, notify: Callable[[str], None]) -> dict[str, Any]:
@@ -240,19 +219,13 @@ def longest_update(
     """
 
     def fits(tokens: int) -> bool:
-        recipe = recipe_at(tokens)
-        recipe = recipe.with_values({"data.prompts_per_step": 1, "rollout.num_generations": 2})
+        recipe = recipe_at(tokens).with_values({"data.prompts_per_step": 1, "rollout.num_generations": 2})
         meter, fitted = Meter(policy.device), True
+        options: dict[str, Any] = {"verdict": spread(2), "memory_advice": meter.exhausted, "policy": policy}
         try:
-            with BenchTrainer(
-                recipe, meter, verdict=spread(2), memory_advice=meter.exhausted, policy=policy, random_answers=True
-            ) as trainer:
+            with meter.naming_memory(), BenchTrainer(recipe, meter, **options, random_answers=True) as trainer:
                 run_steps(trainer, meter, 0, lambda _: None)
         except OutOfMemoryError:
-            fitted = False
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
             fitted = False
         policy.model.zero_grad(set_to_none=True)
         release_memory()
@@ -267,17 +240,15 @@ def longest(fits: Callable[[int], bool], *, first: int, last: int, step: int) ->
 
     Doubles until one does not fit, then bisects; `fits` must be monotone.
     """
-    low, high = 0, last // step + 1
-    probe = -(-first // step)
+    low, high, probe = 0, last // step + 1, -(-first // step)
     while high - low > 1:
         if fits(probe * step):
             low = probe
-            probe = min(2 * probe, last // step) if high > last // step else (low + high) // 2
+        elif low == 0:
+            return None
         else:
             high = probe
-            if low == 0:
-                return None
-            probe = (low + high) // 2
+        probe = min(2 * low, last // step) if high > last // step else (low + high) // 2
     return low * step
 
 
@@ -330,18 +301,17 @@ def peaks_beside_plan(meter: Meter, planned: Mapping[str, Phase], *, engine: str
 
     None with vLLM for tensors: torch keeps counting what a sleeping engine has given back.
     """
-    countable = engine != "vllm"
     phases = []
     for name, stages in PHASES.items():
-        peaks = [meter.peaks[stage] for stage in stages if stage in meter.peaks]
-        if peaks:
-            phase = planned.get(name)
+        if peaks := [meter.peaks[stage] for stage in stages if stage in meter.peaks]:
+            tensors, card = (max(figures) for figures in zip(*peaks, strict=True))
+            phase, counted = planned.get(name), engine != "vllm"
             phases.append(
                 {
                     "phase": name,
-                    "tensor_bytes": max(peak[0] for peak in peaks) if countable else None,
-                    "planned_tensor_bytes": phase.tensor_bytes if phase and countable else None,
-                    "card_bytes": max(peak[1] for peak in peaks),
+                    "tensor_bytes": tensors if counted else None,
+                    "planned_tensor_bytes": phase.tensor_bytes if phase and counted else None,
+                    "card_bytes": card,
                     "planned_card_bytes": phase.total_bytes if phase else None,
                 }
             )
@@ -378,29 +348,35 @@ def tensor_bytes(learner: Learner) -> dict[str, int]:
     As in the plan, paged optimizer state does not count: the driver keeps its pages in host memory.
     """
     policy = learner.policy
-    state = [value for values in learner.optimizer.state.values() for value in values.values()]
+    state = [part for parts in learner.optimizer.state.values() for part in parts.values() if isinstance(part, Tensor)]
     return {
         "base": frozen_bytes(policy.model),
         "adapters": _bytes(parameter for _, parameter in policy.adapter_parameters()),
         "predictor head": _bytes(policy.predictor.parameters()),
         "siamese average": learner.siamese.extra_bytes,
-        "optimizer state": _bytes(
-            value for value in state if isinstance(value, Tensor) and not getattr(value, "is_paged", False)
-        ),
+        "optimizer state": _bytes(part for part in state if not getattr(part, "is_paged", False)),
     }
+
+
+def _tensors(learner: Learner, planned: Mapping[str, Phase]) -> list[dict[str, Any]]:
+    """Return the counted bytes of tensors beside the plan's."""
+    plan = dict(planned["step"].bytes_by_class) if planned else {}
+    plan["base"] = sum(plan.get(name, 0) for name in ("base linears", "embeddings", "LM head", "norms, biases"))
+    return [
+        {"kind": kind, "counted_bytes": counted, "planned_bytes": plan.get(kind, 0) if planned else None}
+        for kind, counted in tensor_bytes(learner).items()
+    ]
 
 
 def frozen_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's frozen parameters with their quantisation statistics."""
-    return _bytes(part for p in model.parameters() if not p.requires_grad for part in _parts(p))
-
-
-def _parts(parameter: Tensor) -> Iterator[Tensor]:
-    yield parameter
-    state = getattr(parameter, "quant_state", None)
-    for level in (state, getattr(state, "state2", None)):
-        parts = (getattr(level, name, None) for name in ("absmax", "code", "offset"))
-        yield from (part for part in parts if isinstance(part, Tensor))
+    parts: list[Any] = []
+    for parameter in (parameter for parameter in model.parameters() if not parameter.requires_grad):
+        parts.append(parameter)
+        state = getattr(parameter, "quant_state", None)
+        for level in (state, getattr(state, "state2", None)):
+            parts += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
+    return _bytes(part for part in parts if isinstance(part, Tensor))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -418,8 +394,9 @@ def _stages(meter: Meter, syncs: Sequence[float]) -> list[dict[str, Any]]:
         if name != "siamese" or name in tokens:
             seconds = statistics.median(syncs) if name == "sync" else meter.seconds(name)
             count = tokens.get(name)
-            per_second = None if count is None else count / seconds
-            stages.append({"stage": name, "seconds": seconds, "tokens": count, "tokens_per_second": per_second})
+            stages.append({"stage": name, "seconds": seconds, "tokens": count, "tokens_per_second": None})
+            if count is not None:
+                stages[-1]["tokens_per_second"] = count / seconds
     return stages
 
 
@@ -436,7 +413,7 @@ def _estimate(recipe: Recipe, size: Mapping[str, int], stages: Sequence[Mapping[
         "evaluations": evaluations,
         "evaluations_seconds": evaluations_seconds,
         "seconds": steps_seconds + evaluations_seconds,
-        "left_out": list(NOT_COUNTED),
+        "left_out": NOT_COUNTED.split("; "),
     }
 
 

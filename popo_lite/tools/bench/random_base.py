@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from popo_lite.policy.load import TINY_FOLDER, close_cpu_repacking, load_config, nf4_config, quiet_libraries
 from popo_lite.recipe import ModelRecipe
@@ -34,14 +34,9 @@ def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> 
 
     quiet_libraries()
     dtype: torch.dtype = getattr(torch, recipe.dtype)
-    config = architecture(recipe)
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=recipe.attn_implementation,
-            trust_remote_code=recipe.trust_remote_code,
-        )
+        settings = {"attn_implementation": recipe.attn_implementation, "trust_remote_code": recipe.trust_remote_code}
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(architecture(recipe), dtype=dtype, **settings)
     quantizer: Any = None
     if recipe.quantization == "nf4":
         quantizer = AutoHfQuantizer.from_config(nf4_config(recipe, dtype), pre_quantized=False)
@@ -52,8 +47,7 @@ def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> 
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
         close_cpu_repacking(model)
-    model.requires_grad_(False)
-    model.eval()
+    model.requires_grad_(False).eval()
     return model
 
 
@@ -97,17 +91,12 @@ def _fill(model: PreTrainedModel, dtype: torch.dtype, source: torch.Generator) -
 def _parameter(name: str, empty: nn.Parameter, dtype: torch.dtype, source: torch.Generator) -> nn.Parameter:
     import bitsandbytes as bnb
 
-    values = _values(name, empty, dtype, source)
+    values = torch.full(empty.shape, 0.0 if name == "bias" else 1.0, dtype=dtype, device=source.device)
+    if empty.ndim > 1:
+        values.normal_(std=1 / math.sqrt(empty.shape[-1]), generator=source)
     if not isinstance(empty, bnb.nn.Params4bit):
         return nn.Parameter(values, requires_grad=False)
     # What is attached to the parameter says how to quantise it; moving it to its device does so.
     packed: Any = bnb.nn.Params4bit(values, requires_grad=False, **empty.__dict__)
     quantized: nn.Parameter = packed.to(source.device)
     return quantized
-
-
-def _values(name: str, empty: Tensor, dtype: torch.dtype, source: torch.Generator) -> Tensor:
-    if empty.ndim > 1:
-        values = torch.empty(empty.shape, dtype=dtype, device=source.device)
-        return values.normal_(std=1 / math.sqrt(empty.shape[-1]), generator=source)
-    return torch.full(empty.shape, 0.0 if name == "bias" else 1.0, dtype=dtype, device=source.device)

@@ -50,14 +50,20 @@ class BenchTrainer(Trainer):
         random_answers: bool = False,
     ) -> None:
         self._verdict, self._given_policy, self._random_answers = verdict, policy, random_answers
-        super().__init__(_without_choices(recipe), callback, memory_advice=memory_advice)
+        # Off: every setting by which a step's size depends on the answers.
+        fixed = {"rollout.skip_known": False, "rollout.adaptive.enabled": False, "reward.truncated": "grade"}
+        recipe = recipe.with_values({**fixed, "output.samples_per_step": 0})
+        super().__init__(recipe, callback, memory_advice=memory_advice)
         self.guard = SimpleNamespace(check=lambda *_: None)  # type: ignore[assignment]  # made-up answers have any gap
 
     def _open_task(self, _stack: ExitStack) -> None:
         self.policy = self._given_policy or random_policy(self.recipe)
+        vocabulary, length = self.policy.head.weight.shape[0], self.recipe.rollout.max_prompt_length
         self.grader: Any = SimpleNamespace(grade=self._grade)
         self.train_task: Any = SimpleNamespace(train_problem=_problem, figures=lambda _: {}, name="random tokens")
-        self.renderer: Any = SimpleNamespace(render=self._render, text=lambda _: "")
+        self.renderer: Any = SimpleNamespace(
+            render=lambda problem: random_prompt(problem.meta["index"], vocabulary, length), text=lambda _: ""
+        )
         self.held_out = []
 
     def _open_sampler(self, stack: ExitStack) -> None:
@@ -70,10 +76,6 @@ class BenchTrainer(Trainer):
     def _grade(self, requests: Sequence[GradeRequest]) -> list[Reward]:
         values = [self._verdict(number, len(requests)) for number in range(len(requests))]
         return [Reward(value=value, outcome=Outcome.CORRECT if value else Outcome.INCORRECT) for value in values]
-
-    def _render(self, problem: Problem) -> Prompt:
-        vocabulary = self.policy.head.weight.shape[0]
-        return random_prompt(problem.meta["index"], vocabulary, self.recipe.rollout.max_prompt_length)
 
 
 class RandomSampler:
@@ -88,23 +90,24 @@ class RandomSampler:
         self, prompts: Sequence[Prompt], *, count: int, params: SamplingParams, **_: Any
     ) -> list[list[Completion]]:
         """Make up `count` answers for each prompt."""
-        return [[self._answer(prompt, index, params) for index in range(count)] for prompt in prompts]
 
-    def _answer(self, prompt: Prompt, index: int, params: SamplingParams) -> Completion:
-        source = torch.Generator().manual_seed(prompt.problem.meta["index"] * 10_007 + index)
-        length = params.max_completion_length
-        return Completion(
-            token_ids=tuple(torch.randint(self._vocabulary, (length,), generator=source).tolist()),
-            sampler_logps=tuple((-torch.rand(length, generator=source) - 5.0).tolist()),
-            finish_reason=FinishReason.LENGTH,
-            text="",
-        )
+        def answer(prompt: Prompt, index: int) -> Completion:
+            source = torch.Generator().manual_seed(prompt.problem.meta["index"] * 10_007 + index)
+            length = params.max_completion_length
+            return Completion(
+                token_ids=tuple(torch.randint(self._vocabulary, (length,), generator=source).tolist()),
+                sampler_logps=tuple((-torch.rand(length, generator=source) - 5.0).tolist()),
+                finish_reason=FinishReason.LENGTH,
+                text="",
+            )
+
+        return [[answer(prompt, index) for index in range(count)] for prompt in prompts]
 
     def sync(self, _: int) -> None:
         """Hold no weights, so there is nothing to swap."""
 
 
-def random_policy(recipe: Recipe, *, seed: int = 0) -> Policy:
+def random_policy(recipe: Recipe) -> Policy:
     """Return the policy that `load_policy` would, but over a random base and without stop ids.
 
     The unsloth backend only builds models from files, so it reads the base from a temporary folder.
@@ -114,11 +117,11 @@ def random_policy(recipe: Recipe, *, seed: int = 0) -> Policy:
     if recipe.model.backend == "unsloth":
         import_unsloth()
         with tempfile.TemporaryDirectory(prefix="popo-lite-bench-") as folder:
-            write_random_base(recipe.model, device, Path(folder), seed=seed)
+            write_random_base(recipe.model, device, Path(folder))
             release_memory()
             policy = load_policy(recipe.with_values({"model.id": folder, "model.revision": None}))
     else:
-        base = random_base(recipe.model, device, seed=seed)
+        base = random_base(recipe.model, device)
         adapted = add_adapters(base, recipe.lora, recipe.train.seed)
         if recipe.train.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -135,15 +138,3 @@ def random_prompt(index: int, vocabulary: int, tokens: int) -> Prompt:
 
 def _problem(_seed: int, index: int) -> Problem:
     return Problem(id=f"bench/{index}", messages=({"role": "user", "content": ""},), answer="", meta={"index": index})
-
-
-def _without_choices(recipe: Recipe) -> Recipe:
-    """Return the recipe with every setting off by which a step's size depends on the answers."""
-    return recipe.with_values(
-        {
-            "rollout.skip_known": False,
-            "rollout.adaptive.enabled": False,
-            "reward.truncated": "grade",
-            "output.samples_per_step": 0,
-        }
-    )
