@@ -28,16 +28,7 @@ OUT_OF_MEMORY = 1
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
 @click.option("as_json", "--json", is_flag=True, help="Print the result as JSON and nothing else.")
 def bench(
-    recipe: str,
-    steps: int,
-    prompts: int | None,
-    prompt_tokens: int | None,
-    completion_tokens: int | None,
-    positives: int | None,
-    memory_cap: str | None,
-    longest: bool,
-    overrides: tuple[str, ...],
-    as_json: bool,
+    recipe: str, overrides: tuple[str, ...], memory_cap: str | None, longest: bool, as_json: bool, **given: int | None
 ) -> None:
     """Measure a step of RECIPE on this machine before anything is downloaded.
 
@@ -50,12 +41,12 @@ def bench(
     """
     from popo_lite.recipe_file import load_recipe
 
-    sizes = (
-        ("data.prompts_per_step", prompts),
-        ("rollout.max_prompt_length", prompt_tokens),
-        ("rollout.max_completion_length", completion_tokens),
-    )
-    overrides += tuple(f"{key}={value}" for key, value in sizes if value is not None)
+    keys = {
+        "prompts": "data.prompts_per_step",
+        "prompt_tokens": "rollout.max_prompt_length",
+        "completion_tokens": "rollout.max_completion_length",
+    }
+    overrides += tuple(f"{key}={given[name]}" for name, key in keys.items() if given[name] is not None)
     settings = load_recipe(recipe, overrides)
 
     import torch
@@ -89,6 +80,7 @@ def bench(
             result = bench_longest(settings, memory_cap_bytes=cap, notify=notify)
             report, failed = longest_report, result["longest_tokens"] is None
         else:
+            steps, positives = given["steps"] or 1, given["positives"]
             result = measure(settings, steps=steps, positives=positives, memory_cap_bytes=cap, notify=notify)
             report, failed = bench_report, result["out_of_memory"] is not None
     except UserInputError as error:

@@ -24,7 +24,7 @@ from popo_lite.run_folder import RunFolder, environment
 from popo_lite.samplers import pick_engine
 from popo_lite.tools.bench.random_base import architecture
 from popo_lite.tools.bench.synthetic import BenchTrainer, random_policy, spread
-from popo_lite.tools.plan import Phase, load_shape, plan_memory
+from popo_lite.tools.plan import MemoryPlan, Phase, load_shape, plan_memory
 from popo_lite.update import Learner
 
 STAGES = ("rollout", "weights", "siamese", "update", "optimizer", "sync")
@@ -139,19 +139,21 @@ def run_steps(trainer: BenchTrainer, meter: Meter, steps: int, notify: Callable[
 
 
 def bench(
-    recipe: Recipe,
-    *,
-    steps: int,
-    positives: int | None,
-    memory_cap_bytes: int | None,
-    notify: Callable[[str], None],
+    recipe: Recipe, *, steps: int, positives: int | None, memory_cap_bytes: int | None, notify: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure `steps` steps of `recipe` after a warm-up; running out of memory is a result, too.
 
     Raises UserInputError if the recipe's sampler would not serve random weights, a cap cannot be enforced, or a
     sequence is longer than the model's context.
     """
-    size = step_size(recipe, positives)
+    prompts, generations = recipe.data.prompts_per_step, recipe.rollout.num_generations
+    size = {
+        "prompts": prompts,
+        "num_generations": generations,
+        "prompt_tokens": recipe.rollout.max_prompt_length,
+        "completion_tokens": recipe.rollout.max_completion_length,
+        "positives": positives or (prompts * generations + 1) // 2,
+    }
     engine, _ = pick_engine(recipe)
     _refuse(recipe, engine, size, memory_cap_bytes)
     device = pick_device(recipe.train.device)
@@ -188,13 +190,9 @@ def bench(
 def bench_longest(recipe: Recipe, *, memory_cap_bytes: int | None, notify: Callable[[str], None]) -> dict[str, Any]:
     """Find the longest sequence whose update fits, by trying, on a GPU (a CPU swaps instead)."""
     device = pick_device(recipe.train.device)
+    plan = _plan(recipe, device, memory_cap_bytes)
     if memory_cap_bytes is not None:
         cap_memory(device, memory_cap_bytes)
-    total = torch.cuda.get_device_properties(device).total_memory
-    try:
-        planned = plan_memory(recipe, load_shape(recipe.model), vram_bytes=memory_cap_bytes or total).longest_tokens
-    except ModelError:
-        planned = None
     policy = random_policy(recipe)
     longest = longest_update(policy, lambda tokens: at_length(recipe, tokens), resolution=RESOLUTION, notify=notify)
     return {
@@ -202,7 +200,7 @@ def bench_longest(recipe: Recipe, *, memory_cap_bytes: int | None, notify: Calla
         "device": str(device),
         "memory_cap_bytes": memory_cap_bytes,
         "longest_tokens": longest,
-        "planned_tokens": planned,
+        "planned_tokens": plan and plan.longest_tokens,
         "context_tokens": policy.context_tokens,
         "resolution_tokens": RESOLUTION,
         "environment": environment(device),
@@ -264,36 +262,21 @@ def at_length(recipe: Recipe, tokens: int) -> Recipe:
     )
 
 
-def step_size(recipe: Recipe, positives: int | None = None) -> dict[str, int]:
-    """Return how much a step is: prompts, answers, their tokens, and positives (half of the answers by default)."""
-    prompts, generations = recipe.data.prompts_per_step, recipe.rollout.num_generations
-    answers = prompts * generations
-    if positives is not None and positives > answers:
-        raise UserInputError(
-            f"{positives} positives are asked for, and a step has {prompts} x {generations} = {answers} rollouts",
-            where="--positives",
-            next_step=f"--positives {answers}",
-        )
-    return {
-        "prompts": prompts,
-        "num_generations": generations,
-        "prompt_tokens": recipe.rollout.max_prompt_length,
-        "completion_tokens": recipe.rollout.max_completion_length,
-        "positives": positives or (answers + 1) // 2,
-    }
-
-
 # --------------------------------------------------------------------------- memory and estimate
 
 
 def planned_phases(recipe: Recipe, device: torch.device, cap_bytes: int | None) -> Mapping[str, Phase]:
     """Return the plan's phases by name; none for an architecture that the plan does not know."""
+    plan = _plan(recipe, device, cap_bytes)
+    return {phase.name: phase for phase in plan.phases} if plan else {}
+
+
+def _plan(recipe: Recipe, device: torch.device, cap_bytes: int | None) -> MemoryPlan | None:
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     try:
-        shape = load_shape(recipe.model)
+        return plan_memory(recipe, load_shape(recipe.model), vram_bytes=cap_bytes or total)
     except ModelError:
-        return {}
-    return {phase.name: phase for phase in plan_memory(recipe, shape, vram_bytes=cap_bytes or total).phases}
+        return None
 
 
 def peaks_beside_plan(meter: Meter, planned: Mapping[str, Phase], *, engine: str) -> list[dict[str, Any]]:
@@ -392,27 +375,24 @@ def _stages(meter: Meter, syncs: Sequence[float]) -> list[dict[str, Any]]:
     stages = []
     for name in STAGES:
         if name != "siamese" or name in tokens:
-            seconds = statistics.median(syncs) if name == "sync" else meter.seconds(name)
-            count = tokens.get(name)
-            stages.append({"stage": name, "seconds": seconds, "tokens": count, "tokens_per_second": None})
-            if count is not None:
-                stages[-1]["tokens_per_second"] = count / seconds
+            seconds, count = statistics.median(syncs) if name == "sync" else meter.seconds(name), tokens.get(name)
+            speed = None if count is None else count / seconds
+            stages.append({"stage": name, "seconds": seconds, "tokens": count, "tokens_per_second": speed})
     return stages
 
 
 def _estimate(recipe: Recipe, size: Mapping[str, int], stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     steps, every = recipe.train.steps, recipe.eval.every
     evaluations = 2 + (len(range(every, steps, every)) if every else 0) if recipe.eval.problems else 0
-    answers = recipe.eval.problems * recipe.eval.samples_per_problem
-    rollout = next(stage["seconds"] for stage in stages if stage["stage"] == "rollout")
-    steps_seconds = steps * sum(stage["seconds"] for stage in stages)
-    evaluations_seconds = evaluations * answers * rollout / (size["prompts"] * size["num_generations"])
+    answers = evaluations * recipe.eval.problems * recipe.eval.samples_per_problem
+    stepping = steps * sum(stage["seconds"] for stage in stages)
+    evaluating = answers * stages[0]["seconds"] / (size["prompts"] * size["num_generations"])  # the first is rollout
     return {
         "steps": steps,
-        "steps_seconds": steps_seconds,
+        "steps_seconds": stepping,
         "evaluations": evaluations,
-        "evaluations_seconds": evaluations_seconds,
-        "seconds": steps_seconds + evaluations_seconds,
+        "evaluations_seconds": evaluating,
+        "seconds": stepping + evaluating,
         "left_out": NOT_COUNTED.split("; "),
     }
 
@@ -422,6 +402,14 @@ def _estimate(recipe: Recipe, size: Mapping[str, int], stages: Sequence[Mapping[
 
 def _refuse(recipe: Recipe, engine: str, size: Mapping[str, int], memory_cap_bytes: int | None) -> None:
     """Raise UserInputError for what cannot be measured, before a model is built."""
+    answers = size["prompts"] * size["num_generations"]
+    if size["positives"] > answers:
+        raise UserInputError(
+            f"{size['positives']} positives are asked for, and a step has {size['prompts']} x "
+            f"{size['num_generations']} = {answers} rollouts",
+            where="--positives",
+            next_step=f"--positives {answers}",
+        )
     hf_instead = "--set rollout.engine=hf"
     dequantized = recipe.rollout.vllm.base == "dequantized" and recipe.model.quantization == "nf4"
     if engine == "server" or (engine == "vllm" and not dequantized):

@@ -64,8 +64,8 @@ def dashboard(state: RunState, console: Console) -> list[list[Segment]]:
         sections.append((3, 8, lambda rows: _pass_rate(state, width, rows)))
         sections.append((min(lines, 9), lines, lambda _: figures))
     if notices:
-        most = min(1 + len(notices), 8)
-        sections.append((2, most, lambda rows: Group(_rule("messages"), *map(_line, notices[1 - rows :]))))
+        title, most = _rule("messages", f"{len(notices):,} in all"), min(1 + len(notices), 8)
+        sections.append((2, most, lambda rows: Group(title, *map(_line, notices[1 - rows :]))))
     if sample is not None:
         sections.append((4, 12, lambda rows: _sample(sample, width, rows, console)))
     blank = int(console.height >= 30)  # between sections, where all of them have space
@@ -105,9 +105,8 @@ def _grid(columns: Sequence[Mapping[str, Any]], *rows: Iterable[RenderableType])
     return grid
 
 
-def _rule(title: str, note: str = "") -> RenderableType:
-    rule = Rule(Text(title, "bold"), align="left", style="dim")
-    return _grid([_REST, _DIM], [rule, note]) if note else rule
+def _rule(title: str, note: str) -> RenderableType:
+    return _grid([_REST, _DIM], [Rule(Text(title, "bold"), align="left", style="dim"), note])
 
 
 def _header(state: RunState, width: int) -> list[Text]:
@@ -127,11 +126,14 @@ def _progress(state: RunState) -> RenderableType:
     below = "no step has ended yet"
     if state.records:
         far += f"   {words.duration(left)} left"
+        reason, skipped = (
+            state.records[-1]["skipped_reason"],
+            sum(r["skipped_reason"] is not None for r in state.records),
+        )
         below = f"{words.duration(pace)} a step"
         below += f"   done about {words.clock_time(datetime.now(), left)}" if left else ""
-        skipped = sum(record["skipped_reason"] is not None for record in state.records)
         below += f"   {skipped} of {len(state.records)} steps skipped" if skipped else ""
-        if (reason := state.records[-1]["skipped_reason"]) is not None:
+        if reason is not None:
             below = f"step {done} changed no weights ({skipped} of {len(state.records)} skipped): {words.clean(reason)}"
     ran = words.duration(state.clock() - state.stage_since) if state.stage_name else ""
     if stage_total := state.stage_total:
@@ -163,10 +165,11 @@ def _prompts(record: StepRecord, width: int) -> RenderableType:
 def _pass_rate(state: RunState, width: int, rows: int) -> RenderableType:
     values = state.trend("pass_rate")
     known = [value for value in values if value is not None]
-    top = next((top for top in _TOPS if max(known, default=0) <= top), 1.0)
+    highest = max(known, default=0.0)
+    top = next((top for top in _TOPS if highest <= top), 1.0)
     beside = [("now", words.share(values[-1]))]
     if len(known) > 10:
-        beside += [("last 10", words.share(sum(known[-10:]) / 10)), ("highest", words.share(max(known)))]
+        beside += [("last 10", words.share(sum(known[-10:]) / 10)), ("highest", words.share(highest))]
     names = "\n".join(f"{name:<8}{value:>6}" for name, value in beside[: rows - 1])
     drawn = chart(values, max(width - 16, 1), rows - 1, 0.0, top, state.total_steps - state.first_step)
     note = f"steps {state.first_step + 1} to {state.steps_done}, chart from 0 to {top:.0%}"
@@ -185,12 +188,12 @@ def _figures(state: RunState, width: int) -> tuple[RenderableType, int]:
         most = max(other, key=lambda name: other[name])
         answers.append(("not judged", str(sum(other.values())), f"{other[most]} {most}", ""))
     stages, total = words.by_stage(record["seconds"])
-    times: list[Sequence[RenderableType]] = []
-    # The longest first: on a small screen the others are cut off.
-    for name in sorted(stages, key=lambda name: -stages[name]):
-        speed = record["tokens_per_second"].get(name)
-        bar = ProgressBar(max(total, 1e-9), stages[name], complete_style="cyan", finished_style="cyan")
-        times.append((name, words.duration(stages[name]), bar, "" if speed is None else f"{speed:,.0f} tok/s"))
+    speeds = {name: f"{speed:,.0f} tok/s" for name, speed in record["tokens_per_second"].items()}
+    style = {"complete_style": "cyan", "finished_style": "cyan"}
+    times = [
+        (name, words.duration(took), ProgressBar(max(total, 1e-9), took, **style), speeds.get(name, ""))
+        for name, took in sorted(stages.items(), key=lambda stage: -stage[1])  # a small screen cuts the shortest off
+    ]
     columns = [{**_DIM, **_LABEL}, {**_RIGHT, "min_width": 8}, _NOTE, {**_REST, "style": "dim cyan"}]
     left = (_rule("learning", f"learning rate {words.figure(record['learning_rate'])}"), _grid(columns, *learning))
     right = (
@@ -265,8 +268,8 @@ def _sample(sample: SampleView, width: int, rows: int, console: Console) -> Rend
         shown = fit(text, max(width - 16, 1), left // (3 - index), console)
         left -= len(shown)
         lines.append((Text(name, style), "\n".join(shown)))
-    title = f"sample of step {sample.step + 1}"
-    return Group(_rule(title, f"the answer is {words.clean(sample.reference)[:40]}"), _grid([_LABEL, _REST], *lines))
+    title = _rule(f"sample of step {sample.step + 1}", f"the answer is {words.clean(sample.reference)[:40]}")
+    return Group(title, _grid([_LABEL, _REST], *lines))
 
 
 def fit(text: str, width: int, height: int, console: Console) -> list[str]:

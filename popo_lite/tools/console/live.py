@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -35,14 +35,9 @@ class LiveView(RunState):
     ) -> None:
         super().__init__(clock)
         self._console = console
-        self._live = Live(
-            console=console,
-            get_renderable=self.render,
-            refresh_per_second=1 / refresh_seconds,
-            screen=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
+        options: dict[str, Any] = {"screen": True, "redirect_stdout": False, "redirect_stderr": False}
+        rate = 1 / refresh_seconds
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=rate, **options)
         self._other: deque[str] = deque(maxlen=50)
         self._other_count = 0
         self._screen: ExitStack | None = None
@@ -72,12 +67,12 @@ class LiveView(RunState):
         self._screen.close()
         self._screen = None
         took = words.duration(self.clock() - self.started)
-        self._print(f"{self.title}: {self.steps_done} of {self.total_steps} steps, {took} in this session")
-        self._print(*([self.step_line()] if self.records else []), *self.notices)
+        lines = [f"{self.title}: {self.steps_done} of {self.total_steps} steps, {took} in this session"]
+        lines += [*([self.step_line()] if self.records else []), *self.notices]
         if self._other:
             last = f", the last {len(self._other)}" if len(self._other) < self._other_count else ""
-            self._print(f"Other output during the run (lines: {self._other_count}{last}):")
-            self._print(*(f"  {line}" for line in self._other))
+            lines.append(f"Other output during the run (lines: {self._other_count}{last}):")
+        self._print(*lines, *(f"  {line}" for line in self._other))
 
     def render(self) -> SegmentLines:
         """Return the screen as it is now, at the size that the terminal has now."""

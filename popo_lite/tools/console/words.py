@@ -30,10 +30,8 @@ def spoken(name: str) -> str:
 
 def figure(value: float | None) -> str:
     """Return a number in at most eight characters."""
-    if value is None:
-        return ABSENT
-    if not math.isfinite(value):
-        return str(value)
+    if value is None or not math.isfinite(value):
+        return ABSENT if value is None else str(value)
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e5):
         return f"{value:.1e}"
