@@ -5,112 +5,41 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from popo_lite.callbacks import Callback
-from popo_lite.errors import ModelError, PopoError, UserInputError
-from popo_lite.metrics import StepRecord
+from popo_lite.errors import ModelError, UserInputError
 from popo_lite.policy.load import pick_device
-from popo_lite.policy.memory import is_out_of_memory, release_memory
+from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import RunFolder, environment
 from popo_lite.samplers import pick_engine
-from popo_lite.tools.bench.random_base import architecture
-from popo_lite.tools.bench.synthetic import BenchTrainer, random_policy, spread
+from popo_lite.tools.bench.synthetic import (
+    PHASES,
+    BenchTrainer,
+    Meter,
+    OutOfMemoryError,
+    architecture,
+    outside_bytes,
+    random_policy,
+    spread,
+)
 from popo_lite.tools.plan import MemoryPlan, Phase, load_shape, plan_memory
 from popo_lite.update import Learner
 
 STAGES = ("rollout", "weights", "siamese", "update", "optimizer", "sync")
 """The stages of a step that are reported: all but choosing and grading problems."""
-PHASES = {
-    "load": ("load", "engine"),
-    "rollout": ("rollout",),
-    "siamese": ("weights", "siamese"),
-    "update": ("update",),
-    "step": ("optimizer",),
-    "swap": ("sync",),
-}
-"""The plan's phases, and the stages that each consists of."""
 RESOLUTION = 512
 """Tokens to which the longest sequence is found."""
 NOT_COUNTED = (
     "downloading and loading the model; starting the rollout engine; grading; checkpoints; answers that end early"
 )
 """What the estimate of a whole run leaves out."""
-
-
-class OutOfMemoryError(PopoError):
-    """The GPU ran out of memory in a stage: a result of the bench."""
-
-
-class Meter(Callback):
-    """Records of all steps, and the most memory by stage on a GPU: (in tensors, on the card), bytes.
-
-    The card holds what torch reserved at its peak and all that is in use outside its allocator, such as the CUDA
-    context. Resident memory of a CPU says little, so nothing is measured there.
-    """
-
-    def __init__(self, device: torch.device, notify: Callable[[str], None] = lambda _: None) -> None:
-        self.device, self._notify = device, notify
-        self.records: list[StepRecord] = []
-        self.peaks: dict[str, tuple[int, int]] = {}
-        self.notices: list[str] = []
-        self._stage: tuple[str, int | None] = ("load", None)
-
-    def stage(self, name: str, *, total: int | None = None) -> None:
-        """Note the peaks of the stage before, and measure anew."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            tensors = torch.cuda.max_memory_allocated(self.device)
-            card = torch.cuda.max_memory_reserved(self.device) + outside_bytes(self.device)
-            before = self.peaks.get(self._stage[0], (0, 0))
-            self.peaks[self._stage[0]] = (max(tensors, before[0]), max(card, before[1]))
-            if name == "sync":
-                # An engine that wakes up does this first; its peak must not count the update's cache.
-                torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self._stage = (name, total)
-
-    def step(self, record: StepRecord) -> None:
-        """Keep the record of a step."""
-        self.records.append(record)
-
-    def message(self, text: str) -> None:
-        """Keep a notice and pass it on."""
-        self.notices.append(text)
-        self._notify(text)
-
-    def forget_step(self) -> None:
-        """Drop what the warm-up step measured."""
-        self.stage("between steps")
-        self.records.clear()
-        self.peaks = {stage: peak for stage, peak in self.peaks.items() if stage in PHASES["load"]}
-
-    def exhausted(self) -> NoReturn:
-        """Raise OutOfMemoryError for the current stage. The trainer asks for advice when nothing else is left."""
-        name, total = self._stage
-        raise OutOfMemoryError(f"out of memory in {name}" + (f" of {total:,} sequences" if total else ""))
-
-    @contextmanager
-    def naming_memory(self) -> Iterator[None]:
-        """Raise OutOfMemoryError for the current stage where torch says that memory ran out."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            self.exhausted()
-
-    def seconds(self, stage: str) -> float:
-        """Return the median seconds of a stage; not of `sync`, which comes after a step's record."""
-        return float(statistics.median(record["seconds"][stage] for record in self.records))
 
 
 def run_steps(trainer: BenchTrainer, meter: Meter, steps: int, notify: Callable[[str], None]) -> list[float]:
@@ -173,9 +102,8 @@ def bench(
         "tensors": [],
     }
     start = time.perf_counter()
-    options: dict[str, Any] = {"verdict": spread(size["positives"]), "memory_advice": meter.exhausted}
     try:
-        with meter.naming_memory(), BenchTrainer(recipe, meter, **options) as trainer:
+        with meter.naming_memory(), BenchTrainer(recipe, meter, verdict=spread(size["positives"])) as trainer:
             result["load_seconds"] = time.perf_counter() - start
             stages = result["stages"] = _stages(meter, run_steps(trainer, meter, steps, notify))
             result["tensors"] = _tensors(trainer.learner, planned)
@@ -219,9 +147,9 @@ def longest_update(
     def fits(tokens: int) -> bool:
         recipe = recipe_at(tokens).with_values({"data.prompts_per_step": 1, "rollout.num_generations": 2})
         meter, fitted = Meter(policy.device), True
-        options: dict[str, Any] = {"verdict": spread(2), "memory_advice": meter.exhausted, "policy": policy}
+        options: dict[str, Any] = {"verdict": spread(2), "policy": policy, "random_answers": True}
         try:
-            with meter.naming_memory(), BenchTrainer(recipe, meter, **options, random_answers=True) as trainer:
+            with meter.naming_memory(), BenchTrainer(recipe, meter, **options) as trainer:
                 run_steps(trainer, meter, 0, lambda _: None)
         except OutOfMemoryError:
             fitted = False
@@ -299,12 +227,6 @@ def peaks_beside_plan(meter: Meter, planned: Mapping[str, Phase], *, engine: str
                 }
             )
     return phases
-
-
-def outside_bytes(device: torch.device) -> int:
-    """Return the bytes of the GPU in use outside torch's allocator: the CUDA context, libraries, other processes."""
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device)
 
 
 def cap_memory(device: torch.device, cap_bytes: int) -> None:

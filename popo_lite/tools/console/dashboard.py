@@ -189,11 +189,10 @@ def _figures(state: RunState, width: int) -> tuple[RenderableType, int]:
         answers.append(("not judged", str(sum(other.values())), f"{other[most]} {most}", ""))
     stages, total = words.by_stage(record["seconds"])
     speeds = {name: f"{speed:,.0f} tok/s" for name, speed in record["tokens_per_second"].items()}
-    style = {"complete_style": "cyan", "finished_style": "cyan"}
-    times = [
-        (name, words.duration(took), ProgressBar(max(total, 1e-9), took, **style), speeds.get(name, ""))
-        for name, took in sorted(stages.items(), key=lambda stage: -stage[1])  # a small screen cuts the shortest off
-    ]
+    times = []
+    for name, took in sorted(stages.items(), key=lambda stage: -stage[1]):  # a small screen cuts the shortest off
+        bar = ProgressBar(max(total, 1e-9), took, complete_style="cyan", finished_style="cyan")
+        times.append((name, words.duration(took), bar, speeds.get(name, "")))
     columns = [{**_DIM, **_LABEL}, {**_RIGHT, "min_width": 8}, _NOTE, {**_REST, "style": "dim cyan"}]
     left = (_rule("learning", f"learning rate {words.figure(record['learning_rate'])}"), _grid(columns, *learning))
     right = (
