@@ -58,8 +58,6 @@ from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.run_folder import environment
 from popo_lite.samplers import SamplingParams
 from popo_lite.tools.bench.measure import (
-    Meter,
-    OutOfMemoryError,
     cap_memory,
     frozen_bytes,
     longest_update,
@@ -67,8 +65,16 @@ from popo_lite.tools.bench.measure import (
     planned_phases,
     run_steps,
 )
-from popo_lite.tools.bench.random_base import random_base, stand_in_tokenizer
-from popo_lite.tools.bench.synthetic import BenchTrainer, RandomSampler, random_policy, random_prompt
+from popo_lite.tools.bench.synthetic import (
+    BenchTrainer,
+    Meter,
+    OutOfMemoryError,
+    RandomSampler,
+    random_base,
+    random_policy,
+    random_prompt,
+    stand_in_tokenizer,
+)
 from popo_lite.tools.plan import load_shape
 from popo_lite.tools.plan.command import parse_size
 
@@ -143,9 +149,7 @@ def our_side(arguments: argparse.Namespace, tokens: int) -> Side:
     cap = None if arguments.memory_cap is None else parse_size(arguments.memory_cap)
     planned = planned_phases(recipe, device, cap)
     try:
-        with BenchTrainer(
-            recipe, meter, verdict=verdict, memory_advice=meter.exhausted, random_answers=True
-        ) as trainer:
+        with BenchTrainer(recipe, meter, verdict=verdict, random_answers=True) as trainer:
             run_steps(trainer, meter, arguments.updates, lambda _: None)
             base_bytes, packing = frozen_bytes(trainer.policy.model), trainer.policy.packing
     except OutOfMemoryError as error:

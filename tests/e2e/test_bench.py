@@ -21,11 +21,11 @@ from popo_lite.errors import UserInputError
 from popo_lite.policy.policy import Policy, load_policy
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
-from popo_lite.tools.bench import measure
+from popo_lite.tools.bench import measure, synthetic
 from popo_lite.tools.bench.command import bench as bench_command
-from popo_lite.tools.bench.measure import Meter, OutOfMemoryError, at_length, longest, longest_update, tensor_bytes
+from popo_lite.tools.bench.measure import at_length, longest, longest_update, tensor_bytes
 from popo_lite.tools.bench.report import bench_report, longest_report
-from popo_lite.tools.bench.synthetic import BenchTrainer, random_policy, spread
+from popo_lite.tools.bench.synthetic import BenchTrainer, Meter, OutOfMemoryError, random_policy, spread
 from popo_lite.update import Learner
 
 ROOT = Path(__file__).parents[2]
@@ -284,7 +284,7 @@ def test_verdicts_make_just_so_many_positives_and_spread_them(positives):
 
 
 def trainer_of(recipe, meter, **options):
-    return BenchTrainer(recipe, meter, memory_advice=meter.exhausted, **{"verdict": spread(8), **options})
+    return BenchTrainer(recipe, meter, **{"verdict": spread(8), **options})
 
 
 def test_a_step_of_the_bench_trains(tiny_recipe, tmp_path):
@@ -358,7 +358,7 @@ def test_peaks_are_the_largest_of_any_pass_and_belong_to_the_stage_before(monkey
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: current["reading"][0])
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: current["reading"][1])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
-    monkeypatch.setattr(measure, "outside_bytes", lambda _: 100)
+    monkeypatch.setattr(synthetic, "outside_bytes", lambda _: 100)
     meter = Meter(torch.device("cuda"))
     meter.stage("rollout")  # ends "load"
     meter.forget_step()

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from popo_lite.recipe import ModelRecipe
-from popo_lite.tools.bench.measure import Meter
-from popo_lite.tools.bench.random_base import random_base
+from popo_lite.tools.bench.synthetic import Meter, random_base
 
 pytestmark = [
     pytest.mark.gpu,

@@ -153,11 +153,10 @@ def test_live_bears_figures_that_are_no_numbers():
     assert "an answer without any text" in text
 
 
-def test_height_goes_to_the_lowest_rank_first():
-    sections = {"a": (1, 2, 3), "b": (2, 5, 5), "c": (4, 4, 9)}
+def test_height_goes_to_the_first_sections_first():
+    sections = [(1, 3), (2, 5), (4, 9)]
     for height, expected in {
-        0: {}, 3: {"a": 1, "b": 2}, 6: {"a": 2, "b": 4}, 7: {"a": 1, "b": 2, "c": 4}, 10: {"a": 2, "b": 4, "c": 4},
-        13: {"a": 3, "b": 5, "c": 5}, 99: {"a": 3, "b": 5, "c": 9},
+        0: [0, 0, 0], 3: [1, 2, 0], 6: [3, 3, 0], 7: [1, 2, 4], 10: [3, 3, 4], 13: [3, 5, 5], 99: [3, 5, 9],
     }.items():  # fmt: skip
         assert share_height(sections, height) == expected, height
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
 
 import click
 
@@ -29,16 +28,7 @@ OUT_OF_MEMORY = 1
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
 @click.option("as_json", "--json", is_flag=True, help="Print the result as JSON and nothing else.")
 def bench(
-    recipe: str,
-    steps: int,
-    prompts: int | None,
-    prompt_tokens: int | None,
-    completion_tokens: int | None,
-    positives: int | None,
-    memory_cap: str | None,
-    longest: bool,
-    overrides: tuple[str, ...],
-    as_json: bool,
+    recipe: str, overrides: tuple[str, ...], memory_cap: str | None, longest: bool, as_json: bool, **given: int | None
 ) -> None:
     """Measure a step of RECIPE on this machine before anything is downloaded.
 
@@ -51,24 +41,22 @@ def bench(
     """
     from popo_lite.recipe_file import load_recipe
 
-    sizes = {
-        "data.prompts_per_step": prompts,
-        "rollout.max_prompt_length": prompt_tokens,
-        "rollout.max_completion_length": completion_tokens,
+    keys = {
+        "prompts": "data.prompts_per_step",
+        "prompt_tokens": "rollout.max_prompt_length",
+        "completion_tokens": "rollout.max_completion_length",
     }
-    sized = tuple(f"{key}={value}" for key, value in sizes.items() if value is not None)
-    settings = load_recipe(recipe, (*overrides, *sized))
+    overrides += tuple(f"{key}={given[name]}" for name, key in keys.items() if given[name] is not None)
+    settings = load_recipe(recipe, overrides)
 
     import torch
 
-    from popo_lite.policy.load import pick_device
+    from popo_lite.policy.load import import_unsloth, pick_device
     from popo_lite.tools.bench.measure import bench as measure
     from popo_lite.tools.bench.measure import bench_longest
     from popo_lite.tools.bench.report import bench_report, longest_report
 
     if settings.model.backend == "unsloth":
-        from popo_lite.policy.load import import_unsloth
-
         import_unsloth()
     if settings.train.cpu_threads:
         torch.set_num_threads(settings.train.cpu_threads)
@@ -77,13 +65,22 @@ def bench(
         click.echo(text, err=True)
 
     try:
-        cap = None if memory_cap is None else _cap_bytes(memory_cap)
-        if pick_device(settings.train.device).type == "cpu":
-            _refuse_on_a_cpu(recipe, (*overrides, *sized), memory_cap, longest)
+        cap = None if memory_cap is None else parse_size(memory_cap, "--memory-cap")
+        if pick_device(settings.train.device).type == "cpu" and (memory_cap or longest):
+            what = "only a GPU's memory can be capped, and this runs on a CPU"
+            # The plan predicts on any machine what only a GPU can show.
+            plan = ["popo-lite", "plan", recipe, *(("--vram", memory_cap) if memory_cap else ())]
+            plan += [word for override in overrides for word in ("--set", override)]
+            raise UserInputError(
+                what if memory_cap else "a CPU does not run out of memory, it swaps",
+                where="--memory-cap" if memory_cap else "--longest",
+                next_step=f"{shlex.join(plan)} predicts it",
+            )
         if longest:
             result = bench_longest(settings, memory_cap_bytes=cap, notify=notify)
             report, failed = longest_report, result["longest_tokens"] is None
         else:
+            steps, positives = given["steps"] or 1, given["positives"]
             result = measure(settings, steps=steps, positives=positives, memory_cap_bytes=cap, notify=notify)
             report, failed = bench_report, result["out_of_memory"] is not None
     except UserInputError as error:
@@ -94,24 +91,3 @@ def bench(
         report(result)
     if failed:
         raise SystemExit(OUT_OF_MEMORY)
-
-
-def _cap_bytes(text: str) -> int:
-    try:
-        return parse_size(text)
-    except UserInputError as error:
-        raise UserInputError(error.what, where="--memory-cap", next_step=error.next_step) from error
-
-
-def _refuse_on_a_cpu(recipe: str, overrides: Sequence[str], memory_cap: str | None, longest: bool) -> None:
-    """Raise UserInputError for what only a GPU can show; the plan predicts it on any machine."""
-    command = ["popo-lite", "plan", recipe]
-    if memory_cap is not None:
-        what, where = "only a GPU's memory can be capped, and this runs on a CPU", "--memory-cap"
-        command += ["--vram", memory_cap]
-    elif longest:
-        what, where = "a CPU does not run out of memory, it swaps", "--longest"
-    else:
-        return
-    command += [word for override in overrides for word in ("--set", override)]
-    raise UserInputError(what, where=where, next_step=f"{shlex.join(command)} predicts it")

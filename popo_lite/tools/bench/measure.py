@@ -5,113 +5,41 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from popo_lite.callbacks import Callback
-from popo_lite.errors import ModelError, PopoError, UserInputError
-from popo_lite.metrics import StepRecord
+from popo_lite.errors import ModelError, UserInputError
 from popo_lite.policy.load import pick_device
-from popo_lite.policy.memory import is_out_of_memory, release_memory
+from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import RunFolder, environment
 from popo_lite.samplers import pick_engine
-from popo_lite.tools.bench.random_base import architecture
-from popo_lite.tools.bench.synthetic import BenchTrainer, random_policy, spread
-from popo_lite.tools.plan import Phase, load_shape, plan_memory
+from popo_lite.tools.bench.synthetic import (
+    PHASES,
+    BenchTrainer,
+    Meter,
+    OutOfMemoryError,
+    architecture,
+    outside_bytes,
+    random_policy,
+    spread,
+)
+from popo_lite.tools.plan import MemoryPlan, Phase, load_shape, plan_memory
 from popo_lite.update import Learner
 
 STAGES = ("rollout", "weights", "siamese", "update", "optimizer", "sync")
 """The stages of a step that are reported: all but choosing and grading problems."""
-PHASES: Mapping[str, Sequence[str]] = {
-    "load": ("load", "engine"),
-    "rollout": ("rollout",),
-    "siamese": ("weights", "siamese"),
-    "update": ("update",),
-    "step": ("optimizer",),
-    "swap": ("sync",),
-}
-"""The plan's phases, and the stages that each consists of."""
-
-BASE_CLASSES = {"base": ("base linears", "embeddings", "LM head", "norms, biases")}
-"""Classes of the plan that are counted as one kind of tensor."""
-
 RESOLUTION = 512
 """Tokens to which the longest sequence is found."""
-
 NOT_COUNTED = (
-    "downloading and loading the model",
-    "starting the rollout engine",
-    "grading",
-    "checkpoints",
-    "answers that end early",
+    "downloading and loading the model; starting the rollout engine; grading; checkpoints; answers that end early"
 )
 """What the estimate of a whole run leaves out."""
-
-
-class OutOfMemoryError(PopoError):
-    """The GPU ran out of memory in a stage: a result of the bench."""
-
-
-class Meter(Callback):
-    """Records of all steps, and the most memory by stage on a GPU: (in tensors, on the card), bytes.
-
-    The card holds what torch reserved at its peak and all that is in use outside its allocator, such as the CUDA
-    context. Resident memory of a CPU says little, so nothing is measured there.
-    """
-
-    def __init__(self, device: torch.device, notify: Callable[[str], None] = lambda _: None) -> None:
-        self.device = device
-        self.records: list[StepRecord] = []
-        self.peaks: dict[str, tuple[int, int]] = {}
-        self.notices: list[str] = []
-        self._notify = notify
-        self._stage: tuple[str, int | None] = ("load", None)
-
-    def stage(self, name: str, *, total: int | None = None) -> None:
-        """Note the peaks of the stage before, and measure anew."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            peak = (
-                torch.cuda.max_memory_allocated(self.device),
-                torch.cuda.max_memory_reserved(self.device) + outside_bytes(self.device),
-            )
-            before = self.peaks.get(self._stage[0], (0, 0))
-            self.peaks[self._stage[0]] = (max(peak[0], before[0]), max(peak[1], before[1]))
-            if name == "sync":
-                # An engine that wakes up does this first; its peak must not count the update's cache.
-                torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self._stage = (name, total)
-
-    def step(self, record: StepRecord) -> None:
-        """Keep the record of a step."""
-        self.records.append(record)
-
-    def message(self, text: str) -> None:
-        """Keep a notice and pass it on."""
-        self.notices.append(text)
-        self._notify(text)
-
-    def forget_step(self) -> None:
-        """Drop what the warm-up step measured."""
-        self.stage("between steps")
-        self.records.clear()
-        self.peaks = {stage: peak for stage, peak in self.peaks.items() if stage in PHASES["load"]}
-
-    def exhausted(self) -> NoReturn:
-        """Raise OutOfMemoryError for the current stage. The trainer asks for advice when nothing else is left."""
-        name, total = self._stage
-        raise OutOfMemoryError(f"out of memory in {name}" + (f" of {total:,} sequences" if total else ""))
-
-    def seconds(self, stage: str) -> float:
-        """Return the median seconds of a stage; not of `sync`, which comes after a step's record."""
-        return float(statistics.median(record["seconds"][stage] for record in self.records))
 
 
 def run_steps(trainer: BenchTrainer, meter: Meter, steps: int, notify: Callable[[str], None]) -> list[float]:
@@ -140,19 +68,21 @@ def run_steps(trainer: BenchTrainer, meter: Meter, steps: int, notify: Callable[
 
 
 def bench(
-    recipe: Recipe,
-    *,
-    steps: int,
-    positives: int | None,
-    memory_cap_bytes: int | None,
-    notify: Callable[[str], None],
+    recipe: Recipe, *, steps: int, positives: int | None, memory_cap_bytes: int | None, notify: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure `steps` steps of `recipe` after a warm-up; running out of memory is a result, too.
 
     Raises UserInputError if the recipe's sampler would not serve random weights, a cap cannot be enforced, or a
     sequence is longer than the model's context.
     """
-    size = step_size(recipe, positives)
+    prompts, generations = recipe.data.prompts_per_step, recipe.rollout.num_generations
+    size = {
+        "prompts": prompts,
+        "num_generations": generations,
+        "prompt_tokens": recipe.rollout.max_prompt_length,
+        "completion_tokens": recipe.rollout.max_completion_length,
+        "positives": positives or (prompts * generations + 1) // 2,
+    }
     engine, _ = pick_engine(recipe)
     _refuse(recipe, engine, size, memory_cap_bytes)
     device = pick_device(recipe.train.device)
@@ -173,49 +103,24 @@ def bench(
     }
     start = time.perf_counter()
     try:
-        with BenchTrainer(recipe, meter, verdict=spread(size["positives"]), memory_advice=meter.exhausted) as trainer:
+        with meter.naming_memory(), BenchTrainer(recipe, meter, verdict=spread(size["positives"])) as trainer:
             result["load_seconds"] = time.perf_counter() - start
-            syncs = run_steps(trainer, meter, steps, notify)
-            result["stages"] = _stages(meter, syncs)
-            by_class = planned["step"].bytes_by_class if planned else None
-            result["tensors"] = [
-                {
-                    "kind": kind,
-                    "counted_bytes": counted,
-                    "planned_bytes": by_class
-                    and sum(by_class.get(name, 0) for name in BASE_CLASSES.get(kind, (kind,))),
-                }
-                for kind, counted in tensor_bytes(trainer.learner).items()
-            ]
-            result["step_seconds"] = sum(stage["seconds"] for stage in result["stages"])
-            result["run"] = _estimate(recipe, size, result["stages"])
+            stages = result["stages"] = _stages(meter, run_steps(trainer, meter, steps, notify))
+            result["tensors"] = _tensors(trainer.learner, planned)
+            result["step_seconds"] = sum(stage["seconds"] for stage in stages)
+            result["run"] = _estimate(recipe, size, stages)
     except OutOfMemoryError as error:
         result["out_of_memory"] = error.what
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        try:
-            meter.exhausted()
-        except OutOfMemoryError as named:
-            result["out_of_memory"] = named.what
-    result |= {
-        "memory": peaks_beside_plan(meter, planned, engine=engine),
-        "notices": meter.notices,
-        "environment": environment(device),
-    }
-    return result
+    memory = peaks_beside_plan(meter, planned, engine=engine)
+    return result | {"memory": memory, "notices": meter.notices, "environment": environment(device)}
 
 
 def bench_longest(recipe: Recipe, *, memory_cap_bytes: int | None, notify: Callable[[str], None]) -> dict[str, Any]:
     """Find the longest sequence whose update fits, by trying, on a GPU (a CPU swaps instead)."""
     device = pick_device(recipe.train.device)
+    plan = _plan(recipe, device, memory_cap_bytes)
     if memory_cap_bytes is not None:
         cap_memory(device, memory_cap_bytes)
-    total = torch.cuda.get_device_properties(device).total_memory
-    try:
-        planned = plan_memory(recipe, load_shape(recipe.model), vram_bytes=memory_cap_bytes or total).longest_tokens
-    except ModelError:
-        planned = None
     policy = random_policy(recipe)
     longest = longest_update(policy, lambda tokens: at_length(recipe, tokens), resolution=RESOLUTION, notify=notify)
     return {
@@ -223,7 +128,7 @@ def bench_longest(recipe: Recipe, *, memory_cap_bytes: int | None, notify: Calla
         "device": str(device),
         "memory_cap_bytes": memory_cap_bytes,
         "longest_tokens": longest,
-        "planned_tokens": planned,
+        "planned_tokens": plan and plan.longest_tokens,
         "context_tokens": policy.context_tokens,
         "resolution_tokens": RESOLUTION,
         "environment": environment(device),
@@ -240,19 +145,13 @@ def longest_update(
     """
 
     def fits(tokens: int) -> bool:
-        recipe = recipe_at(tokens)
-        recipe = recipe.with_values({"data.prompts_per_step": 1, "rollout.num_generations": 2})
+        recipe = recipe_at(tokens).with_values({"data.prompts_per_step": 1, "rollout.num_generations": 2})
         meter, fitted = Meter(policy.device), True
+        options: dict[str, Any] = {"verdict": spread(2), "policy": policy, "random_answers": True}
         try:
-            with BenchTrainer(
-                recipe, meter, verdict=spread(2), memory_advice=meter.exhausted, policy=policy, random_answers=True
-            ) as trainer:
+            with meter.naming_memory(), BenchTrainer(recipe, meter, **options) as trainer:
                 run_steps(trainer, meter, 0, lambda _: None)
         except OutOfMemoryError:
-            fitted = False
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
             fitted = False
         policy.model.zero_grad(set_to_none=True)
         release_memory()
@@ -267,17 +166,15 @@ def longest(fits: Callable[[int], bool], *, first: int, last: int, step: int) ->
 
     Doubles until one does not fit, then bisects; `fits` must be monotone.
     """
-    low, high = 0, last // step + 1
-    probe = -(-first // step)
+    low, high, probe = 0, last // step + 1, -(-first // step)
     while high - low > 1:
         if fits(probe * step):
             low = probe
-            probe = min(2 * probe, last // step) if high > last // step else (low + high) // 2
+        elif low == 0:
+            return None
         else:
             high = probe
-            if low == 0:
-                return None
-            probe = (low + high) // 2
+        probe = min(2 * low, last // step) if high > last // step else (low + high) // 2
     return low * step
 
 
@@ -293,36 +190,21 @@ def at_length(recipe: Recipe, tokens: int) -> Recipe:
     )
 
 
-def step_size(recipe: Recipe, positives: int | None = None) -> dict[str, int]:
-    """Return how much a step is: prompts, answers, their tokens, and positives (half of the answers by default)."""
-    prompts, generations = recipe.data.prompts_per_step, recipe.rollout.num_generations
-    answers = prompts * generations
-    if positives is not None and positives > answers:
-        raise UserInputError(
-            f"{positives} positives are asked for, and a step has {prompts} x {generations} = {answers} rollouts",
-            where="--positives",
-            next_step=f"--positives {answers}",
-        )
-    return {
-        "prompts": prompts,
-        "num_generations": generations,
-        "prompt_tokens": recipe.rollout.max_prompt_length,
-        "completion_tokens": recipe.rollout.max_completion_length,
-        "positives": positives or (answers + 1) // 2,
-    }
-
-
 # --------------------------------------------------------------------------- memory and estimate
 
 
 def planned_phases(recipe: Recipe, device: torch.device, cap_bytes: int | None) -> Mapping[str, Phase]:
     """Return the plan's phases by name; none for an architecture that the plan does not know."""
+    plan = _plan(recipe, device, cap_bytes)
+    return {phase.name: phase for phase in plan.phases} if plan else {}
+
+
+def _plan(recipe: Recipe, device: torch.device, cap_bytes: int | None) -> MemoryPlan | None:
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     try:
-        shape = load_shape(recipe.model)
+        return plan_memory(recipe, load_shape(recipe.model), vram_bytes=cap_bytes or total)
     except ModelError:
-        return {}
-    return {phase.name: phase for phase in plan_memory(recipe, shape, vram_bytes=cap_bytes or total).phases}
+        return None
 
 
 def peaks_beside_plan(meter: Meter, planned: Mapping[str, Phase], *, engine: str) -> list[dict[str, Any]]:
@@ -330,28 +212,21 @@ def peaks_beside_plan(meter: Meter, planned: Mapping[str, Phase], *, engine: str
 
     None with vLLM for tensors: torch keeps counting what a sleeping engine has given back.
     """
-    countable = engine != "vllm"
     phases = []
     for name, stages in PHASES.items():
-        peaks = [meter.peaks[stage] for stage in stages if stage in meter.peaks]
-        if peaks:
-            phase = planned.get(name)
+        if peaks := [meter.peaks[stage] for stage in stages if stage in meter.peaks]:
+            tensors, card = (max(figures) for figures in zip(*peaks, strict=True))
+            phase, counted = planned.get(name), engine != "vllm"
             phases.append(
                 {
                     "phase": name,
-                    "tensor_bytes": max(peak[0] for peak in peaks) if countable else None,
-                    "planned_tensor_bytes": phase.tensor_bytes if phase and countable else None,
-                    "card_bytes": max(peak[1] for peak in peaks),
+                    "tensor_bytes": tensors if counted else None,
+                    "planned_tensor_bytes": phase.tensor_bytes if phase and counted else None,
+                    "card_bytes": card,
                     "planned_card_bytes": phase.total_bytes if phase else None,
                 }
             )
     return phases
-
-
-def outside_bytes(device: torch.device) -> int:
-    """Return the bytes of the GPU in use outside torch's allocator: the CUDA context, libraries, other processes."""
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device)
 
 
 def cap_memory(device: torch.device, cap_bytes: int) -> None:
@@ -378,29 +253,35 @@ def tensor_bytes(learner: Learner) -> dict[str, int]:
     As in the plan, paged optimizer state does not count: the driver keeps its pages in host memory.
     """
     policy = learner.policy
-    state = [value for values in learner.optimizer.state.values() for value in values.values()]
+    state = [part for parts in learner.optimizer.state.values() for part in parts.values() if isinstance(part, Tensor)]
     return {
         "base": frozen_bytes(policy.model),
         "adapters": _bytes(parameter for _, parameter in policy.adapter_parameters()),
         "predictor head": _bytes(policy.predictor.parameters()),
         "siamese average": learner.siamese.extra_bytes,
-        "optimizer state": _bytes(
-            value for value in state if isinstance(value, Tensor) and not getattr(value, "is_paged", False)
-        ),
+        "optimizer state": _bytes(part for part in state if not getattr(part, "is_paged", False)),
     }
+
+
+def _tensors(learner: Learner, planned: Mapping[str, Phase]) -> list[dict[str, Any]]:
+    """Return the counted bytes of tensors beside the plan's."""
+    plan = dict(planned["step"].bytes_by_class) if planned else {}
+    plan["base"] = sum(plan.get(name, 0) for name in ("base linears", "embeddings", "LM head", "norms, biases"))
+    return [
+        {"kind": kind, "counted_bytes": counted, "planned_bytes": plan.get(kind, 0) if planned else None}
+        for kind, counted in tensor_bytes(learner).items()
+    ]
 
 
 def frozen_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's frozen parameters with their quantisation statistics."""
-    return _bytes(part for p in model.parameters() if not p.requires_grad for part in _parts(p))
-
-
-def _parts(parameter: Tensor) -> Iterator[Tensor]:
-    yield parameter
-    state = getattr(parameter, "quant_state", None)
-    for level in (state, getattr(state, "state2", None)):
-        parts = (getattr(level, name, None) for name in ("absmax", "code", "offset"))
-        yield from (part for part in parts if isinstance(part, Tensor))
+    parts: list[Any] = []
+    for parameter in (parameter for parameter in model.parameters() if not parameter.requires_grad):
+        parts.append(parameter)
+        state = getattr(parameter, "quant_state", None)
+        for level in (state, getattr(state, "state2", None)):
+            parts += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
+    return _bytes(part for part in parts if isinstance(part, Tensor))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -416,27 +297,25 @@ def _stages(meter: Meter, syncs: Sequence[float]) -> list[dict[str, Any]]:
     stages = []
     for name in STAGES:
         if name != "siamese" or name in tokens:
-            seconds = statistics.median(syncs) if name == "sync" else meter.seconds(name)
-            count = tokens.get(name)
-            per_second = None if count is None else count / seconds
-            stages.append({"stage": name, "seconds": seconds, "tokens": count, "tokens_per_second": per_second})
+            seconds, count = statistics.median(syncs) if name == "sync" else meter.seconds(name), tokens.get(name)
+            speed = None if count is None else count / seconds
+            stages.append({"stage": name, "seconds": seconds, "tokens": count, "tokens_per_second": speed})
     return stages
 
 
 def _estimate(recipe: Recipe, size: Mapping[str, int], stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     steps, every = recipe.train.steps, recipe.eval.every
     evaluations = 2 + (len(range(every, steps, every)) if every else 0) if recipe.eval.problems else 0
-    answers = recipe.eval.problems * recipe.eval.samples_per_problem
-    rollout = next(stage["seconds"] for stage in stages if stage["stage"] == "rollout")
-    steps_seconds = steps * sum(stage["seconds"] for stage in stages)
-    evaluations_seconds = evaluations * answers * rollout / (size["prompts"] * size["num_generations"])
+    answers = evaluations * recipe.eval.problems * recipe.eval.samples_per_problem
+    stepping = steps * sum(stage["seconds"] for stage in stages)
+    evaluating = answers * stages[0]["seconds"] / (size["prompts"] * size["num_generations"])  # the first is rollout
     return {
         "steps": steps,
-        "steps_seconds": steps_seconds,
+        "steps_seconds": stepping,
         "evaluations": evaluations,
-        "evaluations_seconds": evaluations_seconds,
-        "seconds": steps_seconds + evaluations_seconds,
-        "left_out": list(NOT_COUNTED),
+        "evaluations_seconds": evaluating,
+        "seconds": stepping + evaluating,
+        "left_out": NOT_COUNTED.split("; "),
     }
 
 
@@ -445,6 +324,14 @@ def _estimate(recipe: Recipe, size: Mapping[str, int], stages: Sequence[Mapping[
 
 def _refuse(recipe: Recipe, engine: str, size: Mapping[str, int], memory_cap_bytes: int | None) -> None:
     """Raise UserInputError for what cannot be measured, before a model is built."""
+    answers = size["prompts"] * size["num_generations"]
+    if size["positives"] > answers:
+        raise UserInputError(
+            f"{size['positives']} positives are asked for, and a step has {size['prompts']} x "
+            f"{size['num_generations']} = {answers} rollouts",
+            where="--positives",
+            next_step=f"--positives {answers}",
+        )
     hf_instead = "--set rollout.engine=hf"
     dequantized = recipe.rollout.vllm.base == "dequantized" and recipe.model.quantization == "nf4"
     if engine == "server" or (engine == "vllm" and not dequantized):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.layout import Layout
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.rule import Rule
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -21,23 +20,23 @@ from popo_lite.tools.console import words
 from popo_lite.tools.console.views import RunState
 from popo_lite.types import SampleView
 
-# Metric -> the note beside it, and the metric in the note. Labels and units are those of METRICS.
+# Metrics, with what stands beside their values if the step has it.
 _LEARNING = {
-    "loss": ("", ""),
-    "loss_policy": ("", ""),
-    "loss_similarity": ("", ""),
-    "loss_entropy": ("coef {}", "entropy_coef"),
-    "entropy": ("{} of start", "entropy_over_start"),
-    "effective_sample_size": ("{} of all", "effective_sample_ratio"),
-    "siamese_cosine": ("to siamese", "siamese_drift"),
-    "siamese_drift": ("{} of bound", "siamese_drift_over_bound"),
-    "grad_norm": ("", ""),
-    "logp_gap_mean": ("max {}", "logp_gap_max"),
+    "loss": "",
+    "loss_policy": "",
+    "loss_similarity": "",
+    "loss_entropy": "coef {entropy_coef:.4f}",
+    "entropy": "{entropy_over_start:.0%} of start",
+    "effective_sample_size": "{effective_sample_ratio:.0%} of all",
+    "siamese_cosine": "to siamese",
+    "siamese_drift": "{siamese_drift_over_bound:.0%} of bound",
+    "grad_norm": "",
+    "logp_gap_mean": "max {logp_gap_max:.4f}",
 }
 _ANSWERS = {
-    "completion_tokens_mean": ("{} truncated", "truncated_ratio"),
-    "positives": ("of {}", "rollouts"),
-    "unique_answers_mean": ("per prompt", "prompts"),
+    "completion_tokens_mean": "{truncated_ratio:.0%} truncated",
+    "positives": "of {rollouts:,}",
+    "unique_answers_mean": "per prompt",
 }
 _GROUPS = {
     "all_right": ("█", "green", "all right"),
@@ -46,73 +45,54 @@ _GROUPS = {
     "ungraded": ("?", "red", "ungraded"),
 }
 _LABEL, _RIGHT, _REST, _DIM = {"width": 15}, {"justify": "right"}, {"ratio": 1}, {"style": "dim"}
+_NOTE = {"style": "dim", "min_width": 12}
 _TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # of the chart of the pass rate
-_SCREEN = ("header", "progress", "prompts", "pass rate", "figures", "sample", "messages")
 
 
-@dataclass(frozen=True)
-class _Sized:
-    """A renderable made for the width and height of the place that it gets."""
-
-    make: Callable[[int, int], RenderableType]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.make(options.max_width, options.height or 1)
-
-
-def dashboard(state: RunState, console: Console) -> RenderableType:
-    """Return the screen for the console's size."""
-    header = _header(state, console.width - 2)
-    # By importance. The numbers are lines: the fewest that make sense, enough, and the most that are of use.
-    sections: dict[str, tuple[RenderableType, int, int, int]] = {
-        "header": (Group(*header), 1, min(2, len(header)), len(header)),
-        "progress": (_progress(state), 3, 3, 3),
-    }
+def dashboard(state: RunState, console: Console) -> list[list[Segment]]:
+    """Return the lines of the screen for the console's size."""
+    width, notices, sample = max(console.width - 2, 1), state.notices, state.sample()
+    header = _header(state, width)
+    # From top to bottom: the fewest lines that make sense, the most that are of use, and what draws so many.
+    sections: list[tuple[int, int, Callable[[int], RenderableType]]] = [
+        (1, len(header), lambda _: Group(*header)),
+        (3, 3, lambda _: _progress(state)),
+    ]
     if state.records:
-        sections["pass rate"] = (_Sized(lambda width, rows: _pass_rate(state, width, rows)), 3, 3, 8)
-        sections["prompts"] = (_prompts(state.records[-1]), 1, 1, 1)
-        figures, rows = _figures(state, console.width - 2)
-        sections["figures"] = (figures, 4, min(rows, 9), rows)
-    if notices := state.notices:
-        messages = _Sized(lambda _, rows: Group(_rule("messages"), *map(_line, notices[1 - rows :])))
-        sections["messages"] = (messages, 2, 2, min(1 + len(notices), 8))
-    if (sample := state.sample()) is not None:
-        sections["sample"] = (_Sized(lambda width, rows: _sample(sample, width, rows, console)), 4, 4, 12)
-    wanted = {name: lines for name, (_, *lines) in sections.items()}
-    # Blank lines between the sections, if all of them have enough without these.
-    blank = 1
-    heights = share_height(wanted, console.height - len(sections) + 1)
-    if any(heights.get(name, 0) < lines[1] for name, lines in wanted.items()):
-        blank, heights = 0, share_height(wanted, console.height)
-    screen = Layout()
-    screen.split_column(
-        *(
-            Layout(Padding(sections[name][0], (0, 1, blank, 1)), size=heights[name] + blank)
-            for name in _SCREEN
-            if name in heights
-        ),
-        Layout(Text(" "), minimum_size=0),
-    )
-    return screen
+        figures, lines = _figures(state, width)
+        sections.append((1, 1, lambda _: _prompts(state.records[-1], width)))
+        sections.append((3, 8, lambda rows: _pass_rate(state, width, rows)))
+        sections.append((min(lines, 9), lines, lambda _: figures))
+    if notices:
+        title, most = _rule("messages", f"{len(notices):,} in all"), min(1 + len(notices), 8)
+        sections.append((2, most, lambda rows: Group(title, *map(_line, notices[1 - rows :]))))
+    if sample is not None:
+        sections.append((4, 12, lambda rows: _sample(sample, width, rows, console)))
+    blank = int(console.height >= 30)  # between sections, where all of them have space
+    heights = share_height(sections, console.height - blank * (len(sections) - 1))
+    screen = []
+    for rows, (*_, draw) in zip(heights, sections, strict=True):
+        if rows:
+            options = console.options.update_dimensions(console.width, rows + blank)
+            screen += console.render_lines(Padding(draw(rows), (0, 1, blank, 1)), options)
+    return screen[: console.height]
 
 
-def share_height(wanted: Mapping[str, Sequence[int]], height: int) -> dict[str, int]:
-    """Return lines for each section that fits with its fewest; what is left goes by importance, level after level."""
-    given = {}
-    for name, (fewest, *_) in wanted.items():
-        if fewest <= height:
-            given[name] = fewest
-            height -= fewest
-    for level in (1, 2):
-        for name in given:
-            more = min(wanted[name][level] - given[name], height)
-            given[name] += more
-            height -= more
+def share_height(wanted: Sequence[Sequence[Any]], height: int) -> list[int]:
+    """Return lines for each section: its fewest, or 0 if they do not fit, then up to its most; the first ones first."""
+    given = []
+    for fewest, *_ in wanted:
+        given.append(fewest if fewest <= height else 0)
+        height -= given[-1]
+    for index, (_, most, *_) in enumerate(wanted):
+        more = min(most - given[index], height) if given[index] else 0
+        given[index] += more
+        height -= more
     return given
 
 
-def _line(text: str) -> Text:
-    return Text(text, no_wrap=True, overflow="ellipsis")
+def _line(*parts: str | tuple[str, str]) -> Text:
+    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
 
 
 def _grid(columns: Sequence[Mapping[str, Any]], *rows: Iterable[RenderableType]) -> Table:
@@ -125,15 +105,14 @@ def _grid(columns: Sequence[Mapping[str, Any]], *rows: Iterable[RenderableType])
     return grid
 
 
-def _rule(title: str, note: str = "") -> RenderableType:
-    rule = Rule(Text(title, "bold"), align="left", style="dim")
-    return _grid([_REST, _DIM], [rule, note]) if note else rule
+def _rule(title: str, note: str) -> RenderableType:
+    return _grid([_REST, _DIM], [Rule(Text(title, "bold"), align="left", style="dim"), note])
 
 
 def _header(state: RunState, width: int) -> list[Text]:
-    lines = [Text.assemble(("popo-lite", "bold cyan"), "  ", (state.title, "bold"), no_wrap=True, overflow="ellipsis")]
+    lines = [_line(("popo-lite", "bold cyan"), "  ", (state.title, "bold"))]
     for name, value in state.facts.items():
-        fact = Text.assemble((name, "dim"), " ", value, no_wrap=True, overflow="ellipsis")
+        fact = _line((name, "dim"), " ", value)
         if len(lines) > 1 and lines[-1].cell_len + 3 + fact.cell_len <= width:
             lines[-1].append("   ").append_text(fact)
         else:
@@ -145,15 +124,17 @@ def _progress(state: RunState) -> RenderableType:
     done, total, (pace, left) = state.steps_done, state.total_steps, state.pace()
     far = f"{done / max(total, 1):4.0%}   {words.duration(state.clock() - state.started)} elapsed"
     below = "no step has ended yet"
-    if pace is not None and left is not None:
+    if state.records:
         far += f"   {words.duration(left)} left"
+        reason, skipped = (
+            state.records[-1]["skipped_reason"],
+            sum(r["skipped_reason"] is not None for r in state.records),
+        )
         below = f"{words.duration(pace)} a step"
         below += f"   done about {words.clock_time(datetime.now(), left)}" if left else ""
-        skipped = [record["skipped_reason"] for record in state.records if record["skipped_reason"] is not None]
-        below += f"   {len(skipped)} of {len(state.records)} steps skipped" if skipped else ""
-        if (reason := state.records[-1]["skipped_reason"]) is not None:
-            below = f"step {done} changed no weights ({len(skipped)} of {len(state.records)} skipped): "
-            below += words.clean(reason)
+        below += f"   {skipped} of {len(state.records)} steps skipped" if skipped else ""
+        if reason is not None:
+            below = f"step {done} changed no weights ({skipped} of {len(state.records)} skipped): {words.clean(reason)}"
     ran = words.duration(state.clock() - state.stage_since) if state.stage_name else ""
     if stage_total := state.stage_total:
         ran = f"{state.stage_done / stage_total:4.0%}   {state.stage_done:,} of {stage_total:,}   {ran}"
@@ -165,33 +146,30 @@ def _progress(state: RunState) -> RenderableType:
     return Group(bars, _grid([_LABEL, {**_REST, **_DIM}], ["", below]))
 
 
-def _prompts(record: StepRecord) -> RenderableType:
+def _prompts(record: StepRecord, width: int) -> RenderableType:
     counts = {name: record[f"groups_{name}"] for name in _GROUPS}
     legend = Text("  ").join(
         Text.assemble(_GROUPS[name][:2], f" {count} ", (_GROUPS[name][2], "dim"))
         for name, count in counts.items()
         if count
     )
-
-    def bar(width: int, _: int) -> Text:
-        drawn, before = Text(), 0
-        for name, count in counts.items():
-            # Rounding the ends and not the lengths makes the whole exactly `width` wide.
-            ends = [round(part * width / max(sum(counts.values()), 1)) for part in (before, before + count)]
-            drawn.append(_GROUPS[name][0] * (ends[1] - ends[0]), _GROUPS[name][1])
-            before += count
-        return drawn
-
-    return _grid([{**_LABEL, "style": "bold"}, _REST, {}], ["prompts", _Sized(bar), legend])
+    bar, before, width = Text(), 0, max(width - 17 - legend.cell_len, 0)
+    for name, count in counts.items():
+        # Rounding the ends and not the lengths makes the whole exactly `width` wide.
+        start, end = (round(part * width / max(sum(counts.values()), 1)) for part in (before, before + count))
+        bar.append(_GROUPS[name][0] * (end - start), _GROUPS[name][1])
+        before += count
+    return _grid([{**_LABEL, "style": "bold"}, _REST, {}], ["prompts", bar, legend])
 
 
 def _pass_rate(state: RunState, width: int, rows: int) -> RenderableType:
     values = state.trend("pass_rate")
     known = [value for value in values if value is not None]
-    top = next((top for top in _TOPS if max(known, default=0) <= top), 1.0)
+    highest = max(known, default=0.0)
+    top = next((top for top in _TOPS if highest <= top), 1.0)
     beside = [("now", words.share(values[-1]))]
     if len(known) > 10:
-        beside += [("last 10", words.share(sum(known[-10:]) / 10)), ("highest", words.share(max(known)))]
+        beside += [("last 10", words.share(sum(known[-10:]) / 10)), ("highest", words.share(highest))]
     names = "\n".join(f"{name:<8}{value:>6}" for name, value in beside[: rows - 1])
     drawn = chart(values, max(width - 16, 1), rows - 1, 0.0, top, state.total_steps - state.first_step)
     note = f"steps {state.first_step + 1} to {state.steps_done}, chart from 0 to {top:.0%}"
@@ -200,31 +178,22 @@ def _pass_rate(state: RunState, width: int, rows: int) -> RenderableType:
 
 def _figures(state: RunState, width: int) -> tuple[RenderableType, int]:
     """Return learning on the left, answers and time on the right or below, and the lines that this takes."""
-    record = state.records[-1]
-    learning = [_row(state, name, *note) for name, note in _LEARNING.items()]
-    answers = [_row(state, name, *note) for name, note in _ANSWERS.items()]
+    record, wide = state.records[-1], width >= 76
+    space = ((width - 3) // 2 if wide else width) - 40  # beside label, value and note
+    learning, answers = ([_row(state, *metric, space) for metric in part.items()] for part in (_LEARNING, _ANSWERS))
     for name, value in record["task_figures"].items():
-        answers.append((words.spoken(name), words.share(value), "", _sparkline(state, name)))
-    other = {
-        name: count for name, count in record["outcomes"].items() if count and name not in ("correct", "incorrect")
-    }
+        answers.append((words.spoken(name), words.share(value), "", _sparkline(state, name, space)))
+    other = {k: count for k, count in record["outcomes"].items() if count and k not in ("correct", "incorrect")}
     if other:
         most = max(other, key=lambda name: other[name])
         answers.append(("not judged", str(sum(other.values())), f"{other[most]} {most}", ""))
     stages, total = words.by_stage(record["seconds"])
-    times: list[Sequence[RenderableType]] = []
-    # The longest first: on a small screen the others are cut off.
-    for name in sorted(stages, key=lambda name: -stages[name]):
-        speed = record["tokens_per_second"].get(name)
-        tokens = "" if speed is None else f"{speed:,.0f} tok/s"
-        bar = ProgressBar(max(total, 1e-9), stages[name], complete_style="cyan", finished_style="cyan")
-        times.append((name, words.duration(stages[name]), bar, tokens))
-    columns = [
-        {**_DIM, **_LABEL},
-        {**_RIGHT, "min_width": 8},
-        {**_DIM, "min_width": 12},
-        {**_REST, "style": "dim cyan"},
-    ]
+    speeds = {name: f"{speed:,.0f} tok/s" for name, speed in record["tokens_per_second"].items()}
+    times = []
+    for name, took in sorted(stages.items(), key=lambda stage: -stage[1]):  # a small screen cuts the shortest off
+        bar = ProgressBar(max(total, 1e-9), took, complete_style="cyan", finished_style="cyan")
+        times.append((name, words.duration(took), bar, speeds.get(name, "")))
+    columns = [{**_DIM, **_LABEL}, {**_RIGHT, "min_width": 8}, _NOTE, {**_REST, "style": "dim cyan"}]
     left = (_rule("learning", f"learning rate {words.figure(record['learning_rate'])}"), _grid(columns, *learning))
     right = (
         _rule("answers", "of this step"),
@@ -233,36 +202,34 @@ def _figures(state: RunState, width: int) -> tuple[RenderableType, int]:
         _grid([_DIM, _RIGHT, _REST, _RIGHT], *times),
     )
     heights = 1 + len(learning), 2 + len(answers) + len(times)
-    if width < 76:
+    if not wide:
         return Group(*left, *right), sum(heights)
-    columns_side_by_side = Layout()
-    columns_side_by_side.split_row(Layout(Group(*left)), Layout(Text(" "), size=3), Layout(Group(*right)))
-    return columns_side_by_side, max(heights)
+    halves = _grid([{"width": (width - 3) // 2}, {"width": 1}, _REST], [Group(*left), "", Group(*right)])
+    return halves, max(heights)
 
 
-def _row(state: RunState, name: str, note: str, other: str) -> Sequence[RenderableType]:
+def _row(state: RunState, name: str, note: str, space: int) -> Sequence[RenderableType]:
     record, metric = state.records[-1], METRICS[name]
-    value = Text(words.quantity(record[name], metric.unit))
-    if name == "siamese_drift" and (record["siamese_drift_over_bound"] or 0) > 1:
-        value.stylize("bold red")  # beyond the bound the siamese is not the average that the method assumes
-    beside = ""
-    if record.get(other) is not None:
-        unit = METRICS[other].unit
-        beside = note.format(f"{record[other]:.0%}" if unit == "ratio" else words.quantity(record[other], unit))
+    # Beyond the bound the siamese is not the average that the method assumes.
+    beyond = name == "siamese_drift" and (record["siamese_drift_over_bound"] or 0) > 1
+    value = Text(words.quantity(record[name], metric.unit), "bold red" if beyond else "")
+    try:
+        note = note.format_map(record)
+    except TypeError:  # a metric of it is None
+        note = ""
     label = f"  {metric.label}" if name.startswith("loss_") else metric.label
-    return label, value, beside, _sparkline(state, name)
+    return label, value, note, _sparkline(state, name, space)
 
 
-def _sparkline(state: RunState, name: str) -> _Sized:
-    def draw(width: int, _: int) -> Text:
-        values = _means(state.trend(name), width)
-        known = [value for value in values if value is not None] or [0.0]
-        low, high = min(known), max(known)
-        if high - low <= 1e-6 * max(abs(low), abs(high)):
-            low, high = low - 1, high + 1  # a flat line, not rounding errors at full height
-        return Text(chart(values, width, 1, low, high, state.total_steps - state.first_step)[0] if width > 3 else "")
-
-    return _Sized(draw)
+def _sparkline(state: RunState, name: str, width: int) -> str:
+    if width < 4:
+        return ""
+    values = _means(state.trend(name), width)
+    known = [value for value in values if value is not None] or [0.0]
+    low, high = min(known), max(known)
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
+        low, high = low - 1, high + 1  # a flat line, not rounding errors at full height
+    return chart(values, width, 1, low, high, state.total_steps - state.first_step)[0]
 
 
 def chart(values: Sequence[float | None], width: int, rows: int, low: float, high: float, expected: int) -> list[str]:
@@ -288,17 +255,20 @@ def _means(values: Sequence[float | None], width: int) -> list[float | None]:
 
 
 def _sample(sample: SampleView, width: int, rows: int, console: Console) -> RenderableType:
-    lines, width = [], max(width - 16, 1)
-    answers = [text if text is None else text or "an answer without any text" for text in (sample.right, sample.wrong)]
-    texts = {"question": (sample.question, "bold"), "✓ right": (answers[0], "bold green")}
-    left = rows - 1
-    for index, (name, (text, style)) in enumerate({**texts, "✗ wrong": (answers[1], "bold red")}.items()):
-        text = "none among the answers to this" if text is None else text
-        shown = fit(text, width, left // (3 - index), console)
+    lines, left = [], rows - 1
+    right, wrong = (
+        "none among the answers to this" if text is None else text or "an answer without any text"
+        for text in (sample.right, sample.wrong)
+    )
+    texts = (("question", sample.question, "bold"), ("✓ right", right, "bold green"), ("✗ wrong", wrong, "bold red"))
+    for index, (name, text, style) in enumerate(texts):
+        # Not wrapped whole: no screen shows more than 4,000 characters.
+        text = words.clean(text if len(text) <= 4000 else f"{text[:2000]} … {text[-2000:]}")
+        shown = fit(text, max(width - 16, 1), left // (3 - index), console)
         left -= len(shown)
         lines.append((Text(name, style), "\n".join(shown)))
-    title = f"sample of step {sample.step + 1}"
-    return Group(_rule(title, f"the answer is {sample.reference[:40]}"), _grid([_LABEL, _REST], *lines))
+    title = _rule(f"sample of step {sample.step + 1}", f"the answer is {words.clean(sample.reference)[:40]}")
+    return Group(title, _grid([_LABEL, _REST], *lines))
 
 
 def fit(text: str, width: int, height: int, console: Console) -> list[str]:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
 from rich.console import Console
@@ -34,7 +34,10 @@ class LiveView(RunState):
         self, console: Console, *, refresh_seconds: float = 0.5, clock: Callable[[], float] = time.monotonic
     ) -> None:
         super().__init__(clock)
-        self._console, self._refresh_seconds = console, refresh_seconds
+        self._console = console
+        options: dict[str, Any] = {"screen": True, "redirect_stdout": False, "redirect_stderr": False}
+        rate = 1 / refresh_seconds
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=rate, **options)
         self._other: deque[str] = deque(maxlen=50)
         self._other_count = 0
         self._screen: ExitStack | None = None
@@ -45,12 +48,9 @@ class LiveView(RunState):
         with ExitStack() as taken:
             # Undone in reverse order: the screen is given back before other output may reach it.
             taken.enter_context(caught_output(self._catch))
-            taken.callback(self._write, _WRAP_ON)
-            self._write(_WRAP_OFF)
-            options: dict[str, Any] = {"screen": True, "redirect_stdout": False, "redirect_stderr": False}
-            rate = 1 / self._refresh_seconds
-            live = Live(console=self._console, get_renderable=self.render, refresh_per_second=rate, **options)
-            taken.enter_context(live)
+            taken.callback(self._console.file.write, _WRAP_ON)
+            self._console.file.write(_WRAP_OFF)
+            taken.enter_context(self._live)
             self._screen = taken.pop_all()
 
     def message(self, text: str) -> None:
@@ -67,22 +67,20 @@ class LiveView(RunState):
         self._screen.close()
         self._screen = None
         took = words.duration(self.clock() - self.started)
-        self._print(f"{self.title}: {self.steps_done} of {self.total_steps} steps, {took} in this session")
-        self._print(*([self.step_line()] if self.records else []), *self.notices)
+        lines = [f"{self.title}: {self.steps_done} of {self.total_steps} steps, {took} in this session"]
+        lines += [*([self.step_line()] if self.records else []), *self.notices]
         if self._other:
             last = f", the last {len(self._other)}" if len(self._other) < self._other_count else ""
-            self._print(f"Other output during the run (lines: {self._other_count}{last}):")
-            self._print(*(f"  {line}" for line in self._other))
+            lines.append(f"Other output during the run (lines: {self._other_count}{last}):")
+        self._print(*lines, *(f"  {line}" for line in self._other))
 
     def render(self) -> SegmentLines:
         """Return the screen as it is now, at the size that the terminal has now."""
-        console, size = self._console, self._console.size
         with self.lock:
-            options = console.options.update_dimensions(size.width, size.height)
-            lines = console.render_lines(dashboard(self, console), options)
-        encoding = console.encoding
+            lines = dashboard(self, self._console)
+        encoding = self._console.encoding
         drawn = [[Segment(words.encodable(text, encoding), style) for text, style, _ in line] for line in lines]
-        return SegmentLines(drawn[: size.height], new_lines=True)
+        return SegmentLines(drawn, new_lines=True)
 
     def _catch(self, line: str) -> None:
         with self.lock:
@@ -92,11 +90,6 @@ class LiveView(RunState):
     def _print(self, *lines: str) -> None:
         for line in lines:
             self._console.out(words.encodable(line, self._console.encoding), highlight=False)
-
-    def _write(self, code: str) -> None:
-        if self._console.is_terminal:
-            self._console.file.write(code)
-            self._console.file.flush()
 
 
 class _LineCatcher(io.TextIOBase):
@@ -122,22 +115,16 @@ def caught_output(receive: Callable[[str], None]) -> Iterator[None]:
 
     Log handlers that hold the old streams are redirected too. C libraries and child processes are not caught.
     """
-    names = {id(stream): (name, stream) for name in ("stdout", "stderr") if (stream := getattr(sys, name))}
-    catchers = {key: cast(TextIO, _LineCatcher(receive, stream)) for key, (_, stream) in names.items()}
     loggers = (logging.root, *logging.root.manager.loggerDict.values())
-    handlers = [handler for logger in loggers for handler in getattr(logger, "handlers", ())]
     # A handler without a stream of its own follows sys.stderr by itself.
-    held = [(handler, vars(handler)["stream"]) for handler in handlers if id(vars(handler).get("stream")) in names]
-    for handler, stream in held:
-        handler.setStream(catchers[id(stream)])
-    for key, (name, _) in names.items():
-        setattr(sys, name, catchers[key])
-    try:
+    handlers = [h for logger in loggers for h in getattr(logger, "handlers", ()) if "stream" in vars(h)]
+    with ExitStack() as undo:
+        for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+            catcher = cast(TextIO, _LineCatcher(receive, stream))
+            undo.callback(catcher.write, "\n")
+            undo.enter_context(redirect(catcher))
+            for handler in handlers:
+                if handler.stream is stream:
+                    handler.setStream(catcher)
+                    undo.callback(handler.setStream, stream)
         yield
-    finally:
-        for name, stream in names.values():
-            setattr(sys, name, stream)
-        for handler, stream in held:
-            handler.setStream(stream)
-        for catcher in catchers.values():
-            catcher.write("\n")

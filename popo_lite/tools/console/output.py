@@ -35,7 +35,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
 
     Columns of numbers are aligned right; long cells are folded.
     """
-    console = console if console is not None else open_console(sys.stdout)
+    console = console or open_console(sys.stdout)
     built = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     shown = [[c if isinstance(c, ProgressBar) else safe("" if c is None else str(c), console) for c in r] for r in rows]
     for index, column in enumerate(columns):
@@ -54,10 +54,9 @@ def safe(text: str, console: Console) -> str:
 
 def print_error(error: PopoError, console: Console | None = None) -> None:
     """Print what is wrong, where, and what to do next, to standard error."""
-    console = console if console is not None else open_console(sys.stderr)
-    parts = {"error": (error.what, "bold red"), "where": (error.where, "bold"), "next": (error.next_step, "bold")}
-    for name, (text, style) in parts.items():
-        label = name
+    console = console or open_console(sys.stderr)
+    parts = (("error", error.what, "bold red"), ("where", error.where, "bold"), ("next", error.next_step, "bold"))
+    for label, text, style in parts:
         for line in (text or "").splitlines():
             # Not a table: its cells would be padded with blanks up to the width of the longest.
             for folded in Text(safe(line, console)).wrap(console, max(console.width - 7, 1)):
@@ -73,7 +72,7 @@ def progress(
 
     Without a terminal: a line at the start, one every ten seconds in which something was done, one at the end.
     """
-    console = console if console is not None else open_console(sys.stderr)
+    console = console or open_console(sys.stderr)
     description = safe(description, console)
     if console.is_terminal and not console.is_dumb_terminal:
         counts = () if total is None else (MofNCompleteColumn(),)
@@ -82,8 +81,7 @@ def progress(
             task = bars.add_task(description, total=total)
             yield lambda amount: bars.advance(task, amount)
         return
-    began = printed = time.monotonic()
-    done = 0
+    began, printed, done = time.monotonic(), time.monotonic(), 0
 
     def advance(amount: int) -> None:
         nonlocal done, printed

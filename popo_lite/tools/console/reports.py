@@ -30,13 +30,10 @@ _MEASURES: Sequence[tuple[str, str, Unit]] = (
 
 def closing_report(summary: Mapping[str, Any], next_commands: Sequence[str], console: Console | None = None) -> None:
     """Print a run's accuracy before and after, time, tokens, memory and folder, from the content of summary.json."""
-    console = console if console is not None else open_console(sys.stdout)
+    console = console or open_console(sys.stdout)
     console.print()
     results = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name) is not None}
-    if results:
-        _print_results(results, console)
-    else:
-        console.print(Text("Nothing was measured on held-out problems.\n"))
+    _print_results(results, "Nothing was measured on held-out problems.\n", console)
     stages, total = words.by_stage(summary["seconds"])
     stages["other"] = total - sum(stages.values())
     rows = [
@@ -52,24 +49,19 @@ def closing_report(summary: Mapping[str, Any], next_commands: Sequence[str], con
         "peak memory": words.memory(summary["peak_memory_bytes"]),
         "siamese": f"{words.memory(summary['siamese_extra_bytes'])} beside the policy",
         "4-bit modules": f"{summary['quantized_modules']:,}" if summary["quantized_modules"] else "none: not quantised",
-        "saved to": str(summary["output"]),
+        "saved to": safe(str(summary["output"]), console),
     }
     # Not a table: paths and commands are copied, so they must stay on one line.
-    lines = [Text("The run", "bold")]
-    lines += [Text.assemble((f"  {name:<19}", "dim"), safe(value, console)) for name, value in facts.items()]
+    lines = [Text("The run", "bold"), *(Text.assemble((f"  {k:<19}", "dim"), text) for k, text in facts.items())]
     if next_commands:
-        lines += [Text("\nNext", "bold")]
-        lines += [Text.assemble("  ", (safe(command, console), "cyan")) for command in next_commands]
+        lines += [Text("\nNext", "bold"), *(Text(f"  {safe(command, console)}", "cyan") for command in next_commands)]
     console.print(*lines, sep="\n", soft_wrap=True)
 
 
 def eval_report(results: Sequence[EvalResult], console: Console | None = None) -> None:
     """Print accuracy on held-out problems, with a column for each of the evaluated weights."""
-    console = console if console is not None else open_console(sys.stdout)
-    if results:
-        _print_results({result.weights: asdict(result) for result in results}, console)
-    else:
-        console.print(Text("Nothing was evaluated."))
+    by_weights = {result.weights: asdict(result) for result in results}
+    _print_results(by_weights, "Nothing was evaluated.", console or open_console(sys.stdout))
 
 
 def noise(first: float, second: float, problems: int) -> float:
@@ -82,33 +74,36 @@ def noise(first: float, second: float, problems: int) -> float:
     return 1.96 * math.sqrt(sum(rate * (1 - rate) / (problems + 4) for rate in adjusted))
 
 
-def _print_results(results: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    found = list(results.values())
-    # JSON makes strings of the k, so pass@k of a summary that was read from its file needs int().
-    rates = [{1: result["pass_at_1"]} | {int(k): rate for k, rate in result["pass_at_k"].items()} for result in found]
-    figures: list[tuple[str, list[Any], Unit]] = [
-        (f"pass@{k}", [rate.get(k) for rate in rates], "ratio") for k in sorted(set().union(*rates))
-    ]
-    tasks = [result.get("task_figures") or {} for result in found]
-    for name in dict.fromkeys(name for task in tasks for name in task):
-        figures.append((words.spoken(name), [task.get(name) for task in tasks], "ratio"))
-    figures += [(label, [result.get(name) for result in found], unit) for label, name, unit in _MEASURES]
+def _print_results(results: Mapping[str, Mapping[str, Any]], none: str, console: Console) -> None:
+    if not results:
+        console.print(Text(none))
+        return
     columns, rows = ["", *results], []
-    for label, values, unit in figures:
-        if any(value is not None for value in values):
-            rows.append([label, *(words.quantity(value, unit) for value in values)])
-            if len(found) > 1:
-                # The second against the first stands after the second.
-                rows[-1].insert(3, _difference(values[0], values[1], unit))
+    found = [_figures(result) for result in results.values()]
+    for label, unit in dict.fromkeys(figure for figures in found for figure in figures):
+        values = [figures.get((label, unit)) for figures in found]
+        rows.append([label, *(words.quantity(value, unit) for value in values)])
+        if len(found) > 1:
+            # The second against the first stands after the second.
+            rows[-1].insert(3, _difference(values[0], values[1], unit))
     if len(found) > 1:
         columns.insert(3, "difference")
     table("Held-out problems", columns, rows, console)
     if len(found) > 1:
-        first, second = found[:2]
+        first, second = list(results.values())[:2]
         problems = min(first["problems"], second["problems"])
         margin = 100 * noise(first["pass_at_1"], second["pass_at_1"], problems)
         text = f"With {problems:,} problems, a difference of pass@1 within ±{margin:.1f} points may be chance (95%).\n"
         console.print(Text(words.encodable(text, console.encoding)))
+
+
+def _figures(result: Mapping[str, Any]) -> dict[tuple[str, Unit], Any]:
+    """Return what is known, by label and unit."""
+    # JSON makes strings of the k, so pass@k of a summary that was read from its file needs int().
+    rates = {1: result["pass_at_1"]} | {int(k): rate for k, rate in result["pass_at_k"].items()}
+    found: dict[tuple[str, Unit], Any] = {(f"pass@{k}", "ratio"): rates[k] for k in sorted(rates)}
+    found |= {(words.spoken(name), "ratio"): value for name, value in result["task_figures"].items()}
+    return found | {(label, unit): result[name] for label, name, unit in _MEASURES if result.get(name) is not None}
 
 
 def _difference(first: float | None, second: float | None, unit: Unit) -> str:

@@ -23,8 +23,7 @@ from popo_lite.types import SampleView
 ViewMode = Literal["auto", "live", "plain", "silent"]
 
 _LINE = ("pass_rate", "loss", "entropy", "entropy_over_start", "siamese_cosine", "completion_tokens_mean")
-_SAMPLE_SECONDS = 10.0
-_LONGEST_SAMPLE = 4000  # characters; no screen shows more
+_GROUPS = tuple(f"groups_{name}" for name in ("all_right", "some_right", "none_right", "ungraded"))
 
 
 class RunState(Callback):
@@ -42,7 +41,7 @@ class RunState(Callback):
         self.notices: list[str] = []
         self._step_ends: deque[float] = deque(maxlen=20)
         self._samples: deque[SampleView] = deque()
-        self._sample: SampleView | None = None
+        self._sample: SampleView | None = None  # shown until then
         self._sample_until = -math.inf
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
@@ -73,18 +72,9 @@ class RunState(Callback):
             self.records.append(record)
 
     def samples(self, samples: Sequence[SampleView]) -> None:
-        """Remember the answers, cleaned, without the middle of very long ones."""
+        """Remember the answers."""
         with self.lock:
-            self._samples = deque(
-                SampleView(
-                    step=sample.step,
-                    question=_clip(sample.question),
-                    reference=_clip(sample.reference),
-                    right=None if sample.right is None else _clip(sample.right),
-                    wrong=None if sample.wrong is None else _clip(sample.wrong),
-                )
-                for sample in samples
-            )
+            self._samples = deque(samples)
 
     def message(self, text: str) -> None:
         """Remember the notice and when it came."""
@@ -96,7 +86,7 @@ class RunState(Callback):
         """Return the number of steps done, with those before a resume."""
         return self.first_step + len(self.records)
 
-    def pace(self) -> tuple[float, float] | tuple[None, None]:
+    def pace(self) -> tuple[float | None, float | None]:
         """Return the median seconds between the ends of two recent steps, and the seconds left at this pace."""
         if not self._step_ends:
             return None, None
@@ -113,27 +103,20 @@ class RunState(Callback):
         if self._samples and self.clock() >= self._sample_until:
             self._sample = self._samples[0]
             self._samples.rotate(-1)
-            self._sample_until = self.clock() + _SAMPLE_SECONDS
+            self._sample_until = self.clock() + 10.0
         return self._sample
 
     def step_line(self) -> str:
         """Return the latest step as one line of `name value` pairs, with two blanks between the pairs."""
         record, (pace, left) = self.records[-1], self.pace()
-        pairs = [(METRICS[name].label, words.quantity(record[name], METRICS[name].unit)) for name in _LINE]
-        kinds = ("all", "some", "none")
-        groups = "/".join(str(record[f"groups_{name}"]) for name in (*(f"{kind}_right" for kind in kinds), "ungraded"))
-        pairs += [("prompts all/some/none/ungraded", groups), ("memory", words.memory(record["peak_memory_bytes"]))]
-        pairs += [("pace", words.duration(pace)), ("left", words.duration(left))]
-        parts = [f"step {self.steps_done}/{self.total_steps}"]
-        parts += [f"{name} {text}" for name, text in pairs if text != words.ABSENT]
+        texts = {METRICS[name].label: words.quantity(record[name], METRICS[name].unit) for name in _LINE}
+        texts["prompts all/some/none/ungraded"] = "/".join(str(record[name]) for name in _GROUPS)
+        texts["memory"] = words.memory(record["peak_memory_bytes"])
+        texts |= {"pace": words.duration(pace), "left": words.duration(left)}
         if record["skipped_reason"] is not None:
-            parts.append(f"SKIPPED: {words.clean(record['skipped_reason'])}")
-        return "  ".join(parts)
-
-
-def _clip(text: str) -> str:
-    half = _LONGEST_SAMPLE // 2
-    return words.clean(text if len(text) <= 2 * half else f"{text[:half]} … {text[-half:]}")
+            texts["SKIPPED:"] = words.clean(record["skipped_reason"])
+        known = (f"{name} {text}" for name, text in texts.items() if text != words.ABSENT)
+        return "  ".join((f"step {self.steps_done}/{self.total_steps}", *known))
 
 
 class PlainView(RunState):
@@ -146,10 +129,9 @@ class PlainView(RunState):
         self, stream: TextIO, *, heartbeat_seconds: float = 30.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         super().__init__(clock)
-        self._stream, self._heartbeat_seconds = stream, heartbeat_seconds
-        self._printed = clock()
+        self._stream, self._heartbeat_seconds, self._printed = stream, heartbeat_seconds, clock()
         self._done = threading.Event()
-        self._heart: threading.Thread | None = None
+        self._heart = threading.Thread(target=self._beat, name="popo-lite heartbeat", daemon=True)
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
         """Print title and facts."""
@@ -170,7 +152,7 @@ class PlainView(RunState):
     def close(self) -> None:
         """Stop the signs of life."""
         self._done.set()
-        if self._heart is not None:
+        if self._heart.ident is not None:
             self._heart.join()
 
     def _beat(self) -> None:
@@ -179,9 +161,9 @@ class PlainView(RunState):
             with self.lock:
                 now = self.clock()
                 if now - self._printed >= self._heartbeat_seconds:
-                    work = f" {self.stage_done:,} of {self.stage_total:,}" if self.stage_total else ""
-                    stage = f"{self.stage_name}{work}, {words.duration(now - self.stage_since)} in this stage"
-                    doing = stage if self.stage_name else "preparing"
+                    doing = self.stage_name or "preparing"
+                    doing += f" {self.stage_done:,} of {self.stage_total:,}" if self.stage_total else ""
+                    doing += f", {words.duration(now - self.stage_since)} in this stage" if self.stage_name else ""
                     self._print(f"running: {doing}, {words.duration(now - self.started)} in all")
                 wait = self._heartbeat_seconds - (now - self._printed)
 
@@ -192,10 +174,8 @@ class PlainView(RunState):
                 self._stream.write(words.encodable(f"{datetime.now():%H:%M:%S}  {line}", encoding) + "\n")
             self._stream.flush()
             self._printed = self.clock()
-            if self._heart is None and not self._done.is_set():
-                # Start with the first line: loading a model, before the run starts, takes time as well.
-                self._heart = threading.Thread(target=self._beat, name="popo-lite heartbeat", daemon=True)
-                self._heart.start()
+            if self._heart.ident is None and not self._done.is_set():
+                self._heart.start()  # with the first line: loading a model, before the run starts, takes time as well
 
 
 def open_view(mode: ViewMode = "auto", stream: TextIO | None = None) -> Callback:
@@ -204,7 +184,7 @@ def open_view(mode: ViewMode = "auto", stream: TextIO | None = None) -> Callback
     `auto` is live on a terminal that can move its cursor, and plain anywhere else. NO_COLOR removes the colours.
     Raises UserInputError if `live` is chosen without such a terminal.
     """
-    stream = stream if stream is not None else sys.stdout
+    stream = stream or sys.stdout
     if mode == "silent":
         return Callback()
     can_move = stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")

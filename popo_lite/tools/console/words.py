@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,19 +12,15 @@ from popo_lite.metrics import Unit
 
 ABSENT = "-"
 
-# Characters that the console draws with, and an ASCII substitute for each. One character for one character keeps
-# columns aligned.
+# Characters that the console draws with, and an ASCII substitute for each: one for one keeps columns aligned.
 _SUBSTITUTES = str.maketrans("━╸╺─█▇▆▅▄▃▂▁▓░…✓✗·×±\ufffd", "=  -#%*+=-:.+.~vx|x~?")
 
 
 def quantity(value: Any, unit: Unit) -> str:
     """Return a metric's value with its unit."""
-    if value is None:
-        return ABSENT
     if unit in ("count", "tokens"):
         return decimals(value, 0 if isinstance(value, int) else 1)
-    formats: dict[str, Callable[[Any], str]] = {"ratio": share, "seconds": duration, "bytes": memory, "text": clean}
-    return formats.get(unit, figure)(value)
+    return {"ratio": share, "seconds": duration, "bytes": memory}.get(unit, figure)(value)
 
 
 def spoken(name: str) -> str:
@@ -34,10 +30,8 @@ def spoken(name: str) -> str:
 
 def figure(value: float | None) -> str:
     """Return a number in at most eight characters."""
-    if value is None:
-        return ABSENT
-    if not math.isfinite(value):
-        return str(value)
+    if value is None or not math.isfinite(value):
+        return ABSENT if value is None else str(value)
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e5):
         return f"{value:.1e}"
@@ -54,10 +48,11 @@ def share(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.1%}" if math.isfinite(value) else str(value)
 
 
-def memory(size_bytes: int) -> str:
+def memory(size_bytes: int | None) -> str:
     """Return bytes as GiB or MiB."""
-    gib = size_bytes / 2**30
-    return f"{gib:.2f} GiB" if gib >= 1 else f"{size_bytes / 2**20:.1f} MiB"
+    if size_bytes is None:
+        return ABSENT
+    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
 
 
 def duration(seconds: float | None) -> str:
@@ -87,17 +82,14 @@ def by_stage(seconds: Mapping[str, float]) -> tuple[dict[str, float], float]:
 def clean(text: str) -> str:
     """Return `text` on one line, without anything that a terminal would obey.
 
-    Models write escape sequences, control characters, direction overrides and lone surrogates. These would move the
-    cursor, recolour the screen or fail to encode. White space becomes one blank, invisible format characters vanish,
-    and every other control character becomes a replacement mark.
+    Models write escape sequences, direction overrides and lone surrogates, which would move the cursor, recolour the
+    screen or fail to encode. White space becomes one blank, format characters vanish, other control characters become
+    replacement marks.
     """
-    kept = []
-    for character in " ".join(text.split()):
-        kind = unicodedata.category(character)
-        # Variation selectors change how wide the character before them is drawn.
-        if kind != "Cf" and not "\ufe00" <= character <= "\ufe0f":
-            kept.append("\ufffd" if kind[0] == "C" else character)
-    return "".join(kept)
+    kinds = ((character, unicodedata.category(character)) for character in " ".join(text.split()))
+    # Variation selectors change how wide the character before them is drawn.
+    kept = ((c, kind) for c, kind in kinds if kind != "Cf" and not "\ufe00" <= c <= "\ufe0f")
+    return "".join("\ufffd" if kind[0] == "C" else c for c, kind in kept)
 
 
 def encodable(text: str, encoding: str) -> str:
