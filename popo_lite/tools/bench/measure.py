@@ -16,6 +16,7 @@ from popo_lite.errors import ModelError, UserInputError
 from popo_lite.policy.load import pick_device
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
+from popo_lite.objective import nothing_to_learn
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import RunFolder, environment
 from popo_lite.samplers import pick_engine
@@ -55,7 +56,8 @@ def run_steps(trainer: BenchTrainer, meter: Meter, steps: int, notify: Callable[
             before = trainer.cursor.seconds.get("sync", 0.0)
             trainer.train_step(step)
             syncs.append(trainer.cursor.seconds["sync"] - before)
-            if reason := meter.records[-1]["skipped_reason"]:
+            reason = meter.records[-1]["skipped_reason"]
+            if reason == nothing_to_learn(trainer.recipe.objective):  # random weights may also diverge: that is timed
                 raise UserInputError(
                     f"nothing to learn from {meter.records[-1]['positives']} positives: {reason}",
                     where="--positives",
@@ -89,7 +91,7 @@ def bench(
     planned = planned_phases(recipe, device, memory_cap_bytes)
     if memory_cap_bytes is not None:
         cap_memory(device, memory_cap_bytes)
-    meter = Meter(device, notify)
+    meter = Meter(device, notify, engine=engine)
     result: dict[str, Any] = {
         "model": recipe.model.id,
         "engine": engine,
@@ -144,15 +146,19 @@ def longest_update(
     at a time, so more of them hardly take more memory.
     """
 
-    def fits(tokens: int) -> bool:
-        recipe = recipe_at(tokens).with_values({"data.prompts_per_step": 1, "rollout.num_generations": 2})
-        meter, fitted = Meter(policy.device), True
+    def attempt(recipe: Recipe) -> bool:
+        meter = Meter(policy.device)
         options: dict[str, Any] = {"verdict": spread(2), "policy": policy, "random_answers": True}
         try:
             with meter.naming_memory(), BenchTrainer(recipe, meter, **options) as trainer:
                 run_steps(trainer, meter, 0, lambda _: None)
         except OutOfMemoryError:
-            fitted = False
+            return False
+        return True
+
+    def fits(tokens: int) -> bool:
+        # The attempt's trainer must be out of scope when memory is released, or its state would count in the next.
+        fitted = attempt(recipe_at(tokens).with_values({"data.prompts_per_step": 1, "rollout.num_generations": 2}))
         policy.model.zero_grad(set_to_none=True)
         release_memory()
         notify(f"{tokens:,} tokens: {'fits' if fitted else 'out of memory'}")

@@ -63,8 +63,10 @@ class Meter(Callback):
     context. Resident memory of a CPU says little, so nothing is measured there.
     """
 
-    def __init__(self, device: torch.device, notify: Callable[[str], None] = lambda _: None) -> None:
-        self.device, self._notify = device, notify
+    def __init__(
+        self, device: torch.device, notify: Callable[[str], None] = lambda _: None, *, engine: str = "hf"
+    ) -> None:
+        self.device, self.engine, self._notify = device, engine, notify
         self.records: list[StepRecord] = []
         self.peaks: dict[str, tuple[int, int]] = {}
         self.notices: list[str] = []
@@ -78,7 +80,7 @@ class Meter(Callback):
             card = torch.cuda.max_memory_reserved(self.device) + outside_bytes(self.device)
             before = self.peaks.get(self._stage[0], (0, 0))
             self.peaks[self._stage[0]] = (max(tensors, before[0]), max(card, before[1]))
-            if name == "sync":
+            if name == "sync" and self.engine == "vllm":
                 # An engine that wakes up does this first; its peak must not count the update's cache.
                 torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
