@@ -69,8 +69,8 @@ from popo_lite.tools.bench.measure import (
 )
 from popo_lite.tools.bench.random_base import random_base, stand_in_tokenizer
 from popo_lite.tools.bench.synthetic import BenchTrainer, RandomSampler, random_policy, random_prompt
-from popo_lite.tools.plan import load_shape
 from popo_lite.tools.plan.command import parse_size
+from popo_lite.tools.plan.shapes import load_shape
 
 SHAPES = {
     "tiny": "tiny",

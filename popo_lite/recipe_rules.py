@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from popo_lite.errors import UserInputError
 from popo_lite.recipe import Recipe
 
 Rule = tuple[object, str, str]
@@ -77,6 +78,20 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
             yield keys.split(), why
 
 
+def check_context(recipe: Recipe, context_tokens: int) -> None:
+    """Raise UserInputError if prompt and answer may take more tokens than the model's context."""
+    prompt, answer = recipe.rollout.max_prompt_length, recipe.rollout.max_completion_length
+    if prompt + answer > context_tokens:
+        raise UserInputError(
+            f"prompt and answer may take {prompt} + {answer} = {prompt + answer} tokens, and the context of "
+            f"{recipe.model.id} is {context_tokens}",
+            where="rollout.max_prompt_length, rollout.max_completion_length",
+            next_step=f"--set rollout.max_completion_length={context_tokens - prompt}"
+            if prompt < context_tokens
+            else f"set rollout.max_prompt_length below {context_tokens}",
+        )
+
+
 def _model(recipe: Recipe) -> Iterable[Rule]:
     model, lora, train = recipe.model, recipe.lora, recipe.train
     unsloth, on_cpu, flash = model.backend == "unsloth", train.device == "cpu", "flash_attention_2"
@@ -136,7 +151,7 @@ def _training(recipe: Recipe) -> Iterable[Rule]:
     objective, train, function = recipe.objective, recipe.train, recipe.reward.function
     on_cpu, offload = train.device == "cpu", train.offload_activations
     no_entropy = getattr(objective, "entropy_coef", None) == 0
-    longest = recipe.rollout.max_prompt_length + recipe.rollout.max_completion_length
+    longest = recipe.rollout.sequence_tokens
     return (
         (no_entropy and getattr(objective, "target_entropy", None), "objective.entropy_coef objective.target_entropy",
          "is multiplied up and down to reach the target entropy, and 0 stays 0; set a positive start"),

@@ -111,7 +111,7 @@ def _run(
     from popo_lite.policy.memory import memory_named
     from popo_lite.run_folder import RunFolder, new_run_folder
     from popo_lite.tools.console.views import open_view
-    from popo_lite.tools.plan import memory_advice, refuse_without_room
+    from popo_lite.tools.plan.advice import memory_advice, refuse_without_room
     from popo_lite.trainer import Trainer
 
     if settings.model.backend == "unsloth":

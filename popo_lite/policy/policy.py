@@ -18,6 +18,7 @@ from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, po
 from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device
 from popo_lite.policy.siamese import PredictorHead
 from popo_lite.recipe import Recipe
+from popo_lite.recipe_rules import check_context
 from popo_lite.seeding import stream_seed
 
 if TYPE_CHECKING:
@@ -101,12 +102,12 @@ def load_policy(recipe: Recipe) -> Policy:
     """Load base, adapters and head as the recipe says. Raises ModelError if the model does not fit the recipe."""
     device, train = pick_device(recipe.train.device), recipe.train
     # Before gigabytes are read, and before unsloth would stretch the context with another rotary scaling.
-    _check_context(recipe, _context_tokens(load_config(recipe.model)))
+    check_context(recipe, _context_tokens(load_config(recipe.model)))
     if recipe.model.backend == "unsloth":
         model, tokenizer = load_unsloth(
             recipe.model,
             recipe.lora,
-            sequence_tokens=recipe.rollout.max_prompt_length + recipe.rollout.max_completion_length,
+            sequence_tokens=recipe.rollout.sequence_tokens,
             seed=stream_seed("adapters", train.seed) % 2**31,
             gradient_checkpointing=train.gradient_checkpointing,
         )
@@ -194,7 +195,7 @@ def _pack(policy: Policy, recipe: Recipe) -> None:
     """
     base: Any = policy.model.get_base_model()
     window = window_of(base.config)
-    if window is not None and window < recipe.rollout.max_prompt_length + recipe.rollout.max_completion_length:
+    if window is not None and window < recipe.rollout.sequence_tokens:
         return
     lengths = (5, 17, 9)
     ids = torch.arange(1, sum(lengths) + 1, device=policy.device)
@@ -272,16 +273,3 @@ def _after_an_answer(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
 
 def _context_tokens(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 2**31)
-
-
-def _check_context(recipe: Recipe, context: int) -> None:
-    prompt, answer = recipe.rollout.max_prompt_length, recipe.rollout.max_completion_length
-    if prompt + answer > context:
-        raise ModelError(
-            f"prompt and answer may take {prompt} + {answer} = {prompt + answer} tokens, and the context of "
-            f"{recipe.model.id} is {context}",
-            where="rollout.max_prompt_length, rollout.max_completion_length",
-            next_step=f"--set rollout.max_completion_length={context - prompt}"
-            if prompt < context
-            else f"lower rollout.max_prompt_length below {context}",
-        )

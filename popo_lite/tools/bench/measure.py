@@ -23,7 +23,8 @@ from popo_lite.run_folder import RunFolder, environment
 from popo_lite.samplers import pick_engine
 from popo_lite.tools.bench.random_base import architecture
 from popo_lite.tools.bench.synthetic import BenchTrainer, random_policy, spread
-from popo_lite.tools.plan import Phase, load_shape, plan_memory
+from popo_lite.tools.plan.shapes import load_shape
+from popo_lite.tools.plan.vram import Phase, plan_memory
 from popo_lite.update import Learner
 
 STAGES = ("rollout", "weights", "siamese", "update", "optimizer", "sync")
@@ -213,7 +214,8 @@ def bench_longest(recipe: Recipe, *, memory_cap_bytes: int | None, notify: Calla
         cap_memory(device, memory_cap_bytes)
     total = torch.cuda.get_device_properties(device).total_memory
     try:
-        planned = plan_memory(recipe, load_shape(recipe.model), vram_bytes=memory_cap_bytes or total).longest_tokens
+        plan = plan_memory(recipe, load_shape(recipe.model), vram_bytes=memory_cap_bytes or total)
+        planned = plan.longest_sequence_tokens
     except ModelError:
         planned = None
     policy = random_policy(recipe)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from popo_lite.policy.load import TINY_FOLDER, close_cpu_repacking, load_config, nf4_config, quiet_libraries
 from popo_lite.recipe import ModelRecipe
-from popo_lite.tools.plan import known_config
+from popo_lite.tools.plan.shapes import KNOWN_CONFIGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
     """The model's config: of a shape known by name without asking anyone, else as `load_config` finds it."""
     from transformers import AutoConfig
 
-    known = known_config(recipe.id) if recipe.revision is None else None
+    known = KNOWN_CONFIGS.get(recipe.id) if recipe.revision is None else None
     return load_config(recipe) if known is None else AutoConfig.for_model(**known)
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from popo_lite.tools.export.pipeline import ExportReport
     from popo_lite.tools.export.hub import Upload
+    from popo_lite.tools.export.pipeline import ExportReport
 
 
 @click.command()
@@ -77,8 +77,8 @@ def export(
     import torch
 
     from popo_lite.tools.console.output import progress
-    from popo_lite.tools.export.pipeline import export_run
     from popo_lite.tools.export.hub import check_repo_id, name_in_card, push
+    from popo_lite.tools.export.pipeline import export_run
 
     if repo_id is not None:
         check_repo_id(repo_id)

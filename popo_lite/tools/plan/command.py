@@ -40,8 +40,10 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
     command line has an error. See docs/memory.md.
     """
     from popo_lite.recipe_file import load_recipe
-    from popo_lite.tools.plan import advice_for, load_shape, plan_memory, why_not
+    from popo_lite.tools.plan.advice import advice_for, why_not
     from popo_lite.tools.plan.report import plan_report
+    from popo_lite.tools.plan.shapes import load_shape
+    from popo_lite.tools.plan.vram import plan_memory
 
     settings = load_recipe(recipe, overrides)
     shape = load_shape(settings.model)
