@@ -280,21 +280,24 @@ def _unknown_key(name: str, algorithm: str = "popo") -> str:
     section, _, key = name.rpartition(".")
     schema = schema_of(algorithm)
 
-    def renamed(name: str) -> str | None:
-        keys = [ours for ours, names in RENAMED.items() if name in names.split()]
-        known = [ours for ours in keys if ours in schema]  # of several meanings, the first that the algorithm has
-        owned = known[:1] or [f"{ours} (algorithm {_owners(ours.rpartition('.')[2])})" for ours in keys]
-        return f"is called {' or '.join(owned)} here" if keys else None
+    def owners(key: str) -> str:
+        return " or ".join(to_toml(name) for name, kind in OBJECTIVES.items() if key in kind.model_fields)
 
     def homes(key: str) -> str:
         return " or ".join(f"[{ours.removesuffix(f'.{key}')}]" for ours in schema if ours.endswith(f".{key}"))
+
+    def renamed(name: str) -> str | None:
+        keys = [ours for ours, names in RENAMED.items() if name in names.split()]
+        known = [ours for ours in keys if ours in schema]  # of several meanings, the first that the algorithm has
+        owned = known[:1] or [f"{ours} (algorithm {owners(ours.rpartition('.')[2])})" for ours in keys]
+        return f"is called {' or '.join(owned)} here" if keys else None
 
     if section and (why := renamed(name)):
         return why
     if homes(key):
         return f"belongs to {homes(key)}"
-    if owners := _owners(key):
-        return f"unknown key of algorithm {to_toml(algorithm)}; {owners} has it in [objective]"
+    if owners(key):
+        return f"unknown key of algorithm {to_toml(algorithm)}; {owners(key)} has it in [objective]"
     if why := renamed(key) or NOT_RENAMED.get(key):
         return why
     if not section:
@@ -305,10 +308,6 @@ def _unknown_key(name: str, algorithm: str = "popo") -> str:
     if guess := nearest(key, (ours.rpartition(".")[2] for ours in schema)):
         return f"unknown key; did you mean {guess} of {homes(guess)}?"
     return f"unknown key; [{section}] has {', '.join(own)}"
-
-
-def _owners(key: str) -> str:
-    return " or ".join(to_toml(name) for name, kind in OBJECTIVES.items() if key in kind.model_fields)
 
 
 def _with_tuples(value: Any) -> Any:
