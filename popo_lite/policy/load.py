@@ -69,8 +69,7 @@ def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
 
     dtype: torch.dtype = getattr(torch, recipe.dtype)
     options = _options(recipe)
-    if recipe.quantization == "nf4":
-        options["quantization_config"] = nf4_config(recipe, dtype)
+    options |= {"quantization_config": nf4_config(recipe, dtype)} if recipe.quantization == "nf4" else {}
     with _load_errors(recipe, "model"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_source(recipe),
@@ -174,15 +173,14 @@ def _load_errors(recipe: ModelRecipe, part: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        what, next_step = (
+            "could not be loaded",
+            "check the name, log in with `hf auth login` for a gated model, or give ",
+        )
+        next_step += "a local folder with config.json, tokenizer files and *.safetensors"
         if isinstance(error, ImportError):
-            raise ModelError(
-                f"the {part} of {recipe.id} needs a package that is not installed: {reason}",
-                where="model",
-                next_step='install it, or use model.attn_implementation = "sdpa" if flash-attention is missing',
-            ) from error
+            what = "needs a package that is not installed"
+            next_step = 'install it, or use model.attn_implementation = "sdpa" if flash-attention is missing'
         raise ModelError(
-            f"the {part} of {recipe.id} could not be loaded: {reason}",
-            where="model.id",
-            next_step="check the name, log in with `hf auth login` for a gated model, or give a local folder with "
-            "config.json, tokenizer files and *.safetensors",
+            f"the {part} of {recipe.id} {what}: {reason}", where="model.id", next_step=next_step
         ) from error

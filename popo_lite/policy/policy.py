@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from popo_lite.errors import ModelError
 from popo_lite.fused import Head
 from popo_lite.policy.adapters import add_adapters
-from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions, window_of
+from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions
 from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device
 from popo_lite.policy.siamese import PredictorHead
 from popo_lite.recipe import Recipe
@@ -112,12 +112,11 @@ def load_policy(recipe: Recipe) -> Policy:
             gradient_checkpointing=train.gradient_checkpointing,
         )
         return wrap_policy(cast("PeftModel", model), tokenizer, recipe, device)
-    tokenizer = load_tokenizer(recipe.model)
     base = load_base(recipe.model, device)
     adapted = add_adapters(base, recipe.lora, train.seed)
     if train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    return wrap_policy(adapted, tokenizer, recipe, device)
+    return wrap_policy(adapted, load_tokenizer(recipe.model), recipe, device)
 
 
 def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, device: torch.device) -> Policy:
@@ -159,8 +158,8 @@ def head_of(base: Any, *, temperature: float) -> Head:
             next_step="keep the LM head out of quantisation and out of lora.target_modules",
         )
     config = base.config
-    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    # Cohere's and Granite's names.
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return Head(weight=output.weight, bias=output.bias, scale=scale, softcap=softcap, temperature=temperature)
 
@@ -190,12 +189,13 @@ def check_logits(policy: Policy) -> None:
 def _pack(policy: Policy, recipe: Recipe) -> None:
     """Turn packing on, unless a window is shorter than the sequences. Raises ModelError if sequences see each other.
 
+    Some models apply their window only by the mask, so boundaries in place of the mask would turn it off.
     A model may read its mask in its own way. So a packed row must be much closer to its sequences run one at a time
     than a row whose sequences see each other is.
     """
     base: Any = policy.model.get_base_model()
-    window = window_of(base.config)
-    if window is not None and window < recipe.rollout.sequence_tokens:
+    windows = [getattr(base.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if any(window and window < recipe.rollout.sequence_tokens for window in windows):
         return
     lengths = (5, 17, 9)
     ids = torch.arange(1, sum(lengths) + 1, device=policy.device)
@@ -240,8 +240,7 @@ def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: st
     stops: set[int] = set()
     for owner in (base.generation_config, base.config, tokenizer):
         ids = getattr(owner, "eos_token_id", None)
-        if ids is not None:
-            stops.update([ids] if isinstance(ids, int) else ids)
+        stops.update([ids] if isinstance(ids, int) else ids or ())
     if chat_template or tokenizer.chat_template:
         after = tokenizer.encode(_after_an_answer(tokenizer, chat_template), add_special_tokens=False)
         stops.update(token for token in after[:1] if token in tokenizer.all_special_ids)
@@ -267,8 +266,7 @@ def _after_an_answer(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
         ) from error
     except TemplateError:  # the template refuses assistant turns
         return ""
-    _, answer, after = str(text).rpartition("answer")
-    return after if answer else ""
+    return str(text).rpartition("answer")[2] if "answer" in str(text) else ""
 
 
 def _context_tokens(config: Any) -> int:

@@ -95,9 +95,6 @@ def check(sources: tuple[str, ...], as_json: bool) -> None:
         raise RecipeError("\n".join(line for lines in errors.values() for line in lines), next_step=SHOW_KEYS)
 
 
-# ---------------------------------------------------------------------- texts from the schema
-
-
 def template_toml() -> str:
     """Return every key of the default algorithm as TOML; a key that is unset by default is commented out."""
     parts = [TEMPLATE_HEAD]
