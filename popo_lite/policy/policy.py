@@ -112,11 +112,12 @@ def load_policy(recipe: Recipe) -> Policy:
             gradient_checkpointing=train.gradient_checkpointing,
         )
         return wrap_policy(cast("PeftModel", model), tokenizer, recipe, device)
+    tokenizer = load_tokenizer(recipe.model)
     base = load_base(recipe.model, device)
     adapted = add_adapters(base, recipe.lora, train.seed)
     if train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    return wrap_policy(adapted, load_tokenizer(recipe.model), recipe, device)
+    return wrap_policy(adapted, tokenizer, recipe, device)
 
 
 def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, device: torch.device) -> Policy:

@@ -18,17 +18,10 @@ from popo_lite.tools.plan.terms import engine_of, vllm_can_serve
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, MemoryPlan, plan_memory
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
-SMALLEST_HEAD_WIDTH = 1024
-SMALLEST_RANK = 4
-SMALLEST_ANSWER_TOKENS = 256
-SMALLEST_LOGITS_MIB = 32
 UTILIZATIONS = tuple(percent / 100 for percent in range(10, 91, 5))
 
 Values = Mapping[str, Any]
 """Recipe keys with new values, to be changed together."""
-
-Choice = dict[str, int]
-"""Kinds of `reductions`, each with the index of the chosen setting."""
 
 
 @dataclass(frozen=True)
@@ -182,16 +175,16 @@ def reductions(recipe: Recipe) -> dict[str, list[Values]]:
     optimizers = OPTIMIZERS[OPTIMIZERS.index(recipe.optimizer.name) + 1 :] if recipe.model.dtype != "float64" else ()
     dtype = {"model.dtype": "bfloat16"}
     checkpointing = {"train.gradient_checkpointing": True}
-    ranks = _halves(lora.rank, SMALLEST_RANK) if lora.init_from is None else []
+    ranks = _halves(lora.rank, 4) if lora.init_from is None else []
     # Alpha keeps the adapters' scale, which is alpha / rank, or alpha / sqrt(rank) with rslora.
     alphas = [lora.alpha * (rank / lora.rank) ** (0.5 if lora.rslora else 1) for rank in ranks]
-    answers = _halves(rollout.max_completion_length, SMALLEST_ANSWER_TOKENS)
+    answers = _halves(rollout.max_completion_length, 256)
     microbatch = [min(rollout.max_prompt_length + answer, train.tokens_per_microbatch) for answer in answers]
     return {
         # The update and the answers stay the same, and little time is lost.
         "utilization": utilizations,
         "microbatch": each("train.tokens_per_microbatch", microbatches),
-        "logits": each("train.logits_mib", _halves(train.logits_mib, SMALLEST_LOGITS_MIB)),
+        "logits": each("train.logits_mib", _halves(train.logits_mib, 32)),
         "batch": batches if engine_of(recipe) != "server" else [],
         "sleep": [{"rollout.vllm.enable_sleep_mode": True}],
         # These cost more time; a 4-bit base in vLLM also needs its plugin.
@@ -204,7 +197,7 @@ def reductions(recipe: Recipe) -> dict[str, list[Values]]:
         "own engine": [{"rollout.engine": "hf", **values} for values in ({}, *batches)] if uses_vllm else [],
         # These change what is learned.
         "base": [dtype, dtype | {"model.quantization": "nf4"}],
-        "predictor": each("siamese.head_width", _halves(recipe.siamese.head_width, SMALLEST_HEAD_WIDTH)),
+        "predictor": each("siamese.head_width", _halves(recipe.siamese.head_width, 1024)),
         "rank": [{"lora.rank": rank, "lora.alpha": alpha} for rank, alpha in zip(ranks, alphas, strict=True)],
         "answers": [
             {"rollout.max_completion_length": answer, "train.tokens_per_microbatch": tokens}
@@ -230,16 +223,16 @@ def _settings(recipe: Recipe, kind: str) -> list[Values]:
     return found
 
 
-def _apply(recipe: Recipe, chosen: Choice) -> Recipe:
+def _apply(recipe: Recipe, chosen: Mapping[str, int]) -> Recipe:
     for kind, index in chosen.items():
         # A reduction's settings depend on those before it.
         recipe = recipe.with_values(_settings(recipe, kind)[index])
     return recipe
 
 
-def _choose(recipe: Recipe, kinds: Iterable[str], overrun: Callable[[Recipe], int]) -> Choice:
-    """Apply reductions in turn until the run fits, each only as far as it helps."""
-    chosen: Choice = {}
+def _choose(recipe: Recipe, kinds: Iterable[str], overrun: Callable[[Recipe], int]) -> dict[str, int]:
+    """Apply reductions in turn until the run fits, each only as far as it helps: kind -> index of its setting."""
+    chosen: dict[str, int] = {}
     least, best = overrun(recipe), recipe
     for kind in kinds:
         for index, values in enumerate(_settings(recipe, kind) if least else ()):

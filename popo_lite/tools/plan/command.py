@@ -62,12 +62,9 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
         given = [("--vram", vram), ("--others", others), *(("--set", override) for override in overrides)]
         words = [word for option, value in given if value is not None for word in (option, value)]
         command = shlex.join(["popo-lite", "plan", recipe, *words])
-        plan_report(
-            data,
-            batch_size=settings.rollout.max_num_seqs,
-            why_not=None if found.fits else why_not(settings, found),
-            next_step=f"{command} {advice.next_step}" if advice.changes else advice.next_step,
-        )
+        next_step = f"{command} {advice.next_step}" if advice.changes else advice.next_step
+        why = None if found.fits else why_not(settings, found)
+        plan_report(data, batch_size=settings.rollout.max_num_seqs, why_not=why, next_step=next_step)
     if not found.fits:
         raise SystemExit(DOES_NOT_FIT)
 

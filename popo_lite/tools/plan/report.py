@@ -54,7 +54,11 @@ def plan_report(
         console.print()
         for change in plan["advice"]["changes"]:
             values = ", ".join(f"{key} = {json.dumps(value)}" for key, value in change["values"].items())
-            console.print(Text(safe(f"{values}: {_effect(change)}", console)))
+            before, after = words.memory(change["before_bytes"]), words.memory(change["after_bytes"])
+            effect = f"phase {change['eases']} from {before} to {after}"
+            if change["eases"] == SHORTFALL:
+                effect = f"the engine's share lacks {after if change['after_bytes'] else 'nothing'}, before {before}"
+            console.print(Text(safe(f"{values}: {effect}", console)))
         console.print(Text("Next", "bold"))
         console.print(Text.assemble("  ", (safe(next_step, console), "cyan")), soft_wrap=True)
 
@@ -70,23 +74,15 @@ def _verdict(plan: Mapping[str, Any], why_not: str | None, console: Console) -> 
     return Text(safe(verdict.plain, console), spans=verdict.spans)
 
 
-def _effect(change: Mapping[str, Any]) -> str:
-    """Return the effect of a change on the phase that it eases, or on the engine's share."""
-    before, after = words.memory(change["before_bytes"]), words.memory(change["after_bytes"])
-    if change["eases"] == SHORTFALL:
-        return f"the engine's share lacks {after if change['after_bytes'] else 'nothing'}, before {before}"
-    return f"phase {change['eases']} from {before} to {after}"
-
-
 def _remarks(plan: Mapping[str, Any], batch_size: int) -> Iterator[str]:
     longest, context = plan["longest_sequence_tokens"], plan["context_tokens"]
     this = f"this recipe's: {plan['sequence_tokens']:,}"
     if longest >= context:
-        longest_fit = f"{context:,} tokens, the model's context (memory would hold {longest:,}); {this}."
-        yield f"Longest prompt with answer: {longest_fit}"
+        holds = f"the model's context (memory would hold {longest:,})"
+        yield f"Longest prompt with answer: {context:,} tokens, {holds}; {this}."
     elif longest:
-        longest_fit = f"{longest:,} tokens; {this}; the model's context: {context:,}."
-        yield f"Longest prompt with answer that would fit: {longest_fit}"
+        its = f"{this}; the model's context: {context:,}"
+        yield f"Longest prompt with answer that would fit: {longest:,} tokens; {its}."
     if plan["sequences_at_once"] is not None:
         yield (
             f"Sequences of full length that can be decoded at once: {plan['sequences_at_once']:,}; "

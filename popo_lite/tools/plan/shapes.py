@@ -12,8 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from popo_lite.errors import ModelError
 from popo_lite.recipe import ModelRecipe, Positive
 
-TINY_CONFIG = Path(__file__).parents[2] / "policy" / "tiny" / "config.json"
-
 KNOWN_CONFIGS: Mapping[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("known_models.json").read_text(encoding="utf-8")
 )
@@ -54,11 +52,6 @@ class ModelShape(BaseModel):
     attention_bias: bool = False
     mlp_bias: bool = False
 
-    @property
-    def qk_norms(self) -> bool:
-        """Return whether each head's queries and keys are normalised."""
-        return self.model_type == "qwen3"
-
     def linears(self) -> tuple[Linear, ...]:
         """Return the linear layers of one decoder layer."""
         queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
@@ -72,24 +65,20 @@ class ModelShape(BaseModel):
             Linear("mlp.down_proj", self.mlp_width, self.width),
         )
 
-    def linears_with_bias(self) -> tuple[Linear, ...]:
-        """Return those of `linears` that have a bias."""
-        linears, attention = self.linears(), self.attention_bias and self.model_type in ("llama", "qwen3")
-        qkv = linears[:3] if attention or self.model_type == "qwen2" else ()
-        mlp = linears[4:] if self.mlp_bias and self.model_type == "llama" else ()
-        return (*qkv, *(linears[3:4] if attention else ()), *mlp)
-
 
 def parameter_counts(shape: ModelShape) -> dict[str, int]:
     """Return the exact parameter counts by class of the model that transformers builds, without adapters.
 
     A tied head is counted once, with the embeddings.
     """
-    norms = 2 * shape.width + (2 * shape.head_width if shape.qk_norms else 0)
-    biases = sum(linear.outputs for linear in shape.linears_with_bias())
-    table = shape.vocabulary * shape.width
+    kind, linears, table = shape.model_type, shape.linears(), shape.vocabulary * shape.width
+    norms = 2 * shape.width + (2 * shape.head_width if kind == "qwen3" else 0)
+    attention = shape.attention_bias and kind in ("llama", "qwen3")
+    biased = [*(linears[:3] if attention or kind == "qwen2" else ()), *(linears[3:4] if attention else ())]
+    biased += linears[4:] if shape.mlp_bias and kind == "llama" else ()
+    biases = sum(linear.outputs for linear in biased)
     return {
-        "base linears": shape.layers * sum(linear.inputs * linear.outputs for linear in shape.linears()),
+        "base linears": shape.layers * sum(linear.inputs * linear.outputs for linear in linears),
         "embeddings": table,
         "LM head": 0 if shape.tied else table,
         "norms, biases": shape.layers * (norms + biases) + shape.width,
@@ -127,7 +116,8 @@ def load_shape(recipe: ModelRecipe) -> ModelShape:
     """
     folder = Path(recipe.id).expanduser()
     if recipe.id == "tiny" or folder.is_dir():
-        path = TINY_CONFIG if recipe.id == "tiny" else folder / "config.json"
+        tiny = Path(__file__).parents[2] / "policy" / "tiny"
+        path = (tiny if recipe.id == "tiny" else folder) / "config.json"
     elif recipe.id in KNOWN_CONFIGS and recipe.revision is None:
         return shape_of(KNOWN_CONFIGS[recipe.id])
     else:

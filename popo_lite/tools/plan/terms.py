@@ -152,7 +152,7 @@ def layer_bytes(recipe: Recipe, shape: ModelShape) -> LayerBytes:
     saved = 2 * input_norm - (4 * width if size == 4 else 0)
     # Queries, keys, values, the attention's output and its log-sums.
     saved += 2 * size * heads * shape.head_width + 4 * shape.heads
-    if shape.qk_norms:
+    if shape.model_type == "qwen3":  # each head's queries and keys are normalised
         saved += 4 * heads * shape.head_width + 4 * heads
     saved += 3 * mlp  # gate, its activation, and up
     saved += _adapter_inputs(recipe, adapted) + size * recipe.lora.rank * len(adapted)
@@ -201,16 +201,9 @@ def _adapter_inputs(recipe: Recipe, adapted: Mapping[str, Linear]) -> int:
 
 
 def pass_bytes(
-    *,
-    tokens: int,
-    chunk: int,
-    vocabulary: int,
-    width: int,
-    on_gpu: bool,
-    head_bytes: int = 2,
-    logits_bytes: int = 4,
+    *, tokens: int, chunk: int, vocabulary: int, width: int, on_gpu: bool, head_bytes: int = 2, logits_bytes: int = 4,
     scaled: bool = False,
-) -> int:
+) -> int:  # fmt: skip
     """Return an upper bound for the memory of the fused loss, without hidden states, targets and head.
 
     It adds the chunk's logits, a row block's temporaries (two more if logits are scaled, capped or divided by a

@@ -159,8 +159,16 @@ class MemoryPlan:
         # If the GPU is shared in turns, the optimizer's state is in host memory between updates.
         idle = trainer if self.on_gpu and self.recipe.rollout.vllm.enable_sleep_mode else trainer | self.optimizer
         engine = self.vllm.training if self.vllm else {}
-        yield self._phase("load", trainer, self._load())
-        yield self._phase("rollout", idle, self._rollout())
+        load: list[Moment] = [("everything is loaded", {})]
+        if self.recipe.model.quantization == "nf4":
+            # transformers quantises one weight after the other.
+            largest = self.size * max(linear.inputs * linear.outputs for linear in self.shape.linears())
+            load = [("the last weight is quantised", {"weight in 16 bit": largest})]
+        load += [("the engine has started", self.vllm.sampling)] if self.vllm else []
+        yield self._phase("load", trainer, load)
+        sampled = ("answers are sampled", self.vllm.sampling) if self.vllm else ("servers sample elsewhere", {})
+        own = self.engine == "hf"
+        yield self._phase("rollout", idle, terms.hf_moments(self.recipe, self.shape) if own else [sampled])
         yield self._phase("siamese", idle | engine, self._siamese())
         yield self._phase("update", idle | engine, self._update())
         # A copy of the weights from before the step becomes their difference.
@@ -197,24 +205,6 @@ class MemoryPlan:
         return max(found, key=lambda phase: phase.total_bytes)
 
     # ------------------------------------------------------------------ the moments of a phase
-
-    def _load(self) -> Iterator[Moment]:
-        if self.recipe.model.quantization == "nf4":
-            # transformers quantises one weight after the other.
-            largest = self.size * max(linear.inputs * linear.outputs for linear in self.shape.linears())
-            yield "the last weight is quantised", {"weight in 16 bit": largest}
-        else:
-            yield "everything is loaded", {}
-        if self.vllm:
-            yield "the engine has started", self.vllm.sampling
-
-    def _rollout(self) -> Iterator[Moment]:
-        if self.engine == "hf":
-            yield from terms.hf_moments(self.recipe, self.shape)
-        elif self.vllm:
-            yield "answers are sampled", self.vllm.sampling
-        else:
-            yield "servers sample elsewhere", {}
 
     def _siamese(self) -> Iterator[Moment]:
         """Yield the moments of passes without a graph: the siamese's features, and log-probs by the trainer."""
