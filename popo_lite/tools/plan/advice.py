@@ -175,11 +175,12 @@ def reductions(recipe: Recipe) -> dict[str, list[Values]]:
     optimizers = OPTIMIZERS[OPTIMIZERS.index(recipe.optimizer.name) + 1 :] if recipe.model.dtype != "float64" else ()
     dtype = {"model.dtype": "bfloat16"}
     checkpointing = {"train.gradient_checkpointing": True}
+    packs = uses_vllm and rollout.vllm.base != "nf4"
     ranks = _halves(lora.rank, 4) if lora.init_from is None else []
     # Alpha keeps the adapters' scale, which is alpha / rank, or alpha / sqrt(rank) with rslora.
     alphas = [lora.alpha * (rank / lora.rank) ** (0.5 if lora.rslora else 1) for rank in ranks]
     answers = _halves(rollout.max_completion_length, 256)
-    microbatch = [min(rollout.max_prompt_length + answer, train.tokens_per_microbatch) for answer in answers]
+    in_one = [min(rollout.max_prompt_length + answer, train.tokens_per_microbatch) for answer in answers]
     return {
         # The update and the answers stay the same, and little time is lost.
         "utilization": utilizations,
@@ -191,19 +192,15 @@ def reductions(recipe: Recipe) -> dict[str, list[Values]]:
         "checkpointing": [checkpointing],
         "optimizer": each("optimizer.name", optimizers),
         "offload": [{"train.offload_activations": True} | checkpointing],
-        "packed engine": [{"rollout.vllm.base": "nf4", **values} for values in ({}, *utilizations)]
-        if uses_vllm and rollout.vllm.base != "nf4"
-        else [],
+        "packed engine": [{"rollout.vllm.base": "nf4", **values} for values in ({}, *utilizations) if packs],
         "own engine": [{"rollout.engine": "hf", **values} for values in ({}, *batches)] if uses_vllm else [],
         # These change what is learned.
         "base": [dtype, dtype | {"model.quantization": "nf4"}],
         "predictor": each("siamese.head_width", _halves(recipe.siamese.head_width, 1024)),
         "rank": [{"lora.rank": rank, "lora.alpha": alpha} for rank, alpha in zip(ranks, alphas, strict=True)],
-        "answers": [
-            {"rollout.max_completion_length": answer, "train.tokens_per_microbatch": tokens}
-            for answer, tokens in zip(answers, microbatch, strict=True)
-        ],
-    }
+        "answers": [{"rollout.max_completion_length": answer, "train.tokens_per_microbatch": tokens}
+                    for answer, tokens in zip(answers, in_one, strict=True)],
+    }  # fmt: skip
 
 
 def _halves(value: int, least: int) -> list[int]:

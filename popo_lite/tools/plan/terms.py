@@ -37,6 +37,7 @@ ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM build
 MASK_BYTES = 17
 DRAW_BYTES = 20
 
+Classes = dict[str, int]
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -221,18 +222,6 @@ def pass_bytes(
     return chunk * vocabulary * logits_bytes + max(temporaries, products) + held
 
 
-class EngineBytes(NamedTuple):
-    """vLLM in the trainer's process: bytes by class while it samples, while the policy trains, and during a swap."""
-
-    sampling: dict[str, int]
-    training: dict[str, int]
-    swapping: dict[str, int]
-    shortfall: int
-    """How much its share is too small for one sequence of full length; vLLM then fails to start."""
-    sequences: int
-    """How many of full length its KV cache holds at once."""
-
-
 def engine_of(recipe: Recipe) -> str:
     """Return `hf`, `vllm` or `server`; for `auto` what the run would choose on this machine."""
     if recipe.rollout.engine != "auto":
@@ -251,8 +240,12 @@ def kv_token_bytes(recipe: Recipe, shape: ModelShape, *, fp8: bool = False) -> i
     return 2 * shape.layers * shape.kv_heads * shape.head_width * (1 if fp8 else DTYPE_BYTES[recipe.model.dtype])
 
 
-def vllm_bytes(recipe: Recipe, shape: ModelShape, vram_bytes: int, *, on_gpu: bool) -> EngineBytes:
-    """Return the memory of the engine that samplers/vllm.py starts on a GPU of `vram_bytes`."""
+def vllm_bytes(recipe: Recipe, shape: ModelShape, vram_bytes: int, *, on_gpu: bool) -> tuple[list[Classes], int, int]:
+    """Return the memory of the engine that samplers/vllm.py starts on a GPU of `vram_bytes`.
+
+    These are the bytes by class while it samples, while the policy trains, and during a swap; then how much its share
+    is too small for one sequence of full length, which vLLM needs to start, and how many its KV cache holds at once.
+    """
     vllm, size, batch = recipe.rollout.vllm, DTYPE_BYTES[recipe.model.dtype], recipe.rollout.max_num_seqs
     weights = sum(base_bytes(shape, recipe.model, nf4=vllm.base == "nf4").values())
     rank = next(rank for rank in ENGINE_LORA_RANKS if rank >= recipe.lora.rank)
@@ -270,17 +263,12 @@ def vllm_bytes(recipe: Recipe, shape: ModelShape, vram_bytes: int, *, on_gpu: bo
         "CUDA graphs": ENGINE_GRAPHS_BYTES if on_gpu and not vllm.enforce_eager else 0,
     }
     asleep = {"CUDA graphs": sampling["CUDA graphs"], "engine, other": logits}
-    sleeps = on_gpu and vllm.enable_sleep_mode
-    return EngineBytes(
-        sampling=sampling,
-        training=asleep if sleeps else sampling,
-        swapping=sampling | {"KV cache": 0, "engine, other": slot + logits} if sleeps else sampling,
-        shortfall=max(0, sequence - cache),
-        sequences=max(0, cache) // sequence,
-    )
+    swapping = sampling | {"KV cache": 0, "engine, other": slot + logits}
+    states = [sampling, asleep, swapping] if on_gpu and vllm.enable_sleep_mode else [sampling] * 3
+    return states, max(0, sequence - cache), max(0, cache) // sequence
 
 
-def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, dict[str, int]]]:
+def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, Classes]]:
     """Yield each moment that may be the fullest while the trainer's own model samples, with its bytes by class."""
     size, batch = DTYPE_BYTES[recipe.model.dtype], recipe.rollout.max_num_seqs
     layer, kv = layer_bytes(recipe, shape), kv_token_bytes(recipe, shape)

@@ -98,9 +98,12 @@ class MemoryPlan:
             "predictor head": self.trained_size * sum(predictor),
         }
         self.optimizer = {"optimizer state": terms.optimizer_bytes(adapters + predictor, recipe)}
-        uses_vllm = self.engine == "vllm"
-        self.vllm = terms.vllm_bytes(recipe, shape, vram_bytes, on_gpu=self.on_gpu) if uses_vllm else None
-        self.engine_shortfall_bytes = self.vllm.shortfall if self.vllm else 0
+        states, self.engine_shortfall_bytes, self.vllm_sequences = [terms.Classes()] * 3, 0, 0
+        if self.engine == "vllm":
+            states, self.engine_shortfall_bytes, self.vllm_sequences = terms.vllm_bytes(
+                recipe, shape, vram_bytes, on_gpu=self.on_gpu
+            )
+        self.sampling, self.training, self.swapping = states
         self.sequence_tokens, self.context_tokens = recipe.rollout.sequence_tokens, shape.context_tokens
         step = recipe.data.prompts_per_step * recipe.rollout.num_generations * self.sequence_tokens
         self.tokens = min(max(recipe.train.tokens_per_microbatch, self.sequence_tokens), step)
@@ -137,8 +140,8 @@ class MemoryPlan:
     @cached_property
     def sequences_at_once(self) -> int | None:
         """How many answers of full length can be decoded together; None for a server."""
-        if self.vllm or self.engine != "hf":
-            return self.vllm.sequences if self.vllm else None
+        if self.engine != "hf":
+            return self.vllm_sequences if self.engine == "vllm" else None
         return _largest(lambda batch: not self._with({"rollout.max_num_seqs": batch}).excess["rollout"])
 
     def as_json(self) -> dict[str, Any]:
@@ -158,24 +161,23 @@ class MemoryPlan:
         trainer = self.policy | {"siamese average": self.trained}
         # If the GPU is shared in turns, the optimizer's state is in host memory between updates.
         idle = trainer if self.on_gpu and self.recipe.rollout.vllm.enable_sleep_mode else trainer | self.optimizer
-        engine = self.vllm.training if self.vllm else {}
         load: list[Moment] = [("everything is loaded", {})]
         if self.recipe.model.quantization == "nf4":
             # transformers quantises one weight after the other.
             largest = self.size * max(linear.inputs * linear.outputs for linear in self.shape.linears())
             load = [("the last weight is quantised", {"weight in 16 bit": largest})]
-        load += [("the engine has started", self.vllm.sampling)] if self.vllm else []
+        load += [("the engine has started", self.sampling)] if self.sampling else []
         yield self._phase("load", trainer, load)
-        sampled = ("answers are sampled", self.vllm.sampling) if self.vllm else ("servers sample elsewhere", {})
+        sampled = ("answers are sampled" if self.sampling else "servers sample elsewhere", self.sampling)
         own = self.engine == "hf"
         yield self._phase("rollout", idle, terms.hf_moments(self.recipe, self.shape) if own else [sampled])
-        yield self._phase("siamese", idle | engine, self._siamese())
-        yield self._phase("update", idle | engine, self._update())
+        yield self._phase("siamese", idle | self.training, self._siamese())
+        yield self._phase("update", idle | self.training, self._update())
         # A copy of the weights from before the step becomes their difference.
         step = {"gradients": self.trained} | self.optimizer | {"weight copies": self.trained}
-        yield self._phase("step", trainer | engine, [("the optimizer's step", step)])
-        swap = ("the adapter enters the engine", self.vllm.swapping) if self.vllm else ("nothing is moved", {})
-        yield self._phase("swap", idle, [swap])
+        yield self._phase("step", trainer | self.training, [("the optimizer's step", step)])
+        moved = "the adapter enters the engine" if self.swapping else "nothing is moved"
+        yield self._phase("swap", idle, [(moved, self.swapping)])
 
     @cached_property
     def export(self) -> Phase:
@@ -191,7 +193,7 @@ class MemoryPlan:
 
     def _phase(self, name: str, stays: dict[str, int], moments: Iterable[Moment]) -> Phase:
         """Return the fullest moment of a phase; `stays` is alive in all of them."""
-        permanent = _PERMANENT | (self.vllm.sampling.keys() if self.vllm else set())
+        permanent = _PERMANENT | self.sampling.keys()
         found = []
         for moment, comes in moments:
             total = stays | {"other processes": self.others_bytes}
