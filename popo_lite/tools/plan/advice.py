@@ -20,8 +20,7 @@ from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, MemoryPlan, plan_memor
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 UTILIZATIONS = tuple(percent / 100 for percent in range(10, 91, 5))
 
-Values = Mapping[str, Any]
-"""Recipe keys with new values, to be changed together."""
+Values = Mapping[str, Any]  # recipe keys with new values, to be changed together
 
 
 @dataclass(frozen=True)

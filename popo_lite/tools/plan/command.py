@@ -25,11 +25,7 @@ LARGEST_BYTES = 2**62
 @click.command(short_help="Say whether a recipe fits a GPU, and what to change.")
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--vram", metavar="SIZE", help="Memory of the GPU, e.g. 24GiB; default: nvidia-smi's figure, else 24GiB.")
-@click.option(
-    "--others",
-    metavar="SIZE",
-    help="Part of it that other processes hold; default: what nvidia-smi reports as used, 0 with --vram.",
-)
+@click.option("--others", metavar="SIZE", help="Part that other processes hold; default: nvidia-smi's, 0 with --vram.")
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
 @click.option("as_json", "--json", is_flag=True, help="Print the plan as one JSON object, sizes in bytes.")
 def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str, ...], as_json: bool) -> None:

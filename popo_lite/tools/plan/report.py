@@ -15,8 +15,6 @@ from popo_lite.tools.console import words
 from popo_lite.tools.console.output import open_console, safe, table
 from popo_lite.tools.plan.vram import NOT_TENSORS, SHORTFALL
 
-_BAR_CELLS = 28
-
 
 def plan_report(
     plan: Mapping[str, Any], *, batch_size: int, why_not: str | None, next_step: str, console: Console | None = None
@@ -43,7 +41,7 @@ def plan_report(
     for phase in phases:
         total = phase["total_bytes"]
         style = "red" if total > plan["vram_bytes"] else "green"
-        bar = ProgressBar(plan["vram_bytes"], total, _BAR_CELLS, complete_style=style, finished_style=style)
+        bar = ProgressBar(plan["vram_bytes"], total, width=28, complete_style=style, finished_style=style)
         moment = ("peak: " if phase["name"] == plan["peak_phase"] else "") + phase["moment"]
         bars.append((phase["name"], bar, f"{shown(total)} {unit}", moment))
     table("Fullest moment of each phase", ("", "", "memory", "moment"), bars, console)
@@ -88,9 +86,6 @@ def _remarks(plan: Mapping[str, Any], batch_size: int) -> Iterator[str]:
             f"Sequences of full length that can be decoded at once: {plan['sequences_at_once']:,}; "
             f"rollout.max_num_seqs: {batch_size:,}."
         )
-    export = plan["phases"][-1]
-    if export["total_bytes"] > plan["vram_bytes"]:
-        yield (
-            f"Not counted: popo-lite export, later and alone, takes {words.memory(export['total_bytes'])}; "
-            "with CUDA_VISIBLE_DEVICES= in front it runs on the CPU."
-        )
+    if (export := plan["phases"][-1]["total_bytes"]) > plan["vram_bytes"]:
+        alone = f"popo-lite export, later and alone, takes {words.memory(export)}"
+        yield f"Not counted: {alone}; with CUDA_VISIBLE_DEVICES= in front it runs on the CPU."

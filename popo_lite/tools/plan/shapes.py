@@ -121,7 +121,19 @@ def load_shape(recipe: ModelRecipe) -> ModelShape:
     elif recipe.id in KNOWN_CONFIGS and recipe.revision is None:
         return shape_of(KNOWN_CONFIGS[recipe.id])
     else:
-        path = _hub_config(recipe)
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            path = Path(hf_hub_download(recipe.id, "config.json", revision=recipe.revision))
+        except (OSError, HFValidationError) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ModelError(
+                f"the config of {recipe.id} could not be downloaded: {reason}",
+                where="model.id",
+                next_step="check the name and the network, or use a folder; these need no network: "
+                + ", ".join(KNOWN_CONFIGS),
+            ) from error
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -167,19 +179,3 @@ def shape_of(config: Any, *, source: str = "config.json") -> ModelShape:
     if "head_dim" not in config and shape.width % shape.heads:
         fail(f"num_attention_heads is {shape.heads}, which does not divide hidden_size = {shape.width}")
     return shape
-
-
-def _hub_config(recipe: ModelRecipe) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(hf_hub_download(recipe.id, "config.json", revision=recipe.revision))
-    except (OSError, HFValidationError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(
-            f"the config of {recipe.id} could not be downloaded: {reason}",
-            where="model.id",
-            next_step="check the name and the network, or use a folder; these need no network: "
-            + ", ".join(KNOWN_CONFIGS),
-        ) from error

@@ -98,11 +98,8 @@ class MemoryPlan:
             "predictor head": self.trained_size * sum(predictor),
         }
         self.optimizer = {"optimizer state": terms.optimizer_bytes(adapters + predictor, recipe)}
-        states, self.engine_shortfall_bytes, self.vllm_sequences = [terms.Classes()] * 3, 0, 0
-        if self.engine == "vllm":
-            states, self.engine_shortfall_bytes, self.vllm_sequences = terms.vllm_bytes(
-                recipe, shape, vram_bytes, on_gpu=self.on_gpu
-            )
+        vllm = terms.vllm_bytes if self.engine == "vllm" else lambda *_, **__: ([terms.Classes()] * 3, 0, 0)
+        states, self.engine_shortfall_bytes, self.vllm_sequences = vllm(recipe, shape, vram_bytes, on_gpu=self.on_gpu)
         self.sampling, self.training, self.swapping = states
         self.sequence_tokens, self.context_tokens = recipe.rollout.sequence_tokens, shape.context_tokens
         step = recipe.data.prompts_per_step * recipe.rollout.num_generations * self.sequence_tokens
