@@ -75,8 +75,8 @@ from popo_lite.tools.bench.synthetic import (
     random_prompt,
     stand_in_tokenizer,
 )
-from popo_lite.tools.plan import load_shape
 from popo_lite.tools.plan.command import parse_size
+from popo_lite.tools.plan.shapes import load_shape
 
 SHAPES = {
     "tiny": "tiny",

@@ -58,7 +58,7 @@ def load_trainer(
 
         import_unsloth()  # before transformers and peft, which it patches
     from popo_lite.policy.memory import memory_named
-    from popo_lite.tools.plan import memory_advice, refuse_without_room
+    from popo_lite.tools.plan.advice import memory_advice, refuse_without_room
     from popo_lite.trainer import Trainer
 
     callback.message(f"loading {recipe.model.id}")

@@ -256,6 +256,11 @@ class RolloutRecipe(Section):
     server: ServerRecipe = ServerRecipe()
     adaptive: AdaptiveRecipe = AdaptiveRecipe()
 
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of the longest prompt with the longest answer."""
+        return self.max_prompt_length + self.max_completion_length
+
 
 class DatasetRecipe(Section):
     """Where problems come from."""

@@ -28,17 +28,14 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a finite number",
          dict: "a table of columns, each with true or false, a number, text, or a list of these"}  # fmt: skip
 
 
-def sections_of(algorithm: str = "popo") -> dict[str, type[Section]]:
+def sections_of(algorithm: str = "popo", parent: type[Section] = Recipe, prefix: str = "") -> dict[str, type[Section]]:
     """Return section name (`rollout.vllm`) -> its class, in the order of the schema."""
-
-    def walk(parent: type[Section], prefix: str) -> Iterator[tuple[str, type[Section]]]:
-        for name, field in parent.model_fields.items():
-            if isinstance(field.default, Section):
-                section = OBJECTIVES[algorithm] if name == "objective" else type(field.default)
-                yield prefix + name, section
-                yield from walk(section, f"{prefix}{name}.")
-
-    return dict(walk(Recipe, ""))
+    found: dict[str, type[Section]] = {}
+    for name, field in parent.model_fields.items():
+        if isinstance(field.default, Section):
+            section = OBJECTIVES[algorithm] if name == "objective" else type(field.default)
+            found |= {prefix + name: section} | sections_of(algorithm, section, f"{prefix}{name}.")
+    return found
 
 
 def keys_of(section: type[Section]) -> dict[str, FieldInfo]:
@@ -59,10 +56,9 @@ SECTIONS = sections_of()
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe at the path `source`, or the shipped recipe of that name, and apply `overrides`.
 
-    An override is `section.key=value`. Its value is read as TOML (`8`, `[4, 5]`, `"text"`) and otherwise taken
-    as text, so that `model.id=Qwen/Qwen2.5-1.5B` needs no quotes. A later override wins.
-
-    Raises RecipeError with one line for every error of file and overrides.
+    An override is `section.key=value`. Its value is read as TOML (`8`, `[4, 5]`, `"text"`) and otherwise taken as text,
+    so that `model.id=Qwen/Qwen2.5-1.5B` needs no quotes. A later override wins. Raises RecipeError with one line for
+    every error of file and overrides.
     """
     path = find_recipe(source)
     errors: list[str] = []
@@ -71,18 +67,22 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     chosen = written.get("objective.algorithm")
     algorithm = str(chosen.value) if chosen else "popo"
     if algorithm not in OBJECTIVES:  # which other keys [objective] may have is unknown then
-        unknown = {name for name in written if name.startswith("objective.") and name != "objective.algorithm"}
-        written, algorithm = {name: written[name] for name in written if name not in unknown}, "popo"
-
+        known = (name for name in written if name == "objective.algorithm" or not name.startswith("objective."))
+        written, algorithm = {name: written[name] for name in known}, "popo"
     schema, wrong = schema_of(algorithm), set()
     for name, setting in written.items():
         why = _wrong_value(schema[name], setting.value) if name in schema else _unknown_key(name, algorithm)
         if why:
             wrong.add(name)
             errors.append(setting.error(why))
-
     # Wrong keys fall back to their defaults here only so that the other settings can be checked together.
-    recipe = _build(setting for name, setting in written.items() if name not in wrong)
+    document: dict[str, Any] = {"objective": {"algorithm": "popo"}}
+    for name, setting in written.items():
+        if name not in wrong:
+            *parents, key = name.split(".")
+            table = reduce(lambda table, parent: table.setdefault(parent, {}), parents, document)
+            table[key] = _with_tuples(setting.value)
+    recipe = Recipe.model_validate(document)
     values = flatten(recipe)
     for names, why in impossible_combinations(recipe):
         if wrong.isdisjoint(names):
@@ -109,16 +109,12 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(source: str | Path) -> Path:
     """Return the file that `source` names: an existing file, else the shipped recipe of exactly that name.
 
-    A path such as `recipes/tiny_cpu.toml` that does not exist is refused although a recipe of that name is
-    shipped: the user meant that file and would not notice that another one ran.
+    A path such as `recipes/tiny_cpu.toml` that does not exist is refused although a recipe of that name is shipped: the
+    user meant that file and would not notice that another one ran.
     """
-    path = Path(source)
-    if path.is_file():
-        return path
-    shipped = shipped_recipes()
-    name = str(source).removesuffix(".toml")
-    if name in shipped:
-        return shipped[name]
+    path, name, shipped = Path(source), str(source).removesuffix(".toml"), shipped_recipes()
+    if path.is_file() or name in shipped:
+        return path if path.is_file() else shipped[name]
     what = f"{source}: is a folder, not a recipe" if path.is_dir() else f"{source}: no such recipe"
     if guess := nearest(name, shipped) or nearest(path.stem, shipped):
         what += f"; did you mean the shipped recipe {guess}?"
@@ -137,32 +133,27 @@ def dump_recipe(recipe: Recipe) -> str:
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Return `section.key` -> value for every key that is set."""
     document: Any = recipe.to_dict()
-    values = {
-        name: reduce(lambda table, part: table.get(part), name.split("."), document)
-        for name in schema_of(recipe.objective.algorithm)
-    }
+    names = schema_of(recipe.objective.algorithm)
+    values = {name: reduce(lambda table, key: table.get(key), name.split("."), document) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def to_toml(value: Any) -> str:
     """Return a value on one line of TOML; a table is written inline."""
-    match value:
-        case bool():
-            return str(value).lower()
-        case str():
-            # JSON's escapes are TOML's as well, but JSON lets through DEL, the C1 controls, two separators that
-            # end a line, and lone surrogates.
-            text = json.dumps(value, ensure_ascii=False)
-            return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
-        case float():
-            return repr(value).replace("e-0", "e-")
-        case list() | tuple():
-            return f"[{', '.join(map(to_toml, value))}]"
-        case dict():
-            pairs = ", ".join(f"{_toml_key(key)} = {to_toml(item)}" for key, item in value.items())
-            return f"{{ {pairs} }}" if pairs else "{}"
-        case _:  # integers, and the dates and times that only a wrong recipe holds
-            return str(value)
+    if isinstance(value, str):
+        # JSON's escapes are TOML's as well, but JSON lets through DEL, the C1 controls, two separators that end a line,
+        # and lone surrogates.
+        text = json.dumps(value, ensure_ascii=False)
+        return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(to_toml, value))}]"
+    if isinstance(value, dict):
+        pairs = ", ".join(f"{_toml_key(key)} = {to_toml(item)}" for key, item in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
+    if isinstance(value, float):
+        return repr(value).replace("e-0", "e-")
+    # Integers, and the dates and times that only a wrong recipe holds.
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def allowed_values(field: FieldInfo) -> str:
@@ -181,10 +172,9 @@ def kind_and_bounds(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[str,
     if origin is Literal:
         values = ", ".join(map(to_toml, arguments))
         return f"one of {values}" if len(arguments) > 1 else values, ""
-    limits = [
-        (words, getattr(bound, name)) for bound in metadata for name, words in BOUNDS.items() if hasattr(bound, name)
-    ]
-    return KINDS[origin or annotation], " and ".join(f"{words} {limit:g}" for words, limit in limits)
+    limits = (f"{words} {getattr(bound, name):g}" for bound in metadata for name, words in BOUNDS.items()
+              if hasattr(bound, name))  # fmt: skip
+    return KINDS[origin or annotation], " and ".join(limits)
 
 
 def read_toml(path: Path, shown_as: str) -> dict[str, Any]:
@@ -193,10 +183,8 @@ def read_toml(path: Path, shown_as: str) -> dict[str, Any]:
         # Some editors put a byte order mark in front, which TOML does not know.
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            what = f"is not UTF-8 text (byte {error.start})"
-        else:
-            what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else f"not valid TOML: {error}"
+        what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else f"not valid TOML: {error}"
+        what = f"is not UTF-8 text (byte {error.start})" if isinstance(error, UnicodeDecodeError) else what
         raise RecipeError(f"{shown_as}: {what}", next_step=f"fix {path}") from error
 
 
@@ -208,11 +196,9 @@ class _Setting(NamedTuple):
     origin: str
 
     def error(self, why: str) -> str:
-        if self.value is None:  # a key that is required and not set
-            return f"{self.origin}{self.name}: {why}"
-        shown = to_toml(self.value)
-        shown = shown if len(shown) <= LONGEST_VALUE else f"{shown[: LONGEST_VALUE - 4]} ..."
-        return f"{self.origin}{self.name} = {shown}: {why}"
+        shown = "" if self.value is None else f" = {to_toml(self.value)}"  # None: a key that is required and not set
+        shown = shown if len(shown) <= LONGEST_VALUE + 3 else f"{shown[: LONGEST_VALUE - 1]} ..."
+        return f"{self.origin}{self.name}{shown}: {why}"
 
 
 def _file_settings(path: Path, origin: str, errors: list[str]) -> list[_Setting]:
@@ -240,10 +226,10 @@ def _override_settings(overrides: Iterable[str], errors: list[str]) -> Iterator[
     for override in overrides:
         name, equals, text = (part.strip() for part in override.partition("="))
         section, _, key = name.rpartition(".")
-        if equals and name and "." not in name:
-            errors.append(f"--set {to_toml(override)}: {_unknown_key(name)}")
-        elif not (equals and section and key):
-            errors.append(f"--set {to_toml(override)}: must be section.key=value")
+        if not (equals and section and key):
+            only_key = equals and name and "." not in name
+            why = _unknown_key(name) if only_key else "must be section.key=value"
+            errors.append(f"--set {to_toml(override)}: {why}")
         elif section not in SECTIONS:
             errors.append(f"--set {name}: {_unknown_section(section)}")
         elif not text:
@@ -270,27 +256,15 @@ def _override_value(text: str) -> Any:
     return document["value"] if len(document) == 1 else text
 
 
-def _build(settings: Iterable[_Setting]) -> Recipe:
-    document: dict[str, Any] = {"objective": {"algorithm": "popo"}}
-    for setting in settings:
-        *parents, key = setting.name.split(".")
-        table = document
-        for parent in parents:
-            table = table.setdefault(parent, {})
-        table[key] = _with_tuples(setting.value)
-    return Recipe.model_validate(document)
-
-
 def _wrong_value(field: FieldInfo, value: Any) -> str | None:
     """Return what the value of a key must be, or None if the schema accepts this one."""
     kind: Any = Annotated[field.annotation, field]
     try:
         TypeAdapter(kind, config=STRICT).validate_python(_with_tuples(value))
     except ValidationError:
-        must = f"must be {allowed_values(field)}"
-        if get_origin(field.annotation) is Literal and (guess := nearest(str(value), get_args(field.annotation))):
-            return f"{must}; did you mean {to_toml(guess)}?"
-        return must
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        guess = nearest(str(value), choices)
+        return f"must be {allowed_values(field)}" + (f"; did you mean {to_toml(guess)}?" if guess else "")
     return None
 
 
@@ -306,21 +280,24 @@ def _unknown_key(name: str, algorithm: str = "popo") -> str:
     section, _, key = name.rpartition(".")
     schema = schema_of(algorithm)
 
-    def renamed(name: str) -> str | None:
-        keys = [ours for ours, names in RENAMED.items() if name in names.split()]
-        known = [ours for ours in keys if ours in schema]  # of several meanings, the first that the algorithm has
-        owned = known[:1] or [f"{ours} (algorithm {_owners(ours.rpartition('.')[2])})" for ours in keys]
-        return f"is called {' or '.join(owned)} here" if keys else None
+    def owners(key: str) -> str:
+        return " or ".join(to_toml(name) for name, kind in OBJECTIVES.items() if key in kind.model_fields)
 
     def homes(key: str) -> str:
         return " or ".join(f"[{ours.removesuffix(f'.{key}')}]" for ours in schema if ours.endswith(f".{key}"))
+
+    def renamed(name: str) -> str | None:
+        keys = [ours for ours, names in RENAMED.items() if name in names.split()]
+        known = [ours for ours in keys if ours in schema]  # of several meanings, the first that the algorithm has
+        owned = known[:1] or [f"{ours} (algorithm {owners(ours.rpartition('.')[2])})" for ours in keys]
+        return f"is called {' or '.join(owned)} here" if keys else None
 
     if section and (why := renamed(name)):
         return why
     if homes(key):
         return f"belongs to {homes(key)}"
-    if owners := _owners(key):
-        return f"unknown key of algorithm {to_toml(algorithm)}; {owners} has it in [objective]"
+    if owners(key):
+        return f"unknown key of algorithm {to_toml(algorithm)}; {owners(key)} has it in [objective]"
     if why := renamed(key) or NOT_RENAMED.get(key):
         return why
     if not section:
@@ -331,10 +308,6 @@ def _unknown_key(name: str, algorithm: str = "popo") -> str:
     if guess := nearest(key, (ours.rpartition(".")[2] for ours in schema)):
         return f"unknown key; did you mean {guess} of {homes(guess)}?"
     return f"unknown key; [{section}] has {', '.join(own)}"
-
-
-def _owners(key: str) -> str:
-    return " or ".join(to_toml(name) for name, kind in OBJECTIVES.items() if key in kind.model_fields)
 
 
 def _with_tuples(value: Any) -> Any:

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from popo_lite.errors import UserInputError
 from popo_lite.recipe import Recipe
 
 Rule = tuple[object, str, str]
 """True if it is broken; the keys, of which the first must change; what is wrong and what to do."""
 
 RENAMED = {
-    "model.id": "model_name model_name_or_path model.name model.path",
-    "model.dtype": "torch_dtype bf16 fp16",
-    "lora.rank": "r lora_r max_lora_rank",
-    "lora.alpha": "lora_alpha",
-    "lora.dropout": "lora_dropout",
-    "lora.rslora": "use_rslora",
-    "lora.dora": "use_dora",
-    "siamese.tau": "ema_decay",
+    "model.id": "model_name model_name_or_path model.name model.path", "model.dtype": "torch_dtype bf16 fp16",
+    "lora.rank": "r lora_r max_lora_rank", "lora.alpha": "lora_alpha", "lora.dropout": "lora_dropout",
+    "lora.rslora": "use_rslora", "lora.dora": "use_dora", "siamese.tau": "ema_decay",
     "siamese.head_width": "hidden_dim predictor_hidden_dim",
-    "objective.similarity_coef": "objective.alpha siamese.alpha",
-    "objective.kl_coef": "beta kl kl_beta kl_loss_coef",
-    "objective.entropy_coef": "beta entropy_coeff",
-    "objective.noise_sigma": "sigma noise_std",
+    "objective.similarity_coef": "objective.alpha siamese.alpha", "objective.kl_coef": "beta kl kl_beta kl_loss_coef",
+    "objective.entropy_coef": "beta entropy_coeff", "objective.noise_sigma": "sigma noise_std",
     "objective.epsilon": "epsilon_low clip_range cliprange",
     "objective.importance_sampling_clip_max": "vllm_importance_sampling_cap vllm_importance_sampling_clip_max",
     "rollout.num_generations": "group_size num_return_sequences",
@@ -31,29 +25,16 @@ RENAMED = {
     "rollout.vllm.gpu_memory_utilization": "vllm_gpu_memory_utilization",
     "rollout.vllm.enable_sleep_mode": "vllm_enable_sleep_mode",
     "rollout.server.base_urls": "vllm_server_base_url vllm_server_host vllm_server_port",
-    "data.dataset": "dataset_name train_dataset",
-    "eval.dataset": "eval_dataset",
-    "eval.every": "eval_steps",
-    "reward.function": "reward_funcs",
-    "optimizer.name": "optim",
-    "optimizer.learning_rate": "lr",
-    "optimizer.schedule": "lr_scheduler_type",
-    "train.steps": "max_steps",
-    "train.seed": "random_state",
-    "train.gradient_checkpointing": "use_gradient_checkpointing",
-    "output.dir": "output_dir",
+    "data.dataset": "dataset_name train_dataset", "eval.dataset": "eval_dataset", "eval.every": "eval_steps",
+    "reward.function": "reward_funcs", "optimizer.name": "optim", "optimizer.learning_rate": "lr",
+    "optimizer.schedule": "lr_scheduler_type", "train.steps": "max_steps", "train.seed": "random_state",
+    "train.gradient_checkpointing": "use_gradient_checkpointing", "output.dir": "output_dir",
     "output.samples_per_step": "num_completions_to_print",
-}
+}  # fmt: skip
 """Key -> its names in TRL, PEFT, Unsloth, verl and the paper. A name with a section counts only there; a name with
 several keys means the first that the algorithm has."""
 
-UNTRUNCATED = "is not a setting: positives must be sampled from the policy's whole distribution; leave the key out"
-BATCH = "is data.prompts_per_step (prompts of a step) or train.tokens_per_microbatch (memory) here"
-ENGINE = 'is rollout.engine = "vllm" (same process) or "server" here'
 NOT_RENAMED = {
-    **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty"), UNTRUNCATED),
-    **dict.fromkeys(("use_vllm", "vllm_mode", "fast_inference"), ENGINE),
-    **dict.fromkeys(("batch_size", "per_device_train_batch_size"), BATCH),
     "load_in_4bit": 'is model.quantization = "nf4" here',
     "float8_kv_cache": 'is rollout.vllm.kv_cache_dtype = "fp8" here',
     "max_seq_length": "is rollout.max_prompt_length plus rollout.max_completion_length here",
@@ -64,6 +45,12 @@ NOT_RENAMED = {
     "mask_truncated_completions": 'is reward.truncated = "wrong" here',
     "logging_steps": "is not a setting: every step is logged",
 }
+NOT_RENAMED |= dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty"),
+    "is not a setting: positives must be sampled from the policy's whole distribution; leave the key out")  # fmt: skip
+NOT_RENAMED |= dict.fromkeys(("batch_size", "per_device_train_batch_size"),
+    "is data.prompts_per_step (prompts of a step) or train.tokens_per_microbatch (memory) here")  # fmt: skip
+NOT_RENAMED |= dict.fromkeys(("use_vllm", "vllm_mode", "fast_inference"),
+    'is rollout.engine = "vllm" (same process) or "server" here')  # fmt: skip
 """Name of another library's key that is not just another name -> what to do instead."""
 
 
@@ -75,6 +62,20 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
     for broken, keys, why in (*_model(recipe), *_rollout(recipe), *_training(recipe), *_data(recipe)):
         if broken:
             yield keys.split(), why
+
+
+def check_context(recipe: Recipe, context_tokens: int) -> None:
+    """Raise UserInputError if prompt and answer may take more tokens than the model's context."""
+    prompt, answer = recipe.rollout.max_prompt_length, recipe.rollout.max_completion_length
+    if prompt + answer > context_tokens:
+        raise UserInputError(
+            f"prompt and answer may take {prompt} + {answer} = {prompt + answer} tokens, and the context of "
+            f"{recipe.model.id} is {context_tokens}",
+            where="rollout.max_prompt_length, rollout.max_completion_length",
+            next_step=f"--set rollout.max_completion_length={context_tokens - prompt}"
+            if prompt < context_tokens
+            else f"set rollout.max_prompt_length below {context_tokens}",
+        )
 
 
 def _model(recipe: Recipe) -> Iterable[Rule]:
@@ -136,7 +137,7 @@ def _training(recipe: Recipe) -> Iterable[Rule]:
     objective, train, function = recipe.objective, recipe.train, recipe.reward.function
     on_cpu, offload = train.device == "cpu", train.offload_activations
     no_entropy = getattr(objective, "entropy_coef", None) == 0
-    longest = recipe.rollout.max_prompt_length + recipe.rollout.max_completion_length
+    longest = recipe.rollout.sequence_tokens
     return (
         (no_entropy and getattr(objective, "target_entropy", None), "objective.entropy_coef objective.target_entropy",
          "is multiplied up and down to reach the target entropy, and 0 stays 0; set a positive start"),

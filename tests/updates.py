@@ -7,7 +7,7 @@ import torch
 from popo_lite.callbacks import Callback
 from popo_lite.objective import StepPlan
 from popo_lite.recipe import Recipe
-from popo_lite.tools.plan import memory_advice
+from popo_lite.tools.plan.advice import memory_advice
 from popo_lite.trainer import Trainer
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Prompt, Reward, Rollout
 from popo_lite.update import UpdateResult

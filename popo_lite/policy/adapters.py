@@ -41,11 +41,11 @@ def add_adapters(base: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PeftMo
     except ValueError as error:
         names = linear_names(base)
         guess = nearest(targets if isinstance(targets, str) else targets[0], names)
+        meant = f'did you mean "{guess}"? ' if guess else ""
         raise ModelError(
             f"no adapter could be added to {targets!r}: {error}",
             where="lora.target_modules",
-            next_step=(f'did you mean "{guess}"? ' if guess else "")
-            + f"linear layers here: {', '.join(sorted(names))}",
+            next_step=f"{meant}linear layers here: {', '.join(sorted(names))}",
         ) from error
 
 
@@ -110,10 +110,9 @@ def save_adapter(model: PeftModel, folder: Path, *, base_id: str) -> None:
 
 def empty_adapter(model: PeftModel) -> None:
     """Set every B to 0, so that the adapter adds nothing (DoRA's magnitudes stay: disable such an adapter instead)."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name or "lora_embedding_B" in name:
-                parameter.zero_()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_B" in name:
+            parameter.data.zero_()
 
 
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:
@@ -125,11 +124,10 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
         result: Any = set_peft_model_state_dict(model, load_file(str(folder / ADAPTER_FILE)))
     except (SafetensorError, RuntimeError) as error:
         raise _unreadable(folder, error) from error
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
+    missing, unknown = [name for name in result.missing_keys if "lora_" in name], result.unexpected_keys
+    if missing or unknown:
         raise ModelError(
-            f"{folder} holds an adapter of another shape: {len(missing)} tensors missing, "
-            f"{len(result.unexpected_keys)} unknown",
+            f"{folder} holds an adapter of another shape: {len(missing)} tensors missing, {len(unknown)} unknown",
             where=str(folder),
             next_step="use the recipe that the adapter was trained with",
         )

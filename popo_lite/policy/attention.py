@@ -44,28 +44,14 @@ def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
 
 
-def window_of(config: Any) -> int | None:
-    """Return the smallest sliding window or attention chunk of a layer; None if all layers see everything.
-
-    Some models apply their window only by the mask, so boundaries in place of the mask would turn it off.
-    """
-    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min((size for size in sizes if size), default=None)
-
-
 def kernel_of(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
     """Return the attention for packed rows: "varlen" (FlashAttention over unequal lengths) or "sdpa".
 
     FlashAttention needs 16-bit operands, a GPU of compute capability 8.0, and a head width that is a multiple of 8 up
     to 256.
     """
-    flash = (
-        device.type == "cuda"
-        and dtype in (torch.float16, torch.bfloat16)
-        and head_width <= 256
-        and head_width % 8 == 0
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    flash = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_width in range(8, 257, 8)
+    flash = flash and torch.cuda.get_device_capability(device) >= (8, 0)
     return "varlen" if flash and _varlen()[0] is not None else "sdpa"
 
 
@@ -82,7 +68,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Implement transformers' interface: `query` [1, H, T, d], `key`, `value` [1, H_kv, T, d] -> ([1, T, H, d], None).
 
-    A sliding window is ignored in packed rows; see `window_of`.
+    A sliding window is ignored in packed rows.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

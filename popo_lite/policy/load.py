@@ -69,8 +69,7 @@ def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
 
     dtype: torch.dtype = getattr(torch, recipe.dtype)
     options = _options(recipe)
-    if recipe.quantization == "nf4":
-        options["quantization_config"] = nf4_config(recipe, dtype)
+    options |= {"quantization_config": nf4_config(recipe, dtype)} if recipe.quantization == "nf4" else {}
     with _load_errors(recipe, "model"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_source(recipe),
@@ -96,10 +95,9 @@ def load_config(recipe: ModelRecipe) -> PreTrainedConfig:
 
 def import_unsloth() -> None:
     """Import unsloth, which must come before transformers and peft to patch them. Raises ModelError if it cannot."""
-    where = 'model.backend = "unsloth"'
+    where, instead = 'model.backend = "unsloth"', '--set model.backend="transformers"'
     if not torch.cuda.is_available():
-        next_step = '--set model.backend="transformers"'
-        raise ModelError("unsloth needs a CUDA GPU and torch sees none", where=where, next_step=next_step)
+        raise ModelError("unsloth needs a CUDA GPU and torch sees none", where=where, next_step=instead)
     if importlib.util.find_spec("unsloth") is None:
         raise ModelError("unsloth is not installed", where=where, next_step='pip install "popo-lite[gpu]"')
     import unsloth  # noqa: F401
@@ -112,10 +110,8 @@ def load_unsloth(
     import_unsloth()
     from unsloth import FastLanguageModel
 
-    checkpointing = "unsloth" if gradient_checkpointing else False
-    targets = lora.target_modules
-    if targets == "all-linear":
-        targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    checkpointing, targets = "unsloth" if gradient_checkpointing else False, lora.target_modules
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     with _load_errors(recipe, "model"):
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=model_source(recipe),
@@ -128,7 +124,7 @@ def load_unsloth(
         )
     model = FastLanguageModel.get_peft_model(
         model,
-        target_modules=list(targets),
+        target_modules=list(every if targets == "all-linear" else targets),
         bias="none",
         random_state=seed,
         use_gradient_checkpointing=checkpointing,
@@ -174,15 +170,10 @@ def _load_errors(recipe: ModelRecipe, part: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        what, where = "could not be loaded", "model.id"
+        next_step = "check the name, log in with `hf auth login` for a gated model, or give a local folder with "
+        next_step += "config.json, tokenizer files and *.safetensors"
         if isinstance(error, ImportError):
-            raise ModelError(
-                f"the {part} of {recipe.id} needs a package that is not installed: {reason}",
-                where="model",
-                next_step='install it, or use model.attn_implementation = "sdpa" if flash-attention is missing',
-            ) from error
-        raise ModelError(
-            f"the {part} of {recipe.id} could not be loaded: {reason}",
-            where="model.id",
-            next_step="check the name, log in with `hf auth login` for a gated model, or give a local folder with "
-            "config.json, tokenizer files and *.safetensors",
-        ) from error
+            what, where = "needs a package that is not installed", "model"
+            next_step = 'install it, or use model.attn_implementation = "sdpa" if flash-attention is missing'
+        raise ModelError(f"the {part} of {recipe.id} {what}: {reason}", where=where, next_step=next_step) from error

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from popo_lite.errors import ModelError
 from popo_lite.fused import Head
 from popo_lite.policy.adapters import add_adapters
-from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions, window_of
+from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions
 from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device
 from popo_lite.policy.siamese import PredictorHead
 from popo_lite.recipe import Recipe
+from popo_lite.recipe_rules import check_context
 from popo_lite.seeding import stream_seed
 
 if TYPE_CHECKING:
@@ -101,12 +102,12 @@ def load_policy(recipe: Recipe) -> Policy:
     """Load base, adapters and head as the recipe says. Raises ModelError if the model does not fit the recipe."""
     device, train = pick_device(recipe.train.device), recipe.train
     # Before gigabytes are read, and before unsloth would stretch the context with another rotary scaling.
-    _check_context(recipe, _context_tokens(load_config(recipe.model)))
+    check_context(recipe, _context_tokens(load_config(recipe.model)))
     if recipe.model.backend == "unsloth":
         model, tokenizer = load_unsloth(
             recipe.model,
             recipe.lora,
-            sequence_tokens=recipe.rollout.max_prompt_length + recipe.rollout.max_completion_length,
+            sequence_tokens=recipe.rollout.sequence_tokens,
             seed=stream_seed("adapters", train.seed) % 2**31,
             gradient_checkpointing=train.gradient_checkpointing,
         )
@@ -158,8 +159,8 @@ def head_of(base: Any, *, temperature: float) -> Head:
             next_step="keep the LM head out of quantisation and out of lora.target_modules",
         )
     config = base.config
-    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    # Cohere's and Granite's names.
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return Head(weight=output.weight, bias=output.bias, scale=scale, softcap=softcap, temperature=temperature)
 
@@ -189,12 +190,13 @@ def check_logits(policy: Policy) -> None:
 def _pack(policy: Policy, recipe: Recipe) -> None:
     """Turn packing on, unless a window is shorter than the sequences. Raises ModelError if sequences see each other.
 
+    Some models apply their window only by the mask, so boundaries in place of the mask would turn it off.
     A model may read its mask in its own way. So a packed row must be much closer to its sequences run one at a time
     than a row whose sequences see each other is.
     """
     base: Any = policy.model.get_base_model()
-    window = window_of(base.config)
-    if window is not None and window < recipe.rollout.max_prompt_length + recipe.rollout.max_completion_length:
+    windows = [getattr(base.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if any(window and window < recipe.rollout.sequence_tokens for window in windows):
         return
     lengths = (5, 17, 9)
     ids = torch.arange(1, sum(lengths) + 1, device=policy.device)
@@ -239,8 +241,7 @@ def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: st
     stops: set[int] = set()
     for owner in (base.generation_config, base.config, tokenizer):
         ids = getattr(owner, "eos_token_id", None)
-        if ids is not None:
-            stops.update([ids] if isinstance(ids, int) else ids)
+        stops.update([ids] if isinstance(ids, int) else ids or ())
     if chat_template or tokenizer.chat_template:
         after = tokenizer.encode(_after_an_answer(tokenizer, chat_template), add_special_tokens=False)
         stops.update(token for token in after[:1] if token in tokenizer.all_special_ids)
@@ -266,22 +267,8 @@ def _after_an_answer(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
         ) from error
     except TemplateError:  # the template refuses assistant turns
         return ""
-    _, answer, after = str(text).rpartition("answer")
-    return after if answer else ""
+    return str(text).rpartition("answer")[2] if "answer" in str(text) else ""
 
 
 def _context_tokens(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 2**31)
-
-
-def _check_context(recipe: Recipe, context: int) -> None:
-    prompt, answer = recipe.rollout.max_prompt_length, recipe.rollout.max_completion_length
-    if prompt + answer > context:
-        raise ModelError(
-            f"prompt and answer may take {prompt} + {answer} = {prompt + answer} tokens, and the context of "
-            f"{recipe.model.id} is {context}",
-            where="rollout.max_prompt_length, rollout.max_completion_length",
-            next_step=f"--set rollout.max_completion_length={context - prompt}"
-            if prompt < context
-            else f"lower rollout.max_prompt_length below {context}",
-        )

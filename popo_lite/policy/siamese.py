@@ -45,11 +45,9 @@ class Siamese:
         if narrow := [name for name, p in parameters if p.dtype not in (torch.float32, torch.float64)]:
             raise PopoError(f"the siamese needs float32 weights; {narrow[0]} and {len(narrow) - 1} others are narrower")
         self.tau = tau
-        self._names = [name for name, _ in parameters]
-        self._live = [parameter for _, parameter in parameters]
+        self._names, self._live = [name for name, _ in parameters], [parameter for _, parameter in parameters]
         self._average = [parameter.detach().clone() for parameter in self._live]
-        self._largest_update = 0.0
-        self._swapped = False
+        self._largest_update, self._swapped = 0.0, False
 
     @property
     def extra_bytes(self) -> int:

@@ -27,8 +27,7 @@ from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.samplers import SamplingParams
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.tools.plan import known_config
-from popo_lite.tools.plan.shapes import load_shape, parameter_counts
+from popo_lite.tools.plan.shapes import KNOWN_CONFIGS, load_shape, parameter_counts
 from popo_lite.tools.tiny_model import build_tokenizer
 from popo_lite.trainer import Trainer
 from popo_lite.types import FinishReason
@@ -155,8 +154,7 @@ def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:
 
 def small_config(model: str, family: Family, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Return the original's config with two layers of heads of 32, and special tokens by the small tokenizer's ids."""
-    config = known_config(model)
-    assert config is not None
+    config = KNOWN_CONFIGS[model]
     ratio = config["num_attention_heads"] // config["num_key_value_heads"]
     kv_heads = 4 if ratio == 1 else 1
     size = {
@@ -268,7 +266,7 @@ def test_the_model_is_the_original_in_all_but_size(named):
     assert sum(p.numel() for p in model.parameters()) == sum(
         parameter_counts(load_shape(ModelRecipe(id=str(folder)))).values()
     )
-    original = AutoConfig.for_model(**known_config(load_recipe(f"{name}_lora").model.id))
+    original = AutoConfig.for_model(**KNOWN_CONFIGS[load_recipe(f"{name}_lora").model.id])
     assert model.config.rope_parameters == original.rope_parameters
     assert model.config.max_position_embeddings == original.max_position_embeddings
     if family is LLAMA:

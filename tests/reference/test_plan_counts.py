@@ -23,7 +23,6 @@ from popo_lite.samplers.hf import HFSampler
 from popo_lite.tools.plan.shapes import (
     KNOWN_CONFIGS,
     ModelShape,
-    known_config,
     load_shape,
     parameter_counts,
     shape_of,
@@ -97,8 +96,7 @@ class LiveStorages(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", KNOWN_CONFIGS)
 def test_known_models_have_the_parameters_that_transformers_builds(name: str) -> None:
-    config = known_config(name)
-    assert config is not None
+    config = KNOWN_CONFIGS[name]
     built = AutoConfig.for_model(**config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(built)

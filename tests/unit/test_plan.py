@@ -18,18 +18,10 @@ from popo_lite.chunks import chunk_tokens
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.tools.plan import (
-    MemoryPlan,
-    advice_for,
-    load_shape,
-    memory_advice,
-    plan_memory,
-    refuse_without_room,
-)
-from popo_lite.tools.plan.advice import reductions
+from popo_lite.tools.plan.advice import advice_for, memory_advice, reductions, refuse_without_room
 from popo_lite.tools.plan.command import installed_gpu
-from popo_lite.tools.plan.shapes import adapted_linears, shape_of
-from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, SHORTFALL, overrun_bytes
+from popo_lite.tools.plan.shapes import adapted_linears, load_shape, shape_of
+from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, SHORTFALL, MemoryPlan, plan_memory
 
 GIB = 2**30
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -57,7 +49,7 @@ def test_both_gpu_recipes_fit_the_card_that_they_are_made_for() -> None:
         assert plan.engine == "vllm"
         assert plan.sequences_at_once is not None
         assert plan.sequences_at_once >= 32
-        assert plan.longest_tokens >= plan.context_tokens
+        assert plan.longest_sequence_tokens >= plan.context_tokens
 
 
 def test_phases_add_up_and_hold_the_base_throughout() -> None:
@@ -206,9 +198,9 @@ def test_auto_plans_the_trainers_own_model_if_vllm_could_not_serve(monkeypatch: 
 def test_a_share_that_holds_no_sequence_does_not_fit_although_the_peak_would() -> None:
     plan = plan_of(recipe_of("1_5b"), 8)
     assert plan.peak.total_bytes < plan.vram_bytes
-    assert plan.shortfall_bytes > 0
+    assert plan.engine_shortfall_bytes > 0
     assert not plan.fits
-    assert plan.longest_tokens == 0
+    assert plan.longest_sequence_tokens == 0
     fp8, auto = (plan_of(recipe_of("1_5b", f"rollout.vllm.kv_cache_dtype={kind}")) for kind in ("fp8", "auto"))
     assert fp8.sequences_at_once in (2 * (auto.sequences_at_once or 0), 2 * (auto.sequences_at_once or 0) + 1)
 
@@ -243,12 +235,12 @@ def test_the_loss_takes_its_chunk_and_no_logits_of_a_batch() -> None:
 
 def test_the_longest_sequence_is_the_longest_that_fits() -> None:
     recipe = recipe_of("1_5b")
-    longest = plan_of(recipe).longest_tokens
+    longest = plan_of(recipe).longest_sequence_tokens
     for tokens, fits in ((longest, True), (longest + 1, False)):
         tried = recipe_of(
             "1_5b", f"rollout.max_completion_length={tokens - 512}", f"train.tokens_per_microbatch={tokens}"
         )
-        assert (overrun_bytes(tried, load_shape(tried.model), 24 * GIB) == 0) is fits
+        assert (MemoryPlan(tried, load_shape(tried.model), 24 * GIB).overrun_bytes == 0) is fits
 
 
 def test_a_recipe_on_the_cpu_has_no_cuda_context(tiny_recipe: Callable[..., Recipe]) -> None:
@@ -276,7 +268,7 @@ def test_advice_really_fits_and_no_change_of_it_is_needless(size: str, options: 
     shape, vram = load_shape(recipe.model), gib * GIB
     advice = advice_for(recipe, shape, vram)
     assert advice.smallest_vram_bytes is None
-    if overrun_bytes(recipe, shape, vram) == 0:
+    if MemoryPlan(recipe, shape, vram).overrun_bytes == 0:
         assert advice.changes == ()
         return
     copied = shlex.split(advice.next_step)

@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from popo_lite.errors import ModelError, PopoError
+from popo_lite.errors import ModelError, PopoError, UserInputError
 from popo_lite.fused import fused_loss
 from popo_lite.policy.adapters import adapter_folder, load_adapter_weights, save_adapter
 from popo_lite.policy.load import import_unsloth, load_base
@@ -222,7 +222,7 @@ def test_unknown_targets_name_the_nearest_layer(tiny_recipe):
 
 
 def test_beyond_the_context_is_refused(tiny_recipe):
-    with pytest.raises(ModelError, match="the context of tiny is 1024"):
+    with pytest.raises(UserInputError, match="the context of tiny is 1024"):
         load_policy(tiny_recipe("rollout.max_prompt_length=1000"))
 
 

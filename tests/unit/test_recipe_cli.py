@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from popo_lite.cli.recipe import recipe
 from popo_lite.errors import RecipeError
 from popo_lite.recipe_file import load_recipe, shipped_recipes
-from popo_lite.tools.recipe_docs import template_toml
+from popo_lite.tools.recipe_docs import recipe, template_toml
 
 
 def invoke(*arguments: str) -> Result:

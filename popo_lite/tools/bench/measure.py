@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from popo_lite.errors import ModelError, UserInputError
+from popo_lite.objective import nothing_to_learn
 from popo_lite.policy.load import pick_device
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
-from popo_lite.objective import nothing_to_learn
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import RunFolder, environment
 from popo_lite.samplers import pick_engine
@@ -30,7 +30,8 @@ from popo_lite.tools.bench.synthetic import (
     random_policy,
     spread,
 )
-from popo_lite.tools.plan import MemoryPlan, Phase, load_shape, plan_memory
+from popo_lite.tools.plan.shapes import load_shape
+from popo_lite.tools.plan.vram import MemoryPlan, Phase, plan_memory
 from popo_lite.update import Learner
 
 STAGES = ("rollout", "weights", "siamese", "update", "optimizer", "sync")
@@ -130,7 +131,7 @@ def bench_longest(recipe: Recipe, *, memory_cap_bytes: int | None, notify: Calla
         "device": str(device),
         "memory_cap_bytes": memory_cap_bytes,
         "longest_tokens": longest,
-        "planned_tokens": plan and plan.longest_tokens,
+        "planned_tokens": plan and plan.longest_sequence_tokens,
         "context_tokens": policy.context_tokens,
         "resolution_tokens": RESOLUTION,
         "environment": environment(device),

@@ -27,7 +27,7 @@ from popo_lite.policy.memory import is_out_of_memory, release_memory
 from popo_lite.policy.policy import Policy, load_policy, wrap_policy
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.samplers import SamplingParams
-from popo_lite.tools.plan import known_config
+from popo_lite.tools.plan.shapes import KNOWN_CONFIGS
 from popo_lite.trainer import Trainer
 from popo_lite.types import Completion, FinishReason, Outcome, Problem, Prompt, Reward
 
@@ -236,7 +236,7 @@ def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
     """The model's config: of a shape known by name without asking anyone, else as `load_config` finds it."""
     from transformers import AutoConfig
 
-    known = known_config(recipe.id) if recipe.revision is None else None
+    known = KNOWN_CONFIGS.get(recipe.id) if recipe.revision is None else None
     return load.load_config(recipe) if known is None else AutoConfig.for_model(**known)
 
 

@@ -14,29 +14,13 @@ from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import impossible_combinations
 from popo_lite.tools.plan.shapes import ModelShape, load_shape
-from popo_lite.tools.plan.terms import engine_of, sequence_tokens, vllm_can_serve
-from popo_lite.tools.plan.vram import (
-    CUDA_CONTEXT_BYTES,
-    SHORTFALL,
-    MemoryPlan,
-    excess,
-    needs,
-    overrun_bytes,
-    plan_memory,
-)
+from popo_lite.tools.plan.terms import engine_of, vllm_can_serve
+from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, MemoryPlan, plan_memory
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
-SMALLEST_HEAD_WIDTH = 1024
-SMALLEST_RANK = 4
-SMALLEST_ANSWER_TOKENS = 256
-SMALLEST_LOGITS_MIB = 32
 UTILIZATIONS = tuple(percent / 100 for percent in range(10, 91, 5))
 
-Values = Mapping[str, Any]
-"""Recipe keys with new values, to be changed together."""
-
-Choice = list[tuple[str, int]]
-"""Kinds of `reductions`, each with the index of the chosen setting."""
+Values = Mapping[str, Any]  # recipe keys with new values, to be changed together
 
 
 @dataclass(frozen=True)
@@ -54,7 +38,7 @@ class Change:
     peak_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Advice:
     """Changes that make a run fit; none if it fits already.
 
@@ -85,24 +69,32 @@ def advice_for(recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes:
     """
 
     def overrun(candidate: Recipe) -> int:
-        return overrun_bytes(candidate, shape, vram_bytes, others_bytes)
+        return MemoryPlan(candidate, shape, vram_bytes, others_bytes).overrun_bytes
 
     chosen = _choose(recipe, reductions(recipe), overrun)
     smallest = _apply(recipe, chosen)
     if overrun(smallest):
-        return Advice(changes=(), smallest_vram_bytes=_smallest_vram(smallest, shape, others_bytes))
-    for kind, _ in tuple(chosen):
-        without = _choose(recipe, [other for other, _ in chosen if other != kind], overrun)
+        quarters = range(0, 2**40, 2**28)
+        fitting = bisect_left(quarters, True, key=lambda size: MemoryPlan(smallest, shape, size, others_bytes).fits)
+        return Advice((), smallest_vram_bytes=quarters[fitting])
+    for kind in tuple(chosen):
+        without = _choose(recipe, [other for other in chosen if other != kind], overrun)
         if not overrun(_apply(recipe, without)):
             chosen = without
     # Weaken each reduction as far as the others allow, which may have become stronger since it was chosen.
-    for position, (kind, index) in enumerate(chosen):
-        for milder in range(index):
-            tried = [*chosen[:position], (kind, milder), *chosen[position + 1 :]]
-            if not overrun(_apply(recipe, tried)):
-                chosen = tried
-                break
-    return Advice(changes=_changes(recipe, chosen, shape, vram_bytes, others_bytes))
+    for kind, index in chosen.items():
+        milder = (chosen | {kind: milder} for milder in range(index))
+        chosen = next((tried for tried in milder if not overrun(_apply(recipe, tried))), chosen)
+    changes, before = [], MemoryPlan(recipe, shape, vram_bytes, others_bytes)
+    for kind, index in chosen.items():
+        values = _settings(before.recipe, kind)[index]
+        after = MemoryPlan(before.recipe.with_values(values), shape, vram_bytes, others_bytes)
+        gains = {key: (before.excess[key] - after.excess[key], before.needs[key] - after.needs[key])
+                 for key in before.needs}  # fmt: skip
+        eases = max(gains, key=gains.__getitem__)
+        changes.append(Change(values, eases, before.needs[eases], after.needs[eases], after.peak.total_bytes))
+        before = after
+    return Advice(tuple(changes))
 
 
 def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
@@ -138,8 +130,8 @@ def why_not(recipe: Recipe, plan: MemoryPlan) -> str:
         )
     return (
         f"the engine's share of {_gib(plan.vram_bytes)}, rollout.vllm.gpu_memory_utilization = "
-        f"{recipe.rollout.vllm.gpu_memory_utilization}, lacks {_gib(plan.shortfall_bytes)} to hold one sequence of "
-        f"{plan.sequence_tokens:,} tokens"
+        f"{recipe.rollout.vllm.gpu_memory_utilization}, lacks {_gib(plan.engine_shortfall_bytes)} to hold one "
+        f"sequence of {plan.sequence_tokens:,} tokens"
     )
 
 
@@ -148,15 +140,14 @@ def memory_advice(recipe: Recipe) -> str:
 
     Each alternative is a line of options to add to a command.
     """
+    in_a_new_run = "in a new run, which may start from this one's adapter (lora.init_from), use"
+    alternatives = {
+        "resume with": ("checkpointing", "offload", "logits"),
+        in_a_new_run: ("optimizer", "rank", "answers"),
+    }
     lines = []
-    for kinds, intro in (
-        (("checkpointing", "offload", "logits"), "resume with"),
-        (
-            ("optimizer", "rank", "answers"),
-            "in a new run, which may start from this one's adapter (lora.init_from), use",
-        ),
-    ):
-        found = [f"  {_options(_new(recipe, values))}" for kind in kinds for values in _settings(recipe, kind)[:1]]
+    for intro, kinds in alternatives.items():
+        found = [f"  {_options(values)}" for kind in kinds for values in _settings(recipe, kind)[:1]]
         lines += [f"{intro} one of:" if len(found) > 1 else f"{intro}:", *found] if found else []
     return "\n".join(lines) or "train on a GPU with more memory"
 
@@ -165,51 +156,50 @@ def memory_advice(recipe: Recipe) -> str:
 
 
 def reductions(recipe: Recipe) -> dict[str, list[Values]]:
-    """Return smaller settings than the recipe's own, the mildest first, by kind and in the order to try them."""
-    rollout, train, lora, name = recipe.rollout, recipe.train, recipe.lora, recipe.optimizer.name
-    uses_vllm, now, longest = engine_of(recipe) == "vllm", rollout.vllm.gpu_memory_utilization, sequence_tokens(recipe)
-    batches: list[Values] = [{"rollout.max_num_seqs": batch} for batch in _halves(rollout.max_num_seqs, 1)]
-    key, near = "rollout.vllm.gpu_memory_utilization", sorted(UTILIZATIONS, key=lambda value: (abs(value - now), value))
-    utilizations: list[Values] = [{key: value} for value in near]
+    """Return smaller settings than the recipe's own, the mildest first, by kind and in the order to try them.
+
+    A setting may hold keys that stay the same.
+    """
+    rollout, train, lora = recipe.rollout, recipe.train, recipe.lora
+    uses_vllm, now, longest = engine_of(recipe) == "vllm", rollout.vllm.gpu_memory_utilization, rollout.sequence_tokens
+
+    def each(key: str, values: Iterable[Any]) -> list[Values]:
+        return [{key: value} for value in values]
+
+    batches = each("rollout.max_num_seqs", _halves(rollout.max_num_seqs, 1))
+    near = sorted(UTILIZATIONS, key=lambda value: (abs(value - now), value))
+    utilizations = each("rollout.vllm.gpu_memory_utilization", near) if uses_vllm else []
     microbatches = [tokens for tokens in _halves(train.tokens_per_microbatch, 1) if tokens > longest]
     microbatches += [longest] if train.tokens_per_microbatch > longest else []
-    optimizers = OPTIMIZERS[OPTIMIZERS.index(name) + 1 :] if recipe.model.dtype != "float64" else ()
-    dtype: dict[str, str] = {} if recipe.model.dtype == "bfloat16" else {"model.dtype": "bfloat16"}
-    nf4: list[Values] = [dtype | {"model.quantization": "nf4"}] if recipe.model.quantization == "none" else []
-    ranks = _halves(lora.rank, SMALLEST_RANK) if lora.init_from is None else []
+    optimizers = OPTIMIZERS[OPTIMIZERS.index(recipe.optimizer.name) + 1 :] if recipe.model.dtype != "float64" else ()
+    dtype = {"model.dtype": "bfloat16"}
+    checkpointing = {"train.gradient_checkpointing": True}
+    packs = uses_vllm and rollout.vllm.base != "nf4"
+    ranks = _halves(lora.rank, 4) if lora.init_from is None else []
     # Alpha keeps the adapters' scale, which is alpha / rank, or alpha / sqrt(rank) with rslora.
     alphas = [lora.alpha * (rank / lora.rank) ** (0.5 if lora.rslora else 1) for rank in ranks]
-    answers: list[Values] = [
-        {"rollout.max_completion_length": answer}
-        | ({"train.tokens_per_microbatch": tokens} if tokens < train.tokens_per_microbatch else {})
-        for answer in _halves(rollout.max_completion_length, SMALLEST_ANSWER_TOKENS)
-        for tokens in [rollout.max_prompt_length + answer]
-    ]
+    answers = _halves(rollout.max_completion_length, 256)
+    in_one = [min(rollout.max_prompt_length + answer, train.tokens_per_microbatch) for answer in answers]
     return {
         # The update and the answers stay the same, and little time is lost.
-        "utilization": utilizations if uses_vllm else [],
-        "microbatch": [{"train.tokens_per_microbatch": tokens} for tokens in microbatches],
-        "logits": [{"train.logits_mib": mib} for mib in _halves(train.logits_mib, SMALLEST_LOGITS_MIB)],
+        "utilization": utilizations,
+        "microbatch": each("train.tokens_per_microbatch", microbatches),
+        "logits": each("train.logits_mib", _halves(train.logits_mib, 32)),
         "batch": batches if engine_of(recipe) != "server" else [],
-        "sleep": [] if rollout.vllm.enable_sleep_mode else [{"rollout.vllm.enable_sleep_mode": True}],
+        "sleep": [{"rollout.vllm.enable_sleep_mode": True}],
         # These cost more time; a 4-bit base in vLLM also needs its plugin.
-        "checkpointing": [] if train.gradient_checkpointing else [{"train.gradient_checkpointing": True}],
-        "optimizer": [{"optimizer.name": optimizer} for optimizer in optimizers],
-        "offload": []
-        if train.offload_activations
-        else [{"train.offload_activations": True, "train.gradient_checkpointing": True}],
-        "packed engine": [{"rollout.vllm.base": "nf4", **values} for values in ({}, *utilizations)]
-        if uses_vllm and rollout.vllm.base != "nf4"
-        else [],
+        "checkpointing": [checkpointing],
+        "optimizer": each("optimizer.name", optimizers),
+        "offload": [{"train.offload_activations": True} | checkpointing],
+        "packed engine": [{"rollout.vllm.base": "nf4", **values} for values in ({}, *utilizations) if packs],
         "own engine": [{"rollout.engine": "hf", **values} for values in ({}, *batches)] if uses_vllm else [],
         # These change what is learned.
-        "base": ([dtype] if dtype else []) + nf4,
-        "predictor": [
-            {"siamese.head_width": width} for width in _halves(recipe.siamese.head_width, SMALLEST_HEAD_WIDTH)
-        ],
+        "base": [dtype, dtype | {"model.quantization": "nf4"}],
+        "predictor": each("siamese.head_width", _halves(recipe.siamese.head_width, 1024)),
         "rank": [{"lora.rank": rank, "lora.alpha": alpha} for rank, alpha in zip(ranks, alphas, strict=True)],
-        "answers": answers,
-    }
+        "answers": [{"rollout.max_completion_length": answer, "train.tokens_per_microbatch": tokens}
+                    for answer, tokens in zip(answers, in_one, strict=True)],
+    }  # fmt: skip
 
 
 def _halves(value: int, least: int) -> list[int]:
@@ -218,73 +208,37 @@ def _halves(value: int, least: int) -> list[int]:
 
 
 def _settings(recipe: Recipe, kind: str) -> list[Values]:
-    """Return the settings of one kind that make a valid recipe."""
-
-    def is_valid(changed: Recipe) -> bool:
+    """Return the settings of one kind that change the recipe to a valid one, with only the keys that change."""
+    found: list[Values] = []
+    for values in reductions(recipe)[kind]:
+        changed = recipe.with_values(values)
         served = changed.rollout.engine != "vllm" or vllm_can_serve(changed)
-        return served and next(impossible_combinations(changed), None) is None
-
-    return [values for values in reductions(recipe)[kind] if is_valid(recipe.with_values(values))]
-
-
-# ---------------------------------------------------------------------- the search
+        new = {name: value for name, value in values.items() if value != attrgetter(name)(recipe)}
+        if new and served and next(impossible_combinations(changed), None) is None:
+            found.append(new)
+    return found
 
 
-def _new(recipe: Recipe, values: Values) -> Values:
-    """Return the values that differ from the recipe's."""
-    return {name: value for name, value in values.items() if value != attrgetter(name)(recipe)}
-
-
-def _apply(recipe: Recipe, chosen: Choice) -> Recipe:
-    for kind, index in chosen:
+def _apply(recipe: Recipe, chosen: Mapping[str, int]) -> Recipe:
+    for kind, index in chosen.items():
         # A reduction's settings depend on those before it.
         recipe = recipe.with_values(_settings(recipe, kind)[index])
     return recipe
 
 
-def _choose(recipe: Recipe, kinds: Iterable[str], overrun: Callable[[Recipe], int]) -> Choice:
-    """Apply reductions in turn until the run fits, each only as far as it helps."""
-    chosen: Choice = []
-    least = overrun(recipe)
+def _choose(recipe: Recipe, kinds: Iterable[str], overrun: Callable[[Recipe], int]) -> dict[str, int]:
+    """Apply reductions in turn until the run fits, each only as far as it helps: kind -> index of its setting."""
+    chosen: dict[str, int] = {}
+    least, best = overrun(recipe), recipe
     for kind in kinds:
-        best = None
         for index, values in enumerate(_settings(recipe, kind) if least else ()):
             changed = recipe.with_values(values)
             if (size := overrun(changed)) < least:
-                best, least = (index, changed), size
+                chosen[kind], best, least = index, changed, size
             if not size:
                 break
-        if best is not None:
-            chosen.append((kind, best[0]))
-            recipe = best[1]
+        recipe = best
     return chosen
-
-
-def _changes(
-    recipe: Recipe, chosen: Choice, shape: ModelShape, vram_bytes: int, others_bytes: int
-) -> tuple[Change, ...]:
-    """Return what was chosen as keys, with the effect of each."""
-    found = []
-    before = needs(recipe, shape, vram_bytes, others_bytes)
-    for kind, index in chosen:
-        values = _new(recipe, _settings(recipe, kind)[index])
-        recipe = recipe.with_values(values)
-        after = needs(recipe, shape, vram_bytes, others_bytes)
-        too_large, still = excess(before, vram_bytes), excess(after, vram_bytes)
-        gains = {name: (too_large[name] - still[name], before[name] - after[name]) for name in before}
-        eases = max(gains, key=gains.__getitem__)
-        peak = max(size for name, size in after.items() if name != SHORTFALL)
-        found.append(Change(values, eases, before[eases], after[eases], peak))
-        before = after
-    return tuple(found)
-
-
-def _smallest_vram(recipe: Recipe, shape: ModelShape, others_bytes: int) -> int:
-    """Return the least memory, in steps of a quarter GiB, that a recipe with every reduction fits."""
-    quarters = bisect_left(
-        range(2**12), True, key=lambda quarters: not overrun_bytes(recipe, shape, quarters * 2**28, others_bytes)
-    )
-    return quarters * 2**28
 
 
 def _options(values: Values) -> str:

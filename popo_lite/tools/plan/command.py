@@ -25,11 +25,7 @@ LARGEST_BYTES = 2**62
 @click.command(short_help="Say whether a recipe fits a GPU, and what to change.")
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--vram", metavar="SIZE", help="Memory of the GPU, e.g. 24GiB; default: nvidia-smi's figure, else 24GiB.")
-@click.option(
-    "--others",
-    metavar="SIZE",
-    help="Part of it that other processes hold; default: what nvidia-smi reports as used, 0 with --vram.",
-)
+@click.option("--others", metavar="SIZE", help="Part that other processes hold; default: nvidia-smi's, 0 with --vram.")
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
 @click.option("as_json", "--json", is_flag=True, help="Print the plan as one JSON object, sizes in bytes.")
 def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -40,8 +36,10 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
     command line has an error. See docs/memory.md.
     """
     from popo_lite.recipe_file import load_recipe
-    from popo_lite.tools.plan import advice_for, load_shape, plan_memory, why_not
+    from popo_lite.tools.plan.advice import advice_for, why_not
     from popo_lite.tools.plan.report import plan_report
+    from popo_lite.tools.plan.shapes import load_shape
+    from popo_lite.tools.plan.vram import plan_memory
 
     settings = load_recipe(recipe, overrides)
     shape = load_shape(settings.model)
@@ -60,12 +58,9 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
         given = [("--vram", vram), ("--others", others), *(("--set", override) for override in overrides)]
         words = [word for option, value in given if value is not None for word in (option, value)]
         command = shlex.join(["popo-lite", "plan", recipe, *words])
-        plan_report(
-            data,
-            batch_size=settings.rollout.max_num_seqs,
-            why_not=None if found.fits else why_not(settings, found),
-            next_step=f"{command} {advice.next_step}" if advice.changes else advice.next_step,
-        )
+        next_step = f"{command} {advice.next_step}" if advice.changes else advice.next_step
+        why = None if found.fits else why_not(settings, found)
+        plan_report(data, batch_size=settings.rollout.max_num_seqs, why_not=why, next_step=next_step)
     if not found.fits:
         raise SystemExit(DOES_NOT_FIT)
 

@@ -15,8 +15,6 @@ from popo_lite.tools.console import words
 from popo_lite.tools.console.output import open_console, safe, table
 from popo_lite.tools.plan.vram import NOT_TENSORS, SHORTFALL
 
-_BAR_CELLS = 28
-
 
 def plan_report(
     plan: Mapping[str, Any], *, batch_size: int, why_not: str | None, next_step: str, console: Console | None = None
@@ -43,7 +41,7 @@ def plan_report(
     for phase in phases:
         total = phase["total_bytes"]
         style = "red" if total > plan["vram_bytes"] else "green"
-        bar = ProgressBar(plan["vram_bytes"], total, _BAR_CELLS, complete_style=style, finished_style=style)
+        bar = ProgressBar(plan["vram_bytes"], total, width=28, complete_style=style, finished_style=style)
         moment = ("peak: " if phase["name"] == plan["peak_phase"] else "") + phase["moment"]
         bars.append((phase["name"], bar, f"{shown(total)} {unit}", moment))
     table("Fullest moment of each phase", ("", "", "memory", "moment"), bars, console)
@@ -54,7 +52,11 @@ def plan_report(
         console.print()
         for change in plan["advice"]["changes"]:
             values = ", ".join(f"{key} = {json.dumps(value)}" for key, value in change["values"].items())
-            console.print(Text(safe(f"{values}: {_effect(change)}", console)))
+            before, after = words.memory(change["before_bytes"]), words.memory(change["after_bytes"])
+            effect = f"phase {change['eases']} from {before} to {after}"
+            if change["eases"] == SHORTFALL:
+                effect = f"the engine's share lacks {after if change['after_bytes'] else 'nothing'}, before {before}"
+            console.print(Text(safe(f"{values}: {effect}", console)))
         console.print(Text("Next", "bold"))
         console.print(Text.assemble("  ", (safe(next_step, console), "cyan")), soft_wrap=True)
 
@@ -70,31 +72,20 @@ def _verdict(plan: Mapping[str, Any], why_not: str | None, console: Console) -> 
     return Text(safe(verdict.plain, console), spans=verdict.spans)
 
 
-def _effect(change: Mapping[str, Any]) -> str:
-    """Return the effect of a change on the phase that it eases, or on the engine's share."""
-    before, after = words.memory(change["before_bytes"]), words.memory(change["after_bytes"])
-    if change["eases"] == SHORTFALL:
-        return f"the engine's share lacks {after if change['after_bytes'] else 'nothing'}, before {before}"
-    return f"phase {change['eases']} from {before} to {after}"
-
-
 def _remarks(plan: Mapping[str, Any], batch_size: int) -> Iterator[str]:
     longest, context = plan["longest_sequence_tokens"], plan["context_tokens"]
     this = f"this recipe's: {plan['sequence_tokens']:,}"
     if longest >= context:
-        longest_fit = f"{context:,} tokens, the model's context (memory would hold {longest:,}); {this}."
-        yield f"Longest prompt with answer: {longest_fit}"
+        holds = f"the model's context (memory would hold {longest:,})"
+        yield f"Longest prompt with answer: {context:,} tokens, {holds}; {this}."
     elif longest:
-        longest_fit = f"{longest:,} tokens; {this}; the model's context: {context:,}."
-        yield f"Longest prompt with answer that would fit: {longest_fit}"
+        its = f"{this}; the model's context: {context:,}"
+        yield f"Longest prompt with answer that would fit: {longest:,} tokens; {its}."
     if plan["sequences_at_once"] is not None:
         yield (
             f"Sequences of full length that can be decoded at once: {plan['sequences_at_once']:,}; "
             f"rollout.max_num_seqs: {batch_size:,}."
         )
-    export = plan["phases"][-1]
-    if export["total_bytes"] > plan["vram_bytes"]:
-        yield (
-            f"Not counted: popo-lite export, later and alone, takes {words.memory(export['total_bytes'])}; "
-            "with CUDA_VISIBLE_DEVICES= in front it runs on the CPU."
-        )
+    if (export := plan["phases"][-1]["total_bytes"]) > plan["vram_bytes"]:
+        alone = f"popo-lite export, later and alone, takes {words.memory(export)}"
+        yield f"Not counted: {alone}; with CUDA_VISIBLE_DEVICES= in front it runs on the CPU."

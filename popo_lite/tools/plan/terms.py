@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
-from popo_lite.chunks import chunk_tokens, row_block, tile_rows
+from popo_lite.chunks import row_block, tile_rows
 from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
 from popo_lite.tools.plan.shapes import Linear, ModelShape, adapted_linears, parameter_counts
 
@@ -37,22 +37,8 @@ ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM build
 MASK_BYTES = 17
 DRAW_BYTES = 20
 
+Classes = dict[str, int]
 _QKV = ("q_proj", "k_proj", "v_proj")
-
-
-def compute_bytes(recipe: ModelRecipe) -> int:
-    """Return the bytes of an element in `model.dtype`."""
-    return DTYPE_BYTES[recipe.dtype]
-
-
-def trained_bytes(recipe: ModelRecipe) -> int:
-    """Return the bytes of a trained element: float32, or float64 with a float64 model."""
-    return max(4, compute_bytes(recipe))
-
-
-def sequence_tokens(recipe: Recipe) -> int:
-    """Return the tokens of the longest prompt with the longest answer."""
-    return recipe.rollout.max_prompt_length + recipe.rollout.max_completion_length
 
 
 # ---------------------------------------------------------------------- what stays in memory
@@ -74,19 +60,20 @@ def base_bytes(shape: ModelShape, recipe: ModelRecipe, *, nf4: bool | None = Non
 
     The LM head always stays in `model.dtype`, because the loss reads it.
     """
-    found = {name: compute_bytes(recipe) * count for name, count in parameter_counts(shape).items()}
+    found = {name: DTYPE_BYTES[recipe.dtype] * count for name, count in parameter_counts(shape).items()}
     if recipe.quantization == "nf4" if nf4 is None else nf4:
-        weights = [nf4_bytes(linear.weights, double=recipe.double_quantization) for linear in shape.linears()]
-        found["base linears"] = shape.layers * sum(weights)
+        sizes = (
+            nf4_bytes(inputs * outputs, double=recipe.double_quantization) for _, inputs, outputs in shape.linears()
+        )
+        found["base linears"] = shape.layers * sum(sizes)
     return found
 
 
 def adapter_elements(shape: ModelShape, recipe: LoraRecipe) -> list[int]:
     """Return the size of every adapter tensor: A [r, inputs], B [outputs, r], and with DoRA a magnitude [outputs]."""
     found: list[int] = []
-    for linear in adapted_linears(shape, recipe.target_modules):
-        found += [recipe.rank * linear.inputs, recipe.rank * linear.outputs]
-        found += [linear.outputs] if recipe.dora else []
+    for _, inputs, outputs in adapted_linears(shape, recipe.target_modules):
+        found += [recipe.rank * inputs, recipe.rank * outputs, *([outputs] if recipe.dora else [])]
     return found
 
 
@@ -102,25 +89,22 @@ def optimizer_bytes(elements: Iterable[int], recipe: Recipe) -> int:
     8-bit optimizers keep the state of tensors under 4,096 elements in 32 bits. The driver keeps paged state in host
     memory, except for small tensors and the scales.
     """
-    name = recipe.optimizer.name
-    if name == "adamw":
-        return 2 * trained_bytes(recipe.model) * sum(elements)
-    total = 0
-    for count in elements:
+
+    def state_bytes(count: int) -> int:
+        if recipe.optimizer.name == "adamw":
+            return 2 * max(4, DTYPE_BYTES[recipe.model.dtype]) * count
         if count < EIGHT_BIT_FROM_ELEMENTS:
-            total += 8 * count
-            continue
-        total += 2 * 4 * ceil(count / EIGHT_BIT_BLOCK)
-        if name == "adamw8bit" or count < PAGED_FROM_ELEMENTS:
-            total += 2 * count
-    return total
+            return 8 * count
+        paged = recipe.optimizer.name == "paged_adamw8bit" and count >= PAGED_FROM_ELEMENTS
+        return 8 * ceil(count / EIGHT_BIT_BLOCK) + (0 if paged else 2 * count)
+
+    return sum(map(state_bytes, elements))
 
 
 # ---------------------------------------------------------------------- a decoder layer's activations
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerBytes:
+class LayerBytes(NamedTuple):
     """Memory of one decoder layer.
 
     In bytes per token: `boundary` is the layer's input. `saved` is what it keeps for the backward pass apart from that,
@@ -161,18 +145,18 @@ class LayerBytes:
 
 def layer_bytes(recipe: Recipe, shape: ModelShape) -> LayerBytes:
     """Return a layer's memory for the recipe's precision, attention, adapters and dropout."""
-    size, packed = compute_bytes(recipe.model), recipe.model.quantization == "nf4"
-    width, mlp = shape.width, size * shape.mlp_width
+    size, packed = DTYPE_BYTES[recipe.model.dtype], recipe.model.quantization == "nf4"
+    width, mlp, heads = shape.width, size * shape.mlp_width, shape.heads + shape.kv_heads
     adapted = {linear.name.split(".")[-1]: linear for linear in adapted_linears(shape, recipe.lora.target_modules)}
     # A norm keeps a float32 copy of its input and one number per token. In a float32 model the input is that copy.
     input_norm = 4 * width + 4
     saved = 2 * input_norm - (4 * width if size == 4 else 0)
     # Queries, keys, values, the attention's output and its log-sums.
-    saved += 2 * size * (shape.query_width + shape.kv_width) + 4 * shape.heads
-    if shape.qk_norms:
-        saved += 4 * (shape.query_width + shape.kv_width) + 4 * (shape.heads + shape.kv_heads)
+    saved += 2 * size * heads * shape.head_width + 4 * shape.heads
+    if shape.model_type == "qwen3":  # each head's queries and keys are normalised
+        saved += 4 * heads * shape.head_width + 4 * heads
     saved += 3 * mlp  # gate, its activation, and up
-    saved += sum(_adapter_inputs(recipe, adapted)) + size * recipe.lora.rank * len(adapted)
+    saved += _adapter_inputs(recipe, adapted) + size * recipe.lora.rank * len(adapted)
     recompute, inference = saved + 3 * mlp + size * width, 3 * mlp + 2 * size * width
     if any(name in adapted for name in ("gate_proj", "up_proj")):
         inference += mlp
@@ -198,56 +182,29 @@ def layer_bytes(recipe: Recipe, shape: ModelShape) -> LayerBytes:
         casts_bytes=size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if size == 2 else 0,
         attention_casts_bytes=cast * sum(linear.inputs + linear.outputs for linear in early),
         input_casts_bytes=cast * sum(linear.inputs for linear in early),
-        weight_bytes=size * max(linear.weights for linear in shape.linears()) if packed else 0,
+        weight_bytes=size * max(linear.inputs * linear.outputs for linear in shape.linears()) if packed else 0,
     )
 
 
-def _adapter_inputs(recipe: Recipe, adapted: Mapping[str, Linear]) -> Iterator[int]:
-    """Yield the bytes per token of the inputs that a layer's adapters keep, apart from the attention's output."""
-    size = compute_bytes(recipe.model)
+def _adapter_inputs(recipe: Recipe, adapted: Mapping[str, Linear]) -> int:
+    """Return the bytes per token of the inputs that a layer's adapters keep, apart from the attention's output."""
+    size, inputs = DTYPE_BYTES[recipe.model.dtype], sum(linear.inputs for linear in adapted.values())
     if recipe.lora.dropout:
         # Each adapter keeps its input after dropout, and a mask, which has one byte per element on a GPU.
-        mask = 1 if recipe.train.device != "cpu" else size
-        yield from ((size + mask) * linear.inputs for linear in adapted.values())
-    elif recipe.model.quantization != "nf4" and size == 2:
-        # Each adapter keeps its own 16-bit copy of PEFT's float32 input.
-        yield from (size * linear.inputs for linear in adapted.values())
-    else:
-        for sharing in (_QKV, ("gate_proj", "up_proj"), ("down_proj",)):
-            if users := [name for name in sharing if name in adapted]:
-                yield size * adapted[users[0]].inputs
+        return (size + (1 if recipe.train.device != "cpu" else size)) * inputs
+    if recipe.model.quantization != "nf4" and size == 2:
+        return size * inputs  # each adapter keeps its own 16-bit copy of PEFT's float32 input
+    sharing = (_QKV, ("gate_proj", "up_proj"), ("down_proj",))
+    return size * sum(max((adapted[name].inputs for name in names if name in adapted), default=0) for names in sharing)
 
 
-# ---------------------------------------------------------------------- the loss
-
-
-def loss_bytes(recipe: Recipe, shape: ModelShape, *, tokens: int, on_gpu: bool) -> int:
-    """Return the peak of the loss over `tokens` tokens, forward and backward, without hidden states and head."""
-    size = compute_bytes(recipe.model)
-    logits_bytes = max(4, size)
-    return pass_bytes(
-        tokens=tokens,
-        chunk=chunk_tokens(shape.vocabulary, memory_bytes=recipe.train.logits_mib * 2**20, logits_bytes=logits_bytes),
-        vocabulary=shape.vocabulary,
-        width=shape.width,
-        on_gpu=on_gpu,
-        head_bytes=size,
-        logits_bytes=logits_bytes,
-        scaled=recipe.rollout.temperature != 1.0,
-    )
+# ---------------------------------------------------------------------- the loss and the rollout engine
 
 
 def pass_bytes(
-    *,
-    tokens: int,
-    chunk: int,
-    vocabulary: int,
-    width: int,
-    on_gpu: bool,
-    head_bytes: int = 2,
-    logits_bytes: int = 4,
+    *, tokens: int, chunk: int, vocabulary: int, width: int, on_gpu: bool, head_bytes: int = 2, logits_bytes: int = 4,
     scaled: bool = False,
-) -> int:
+) -> int:  # fmt: skip
     """Return an upper bound for the memory of the fused loss, without hidden states, targets and head.
 
     It adds the chunk's logits, a row block's temporaries (two more if logits are scaled, capped or divided by a
@@ -265,31 +222,12 @@ def pass_bytes(
     return chunk * vocabulary * logits_bytes + max(temporaries, products) + held
 
 
-# ---------------------------------------------------------------------- the rollout engine
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineBytes:
-    """vLLM in the trainer's process, bytes by class while it samples, while the policy trains, and during a swap.
-
-    `shortfall` is how much its share is too small for one sequence of full length; vLLM then fails to start.
-    `sequences` is how many of full length its KV cache holds at once.
-    """
-
-    sampling: dict[str, int]
-    training: dict[str, int]
-    swapping: dict[str, int]
-    shortfall: int
-    sequences: int
-
-
 def engine_of(recipe: Recipe) -> str:
     """Return `hf`, `vllm` or `server`; for `auto` what the run would choose on this machine."""
     if recipe.rollout.engine != "auto":
         return recipe.rollout.engine
     found = importlib.util.find_spec("vllm")
-    installed = found is not None and found.origin is not None
-    return "vllm" if installed and vllm_can_serve(recipe) else "hf"
+    return "vllm" if found is not None and found.origin is not None and vllm_can_serve(recipe) else "hf"
 
 
 def vllm_can_serve(recipe: Recipe) -> bool:
@@ -299,12 +237,16 @@ def vllm_can_serve(recipe: Recipe) -> bool:
 
 def kv_token_bytes(recipe: Recipe, shape: ModelShape, *, fp8: bool = False) -> int:
     """Return the bytes of one token's keys and values in all layers."""
-    return 2 * shape.layers * shape.kv_width * (1 if fp8 else compute_bytes(recipe.model))
+    return 2 * shape.layers * shape.kv_heads * shape.head_width * (1 if fp8 else DTYPE_BYTES[recipe.model.dtype])
 
 
-def vllm_bytes(recipe: Recipe, shape: ModelShape, *, vram_bytes: int, on_gpu: bool) -> EngineBytes:
-    """Return the memory of the engine that samplers/vllm.py starts on a GPU of `vram_bytes`."""
-    vllm, size, batch = recipe.rollout.vllm, compute_bytes(recipe.model), recipe.rollout.max_num_seqs
+def vllm_bytes(recipe: Recipe, shape: ModelShape, vram_bytes: int, *, on_gpu: bool) -> tuple[list[Classes], int, int]:
+    """Return the memory of the engine that samplers/vllm.py starts on a GPU of `vram_bytes`.
+
+    These are the bytes by class while it samples, while the policy trains, and during a swap; then how much its share
+    is too small for one sequence of full length, which vLLM needs to start, and how many its KV cache holds at once.
+    """
+    vllm, size, batch = recipe.rollout.vllm, DTYPE_BYTES[recipe.model.dtype], recipe.rollout.max_num_seqs
     weights = sum(base_bytes(shape, recipe.model, nf4=vllm.base == "nf4").values())
     rank = next(rank for rank in ENGINE_LORA_RANKS if rank >= recipe.lora.rank)
     slot = size * sum(adapter_elements(shape, recipe.lora)) * rank // recipe.lora.rank
@@ -313,7 +255,7 @@ def vllm_bytes(recipe: Recipe, shape: ModelShape, *, vram_bytes: int, on_gpu: bo
     working += ENGINE_LOGIT_COPIES * logits
     share = round(vllm.gpu_memory_utilization * vram_bytes)
     cache = share - weights - slot - working if on_gpu else ENGINE_CPU_CACHE_BYTES
-    sequence = sequence_tokens(recipe) * kv_token_bytes(recipe, shape, fp8=vllm.kv_cache_dtype == "fp8")
+    sequence = recipe.rollout.sequence_tokens * kv_token_bytes(recipe, shape, fp8=vllm.kv_cache_dtype == "fp8")
     sampling = {
         "engine weights": weights,
         "engine, other": slot + working,
@@ -321,24 +263,18 @@ def vllm_bytes(recipe: Recipe, shape: ModelShape, *, vram_bytes: int, on_gpu: bo
         "CUDA graphs": ENGINE_GRAPHS_BYTES if on_gpu and not vllm.enforce_eager else 0,
     }
     asleep = {"CUDA graphs": sampling["CUDA graphs"], "engine, other": logits}
-    sleeps = on_gpu and vllm.enable_sleep_mode
-    return EngineBytes(
-        sampling=sampling,
-        training=asleep if sleeps else sampling,
-        swapping=sampling | {"KV cache": 0, "engine, other": slot + logits} if sleeps else sampling,
-        shortfall=max(0, sequence - cache),
-        sequences=max(0, cache) // sequence,
-    )
+    swapping = sampling | {"KV cache": 0, "engine, other": slot + logits}
+    states = [sampling, asleep, swapping] if on_gpu and vllm.enable_sleep_mode else [sampling] * 3
+    return states, max(0, sequence - cache), max(0, cache) // sequence
 
 
-def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, dict[str, int]]]:
+def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, Classes]]:
     """Yield each moment that may be the fullest while the trainer's own model samples, with its bytes by class."""
-    size, batch = compute_bytes(recipe.model), recipe.rollout.max_num_seqs
+    size, batch = DTYPE_BYTES[recipe.model.dtype], recipe.rollout.max_num_seqs
     layer, kv = layer_bytes(recipe, shape), kv_token_bytes(recipe, shape)
     adaptive = recipe.rollout.adaptive
     answers = [adaptive.round_size if adaptive.enabled else recipe.rollout.num_generations]
-    if recipe.eval.problems:
-        answers.append(recipe.eval.samples_per_problem)
+    answers += [recipe.eval.samples_per_problem] if recipe.eval.problems else []
     # A prompt is read once for all its answers in a batch; its answers may be spread over two batches.
     prompts = min(batch, max(ceil(batch / count) + (batch % count > 0) for count in answers))
     width = recipe.rollout.max_prompt_length
@@ -348,15 +284,15 @@ def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, dict[st
     # Autocast keeps its copies of all layers' adapters until the trunk has run; `layer` includes its own.
     copies = (shape.layers - 1) * layer.casts_bytes
     yield "reading the prompts", {"KV cache": kv * tokens, "layer working set": read, "adapter copies": copies}
-    full = batch * sequence_tokens(recipe)
+    full = batch * recipe.rollout.sequence_tokens
     masks = MASK_BYTES * full + 2 * layer.boundary * batch
     # The cache grows layer by layer into a new tensor. Prompts of unequal length need a mask, and with a mask
     # attention repeats keys and values for every head.
-    growth = size * full * shape.kv_width
-    repeated = 2 * size * full * shape.query_width if shape.heads != shape.kv_heads else 0
+    growth = size * full * shape.kv_heads * shape.head_width
+    repeated = 2 * size * full * shape.heads * shape.head_width if shape.heads != shape.kv_heads else 0
     grown = {"KV cache": kv * full + max(growth, repeated), "layer working set": masks}
     yield "the full cache grows", grown | {"adapter copies": copies + layer.attention_casts_bytes}
-    decode = masks + layer.inference_bytes(batch, sequence_tokens(recipe))
+    decode = masks + layer.inference_bytes(batch, recipe.rollout.sequence_tokens)
     decoded = {"KV cache": kv * full, "layer working set": decode, "adapter copies": copies}
     yield "a token of every answer in a layer", decoded
     yield "tokens are drawn", {"KV cache": kv * full, "logits": DRAW_BYTES * batch * shape.vocabulary}

@@ -8,10 +8,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from popo_lite.errors import UserInputError
-from popo_lite.recipe import PopoObjective, Recipe
+from popo_lite.chunks import chunk_tokens
+from popo_lite.recipe import Recipe
+from popo_lite.recipe_rules import check_context
 from popo_lite.tools.plan import terms
 from popo_lite.tools.plan.shapes import ModelShape
 
@@ -58,122 +60,14 @@ class Phase:
         return sum(size for name, size in self.bytes_by_class.items() if name not in NOT_TENSORS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
-    """The plan of a recipe on a GPU of `vram_bytes`, or in host memory for a recipe on the CPU.
-
-    Other processes hold `others_bytes` of it. `phases` are those of a run; `export` is a separate command.
-    `shortfall_bytes` is how much vLLM's share is too small for one sequence. `longest_tokens` is the longest prompt
-    with answer that fits if all else stays the same, 0 if none does; it may exceed `context_tokens`.
-    `sequences_at_once` is how many of full length can be decoded together, None for a server.
-    """
-
-    vram_bytes: int
-    others_bytes: int
-    on_gpu: bool
-    engine: str
-    phases: tuple[Phase, ...]
-    export: Phase
-    shortfall_bytes: int
-    longest_tokens: int
-    context_tokens: int
-    sequence_tokens: int
-    sequences_at_once: int | None
-
-    @property
-    def peak(self) -> Phase:
-        """Return the fullest phase of the run."""
-        return max(self.phases, key=lambda phase: phase.total_bytes)
-
-    @property
-    def fits(self) -> bool:
-        """Return whether every phase of the run fits and the engine starts."""
-        return self.peak.total_bytes <= self.vram_bytes and not self.shortfall_bytes
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain data with all sizes in bytes."""
-        return {
-            "vram_bytes": self.vram_bytes,
-            "others_bytes": self.others_bytes,
-            "device": "cuda" if self.on_gpu else "cpu",
-            "engine": self.engine,
-            "fits": self.fits,
-            "peak_bytes": self.peak.total_bytes,
-            "peak_phase": self.peak.name,
-            "engine_shortfall_bytes": self.shortfall_bytes,
-            "sequence_tokens": self.sequence_tokens,
-            "longest_sequence_tokens": self.longest_tokens,
-            "context_tokens": self.context_tokens,
-            "sequences_at_once": self.sequences_at_once,
-            "phases": [
-                {key: getattr(phase, key) for key in ("name", "moment", "total_bytes", "tensor_bytes")}
-                | {"bytes": phase.bytes_by_class}
-                for phase in (*self.phases, self.export)
-            ],
-        }
-
-
 def plan_memory(recipe: Recipe, shape: ModelShape, *, vram_bytes: int, others_bytes: int = 0) -> MemoryPlan:
     """Return the plan of `recipe` for a model of `shape`, on a GPU of which other processes hold `others_bytes`.
 
     vLLM takes its share of all of `vram_bytes`, whoever holds the rest. Raises UserInputError if prompt and answer
     may exceed the model's context, and ModelError if lora.target_modules names no layer of it.
     """
-    _check_context(recipe, shape.context_tokens)
-    run = _Run(recipe, shape, vram_bytes, others_bytes)
-
-    def length_fits(tokens: int) -> bool:
-        answer = max(1, tokens - recipe.rollout.max_prompt_length)
-        values = {"rollout.max_completion_length": answer, "train.tokens_per_microbatch": tokens}
-        return overrun_bytes(recipe.with_values(values), shape, vram_bytes, others_bytes) == 0
-
-    def batch_fits(sequences: int) -> bool:
-        tried = _Run(recipe.with_values({"rollout.max_num_seqs": sequences}), shape, vram_bytes, others_bytes)
-        return tried.phases()[1].total_bytes <= vram_bytes
-
-    return MemoryPlan(
-        vram_bytes=vram_bytes,
-        others_bytes=others_bytes,
-        on_gpu=run.on_gpu,
-        engine=run.engine,
-        phases=run.phases(),
-        export=run.export(),
-        shortfall_bytes=run.vllm.shortfall if run.vllm else 0,
-        longest_tokens=_largest(length_fits),
-        context_tokens=shape.context_tokens,
-        sequence_tokens=run.sequence,
-        sequences_at_once=run.vllm.sequences if run.vllm else _largest(batch_fits) if run.engine == "hf" else None,
-    )
-
-
-def needs(recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> dict[str, int]:
-    """Return the bytes of every phase of a run, and `SHORTFALL`."""
-    run = _Run(recipe, shape, vram_bytes, others_bytes)
-    shortfall = run.vllm.shortfall if run.vllm else 0
-    return {SHORTFALL: shortfall} | {phase.name: phase.total_bytes for phase in run.phases()}
-
-
-def excess(needed: Mapping[str, int], vram_bytes: int) -> dict[str, int]:
-    """Return by how many bytes each of `needs` is too large."""
-    return {name: size if name == SHORTFALL else max(0, size - vram_bytes) for name, size in needed.items()}
-
-
-def overrun_bytes(recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> int:
-    """Return by how many bytes a run is too large, summed over its phases; 0 if it fits."""
-    return sum(excess(needs(recipe, shape, vram_bytes, others_bytes), vram_bytes).values())
-
-
-def _check_context(recipe: Recipe, context_tokens: int) -> None:
-    prompt, answer = recipe.rollout.max_prompt_length, recipe.rollout.max_completion_length
-    if prompt + answer > context_tokens:
-        raise UserInputError(
-            f"prompt and answer may take {prompt} + {answer} = {prompt + answer} tokens, and the context of "
-            f"{recipe.model.id} is {context_tokens}",
-            where="rollout.max_prompt_length, rollout.max_completion_length",
-            next_step=f"--set rollout.max_completion_length={context_tokens - prompt}"
-            if prompt < context_tokens
-            else f"set rollout.max_prompt_length below {context_tokens}",
-        )
+    check_context(recipe, shape.context_tokens)
+    return MemoryPlan(recipe, shape, vram_bytes, others_bytes)
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
@@ -181,70 +75,122 @@ def _largest(fits: Callable[[int], bool]) -> int:
     return bisect_left(range(1, LARGEST + 1), True, key=lambda number: not fits(number))
 
 
-class _Run:
-    """A recipe on a GPU: what stays in memory, and the moments of every phase."""
+class MemoryPlan:
+    """The plan of a recipe on a GPU of `vram_bytes`, or in host memory for a recipe on the CPU.
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int) -> None:
-        self.recipe, self.shape, self.others_bytes = recipe, shape, others_bytes
+    `phases` are those of a run; `export` is a separate command. `engine_shortfall_bytes` is how much vLLM's share is
+    too small for one sequence.
+    """
+
+    def __init__(self, recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> None:
+        self.recipe, self.shape, self.vram_bytes, self.others_bytes = recipe, shape, vram_bytes, others_bytes
         self.on_gpu = recipe.train.device != "cpu"
+        self.device = "cuda" if self.on_gpu else "cpu"
         self.engine = terms.engine_of(recipe)
         self.layer = terms.layer_bytes(recipe, shape)
-        self.size = terms.compute_bytes(recipe.model)
+        self.size = terms.DTYPE_BYTES[recipe.model.dtype]
         adapters = terms.adapter_elements(shape, recipe.lora)
         predictor = terms.predictor_elements(shape, recipe.siamese.head_width)
-        self.trained_size = terms.trained_bytes(recipe.model)
+        self.trained_size = max(4, self.size)  # adapters and predictor head have at least float32
         self.trained = self.trained_size * sum(adapters + predictor)
         self.policy = terms.base_bytes(shape, recipe.model) | {
             "adapters": self.trained_size * sum(adapters),
             "predictor head": self.trained_size * sum(predictor),
         }
         self.optimizer = {"optimizer state": terms.optimizer_bytes(adapters + predictor, recipe)}
-        self.vllm: terms.EngineBytes | None = None
-        if self.engine == "vllm":
-            self.vllm = terms.vllm_bytes(recipe, shape, vram_bytes=vram_bytes, on_gpu=self.on_gpu)
-        self.sequence = terms.sequence_tokens(recipe)
-        step = recipe.data.prompts_per_step * recipe.rollout.num_generations * self.sequence
-        self.tokens = min(max(recipe.train.tokens_per_microbatch, self.sequence), step)
+        vllm = terms.vllm_bytes if self.engine == "vllm" else lambda *_, **__: ([terms.Classes()] * 3, 0, 0)
+        states, self.engine_shortfall_bytes, self.vllm_sequences = vllm(recipe, shape, vram_bytes, on_gpu=self.on_gpu)
+        self.sampling, self.training, self.swapping = states
+        self.sequence_tokens, self.context_tokens = recipe.rollout.sequence_tokens, shape.context_tokens
+        step = recipe.data.prompts_per_step * recipe.rollout.num_generations * self.sequence_tokens
+        self.tokens = min(max(recipe.train.tokens_per_microbatch, self.sequence_tokens), step)
         eager = recipe.model.attn_implementation == "eager"
         packed = recipe.train.packing and recipe.model.backend == "transformers" and not eager
         # Without packing the sequences of a micro-batch pass one after the other, and each leaves its checkpoints.
-        self.pass_tokens = self.tokens if packed else self.sequence
+        self.pass_tokens = self.tokens if packed else self.sequence_tokens
+        self.phases = tuple(self._phases())
+        self.peak = max(self.phases, key=lambda phase: phase.total_bytes)
+        self.needs = {SHORTFALL: self.engine_shortfall_bytes}
+        """The bytes of every phase of a run, and `SHORTFALL`."""
+        self.needs |= {phase.name: phase.total_bytes for phase in self.phases}
+        self.excess = {key: size if key == SHORTFALL else max(0, size - vram_bytes) for key, size in self.needs.items()}
+        """By how many bytes each of `needs` is too large."""
+        self.overrun_bytes = sum(self.excess.values())
+        self.fits = not self.overrun_bytes
 
-    def phases(self) -> tuple[Phase, ...]:
-        """Return the phases of a run in their order."""
+    def _with(self, values: Mapping[str, int]) -> MemoryPlan:
+        return MemoryPlan(self.recipe.with_values(values), self.shape, self.vram_bytes, self.others_bytes)
+
+    @cached_property
+    def longest_sequence_tokens(self) -> int:
+        """The longest prompt with answer that fits if all else stays the same, 0 if none does.
+
+        It may exceed the model's context.
+        """
+
+        def fits(tokens: int) -> bool:
+            answer = max(1, tokens - self.recipe.rollout.max_prompt_length)
+            return self._with({"rollout.max_completion_length": answer, "train.tokens_per_microbatch": tokens}).fits
+
+        return _largest(fits)
+
+    @cached_property
+    def sequences_at_once(self) -> int | None:
+        """How many answers of full length can be decoded together; None for a server."""
+        if self.engine != "hf":
+            return self.vllm_sequences if self.engine == "vllm" else None
+        return _largest(lambda batch: not self._with({"rollout.max_num_seqs": batch}).excess["rollout"])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data with all sizes in bytes; the last phase is the export."""
+        keys = ["vram_bytes", "others_bytes", "device", "engine", "fits", "engine_shortfall_bytes", "sequence_tokens"]
+        keys += ["longest_sequence_tokens", "context_tokens", "sequences_at_once"]
+        data = {key: getattr(self, key) for key in keys}
+        data |= {"peak_bytes": self.peak.total_bytes, "peak_phase": self.peak.name}
+        keys = ["name", "moment", "total_bytes", "tensor_bytes"]
+        for phase in (*self.phases, self.export):
+            shown = {key: getattr(phase, key) for key in keys} | {"bytes": phase.bytes_by_class}
+            data.setdefault("phases", []).append(shown)
+        return data
+
+    def _phases(self) -> Iterator[Phase]:
+        """Yield the phases of a run in their order."""
         trainer = self.policy | {"siamese average": self.trained}
         # If the GPU is shared in turns, the optimizer's state is in host memory between updates.
         idle = trainer if self.on_gpu and self.recipe.rollout.vllm.enable_sleep_mode else trainer | self.optimizer
-        engine = self.vllm.training if self.vllm else {}
+        load: list[Moment] = [("everything is loaded", {})]
+        if self.recipe.model.quantization == "nf4":
+            # transformers quantises one weight after the other.
+            largest = self.size * max(linear.inputs * linear.outputs for linear in self.shape.linears())
+            load = [("the last weight is quantised", {"weight in 16 bit": largest})]
+        load += [("the engine has started", self.sampling)] if self.sampling else []
+        yield self._phase("load", trainer, load)
+        sampled = ("answers are sampled" if self.sampling else "servers sample elsewhere", self.sampling)
+        own = self.engine == "hf"
+        yield self._phase("rollout", idle, terms.hf_moments(self.recipe, self.shape) if own else [sampled])
+        yield self._phase("siamese", idle | self.training, self._siamese())
+        yield self._phase("update", idle | self.training, self._update())
         # A copy of the weights from before the step becomes their difference.
         step = {"gradients": self.trained} | self.optimizer | {"weight copies": self.trained}
-        swap = ("the adapter enters the engine", self.vllm.swapping) if self.vllm else ("nothing is moved", {})
-        return (
-            self._phase("load", trainer, self._load()),
-            self._phase("rollout", idle, self._rollout()),
-            self._phase("siamese", idle | engine, self._siamese()),
-            self._phase("update", idle | engine, self._update()),
-            self._phase("step", trainer | engine, [("the optimizer's step", step)]),
-            self._phase("swap", idle, [swap]),
-        )
+        yield self._phase("step", trainer | self.training, [("the optimizer's step", step)])
+        moved = "the adapter enters the engine" if self.swapping else "nothing is moved"
+        yield self._phase("swap", idle, [(moved, self.swapping)])
 
+    @cached_property
     def export(self) -> Phase:
-        """Return what `popo-lite export`, a separate process, takes to compare a merged model with the policy."""
+        """What `popo-lite export`, a separate process, takes to compare a merged model with the policy."""
         answers = {
-            "KV cache": EXPORT_ANSWERS * self.sequence * terms.kv_token_bytes(self.recipe, self.shape),
+            "KV cache": EXPORT_ANSWERS * self.sequence_tokens * terms.kv_token_bytes(self.recipe, self.shape),
             "logits": EXPORT_ANSWERS * self.shape.vocabulary * 12,
         }
         merged = sum(terms.base_bytes(self.shape, self.recipe.model, nf4=False).values())
         name = "16-bit model" if self.size == 2 else "merged model"
-        moments = [
-            ("the policy answers", self.policy | answers),
-            ("the merged model answers", {name: merged} | answers),
-        ]
-        return self._phase("export", {}, moments)
+        moments = {"the policy answers": self.policy, "the merged model answers": {name: merged}}
+        return self._phase("export", {}, [(moment, model | answers) for moment, model in moments.items()])
 
     def _phase(self, name: str, stays: dict[str, int], moments: Iterable[Moment]) -> Phase:
         """Return the fullest moment of a phase; `stays` is alive in all of them."""
-        permanent = _PERMANENT | (self.vllm.sampling.keys() if self.vllm else set())
+        permanent = _PERMANENT | self.sampling.keys()
         found = []
         for moment, comes in moments:
             total = stays | {"other processes": self.others_bytes}
@@ -259,33 +205,11 @@ class _Run:
 
     # ------------------------------------------------------------------ the moments of a phase
 
-    def _load(self) -> Iterator[Moment]:
-        if self.recipe.model.quantization == "nf4":
-            # transformers quantises one weight after the other.
-            largest = self.size * max(linear.weights for linear in self.shape.linears())
-            yield "the last weight is quantised", {"weight in 16 bit": largest}
-        else:
-            yield "everything is loaded", {}
-        if self.vllm:
-            yield "the engine has started", self.vllm.sampling
-
-    def _rollout(self) -> Iterator[Moment]:
-        if self.engine == "hf":
-            yield from terms.hf_moments(self.recipe, self.shape)
-        elif self.vllm:
-            yield "answers are sampled", self.vllm.sampling
-        else:
-            yield "servers sample elsewhere", {}
-
     def _siamese(self) -> Iterator[Moment]:
         """Yield the moments of passes without a graph: the siamese's features, and log-probs by the trainer."""
         objective = self.recipe.objective
         # The trainer computes log-probs for weights, for those of the base, and to check an engine's.
-        weighs = (
-            isinstance(objective, PopoObjective)
-            and objective.weights_from == "trainer"
-            and objective.weights != "uniform"
-        )
+        weighs = getattr(objective, "weights_from", "") == "trainer" and getattr(objective, "weights", "") != "uniform"
         scores = weighs or objective.needs_reference_pass or self.engine != "hf"
         if not objective.needs_siamese_pass and not scores:
             yield "nothing is passed", {}
@@ -293,7 +217,7 @@ class _Run:
         casts = self.layer.casts_bytes * (self.shape.layers - 1)
         # The embeddings stay beside the layer's input until the trunk has run.
         hidden = {"hidden states": self._targets() + 2 * self.layer.boundary * self.tokens}
-        layer = self.layer.inference_bytes(self.pass_tokens, self.sequence)
+        layer = self.layer.inference_bytes(self.pass_tokens, self.sequence_tokens)
         yield "in a layer", hidden | {"layer working set": layer + casts}
         if scores:
             yield "in the LM head", hidden | self._loss()
@@ -307,7 +231,13 @@ class _Run:
         return self.trained_size * answers * per_answer + 2 * self.size * self.shape.head_width * self.tokens
 
     def _loss(self) -> dict[str, int]:
-        return {"loss chunk": terms.loss_bytes(self.recipe, self.shape, tokens=self.tokens, on_gpu=self.on_gpu)}
+        """Return the peak of the loss, forward and backward, without hidden states and head."""
+        vocabulary, logits = self.shape.vocabulary, max(4, self.size)
+        chunk = chunk_tokens(vocabulary, memory_bytes=self.recipe.train.logits_mib * 2**20, logits_bytes=logits)
+        sizes = {"vocabulary": vocabulary, "width": self.shape.width, "head_bytes": self.size, "logits_bytes": logits}
+        scaled = self.recipe.rollout.temperature != 1.0
+        size = terms.pass_bytes(tokens=self.tokens, chunk=chunk, on_gpu=self.on_gpu, scaled=scaled, **sizes)
+        return {"loss chunk": size}
 
     def _update(self) -> Iterator[Moment]:
         """Yield the moments of the update.
@@ -316,10 +246,10 @@ class _Run:
         """
         layer, layers, train = self.layer, self.shape.layers, self.recipe.train
         row = layer.boundary * self.tokens
-        saved = layer.saved + layer.pair * self.sequence
+        saved = layer.saved + layer.pair * self.sequence_tokens
         hidden = {"hidden states": self._targets() + row}
         final_norm = {"final norm": layer.input_norm * self.tokens}
-        working = layer.recompute_bytes(self.pass_tokens, self.sequence)
+        working = layer.recompute_bytes(self.pass_tokens, self.sequence_tokens)
         if train.gradient_checkpointing:
             offloads = train.offload_activations or self.recipe.model.backend == "unsloth"
             kept = {"layer inputs": (2 if offloads else layers) * row}
