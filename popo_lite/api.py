@@ -68,6 +68,6 @@ def export(
     `what` is "merged" or "adapter", `weights` "policy" or "siamese"; the default of `output` is
     `RUN/export/<what>-<weights>`.
     """
-    from popo_lite.tools.export import export_run
+    from popo_lite.tools.export.pipeline import export_run
 
     return export_run(RunFolder(Path(run)), what=what, weights=weights, output=None if output is None else Path(output))

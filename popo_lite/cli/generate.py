@@ -28,7 +28,7 @@ def generate(
 
     import torch
 
-    from popo_lite.policy.trained import load_trained_policy
+    from popo_lite.policy.policy import load_trained_policy
     from popo_lite.samplers import SamplingParams
     from popo_lite.samplers.hf import HFSampler
     from popo_lite.tasks.rendering import Renderer

@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from popo_lite.errors import CheckpointError, ExportError, UserInputError
 from popo_lite.policy.adapters import ADAPTER_FILE, save_adapter
 from popo_lite.policy.load import TINY_FOLDER
-from popo_lite.policy.policy import load_policy
-from popo_lite.policy.trained import load_trained_policy
+from popo_lite.policy.policy import load_policy, load_trained_policy
 from popo_lite.recipe_file import dump_recipe, load_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.tools.export import export_run, pipeline
+from popo_lite.tools.export import pipeline
 from popo_lite.tools.export.card import model_card
+from popo_lite.tools.export.pipeline import export_run
 
 PLAIN = "model.quantization=none"
 EVALUATION = {

@@ -10,8 +10,7 @@ from pathlib import Path
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.policy.adapters import ADAPTER_FILE
 from popo_lite.policy.load import load_config, pick_device
-from popo_lite.policy.policy import Policy, load_policy
-from popo_lite.policy.trained import load_trained_policy
+from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
 from popo_lite.run_folder import RunFolder
 
