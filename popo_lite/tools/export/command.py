@@ -48,61 +48,60 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json
 
     folder = RunFolder(run)
     threads = folder.recipe().train.cpu_threads
+    if repo_id is not None:
+        _check_repo_id(repo_id)
 
     import torch
 
     from popo_lite.tools.console.output import progress
     from popo_lite.tools.export.pipeline import export_run
 
-    if repo_id is not None:
-        _check_repo_id(repo_id)
     if threads:
         torch.set_num_threads(threads)
     report = export_run(folder, reuse=repo_id is not None, progress=progress, **options)
-    card = _name_in_card(report.folder, repo_id) if repo_id is not None else None
-    upload = _push(report.folder, repo_id, private) if repo_id is not None and not dry_run else None
-    if as_json:
+    upload = planned = None
+    if repo_id is not None:
+        card = _name_in_card(report.folder, repo_id)
         planned = {"repo_id": repo_id, "private": private, "card": card} if dry_run else None
+        upload = None if dry_run else _push(report.folder, repo_id, private)
+    if as_json:
         content = {"folder": str(report.folder), **report.content(), "reused": report.reused, "files": report.files}
         click.echo(json.dumps({**content, "upload": upload, "dry_run": planned}, allow_nan=False))
         return
     _print_report(report, upload)
-    if dry_run:
+    if planned is not None:
         visibility = "private" if private else "public"
-        click.echo(f"Would be uploaded to {repo_id}, {visibility}. Its card, README.md:\n\n{card}")
+        click.echo(f"Would be uploaded to {repo_id}, {visibility}. Its card, README.md:\n\n{planned['card']}")
 
 
 def _print_report(report: ExportReport, upload: dict[str, Any] | None) -> None:
     from popo_lite.tools.console.output import table
+    from popo_lite.tools.export.verify import table_of
 
     facts = {"folder": report.folder, "what": report.what, "weights": report.weights, "base": report.base}
-    if report.dtype is not None:
-        facts["precision"] = report.dtype
-    if upload is not None:
-        facts |= {"repository": upload["url"], "visibility": "private" if upload["private"] else "public"}
+    facts |= {"precision": report.dtype} if report.dtype else {}
+    facts |= {"repository": upload["url"], "visibility": "private" if upload["private"] else "public"} if upload else {}
     title = "Reused, as it was exported before" if report.reused else "Exported"
     table(title, ("", "this export"), list(facts.items()))
     if report.verification is not None:
-        table("Merged against trained", ("measure", "figure"), report.verification.rows())
+        table("Merged against trained", ("measure", "figure"), table_of(report.verification))
     table("Files", ("file", "bytes"), [(name, f"{size:,}") for name, size in report.files.items()])
 
 
 def _check_repo_id(repo_id: str) -> None:
     """Raise UserInputError if `repo_id` is not a `user/name` that the Hub takes."""
-    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, though not in __all__
 
-    reason = "it lacks the user or organisation" if "/" not in repo_id else None
     try:
+        if "/" not in repo_id:
+            raise ValueError("it lacks the user or organisation")
         validate_repo_id(repo_id)
-    except HFValidationError as error:
-        reason = str(error)
-    if reason is not None:
+    except ValueError as error:
         raise UserInputError(
-            f"not the name of a repository: {reason}",
+            f"not the name of a repository: {error}",
             where=f"--push-to-hub {repo_id}",
             next_step="write it as user/name; `hf auth whoami` says who is logged in",
-        )
+        ) from error
 
 
 def _name_in_card(folder: Path, repo_id: str) -> str:
@@ -129,15 +128,11 @@ def _push(folder: Path, repo_id: str, private: bool) -> dict[str, Any]:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         is_private = bool(api.model_info(repo_id).private)
         if private and not is_private:
-            raise ExportError(
-                f"{repo_id} exists and everybody can see it, so nothing was uploaded",
-                where=f"--push-to-hub {repo_id} --private",
-                next_step=f"make it private on its settings page, or name another one; the export is in {folder}",
-            )
-        message = "Upload by popo-lite export"
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=WEIGHT_FILES
-        )
+            what = f"{repo_id} exists and everybody can see it, so nothing was uploaded"
+            next_step = f"make it private on its settings page, or name another one; the export is in {folder}"
+            raise ExportError(what, where=f"--push-to-hub {repo_id} --private", next_step=next_step)
+        options: Any = {"commit_message": "Upload by popo-lite export", "delete_patterns": WEIGHT_FILES}
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
     # Uploads of large files wrap what went wrong in a RuntimeError, and refused batches come as a ValueError.
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         what, next_step = _explained(error)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -29,10 +29,6 @@ from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.export import verify
 from popo_lite.tools.export.card import is_local, known_as, model_card
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NOT_WRITABLE = (errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 REPORT_FILE = "export.json"
@@ -53,7 +49,7 @@ class ExportReport:
     base: str
     dtype: str | None
     adapter_sha256: str
-    verification: verify.Verification | None = None
+    verification: dict[str, Any] | None = None
     reused: bool = False
 
     @property
@@ -106,8 +102,7 @@ def export_run(
                 where=str(report.folder),
                 next_step="remove it, or name another one with --output",
             )
-        found = earlier["verification"]
-        return replace(report, verification=verify.Verification(**found) if found else None, reused=True)
+        return replace(report, verification=earlier["verification"], reused=True)
 
     with _complete_folder(report.folder) as folder:
         if report.dtype is None:
@@ -118,14 +113,15 @@ def export_run(
         summary = json.loads(run.summary_path.read_text(encoding="utf-8"))
         card = model_card(recipe, summary, weights=weights, dtype=report.dtype, verification=report.verification)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        content = json.dumps(report.content(), indent=2, allow_nan=False)
-        (folder / REPORT_FILE).write_text(content + "\n", encoding="utf-8")
+        (folder / REPORT_FILE).write_text(
+            json.dumps(report.content(), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
     return report
 
 
 def _export_merged(
     recipe: Recipe, adapter: Path, folder: Path, dtype: str, prompts: int, progress: verify.Progress
-) -> verify.Verification:
+) -> dict[str, Any]:
     """Run policy, merge and merged model one after the other, so that only one of them is in memory."""
     # Without what only training needs. unsloth's adapters are PEFT's, and are compared as plain transformers runs them.
     device = "cpu" if recipe.train.device == "cpu" else "auto"
@@ -157,11 +153,12 @@ def _export_merged(
             raise ExportError(
                 "the exported tokenizer makes other tokens of a prompt than the trained policy's",
                 where=f"problem {problem.id}",
-                next_step="this is a bug: please report it with the model's name",
+                next_step=verify.REPORT_IT,
             )
     found, logps = verify.compare(load_base(written, pick_device(device)), trained, limit, progress)
     if same_base:
-        verify.refuse_beyond_rounding(dtype, found.mean_difference, found.worst_difference, found.widest_parting)
+        judged = (found[key] for key in ("mean_difference", "worst_difference", "widest_parting"))
+        verify.refuse_beyond_rounding(dtype, *judged)
     else:
         # The policy was trained on other base weights, so a difference is expected. Compare the merge with
         # the same base and an unmerged adapter instead.
@@ -169,8 +166,8 @@ def _export_merged(
     return found
 
 
-def load_unmerged(recipe: Recipe, adapter: Path, dtype: str) -> PeftModel:
-    """Return the base in `dtype` on the CPU with an unmerged adapter. Raises ExportError if it is stored quantised."""
+def load_unmerged(recipe: Recipe, adapter: Path, dtype: str) -> Any:
+    """Return the base in `dtype` with an unmerged adapter, on the CPU. Raises ExportError if it is stored quantised."""
     plain = {"model.quantization": "none", "model.dtype": dtype, "train.device": "cpu", "train.packing": False}
     if recipe.model.attn_implementation == "flash_attention_2":
         plain["model.attn_implementation"] = "sdpa"
@@ -184,21 +181,20 @@ def load_unmerged(recipe: Recipe, adapter: Path, dtype: str) -> PeftModel:
     return model
 
 
-def merge(model: PeftModel) -> PreTrainedModel:
+def merge(model: Any) -> Any:
     """Merge in place and return the base. Raises ExportError if the sum is not finite."""
     try:
-        merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+        return model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ExportError(
             f"the adapter cannot be merged: {error}",
             next_step="try --dtype float32, or --weights siamese if training diverged at its end",
         ) from error
-    return merged
 
 
-def write_merged(model: PreTrainedModel, folder: Path, stop_ids: frozenset[int]) -> None:
+def write_merged(model: Any, folder: Path, stop_ids: frozenset[int]) -> None:
     """Write weights, config and generation config; `generate` then stops where the policy's answers ended."""
-    config: Any = model.generation_config
+    config = model.generation_config
     config.eos_token_id = sorted(stop_ids) if len(stop_ids) > 1 else min(stop_ids)
     try:
         config.validate(strict=True)
@@ -208,14 +204,10 @@ def write_merged(model: PreTrainedModel, folder: Path, stop_ids: frozenset[int])
     try:
         model.save_pretrained(str(folder), max_shard_size="5GB")
     except SafetensorError as error:
-        raise ExportError(
-            f"the weights could not be written: {error}",
-            where=str(folder),
-            next_step="name a folder with enough space with --output",
-        ) from error
+        raise OSError(errno.ENOSPC, str(error)) from error
 
 
-def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str | None) -> None:
+def write_tokenizer(tokenizer: Any, folder: Path, chat_template: str | None) -> None:
     """Write the tokenizer with the chat template that the policy was trained with."""
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -227,8 +219,7 @@ def _export_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:
     shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_tokenizer(load_tokenizer(recipe.model), folder, recipe.data.chat_template)
 
 

@@ -6,9 +6,8 @@ A merge is therefore judged by log-probs, and by the gap between the two tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], No
 """(description, total) -> a context that yields what is to be told each amount done, as `console.output.progress`."""
 
 Tokens = tuple[int, ...]
+REPORT_IT = "this is a bug: please report it with the model's name"
 BATCH = 16
 ROUNDING = {"float64": 1e-6, "float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}
 """Mean difference of log-probs in nats that rounding may make: ten times or more what was measured on small models."""
@@ -67,8 +67,7 @@ def log_probs(model: Any, prompts: Sequence[Tokens], answers: Sequence[Tokens]) 
         ids, mask = _padded([prompt + answer for prompt, answer in batch], model.device, "right")
         states = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         # The hidden state before a token is the one that predicts it.
-        places = [slice(len(prompt) - 1, len(prompt) + len(answer) - 1) for prompt, answer in batch]
-        hidden = torch.cat([row[place] for row, place in zip(states, places, strict=True)])
+        hidden = torch.cat([row[len(p) - 1 : len(p) + len(a) - 1] for row, (p, a) in zip(states, batch, strict=True)])
         targets = torch.tensor([token for _, answer in batch for token in answer], device=model.device)
         logps, _ = score(hidden, targets, head)
         found += logps.double().cpu().split([len(answer) for _, answer in batch])
@@ -83,50 +82,25 @@ def _padded(rows: Sequence[Tokens], device: torch.device, side: str) -> tuple[Te
 
 
 class Trained(NamedTuple):
-    """What the trained policy did: kept so that it can be freed before the merged model is loaded.
-
-    `base` is "nf4" or the dtype of the base that it stands on, `bare_difference` the mean |difference| of log-prob
-    per token that switching the adapter off makes.
-    """
+    """What the trained policy did: kept so that it can be freed before the merged model is loaded."""
 
     prompts: list[Tokens]
     answers: list[Tokens]
     logps: list[Tensor]
-    base: str
-    bare_difference: float
     stop_ids: frozenset[int]
+    facts: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verification:
-    """The merged model against the trained policy. Differences of log-prob are per token, in nats.
-
-    `greedy_agreement` is the share of prompts with the same greedy answer, token for token. `widest_parting` is how
-    much more likely the merged model finds its own token than the policy's where the two answers part, at most.
-    `adapter_difference` is what the adapter itself changes: the scale for the other differences. Where the two bases
-    are not the same, the differences are mostly the bases' own.
-    """
-
-    trained_base: str
-    merged_base: str
-    prompts: int
-    tokens: int
-    greedy_agreement: float
-    widest_parting: float
-    mean_difference: float
-    worst_difference: float
-    adapter_difference: float
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Return (measure, figure) for people to read."""
-        return [
-            ("base, when trained and when merged", f"{self.trained_base}, {self.merged_base}"),
-            ("prompts, answer tokens", f"{self.prompts:,}, {self.tokens:,}"),
-            ("same greedy answer", f"{self.greedy_agreement:.1%}"),
-            ("log-prob per token, mean difference", f"{self.mean_difference:.2g}"),
-            ("log-prob per token, worst difference", f"{self.worst_difference:.2g}"),
-            ("for scale: mean difference that the adapter makes", f"{self.adapter_difference:.2g}"),
-        ]
+def table_of(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (measure, figure) of a comparison for people to read."""
+    return [
+        ("base, when trained and when merged", "{trained_base}, {merged_base}".format(**found)),
+        ("prompts, answer tokens", "{prompts:,}, {tokens:,}".format(**found)),
+        ("same greedy answer", "{greedy_agreement:.1%}".format(**found)),
+        ("log-prob per token, mean difference", "{mean_difference:.2g}".format(**found)),
+        ("log-prob per token, worst difference", "{worst_difference:.2g}".format(**found)),
+        ("for scale: mean difference that the adapter makes", "{adapter_difference:.2g}".format(**found)),
+    ]
 
 
 def ask_trained(policy: Policy, prompts: list[Tokens], limit: int, progress: Progress) -> Trained:
@@ -143,20 +117,26 @@ def ask_trained(policy: Policy, prompts: list[Tokens], limit: int, progress: Pro
             next_step="train again with a lower optimizer.learning_rate",
         )
     dtype = "nf4" if policy.quantized_modules else str(policy.head.weight.dtype).removeprefix("torch.")
-    return Trained(prompts, answers, logps, dtype, differences(logps, bare)[0], policy.stop_ids)
+    facts = {"trained_base": dtype, "adapter_difference": differences(logps, bare)[0]}
+    return Trained(prompts, answers, logps, policy.stop_ids, facts)
 
 
-def compare(model: Any, trained: Trained, limit: int, progress: Progress) -> tuple[Verification, list[Tensor]]:
+def compare(model: Any, trained: Trained, limit: int, progress: Progress) -> tuple[dict[str, Any], list[Tensor]]:
     """Compare `model` with the trained policy; return the figures and its log-probs of the policy's answers.
 
-    Raises ExportError if its answers end at other tokens than the policy's.
+    `greedy_agreement` is the share of prompts with the same greedy answer, token for token. `widest_parting` is how
+    much more likely the merged model finds its own token than the policy's where the two answers part, at most.
+    Differences of log-prob are per token, in nats. `adapter_difference` is what the adapter itself changes: the scale
+    for the others, which are mostly the bases' own where the two bases ("nf4" or a dtype) are not the same.
+
+    Raises ExportError if the model's answers end at other tokens than the policy's.
     """
     found = model.generation_config.eos_token_id
     stops = [found] if isinstance(found, int) else sorted(found or ())
     if set(stops) != trained.stop_ids:
         raise ExportError(
             f"the merged model stops at the tokens {stops}, the trained policy at {sorted(trained.stop_ids)}",
-            next_step="this is a bug: please report it with the model's name",
+            next_step=REPORT_IT,
         )
     with progress("answers of the merged model", len(trained.prompts)) as done:
         answers = greedy(model, trained.prompts, stops, limit, done)
@@ -164,17 +144,16 @@ def compare(model: Any, trained: Trained, limit: int, progress: Progress) -> tup
         own = log_probs(model, trained.prompts, answers)
     partings = [gap for gap in map(parting, trained.answers, answers, logps, own) if gap is not None]
     mean, worst = differences(trained.logps, logps)
-    return Verification(
-        trained_base=trained.base,
-        merged_base=str(model.dtype).removeprefix("torch."),
-        prompts=len(answers),
-        tokens=sum(map(len, trained.logps)),
-        greedy_agreement=1 - len(partings) / len(answers),
-        widest_parting=max(partings, default=0.0),
-        mean_difference=mean,
-        worst_difference=worst,
-        adapter_difference=trained.bare_difference,
-    ), logps
+    figures = {
+        "merged_base": str(model.dtype).removeprefix("torch."),
+        "prompts": len(answers),
+        "tokens": sum(map(len, trained.logps)),
+        "greedy_agreement": 1 - len(partings) / len(answers),
+        "widest_parting": max(partings, default=0.0),
+        "mean_difference": mean,
+        "worst_difference": worst,
+    }
+    return {**trained.facts, **figures}, logps
 
 
 def parting(theirs: Tokens, ours: Tokens, theirs_logps: Tensor, our_logps: Tensor) -> float | None:
