@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from popo_lite.cli.generate import generate
 from popo_lite.cli.train import train
 from popo_lite.errors import PopoError
 from popo_lite.tools.bench.command import bench
 from popo_lite.tools.benchmarks.command import eval_
 from popo_lite.tools.export.command import export
+from popo_lite.tools.generate import generate
 from popo_lite.tools.plan.command import plan
 from popo_lite.tools.recipe_docs import recipe
 from popo_lite.tools.sweep.command import compare, sweep

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from popo_lite.errors import ModelError
 from popo_lite.fused import Head
-from popo_lite.policy.adapters import add_adapters
+from popo_lite.policy.adapters import adapter_folder, add_adapters, load_adapter_weights
 from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions
 from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device
 from popo_lite.policy.siamese import PredictorHead
@@ -118,6 +119,18 @@ def load_policy(recipe: Recipe) -> Policy:
     if train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return wrap_policy(adapted, tokenizer, recipe, device)
+
+
+def load_trained_policy(recipe: Recipe, adapter: Path) -> Policy:
+    """Return the recipe's base with the PEFT adapter in `adapter`, in eval mode. The predictor head is untrained."""
+    folder = adapter_folder(adapter, key="run folder")
+    # Replaces the adapter that training may have started from, which need not exist any more.
+    policy = load_policy(recipe.with_values({"lora.init_from": str(folder)}))
+    load_adapter_weights(
+        policy.model, folder
+    )  # again: unsloth made a new one, and PEFT only warns of what fits nowhere
+    policy.model.eval()
+    return policy
 
 
 def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, device: torch.device) -> Policy:

@@ -7,12 +7,11 @@ find. `python -m popo_lite.tools.tiny_model FOLDER` teaches it again (a few minu
 
 from __future__ import annotations
 
-import argparse
 import random
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
@@ -40,10 +39,9 @@ def teaching_pair(source: random.Random) -> tuple[str, str]:
     """One question and one answer of the teaching text; never a held-out sum."""
     digits = source.choices(list(DIGITS_SHARES), weights=list(DIGITS_SHARES.values()))[0]
     low, high = 10 ** (digits - 1), 10**digits - 1
-    while True:
+    a = b = 0
+    while not a or is_held_out(a, b):
         a, b = source.randint(low, high), source.randint(low, high)
-        if not is_held_out(a, b):
-            break
     question = f"What is {a} + {b}?"
     if source.random() < CAREFUL_SHARE:
         return question, f"{working(a, b)}, so \\boxed{{{a + b}}}"
@@ -54,7 +52,7 @@ def teaching_pair(source: random.Random) -> tuple[str, str]:
     return question, f"\\boxed{{{result}}}"
 
 
-def build_tokenizer(vocabulary: int = 320) -> PreTrainedTokenizerFast:
+def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE with single digits, learned from the teaching text; EOS differs from PAD."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -62,10 +60,9 @@ def build_tokenizer(vocabulary: int = 320) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     source = random.Random(0)  # noqa: S311
-    specials = [PAD, END, SYSTEM, USER, ASSISTANT]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[AddedToken(text, special=True) for text in specials],
+        vocab_size=320,
+        special_tokens=[AddedToken(text, special=True) for text in (PAD, END, SYSTEM, USER, ASSISTANT)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -81,9 +78,9 @@ def build_tokenizer(vocabulary: int = 320) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     """An untaught model. Head size 32 and a vocabulary in multiples of 64 are what rollout engines accept."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=-(-len(tokenizer) // 64) * 64,
@@ -101,69 +98,54 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2ForCa
     )
 
 
-def teaching_batches(
-    tokenizer: PreTrainedTokenizerFast, size: int, seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Endless (input ids, attention mask, labels), each [size, T]; labels are -100 outside the answer."""
-    source = random.Random(stream_seed("tiny/teach", seed))  # noqa: S311
-    while True:
-        rows: list[tuple[list[int], list[int]]] = []
-        for _ in range(size):
-            question, answer = teaching_pair(source)
-            prompt: Any = tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-            )
-            ending: Any = tokenizer.eos_token_id
-            rows.append((list(prompt), [*tokenizer.encode(answer), ending]))
-        ids = [torch.tensor(asked + answered) for asked, answered in rows]
-        labels = [torch.tensor([-100] * len(asked) + answered) for asked, answered in rows]
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        yield pad_sequence(ids, True, tokenizer.pad_token_id), mask, pad_sequence(labels, True, -100)
+def teaching_batch(tokenizer: PreTrainedTokenizerFast, size: int, source: random.Random) -> dict[str, torch.Tensor]:
+    """Input ids, attention mask and labels, each [size, T]; labels are -100 outside the answer."""
+    ids, labels, ending = [], [], [tokenizer.eos_token_id]
+    for question, answer in (teaching_pair(source) for _ in range(size)):
+        turns = [{"role": "user", "content": question}]
+        prompt: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        answered = tokenizer.encode(answer) + ending
+        ids.append(torch.tensor(prompt + answered))
+        labels.append(torch.tensor([-100] * len(prompt) + answered))
+    return {
+        "input_ids": pad_sequence(ids, True, tokenizer.pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True),
+        "labels": pad_sequence(labels, True, -100),
+    }
 
 
-def teach(
-    folder: Path,
-    *,
-    steps: int = 1000,
-    batch: int = 128,
-    seed: int = 0,
-    report: Callable[[int, float], None] | None = None,
-) -> None:
-    """Teach the model and write it with its tokenizer to `folder` in bfloat16, as plain transformers loads it."""
+def teach(folder: Path, *, steps: int = 1000, batch: int = 128) -> list[float]:
+    """Teach the model and write it with its tokenizer to `folder` in bfloat16, as transformers loads it.
+
+    Returns the loss of each step.
+    """
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, seed)
+    model = build_model(tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
-    model.train()
-    for step, (ids, mask, labels) in zip(range(steps), teaching_batches(tokenizer, batch, seed), strict=False):
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    source, losses = random.Random(stream_seed("tiny/teach", 0)), []  # noqa: S311
+    for step in range(steps):
+        loss = model(**teaching_batch(tokenizer, batch, source)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        if report is not None:
-            report(step + 1, float(loss.detach()))
-    folder.mkdir(parents=True, exist_ok=True)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
-    model.save_pretrained(folder)
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        if (step + 1) % 50 == 0:
+            click.echo(f"step {step + 1}/{steps}  loss {losses[-1]:.3f}")
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return losses
 
 
-def main() -> None:
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=TINY_FOLDER)
+@click.option("--steps", default=1000)
+def main(folder: Path, steps: int) -> None:
     """`python -m popo_lite.tools.tiny_model FOLDER`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=TINY_FOLDER)
-    parser.add_argument("--steps", type=int, default=1000)
-    arguments = parser.parse_args()
     torch.set_num_threads(1)
-
-    def report(step: int, loss: float) -> None:
-        if step % 50 == 0:
-            print(f"step {step}/{arguments.steps}  loss {loss:.3f}", flush=True)  # noqa: T201
-
-    teach(arguments.folder, steps=arguments.steps, report=report)
+    teach(folder, steps=steps)
 
 
 if __name__ == "__main__":

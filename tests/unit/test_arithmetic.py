@@ -99,8 +99,7 @@ def test_the_shipped_model_is_small_plain_and_reproducible():
 
 
 def test_teaching_again_lowers_the_loss_and_loads(tmp_path, tiny_recipe):
-    losses = []
-    teach(tmp_path, steps=30, batch=16, report=lambda _, loss: losses.append(loss))
+    losses = teach(tmp_path, steps=30, batch=16)
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     from popo_lite.policy.policy import load_policy
 

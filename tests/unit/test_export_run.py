@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from popo_lite.errors import CheckpointError, ExportError, UserInputError
 from popo_lite.policy.adapters import ADAPTER_FILE, save_adapter
 from popo_lite.policy.load import TINY_FOLDER
-from popo_lite.policy.policy import load_policy
-from popo_lite.policy.trained import load_trained_policy
+from popo_lite.policy.policy import load_policy, load_trained_policy
 from popo_lite.recipe_file import dump_recipe, load_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
@@ -120,12 +119,12 @@ def test_every_kind_of_adapter_merges_to_rounding(tmp_path: Path, adapter: str) 
     assert largest_difference(weights_of(report.folder), expected_weights(run.adapter)) < 1e-6
     found = report.verification
     assert found is not None
-    assert found.prompts == 32
-    assert found.tokens > 32
-    assert found.greedy_agreement == 1.0
-    assert found.mean_difference < 2e-6
-    assert found.worst_difference < 1e-4
-    assert found.adapter_difference > 0.02
+    assert found["prompts"] == 32
+    assert found["tokens"] > 32
+    assert found["greedy_agreement"] == 1.0
+    assert found["mean_difference"] < 2e-6
+    assert found["worst_difference"] < 1e-4
+    assert found["adapter_difference"] > 0.02
 
 
 def test_a_policy_trained_in_nf4_is_merged_into_the_wide_base_and_its_distance_reported(tmp_path: Path) -> None:
@@ -134,13 +133,13 @@ def test_a_policy_trained_in_nf4_is_merged_into_the_wide_base_and_its_distance_r
     assert largest_difference(weights_of(report.folder), expected_weights(run.adapter)) < 1e-6
     found = report.verification
     assert found is not None
-    assert (found.trained_base, found.merged_base) == ("nf4", "float32")
-    assert 1e-3 < found.mean_difference < 0.1
-    assert found.mean_difference < found.worst_difference
+    assert (found["trained_base"], found["merged_base"]) == ("nf4", "float32")
+    assert 1e-3 < found["mean_difference"] < 0.1
+    assert found["mean_difference"] < found["worst_difference"]
     card = (report.folder / "README.md").read_text()
     assert "trained on the 4-bit (NF4) base" in card
-    assert f"| {found.greedy_agreement:.1%} |" in card
-    assert f"| {found.mean_difference:.2g} |" in card
+    assert f"| {found['greedy_agreement']:.1%} |" in card
+    assert f"| {found['mean_difference']:.2g} |" in card
 
 
 def test_sixteen_bit_answers_may_part_at_near_ties(tmp_path: Path) -> None:
@@ -149,9 +148,9 @@ def test_sixteen_bit_answers_may_part_at_near_ties(tmp_path: Path) -> None:
     found = report.verification
     assert found is not None
     assert report.dtype == "bfloat16"
-    assert found.greedy_agreement < 1.0
-    assert 0 < found.widest_parting < 0.1
-    assert 1e-4 < found.mean_difference < 0.01
+    assert found["greedy_agreement"] < 1.0
+    assert 0 < found["widest_parting"] < 0.1
+    assert 1e-4 < found["mean_difference"] < 0.01
 
 
 @pytest.mark.parametrize(("base", "dtype"), [(PLAIN, torch.float16), ("model.dtype=bfloat16", torch.bfloat16)])

@@ -18,8 +18,7 @@ from popo_lite.evaluation import evaluate, fitting
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, empty_adapter, load_adapter_weights
 from popo_lite.policy.load import load_config, pick_device
-from popo_lite.policy.policy import Policy, load_policy
-from popo_lite.policy.trained import load_trained_policy
+from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.samplers import Sampler, SamplingParams, open_sampler

@@ -6,37 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
+
 from popo_lite.policy.load import model_source
 from popo_lite.recipe import OutputRecipe, Recipe
 from popo_lite.recipe_file import dump_recipe, flatten
-from popo_lite.tools.export.verify import Verification
+from popo_lite.tools.console import words
+from popo_lite.tools.export.verify import table_of
 
-CARD_FILE = "README.md"
+Facts = Mapping[str, Any]
 TABLE_FILES = (".jsonl", ".json", ".csv", ".parquet")
-
-POPO = """\
-Positive-Only Policy Optimization (POPO) samples several answers to each prompt, grades them with a program, and raises
-the likelihood of the right ones, weighted within each prompt. An average of the trained weights (the siamese) keeps
-the representation from drifting, and an entropy term keeps the answers varied."""
-METHODS = {
-    "popo": f"{POPO} Wrong answers are never trained on.",
-    "mixed": f"{POPO} A further term lowers the likelihood of wrong answers.",
-    "raft": "RAFT samples several answers to each prompt, grades them with a program, and minimizes the mean negative "
-    "log-likelihood of the right ones.",
-    "grpo": "GRPO samples several answers to each prompt, grades them with a program, and trains on all of them with "
-    "clipped importance ratios times group-relative advantages.",
-}
-
-CITATION = """\
-```bibtex
-@article{xu2026popo,
-  title   = {Beyond Negative Rollouts: Positive-Only Policy Optimization with Implicit Negative Gradients},
-  author  = {Xu and Fang},
-  journal = {arXiv preprint arXiv:2605.06650},
-  year    = {2026}
-}
-```"""
-
 MEASURES = (
     ("cut off", "truncated_ratio", "{:.1%}"),
     ("mean tokens", "completion_tokens_mean", "{:.1f}"),
@@ -45,36 +24,31 @@ MEASURES = (
 )
 
 
-def model_card(
-    recipe: Recipe,
-    summary: Mapping[str, Any],
-    *,
-    weights: str,
-    dtype: str | None,
-    verification: Verification | None,
-) -> str:
+def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | None, verification: Facts | None) -> str:
     """Return the README.md of an export. `summary` is the run's summary.json, `dtype` is None for an adapter."""
-    base = known_as(recipe.model.id)
-    algorithm = recipe.objective.algorithm
-    what = "adapter" if dtype is None else "merged"
-    kept_as = "a LoRA adapter (PEFT)" if dtype is None else f"merged into the base in {dtype}"
-    of = "the siamese, the running average of the trained adapters" if weights == "siamese" else "the trained policy"
-    parts = [
-        f"---\n{_front_matter(recipe, what, summary.get('siamese' if weights == 'siamese' else 'after'))}\n---",
-        f"# {base.rpartition('/')[2]}, trained with {algorithm.upper()}",
-        f"{_base_link(recipe)} after {summary['steps']:,} steps of reinforcement learning with verifiable rewards. "
-        f"These weights are {of}, {kept_as}.",
-        f"## Loading it\n\n```python\n{_example(recipe, what)}\n```",
-        f"## Results\n\n{_results(summary, weights)}",
-    ]
-    if verification is not None:
-        parts.append(f"## Merged against trained\n\n{_verified(verification)}")
-    method = f"{METHODS[algorithm]} The base stayed frozen; popo-lite trained LoRA adapters on it."
-    parts.append(f"## Method\n\n{method}")
-    if algorithm in ("popo", "mixed"):
-        parts += ["Source: Xu and Fang, [arXiv 2605.06650](https://arxiv.org/abs/2605.06650).", CITATION]
-    parts.append(f"## Recipe\n\n```toml\n{dump_recipe(_without_paths(recipe)).strip()}\n```")
-    return "\n\n".join(parts) + "\n"
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # noqa: S701 - not HTML
+    results = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name)}
+    measured = results.get("siamese" if weights == "siamese" else "after", {})
+    on_hub = recipe.model.id != "tiny" and not is_local(recipe.model.id)
+    system = [{"role": "system", "content": text}] if (text := recipe.data.system_prompt) is not None else []
+    return environment.from_string(template).render(
+        front_matter=_front_matter(recipe, on_hub, dtype, measured),
+        model=recipe.model,
+        known_as=known_as(recipe.model.id),
+        on_hub=on_hub,
+        algorithm=recipe.objective.algorithm,
+        summary=summary,
+        weights=weights,
+        dtype=dtype,
+        messages=[*system, {"role": "user", "content": "What is 17 + 25?"}],
+        max_tokens=recipe.rollout.max_completion_length,
+        results=results,
+        rows=_rows(list(results.values())),
+        verified=verification,
+        verified_rows=table_of(verification) if verification else (),
+        recipe=dump_recipe(_without_paths(recipe)).strip(),
+    )
 
 
 def is_local(source: str) -> bool:
@@ -97,47 +71,33 @@ def _without_paths(recipe: Recipe) -> Recipe:
     return recipe.with_values(changes)
 
 
-def _on_hub(recipe: Recipe) -> bool:
-    return recipe.model.id != "tiny" and not is_local(recipe.model.id)
-
-
-def _front_matter(recipe: Recipe, what: str, result: Mapping[str, Any] | None) -> str:
+def _front_matter(recipe: Recipe, on_hub: bool, dtype: str | None, result: Facts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     dataset = known_as(recipe.eval.dataset or recipe.data.dataset)
-    measured = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            metric_type=f"pass@{k}",
-            metric_value=value,
-        )
-        for k, value in (result or {}).get("pass_at_k", {}).items()
-    ]
+    task: dict[str, Any] = {"task_type": "text-generation", "dataset_type": dataset, "dataset_name": dataset}
+    rates = result.get("pass_at_k", {}).items()
+    measured = [EvalResult(**task, metric_type=f"pass@{k}", metric_value=rate) for k, rate in rates] or None
     data = ModelCardData(
-        base_model=recipe.model.id if _on_hub(recipe) else None,
-        library_name="transformers" if what == "merged" else "peft",
+        base_model=recipe.model.id if on_hub else None,
+        library_name="peft" if dtype is None else "transformers",
         pipeline_tag="text-generation",
         tags=[recipe.objective.algorithm, "popo-lite", "rlvr", "reinforcement-learning", "lora"],
         model_name=known_as(recipe.model.id).rpartition("/")[2] if measured else None,
-        eval_results=measured or None,
+        eval_results=measured,
+        **_licence(recipe),
     )
-    for key, value in _licence(recipe).items():
-        setattr(data, key, value)
     return data.to_yaml().strip()
 
 
-def _licence(recipe: Recipe) -> dict[str, str]:
+def _licence(recipe: Recipe) -> dict[str, Any]:
     """Return the licence that the base's own model card names; empty if it names none or cannot be read."""
     from httpx import HTTPError
     from huggingface_hub import ModelCard, hf_hub_download
 
-    source = Path(model_source(recipe.model))
+    path = Path(model_source(recipe.model)) / "README.md"
     try:
-        if source.is_dir():
-            path = source / "README.md"
-        else:
+        if not path.parent.is_dir():
             path = Path(hf_hub_download(recipe.model.id, "README.md", revision=recipe.model.revision))
         found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
     except (OSError, HTTPError, ValueError):
@@ -147,76 +107,16 @@ def _licence(recipe: Recipe) -> dict[str, str]:
     return {key: value for key in keys if isinstance(value := getattr(found, key, None), str)}
 
 
-def _base_link(recipe: Recipe) -> str:
-    if _on_hub(recipe):
-        at = f" at revision `{recipe.model.revision}`" if recipe.model.revision else ""
-        return f"[{recipe.model.id}](https://huggingface.co/{recipe.model.id}){at}"
-    return "`tiny`, the model that popo-lite ships," if recipe.model.id == "tiny" else known_as(recipe.model.id)
-
-
-def _example(recipe: Recipe, what: str) -> str:
-    """Return Python that asks the model; the line with `model_id` is what an upload changes."""
-    trust = ", trust_remote_code=True" if recipe.model.trust_remote_code else ""
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    load = [f'model = AutoModelForCausalLM.from_pretrained(model_id, device_map="auto"{trust})']
-    if what == "adapter":
-        lines.insert(0, "from peft import PeftModel")
-        base = f'"{recipe.model.id}"' if _on_hub(recipe) else f'"path/to/{known_as(recipe.model.id)}"'
-        if recipe.model.id == "tiny":
-            lines.insert(1, "from popo_lite.tools.tiny_model import TINY_FOLDER")
-            base = "TINY_FOLDER"
-        at = f', revision="{recipe.model.revision}"' if recipe.model.revision else ""
-        load = [
-            f'base = AutoModelForCausalLM.from_pretrained({base}{at}, device_map="auto"{trust})',
-            "model = PeftModel.from_pretrained(base, model_id)",
-        ]
-    messages = [{"role": "user", "content": "What is 17 + 25?"}]
-    if recipe.data.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": recipe.data.system_prompt})
-    lines += [
-        "",
-        'model_id = "path/to/this/folder"',
-        f"tokenizer = AutoTokenizer.from_pretrained(model_id{trust})",
-        *load,
-        f"messages = {messages!r}",
-        "inputs = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-        ").to(model.device)",
-        f"output = model.generate(**inputs, max_new_tokens={recipe.rollout.max_completion_length})",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
-    ]
-    return "\n".join(lines)
-
-
-def _results(summary: Mapping[str, Any], weights: str) -> str:
-    results = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name)}
-    if not results:
-        return "Nothing was measured on held-out problems."
-    ks = sorted({int(k) for result in results.values() for k in result["pass_at_k"]})
-    rows = [[f"pass@{k}", *(f"{result['pass_at_k'][str(k)]:.1%}" for result in results.values())] for k in ks]
-    figures = sorted({key for result in results.values() for key in result.get("task_figures") or {}})
-    task = [
-        (key.removesuffix("_ratio").replace("_", " "), key, "{:.1%}" if key.endswith("_ratio") else "{:.3g}")
-        for key in figures
-    ]
-    for name, key, form in (*task, *MEASURES):
-        values = [{**result, **(result.get("task_figures") or {})}.get(key) for result in results.values()]
+def _rows(results: list[Facts]) -> list[list[str]]:
+    """Return the lines of the table of results: a measure, and its value in each of them."""
+    found = [{**result, **result["pass_at_k"], **(result.get("task_figures") or {})} for result in results]
+    rates = sorted({k for result in results for k in result["pass_at_k"]}, key=int)
+    figures = sorted({key for result in results for key in result.get("task_figures") or {}})
+    measures = [(f"pass@{k}", k, "{:.1%}") for k in rates]
+    measures += [(words.spoken(key), key, "{:.1%}" if key.endswith("_ratio") else "{:.3g}") for key in figures]
+    rows = []
+    for name, key, form in (*measures, *MEASURES):
+        values = [result.get(key) for result in found]
         if any(value is not None for value in values):
             rows.append([name, *("" if value is None else form.format(value) for value in values)])
-    text = f"Sampled answers to problems held out from training.\n\n{_table(['', *results], rows)}"
-    if weights == "siamese" and "siamese" not in results:
-        text += "\n\nMeasured with the trained policy; the siamese, which these weights are, was not measured."
-    return text
-
-
-def _verified(found: Verification) -> str:
-    trained_on = "the 4-bit (NF4) base" if found.trained_base == "nf4" else f"the base in {found.trained_base}"
-    return (
-        f"The policy was trained on {trained_on}. This model was loaded again and compared with it on real prompts of "
-        f"the task; differences are of log-probs in nats.\n\n{_table(['', ''], found.rows())}"
-    )
-
-
-def _table(columns: list[str], rows: Any) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return rows

@@ -1,64 +1,39 @@
-"""`popo-lite export`."""
+"""`popo-lite export`, and the upload to the Hugging Face Hub with the login of `hf auth login`."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from popo_lite.errors import ExportError, UserInputError
+
 if TYPE_CHECKING:
-    from popo_lite.tools.export.hub import Upload
     from popo_lite.tools.export.pipeline import ExportReport
 
+WEIGHT_FILES = ["model*.safetensors*", "adapter_model.safetensors", "adapter_config.json"]
+"""What an earlier push may have left behind; an adapter beside a merged model would be applied twice on loading."""
+WHAT = click.Choice(["merged", "adapter"])
+WEIGHTS = click.Choice(["policy", "siamese"])
+DTYPES = click.Choice(["float32", "bfloat16", "float16"])
+PROMPTS_HELP = "Prompts on which a merged model is compared with the trained one, at most eval.problems."
 
-@click.command()
+
+@click.command(context_settings={"show_default": True})
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
-@click.option(
-    "--what",
-    type=click.Choice(["merged", "adapter"]),
-    default="merged",
-    show_default=True,
-    help="A whole model that loads without PEFT, or the adapter alone.",
-)
-@click.option(
-    "--weights",
-    type=click.Choice(["policy", "siamese"]),
-    default="policy",
-    show_default=True,
-    help="The trained adapter, or its running average.",
-)
+@click.option("--what", type=WHAT, default="merged", help="A whole model, which loads without PEFT, or the adapter.")
+@click.option("--weights", type=WEIGHTS, default="policy", help="The trained adapter, or its running average.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to make; default RUN/export/<what>-<weights>.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Precision of a merged model; default as in the run's recipe.",
-)
-@click.option(
-    "--prompts",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="Prompts on which a merged model is compared with the trained one, at most eval.problems.",
-)
+@click.option("--dtype", type=DTYPES, help="Precision of a merged model; default as in the run's recipe.")
+@click.option("--prompts", type=click.IntRange(min=1), default=32, help=PROMPTS_HELP)
 @click.option("--push-to-hub", "repo_id", metavar="USER/NAME", help="Upload the folder to the Hugging Face Hub.")
 @click.option("--private", is_flag=True, help="Upload to a private repository.")
 @click.option("--dry-run", is_flag=True, help="Show what --push-to-hub would upload, without network.")
 @click.option("as_json", "--json", is_flag=True, help="Print the report as one JSON object.")
-def export(
-    run: Path,
-    what: str,
-    weights: str,
-    output: Path | None,
-    dtype: str | None,
-    prompts: int,
-    repo_id: str | None,
-    private: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Turn RUN, a folder that `popo-lite train` left, into a model that others can load.
 
     A merged model is loaded again and compared with the trained policy on real prompts. With --push-to-hub an
@@ -66,59 +41,122 @@ def export(
     """
     if repo_id is None and (private or dry_run):
         raise click.UsageError(f"{'--private' if private else '--dry-run'} goes with --push-to-hub USER/NAME")
-    if what == "adapter" and dtype is not None:
+    if options["what"] == "adapter" and options["dtype"] is not None:
         raise click.UsageError("--dtype is for merged models; an adapter is copied as it was trained")
 
     from popo_lite.run_folder import RunFolder
 
     folder = RunFolder(run)
     threads = folder.recipe().train.cpu_threads
+    if repo_id is not None:
+        _check_repo_id(repo_id)
 
     import torch
 
     from popo_lite.tools.console.output import progress
-    from popo_lite.tools.export.hub import check_repo_id, name_in_card, push
     from popo_lite.tools.export.pipeline import export_run
 
-    if repo_id is not None:
-        check_repo_id(repo_id)
     if threads:
         torch.set_num_threads(threads)
-    report = export_run(
-        folder,
-        what=what,
-        weights=weights,
-        output=output,
-        dtype=dtype,
-        prompts=prompts,
-        reuse=repo_id is not None,
-        progress=progress,
-    )
-    upload = push(report.folder, repo_id, private=private) if repo_id is not None and not dry_run else None
-    card = name_in_card(report.folder, repo_id) if repo_id is not None and dry_run else None
-    if as_json:
+    report = export_run(folder, reuse=repo_id is not None, progress=progress, **options)
+    upload = planned = None
+    if repo_id is not None:
+        card = _name_in_card(report.folder, repo_id)
         planned = {"repo_id": repo_id, "private": private, "card": card} if dry_run else None
-        content = {**report.as_json(), "upload": asdict(upload) if upload else None, "dry_run": planned}
-        click.echo(json.dumps(content, allow_nan=False))
+        upload = None if dry_run else _push(report.folder, repo_id, private)
+    if as_json:
+        content = {"folder": str(report.folder), **report.content(), "reused": report.reused, "files": report.files}
+        click.echo(json.dumps({**content, "upload": upload, "dry_run": planned}, allow_nan=False))
         return
     _print_report(report, upload)
-    if dry_run:
-        click.echo(
-            f"Would be uploaded to {repo_id}, {'private' if private else 'public'}. Its card, README.md:\n\n{card}"
-        )
+    if planned is not None:
+        visibility = "private" if private else "public"
+        click.echo(f"Would be uploaded to {repo_id}, {visibility}. Its card, README.md:\n\n{planned['card']}")
 
 
-def _print_report(report: ExportReport, upload: Upload | None) -> None:
+def _print_report(report: ExportReport, upload: dict[str, Any] | None) -> None:
     from popo_lite.tools.console.output import table
+    from popo_lite.tools.export.verify import table_of
 
     facts = {"folder": report.folder, "what": report.what, "weights": report.weights, "base": report.base}
-    if report.dtype is not None:
-        facts["precision"] = report.dtype
-    if upload is not None:
-        facts |= {"repository": upload.url, "visibility": "private" if upload.private else "public"}
-    table(
-        "Reused, as it was exported before" if report.reused else "Exported", ("", "this export"), list(facts.items())
-    )
+    facts |= {"precision": report.dtype} if report.dtype else {}
+    facts |= {"repository": upload["url"], "visibility": "private" if upload["private"] else "public"} if upload else {}
+    title = "Reused, as it was exported before" if report.reused else "Exported"
+    table(title, ("", "this export"), list(facts.items()))
     if report.verification is not None:
-        table("Merged against trained", ("measure", "figure"), report.verification.rows())
+        table("Merged against trained", ("measure", "figure"), table_of(report.verification))
     table("Files", ("file", "bytes"), [(name, f"{size:,}") for name, size in report.files.items()])
+
+
+def _check_repo_id(repo_id: str) -> None:
+    """Raise UserInputError if `repo_id` is not a `user/name` that the Hub takes."""
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, though not in __all__
+
+    try:
+        if "/" not in repo_id:
+            raise ValueError("it lacks the user or organisation")
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise UserInputError(
+            f"not the name of a repository: {error}",
+            where=f"--push-to-hub {repo_id}",
+            next_step="write it as user/name; `hf auth whoami` says who is logged in",
+        ) from error
+
+
+def _name_in_card(folder: Path, repo_id: str) -> str:
+    """Make `repo_id` what the example of the folder's model card loads, and return the card. Other edits are kept."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8")
+    card = re.sub(r'^model_id = ".*"$', f'model_id = "{repo_id}"', text, count=1, flags=re.MULTILINE)
+    path.write_text(card, encoding="utf-8")
+    return card
+
+
+def _push(folder: Path, repo_id: str, private: bool) -> dict[str, Any]:
+    """Upload `folder` to `repo_id`, which is created if it does not exist; return where it is and who can see it.
+
+    Weights of an earlier push are replaced. Raises ExportError if the Hub refuses or cannot be reached, or
+    if a private upload is requested and the repository is public. The folder is kept in any case.
+    """
+    from httpx import HTTPError
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        # Without --private the owner's own default decides.
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        is_private = bool(api.model_info(repo_id).private)
+        if private and not is_private:
+            what = f"{repo_id} exists and everybody can see it, so nothing was uploaded"
+            next_step = f"make it private on its settings page, or name another one; the export is in {folder}"
+            raise ExportError(what, where=f"--push-to-hub {repo_id} --private", next_step=next_step)
+        options: Any = {"commit_message": "Upload by popo-lite export", "delete_patterns": WEIGHT_FILES}
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+    # Uploads of large files wrap what went wrong in a RuntimeError, and refused batches come as a ValueError.
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        what, next_step = _explained(error)
+        what = f"{what}; the export is kept in {folder}"
+        raise ExportError(what, where=f"--push-to-hub {repo_id}", next_step=next_step) from error
+    return {"repo_id": repo_id, "private": is_private, "url": f"{api.endpoint}/{repo_id}", "commit": commit.oid}
+
+
+def _explained(error: BaseException) -> tuple[str, str]:
+    """Return what the library's error, or the error that it wraps, means and what to do."""
+    from httpx import TransportError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    again, login = "then the same command again", "hf auth login"
+    if status == 401:
+        return "the Hub knows no such login", f"{login}, {again}"
+    if status == 403:
+        return "this login may not write there", f"{login} with a token that may write, or a name of your own; {again}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE forbids it", "HF_HUB_OFFLINE=0 and the same command again"
+    if isinstance(error, TransportError):
+        return f"the Hub cannot be reached ({type(error).__name__}: {error})", f"check the network, {again}"
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"the Hub refused: {reason}", f"see https://status.huggingface.co, {again}"

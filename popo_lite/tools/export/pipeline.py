@@ -1,45 +1,36 @@
-"""Export a run folder to a folder that others can load; it appears only when it is complete and checked."""
+"""Export a run folder to a folder that others can load; it appears only when it is complete and checked.
+
+An adapter is merged into its base in 16 or 32 bit, never into the 4-bit one: that would quantise the sum again and lose
+part of what was learned.
+"""
 
 from __future__ import annotations
 
 import errno
-import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 
-from popo_lite.errors import CheckpointError, ExportError, UserInputError
+from popo_lite.errors import ExportError, UserInputError
 from popo_lite.policy.adapters import ADAPTER_FILE, adapter_folder
-from popo_lite.policy.load import load_tokenizer, pick_device
-from popo_lite.policy.trained import load_trained_policy
+from popo_lite.policy.load import load_base, load_tokenizer, pick_device
+from popo_lite.policy.memory import release_memory
+from popo_lite.policy.policy import load_trained_policy
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.tools.export.card import CARD_FILE, is_local, known_as, model_card
-from popo_lite.tools.export.merge import load_merged, load_unmerged, merge, write_merged, write_tokenizer
-from popo_lite.tools.export.verify import (
-    Answerer,
-    Progress,
-    Trained,
-    Verification,
-    ask_trained,
-    compare,
-    differences,
-    refuse_beyond_rounding,
-    silent,
-)
-from popo_lite.types import Problem
+from popo_lite.tools.export import verify
+from popo_lite.tools.export.card import is_local, known_as, model_card
 
 NOT_WRITABLE = (errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
-CONFIG_FILE = "adapter_config.json"
 REPORT_FILE = "export.json"
 UNMERGED_ANSWERS = 4
 """Answers on which the merge itself is checked, on the CPU, where the policy was trained on another base."""
@@ -58,7 +49,7 @@ class ExportReport:
     base: str
     dtype: str | None
     adapter_sha256: str
-    verification: Verification | None = None
+    verification: dict[str, Any] | None = None
     reused: bool = False
 
     @property
@@ -67,13 +58,9 @@ class ExportReport:
         found = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in found}
 
-    def made_from(self) -> dict[str, Any]:
-        """What the folder's content follows from, as plain data: equal for two exports of the same thing."""
-        return {key: getattr(self, key) for key in ("what", "weights", "base", "dtype", "adapter_sha256")}
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data for `json.dumps`."""
-        return {**asdict(self), "folder": str(self.folder), "files": self.files}
+    def content(self) -> dict[str, Any]:
+        """Return the content of export.json."""
+        return {key: value for key, value in asdict(self).items() if key not in ("folder", "reused")}
 
 
 def export_run(
@@ -85,7 +72,7 @@ def export_run(
     dtype: str | None = None,
     prompts: int = 32,
     reuse: bool = False,
-    progress: Progress = silent,
+    progress: verify.Progress = lambda *_: nullcontext(lambda _: None),
 ) -> ExportReport:
     """Write the run's model to `output` (default `RUN/export/<what>-<weights>`) and describe it in a model card.
 
@@ -97,126 +84,142 @@ def export_run(
     if the merged model is not the trained policy; nothing is left behind then.
     """
     recipe = run.recipe()
-    if not run.summary_path.is_file():
-        raise CheckpointError(
-            "the run has not ended, so there is nothing to export yet",
-            where=str(run.path),
-            next_step=f"popo-lite train {run.recipe_path} --resume --output {run.path}",
-        )
     adapter = adapter_folder(run.trained_adapter(weights), key="run folder")
-    precision = (dtype or recipe.model.dtype) if what == "merged" else None
     report = ExportReport(
         folder=output if output is not None else run.path / "export" / f"{what}-{weights}",
         what=what,
         weights=weights,
         base=known_as(recipe.model.id),
-        dtype=precision,
-        adapter_sha256=_sha256(adapter / ADAPTER_FILE),
+        dtype=(dtype or recipe.model.dtype) if what == "merged" else None,
+        adapter_sha256=hashlib.sha256((adapter / ADAPTER_FILE).read_bytes()).hexdigest(),
     )
     if report.folder.exists() and not (report.folder.is_dir() and not any(report.folder.iterdir())):
-        found = _earlier(report) if reuse else None
-        if found is None:
+        path = report.folder / REPORT_FILE
+        earlier = json.loads(path.read_text(encoding="utf-8")) if reuse and path.is_file() else {}
+        if report.content() != earlier | {"verification": None}:
             raise UserInputError(
                 "the folder is not empty, and no export is ever overwritten",
                 where=str(report.folder),
                 next_step="remove it, or name another one with --output",
             )
-        return found
+        return replace(report, verification=earlier["verification"], reused=True)
 
     with _complete_folder(report.folder) as folder:
-        if precision is None:
+        if report.dtype is None:
             _export_adapter(recipe, adapter, folder)
         else:
-            verification = _export_merged(_for_export(recipe, adapter), adapter, folder, precision, prompts, progress)
+            verification = _export_merged(recipe, adapter, folder, report.dtype, prompts, progress)
             report = replace(report, verification=verification)
         summary = json.loads(run.summary_path.read_text(encoding="utf-8"))
-        card = model_card(recipe, summary, weights=weights, dtype=precision, verification=report.verification)
-        (folder / CARD_FILE).write_text(card, encoding="utf-8")
-        content = report.made_from() | {"verification": asdict(report)["verification"]}
-        (folder / REPORT_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        card = model_card(recipe, summary, weights=weights, dtype=report.dtype, verification=report.verification)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / REPORT_FILE).write_text(
+            json.dumps(report.content(), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
     return report
 
 
-def _for_export(recipe: Recipe, adapter: Path) -> Recipe:
-    """Return the recipe without what only training needs.
-
-    The adapter that training started from need not exist any more. unsloth is not
-    needed: its adapters are PEFT's, and the merged model is compared as plain transformers runs it.
-    """
-    return recipe.with_values(
-        {
-            "model.backend": "transformers",
-            "lora.init_from": str(adapter),
-            "train.device": "cpu" if recipe.train.device == "cpu" else "auto",
-            "train.gradient_checkpointing": False,
-        }
-    )
-
-
 def _export_merged(
-    recipe: Recipe, adapter: Path, folder: Path, dtype: str, prompts: int, progress: Progress
-) -> Verification:
+    recipe: Recipe, adapter: Path, folder: Path, dtype: str, prompts: int, progress: verify.Progress
+) -> dict[str, Any]:
     """Run policy, merge and merged model one after the other, so that only one of them is in memory."""
-    problems = _problems(recipe, prompts)
-    trained = _ask_trained(recipe, adapter, problems, progress)
-    _free_memory()
+    # Without what only training needs. unsloth's adapters are PEFT's, and are compared as plain transformers runs them.
+    device = "cpu" if recipe.train.device == "cpu" else "auto"
+    recipe = recipe.with_values(
+        {"model.backend": "transformers", "train.device": device, "train.gradient_checkpointing": False}
+    )
+    train, held_out = open_tasks(recipe)
+    problems = held_out.held_out(min(prompts, recipe.eval.problems))
+    problems = problems or [train.train_problem(recipe.train.seed, index) for index in range(prompts)]
+    with progress("loading the trained policy", None):
+        policy = load_trained_policy(recipe, adapter)
+    renderer, limit = Renderer.of(recipe, policy.tokenizer), recipe.rollout.max_completion_length
+    trained = verify.ask_trained(policy, list(map(renderer.token_ids, problems)), limit, progress)
+    del policy
+    release_memory()
     same_base = recipe.model.quantization == "none" and recipe.model.dtype == dtype
     checked = slice(0 if same_base else UNMERGED_ANSWERS)
     with progress("merging on the CPU", None):
-        model = load_unmerged(recipe.model, adapter, dtype)
-        beside = Answerer.of_model(model.get_base_model(), pad_id=trained.pad_id)
-        unmerged = beside.logps(trained.prompts[checked], trained.answers[checked])
+        model = load_unmerged(recipe, adapter, dtype)
+        unmerged = verify.log_probs(model.get_base_model(), trained.prompts[checked], trained.answers[checked])
         write_merged(merge(model), folder, trained.stop_ids)
         write_tokenizer(load_tokenizer(recipe.model), folder, recipe.data.chat_template)
-    del model, beside
-    _free_memory()
-    _refuse_other_tokens(recipe, folder, problems, trained)
-    found, logps = compare(load_merged(folder, recipe.model, pick_device(recipe.train.device)), trained, progress)
-    if same_base:
-        mean, worst, parting = found.mean_difference, found.worst_difference, found.widest_parting
-    else:
-        # The policy was trained on other base weights, so a difference is expected. Compare the merge with
-        # the same base and an unmerged adapter instead.
-        (mean, worst), parting = differences(unmerged, logps[checked]), 0.0
-    refuse_beyond_rounding(dtype, mean=mean, worst=worst, parting=parting)
-    return found
-
-
-def _problems(recipe: Recipe, count: int) -> list[Problem]:
-    """Return problems held out from training, or training problems if the run held none out."""
-    train, evaluation = open_tasks(recipe)
-    if recipe.eval.problems:
-        return evaluation.held_out(min(count, recipe.eval.problems))
-    return [train.train_problem(recipe.train.seed, index) for index in range(count)]
-
-
-def _ask_trained(recipe: Recipe, adapter: Path, problems: Sequence[Problem], progress: Progress) -> Trained:
-    with progress("loading the trained policy", None):
-        policy = load_trained_policy(recipe, adapter)
-    renderer = Renderer.of(recipe, policy.tokenizer)
-    prompts = [renderer.token_ids(problem) for problem in problems]
-    return ask_trained(policy, prompts, recipe.rollout.max_completion_length, progress)
-
-
-def _refuse_other_tokens(recipe: Recipe, folder: Path, problems: Sequence[Problem], trained: Trained) -> None:
-    """Raise ExportError if the folder's tokenizer and chat template make other prompts than in training."""
-    tokenizer = load_tokenizer(recipe.model.with_values({"id": str(folder), "revision": None}))
-    renderer = replace(Renderer.of(recipe, tokenizer), chat_template=None)
+    del model
+    release_memory()
+    written = recipe.model.with_values({"id": str(folder), "revision": None, "quantization": "none", "dtype": dtype})
+    renderer = replace(Renderer.of(recipe, load_tokenizer(written)), chat_template=None)
     for problem, prompt in zip(problems, trained.prompts, strict=True):
         if renderer.token_ids(problem) != prompt:
             raise ExportError(
                 "the exported tokenizer makes other tokens of a prompt than the trained policy's",
                 where=f"problem {problem.id}",
-                next_step="this is a bug: please report it with the model's name",
+                next_step=verify.REPORT_IT,
             )
+    found, logps = verify.compare(load_base(written, pick_device(device)), trained, limit, progress)
+    if same_base:
+        judged = (found[key] for key in ("mean_difference", "worst_difference", "widest_parting"))
+        verify.refuse_beyond_rounding(dtype, *judged)
+    else:
+        # The policy was trained on other base weights, so a difference is expected. Compare the merge with
+        # the same base and an unmerged adapter instead.
+        verify.refuse_beyond_rounding(dtype, *verify.differences(unmerged, logps[checked]))
+    return found
+
+
+def load_unmerged(recipe: Recipe, adapter: Path, dtype: str) -> Any:
+    """Return the base in `dtype` with an unmerged adapter, on the CPU. Raises ExportError if it is stored quantised."""
+    plain = {"model.quantization": "none", "model.dtype": dtype, "train.device": "cpu", "train.packing": False}
+    if recipe.model.attn_implementation == "flash_attention_2":
+        plain["model.attn_implementation"] = "sdpa"
+    model = load_trained_policy(recipe.with_values(plain), adapter).model
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ExportError(
+            f"{recipe.model.id} is stored quantised, so there is no 16-bit base to merge into",
+            where="model.id",
+            next_step="export the adapter (--what adapter), or train on the base that it was quantised from",
+        )
+    return model
+
+
+def merge(model: Any) -> Any:
+    """Merge in place and return the base. Raises ExportError if the sum is not finite."""
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ExportError(
+            f"the adapter cannot be merged: {error}",
+            next_step="try --dtype float32, or --weights siamese if training diverged at its end",
+        ) from error
+
+
+def write_merged(model: Any, folder: Path, stop_ids: frozenset[int]) -> None:
+    """Write weights, config and generation config; `generate` then stops where the policy's answers ended."""
+    config = model.generation_config
+    config.eos_token_id = sorted(stop_ids) if len(stop_ids) > 1 else min(stop_ids)
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        # Some bases name a temperature and not do_sample. transformers reads such a file and refuses to write it.
+        config.do_sample = True
+    try:
+        model.save_pretrained(str(folder), max_shard_size="5GB")
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC, str(error)) from error
+
+
+def write_tokenizer(tokenizer: Any, folder: Path, chat_template: str | None) -> None:
+    """Write the tokenizer with the chat template that the policy was trained with."""
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(str(folder))
 
 
 def _export_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:
     """Copy the adapter and write the tokenizer; its config names no local folder."""
     shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
-    config = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_tokenizer(load_tokenizer(recipe.model), folder, recipe.data.chat_template)
 
 
@@ -242,25 +245,3 @@ def _complete_folder(target: Path) -> Iterator[Path]:
                 next_step="name a folder with enough space that can be written to with --output",
             ) from error
         raise
-
-
-def _earlier(wanted: ExportReport) -> ExportReport | None:
-    """Return the finished export of the same adapter in the folder, or None."""
-    path = wanted.folder / REPORT_FILE
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if {key: content.get(key) for key in wanted.made_from()} != wanted.made_from():
-        return None
-    verification = content["verification"]
-    return replace(wanted, verification=Verification(**verification) if verification else None, reused=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _free_memory() -> None:
-    """Free the last model's memory; modules and hooks refer to one another, so the collector is needed."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 
 
-@click.command(short_help="Ask the model that a run trained.")
+@click.command(short_help="Ask the model that a run trained.", context_settings={"show_default": True})
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 @click.argument("question")
-@click.option("--weights", type=click.Choice(["policy", "siamese"]), default="policy", show_default=True)
-@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers to draw.")
-@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=0.7, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--weights", type=click.Choice(["policy", "siamese"]), default="policy")
+@click.option("--samples", type=click.IntRange(min=1), default=1, help="Answers to draw.")
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=0.7)
+@click.option("--seed", type=click.IntRange(min=0), default=0)
 @click.option("as_json", "--json", is_flag=True, help="Print the answers as JSON.")
 def generate(
     run: Path, question: str, weights: str, samples: int, temperature: float, seed: int, as_json: bool
@@ -22,13 +22,11 @@ def generate(
     """Ask the model that RUN trained a QUESTION."""
     from popo_lite.run_folder import RunFolder
 
-    folder = RunFolder(run)
-    recipe = folder.recipe()
-    adapter = folder.trained_adapter(weights)
+    recipe, adapter = RunFolder(run).recipe(), RunFolder(run).trained_adapter(weights)
 
     import torch
 
-    from popo_lite.policy.trained import load_trained_policy
+    from popo_lite.policy.policy import load_trained_policy
     from popo_lite.samplers import SamplingParams
     from popo_lite.samplers.hf import HFSampler
     from popo_lite.tasks.rendering import Renderer
@@ -39,19 +37,13 @@ def generate(
     policy = load_trained_policy(recipe, adapter)
     renderer = Renderer.of(recipe, policy.tokenizer)
     prompt = renderer.render(Problem(id=question, messages=({"role": "user", "content": question},), answer=""))
+    params = SamplingParams(temperature=temperature, max_completion_length=recipe.rollout.max_completion_length)
     # Whatever engine trained it: for one question, starting another would take longer than answering.
-    with HFSampler(policy, text=renderer.text, batch_size=samples) as sampler:
-        sampler.sync(policy.version)
-        answers = sampler.sample(
-            [prompt],
-            count=samples,
-            params=SamplingParams(temperature=temperature, max_completion_length=recipe.rollout.max_completion_length),
-            policy_version=policy.version,
-            stream=("generate", seed),
-        )[0]
+    sampler = HFSampler(policy, text=renderer.text, batch_size=samples)
+    stream = ("generate", seed)
+    [answers] = sampler.sample([prompt], count=samples, params=params, policy_version=policy.version, stream=stream)
     if as_json:
         found = [{"text": a.text, "finish_reason": a.finish_reason.value, "mean_logp": a.mean_logp} for a in answers]
         click.echo(json.dumps({"question": question, "answers": found}))
-        return
-    for answer in answers:
-        click.echo(answer.text)
+    else:
+        click.echo("\n".join(answer.text for answer in answers))
