@@ -17,8 +17,8 @@ from datasets import Dataset
 
 from popo_lite.errors import DataError
 from popo_lite.recipe import DataRecipe, DatasetRecipe, EvalRecipe
-from popo_lite.tasks.base import Task
-from popo_lite.tasks.datasets import DatasetTask, open_dataset
+from popo_lite.tasks import Task
+from popo_lite.tasks.datasets import DatasetTask
 
 Rows = list[dict[str, Any]]
 
@@ -90,11 +90,11 @@ def write_hub_layout(hub_id: str, config: str, splits: dict[str, Rows]) -> None:
 
 
 def train(dataset: str, *, held_out: int = 0, **keys: Any) -> DatasetTask:
-    return open_dataset(DataRecipe(dataset=dataset, **keys), section="data", held_out=held_out)
+    return DatasetTask(DataRecipe(dataset=dataset, **keys), section="data", held_out=held_out)
 
 
 def evaluate(dataset: str, **keys: Any) -> DatasetTask:
-    return open_dataset(EvalRecipe(dataset=dataset, **keys), section="eval")
+    return DatasetTask(EvalRecipe(dataset=dataset, **keys), section="eval")
 
 
 def refused(dataset: str, **keys: Any) -> DataError:
@@ -571,7 +571,7 @@ class TestNamesThatLeadNowhere:
         Path("notes.txt").write_text("x")
         assert "not a file of a known kind (.jsonl, .json, .csv, .parquet)" in refused("notes.txt").what
         with pytest.raises(DataError, match="names no dataset"):
-            open_dataset(DatasetRecipe(), section="eval")
+            DatasetTask(DatasetRecipe(), section="eval")
 
     @pytest.mark.parametrize("key", ["config", "split"])
     def test_hub_keys_with_a_file(self, key: str) -> None:

@@ -234,10 +234,9 @@ def _rows(benchmark: Benchmark, file: Path | None, place: Place) -> Sequence[Rec
             config=None if file else benchmark.config,
             split=None if file else benchmark.split,
         )
-        table = load_table(part, place)[1]
-        _require_columns(benchmark, table.column_names, place)
-        return [(f"row {row + 1}", table.row(row)) for row in range(len(table))]
-    records = read_records(file, place)
+        records = [(f"row {number}", row) for number, row in enumerate(load_table(part, place)[1], 1)]
+    else:
+        records = read_records(file, place)
     if not records:
         raise place.error("holds no rows", "name a file with at least one row")
     _require_columns(benchmark, {name: None for _, row in records if isinstance(row, dict) for name in row}, place)
