@@ -1,30 +1,69 @@
-"""Make problems from the rows of a local file, a Hub dataset, or one of the names in `tables.KNOWN`."""
+"""Make problems from the rows of a local file, a Hub dataset, or one of the names in `KNOWN`.
+
+JSON and CSV files are read here rather than by the `datasets` library, which guesses types, while a
+reference answer must stay as it was written: "007" would become 7, "1e5" 100000.0, a date a timestamp, and the
+text "04" in a column that also holds numbers 4.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Literal
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from popo_lite.errors import DataError, nearest
 from popo_lite.recipe import DatasetRecipe
 from popo_lite.seeding import stream_seed
-from popo_lite.tasks.tables import Place, column, column_names, load_table
 from popo_lite.types import Problem
 
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ID_COLUMNS = ("id", "unique_id")
-MAX_META_CHARACTERS = 2000
+ERRORS_SHOWN = 5
 VALUES_SHOWN = 10
+MAX_META_CHARACTERS = 2000
 
+KNOWN: dict[str, tuple[str, str | None, str, str | None]] = {
+    "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", None, "train", None),
+    "gsm8k": ("openai/gsm8k", "main", "train", "test"),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test", "test"),
+}
+"""Datasets with a short name: Hub id, configuration, split to train on, and split to evaluate on if there is one."""
+
+Record = tuple[str, dict[str, Any] | str]
+"""A row's position in its file, such as "line 3", and its cells, or an error message if it is not a row."""
+
+_T = TypeVar("_T")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _RESULT_LINE = re.compile(r"^####(?!#)[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _GROUPED_NUMBER = re.compile(r"[-+$]*\d[\d,]*(\.\d+)?%?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Name a dataset's place in the recipe and build the errors about it."""
+
+    section: Literal["data", "eval"]
+    dataset: str
+
+    def error(self, what: str, next_step: str) -> DataError:
+        """Return an error about this dataset."""
+        return DataError(what, where=f'{self.section}.dataset "{self.dataset}"', next_step=next_step)
+
+    def refusal(self, what: str, problems: Sequence[str], next_step: str) -> DataError:
+        """Return an error that shows the first of `problems`."""
+        more = [f"and {len(problems) - ERRORS_SHOWN} more"] if len(problems) > ERRORS_SHOWN else []
+        return self.error("\n    ".join([f"{what}:", *problems[:ERRORS_SHOWN], *more]), next_step)
 
 
 class DatasetTask:
@@ -51,21 +90,13 @@ class DatasetTask:
         self._training: Sequence[int] = _filtered(part, place, self._rows, columns)[: part.limit]
         self._held_out: Sequence[int] = ()
         if faults := self._faults():
-            raise place.refusal(
-                f"{len(faults)} of {len(self._training)} rows cannot be used",
-                faults,
-                f"correct these rows, or leave them out by {section}.filter",
-            )
+            what = f"{len(faults)} of {len(self._training)} rows cannot be used"
+            raise place.refusal(what, faults, f"correct these rows, or leave them out by {section}.filter")
         if section == "eval":
             self._held_out = sorted(self._training, key=lambda row: stream_seed("dataset/held-out row", self._id(row)))
             self._training = ()
         elif held_out:
             self._hold_out(held_out)
-
-    @property
-    def train_size(self) -> int:
-        """Return the number of training rows, the length of an epoch; 0 if the task was opened for evaluation."""
-        return len(self._training)
 
     def train_problem(self, seed: int, index: int) -> Problem:
         """Return the `index`-th problem of `seed`'s stream; each epoch has a new order of all training rows.
@@ -81,11 +112,9 @@ class DatasetTask:
     def held_out(self, count: int) -> list[Problem]:
         """Return the first `count` held-out problems; a larger count only adds problems."""
         if count > len(self._held_out):
-            raise DataError(
-                f"{count} held-out problems are asked for; {self.name} has {len(self._held_out)}",
-                where="eval.problems",
-                next_step=f"set eval.problems to at most {len(self._held_out)}",
-            )
+            what = f"{count} held-out problems are asked for; {self.name} has {len(self._held_out)}"
+            next_step = f"set eval.problems to at most {len(self._held_out)}"
+            raise DataError(what, where="eval.problems", next_step=next_step)
         return [self._problem(row) for row in self._held_out[:count]]
 
     def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
@@ -93,11 +122,9 @@ class DatasetTask:
         kept = [row for row in self._training if not unwanted(self._problem(row))]
         dropped = len(self._training) - len(kept)
         if not kept:
-            raise DataError(
-                f"none of the {dropped} training rows of {self.name} can be used",
-                where="data.dataset",
-                next_step="raise rollout.max_prompt_length, or choose other rows with data.filter",
-            )
+            what = f"none of the {dropped} training rows of {self.name} can be used"
+            next_step = "raise rollout.max_prompt_length, or choose other rows with data.filter"
+            raise DataError(what, where="data.dataset", next_step=next_step)
         self._training = kept
         return dropped
 
@@ -123,7 +150,7 @@ class DatasetTask:
         return Problem(
             id=self._id(row),
             messages=_messages(cells.pop(self._prompt_column)),
-            answer=_answer(cells.pop(self._answer_column)),
+            answer=_answer(False, cells.pop(self._answer_column)),
             meta={key: cell for key, cell in cells.items() if _fits_meta(cell)},
         )
 
@@ -133,15 +160,14 @@ class DatasetTask:
         # One answer in GSM8K's form means that all have to be: a row without its last line would otherwise have
         # its whole working taken for the answer.
         results = any(isinstance(answers[row], str) and _RESULT_LINE.search(answers[row]) for row in self._training)
-        faults = []
-        for row in self._training:
-            found = (
-                _fault(self._prompt_column, _messages, prompts[row]),
-                _fault(self._answer_column, partial(_answer, needs_result=results), answers[row]),
-            )
-            if any(found):
-                faults.append(f"row {row + 1}: {', '.join(filter(None, found))}")
-        return faults
+        readers = (self._prompt_column, prompts, _messages), (self._answer_column, answers, partial(_answer, results))
+        found: dict[int, list[str]] = {}
+        for row, (name, cells, read) in product(self._training, readers):
+            try:
+                read(cells[row])
+            except _BadCellError as error:
+                found.setdefault(row, []).append(f'column "{name}" {error}')
+        return [f"row {row + 1}: {', '.join(faults)}" for row, faults in found.items()]
 
     def _hold_out(self, count: int) -> None:
         """Hold out one row each of `count` questions, white space ignored, and train on no other row of them."""
@@ -175,42 +201,30 @@ class _BadCellError(Exception):
     """Report a cell without a usable question or answer. The message continues "column ... "."""
 
 
-def _fault(name: str, read: Callable[[object], object], cell: object) -> str | None:
-    try:
-        read(cell)
-    except _BadCellError as error:
-        return f'column "{name}" {error}'
-    return None
-
-
 def _messages(cell: object) -> tuple[dict[str, str], ...]:
     """Return the chat messages of a prompt cell; plain text becomes a user message."""
-    if isinstance(cell, str):
-        return ({"role": "user", "content": _text(cell)},)
     if cell is None or cell == []:
         raise _BadCellError("is empty")
-    if not isinstance(cell, list):
+    if not isinstance(cell, str | list):
         raise _BadCellError(f"is {_shown(cell)}, neither text nor a list of chat messages")
-    messages = tuple(_message(message) for message in cell)
-    if messages[-1]["role"] != "user":
-        raise _BadCellError(f'ends with a message of role "{messages[-1]["role"]}"; the last one has to be the user\'s')
-    return messages
+    messages = []
+    for one in [{"role": "user", "content": cell}] if isinstance(cell, str) else cell:
+        # A table gives every message all the keys that any of them has, with None for those it lacks.
+        given = {key: value for key, value in one.items() if value is not None} if isinstance(one, dict) else {}
+        if given.keys() != {"role", "content"}:
+            raise _BadCellError(f'has {_shown(one)} for a message; it takes "role" and "content", nothing else')
+        role, content = given["role"], given["content"]
+        if role not in ("system", "user", "assistant"):
+            raise _BadCellError(f'has a message of role {_shown(role)}; use "system", "user" or "assistant"')
+        if not isinstance(content, str):
+            raise _BadCellError(f"has a message with content {_shown(content)}; it has to be text")
+        messages.append({"role": role, "content": _text(content)})
+    if role != "user":
+        raise _BadCellError(f'ends with a message of role "{role}"; the last one has to be the user\'s')
+    return tuple(messages)
 
 
-def _message(message: object) -> dict[str, str]:
-    # A table gives every message all the keys that any of them has, with None for those it lacks.
-    given = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
-    if given.keys() != {"role", "content"}:
-        raise _BadCellError(f'has {_shown(message)} for a message; it takes "role" and "content", nothing else')
-    role, content = given["role"], given["content"]
-    if role not in ("system", "user", "assistant"):
-        raise _BadCellError(f'has a message of role {_shown(role)}; use "system", "user" or "assistant"')
-    if not isinstance(content, str):
-        raise _BadCellError(f"has a message with content {_shown(content)}; it has to be text")
-    return {"role": role, "content": _text(content)}
-
-
-def _answer(cell: object, *, needs_result: bool = False) -> str:
+def _answer(needs_result: bool, cell: object) -> str:
     """Return a cell's reference answer: its text, its number as text, or the result of a last line `#### result`."""
     if cell is None:
         raise _BadCellError("is empty")
@@ -219,12 +233,11 @@ def _answer(cell: object, *, needs_result: bool = False) -> str:
     if isinstance(cell, float) and not math.isfinite(cell):
         raise _BadCellError(f"is {cell}, which no answer equals")
     text = _text(_plain(cell)).strip()
-    if (line := _RESULT_LINE.search(text)) is None:
-        if needs_result:
-            raise _BadCellError('does not end in a line "#### result", as it does in other rows')
-        return text
-    result = line[1]
-    return result.replace(",", "") if _GROUPED_NUMBER.fullmatch(result) else result
+    line = _RESULT_LINE.search(text)
+    if needs_result and not line:
+        raise _BadCellError('does not end in a line "#### result", as it does in other rows')
+    result = line[1] if line else text
+    return result.replace(",", "") if line and _GROUPED_NUMBER.fullmatch(result) else result
 
 
 def _text(text: str) -> str:
@@ -263,23 +276,17 @@ def _column(wanted: Sequence[str], key: str, place: Place, columns: Sequence[str
     found = [name for name in wanted if name in columns]
     if len(found) == 1:
         return found[0]
-    quoted, there = (", ".join(f'"{name}"' for name in names) for names in (found, columns))
-    what = f'no column "{wanted[0]}"'
-    if len(wanted) > 1:
-        what = f"{quoted or 'no ' + ' or '.join(wanted)} for the column with the question"
-    likely = next((close for name in wanted if (close := nearest(name, columns))), None)
-    raise place.error(
-        f"has {what}; its columns are {there}",
-        f"name one of them in {place.section}.{key}" + (f', perhaps "{likely}"' if likely else ""),
-    )
+    several, there = (", ".join(f'"{name}"' for name in names) for names in (found, columns))
+    question = f"{several or 'no ' + ' or '.join(wanted)} for the column with the question"
+    what = question if len(wanted) > 1 else f'no column "{wanted[0]}"'
+    likely = next((f', perhaps "{close}"' for name in wanted if (close := nearest(name, columns))), "")
+    raise place.error(f"has {what}; its columns are {there}", f"name one of them in {place.section}.{key}{likely}")
 
 
 def _own_ids(rows: Any, columns: Sequence[str]) -> Sequence[int | str] | None:
     """Return the rows' own ids if each is text or a whole number and occurs once."""
-    for name in ID_COLUMNS:
-        ids = column(rows, name) if name in columns else [None]
-        usable = all(isinstance(own, str | int) and not isinstance(own, bool) and own != "" for own in ids)
-        if usable and len({str(own) for own in ids}) == len(ids):
+    for ids in (column(rows, name) for name in ID_COLUMNS if name in columns):
+        if all(type(own) in (str, int) and own != "" for own in ids) and len({*map(str, ids)}) == len(ids):
             return ids
     return None
 
@@ -294,9 +301,158 @@ def _filtered(part: DatasetRecipe, place: Place, rows: Any, columns: Sequence[st
         if not kept:
             values = ", ".join(f"{_shown(text)} ({count})" for text, count in found.most_common(VALUES_SHOWN))
             rest = f" and {len(found) - VALUES_SHOWN} more" if len(found) > VALUES_SHOWN else ""
-            raise place.error(
-                f'no row is left by the filter {name} = {_shown(value)}; the values of "{name}" and their rows: '
-                f"{values}{rest}",
-                f"set {place.section}.filter to values that occur",
-            )
+            what = f'no row is left by the filter {name} = {_shown(value)}; the values of "{name}" and their rows: '
+            raise place.error(what + values + rest, f"set {place.section}.filter to values that occur")
     return kept
+
+
+def load_table(part: DatasetRecipe, place: Place) -> tuple[str, Any]:
+    """Return the name for logs (file name, or dataset and split) and the unfiltered rows that `part` names.
+
+    The rows are a list of dicts, which may differ in their keys, or a `datasets.Dataset` mapped into memory.
+    Raises DataError if the dataset cannot be found, fetched or read, or has no rows.
+    """
+    path = Path(place.dataset).expanduser()
+    is_hub_id = _HUB_ID.fullmatch(place.dataset)
+    if path.suffix in SUFFIXES:
+        for key in ("config", "split"):
+            if (given := getattr(part, key)) is not None:
+                what = f'is a file, and {place.section}.{key} = "{given}" is for datasets of the Hub'
+                raise place.error(what, f"remove {place.section}.{key}")
+        name, rows = path.name, _read_file(path, place)
+    elif place.dataset in KNOWN or path.is_dir() or (is_hub_id and not path.is_file()):
+        unknown = (str(path) if path.is_dir() else place.dataset, None, "train", "test")
+        hub_id, config, train_split, eval_split = KNOWN.get(place.dataset, unknown)
+        split = part.split or (train_split if place.section == "data" else eval_split)
+        if split is None:
+            next_step = "set eval.split, or leave eval.dataset out to hold problems out of the training data"
+            raise place.error("has no split for evaluation", next_step)
+        name = f"{place.dataset if is_hub_id else path.name}/{split}"
+        rows = _fetch(hub_id, part.config or config, split, place)
+    elif path.is_file():
+        raise place.error(f"is not a file of a known kind ({', '.join(SUFFIXES)})", "name such a file")
+    else:
+        likely = nearest(place.dataset, [*KNOWN, "arithmetic"])
+        what = f"is neither a known name, nor a {'/'.join(SUFFIXES)} file, nor a Hub id like owner/name"
+        other = f"name a file, a Hub id, or one of arithmetic, {', '.join(KNOWN)}"
+        raise place.error(what, f'did you mean "{likely}"?' if likely else other)
+    if not len(rows):
+        raise place.error("holds no rows", "name a dataset with at least one row")
+    return name, rows
+
+
+def column_names(rows: Any) -> list[str]:
+    """Return the names of all columns of `rows`, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row) if isinstance(rows, list) else rows.column_names)
+
+
+def column(rows: Any, name: str) -> list[Any]:
+    """Return one cell per row; None if the row lacks the column."""
+    return [row.get(name) for row in rows] if isinstance(rows, list) else list(rows[name][:])
+
+
+def read_records(path: Path, place: Place) -> list[Record]:
+    """Return every row of a JSON or CSV file in order; invalid rows come with an error message.
+
+    Raises DataError if the file does not exist or cannot be read at all.
+    """
+    return _read(path, place, _csv_records if path.suffix == ".csv" else _json_records)
+
+
+def _fetch(hub_id: str, config: str | None, split: str, place: Place) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(hub_id, config, split=split)
+    except Exception as error:
+        # The library lets errors of httpx, fsspec, pyarrow and pandas through. All mean that loading failed.
+        wrapped = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        if isinstance(error, ValueError):
+            next_step = f"set {place.section}.config and {place.section}.split to names that the dataset has"
+        else:
+            next_step = (
+                "check the name and the connection (with HF_HUB_OFFLINE=1 only cached datasets open); run "
+                "`hf auth login` for a gated or private one; or download it elsewhere and name the file in "
+                f"{place.section}.dataset"
+            )
+        what = f'split "{split}" of {hub_id}' + (f', config "{config}"' if config else "") + " cannot be loaded: "
+        raise place.error(what + _one_line(wrapped or error), next_step) from error
+
+
+def _read_file(path: Path, place: Place) -> Any:
+    if path.suffix == ".parquet":
+        from datasets import Dataset
+
+        return _read(path, place, lambda path: Dataset.from_parquet(str(path)))
+    records = read_records(path, place)
+    if invalid := [f"{where}: {row}" for where, row in records if isinstance(row, str)]:
+        raise place.refusal(f"cannot be read, errors: {len(invalid)}", invalid, "correct these places in the file")
+    return [row for _, row in records]
+
+
+def _read(path: Path, place: Place, read: Callable[[Path], _T]) -> _T:
+    from datasets.exceptions import DatasetsError
+
+    if not path.is_file():
+        likely = nearest(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise place.error("there is no such file", f'did you mean "{likely}"?' if likely else "correct the path")
+    try:
+        return read(path)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise place.error(f"cannot be read: {_one_line(error)}", "correct the file, or write it again") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _json_records(path: Path) -> list[Record]:
+    """Read one array of objects, or one object per line."""
+    with path.open(encoding="utf-8-sig") as file:
+        start = next((line for line in file if line.strip()), "")
+        file.seek(0)
+        if not start.lstrip().startswith("["):
+            return [(f"line {number}", _object(line)) for number, line in enumerate(file, 1) if line.strip()]
+        try:
+            rows = enumerate(json.load(file), 1)
+        except json.JSONDecodeError as error:
+            return [(f"line {error.lineno}", f"{error.msg} (column {error.colno})")]
+    return [(f"row {number}", row if isinstance(row, dict) else "not a JSON object") for number, row in rows]
+
+
+def _object(line: str) -> dict[str, Any] | str:
+    try:
+        row = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        return f"{error.msg} (column {error.colno})"
+    except ValueError:  # Python refuses integers of thousands of digits
+        return "an integer has more digits than can be read"
+    return row if isinstance(row, dict) else "not a JSON object"
+
+
+def _csv_records(path: Path) -> list[Record]:
+    """Read a CSV file with a header; each row is named by the line on which it starts. Every cell is text."""
+    records: list[Record] = []
+    header: list[str] = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        while True:
+            where = f"line {reader.line_num + 1}"
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return records
+            except csv.Error as error:  # the reader continues with the next line
+                records.append((where, str(error)))
+                if not header:
+                    return records
+                continue
+            if header and len(cells) == len(header):
+                records.append((where, dict(zip(header, cells, strict=True))))
+            elif header and cells:
+                records.append((where, f"does not have the {len(header)} cells of the header"))
+            elif len(set(cells)) < len(cells):
+                return [(where, "names a column twice")]
+            elif not header:
+                header = cells

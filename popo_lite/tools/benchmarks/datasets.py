@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from popo_lite.errors import DataError, UserInputError, nearest
 from popo_lite.recipe import EvalRecipe
-from popo_lite.tasks.tables import SUFFIXES, Place, Record, load_table, read_records
+from popo_lite.tasks.datasets import SUFFIXES, Place, Record, load_table, read_records
 from popo_lite.types import Problem
 
 _RESULT_LINE = re.compile(r"^####(?!#)[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
