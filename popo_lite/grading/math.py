@@ -7,6 +7,7 @@ goes to `symbolic`.
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 
 from popo_lite.types import Outcome, Problem, Reward
 
@@ -80,13 +81,7 @@ def too_complex(expression: str) -> str | None:
     """Return why `expression` is too complex for the LaTeX parser, or None."""
     if len(expression) > MAX_BOX_CHARACTERS:
         return f"{len(expression):,} characters long; the limit is {MAX_BOX_CHARACTERS:,}"
-    depth = deepest = 0
-    for character in expression:
-        if character in "([{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in ")]}":
-            depth -= 1
+    deepest = max(accumulate((one in "([{") - (one in ")]}") for one in expression), default=0)
     return f"nested {deepest} deep; the limit is {MAX_NESTING}" if deepest > MAX_NESTING else None
 
 

@@ -160,11 +160,10 @@ class _Worker:
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
             start_new_session=True,  # Ctrl-C is for the run; and what a function starts can be killed with it
         )
-        self._stdin = cast(IO[bytes], self._process.stdin)
-        self._stdout = cast(IO[bytes], self._process.stdout)
-        self._stderr = cast(IO[bytes], self._process.stderr)
-        for stream in (self._stdin, self._stdout, self._stderr):
-            os.set_blocking(stream.fileno(), False)
+        pipes = cast("list[IO[bytes]]", [self._process.stdin, self._process.stdout, self._process.stderr])
+        self._stdin, self._stdout, self._stderr = (pipe.fileno() for pipe in pipes)
+        for pipe in pipes:
+            os.set_blocking(pipe.fileno(), False)
         self._stderr_tail = b""
 
     def ask(self, request: bytes, seconds: float) -> dict[str, Any]:
@@ -177,17 +176,17 @@ class _Worker:
             left = seconds
             while left > 0:
                 left = deadline - time.monotonic()  # where that is nothing, what has come by now still counts
-                for stream in [key.fileobj for key, _ in selector.select(max(0, min(left, _LONGEST_WAIT_SECONDS)))]:
-                    if stream is self._stdin:
+                for key, _ in selector.select(max(0, min(left, _LONGEST_WAIT_SECONDS))):
+                    if key.fd == self._stdin:
                         with suppress(BrokenPipeError):  # it died; the end of its stdout tells
-                            request = request[os.write(self._stdin.fileno(), request) :]
+                            request = request[os.write(self._stdin, request) :]
                             if request:
                                 continue
                         selector.unregister(self._stdin)
-                    elif stream is self._stderr:
+                    elif key.fd == self._stderr:
                         if not self._read_stderr():
                             selector.unregister(self._stderr)
-                    elif data := os.read(self._stdout.fileno(), _READ_BYTES):
+                    elif data := os.read(self._stdout, _READ_BYTES):
                         reply += data
                     else:
                         raise EOFError
@@ -202,7 +201,7 @@ class _Worker:
         One read, as it takes all that a pipe holds, and a function that prints without end is not waited for.
         """
         try:
-            data = os.read(self._stderr.fileno(), _READ_BYTES)
+            data = os.read(self._stderr, _READ_BYTES)
         except BlockingIOError:
             return True
         self._stderr_tail = (self._stderr_tail + data)[-STDERR_TAIL_BYTES:]
@@ -221,8 +220,7 @@ class _Worker:
 
     def reap(self) -> str:
         """Wait for the end of the process. Returns how it ended."""
-        code = self._process.wait()
-        self._read_stderr()
-        for stream in (self._stdin, self._stdout, self._stderr):
-            stream.close()
+        with self._process:  # which closes its pipes
+            code = self._process.wait()
+            self._read_stderr()
         return f"signal {-code}: {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"

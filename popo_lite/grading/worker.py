@@ -26,7 +26,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main() -> None:
     """Read the settings, load the reward function, then grade until stdin ends."""
     requests, replies = take_protocol_streams()
-    limit_memory()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     die_with_parent()
     greeting = requests.readline()
     if not greeting:
@@ -60,19 +62,12 @@ def main() -> None:
 
 def take_protocol_streams() -> tuple[BinaryIO, BinaryIO]:
     """Return the two pipes to the parent and hide them from `print` and `input`: fd 1 is stderr, fd 0 is empty."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
     return requests, replies
-
-
-def limit_memory() -> None:
-    """Limit the address space, within any existing limit."""
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def die_with_parent() -> None:
@@ -86,10 +81,9 @@ def die_with_parent() -> None:
 
 
 def reply(replies: BinaryIO, message: object) -> None:
-    """Send one line. The pipe is unbuffered and the parent reads all the time, so a line leaves at once."""
-    line = json.dumps(message).encode() + b"\n"
-    while line:
-        line = line[replies.write(line) :]
+    """Send one line, at once."""
+    replies.write(json.dumps(message).encode() + b"\n")
+    replies.flush()
 
 
 if __name__ == "__main__":
