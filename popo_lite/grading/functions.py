@@ -54,24 +54,17 @@ def _find(name: str) -> Callable[..., object]:
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _refusal(name, f"importing it failed: {describe_exception(error)}") from error
-        raise _refusal(
-            name,
-            f"there is no module {error.name!r} on sys.path or in {Path.cwd()}",
-            next_step="start popo-lite in the folder of that module, or put the folder on PYTHONPATH",
-        ) from error
     except (Exception, SystemExit) as error:
-        raise _refusal(name, f"importing it failed: {describe_exception(error)}") from error
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None or not f"{module_name}.".startswith(f"{missing}."):
+            raise _refusal(name, f"importing it failed: {describe_exception(error)}") from error
+        elsewhere = "start popo-lite in the folder of that module, or put the folder on PYTHONPATH"
+        raise _refusal(name, f"there is no module {missing!r} on sys.path or in {Path.cwd()}", elsewhere) from error
     where = f"module {module_name!r} ({getattr(module, '__file__', None) or 'built in'})"
     if not hasattr(module, attribute):
         guess = nearest(attribute, [key for key, value in vars(module).items() if callable(value)])
-        raise _refusal(
-            name,
-            f"{where} has no attribute {attribute!r}",
-            next_step=f'set reward.function = "{module_name}:{guess}"' if guess else None,
-        )
+        next_step = f'set reward.function = "{module_name}:{guess}"' if guess else None
+        raise _refusal(name, f"{where} has no attribute {attribute!r}", next_step)
     function: Callable[..., object] = getattr(module, attribute)
     if not callable(function):
         raise _refusal(name, f"{attribute!r} of {where} is not callable but of type {type(function).__name__}")
@@ -85,8 +78,5 @@ def _find(name: str) -> Callable[..., object]:
 
 
 def _refusal(name: str, reason: str, next_step: str | None = None) -> UserInputError:
-    return UserInputError(
-        f'"{name}" cannot be used: {reason}',
-        where="reward.function",
-        next_step=next_step or "correct the module or reward.function; see docs/rewards.md",
-    )
+    next_step = next_step or "correct the module or reward.function; see docs/rewards.md"
+    return UserInputError(f'"{name}" cannot be used: {reason}', where="reward.function", next_step=next_step)

@@ -12,6 +12,7 @@ import json
 import math
 import random
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ class DatasetTask:
             raise DataError("names no dataset", where=f"{section}.dataset", next_step="name a file or a Hub dataset")
         place = Place(section=section, dataset=part.dataset)
         self.name, self._rows = load_table(part, place)
-        columns = column_names(self._rows)
+        is_list = isinstance(self._rows, list)
+        columns = [*dict.fromkeys(name for row in self._rows for name in row)] if is_list else self._rows.column_names
         prompts = PROMPT_COLUMNS if part.prompt_column is None else [part.prompt_column]
         self._prompt_column = _column(prompts, "prompt_column", place, columns)
         self._answer_column = _column([part.answer_column or "answer"], "answer_column", place, columns)
@@ -99,41 +101,32 @@ class DatasetTask:
             self._hold_out(held_out)
 
     def train_problem(self, seed: int, index: int) -> Problem:
-        """Return the `index`-th problem of `seed`'s stream; each epoch has a new order of all training rows.
-
-        Raises DataError if the task was opened for evaluation.
-        """
+        """Return the `index`-th problem of `seed`'s stream; each epoch has a new order of all training rows."""
         if not self._training:
             raise DataError(f"{self.name} was opened for evaluation; none of its rows is trained on")
         epoch, position = divmod(index, len(self._training))
-        order = _epoch_order(seed, epoch, len(self._training))
-        return self._problem(self._training[order[position]])
+        return self._problem(self._training[_epoch_order(seed, epoch, len(self._training))[position]])
 
     def held_out(self, count: int) -> list[Problem]:
         """Return the first `count` held-out problems; a larger count only adds problems."""
         if count > len(self._held_out):
             what = f"{count} held-out problems are asked for; {self.name} has {len(self._held_out)}"
-            next_step = f"set eval.problems to at most {len(self._held_out)}"
-            raise DataError(what, where="eval.problems", next_step=next_step)
+            most = f"set eval.problems to at most {len(self._held_out)}"
+            raise DataError(what, where="eval.problems", next_step=most)
         return [self._problem(row) for row in self._held_out[:count]]
 
     def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
         """Remove `unwanted` problems from training and return how many. Raises DataError if none remains."""
-        kept = [row for row in self._training if not unwanted(self._problem(row))]
-        dropped = len(self._training) - len(kept)
-        if not kept:
-            what = f"none of the {dropped} training rows of {self.name} can be used"
+        before = len(self._training)
+        self._training = [row for row in self._training if not unwanted(self._problem(row))]
+        if not self._training:
+            what = f"none of the {before} training rows of {self.name} can be used"
             next_step = "raise rollout.max_prompt_length, or choose other rows with data.filter"
             raise DataError(what, where="data.dataset", next_step=next_step)
-        self._training = kept
-        return dropped
+        return before - len(self._training)
 
     def longest_candidates(self) -> Iterator[Problem]:
-        """Yield all training problems, those with the most bytes of text first.
-
-        Bytes only suggest the number of tokens: a row of digits can take more tokens than a longer sentence. A
-        caller who knows that its tokenizer makes no more tokens than bytes may stop where the bytes fit.
-        """
+        """Yield all training problems, those with the most bytes of text, likely the longest, first."""
         prompts = column(self._rows, self._prompt_column)
         sizes = {row: sum(len(one["content"].encode()) for one in _messages(prompts[row])) for row in self._training}
         yield from map(self._problem, sorted(sizes, key=lambda row: -sizes[row]))
@@ -178,12 +171,9 @@ class DatasetTask:
             questions[row] = stream_seed("dataset/held-out question", *texts)
         first_row = {question: row for row, question in reversed(questions.items())}
         if count >= len(first_row):
-            raise DataError(
-                f"{count} problems are to be held out of {self.name}, which has {len(first_row)} different questions, "
-                "and at least one has to stay for training",
-                where="eval.problems",
-                next_step=f"set eval.problems to at most {len(first_row) - 1}, or name another dataset in eval.dataset",
-            )
+            what = f"{count} problems are to be held out of {self.name}, which has {len(first_row)} different questions"
+            most = f"set eval.problems to at most {len(first_row) - 1}, or name another dataset in eval.dataset"
+            raise DataError(f"{what}, and at least one has to stay for training", where="eval.problems", next_step=most)
         chosen = dict.fromkeys(sorted(first_row)[:count])
         self._held_out = [first_row[question] for question in chosen]
         self._training = [row for row, question in questions.items() if question not in chosen]
@@ -251,11 +241,8 @@ def _text(text: str) -> str:
 
 def _plain(cell: object) -> str:
     """Return a cell as text, equal for 4, 4.0 and "4": a fraction makes a column float, and CSV holds only text."""
-    if isinstance(cell, bool):
-        return str(cell).lower()
-    if isinstance(cell, float) and cell.is_integer():
-        return str(int(cell))
-    return str(cell)
+    plain = int(cell) if isinstance(cell, float) and cell.is_integer() else cell
+    return str(plain).lower() if isinstance(plain, bool) else str(plain)
 
 
 def _fits_meta(cell: object) -> bool:
@@ -310,7 +297,6 @@ def load_table(part: DatasetRecipe, place: Place) -> tuple[str, Any]:
     """Return the name for logs (file name, or dataset and split) and the unfiltered rows that `part` names.
 
     The rows are a list of dicts, which may differ in their keys, or a `datasets.Dataset` mapped into memory.
-    Raises DataError if the dataset cannot be found, fetched or read, or has no rows.
     """
     path = Path(place.dataset).expanduser()
     is_hub_id = _HUB_ID.fullmatch(place.dataset)
@@ -319,7 +305,16 @@ def load_table(part: DatasetRecipe, place: Place) -> tuple[str, Any]:
             if (given := getattr(part, key)) is not None:
                 what = f'is a file, and {place.section}.{key} = "{given}" is for datasets of the Hub'
                 raise place.error(what, f"remove {place.section}.{key}")
-        name, rows = path.name, _read_file(path, place)
+        name = path.name
+        if path.suffix == ".parquet":
+            from datasets import Dataset
+
+            rows: Any = _read(path, place, lambda path: Dataset.from_parquet(str(path)))
+        else:
+            records = read_records(path, place)
+            if bad := [f"{where}: {row}" for where, row in records if isinstance(row, str)]:
+                raise place.refusal(f"cannot be read, errors: {len(bad)}", bad, "correct these places in the file")
+            rows = [row for _, row in records]
     elif place.dataset in KNOWN or path.is_dir() or (is_hub_id and not path.is_file()):
         unknown = (str(path) if path.is_dir() else place.dataset, None, "train", "test")
         hub_id, config, train_split, eval_split = KNOWN.get(place.dataset, unknown)
@@ -341,21 +336,13 @@ def load_table(part: DatasetRecipe, place: Place) -> tuple[str, Any]:
     return name, rows
 
 
-def column_names(rows: Any) -> list[str]:
-    """Return the names of all columns of `rows`, in the order of their first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row) if isinstance(rows, list) else rows.column_names)
-
-
 def column(rows: Any, name: str) -> list[Any]:
     """Return one cell per row; None if the row lacks the column."""
     return [row.get(name) for row in rows] if isinstance(rows, list) else list(rows[name][:])
 
 
 def read_records(path: Path, place: Place) -> list[Record]:
-    """Return every row of a JSON or CSV file in order; invalid rows come with an error message.
-
-    Raises DataError if the file does not exist or cannot be read at all.
-    """
+    """Return every row of a JSON or CSV file in order; invalid rows come with an error message."""
     return _read(path, place, _csv_records if path.suffix == ".csv" else _json_records)
 
 
@@ -367,27 +354,14 @@ def _fetch(hub_id: str, config: str | None, split: str, place: Place) -> Any:
     except Exception as error:
         # The library lets errors of httpx, fsspec, pyarrow and pandas through. All mean that loading failed.
         wrapped = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        next_step = (
+            "check the name and the connection (with HF_HUB_OFFLINE=1 only cached datasets open); run `hf auth login` "
+            f"for a gated or private one; or download it elsewhere and name the file in {place.section}.dataset"
+        )
         if isinstance(error, ValueError):
             next_step = f"set {place.section}.config and {place.section}.split to names that the dataset has"
-        else:
-            next_step = (
-                "check the name and the connection (with HF_HUB_OFFLINE=1 only cached datasets open); run "
-                "`hf auth login` for a gated or private one; or download it elsewhere and name the file in "
-                f"{place.section}.dataset"
-            )
         what = f'split "{split}" of {hub_id}' + (f', config "{config}"' if config else "") + " cannot be loaded: "
         raise place.error(what + _one_line(wrapped or error), next_step) from error
-
-
-def _read_file(path: Path, place: Place) -> Any:
-    if path.suffix == ".parquet":
-        from datasets import Dataset
-
-        return _read(path, place, lambda path: Dataset.from_parquet(str(path)))
-    records = read_records(path, place)
-    if invalid := [f"{where}: {row}" for where, row in records if isinstance(row, str)]:
-        raise place.refusal(f"cannot be read, errors: {len(invalid)}", invalid, "correct these places in the file")
-    return [row for _, row in records]
 
 
 def _read(path: Path, place: Place, read: Callable[[Path], _T]) -> _T:
@@ -403,8 +377,7 @@ def _read(path: Path, place: Place, read: Callable[[Path], _T]) -> _T:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return textwrap.shorten(str(error), 300, placeholder="...") or type(error).__name__
 
 
 def _json_records(path: Path) -> list[Record]:
