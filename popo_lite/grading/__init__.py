@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ class GradeRequest:
     problem: Problem
 
 
-class Grader:
+class Grader(AbstractContextManager["Grader"]):
     """Grade answers with the recipe's reward function. A context manager; leaving it ends all processes.
 
     Processes are started when an answer needs one. An answer that hangs is a TIMEOUT. An answer that ends its
@@ -36,9 +37,6 @@ class Grader:
         self._exact = reward.function == "math"
         self._max_characters = reward.max_answer_characters
         self._pool = WorkerPool(reward.function, size=reward.workers, timeout_seconds=reward.timeout_seconds)
-
-    def __enter__(self) -> Grader:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

@@ -30,7 +30,6 @@ STARTUP_SECONDS = 120.0
 STDERR_TAIL_BYTES = 4096
 """How much of what a worker wrote to stderr is kept for the detail of an ERROR."""
 
-_LONGEST_WAIT_SECONDS = 60.0  # select() refuses waits of years
 _READ_BYTES = 2**16  # the capacity of a pipe
 
 _T = TypeVar("_T")
@@ -176,7 +175,7 @@ class _Worker:
             left = seconds
             while left > 0:
                 left = deadline - time.monotonic()  # where that is nothing, what has come by now still counts
-                for key, _ in selector.select(max(0, min(left, _LONGEST_WAIT_SECONDS))):
+                for key, _ in selector.select(max(0, min(left, 60))):  # select() refuses waits of years
                     if key.fd == self._stdin:
                         with suppress(BrokenPipeError):  # it died; the end of its stdout tells
                             request = request[os.write(self._stdin, request) :]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from popo_lite.errors import DataError, nearest
 from popo_lite.recipe import DatasetRecipe
@@ -43,7 +43,6 @@ KNOWN: dict[str, tuple[str, str | None, str, str | None]] = {
 Record = tuple[str, dict[str, Any] | str]
 """A row's position in its file, such as "line 3", and its cells, or an error message if it is not a row."""
 
-_T = TypeVar("_T")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _RESULT_LINE = re.compile(r"^####(?!#)[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -305,16 +304,11 @@ def load_table(part: DatasetRecipe, place: Place) -> tuple[str, Any]:
             if (given := getattr(part, key)) is not None:
                 what = f'is a file, and {place.section}.{key} = "{given}" is for datasets of the Hub'
                 raise place.error(what, f"remove {place.section}.{key}")
-        name = path.name
-        if path.suffix == ".parquet":
-            from datasets import Dataset
-
-            rows: Any = _read(path, place, lambda path: Dataset.from_parquet(str(path)))
-        else:
-            records = read_records(path, place)
-            if bad := [f"{where}: {row}" for where, row in records if isinstance(row, str)]:
+        name, rows = path.name, read_records(path, place)
+        if path.suffix != ".parquet":
+            if bad := [f"{where}: {row}" for where, row in rows if isinstance(row, str)]:
                 raise place.refusal(f"cannot be read, errors: {len(bad)}", bad, "correct these places in the file")
-            rows = [row for _, row in records]
+            rows = [row for _, row in rows]
     elif place.dataset in KNOWN or path.is_dir() or (is_hub_id and not path.is_file()):
         unknown = (str(path) if path.is_dir() else place.dataset, None, "train", "test")
         hub_id, config, train_split, eval_split = KNOWN.get(place.dataset, unknown)
@@ -341,9 +335,20 @@ def column(rows: Any, name: str) -> list[Any]:
     return [row.get(name) for row in rows] if isinstance(rows, list) else list(rows[name][:])
 
 
-def read_records(path: Path, place: Place) -> list[Record]:
-    """Return every row of a JSON or CSV file in order; invalid rows come with an error message."""
-    return _read(path, place, _csv_records if path.suffix == ".csv" else _json_records)
+def read_records(path: Path, place: Place) -> Any:
+    """Return a Parquet file as a table, and any other as a list of one `Record` per row, in order."""
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
+    if not path.is_file():
+        likely = nearest(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise place.error("there is no such file", f'did you mean "{likely}"?' if likely else "correct the path")
+    try:
+        if path.suffix == ".parquet":
+            return Dataset.from_parquet(str(path))
+        return _csv_records(path) if path.suffix == ".csv" else _json_records(path)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise place.error(f"cannot be read: {_one_line(error)}", "correct the file, or write it again") from error
 
 
 def _fetch(hub_id: str, config: str | None, split: str, place: Place) -> Any:
@@ -362,18 +367,6 @@ def _fetch(hub_id: str, config: str | None, split: str, place: Place) -> Any:
             next_step = f"set {place.section}.config and {place.section}.split to names that the dataset has"
         what = f'split "{split}" of {hub_id}' + (f', config "{config}"' if config else "") + " cannot be loaded: "
         raise place.error(what + _one_line(wrapped or error), next_step) from error
-
-
-def _read(path: Path, place: Place, read: Callable[[Path], _T]) -> _T:
-    from datasets.exceptions import DatasetsError
-
-    if not path.is_file():
-        likely = nearest(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
-        raise place.error("there is no such file", f'did you mean "{likely}"?' if likely else "correct the path")
-    try:
-        return read(path)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise place.error(f"cannot be read: {_one_line(error)}", "correct the file, or write it again") from error
 
 
 def _one_line(error: BaseException) -> str:

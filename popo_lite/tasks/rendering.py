@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -12,8 +13,6 @@ from popo_lite.recipe import Recipe
 from popo_lite.types import Problem, Prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import PreTrainedTokenizerBase
 
 
@@ -35,12 +34,9 @@ class Renderer:
                 'base model for instance "{% for m in messages %}{{ m.content }}\\n{% endfor %}"',
             )
         if not keeps_text(self.tokenizer):
-            raise ModelError(
-                f"the tokenizer of {self.tokenizer.name_or_path}, loaded as {type(self.tokenizer).__name__}, loses "
-                "spaces or line breaks",
-                where="model.id",
-                next_step="mathematics cannot be asked through it; use another model",
-            )
+            name = f"{self.tokenizer.name_or_path}, loaded as {type(self.tokenizer).__name__},"
+            use = "mathematics cannot be asked through it; use another model"
+            raise ModelError(f"the tokenizer of {name} loses spaces or line breaks", where="model.id", next_step=use)
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Renderer:
@@ -74,11 +70,11 @@ class Renderer:
         """Return the prompt of `problem`. Raises DataError if it is longer than `max_prompt_length`."""
         ids = self.token_ids(problem)
         if len(ids) > self.max_prompt_length:
-            raise DataError(
-                f"its prompt has {len(ids)} tokens, the limit is rollout.max_prompt_length = {self.max_prompt_length}",
-                where=f"problem {problem.id}",
-                next_step=f"--set rollout.max_prompt_length={len(ids)}, or --set data.overlong_prompts=skip",
+            what = (
+                f"its prompt has {len(ids)} tokens, the limit is rollout.max_prompt_length = {self.max_prompt_length}"
             )
+            next_step = f"--set rollout.max_prompt_length={len(ids)}, or --set data.overlong_prompts=skip"
+            raise DataError(what, where=f"problem {problem.id}", next_step=next_step)
         return Prompt(problem=problem, token_ids=ids)
 
     def text(self, token_ids: Sequence[int]) -> str:
