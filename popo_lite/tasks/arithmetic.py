@@ -7,7 +7,6 @@ the numbers can bring a held-out sum into training.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from popo_lite.seeding import stream_seed
 from popo_lite.types import Problem
 
 HELD_OUT_ONE_IN = 10
-_BOX = re.compile(r"\\boxed\{")
 
 
 def is_held_out(a: int, b: int) -> bool:
@@ -42,45 +40,36 @@ class ArithmeticTask:
     digits: int = 2
     name: str = "arithmetic"
 
-    def _draw(self, source: random.Random, *, held_out: bool) -> tuple[int, int]:
+    def _draw(self, source: random.Random, *, held_out: bool) -> Problem:
         low, high = 10 ** (self.digits - 1), 10**self.digits - 1
         while True:
             a, b = source.randint(low, high), source.randint(low, high)
             if is_held_out(a, b) == held_out:
-                return a, b
-
-    def _problem(self, a: int, b: int) -> Problem:
-        return Problem(
-            id=f"arithmetic/{a}+{b}",
-            messages=({"role": "user", "content": f"What is {a} + {b}?"},),
-            answer=str(a + b),
-        )
+                messages = ({"role": "user", "content": f"What is {a} + {b}?"},)
+                return Problem(id=f"arithmetic/{a}+{b}", messages=messages, answer=str(a + b))
 
     def train_problem(self, seed: int, index: int) -> Problem:
         """Return the `index`-th training sum of `seed`, drawn uniformly from those not held out."""
-        source = random.Random(stream_seed("arithmetic/train", seed, index))  # noqa: S311
-        return self._problem(*self._draw(source, held_out=False))
+        return self._draw(random.Random(stream_seed("arithmetic/train", seed, index)), held_out=False)  # noqa: S311
 
     def held_out(self, count: int) -> list[Problem]:
         """Return `count` distinct held-out sums, the same for every seed. Raises DataError if there are too few."""
-        pairs = 9 * 10 ** (self.digits - 1)
+        numbers = range(10 ** (self.digits - 1), 10**self.digits)
         # Small ranges are listed to know their size; large ones always hold enough.
         if self.digits <= 2:
-            numbers = range(10 ** (self.digits - 1), 10**self.digits)
             available = sum(is_held_out(a, b) for a in numbers for b in numbers)
         else:
-            available = pairs * pairs // (2 * HELD_OUT_ONE_IN)
+            available = len(numbers) ** 2 // (2 * HELD_OUT_ONE_IN)
         if count > available:
-            raise DataError(
-                f"only {available} sums of {self.digits}-digit numbers are held out, {count} were asked for",
-                where="eval.problems",
-                next_step=f"set eval.problems to at most {available}, or raise data.digits",
-            )
+            what = f"only {available} sums of {self.digits}-digit numbers are held out, {count} were asked for"
+            next_step = f"set eval.problems to at most {available}, or raise data.digits"
+            raise DataError(what, where="eval.problems", next_step=next_step)
         source = random.Random(stream_seed("arithmetic/held-out", self.digits))  # noqa: S311
-        chosen: dict[tuple[int, int], None] = {}
+        chosen: dict[str, Problem] = {}
         while len(chosen) < count:
-            chosen[self._draw(source, held_out=True)] = None
-        return [self._problem(a, b) for a, b in chosen]
+            problem = self._draw(source, held_out=True)
+            chosen[problem.id] = problem
+        return list(chosen.values())
 
     def longest_candidates(self) -> list[Problem]:
         """Return one sum, as all have the same number of digits."""
@@ -93,7 +82,6 @@ class ArithmeticTask:
         return 0
 
     def figures(self, texts: Sequence[str]) -> Mapping[str, float]:
-        """Return the share of texts that write an addition out before the boxed result."""
-        if not texts:
-            return {}
-        return {"step_by_step_ratio": sum("=" in _BOX.split(text, maxsplit=1)[0] for text in texts) / len(texts)}
+        """Return the share of texts that write an addition out before the boxed result; nothing without texts."""
+        worked = sum("=" in text.split(r"\boxed{", maxsplit=1)[0] for text in texts)
+        return {"step_by_step_ratio": worked / len(texts)} if texts else {}

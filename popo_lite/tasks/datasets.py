@@ -1,145 +1,181 @@
-"""Make problems from the rows of a local file, a Hub dataset, or one of the names in `tables.KNOWN`."""
+"""Make problems from the rows of a local file, a Hub dataset, or one of the names in `KNOWN`.
+
+JSON and CSV files are read here rather than by the `datasets` library, which guesses types, while a
+reference answer must stay as it was written: "007" would become 7, "1e5" 100000.0, a date a timestamp, and the
+text "04" in a column that also holds numbers 4.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import random
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
 
 from popo_lite.errors import DataError, nearest
 from popo_lite.recipe import DatasetRecipe
 from popo_lite.seeding import stream_seed
-from popo_lite.tasks.tables import KNOWN, Place, Table, load_table
 from popo_lite.types import Problem
 
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PROMPT_COLUMNS = ("prompt", "problem", "question")
-ANSWER_COLUMN = "answer"
 ID_COLUMNS = ("id", "unique_id")
-MAX_META_CHARACTERS = 2000
+ERRORS_SHOWN = 5
 VALUES_SHOWN = 10
+MAX_META_CHARACTERS = 2000
 
+KNOWN: dict[str, tuple[str, str | None, str, str | None]] = {
+    "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", None, "train", None),
+    "gsm8k": ("openai/gsm8k", "main", "train", "test"),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test", "test"),
+}
+"""Datasets with a short name: Hub id, configuration, split to train on, and split to evaluate on if there is one."""
+
+Record = tuple[str, dict[str, Any] | str]
+"""A row's position in its file, such as "line 3", and its cells, or an error message if it is not a row."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _RESULT_LINE = re.compile(r"^####(?!#)[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _GROUPED_NUMBER = re.compile(r"[-+$]*\d[\d,]*(\.\d+)?%?")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Name a dataset's place in the recipe and build the errors about it."""
+
+    section: Literal["data", "eval"]
+    dataset: str
+
+    def error(self, what: str, next_step: str) -> DataError:
+        """Return an error about this dataset."""
+        return DataError(what, where=f'{self.section}.dataset "{self.dataset}"', next_step=next_step)
+
+    def refusal(self, what: str, problems: Sequence[str], next_step: str) -> DataError:
+        """Return an error that shows the first of `problems`."""
+        more = [f"and {len(problems) - ERRORS_SHOWN} more"] if len(problems) > ERRORS_SHOWN else []
+        return self.error("\n    ".join([f"{what}:", *problems[:ERRORS_SHOWN], *more]), next_step)
+
+
 class DatasetTask:
-    """Make problems on demand from the rows of a table. Opened by `open_dataset`."""
+    """Make problems on demand from the rows that `part`, which stands in `section` of the recipe, describes.
 
-    def __init__(self, *, rows: _Rows, training: Sequence[int], held_out: Sequence[int]) -> None:
-        self._rows = rows
-        self._training = training
-        self._held_out = held_out
+    Opened as `data`, all rows are for training except `held_out` of them, chosen by a hash of the question;
+    other rows with the same question are used for neither. Opened as `eval`, all rows are held out, in an order
+    given by a hash of their id. Ids are `name/row`, or the rows' own if those are unique; rows count from 1 in
+    ids and messages, before filtering, and from 0 here.
 
-    @property
-    def name(self) -> str:
-        """Return the file's name, or the dataset and its split."""
-        return self._rows.name
+    Raises DataError if the dataset cannot be loaded, lacks a column, or has rows that cannot be used.
+    """
 
-    @property
-    def train_size(self) -> int:
-        """Return the number of training rows, the length of an epoch; 0 if the task was opened for evaluation."""
-        return len(self._training)
+    def __init__(self, part: DatasetRecipe, *, section: Literal["data", "eval"], held_out: int = 0) -> None:
+        if part.dataset is None:
+            raise DataError("names no dataset", where=f"{section}.dataset", next_step="name a file or a Hub dataset")
+        place = Place(section=section, dataset=part.dataset)
+        self.name, self._rows = load_table(part, place)
+        is_list = isinstance(self._rows, list)
+        columns = [*dict.fromkeys(name for row in self._rows for name in row)] if is_list else self._rows.column_names
+        prompts = PROMPT_COLUMNS if part.prompt_column is None else [part.prompt_column]
+        self._prompt_column = _column(prompts, "prompt_column", place, columns)
+        self._answer_column = _column([part.answer_column or "answer"], "answer_column", place, columns)
+        self._own_ids = _own_ids(self._rows, columns)
+        self._training: Sequence[int] = _filtered(part, place, self._rows, columns)[: part.limit]
+        self._held_out: Sequence[int] = ()
+        if faults := self._faults():
+            what = f"{len(faults)} of {len(self._training)} rows cannot be used"
+            raise place.refusal(what, faults, f"correct these rows, or leave them out by {section}.filter")
+        if section == "eval":
+            self._held_out = sorted(self._training, key=lambda row: stream_seed("dataset/held-out row", self._id(row)))
+            self._training = ()
+        elif held_out:
+            self._hold_out(held_out)
 
     def train_problem(self, seed: int, index: int) -> Problem:
-        """Return the `index`-th problem of `seed`'s stream; each epoch has a new order of all training rows.
-
-        Raises DataError if the task was opened for evaluation.
-        """
+        """Return the `index`-th problem of `seed`'s stream; each epoch has a new order of all training rows."""
         if not self._training:
             raise DataError(f"{self.name} was opened for evaluation; none of its rows is trained on")
         epoch, position = divmod(index, len(self._training))
-        order = _epoch_order(seed, epoch, len(self._training))
-        return self._rows.problem(self._training[order[position]])
+        return self._problem(self._training[_epoch_order(seed, epoch, len(self._training))[position]])
 
     def held_out(self, count: int) -> list[Problem]:
         """Return the first `count` held-out problems; a larger count only adds problems."""
         if count > len(self._held_out):
-            raise DataError(
-                f"{count} held-out problems are asked for; {self.name} has {len(self._held_out)}",
-                where="eval.problems",
-                next_step=f"set eval.problems to at most {len(self._held_out)}",
-            )
-        return [self._rows.problem(row) for row in self._held_out[:count]]
+            what = f"{count} held-out problems are asked for; {self.name} has {len(self._held_out)}"
+            most = f"set eval.problems to at most {len(self._held_out)}"
+            raise DataError(what, where="eval.problems", next_step=most)
+        return [self._problem(row) for row in self._held_out[:count]]
 
     def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
         """Remove `unwanted` problems from training and return how many. Raises DataError if none remains."""
-        kept = [row for row in self._training if not unwanted(self._rows.problem(row))]
-        dropped = len(self._training) - len(kept)
-        if not kept:
-            raise DataError(
-                f"none of the {dropped} training rows of {self.name} can be used",
-                where="data.dataset",
-                next_step="raise rollout.max_prompt_length, or choose other rows with data.filter",
-            )
-        self._training = kept
-        return dropped
+        before = len(self._training)
+        self._training = [row for row in self._training if not unwanted(self._problem(row))]
+        if not self._training:
+            what = f"none of the {before} training rows of {self.name} can be used"
+            next_step = "raise rollout.max_prompt_length, or choose other rows with data.filter"
+            raise DataError(what, where="data.dataset", next_step=next_step)
+        return before - len(self._training)
 
     def longest_candidates(self) -> Iterator[Problem]:
-        """Yield all training problems, those with the most bytes of text first.
+        """Yield all training problems, those with the most bytes of text, likely the longest, first."""
+        prompts = column(self._rows, self._prompt_column)
+        sizes = {row: sum(len(one["content"].encode()) for one in _messages(prompts[row])) for row in self._training}
+        yield from map(self._problem, sorted(sizes, key=lambda row: -sizes[row]))
 
-        Bytes only suggest the number of tokens: a row of digits can take more tokens than a longer sentence. A
-        caller who knows that its tokenizer makes no more tokens than bytes may stop where the bytes fit.
-        """
-        sizes = self._rows.prompt_bytes(self._training)
-        for _, row in sorted(zip(sizes, self._training, strict=True), reverse=True):
-            yield self._rows.problem(row)
-
-    def figures(self, texts: Sequence[str]) -> Mapping[str, float]:  # noqa: ARG002 - the protocol's signature
+    def figures(self, texts: Sequence[str]) -> Mapping[str, float]:  # noqa: ARG002 - as ArithmeticTask has it
         """Return nothing: what counts as step-by-step work depends on the dataset."""
         return {}
 
+    def _id(self, row: int) -> str:
+        return f"{self.name}/{row + 1}" if self._own_ids is None else str(self._own_ids[row])
 
-def open_dataset(part: DatasetRecipe, *, section: Literal["data", "eval"], held_out: int = 0) -> DatasetTask:
-    """Load and check the rows that `part`, which stands in `section` of the recipe, describes.
-
-    Opened as `data`, all rows are for training except `held_out` of them, chosen by a hash of the question;
-    other rows with the same question are used for neither. Opened as `eval`, all rows are held out, in an order
-    given by a hash of their id. Ids are `name/row`, or the rows' own if those are unique; rows count from 1,
-    before filtering.
-
-    Raises DataError if the dataset cannot be loaded, lacks a column, or has rows that cannot be used.
-    """
-    if part.dataset is None:
-        raise DataError("names no dataset", where=f"{section}.dataset", next_step="name a file or a Hub dataset")
-    place = Place(section=section, dataset=part.dataset)
-    name, table = load_table(part, place)
-    known = KNOWN.get(part.dataset)
-    rows = _Rows(
-        name=name,
-        table=table,
-        prompt_column=_prompt_column(part, place, table.column_names),
-        answer_column=_column(
-            part.answer_column or (known.answer_column if known else ANSWER_COLUMN),
-            "answer_column",
-            place,
-            table.column_names,
-        ),
-        own_ids=_own_ids(table),
-    )
-    kept = _filtered(part, place, table)[: part.limit]
-    if problems := list(rows.problems(kept)):
-        raise place.refusal(
-            f"{len(problems)} of {len(kept)} rows cannot be used",
-            problems,
-            f"correct these rows, or leave them out by {section}.filter",
+    def _problem(self, row: int) -> Problem:
+        cells = dict(self._rows[row])
+        return Problem(
+            id=self._id(row),
+            messages=_messages(cells.pop(self._prompt_column)),
+            answer=_answer(False, cells.pop(self._answer_column)),
+            meta={key: cell for key, cell in cells.items() if _fits_meta(cell)},
         )
-    if section == "eval":
-        return DatasetTask(
-            rows=rows,
-            training=(),
-            held_out=sorted(kept, key=lambda row: stream_seed("dataset/held-out row", rows.id(row))),
-        )
-    if held_out == 0:
-        return DatasetTask(rows=rows, training=kept, held_out=())
-    training, held = _split_by_question(rows, kept, held_out)
-    return DatasetTask(rows=rows, training=training, held_out=held)
+
+    def _faults(self) -> list[str]:
+        """Return an error message for each row that cannot be used."""
+        prompts, answers = (column(self._rows, name) for name in (self._prompt_column, self._answer_column))
+        # One answer in GSM8K's form means that all have to be: a row without its last line would otherwise have
+        # its whole working taken for the answer.
+        results = any(isinstance(answers[row], str) and _RESULT_LINE.search(answers[row]) for row in self._training)
+        readers = (self._prompt_column, prompts, _messages), (self._answer_column, answers, partial(_answer, results))
+        found: dict[int, list[str]] = {}
+        for row, (name, cells, read) in product(self._training, readers):
+            try:
+                read(cells[row])
+            except _BadCellError as error:
+                found.setdefault(row, []).append(f'column "{name}" {error}')
+        return [f"row {row + 1}: {', '.join(faults)}" for row, faults in found.items()]
+
+    def _hold_out(self, count: int) -> None:
+        """Hold out one row each of `count` questions, white space ignored, and train on no other row of them."""
+        prompts = column(self._rows, self._prompt_column)
+        questions = {}
+        for row in self._training:
+            texts = (" ".join(text.split()) for message in _messages(prompts[row]) for text in message.values())
+            questions[row] = stream_seed("dataset/held-out question", *texts)
+        first_row = {question: row for row, question in reversed(questions.items())}
+        if count >= len(first_row):
+            what = f"{count} problems are to be held out of {self.name}, which has {len(first_row)} different questions"
+            most = f"set eval.problems to at most {len(first_row) - 1}, or name another dataset in eval.dataset"
+            raise DataError(f"{what}, and at least one has to stay for training", where="eval.problems", next_step=most)
+        chosen = dict.fromkeys(sorted(first_row)[:count])
+        self._held_out = [first_row[question] for question in chosen]
+        self._training = [row for row, question in questions.items() if question not in chosen]
 
 
 @lru_cache(maxsize=4)
@@ -150,117 +186,34 @@ def _epoch_order(seed: int, epoch: int, size: int) -> tuple[int, ...]:
     return tuple(sorted(range(size), key=lambda _: stream.random()))
 
 
-def _split_by_question(rows: _Rows, kept: Sequence[int], count: int) -> tuple[list[int], list[int]]:
-    """Return (training rows, held-out rows): one row of each held-out question, all rows of the other questions."""
-    questions = rows.question_hashes(kept)
-    first_row: dict[int, int] = {}
-    for question, row in zip(questions, kept, strict=True):
-        first_row.setdefault(question, row)
-    if count >= len(first_row):
-        raise DataError(
-            f"{count} problems are to be held out of {rows.name}, which has {len(first_row)} different questions, "
-            "and at least one has to stay for training",
-            where="eval.problems",
-            next_step=f"set eval.problems to at most {len(first_row) - 1}, or name another dataset in eval.dataset",
-        )
-    chosen = sorted(first_row)[:count]
-    held = set(chosen)
-    training = [row for question, row in zip(questions, kept, strict=True) if question not in held]
-    return training, [first_row[question] for question in chosen]
-
-
 class _BadCellError(Exception):
     """Report a cell without a usable question or answer. The message continues "column ... "."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """Read problems from a table. Rows are numbered from 0 here, and from 1 in ids and messages."""
-
-    name: str
-    table: Table
-    prompt_column: str
-    answer_column: str
-    own_ids: Sequence[int | str] | None
-
-    def id(self, row: int) -> str:
-        return f"{self.name}/{row + 1}" if self.own_ids is None else str(self.own_ids[row])
-
-    def problem(self, row: int) -> Problem:
-        cells = self.table.row(row)
-        return Problem(
-            id=self.id(row),
-            messages=_messages(cells.pop(self.prompt_column)),
-            answer=_answer(cells.pop(self.answer_column)),
-            meta={key: cell for key, cell in cells.items() if _fits_meta(cell)},
-        )
-
-    def problems(self, kept: Sequence[int]) -> Iterator[str]:
-        """Yield an error message for each row that cannot be used."""
-        prompts, answers = self.table.column(self.prompt_column), self.table.column(self.answer_column)
-        # One answer in GSM8K's form means that all have to be: a row without its last line would otherwise have
-        # its whole working taken for the answer.
-        results = any(_ends_in_result(answers[row]) for row in kept)
-        for row in kept:
-            found = []
-            try:
-                _messages(prompts[row])
-            except _BadCellError as error:
-                found.append(f'column "{self.prompt_column}" {error}')
-            try:
-                _answer(answers[row])
-                if results and not _ends_in_result(answers[row]):
-                    raise _BadCellError('does not end in a line "#### result", as it does in other rows')
-            except _BadCellError as error:
-                found.append(f'column "{self.answer_column}" {error}')
-            if found:
-                yield f"row {row + 1}: {', '.join(found)}"
-
-    def prompt_bytes(self, kept: Sequence[int]) -> list[int]:
-        """Return the UTF-8 bytes of each row's messages, without what a chat template adds."""
-        prompts = self.table.column(self.prompt_column)
-        return [sum(len(message["content"].encode()) for message in _messages(prompts[row])) for row in kept]
-
-    def question_hashes(self, kept: Sequence[int]) -> list[int]:
-        """Return one hash per row, equal for equal questions; white space is ignored."""
-        prompts = self.table.column(self.prompt_column)
-        return [
-            stream_seed(
-                "dataset/held-out question",
-                *(" ".join(text.split()) for message in _messages(prompts[row]) for text in message.values()),
-            )
-            for row in kept
-        ]
-
-
 def _messages(cell: object) -> tuple[dict[str, str], ...]:
     """Return the chat messages of a prompt cell; plain text becomes a user message."""
-    if isinstance(cell, str):
-        return ({"role": "user", "content": _text(cell)},)
     if cell is None or cell == []:
         raise _BadCellError("is empty")
-    if not isinstance(cell, list):
+    if not isinstance(cell, str | list):
         raise _BadCellError(f"is {_shown(cell)}, neither text nor a list of chat messages")
-    messages = tuple(_message(message) for message in cell)
-    if messages[-1]["role"] != "user":
-        raise _BadCellError(f'ends with a message of role "{messages[-1]["role"]}"; the last one has to be the user\'s')
-    return messages
+    messages = []
+    for one in [{"role": "user", "content": cell}] if isinstance(cell, str) else cell:
+        # A table gives every message all the keys that any of them has, with None for those it lacks.
+        given = {key: value for key, value in one.items() if value is not None} if isinstance(one, dict) else {}
+        if given.keys() != {"role", "content"}:
+            raise _BadCellError(f'has {_shown(one)} for a message; it takes "role" and "content", nothing else')
+        role, content = given["role"], given["content"]
+        if role not in ("system", "user", "assistant"):
+            raise _BadCellError(f'has a message of role {_shown(role)}; use "system", "user" or "assistant"')
+        if not isinstance(content, str):
+            raise _BadCellError(f"has a message with content {_shown(content)}; it has to be text")
+        messages.append({"role": role, "content": _text(content)})
+    if role != "user":
+        raise _BadCellError(f'ends with a message of role "{role}"; the last one has to be the user\'s')
+    return tuple(messages)
 
 
-def _message(message: object) -> dict[str, str]:
-    # A table gives every message all the keys that any of them has, with None for those it lacks.
-    given = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
-    if given.keys() != {"role", "content"}:
-        raise _BadCellError(f'has {_shown(message)} for a message; it takes "role" and "content", nothing else')
-    role, content = given["role"], given["content"]
-    if role not in ("system", "user", "assistant"):
-        raise _BadCellError(f'has a message of role {_shown(role)}; use "system", "user" or "assistant"')
-    if not isinstance(content, str):
-        raise _BadCellError(f"has a message with content {_shown(content)}; it has to be text")
-    return {"role": role, "content": _text(content)}
-
-
-def _answer(cell: object) -> str:
+def _answer(needs_result: bool, cell: object) -> str:
     """Return a cell's reference answer: its text, its number as text, or the result of a last line `#### result`."""
     if cell is None:
         raise _BadCellError("is empty")
@@ -269,10 +222,11 @@ def _answer(cell: object) -> str:
     if isinstance(cell, float) and not math.isfinite(cell):
         raise _BadCellError(f"is {cell}, which no answer equals")
     text = _text(_plain(cell)).strip()
-    if (line := _RESULT_LINE.search(text)) is None:
-        return text
-    result = line[1]
-    return result.replace(",", "") if _GROUPED_NUMBER.fullmatch(result) else result
+    line = _RESULT_LINE.search(text)
+    if needs_result and not line:
+        raise _BadCellError('does not end in a line "#### result", as it does in other rows')
+    result = line[1] if line else text
+    return result.replace(",", "") if line and _GROUPED_NUMBER.fullmatch(result) else result
 
 
 def _text(text: str) -> str:
@@ -284,17 +238,10 @@ def _text(text: str) -> str:
     return text
 
 
-def _ends_in_result(cell: object) -> bool:
-    return isinstance(cell, str) and _RESULT_LINE.search(cell) is not None
-
-
 def _plain(cell: object) -> str:
     """Return a cell as text, equal for 4, 4.0 and "4": a fraction makes a column float, and CSV holds only text."""
-    if isinstance(cell, bool):
-        return str(cell).lower()
-    if isinstance(cell, float) and cell.is_integer():
-        return str(int(cell))
-    return str(cell)
+    plain = int(cell) if isinstance(cell, float) and cell.is_integer() else cell
+    return str(plain).lower() if isinstance(plain, bool) else str(plain)
 
 
 def _fits_meta(cell: object) -> bool:
@@ -310,60 +257,168 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
+def _column(wanted: Sequence[str], key: str, place: Place, columns: Sequence[str]) -> str:
+    """Return the one of the `wanted` columns that there is."""
+    found = [name for name in wanted if name in columns]
+    if len(found) == 1:
+        return found[0]
+    several, there = (", ".join(f'"{name}"' for name in names) for names in (found, columns))
+    question = f"{several or 'no ' + ' or '.join(wanted)} for the column with the question"
+    what = question if len(wanted) > 1 else f'no column "{wanted[0]}"'
+    likely = next((f', perhaps "{close}"' for name in wanted if (close := nearest(name, columns))), "")
+    raise place.error(f"has {what}; its columns are {there}", f"name one of them in {place.section}.{key}{likely}")
 
 
-def _prompt_column(part: DatasetRecipe, place: Place, columns: Sequence[str]) -> str:
-    known = KNOWN.get(place.dataset)
-    wanted = part.prompt_column or (known.prompt_column if known else None)
-    if wanted is not None:
-        return _column(wanted, "prompt_column", place, columns)
-    found = [name for name in PROMPT_COLUMNS if name in columns]
-    if len(found) != 1:
-        likely = next((close for name in PROMPT_COLUMNS if (close := nearest(name, columns))), None)
-        raise place.error(
-            f"has {_quoted(found) if found else 'no ' + ' or '.join(PROMPT_COLUMNS)} for the column with the question; "
-            f"its columns are {_quoted(columns)}",
-            f"set {place.section}.prompt_column to one of them" + (f', perhaps "{likely}"' if likely else ""),
-        )
-    return found[0]
-
-
-def _column(wanted: str, key: str, place: Place, columns: Sequence[str]) -> str:
-    if wanted in columns:
-        return wanted
-    likely = nearest(wanted, columns)
-    raise place.error(
-        f'has no column "{wanted}"; its columns are {_quoted(columns)}',
-        f"name one of them in {place.section}.{key}" + (f', perhaps "{likely}"' if likely else ""),
-    )
-
-
-def _own_ids(table: Table) -> Sequence[int | str] | None:
+def _own_ids(rows: Any, columns: Sequence[str]) -> Sequence[int | str] | None:
     """Return the rows' own ids if each is text or a whole number and occurs once."""
-    for column in ID_COLUMNS:
-        if column in table.column_names:
-            ids = table.column(column)
-            usable = all(isinstance(own, str | int) and not isinstance(own, bool) and own != "" for own in ids)
-            if usable and len({str(own) for own in ids}) == len(ids):
-                return ids
+    for ids in (column(rows, name) for name in ID_COLUMNS if name in columns):
+        if all(type(own) in (str, int) and own != "" for own in ids) and len({*map(str, ids)}) == len(ids):
+            return ids
     return None
 
 
-def _filtered(part: DatasetRecipe, place: Place, table: Table) -> list[int]:
-    kept = list(range(len(table)))
-    for column, value in part.filter.items():
-        cells = [_plain(cell) for cell in table.column(_column(column, "filter", place, table.column_names))]
+def _filtered(part: DatasetRecipe, place: Place, rows: Any, columns: Sequence[str]) -> list[int]:
+    kept = list(range(len(rows)))
+    for name, value in part.filter.items():
+        cells = [_plain(cell) for cell in column(rows, _column([name], "filter", place, columns))]
         wanted = {_plain(one) for one in (value if isinstance(value, tuple) else (value,))}
         found = Counter(cells[row] for row in kept)
         kept = [row for row in kept if cells[row] in wanted]
         if not kept:
             values = ", ".join(f"{_shown(text)} ({count})" for text, count in found.most_common(VALUES_SHOWN))
             rest = f" and {len(found) - VALUES_SHOWN} more" if len(found) > VALUES_SHOWN else ""
-            raise place.error(
-                f'no row is left by the filter {column} = {_shown(value)}; the values of "{column}" and their rows: '
-                f"{values}{rest}",
-                f"set {place.section}.filter to values that occur",
-            )
+            what = f'no row is left by the filter {name} = {_shown(value)}; the values of "{name}" and their rows: '
+            raise place.error(what + values + rest, f"set {place.section}.filter to values that occur")
     return kept
+
+
+def load_table(part: DatasetRecipe, place: Place) -> tuple[str, Any]:
+    """Return the name for logs (file name, or dataset and split) and the unfiltered rows that `part` names.
+
+    The rows are a list of dicts, which may differ in their keys, or a `datasets.Dataset` mapped into memory.
+    """
+    path = Path(place.dataset).expanduser()
+    is_hub_id = _HUB_ID.fullmatch(place.dataset)
+    if path.suffix in SUFFIXES:
+        for key in ("config", "split"):
+            if (given := getattr(part, key)) is not None:
+                what = f'is a file, and {place.section}.{key} = "{given}" is for datasets of the Hub'
+                raise place.error(what, f"remove {place.section}.{key}")
+        name, rows = path.name, read_records(path, place)
+        if path.suffix != ".parquet":
+            if bad := [f"{where}: {row}" for where, row in rows if isinstance(row, str)]:
+                raise place.refusal(f"cannot be read, errors: {len(bad)}", bad, "correct these places in the file")
+            rows = [row for _, row in rows]
+    elif place.dataset in KNOWN or path.is_dir() or (is_hub_id and not path.is_file()):
+        unknown = (str(path) if path.is_dir() else place.dataset, None, "train", "test")
+        hub_id, config, train_split, eval_split = KNOWN.get(place.dataset, unknown)
+        split = part.split or (train_split if place.section == "data" else eval_split)
+        if split is None:
+            next_step = "set eval.split, or leave eval.dataset out to hold problems out of the training data"
+            raise place.error("has no split for evaluation", next_step)
+        name = f"{place.dataset if is_hub_id else path.name}/{split}"
+        rows = _fetch(hub_id, part.config or config, split, place)
+    elif path.is_file():
+        raise place.error(f"is not a file of a known kind ({', '.join(SUFFIXES)})", "name such a file")
+    else:
+        likely = nearest(place.dataset, [*KNOWN, "arithmetic"])
+        what = f"is neither a known name, nor a {'/'.join(SUFFIXES)} file, nor a Hub id like owner/name"
+        other = f"name a file, a Hub id, or one of arithmetic, {', '.join(KNOWN)}"
+        raise place.error(what, f'did you mean "{likely}"?' if likely else other)
+    if not len(rows):
+        raise place.error("holds no rows", "name a dataset with at least one row")
+    return name, rows
+
+
+def column(rows: Any, name: str) -> list[Any]:
+    """Return one cell per row; None if the row lacks the column."""
+    return [row.get(name) for row in rows] if isinstance(rows, list) else list(rows[name][:])
+
+
+def read_records(path: Path, place: Place) -> Any:
+    """Return a Parquet file as a table, and any other as a list of one `Record` per row, in order."""
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
+    if not path.is_file():
+        likely = nearest(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise place.error("there is no such file", f'did you mean "{likely}"?' if likely else "correct the path")
+    try:
+        if path.suffix == ".parquet":
+            return Dataset.from_parquet(str(path))
+        return _csv_records(path) if path.suffix == ".csv" else _json_records(path)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise place.error(f"cannot be read: {_one_line(error)}", "correct the file, or write it again") from error
+
+
+def _fetch(hub_id: str, config: str | None, split: str, place: Place) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(hub_id, config, split=split)
+    except Exception as error:
+        # The library lets errors of httpx, fsspec, pyarrow and pandas through. All mean that loading failed.
+        wrapped = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        next_step = (
+            "check the name and the connection (with HF_HUB_OFFLINE=1 only cached datasets open); run `hf auth login` "
+            f"for a gated or private one; or download it elsewhere and name the file in {place.section}.dataset"
+        )
+        if isinstance(error, ValueError):
+            next_step = f"set {place.section}.config and {place.section}.split to names that the dataset has"
+        what = f'split "{split}" of {hub_id}' + (f', config "{config}"' if config else "") + " cannot be loaded: "
+        raise place.error(what + _one_line(wrapped or error), next_step) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return textwrap.shorten(str(error), 300, placeholder="...") or type(error).__name__
+
+
+def _json_records(path: Path) -> list[Record]:
+    """Read one array of objects, or one object per line."""
+    with path.open(encoding="utf-8-sig") as file:
+        start = next((line for line in file if line.strip()), "")
+        file.seek(0)
+        if not start.lstrip().startswith("["):
+            return [(f"line {number}", _object(line)) for number, line in enumerate(file, 1) if line.strip()]
+        try:
+            rows = enumerate(json.load(file), 1)
+        except json.JSONDecodeError as error:
+            return [(f"line {error.lineno}", f"{error.msg} (column {error.colno})")]
+    return [(f"row {number}", row if isinstance(row, dict) else "not a JSON object") for number, row in rows]
+
+
+def _object(line: str) -> dict[str, Any] | str:
+    try:
+        row = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        return f"{error.msg} (column {error.colno})"
+    except ValueError:  # Python refuses integers of thousands of digits
+        return "an integer has more digits than can be read"
+    return row if isinstance(row, dict) else "not a JSON object"
+
+
+def _csv_records(path: Path) -> list[Record]:
+    """Read a CSV file with a header; each row is named by the line on which it starts. Every cell is text."""
+    records: list[Record] = []
+    header: list[str] = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        while True:
+            where = f"line {reader.line_num + 1}"
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return records
+            except csv.Error as error:  # the reader continues with the next line
+                records.append((where, str(error)))
+                if not header:
+                    return records
+                continue
+            if header and len(cells) == len(header):
+                records.append((where, dict(zip(header, cells, strict=True))))
+            elif header and cells:
+                records.append((where, f"does not have the {len(header)} cells of the header"))
+            elif len(set(cells)) < len(cells):
+                return [(where, "names a column twice")]
+            elif not header:
+                header = cells

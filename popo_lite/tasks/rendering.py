@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
@@ -12,23 +13,17 @@ from popo_lite.recipe import Recipe
 from popo_lite.types import Problem, Prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import PreTrainedTokenizerBase
 
 
-PROBE = "17 + 25\n= 42"
-"""A tokenizer must decode this text unchanged: spaces and line breaks carry meaning in mathematics."""
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Renderer:
     """Turn problems into prompts and token ids back into text."""
 
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None = None
     chat_template: str | None = None
-    max_prompt_length: int
+    max_prompt_length: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
         if not (self.chat_template or self.tokenizer.chat_template):
@@ -39,40 +34,28 @@ class Renderer:
                 'base model for instance "{% for m in messages %}{{ m.content }}\\n{% endfor %}"',
             )
         if not keeps_text(self.tokenizer):
-            raise ModelError(
-                f"the tokenizer of {self.tokenizer.name_or_path}, loaded as {type(self.tokenizer).__name__}, loses "
-                "spaces or line breaks",
-                where="model.id",
-                next_step="mathematics cannot be asked through it; use another model",
-            )
+            name = f"{self.tokenizer.name_or_path}, loaded as {type(self.tokenizer).__name__},"
+            use = "mathematics cannot be asked through it; use another model"
+            raise ModelError(f"the tokenizer of {name} loses spaces or line breaks", where="model.id", next_step=use)
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         """Return the renderer for `recipe`."""
-        return cls(
-            tokenizer=tokenizer,
-            system_prompt=recipe.data.system_prompt,
-            chat_template=recipe.data.chat_template,
-            max_prompt_length=recipe.rollout.max_prompt_length,
-        )
+        data, limit = recipe.data, recipe.rollout.max_prompt_length
+        return cls(tokenizer, data.system_prompt, data.chat_template, max_prompt_length=limit)
 
     def token_ids(self, problem: Problem) -> tuple[int, ...]:
         """Return the problem's token ids with the generation prompt, without a length limit."""
-        messages: list[dict[str, Any]] = [dict(message) for message in problem.messages]
-        if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+        messages = [*system, *map(dict, problem.messages)]
         try:
             ids = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.chat_template,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
+                messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
             raise ModelError(
-                f"the chat template does not take the roles {', '.join(message['role'] for message in messages)}: "
-                f"{error}",
+                f"the chat template does not take the roles {roles}: {error}",
                 where="data.chat_template" if self.chat_template else f"the tokenizer of {self.tokenizer.name_or_path}",
                 next_step='leave out data.system_prompt (popo-lite eval: --system-prompt "") where it is the system '
                 "message, or set data.chat_template (popo-lite eval: --chat-template FILE) to one that takes them",
@@ -87,11 +70,11 @@ class Renderer:
         """Return the prompt of `problem`. Raises DataError if it is longer than `max_prompt_length`."""
         ids = self.token_ids(problem)
         if len(ids) > self.max_prompt_length:
-            raise DataError(
-                f"its prompt has {len(ids)} tokens, the limit is rollout.max_prompt_length = {self.max_prompt_length}",
-                where=f"problem {problem.id}",
-                next_step=f"--set rollout.max_prompt_length={len(ids)}, or --set data.overlong_prompts=skip",
+            what = (
+                f"its prompt has {len(ids)} tokens, the limit is rollout.max_prompt_length = {self.max_prompt_length}"
             )
+            next_step = f"--set rollout.max_prompt_length={len(ids)}, or --set data.overlong_prompts=skip"
+            raise DataError(what, where=f"problem {problem.id}", next_step=next_step)
         return Prompt(problem=problem, token_ids=ids)
 
     def text(self, token_ids: Sequence[int]) -> str:
@@ -100,9 +83,10 @@ class Renderer:
 
 
 def keeps_text(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Check that the tokenizer keeps spaces and line breaks.
+    """Check that the tokenizer keeps spaces and line breaks, which carry meaning in mathematics.
 
     transformers 5 takes byte-level tokenizers that are registered as LlamaTokenizer, DeepSeek's among them, for
     SentencePiece ones and replaces their pre-tokenizer, silently (huggingface/transformers issue 48206).
     """
-    return str(tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False))).strip() == PROBE
+    probe = "17 + 25\n= 42"
+    return str(tokenizer.decode(tokenizer.encode(probe, add_special_tokens=False))).strip() == probe

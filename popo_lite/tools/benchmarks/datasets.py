@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from popo_lite.errors import DataError, UserInputError, nearest
 from popo_lite.recipe import EvalRecipe
-from popo_lite.tasks.tables import SUFFIXES, Place, Record, load_table, read_records
+from popo_lite.tasks.datasets import SUFFIXES, Place, Record, load_table, read_records
 from popo_lite.types import Problem
 
 _RESULT_LINE = re.compile(r"^####(?!#)[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
@@ -187,7 +187,7 @@ def _rows(benchmark: Benchmark, file: Path | None, place: Place) -> Sequence[Rec
     if file is None or file.suffix == ".parquet":
         config, split = (None, None) if file else (benchmark.config, benchmark.split)
         table = load_table(EvalRecipe(dataset=place.dataset, config=config, split=split), place)[1]
-        columns, records = table.column_names, [(f"row {row + 1}", table.row(row)) for row in range(len(table))]
+        columns, records = table.column_names, [(f"row {number}", row) for number, row in enumerate(table, 1)]
     else:
         records = read_records(file, place)
         columns = {name: None for _, row in records if isinstance(row, dict) for name in row}
