@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from popo_lite.run_folder import read_lines, write_atomically
-from popo_lite.tools.sweep.compare import RunGroup, comparison_of, mean_interval
-from popo_lite.tools.sweep.figures import TOTALS, RunFigures, read_run
+from popo_lite.tools.sweep.compare import TOTALS, RunFigures, comparison_of, mean_interval, read_run
 from popo_lite.tools.sweep.file import Sweep, load_sweep
 from popo_lite.tools.sweep.folder import SweepFolder
 from popo_lite.tools.sweep.plots import write_png
@@ -178,22 +177,14 @@ def summary(name: str) -> Table:
 
 def comparison(name: str, variants: Sequence[str] = ()) -> dict[str, Any]:
     """Compare the stored runs of `variants`, by default of all, with the first of them."""
-    sweep = load(name)
-    recipes = {variant.name: variant.recipe for variant in sweep.variants}
-    runs: dict[str, list[RunFigures]] = {variant: [] for variant in variants or recipes}
+    chosen = variants or [variant.name for variant in load(name).variants]
+    runs: dict[str, list[RunFigures]] = {variant: [] for variant in chosen}
     for line in stored(name):
         if line["variant"] in runs:
-            train = recipes[line["variant"]].train.model_copy(update={"seed": line["seed"]})
-            runs[line["variant"]].append(
-                RunFigures(
-                    path=Path(line["variant"]) / f"seed-{line['seed']}",
-                    recipe=recipes[line["variant"]].model_copy(update={"train": train}),
-                    figures=line["figures"],
-                    curves=line["curves"],
-                    problems=line["problems"],
-                )
-            )
-    return comparison_of([RunGroup(name=key, runs=tuple(value)) for key, value in runs.items()], reach=REACH)
+            path = Path(line["variant"]) / f"seed-{line['seed']}"
+            found = RunFigures(path, line["seed"], line["figures"], line["curves"], line["problems"])
+            runs[line["variant"]].append(found)
+    return comparison_of(list(runs.items()), reach=REACH)
 
 
 def time_table(name: str) -> Table:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from popo_lite.metrics import METRICS
-from popo_lite.tools.sweep.figures import CURVES
+from popo_lite.tools.sweep.compare import CURVES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
