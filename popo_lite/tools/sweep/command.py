@@ -60,29 +60,30 @@ def sweep(
         return
 
     from popo_lite.tools.console.output import table
-    from popo_lite.tools.sweep.runner import execute
-    from popo_lite.tools.sweep.view import SweepView
+    from popo_lite.tools.sweep.runner import SweepView, execute
 
     with locked(folder) as lock:
         refuse_other_sweep(folder, requested)  # again: another may have started here meanwhile
         folder.start_files(requested)
         with SweepView(len(runs), sum(run.finished for run in runs)) as view:
             try:
-                outcome = execute(folder, runs, jobs=jobs, lock=lock, watcher=view, ignore_plan=ignore_plan)
+                failures, interrupted = execute(
+                    folder, runs, jobs=jobs, lock=lock, watcher=view, ignore_plan=ignore_plan
+                )
             finally:
                 results = folder.write_results(runs)
     options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--ignore-plan"] if ignore_plan else [])]
     same_command = shlex.join(["popo-lite", "sweep", str(folder.sweep_path), "--output", str(folder.path), *options])
     if as_json:
-        click.echo(json.dumps({"folder": str(folder.path), "results": results, "failures": outcome.failures}))
+        click.echo(json.dumps({"folder": str(folder.path), "results": results, "failures": failures}))
     elif results:
         rows = [_result_row(line) for line in results]
         table("Finished runs", ("variant", "seed", "pass@1", "trained tokens", "seconds"), rows)
-    if failures := outcome.failures:
+    if failures:
         click.echo(f"{len(failures)} of {len(runs)} runs failed:", err=True)
     for each in failures:
         click.echo(f"  {each['variant']} seed {each['seed']}: {each['message']}\n    {each['log']}", err=True)
-    if outcome.interrupted:
+    if interrupted:
         click.echo(f"stopped with {len(results)} of {len(runs)} runs done. To continue:\n  {same_command}", err=as_json)
         raise SystemExit(INTERRUPTED)
     if failures:
