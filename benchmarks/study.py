@@ -24,8 +24,7 @@ from popo_lite.run_folder import read_lines, write_atomically
 from popo_lite.tools.sweep.compare import TOTALS, RunFigures, comparison_of, mean_interval, read_run
 from popo_lite.tools.sweep.file import Sweep, load_sweep
 from popo_lite.tools.sweep.folder import SweepFolder
-from popo_lite.tools.sweep.plots import write_png
-from popo_lite.tools.sweep.report import Table, cell, tables
+from popo_lite.tools.sweep.report import Table, cell, draw, tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -78,7 +77,7 @@ def main() -> None:
         if not arguments.only_write:
             train(name, arguments.runs / name, arguments.jobs)
             store(name, arguments.runs / name)
-        draw(name)
+        plot(name)
     write_atomically(PAGE, written(PAGE.read_text(encoding="utf-8")))
 
 
@@ -121,12 +120,13 @@ def stored(name: str) -> Iterator[dict[str, Any]]:
         yield from read_lines(RESULTS / name / f"seed-{seed}.jsonl")
 
 
-def draw(name: str) -> None:
+def plot(name: str) -> None:
     """Write the plots of a sweep into docs/study/."""
     (PAGE.parent / "study").mkdir(exist_ok=True)
     if name in DIFFICULTIES:
         for title, variants in PLOTS.items():
-            write_png(comparison(name, variants), PAGE.parent / "study" / f"{name.removeprefix('study_')}_{title}.png")
+            path = PAGE.parent / "study" / f"{name.removeprefix('study_')}_{title}.png"
+            draw(comparison(name, variants)).savefig(path)
 
 
 def written(page: str) -> str:

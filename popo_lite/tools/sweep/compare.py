@@ -77,9 +77,9 @@ def compare(sources: Sequence[Path], *, reach: float) -> dict[str, Any]:
         prefix = f"{folder if folders.count(folder) == 1 else source}/" if len(sweeps) > 1 else ""
         sweep = load_sweep(SweepFolder(source).sweep_path)
         runs = SweepFolder(source).runs(sweep)
-        left_out += [f"{prefix}{run.name}: not finished" for run in runs if not run.finished]
+        left_out += [f"{prefix}{run.name}: not finished" for run in runs if run.state != "finished"]
         for variant in sweep.variants:
-            ended = [run.folder.path for run in runs if run.finished and run.variant is variant]
+            ended = [run.folder.path for run in runs if run.state == "finished" and run.variant is variant]
             if ended:
                 groups.append((prefix + variant.name, [read_run(path, reach=reach) for path in ended]))
     single = [read_run(source, reach=reach) for source in sources if source not in sweeps]

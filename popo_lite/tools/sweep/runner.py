@@ -82,15 +82,8 @@ class SweepView:
         self._console.print(Text(f"{datetime.now():%H:%M:%S}  {safe(text, self._console)}", style), soft_wrap=True)
 
 
-def execute(
-    folder: SweepFolder,
-    runs: Sequence[SweepRun],
-    *,
-    jobs: int,
-    lock: int,
-    watcher: SweepView,
-    ignore_plan: bool = False,
-) -> tuple[list[dict[str, Any]], bool]:
+def execute(folder: SweepFolder, runs: Sequence[SweepRun], *, jobs: int, lock: int, watcher: SweepView,
+            ignore_plan: bool = False) -> tuple[list[dict[str, Any]], bool]:  # fmt: skip
     """Run all of `runs` that have not finished, `jobs` at a time; one that was begun is resumed.
 
     Returns the lines added to failures.jsonl, and whether Ctrl-C left runs to do.
@@ -101,15 +94,13 @@ def execute(
 
     Raises PopoError if the sweep's own files cannot be written; running processes are stopped first.
     """
-    waiting = deque(run for run in runs if not run.finished)
+    waiting = deque(run for run in runs if run.state != "finished")
     working: list[_Process] = []
     failures: list[dict[str, Any]] = []
     signals: list[int] = []
     announced = 0
-    previous = {
-        number: signal.signal(number, lambda number, _: signals.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    handlers = [(number, signal.signal(number, lambda number, _: signals.append(number)))
+                for number in (signal.SIGINT, signal.SIGTERM)]  # fmt: skip
     try:
         while working or (waiting and not signals):
             while waiting and len(working) < jobs and not signals:
@@ -129,9 +120,9 @@ def execute(
         while any(process.popen.poll() is None for process in working):
             announced = _pass_on(len(signals), announced, working, watcher)
             time.sleep(POLL_SECONDS)
-        for number, handler in previous.items():
+        for number, handler in handlers:
             signal.signal(number, handler)
-    return failures, bool(signals) and any(not run.finished for run in runs)
+    return failures, bool(signals) and any(run.state != "finished" for run in runs)
 
 
 def _pass_on(received: int, announced: int, working: Sequence[_Process], watcher: SweepView) -> int:
@@ -159,7 +150,7 @@ def train_command(folder: SweepFolder, run: SweepRun, *, ignore_plan: bool = Fal
         *(sys.executable, "-P", "-m", "popo_lite", "train", str(folder.recipe_path), "--seed", str(run.seed)),
         *(word for option in as_options(run.settings) for word in ("--set", option)),
         *("--output", str(run.folder.path), "--view", "plain"),
-        *(["--resume"] if run.begun else []),
+        *(["--resume"] if run.state == "unfinished" else []),
         *(["--ignore-plan"] if ignore_plan else []),
     ]
 
@@ -177,7 +168,7 @@ class _Process:
         self.run = run
         self.signals_sent = 0
         self._started = time.monotonic()
-        self._metrics_bytes = self._size_of_metrics()
+        self._metrics_bytes: int | None = None
         with log:
             self._log_offset = log.tell()
             # A session of its own: Ctrl-C on the terminal reaches only the sweep, which passes it on once.
@@ -186,12 +177,12 @@ class _Process:
 
     def report_progress(self, watcher: SweepView) -> None:
         """Show the steps done if there are new ones."""
-        size = self._size_of_metrics()
-        if size == self._metrics_bytes:
+        path = self.run.folder.metrics_path
+        before, self._metrics_bytes = self._metrics_bytes, path.stat().st_size if path.is_file() else 0
+        if before is None or before == self._metrics_bytes:
             return
-        self._metrics_bytes = size
         # The text after the last newline is a line that is still being written.
-        lines = self.run.folder.metrics_path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         if lines:
             watcher.advanced(self.run.name, done=len(lines), pass_rate=json.loads(lines[-1])["pass_rate"])
 
@@ -201,7 +192,7 @@ class _Process:
         A run stopped on request is not a failure; one that crashed while stopping is.
         """
         run, code = self.run, self.popen.returncode
-        if run.finished:
+        if run.state == "finished":
             rate = run.result()["pass_at_1"]
             measured = "" if rate is None else f", pass@1 {rate:.1%}"
             watcher.ended(run.name, "done", f"{duration(time.monotonic() - self._started)}{measured}")
@@ -210,21 +201,12 @@ class _Process:
             watcher.ended(run.name, "stopped", "")
             return None
         message = _last_words(run.log_path, self._log_offset, code)
-        failure = {
-            "variant": run.variant.name,
-            "seed": run.seed,
-            "exit_code": code,
-            "message": message,
-            "log": str(run.log_path),
-        }
+        failure = {"variant": run.variant.name, "seed": run.seed, "exit_code": code, "message": message,
+                   "log": str(run.log_path)}  # fmt: skip
         with writing(folder.failures_path):
             append_line(folder.failures_path, failure)
         watcher.ended(run.name, "failed", message)
         return failure
-
-    def _size_of_metrics(self) -> int:
-        path = self.run.folder.metrics_path
-        return path.stat().st_size if path.is_file() else 0
 
 
 def _last_words(log: Path, offset: int, code: int) -> str:
