@@ -45,11 +45,7 @@ Estimate = dict[str, Any]
 
 
 class RunFigures(NamedTuple):
-    """One finished run.
-
-    `figures` maps a name to a value, None if it was not measured or a pass rate was not reached. `curves` maps each
-    of CURVES to one value per step. `problems` is the number of held-out problems in the last evaluation.
-    """
+    """One finished run: its figures, None if not measured or not reached, and CURVES, with one value per step."""
 
     path: Path
     seed: int
@@ -63,10 +59,10 @@ Group = tuple[str, Sequence[RunFigures]]
 
 
 def compare(sources: Sequence[Path], *, reach: float) -> dict[str, Any]:
-    """Compare the runs and sweeps at `sources` and return plain data for reports, plots and JSON.
+    """Compare the runs and sweeps at `sources`, with costs up to a training pass rate of `reach`; return plain data.
 
-    Time and tokens are counted up to a training pass rate of `reach`. Raises UserInputError or CheckpointError if a
-    source is neither run nor sweep, or named twice, a single run has not ended, or a group has a seed twice.
+    Raises UserInputError or CheckpointError if a source is neither run nor sweep, or named twice, a single run has not
+    ended, or a group has a seed twice.
     """
     _refuse_repeated((f"the folder {source.resolve()}", source) for source in sources)
     groups: list[Group] = []
@@ -98,17 +94,12 @@ def comparison_of(groups: Sequence[Group], *, reach: float, left_out: Sequence[s
         values = {name: [run.figures.get(name) for run in runs] for name in names}
         first = {run.seed: run.figures for run in groups[0][1]}
         pairs = [(run.figures, first[run.seed]) for run in runs if run.seed in first] if compared else []
-        compared.append(
-            {
-                "name": group,
-                "seeds": [run.seed for run in runs],
-                "runs": [str(run.path) for run in runs],
-                "figures": {name: _estimate(name, values[name], runs[0].problems) for name in names},
-                "values": values,
-                "differences": {name: _difference(name, pairs) for name in names} if compared else {},
-                "curves": {name: _band(name, [run.curves[name] for run in runs]) for name in CURVES},
-            }
-        )
+        compared.append({
+            "name": group, "seeds": [run.seed for run in runs], "runs": [str(run.path) for run in runs],
+            "figures": {name: _estimate(name, values[name], runs[0].problems) for name in names}, "values": values,
+            "differences": {name: _difference(name, pairs) for name in names} if compared else {},
+            "curves": {name: _band(name, [run.curves[name] for run in runs]) for name in CURVES},
+        })  # fmt: skip
     return {"reach": reach, "smoothing_steps": SMOOTHING_STEPS, "left_out": list(left_out), "groups": compared}
 
 
@@ -135,18 +126,16 @@ def ratio_interval(ratio: float, trials: int) -> Estimate:
 @functools.cache
 def t_quantile(degrees: int) -> float:
     """Return the two-sided 95 % quantile of Student's t with `degrees` >= 1 degrees of freedom, to 1e-9."""
-    # P(|T| < t) by the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4. SciPy is no dependency of this package.
+    # P(|T| < t) is the integral of cos^(degrees - 1) up to atan(t / sqrt(degrees)) over that up to pi / 2, by the
+    # reduction formula, as in Abramowitz and Stegun 26.7.3 and 26.7.4. SciPy is no dependency of this package.
     low, high = 0.0, 13.0  # 12.706 at one degree, and falling
-    odd = degrees % 2
     while high - low > 1e-10:
-        middle = (low + high) / 2
-        angle = math.atan(middle / math.sqrt(degrees))
-        term, total = (math.cos(angle) if odd else 1.0), 0.0
-        for order in range(2 + odd, degrees + 1, 2):
-            total += term
-            term *= math.cos(angle) ** 2 * (order - 1) / order
-        inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-        low, high = (middle, high) if inside < CONFIDENCE else (low, middle)
+        angle = math.atan((low + high) / 2 / math.sqrt(degrees))
+        part, whole = (angle, math.pi / 2) if degrees % 2 else (math.sin(angle), 1.0)
+        for power in range(3 - degrees % 2, degrees, 2):
+            part = (math.cos(angle) ** (power - 1) * math.sin(angle) + (power - 1) * part) / power
+            whole *= (power - 1) / power
+        low, high = ((low + high) / 2, high) if part / whole < CONFIDENCE else (low, (low + high) / 2)
     return (low + high) / 2
 
 
@@ -227,16 +216,16 @@ def read_run(path: Path, *, reach: float) -> RunFigures:
             "pass_at_1": after.get("pass_at_1"),
             **{f"pass_at_{k}": rate for k, rate in (after.get("pass_at_k") or {}).items() if k != "1"},
             "held_out_tokens": after.get("completion_tokens_mean"),
-            **_of_training(steps),
-            **_to_reach(steps, reach),
+            **_of_steps(steps, reach),
         }
-        curves = {name: _curve(name, [line[name] for line in steps]) for name in CURVES}
+        by_step = {name: [line[name] for line in steps] for name in CURVES}
     except KeyError as error:
-        raise CheckpointError(
-            f"its steps lack the metric {error.args[0]}: another version of popo-lite wrote them",
-            where=str(run.metrics_path),
-            next_step="train the run again, or leave it out",
-        ) from error
+        what = f"its steps lack the metric {error.args[0]}: another version of popo-lite wrote them"
+        next_step = "train the run again, or leave it out"
+        raise CheckpointError(what, where=str(run.metrics_path), next_step=next_step) from error
+    curves = {name: smoothed(values) for name, values in by_step.items()}
+    curves["siamese_drift"] = by_step["siamese_drift"]
+    curves["trained_tokens"] = list(itertools.accumulate(by_step["trained_tokens"]))
     return RunFigures(path, recipe.train.seed, figures, curves, after.get("problems", 0))
 
 
@@ -245,43 +234,30 @@ def smoothed(values: Values) -> list[float | None]:
     return [_mean(values[max(0, end - SMOOTHING_STEPS) : end]) for end in range(1, len(values) + 1)]
 
 
-def _of_training(steps: Sequence[StepRecord]) -> dict[str, float | None]:
+def _of_steps(steps: Sequence[StepRecord], reach: float) -> dict[str, float | None]:
+    """Return the figures of training, and what it took until the smoothed pass rate first was `reach`."""
+
+    def seconds(steps: Sequence[StepRecord]) -> float:
+        return math.fsum(seconds for line in steps for seconds in line["seconds"].values())
+
     last = steps[-max(1, math.ceil(LAST_RATIO * len(steps))) :]
     means = {name: _mean([line[name] for line in last]) for name in AVERAGED}
     totals = {name: sum(line[name] for line in steps) for name in TOTALS}
     entropy, start = means["sampled_entropy"], steps[0]["sampled_entropy"]
-    return {
-        **means,
-        **totals,
-        "sampled_entropy_over_start": entropy / start if entropy is not None and start else None,
-        "siamese_drift": steps[-1]["siamese_drift"],
-        "trained_ratio": totals["trained_tokens"] / totals["tokens_of_all"],
-        "seconds": _seconds(steps),
-    }
-
-
-def _to_reach(steps: Sequence[StepRecord], reach: float) -> dict[str, float | None]:
-    """Return steps, seconds and tokens until the smoothed pass rate first was `reach`; only whole windows count."""
     rates = smoothed([line["pass_rate"] for line in steps])
-    window = min(SMOOTHING_STEPS, len(steps))
+    window = min(SMOOTHING_STEPS, len(steps))  # only whole windows count
     end = next((end for end, rate in enumerate(rates, 1) if end >= window and rate is not None and rate >= reach), None)
     spent = steps[:end]
-    costs = {"reach_steps": float(len(spent)), "reach_seconds": _seconds(spent)}
+    costs = {"reach_steps": float(len(spent)), "reach_seconds": seconds(spent)}
     costs |= {f"reach_{name}": sum(line[name] for line in spent) for name in ("rollout_tokens", "trained_tokens")}
-    return {name: None if end is None else cost for name, cost in costs.items()}
-
-
-def _seconds(steps: Sequence[StepRecord]) -> float:
-    return math.fsum(seconds for line in steps for seconds in line["seconds"].values())
+    return {
+        **means, **totals, "trained_ratio": totals["trained_tokens"] / totals["tokens_of_all"],
+        "sampled_entropy_over_start": entropy / start if entropy is not None and start else None,
+        "siamese_drift": steps[-1]["siamese_drift"], "seconds": seconds(steps),
+        **{name: None if end is None else cost for name, cost in costs.items()},
+    }  # fmt: skip
 
 
 def _mean(values: Values) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
-
-
-def _curve(name: str, values: Values) -> Values:
-    """Return a metric by step: tokens as their sum so far, the drift as it is, the rest smoothed."""
-    if name == "trained_tokens":
-        return list(itertools.accumulate(values))
-    return values if name == "siamese_drift" else smoothed(values)

@@ -53,17 +53,14 @@ class Sweep(NamedTuple):
 def load_sweep(source: str | Path, overrides: Sequence[str] = (), seeds: str | None = None) -> Sweep:
     """Read the sweep at the path `source`, or the shipped sweep of that name.
 
-    `overrides` have the form of `--set` and change the base, so a variant's own settings win over them. `seeds`,
-    such as "0-4" or "0,3", replaces the file's.
-
-    Raises RecipeError with one line for every error of file, base and variants.
+    `overrides` have the form of `--set` and change the base, so a variant's own settings win over them. `seeds`, such
+    as "0-4" or "0,3", replaces the file's. Raises RecipeError with one line for every error of file, base and variants.
     """
     path = find_sweep(source)
     written = read_toml(path, str(source))
     errors: list[str] = []
     for key in written.keys() - set(KEYS):
-        guess = nearest(key, KEYS)
-        hint = f"did you mean {guess}?" if guess else f"there are {', '.join(KEYS)}"
+        hint = f"did you mean {guess}?" if (guess := nearest(key, KEYS)) else f"there are {', '.join(KEYS)}"
         errors.append(f"{source}: {key}: unknown key; {hint}")
     shared = _flat(written.get("set", {}), f"{source}: [set]", errors)
     named = _named_variants(written, source, errors)
@@ -139,10 +136,7 @@ def named_values(settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
 
 
 def _load(path: Path, options: Sequence[str], place: str, errors: list[str], *, owner: str = "") -> Recipe | None:
-    """Load the recipe at `path`, or add its errors to `errors`.
-
-    Errors of options are reported as errors of `place`; `owner` is put in front of the others.
-    """
+    """Load the recipe at `path`, or add its errors: those of options as errors of `place`, others behind `owner`."""
     try:
         return load_recipe(path, options)
     except RecipeError as error:

@@ -52,16 +52,13 @@ class SweepRun:
         summary = json.loads(self.folder.summary_path.read_text(encoding="utf-8"))
         before, after = summary["before"] or {}, summary["after"] or {}
         return {
-            "variant": self.variant.name,
-            "seed": self.seed,
-            "overrides": dict(self.variant.overrides),
+            "variant": self.variant.name, "seed": self.seed, "overrides": self.variant.overrides,
             "run": f"{self.variant.name}/{self.folder.path.name}",
-            "steps": summary["steps"],
-            "pass_at_1_before": before.get("pass_at_1"),
+            "steps": summary["steps"], "pass_at_1_before": before.get("pass_at_1"),
             **{key: after.get(key) for key in ("pass_at_1", "pass_at_k", "completion_tokens_mean")},
             **{key: summary[key] for key in ("rollouts", "rollout_tokens", "trained_tokens", "peak_memory_bytes")},
             "seconds": summary["seconds"]["total"],
-        }
+        }  # fmt: skip
 
 
 class SweepFolder:

@@ -39,13 +39,10 @@ UNITS = {"ratio": (" %", "%", 100, 1), "nats": (" nats", "nats", 1, 3), "tokens"
 """Unit of a metric, or `total` for tokens summed over steps -> suffix of headings, unit of axes, factor, decimals."""
 DECIMALS = {"unique_answers_mean": 2, "effective_sample_ratio": 2}
 """Figures that have other decimals than their unit."""
-OTHERS = {
-    "held_out_tokens": (METRICS["completion_tokens_mean"].label, "tokens"),
-    "trained_ratio": ("of all", "ratio"),
-    "reach_steps": ("steps", "tokens"),
-    "sampled_entropy_over_start": (f"sampled entropy {METRICS['entropy_over_start'].label}", "ratio"),
-}
-"""Figures that are no metrics -> label and unit."""
+OTHERS = {"held_out_tokens": ("mean tokens", "tokens"), "trained_ratio": ("of all", "ratio"),
+          "sampled_entropy_over_start": ("sampled entropy of start", "ratio"),
+          "reach_steps": ("steps", "tokens")}  # fmt: skip
+"""Figures that are no metrics -> label and unit; a metric's are in METRICS."""
 TRAINING = ("pass_rate", "completion_tokens_mean", "unique_answers_mean", "sampled_entropy",
             "sampled_entropy_over_start", "entropy", "effective_sample_ratio", "siamese_drift")  # fmt: skip
 COST = ("rollout_tokens", "trained_tokens", "trained_ratio", "seconds")
@@ -73,14 +70,11 @@ def html_page(comparison: Mapping[str, Any], png: bytes) -> str:
     """Return plots and tables as one HTML file with the image inside it, without network or script."""
     names = [group["name"] for group in comparison["groups"]]
     return jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE).render(
-        title=f"Comparison of {', '.join(names)}",
-        runs=sum(len(group["runs"]) for group in comparison["groups"]),
-        bands="bands" if has_band(1, len(names)) else f"the band (of {names[0]} alone)",
-        smoothing_steps=comparison["smoothing_steps"],
-        image=base64.b64encode(png).decode("ascii"),
-        tables=tables(comparison),
-        lines={name: f"border-top: .2em {dash(index)} {colour(index)}" for index, name in enumerate(names)},
-        notes=_notes(comparison),
+        title=f"Comparison of {', '.join(names)}", runs=sum(len(group["runs"]) for group in comparison["groups"]),
+        bands="bands" if _has_band(1, len(names)) else f"the band (of {names[0]} alone)",
+        lines={name: f"border-top: .2em {_dash(index)} {colour(index)}" for index, name in enumerate(names)},
+        smoothing_steps=comparison["smoothing_steps"], image=base64.b64encode(png).decode("ascii"),
+        tables=tables(comparison), notes=_notes(comparison),
     )  # fmt: skip
 
 
@@ -88,36 +82,32 @@ def tables(comparison: Mapping[str, Any], shown: Set[str] | None = None) -> Iter
     """Yield the tables of a comparison, with the figures in `shown` or by default with all."""
     groups = comparison["groups"]
 
-    def built(
-        title: str, keys: Sequence[str], lead: str = "", leads: Sequence[str] = (), few: str = "", sign: str = ""
-    ) -> Table:
-        """Build the table of figures, or with `sign` of differences; `few` is the note of those of some runs only."""
-        keys = [key for key in keys if shown is None or key in shown]
-        rows = []
-        for index, group in enumerate(groups):
-            row = [group["name"], *leads[index : index + 1]]
-            for key in keys:
-                found = group["differences" if sign else "figures"].get(key)
-                noted = found is not None and found["count"] < len(group["runs"])
-                *_, factor, decimals = _look(key)
-                row.append(cell(found, factor, decimals, sign=sign)
-                           + (few.format(found["count"], len(group["runs"])) if noted else ""))  # fmt: skip
-            rows.append(row)
-        headings = [f"{label}{suffix}" for label, suffix, *_ in map(_look, keys)]
-        return Table(title, ("variant", *filter(None, (lead,)), *headings), rows[bool(sign) :])
+    def built(title: str, keys: Sequence[str], kind: str, few: str, leads: Sequence[str] = (), lead: str = "") -> Table:
+        """Build the table of "figures" or "differences"; `few` is the note at those of some of the runs only."""
+        looks = {key: _look(key) for key in keys if shown is None or key in shown}
+        rows = [[group["name"], *leads[index : index + 1]] for index, group in enumerate(groups)]
+        for row, group in zip(rows, groups, strict=True):
+            runs, sign = len(group["runs"]), "+" if kind == "differences" else ""
+            for key, (*_, factor, decimals) in looks.items():
+                found = group[kind].get(key)
+                note = few.format(found["count"], runs) if found and found["count"] < runs else ""
+                row.append(cell(found, factor, decimals, sign=sign) + note)
+        headings = [label + suffix for label, suffix, *_ in looks.values()]
+        return Table(title, ["variant", lead, *headings] if lead else ["variant", *headings], rows)
 
     rates = {key for group in groups for key in group["figures"] if key.startswith("pass_at_")}
     final = (*sorted(rates, key=lambda key: int(key[8:])), "held_out_tokens")
     counts = [str(len(group["runs"])) for group in groups]
-    yield built("Held-out problems, at the end", final, "runs", counts, " (n = {})")
-    yield built("Training, last tenth of the steps", TRAINING, "runs", counts, " (n = {})")
-    yield built("Cost of the training steps", COST, "runs", counts, " (n = {})")
+    yield built("Held-out problems, at the end", final, "figures", " (n = {})", counts, "runs")
+    yield built("Training, last tenth of the steps", TRAINING, "figures", " (n = {})", counts, "runs")
+    yield built("Cost of the training steps", COST, "figures", " (n = {})", counts, "runs")
     reached = [sum(value is not None for value in group["values"]["reach_steps"]) for group in groups]
     states = [f"{n} of {count}" if n else "not reached" for n, count in zip(reached, counts, strict=True)]
-    yield built(f"To a training pass rate of {comparison['reach'] * 100:g}%", REACH, "reached", states)
+    yield built(f"To a training pass rate of {comparison['reach'] * 100:g}%", REACH, "figures", "", states, "reached")
     if len(groups) > 1:
-        title = f"Difference from {groups[0]['name']}, paired by seed"
-        yield built(title, (*final, *TRAINING[2:4], *COST[1:]), few=" ({} of {} paired)", sign="+")
+        keys = (*final, *TRAINING[2:4], *COST[1:])
+        each = built(f"Difference from {groups[0]['name']}, paired by seed", keys, "differences", " ({} of {} paired)")
+        yield each._replace(rows=each.rows[1:])
 
 
 def cell(estimate: Mapping[str, Any] | None, scale: float = 1, decimals: int = 2, *, sign: str = "") -> str:
@@ -143,15 +133,11 @@ def _look(key: str) -> tuple[str, str, str, float, int]:
 
 
 def _notes(comparison: Mapping[str, Any]) -> Iterator[str]:
-    yield (
-        "[low, high]: 95 % interval; Student's t over the seeds of a variant, clipped to the possible range, Wilson's "
-        "over problems for pass@1 of a single run. There is none if all seeds agree: that does not make a mean "
-        "certain. (n = 2): only two of the runs have the figure, and only they are averaged."
-    )
-    yield (
-        f"A pass rate is reached when the mean of {comparison['smoothing_steps']} steps is. If only some runs reach "
-        "it, time and tokens are means of those fast runs, without an interval."
-    )
+    yield ("[low, high]: 95 % interval; Student's t over the seeds of a variant, clipped to the possible range, "
+           "Wilson's over problems for pass@1 of a single run. There is none if all seeds agree: that does not make "
+           "a mean certain. (n = 2): only two of the runs have the figure, and only they are averaged.")  # fmt: skip
+    yield (f"A pass rate is reached when the mean of {comparison['smoothing_steps']} steps is. If only some runs reach "
+           "it, time and tokens are means of those fast runs, without an interval.")  # fmt: skip
     if len(comparison["groups"]) > 1:
         yield ("A difference whose interval excludes 0 is unlikely to be chance, but one interval in twenty does so by "
                "chance alone.")  # fmt: skip
@@ -164,14 +150,12 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def dash(index: int) -> str:
-    """Return the line style of the group at `index`, a key of DASHES."""
+def _dash(index: int) -> str:
     return list(DASHES)[index // len(COLOURS) % len(DASHES)]
 
 
-def has_band(index: int, groups: int) -> bool:
-    """Return True if the group at `index` is drawn with its interval; of many groups only the first is."""
-    return groups <= len(COLOURS) or index == 0
+def _has_band(index: int, groups: int) -> bool:
+    return groups <= len(COLOURS) or index == 0  # of many groups, only the first
 
 
 def draw(comparison: Mapping[str, Any]) -> Figure:
@@ -189,10 +173,7 @@ def draw(comparison: Mapping[str, Any]) -> Figure:
         axes = figure.subplots(3, 3, height_ratios=[2.8, 2.8, rows_inches])
         for axis, key in zip(axes.flat, (*CURVES, "pass_at_1", "reach_seconds", "reach_trained_tokens"), strict=True):
             label, _, unit, factor, _ = _look(key)
-            if key in CURVES:
-                _draw_curve(axis, key, unit, factor, groups)
-            else:
-                _draw_ends(axis, key, unit, factor, groups)
+            (_draw_curve if key in CURVES else _draw_ends)(axis, key, unit, factor, groups)
             axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True) if key in CURVES else MaxNLocator(6))
             ending = "" if key in CURVES else until
             axis.set_title("Held-out pass@1 at the end" if key == "pass_at_1" else label.capitalize() + ending)
@@ -215,11 +196,11 @@ def _draw_curve(axis: Axes, key: str, unit: str, factor: float, groups: Sequence
             for name in ("mean", "low", "high")
         )
         means += [value for value in mean if value == value]  # not NaN
-        steps, style = range(1, len(mean) + 1), DASHES[dash(index)]
+        steps = range(1, len(mean) + 1)
         # The first group, with which the others are compared, lies on top.
-        order = 3 - 0.01 * index
-        axis.plot(steps, mean, label=group["name"], c=colour(index), linestyle=style, linewidth=1.8, zorder=order)
-        if has_band(index, len(groups)):
+        axis.plot(steps, mean, label=group["name"], color=colour(index), linestyle=DASHES[_dash(index)], linewidth=1.8,
+                  zorder=3 - 0.01 * index)  # fmt: skip
+        if _has_band(index, len(groups)):
             axis.fill_between(steps, low, high, color=colour(index), alpha=0.12, linewidth=0)
     if means:
         # A band much wider than the means, as two seeds give, is clipped, so that it does not flatten them.
@@ -247,11 +228,8 @@ def _draw_ends(axis: Axes, key: str, unit: str, factor: float, groups: Sequence[
                 [found["mean"] * factor], [index], "D", color=colour(index), markersize=7, markeredgecolor="white"
             )
         if key.startswith("reach") and len(known) < len(values):
-            axis.annotate(
-                f"{len(known)} of {len(values)} reached it",
-                (1.0, index), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8,
-                xytext=(0, 3), textcoords="offset points",
-            )  # fmt: skip
+            axis.annotate(f"{len(known)} of {len(values)} reached it", (1.0, index), (0, 3), fontsize=8, ha="right",
+                          xycoords=("axes fraction", "data"), textcoords="offset points", va="bottom")  # fmt: skip
     axis.set_yticks(range(len(groups)), [group["name"] for group in groups])
     axis.set(xlabel=unit, ylim=(len(groups) - 0.4, -0.6))
     axis.grid(visible=False, axis="y")
@@ -259,10 +237,7 @@ def _draw_ends(axis: Axes, key: str, unit: str, factor: float, groups: Sequence[
 
 
 _PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
 body { max-width: 1200px; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #222;
@@ -272,8 +247,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #ddd; }
 tbody th { font-weight: 600; } .wide { overflow-x: auto; }
 i { display: inline-block; width: 1.7em; margin-right: .5em; vertical-align: middle; }
-</style>
-</head>
+</style></head>
 <body>
 <h1>{{ title }}</h1>
 <p>{{ runs }} runs. Lines are means over seeds, {{ bands }} 95 % intervals; diamonds are means, bars 95 % intervals,
@@ -282,8 +256,7 @@ dots single runs. Curves of rates, lengths and entropies are trailing means of {
 {% for table in tables %}
 <h2>{{ table.title }}</h2>
 <div class="wide"><table>
-<thead><tr>{% for heading in table.columns %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
-<tbody>
+<thead><tr>{% for heading in table.columns %}<th>{{ heading }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in table.rows %}
 <tr><th><i style="{{ lines[row[0]] }}"></i>{{ row[0] }}</th>
 {% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
@@ -291,6 +264,5 @@ dots single runs. Curves of rates, lengths and entropies are trailing means of {
 </tbody></table></div>
 {% endfor %}
 <ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
-</body>
-</html>
+</body></html>
 """

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -35,64 +35,52 @@ STOPPING = (
 """Message at each stop signal; the last signal ends every run at once."""
 
 
-class SweepView:
+class SweepView(Progress):
     """Progress on standard error: a bar for the sweep and one for each run on a terminal, plain lines elsewhere.
 
     A context manager: leaving it restores the terminal.
     """
 
     def __init__(self, total_runs: int, finished_runs: int, console: Console | None = None) -> None:
-        self._console = console if console is not None else open_console(sys.stderr)
-        self._total, self._done = total_runs, finished_runs
-        self._tasks: dict[str, TaskID] = {}
+        console = console if console is not None else open_console(sys.stderr)
         name, note = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]"))
         columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), note)
-        plain = not self._console.is_interactive
-        self._bars = Progress(*columns, console=self._console, transient=True, disable=plain)
-        self._whole = self._bars.add_task("runs", total=total_runs, completed=finished_runs, note="")
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        super().__init__(*columns, console=console, transient=True, disable=not console.is_interactive)
+        self._total, self._done = total_runs, finished_runs
+        self._bars: dict[str, TaskID] = {}
+        self._whole = self.add_task("runs", total=total_runs, completed=finished_runs, note="")
 
     def started(self, run: str, *, done: int, total: int) -> None:
         """Add a bar, or print a line; `done` of `total` steps are in the run's checkpoint."""
-        name = safe(run, self._console)
-        self._tasks[run] = self._bars.add_task(name, total=total, completed=done, note="loading")
-        if self._bars.disable:
+        name = safe(run, self.console)
+        self._bars[run] = self.add_task(name, total=total, completed=done, note="loading")
+        if self.disable:
             self.message(f"{run}: {f'continues after step {done}' if done else 'starts'}, {total} steps")
 
     def advanced(self, run: str, *, done: int, pass_rate: float) -> None:
         """Move the bar. The plain view is silent, because the run's log has every step."""
-        self._bars.update(self._tasks[run], completed=done, note=f"pass {pass_rate:.1%}", refresh=True)
+        self.update(self._bars[run], completed=done, note=f"pass {pass_rate:.1%}", refresh=True)
 
     def ended(self, run: str, state: Literal["done", "failed", "stopped"], details: str) -> None:
         """Print a line and remove the run's bar."""
         self._done += state == "done"
-        self._bars.remove_task(self._tasks.pop(run))
-        self._bars.update(self._whole, completed=self._done)
+        self.remove_task(self._bars.pop(run))
+        self.update(self._whole, completed=self._done)
         text = f"{run}: {'FAILED' if state == 'failed' else state}{details and ': ' + details}"
         self.message(f"{text} ({self._done} of {self._total} done)", "bold red" if state == "failed" else "")
 
     def message(self, text: str, style: str = "") -> None:
         """Print a line that stays."""
-        self._console.print(Text(f"{datetime.now():%H:%M:%S}  {safe(text, self._console)}", style), soft_wrap=True)
+        self.console.print(Text(f"{datetime.now():%H:%M:%S}  {safe(text, self.console)}", style), soft_wrap=True)
 
 
 def execute(folder: SweepFolder, runs: Sequence[SweepRun], *, jobs: int, lock: int, watcher: SweepView,
             ignore_plan: bool = False) -> tuple[list[dict[str, Any]], bool]:  # fmt: skip
     """Run all of `runs` that have not finished, `jobs` at a time; one that was begun is resumed.
 
-    Returns the lines added to failures.jsonl, and whether Ctrl-C left runs to do.
-
-    A failure is recorded in failures.jsonl and the next run starts. SIGINT and SIGTERM are passed on: at the first the
-    running processes finish their step and save, at the second they abandon it, at the third they are killed. Nothing
-    more is started after the first.
-
-    Raises PopoError if the sweep's own files cannot be written; running processes are stopped first.
+    Returns the lines added to failures.jsonl, and whether Ctrl-C left runs to do. SIGINT and SIGTERM are passed on: at
+    the first the running processes finish their step and save, and nothing more is started; at the second they abandon
+    the step; at the third they are killed. Raises PopoError, after stopping the runs, if a file cannot be written.
     """
     waiting = deque(run for run in runs if run.state != "finished")
     working: list[_Process] = []
@@ -196,17 +184,17 @@ class _Process:
             rate = run.result()["pass_at_1"]
             measured = "" if rate is None else f", pass@1 {rate:.1%}"
             watcher.ended(run.name, "done", f"{duration(time.monotonic() - self._started)}{measured}")
-            return None
-        if self.signals_sent == len(STOPPING) or (self.signals_sent and code in STOPPED):
+        elif self.signals_sent == len(STOPPING) or (self.signals_sent and code in STOPPED):
             watcher.ended(run.name, "stopped", "")
-            return None
-        message = _last_words(run.log_path, self._log_offset, code)
-        failure = {"variant": run.variant.name, "seed": run.seed, "exit_code": code, "message": message,
-                   "log": str(run.log_path)}  # fmt: skip
-        with writing(folder.failures_path):
-            append_line(folder.failures_path, failure)
-        watcher.ended(run.name, "failed", message)
-        return failure
+        else:
+            message = _last_words(run.log_path, self._log_offset, code)
+            failure = {"variant": run.variant.name, "seed": run.seed, "exit_code": code, "message": message,
+                       "log": str(run.log_path)}  # fmt: skip
+            with writing(folder.failures_path):
+                append_line(folder.failures_path, failure)
+            watcher.ended(run.name, "failed", message)
+            return failure
+        return None
 
 
 def _last_words(log: Path, offset: int, code: int) -> str:
