@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-FAILED = 1
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 1, 130
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 RATE = click.FloatRange(0, 1, min_open=True)
@@ -45,7 +44,6 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
     folder = SweepFolder(output or Path(requested.base.output.dir).expanduser() / requested.name)
     refuse_other_sweep(folder, requested)
     runs = folder.runs(requested)
-    rows: list[tuple[object, ...]]
     if dry_run:
         listed: list[dict[str, Any]] = [
             {"variant": run.variant.name, "seed": run.seed, "state": run.state, "overrides": run.variant.overrides,
@@ -53,8 +51,8 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
         if as_json:
             click.echo(json.dumps({"runs": listed}))
             return
-        rows = [(*{**run, "overrides": " ".join(as_options(run["overrides"]))}.values(),) for run in listed]
-        table(f"{len(runs)} runs", ("variant", "seed", "state", "differs in", "folder"), rows)
+        told = [list({**run, "overrides": " ".join(as_options(run["overrides"]))}.values()) for run in listed]
+        table(f"{len(runs)} runs", ("variant", "seed", "state", "differs in", "folder"), told)
         return
     with locked(folder) as lock:
         refuse_other_sweep(folder, requested)  # again: another may have started here meanwhile
@@ -116,8 +114,9 @@ def compare(sources: tuple[Path, ...], output: Path | None, reach: float, as_jso
         draw(comparison).savefig(output / "comparison.png")
         write_atomically(output / "comparison.html", html_page(comparison, (output / "comparison.png").read_bytes()))
     if as_json:
-        without_curves = [{key: group[key] for key in group if key != "curves"} for group in comparison["groups"]]
-        click.echo(json.dumps({**comparison, "groups": without_curves}))
+        for group in comparison["groups"]:
+            del group["curves"]
+        click.echo(json.dumps(comparison))
         return
     print_report(comparison)
     click.echo(f"Page of plots\n  {output / 'comparison.html'}\n  {output / 'comparison.png'}")

@@ -5,21 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from popo_lite.errors import RecipeError, nearest
 from popo_lite.recipe import Recipe
-from popo_lite.recipe_file import (
-    SECTIONS,
-    SWEEPS,
-    find_recipe,
-    flatten,
-    load_recipe,
-    read_toml,
-    shipped_folder,
-    to_toml,
-)
+from popo_lite.recipe_file import SECTIONS, SWEEPS, find_recipe, load_recipe, read_toml, shipped_folder, to_toml
 
 KEYS = ("recipe", "seeds", "set", "variants", "over")
 SEED = "train.seed"
@@ -64,9 +56,8 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = (), seeds: str | N
         errors.append(f"{source}: {key}: unknown key; {hint}")
     shared = _flat(written.get("set", {}), f"{source}: [set]", errors)
     named = _named_variants(written, source, errors)
-    chosen_seeds = _seeds(written.get("seeds", [0]), f"{source}: seeds", errors)
-    if seeds is not None:
-        chosen_seeds = _seeds(seeds, "--seeds", errors)
+    own_seeds = _seeds(written.get("seeds", [0]), f"{source}: seeds", errors)
+    chosen_seeds = own_seeds if seeds is None else _seeds(seeds, "--seeds", errors)
     overridden = [override.partition("=")[0].strip() for override in overrides]
     if SEED in overridden:
         errors.append(f"--set {SEED}: the sweep sets it; give --seeds")
@@ -80,13 +71,11 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = (), seeds: str | N
     else:
         errors.append(f"{source}: recipe: must name the base recipe, a shipped one or a path ending in .toml")
     if base is not None:
-        resolved = flatten(base)
-        shared |= {key: resolved[key] for key in overridden}
+        shared |= {key: attrgetter(key)(base) for key in overridden}
         for name, changes in named.items():
             place = f"{source}: variant {name}: "
             # From the file and not from `base`: defaults that depend on other settings are resolved per variant.
-            variant = _load(base_path, as_options(shared | changes), place, errors, owner=place)
-            if variant is not None:
+            if variant := _load(base_path, as_options(shared | changes), place, errors, owner=place):
                 variants.append(Variant(name, changes, variant))
     if errors or base is None:
         next_step = f"{HELP}, and `popo-lite recipe show` for the keys"
@@ -171,8 +160,7 @@ def _flat(table: Any, place: str, errors: list[str]) -> dict[str, Any]:
 
 def _named_variants(written: Mapping[str, Any], source: str | Path, errors: list[str]) -> dict[str, dict[str, Any]]:
     """Return name -> overrides: each of `variants` with each point of the grid `over`."""
-    tables = written.get("variants", {})
-    if not isinstance(tables, dict):
+    if not isinstance(tables := written.get("variants", {}), dict):
         errors.append(f"{source}: variants: must be tables, [variants.name]")
         tables = {}
     variants = {name: _flat(table, f"{source}: variant {name}", errors) for name, table in tables.items()}

@@ -6,6 +6,7 @@ matplotlib is imported inside functions: no other command should wait for it.
 from __future__ import annotations
 
 import base64
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -175,8 +176,8 @@ def draw(comparison: Mapping[str, Any]) -> Figure:
             label, _, unit, factor, _ = _look(key)
             (_draw_curve if key in CURVES else _draw_ends)(axis, key, unit, factor, groups)
             axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True) if key in CURVES else MaxNLocator(6))
-            ending = "" if key in CURVES else until
-            axis.set_title("Held-out pass@1 at the end" if key == "pass_at_1" else label.capitalize() + ending)
+            title = "Held-out pass@1 at the end" if key == "pass_at_1" else label.capitalize()
+            axis.set_title(title + until if key.startswith("reach_") else title)
         for axis in axes[2][1:]:
             axis.tick_params(left=False, labelleft=False)
         for place in range(3):
@@ -191,11 +192,9 @@ def _draw_curve(axis: Axes, key: str, unit: str, factor: float, groups: Sequence
     """Draw the mean over seeds by step, with its interval as a band."""
     means: list[float] = []
     for index, group in enumerate(groups):
-        mean, low, high = (
-            [float("nan") if value is None else value * factor for value in group["curves"][key][name]]
-            for name in ("mean", "low", "high")
-        )
-        means += [value for value in mean if value == value]  # not NaN
+        mean, low, high = ([math.nan if value is None else value * factor for value in group["curves"][key][name]]
+                           for name in ("mean", "low", "high"))  # fmt: skip
+        means += [value for value in mean if not math.isnan(value)]
         steps = range(1, len(mean) + 1)
         # The first group, with which the others are compared, lies on top.
         axis.plot(steps, mean, label=group["name"], color=colour(index), linestyle=DASHES[_dash(index)], linewidth=1.8,
@@ -224,9 +223,8 @@ def _draw_ends(axis: Axes, key: str, unit: str, factor: float, groups: Sequence[
             if found["low"] is not None:
                 interval = [found["low"] * factor, found["high"] * factor]
                 axis.plot(interval, [index, index], color=colour(index), linewidth=2.2, solid_capstyle="butt")
-            axis.plot(
-                [found["mean"] * factor], [index], "D", color=colour(index), markersize=7, markeredgecolor="white"
-            )
+            mean = found["mean"] * factor
+            axis.plot([mean], [index], "D", color=colour(index), markersize=7, markeredgecolor="white")
         if key.startswith("reach") and len(known) < len(values):
             axis.annotate(f"{len(known)} of {len(values)} reached it", (1.0, index), (0, 3), fontsize=8, ha="right",
                           xycoords=("axes fraction", "data"), textcoords="offset points", va="bottom")  # fmt: skip

@@ -201,9 +201,7 @@ def _last_words(log: Path, offset: int, code: int) -> str:
     """Return what a run printed about its failure: from its last `error` on, else its last line."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    text = log.read_bytes()[offset:].decode("utf-8", "replace")
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    errors = [index for index, line in enumerate(lines) if line.startswith("error ")]
-    if errors:
+    lines = [*filter(None, map(str.strip, log.read_bytes()[offset:].decode("utf-8", "replace").split("\n")))]
+    if errors := [index for index, line in enumerate(lines) if line.startswith("error ")]:
         return " ".join(" ".join(lines[errors[-1] :]).split()[1:])
     return lines[-1] if lines else f"exit code {code}, and nothing was printed"
