@@ -21,12 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from popo_lite.run_folder import read_lines, write_atomically
-from popo_lite.tools.sweep.compare import RunGroup, comparison_of, mean_interval
-from popo_lite.tools.sweep.figures import TOTALS, RunFigures, read_run
+from popo_lite.tools.sweep.compare import TOTALS, RunFigures, comparison_of, mean_interval, read_run
 from popo_lite.tools.sweep.file import Sweep, load_sweep
 from popo_lite.tools.sweep.folder import SweepFolder
-from popo_lite.tools.sweep.plots import write_png
-from popo_lite.tools.sweep.report import Table, cell, tables
+from popo_lite.tools.sweep.report import Table, cell, draw, tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,7 +77,7 @@ def main() -> None:
         if not arguments.only_write:
             train(name, arguments.runs / name, arguments.jobs)
             store(name, arguments.runs / name)
-        draw(name)
+        plot(name)
     write_atomically(PAGE, written(PAGE.read_text(encoding="utf-8")))
 
 
@@ -122,12 +120,13 @@ def stored(name: str) -> Iterator[dict[str, Any]]:
         yield from read_lines(RESULTS / name / f"seed-{seed}.jsonl")
 
 
-def draw(name: str) -> None:
+def plot(name: str) -> None:
     """Write the plots of a sweep into docs/study/."""
     (PAGE.parent / "study").mkdir(exist_ok=True)
     if name in DIFFICULTIES:
         for title, variants in PLOTS.items():
-            write_png(comparison(name, variants), PAGE.parent / "study" / f"{name.removeprefix('study_')}_{title}.png")
+            path = PAGE.parent / "study" / f"{name.removeprefix('study_')}_{title}.png"
+            draw(comparison(name, variants)).savefig(path)
 
 
 def written(page: str) -> str:
@@ -178,22 +177,14 @@ def summary(name: str) -> Table:
 
 def comparison(name: str, variants: Sequence[str] = ()) -> dict[str, Any]:
     """Compare the stored runs of `variants`, by default of all, with the first of them."""
-    sweep = load(name)
-    recipes = {variant.name: variant.recipe for variant in sweep.variants}
-    runs: dict[str, list[RunFigures]] = {variant: [] for variant in variants or recipes}
+    chosen = variants or [variant.name for variant in load(name).variants]
+    runs: dict[str, list[RunFigures]] = {variant: [] for variant in chosen}
     for line in stored(name):
         if line["variant"] in runs:
-            train = recipes[line["variant"]].train.model_copy(update={"seed": line["seed"]})
-            runs[line["variant"]].append(
-                RunFigures(
-                    path=Path(line["variant"]) / f"seed-{line['seed']}",
-                    recipe=recipes[line["variant"]].model_copy(update={"train": train}),
-                    figures=line["figures"],
-                    curves=line["curves"],
-                    problems=line["problems"],
-                )
-            )
-    return comparison_of([RunGroup(name=key, runs=tuple(value)) for key, value in runs.items()], reach=REACH)
+            path = Path(line["variant"]) / f"seed-{line['seed']}"
+            found = RunFigures(path, line["seed"], line["figures"], line["curves"], line["problems"])
+            runs[line["variant"]].append(found)
+    return comparison_of(list(runs.items()), reach=REACH)
 
 
 def time_table(name: str) -> Table:

@@ -21,9 +21,8 @@ from popo_lite.cli import main
 from popo_lite.errors import CheckpointError, UserInputError
 from popo_lite.recipe_file import dump_recipe, load_recipe
 from popo_lite.run_folder import RunFolder, append_line
-from popo_lite.tools.sweep import plots
-from popo_lite.tools.sweep.compare import compare, mean_interval, ratio_interval, t_quantile
-from popo_lite.tools.sweep.figures import read_run, smoothed
+from popo_lite.tools.sweep import report
+from popo_lite.tools.sweep.compare import compare, mean_interval, ratio_interval, read_run, smoothed, t_quantile
 from popo_lite.tools.sweep.file import load_sweep
 from popo_lite.tools.sweep.folder import SweepFolder
 from popo_lite.tools.sweep.report import html_page, print_report
@@ -208,7 +207,7 @@ def test_seeds_that_agree_do_not_make_a_mean_certain(make_run: MakeRun) -> None:
     assert second["differences"]["pass_at_1"] == {"mean": pytest.approx(0.2), "low": None, "high": None, "count": 2}
     assert first["curves"]["pass_rate"]["low"] == [None] * 20
     assert first["figures"]["held_out_tokens"]["low"] is not None
-    plots.draw(compare(runs, reach=0.8))
+    report.draw(compare(runs, reach=0.8))
 
 
 def test_what_it_took_to_get_there_has_no_interval_where_some_did_not(make_run: MakeRun) -> None:
@@ -279,7 +278,7 @@ def test_groups_of_like_named_sweeps_and_runs_can_be_told_apart(
     ]
     page = html_page(found, b"")
     for index in range(6):
-        assert page.count(plots.colour(index)) == (4 if index == 0 else 5)
+        assert page.count(report.colour(index)) == (4 if index == 0 else 5)
     with pytest.raises(UserInputError, match="one/sweep and .* are both the folder"):
         compare([Path("one/sweep"), tmp_path / "two" / ".." / "one" / "sweep"], reach=0.8)
     # A single run's group would be named as the sweep's variant.
@@ -323,7 +322,7 @@ def test_reports_say_how_many_runs_a_figure_is_of(make_run: MakeRun) -> None:
     difference = next(line for line in reversed(lines) if line.strip().startswith("rank=4"))
     assert "+0.0 (1 of 2 paired)" in difference
     assert "To a training pass rate of 99.5%" in stream.getvalue()
-    titles = [axis.get_title(loc="left") for axis in plots.draw(found).axes]
+    titles = [axis.get_title(loc="left") for axis in report.draw(found).axes]
     assert "Trained tokens until 99.5%" in titles
 
 
@@ -386,10 +385,10 @@ def test_every_panel_shows_every_group_in_its_colour(a_sweep: Path, tmp_path: Pa
     from matplotlib.image import imread
 
     path = tmp_path / "page.png"
-    plots.write_png(compare([a_sweep], reach=0.8), path)
+    report.draw(compare([a_sweep], reach=0.8)).savefig(path)
     pixels = imread(path)[..., :3]
     height, width, _ = pixels.shape
-    assert width == plots.WIDTH_INCHES * plots.DOTS_PER_INCH
+    assert width == report.WIDTH_INCHES * report.DOTS_PER_INCH
     assert pixels.mean() > 0.9
     shows = []
     for row in range(2):
@@ -397,17 +396,17 @@ def test_every_panel_shows_every_group_in_its_colour(a_sweep: Path, tmp_path: Pa
         for column in range(3):
             panel = pixels[int(top) : int(bottom), int(width * column / 3) : int(width * (column + 1) / 3)]
             for index in range(2):
-                wanted = [int(plots.colour(index)[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+                wanted = [int(report.colour(index)[at : at + 2], 16) / 255 for at in (1, 3, 5)]
                 shows.append(int((np.abs(panel - wanted).max(-1) < 0.02).sum()) > 100)
     assert shows == [True] * 12
 
 
 def test_more_groups_than_colours_differ_in_their_lines(make_run: MakeRun) -> None:
     runs = [make_run(f"r{rank}", f"lora.rank={rank}") for rank in range(1, 10)]
-    figure = plots.draw(compare(runs, reach=0.8))
+    figure = report.draw(compare(runs, reach=0.8))
     lines = figure.axes[0].lines
     looks = {(line.get_color(), line.get_linestyle()) for line in lines}
-    assert len({color for color, _ in looks}) == len(plots.COLOURS) == 7
+    assert len({color for color, _ in looks}) == len(report.COLOURS) == 7
     assert len(looks) == len(lines) == 9
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [f"rank={rank}" for rank in range(1, 10)]
@@ -419,11 +418,11 @@ def test_many_groups_are_told_apart_by_lines_and_not_hidden_by_bands(
 ) -> None:
     runs = [make_run(f"r{rank}", f"lora.rank={rank}") for rank in range(1, groups + 1)]
     found = compare(runs, reach=0.8)
-    axis = plots.draw(found).axes[0]
+    axis = report.draw(found).axes[0]
     assert (len(axis.lines), len(axis.collections)) == (groups, bands)
     page = html_page(found, b"")
     assert ("the band (of rank=1 alone) 95" in page) == (bands == 1)
-    first = plots.colour(0)
+    first = report.colour(0)
     assert f"border-top: .2em solid {first}" in page
     assert (f"border-top: .2em dashed {first}" in page) == (groups == 8)
 
@@ -432,7 +431,7 @@ def test_runs_without_evaluation_or_a_trained_step_are_shown_as_not_measured(mak
     found = compare([make_run("a", rates=[0.0] * 6, after=None)], reach=0.8)
     assert found["groups"][0]["figures"]["pass_at_1"] is None
     assert found["groups"][0]["curves"]["effective_sample_ratio"]["mean"] == [None] * 6
-    plots.write_png(found, tmp_path / "page.png")
+    report.draw(found).savefig(tmp_path / "page.png")
     stream = io.StringIO()
     print_report(found, Console(file=stream, width=300))
     assert "not reached" in stream.getvalue()

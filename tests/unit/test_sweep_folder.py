@@ -91,7 +91,7 @@ def test_what_a_run_that_was_killed_at_its_start_leaves_is_no_hindrance(tmp_path
     run = folder.runs(asked(tmp_path))[0]
     run.folder.path.mkdir(parents=True)
     (run.folder.path / ".recipe.toml.partial").touch()
-    assert not run.begun
+    assert run.state == "new"
     assert new_run_folder(run.variant.recipe, "x", run.folder.path).path == run.folder.path
     (run.folder.path / ".notes").touch()
     with pytest.raises(UserInputError, match="not empty"):
@@ -139,7 +139,7 @@ def finish(run: SweepRun) -> None:
 def test_results_are_the_finished_runs(tmp_path, folder):
     runs = folder.runs(asked(tmp_path))
     finish(runs[3])
-    assert [run.finished for run in runs] == [False, False, False, True]
+    assert [run.state for run in runs] == ["new", "new", "new", "finished"]
     folder.write_results(runs)
     (line,) = read_lines(folder.results_path)
     assert (line["variant"], line["seed"], line["run"]) == ("b", 1, "b/seed-1")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from popo_lite.run_folder import read_lines
 from popo_lite.tools.sweep import runner
 from popo_lite.tools.sweep.file import load_sweep
 from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, locked
-from popo_lite.tools.sweep.runner import STOPPING, SweepOutcome, execute
+from popo_lite.tools.sweep.runner import STOPPING, execute
 
 READY = "print('ready', flush=True)\n"
 DEAF = f"import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{READY}time.sleep(600)\n"
@@ -58,10 +59,10 @@ def folder(tmp_path: Path) -> SweepFolder:
 
 
 @pytest.fixture
-def sweep(folder: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SweepOutcome]:
+def sweep(folder: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[dict[str, Any]], bool]]:
     """Both variants at once as processes of these programs."""
 
-    def run(watcher: Impatient, **programs: str) -> SweepOutcome:
+    def run(watcher: Impatient, **programs: str) -> tuple[list[dict[str, Any]], bool]:
         def command(_: SweepFolder, one: SweepRun, **__: bool) -> list[str]:
             return [sys.executable, "-c", programs[one.variant.name]]
 
@@ -89,22 +90,22 @@ def press_when_ready(folder: SweepFolder, *variants: str) -> None:
 def test_one_signal_stops_and_a_crash_is_still_a_failure(folder, sweep):
     press_when_ready(folder, "a", "b")
     watcher = Impatient(presses=1)
-    outcome = sweep(watcher, a=OBEYS, b=CRASHES)
+    failures, interrupted = sweep(watcher, a=OBEYS, b=CRASHES)
     assert watcher.messages == [STOPPING[0]]
     assert sorted(watcher.ends) == [("a seed 0", "stopped"), ("b seed 0", "failed")]
-    (failure,) = outcome.failures
+    (failure,) = failures
     assert (failure["variant"], failure["exit_code"], failure["message"]) == ("b", 1, "boom")
-    assert outcome.interrupted
+    assert interrupted
     assert [line["variant"] for line in read_lines(folder.failures_path)] == ["b"]
 
 
 def test_the_third_signal_kills_what_does_not_hear(folder, sweep):
     press_when_ready(folder, "a", "b")
     watcher = Impatient(presses=3)
-    outcome = sweep(watcher, a=DEAF, b=DEAF)
+    failures, interrupted = sweep(watcher, a=DEAF, b=DEAF)
     assert watcher.messages == list(STOPPING)
     assert watcher.ends == [("a seed 0", "stopped"), ("b seed 0", "stopped")]
-    assert outcome == SweepOutcome(failures=(), interrupted=True)
+    assert (failures, interrupted) == ([], True)
 
 
 def test_an_error_of_the_sweep_stops_its_runs_and_signals_still_count(folder, sweep):

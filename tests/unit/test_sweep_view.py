@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from popo_lite.tools.sweep.view import SweepView
+from popo_lite.tools.sweep.runner import SweepView
 
 
 def watched(*, terminal: bool) -> str:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from popo_lite.tools.sweep.folder import SweepRun
-
-FAILED = 1
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 1, 130
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 RATE = click.FloatRange(0, 1, min_open=True)
@@ -28,16 +24,8 @@ RATE = click.FloatRange(0, 1, min_open=True)
 @click.option("--ignore-plan", is_flag=True, help="Start runs even if the memory plan says that they do not fit.")
 @click.option("--dry-run", is_flag=True, help="Check every recipe and list the runs; start nothing.")
 @click.option("as_json", "--json", is_flag=True, help="Print only the results, as JSON, at the end.")
-def sweep(
-    sweep_file: str,
-    output: Path | None,
-    seeds: str | None,
-    overrides: tuple[str, ...],
-    jobs: int,
-    ignore_plan: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tuple[str, ...], jobs: int,
+          ignore_plan: bool, dry_run: bool, as_json: bool) -> None:  # fmt: skip
     """Train every variant of SWEEP with every seed: a TOML file, or the name of a shipped sweep.
 
     The same command continues a stopped sweep: finished runs are kept, an unfinished one is resumed, a failed one
@@ -46,43 +34,49 @@ def sweep(
 
     A run that fails does not end the others; the exit code is 1 then. See docs/experiments.md.
     """
-    from popo_lite.tools.sweep.file import load_sweep
+    from popo_lite.tools.console.output import table
+    from popo_lite.tools.console.words import share
+    from popo_lite.tools.sweep.file import as_options, load_sweep
     from popo_lite.tools.sweep.folder import SweepFolder, locked, refuse_other_sweep
+    from popo_lite.tools.sweep.runner import SweepView, execute
 
     requested = load_sweep(sweep_file, overrides, seeds)
-    folder = SweepFolder(
-        output if output is not None else Path(requested.base.output.dir).expanduser() / requested.name
-    )
+    folder = SweepFolder(output or Path(requested.base.output.dir).expanduser() / requested.name)
     refuse_other_sweep(folder, requested)
     runs = folder.runs(requested)
     if dry_run:
-        _list_runs(runs, as_json=as_json)
+        listed: list[dict[str, Any]] = [
+            {"variant": run.variant.name, "seed": run.seed, "state": run.state, "overrides": run.variant.overrides,
+             "run": str(run.folder.path)} for run in runs]  # fmt: skip
+        if as_json:
+            click.echo(json.dumps({"runs": listed}))
+            return
+        told = [list({**run, "overrides": " ".join(as_options(run["overrides"]))}.values()) for run in listed]
+        table(f"{len(runs)} runs", ("variant", "seed", "state", "differs in", "folder"), told)
         return
-
-    from popo_lite.tools.console.output import table
-    from popo_lite.tools.sweep.runner import execute
-    from popo_lite.tools.sweep.view import SweepView
-
     with locked(folder) as lock:
         refuse_other_sweep(folder, requested)  # again: another may have started here meanwhile
         folder.start_files(requested)
-        with SweepView(len(runs), sum(run.finished for run in runs)) as view:
+        with SweepView(len(runs), sum(run.state == "finished" for run in runs)) as view:
             try:
-                outcome = execute(folder, runs, jobs=jobs, lock=lock, watcher=view, ignore_plan=ignore_plan)
+                failures, interrupted = execute(
+                    folder, runs, jobs=jobs, lock=lock, watcher=view, ignore_plan=ignore_plan
+                )
             finally:
                 results = folder.write_results(runs)
-    options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--ignore-plan"] if ignore_plan else [])]
-    same_command = shlex.join(["popo-lite", "sweep", str(folder.sweep_path), "--output", str(folder.path), *options])
     if as_json:
-        click.echo(json.dumps({"folder": str(folder.path), "results": results, "failures": outcome.failures}))
+        click.echo(json.dumps({"folder": str(folder.path), "results": results, "failures": failures}))
     elif results:
-        rows = [_result_row(line) for line in results]
+        rows = [(line["variant"], line["seed"], share(line["pass_at_1"]), f"{line['trained_tokens']:,}",
+                 f"{line['seconds']:.0f}") for line in results]  # fmt: skip
         table("Finished runs", ("variant", "seed", "pass@1", "trained tokens", "seconds"), rows)
-    if failures := outcome.failures:
+    if failures:
         click.echo(f"{len(failures)} of {len(runs)} runs failed:", err=True)
     for each in failures:
         click.echo(f"  {each['variant']} seed {each['seed']}: {each['message']}\n    {each['log']}", err=True)
-    if outcome.interrupted:
+    options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--ignore-plan"] if ignore_plan else [])]
+    same_command = shlex.join(["popo-lite", "sweep", str(folder.sweep_path), "--output", str(folder.path), *options])
+    if interrupted:
         click.echo(f"stopped with {len(results)} of {len(runs)} runs done. To continue:\n  {same_command}", err=as_json)
         raise SystemExit(INTERRUPTED)
     if failures:
@@ -91,38 +85,10 @@ def sweep(
     click.echo(f"Next\n  popo-lite compare {shlex.quote(str(folder.path))}", err=as_json)
 
 
-def _result_row(line: dict[str, Any]) -> tuple[str, ...]:
-    rate = "-" if line["pass_at_1"] is None else f"{line['pass_at_1']:.1%}"
-    return line["variant"], str(line["seed"]), rate, f"{line['trained_tokens']:,}", f"{line['seconds']:.0f}"
-
-
-def _list_runs(runs: list[SweepRun], *, as_json: bool) -> None:
-    listed: list[dict[str, Any]] = [
-        {
-            "variant": run.variant.name,
-            "seed": run.seed,
-            "overrides": dict(run.variant.overrides),
-            "state": "finished" if run.finished else "unfinished" if run.begun else "new",
-            "run": str(run.folder.path),
-        }
-        for run in runs
-    ]
-    if as_json:
-        click.echo(json.dumps({"runs": listed}))
-        return
-    from popo_lite.tools.console.output import table
-    from popo_lite.tools.sweep.file import as_options
-
-    rows = [(row["variant"], row["seed"], row["state"], " ".join(as_options(row["overrides"])), row["run"])
-            for row in listed]  # fmt: skip
-    table(f"{len(runs)} runs", ("variant", "seed", "state", "differs in", "folder"), rows)
-
-
 @click.command(short_help="Compare runs and sweeps.")
 @click.argument("sources", metavar="RUN_OR_SWEEP...", nargs=-1, required=True, type=FOLDER)
-@click.option(
-    "--output", type=PATH, help="Folder for the page; default <SWEEP>/comparison for one sweep, else comparison."
-)
+@click.option("--output", type=PATH, help="Folder for the page; default <SWEEP>/comparison for one sweep, else "
+              "comparison.")  # fmt: skip
 @click.option("--reach", type=RATE, default=0.8, show_default=True, help="Pass rate up to which costs are counted.")
 @click.option("as_json", "--json", is_flag=True, help="Print only the figures, as JSON.")
 def compare(sources: tuple[Path, ...], output: Path | None, reach: float, as_json: bool) -> None:
@@ -137,21 +103,20 @@ def compare(sources: tuple[Path, ...], output: Path | None, reach: float, as_jso
     from popo_lite.run_folder import write_atomically
     from popo_lite.tools.sweep.compare import compare as compare_sources
     from popo_lite.tools.sweep.folder import SweepFolder, writing
-    from popo_lite.tools.sweep.plots import write_png
-    from popo_lite.tools.sweep.report import html_page, print_report
+    from popo_lite.tools.sweep.report import draw, html_page, print_report
 
     comparison = compare_sources(sources, reach=reach)
-    if output is None:
-        is_sweep = len(sources) == 1 and SweepFolder(sources[0]).sweep_path.is_file()
-        output = (sources[0] if is_sweep else Path()) / "comparison"
+    is_sweep = len(sources) == 1 and SweepFolder(sources[0]).sweep_path.is_file()
+    output = output or (sources[0] if is_sweep else Path()) / "comparison"
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "comparison.json", json.dumps(comparison) + "\n")
-        write_png(comparison, output / "comparison.png")
+        draw(comparison).savefig(output / "comparison.png")
         write_atomically(output / "comparison.html", html_page(comparison, (output / "comparison.png").read_bytes()))
     if as_json:
-        without_curves = [{key: group[key] for key in group if key != "curves"} for group in comparison["groups"]]
-        click.echo(json.dumps({**comparison, "groups": without_curves}))
+        for group in comparison["groups"]:
+            del group["curves"]
+        click.echo(json.dumps(comparison))
         return
     print_report(comparison)
     click.echo(f"Page of plots\n  {output / 'comparison.html'}\n  {output / 'comparison.png'}")

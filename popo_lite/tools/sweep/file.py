@@ -5,22 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from popo_lite.errors import RecipeError, nearest
 from popo_lite.recipe import Recipe
-from popo_lite.recipe_file import (
-    SECTIONS,
-    SWEEPS,
-    find_recipe,
-    flatten,
-    load_recipe,
-    read_toml,
-    shipped_folder,
-    to_toml,
-)
+from popo_lite.recipe_file import SECTIONS, SWEEPS, find_recipe, load_recipe, read_toml, shipped_folder, to_toml
 
 KEYS = ("recipe", "seeds", "set", "variants", "over")
 SEED = "train.seed"
@@ -32,8 +23,7 @@ LONGEST_NAME = 200
 HELP = "see docs/experiments.md for the form of the file"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
+class Variant(NamedTuple):
     """A recipe under a name. `overrides` maps `section.key` to what differs from the sweep's base."""
 
     name: str
@@ -41,67 +31,56 @@ class Variant:
     recipe: Recipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
+class Sweep(NamedTuple):
     """All variants and seeds. `base` is the recipe at `base_path` with the settings `shared` by all variants."""
 
     name: str
     base_path: Path
     shared: Mapping[str, Any]
     base: Recipe
-    seeds: tuple[int, ...]
-    variants: tuple[Variant, ...]
+    seeds: Sequence[int]
+    variants: Sequence[Variant]
 
 
 def load_sweep(source: str | Path, overrides: Sequence[str] = (), seeds: str | None = None) -> Sweep:
     """Read the sweep at the path `source`, or the shipped sweep of that name.
 
-    `overrides` have the form of `--set` and change the base, so a variant's own settings win over them. `seeds`,
-    such as "0-4" or "0,3", replaces the file's.
-
-    Raises RecipeError with one line for every error of file, base and variants.
+    `overrides` have the form of `--set` and change the base, so a variant's own settings win over them. `seeds`, such
+    as "0-4" or "0,3", replaces the file's. Raises RecipeError with one line for every error of file, base and variants.
     """
     path = find_sweep(source)
     written = read_toml(path, str(source))
     errors: list[str] = []
     for key in written.keys() - set(KEYS):
-        guess = nearest(key, KEYS)
-        hint = f"did you mean {guess}?" if guess else f"there are {', '.join(KEYS)}"
+        hint = f"did you mean {guess}?" if (guess := nearest(key, KEYS)) else f"there are {', '.join(KEYS)}"
         errors.append(f"{source}: {key}: unknown key; {hint}")
     shared = _flat(written.get("set", {}), f"{source}: [set]", errors)
     named = _named_variants(written, source, errors)
-    chosen_seeds = _seeds(written.get("seeds", [0]), f"{source}: seeds", errors)
-    if seeds is not None:
-        chosen_seeds = _seeds(seeds, "--seeds", errors)
+    own_seeds = _seeds(written.get("seeds", [0]), f"{source}: seeds", errors)
+    chosen_seeds = own_seeds if seeds is None else _seeds(seeds, "--seeds", errors)
     overridden = [override.partition("=")[0].strip() for override in overrides]
     if SEED in overridden:
         errors.append(f"--set {SEED}: the sweep sets it; give --seeds")
-    recipe = written.get("recipe")
-    if not isinstance(recipe, str):
+    recipe, base, variants = written.get("recipe"), None, []
+    if isinstance(recipe, str):
+        # Relative to the sweep file, so that the sweep means the same in every working folder.
+        base_path = find_recipe(path.parent / recipe if recipe.endswith(".toml") else recipe)
+        base = _load(base_path, as_options(shared), f"{source}: [set] ", errors)
+        if base is not None and overrides:
+            base = _load(base_path, (*as_options(shared), *overrides), "--set ", errors)
+    else:
         errors.append(f"{source}: recipe: must name the base recipe, a shipped one or a path ending in .toml")
-        raise _refused(errors)
-
-    # Relative to the sweep file, so that the sweep means the same in every working folder.
-    base_path = find_recipe(path.parent / recipe if recipe.endswith(".toml") else recipe)
-    base = _load(base_path, as_options(shared), f"{source}: [set] ", errors)
-    if base is not None and overrides:
-        base = _load(base_path, (*as_options(shared), *overrides), "--set ", errors)
-    if base is None:
-        raise _refused(errors)
-    resolved = flatten(base)
-    shared |= {key: resolved[key] for key in overridden}
-    variants = []
-    for name, changes in named.items():
-        place = f"{source}: variant {name}: "
-        # From the file and not from `base`: defaults that depend on other settings are resolved per variant.
-        variant = _load(base_path, as_options(shared | changes), place, errors, owner=place)
-        if variant is not None:
-            variants.append(Variant(name=name, overrides=changes, recipe=variant))
-    if errors:
-        raise _refused(errors)
-    return Sweep(
-        name=path.stem, base_path=base_path, shared=shared, base=base, seeds=chosen_seeds, variants=tuple(variants)
-    )
+    if base is not None:
+        shared |= {key: attrgetter(key)(base) for key in overridden}
+        for name, changes in named.items():
+            place = f"{source}: variant {name}: "
+            # From the file and not from `base`: defaults that depend on other settings are resolved per variant.
+            if variant := _load(base_path, as_options(shared | changes), place, errors, owner=place):
+                variants.append(Variant(name, changes, variant))
+    if errors or base is None:
+        next_step = f"{HELP}, and `popo-lite recipe show` for the keys"
+        raise RecipeError("\n".join(dict.fromkeys(errors)), next_step=next_step)
+    return Sweep(path.stem, base_path, shared, base, chosen_seeds, variants)
 
 
 def shipped_sweeps() -> dict[str, Path]:
@@ -139,18 +118,14 @@ def as_options(settings: Mapping[str, Any]) -> tuple[str, ...]:
 def named_values(settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """Return `key=value` of each of `keys`; with the section if two of them end alike."""
     ends = [key.rpartition(".")[2] for key in keys]
-    values = [settings.get(key) for key in keys]
-    shown = ["unset" if value is None else value if isinstance(value, str) else to_toml(value) for value in values]
-    return [
-        f"{end if ends.count(end) == 1 else key}={value}" for key, end, value in zip(keys, ends, shown, strict=True)
-    ]
+    names = [end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)]
+    values = [settings.get(key, "unset") for key in keys]
+    shown = [value if isinstance(value, str) else to_toml(value) for value in values]
+    return [f"{name}={value}" for name, value in zip(names, shown, strict=True)]
 
 
 def _load(path: Path, options: Sequence[str], place: str, errors: list[str], *, owner: str = "") -> Recipe | None:
-    """Load the recipe at `path`, or add its errors to `errors`.
-
-    Errors of options are reported as errors of `place`; `owner` is put in front of the others.
-    """
+    """Load the recipe at `path`, or add its errors: those of options as errors of `place`, others behind `owner`."""
     try:
         return load_recipe(path, options)
     except RecipeError as error:
@@ -160,32 +135,24 @@ def _load(path: Path, options: Sequence[str], place: str, errors: list[str], *, 
         return None
 
 
-def _refused(errors: Sequence[str]) -> RecipeError:
-    next_step = f"{HELP}, and `popo-lite recipe show` for the keys"
-    return RecipeError("\n".join(dict.fromkeys(errors)), next_step=next_step)
-
-
 def _flat(table: Any, place: str, errors: list[str]) -> dict[str, Any]:
     """Return `section.key` -> value of settings written with dotted keys, quoted or not, or in subtables."""
     if not isinstance(table, dict):
         errors.append(f"{place}: must be a table of recipe keys")
         return {}
     flat: dict[str, Any] = {}
-
-    def visit(settings: Mapping[str, Any], prefix: str) -> None:
-        for key, value in settings.items():
-            name = prefix + key
-            # A table at the top is visited even if no section has its name: load_recipe reports its keys.
-            if isinstance(value, dict) and (name in SECTIONS or "." not in name):
-                visit(value, f"{name}.")
-            elif "." not in name:
-                errors.append(f"{place}: {key}: must be a recipe key, section.key = value")
-            elif name in flat:
-                errors.append(f"{place}: {name}: is there twice, with and without quotes")
-            else:
-                flat[name] = value
-
-    visit(table, "")
+    pending = list(table.items())
+    while pending:
+        name, value = pending.pop(0)
+        # A table at the top is entered even if no section has its name: load_recipe reports its keys.
+        if isinstance(value, dict) and (name in SECTIONS or "." not in name):
+            pending = [*((f"{name}.{key}", nested) for key, nested in value.items()), *pending]
+        elif "." not in name:
+            errors.append(f"{place}: {name}: must be a recipe key, section.key = value")
+        elif name in flat:
+            errors.append(f"{place}: {name}: is there twice, with and without quotes")
+        else:
+            flat[name] = value
     if SEED in flat:
         errors.append(f"{place}: {SEED}: the sweep sets it; write seeds = [...] at the top of the file")
     return flat
@@ -193,8 +160,7 @@ def _flat(table: Any, place: str, errors: list[str]) -> dict[str, Any]:
 
 def _named_variants(written: Mapping[str, Any], source: str | Path, errors: list[str]) -> dict[str, dict[str, Any]]:
     """Return name -> overrides: each of `variants` with each point of the grid `over`."""
-    tables = written.get("variants", {})
-    if not isinstance(tables, dict):
+    if not isinstance(tables := written.get("variants", {}), dict):
         errors.append(f"{source}: variants: must be tables, [variants.name]")
         tables = {}
     variants = {name: _flat(table, f"{source}: variant {name}", errors) for name, table in tables.items()}

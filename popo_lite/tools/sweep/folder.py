@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 
@@ -20,39 +19,28 @@ from popo_lite.recipe_file import flatten
 from popo_lite.run_folder import RunFolder, is_leftover, keep_lines, may_change_on_resume, write_atomically
 from popo_lite.tools.sweep.file import SEED, Sweep, Variant, dump_sweep, load_sweep
 
-RECIPE = "recipe.toml"
 MOST_CHANGES = 8
 """Differences that are listed when another sweep is refused."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class SweepRun:
-    """One variant with one seed. `settings` is what it sets over the base recipe: shared settings and its own."""
+    """One variant with one seed. `settings` is what it sets over the base recipe: shared settings and its own.
 
-    variant: Variant
-    seed: int
-    settings: Mapping[str, Any]
-    folder: RunFolder
+    `log_path` is for everything the run prints; it is beside the run's folder, which belongs to the run.
+    """
 
-    @property
-    def name(self) -> str:
-        """Return the name shown to users."""
-        return f"{self.variant.name} seed {self.seed}"
-
-    @property
-    def log_path(self) -> Path:
-        """Return the file for everything the run prints; beside its folder, which belongs to the run."""
-        return self.folder.path.with_name(f"{self.folder.path.name}.log")
+    def __init__(self, sweep_path: Path, variant: Variant, seed: int, shared: Mapping[str, Any]) -> None:
+        self.variant, self.seed, self.settings = variant, seed, {**shared, **variant.overrides}
+        self.name = f"{variant.name} seed {seed}"
+        self.folder = RunFolder(sweep_path / variant.name / f"seed-{seed}")
+        self.log_path = sweep_path / variant.name / f"seed-{seed}.log"
 
     @property
-    def finished(self) -> bool:
-        """Return True if the run has ended."""
-        return self.folder.summary_path.is_file()
-
-    @property
-    def begun(self) -> bool:
-        """Return True if there is something to resume."""
-        return self.folder.recipe_path.is_file() and not self.finished
+    def state(self) -> Literal["finished", "unfinished", "new"]:
+        """Return "finished" if the run has ended, "unfinished" if there is something to resume."""
+        if self.folder.summary_path.is_file():
+            return "finished"
+        return "unfinished" if self.folder.recipe_path.is_file() else "new"
 
     @property
     def steps_saved(self) -> int:
@@ -64,16 +52,13 @@ class SweepRun:
         summary = json.loads(self.folder.summary_path.read_text(encoding="utf-8"))
         before, after = summary["before"] or {}, summary["after"] or {}
         return {
-            "variant": self.variant.name,
-            "seed": self.seed,
-            "overrides": dict(self.variant.overrides),
+            "variant": self.variant.name, "seed": self.seed, "overrides": self.variant.overrides,
             "run": f"{self.variant.name}/{self.folder.path.name}",
-            "steps": summary["steps"],
-            "pass_at_1_before": before.get("pass_at_1"),
+            "steps": summary["steps"], "pass_at_1_before": before.get("pass_at_1"),
             **{key: after.get(key) for key in ("pass_at_1", "pass_at_k", "completion_tokens_mean")},
             **{key: summary[key] for key in ("rollouts", "rollout_tokens", "trained_tokens", "peak_memory_bytes")},
             "seconds": summary["seconds"]["total"],
-        }
+        }  # fmt: skip
 
 
 class SweepFolder:
@@ -81,24 +66,13 @@ class SweepFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.sweep_path = path / "sweep.toml"
-        self.recipe_path = path / RECIPE
-        self.results_path = path / "results.jsonl"
-        self.failures_path = path / "failures.jsonl"
+        self.sweep_path, self.recipe_path = path / "sweep.toml", path / "recipe.toml"
+        self.results_path, self.failures_path = path / "results.jsonl", path / "failures.jsonl"
         self.lock_path = path / ".lock"
 
     def runs(self, sweep: Sweep) -> list[SweepRun]:
         """Return every run of the sweep: all variants with the first seed, then with the next."""
-        return [
-            SweepRun(
-                variant=variant,
-                seed=seed,
-                settings={**sweep.shared, **variant.overrides},
-                folder=RunFolder(self.path / variant.name / f"seed-{seed}"),
-            )
-            for seed in sweep.seeds
-            for variant in sweep.variants
-        ]
+        return [SweepRun(self.path, each, seed, sweep.shared) for seed in sweep.seeds for each in sweep.variants]
 
     def start_files(self, sweep: Sweep) -> None:
         """Write recipe.toml and sweep.toml."""
@@ -106,11 +80,11 @@ class SweepFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.recipe_path, base)
-            write_atomically(self.sweep_path, dump_sweep(sweep, RECIPE))
+            write_atomically(self.sweep_path, dump_sweep(sweep, self.recipe_path.name))
 
     def write_results(self, runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
         """Replace results.jsonl and return its lines."""
-        lines = [run.result() for run in runs if run.finished]
+        lines = [run.result() for run in runs if run.state == "finished"]
         with writing(self.results_path):
             write_atomically(self.results_path, "".join(json.dumps(line) + "\n" for line in lines))
         return lines
@@ -152,42 +126,33 @@ def refuse_other_sweep(folder: SweepFolder, sweep: Sweep) -> None:
 
     Variants and seeds may be added; settings of speed and bookkeeping may change.
     """
-    if not folder.sweep_path.is_file():
-        if folder.path.exists() and (not folder.path.is_dir() or _holds_something_else(folder)):
+    if folder.sweep_path.is_file():
+        changes = list(_changes(load_sweep(folder.sweep_path), sweep))
+        if changes:
+            more = [f"... and {len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
+            told = ["the sweep differs from the one that was started here:", *changes[:MOST_CHANGES], *more]
+            next_step = ("name another folder with --output, or continue the old sweep with "
+                         f"popo-lite sweep {folder.sweep_path} --output {folder.path}")  # fmt: skip
+            raise UserInputError("\n".join(told), where=str(folder.sweep_path), next_step=next_step)
+    elif folder.path.exists():
+        # A sweep killed before it wrote sweep.toml leaves these. The lock is created first, so a recipe.toml without
+        # it belongs to the user.
+        own = {folder.lock_path, folder.recipe_path} if folder.lock_path.is_file() else set()
+        if not folder.path.is_dir() or {path for path in folder.path.iterdir() if not is_leftover(path)} - own:
             what = "the folder is not empty and holds no sweep"
             raise UserInputError(what, where=f"--output {folder.path}", next_step="name another folder")
-        return
-    changes = list(_changes(load_sweep(folder.sweep_path), sweep))
-    if changes:
-        more = f"\n... and {len(changes) - MOST_CHANGES} more" if len(changes) > MOST_CHANGES else ""
-        raise UserInputError(
-            "the sweep differs from the one that was started here:\n" + "\n".join(changes[:MOST_CHANGES]) + more,
-            where=str(folder.sweep_path),
-            next_step="name another folder with --output, or continue the old sweep with "
-            f"popo-lite sweep {folder.sweep_path} --output {folder.path}",
-        )
-
-
-def _holds_something_else(folder: SweepFolder) -> bool:
-    """Return True if there is more than the files of a sweep killed before it wrote its sweep.toml.
-
-    The lock is created first, so a recipe.toml without it belongs to the user.
-    """
-    names = {path.name for path in folder.path.iterdir() if not is_leftover(path)}
-    return not names <= ({folder.lock_path.name, RECIPE} if folder.lock_path.is_file() else set())
 
 
 def _changes(before: Sweep, now: Sweep) -> Iterator[str]:
     """Yield one line for every difference that would change the runs asked for before."""
     if gone := [seed for seed in before.seeds if seed not in now.seeds]:
         yield f"seeds: {', '.join(map(str, gone))} gone"
-    variants = {variant.name: variant for variant in now.variants}
+    variants = {variant.name: variant.recipe for variant in now.variants}
     for old in before.variants:
-        new = variants.get(old.name)
-        if new is None:
+        if old.name not in variants:
             yield f"variant {old.name}: gone"
             continue
-        was, now_is = flatten(old.recipe), flatten(new.recipe)
-        for key in sorted((was.keys() | now_is.keys()) - may_change_on_resume(new.recipe) - {SEED}):
+        was, now_is = flatten(old.recipe), flatten(variants[old.name])
+        for key in sorted((was.keys() | now_is.keys()) - may_change_on_resume(variants[old.name]) - {SEED}):
             if was.get(key) != now_is.get(key):
                 yield f"variant {old.name}: {key} was {was.get(key)!r} and is {now_is.get(key)!r}"

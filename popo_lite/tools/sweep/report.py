@@ -1,11 +1,15 @@
-"""Report a comparison of runs: tables on the terminal, and one HTML file that needs nothing else."""
+"""Report a comparison (`popo_lite.tools.sweep.compare.compare`): tables, plots, and one HTML file with both.
+
+matplotlib is imported inside functions: no other command should wait for it.
+"""
 
 from __future__ import annotations
 
 import base64
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 from rich.console import Console
@@ -14,17 +18,36 @@ from rich.text import Text
 from popo_lite.metrics import METRICS
 from popo_lite.tools.console.output import open_console, safe, table
 from popo_lite.tools.console.words import ABSENT
-from popo_lite.tools.sweep import plots
+from popo_lite.tools.sweep.compare import CURVES
 
-SCALES: Mapping[str, tuple[str, float, int]] = {
-    "ratio": (" %", 100, 1),
-    "nats": (" nats", 1, 3),
-    "tokens": ("", 1, 1),
-    "number": ("", 1, 3),
-    "total": (", k", 1e-3, 1),
-    "seconds": ("", 1, 1),
-}
-"""Unit of a metric, or `total` for tokens summed over steps -> suffix of the heading, factor, decimals."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+"""Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow."""
+DASHES = {"solid": "solid", "dashed": (0, (5, 2)), "dotted": (0, (1.5, 1.5))}
+"""Line styles by their names in CSS: groups beyond the seventh reuse the colours with the next style."""
+WIDTH_INCHES, DOTS_PER_INCH = 12.0, 150
+STYLE: Any = {
+    "font.family": "DejaVu Sans", "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#DDDDDD", "text.parse_math": False,  # a variant's name is not a formula
+}  # fmt: skip
+UNITS = {"ratio": (" %", "%", 100, 1), "nats": (" nats", "nats", 1, 3), "tokens": ("", "tokens", 1, 1),
+         "number": ("", "", 1, 3), "seconds": ("", "seconds", 1, 1),
+         "total": (", k", "thousand tokens", 1e-3, 1)}  # fmt: skip
+"""Unit of a metric, or `total` for tokens summed over steps -> suffix of headings, unit of axes, factor, decimals."""
+DECIMALS = {"unique_answers_mean": 2, "effective_sample_ratio": 2}
+"""Figures that have other decimals than their unit."""
+OTHERS = {"held_out_tokens": ("mean tokens", "tokens"), "trained_ratio": ("of all", "ratio"),
+          "sampled_entropy_over_start": ("sampled entropy of start", "ratio"),
+          "reach_steps": ("steps", "tokens")}  # fmt: skip
+"""Figures that are no metrics -> label and unit; a metric's are in METRICS."""
+TRAINING = ("pass_rate", "completion_tokens_mean", "unique_answers_mean", "sampled_entropy",
+            "sampled_entropy_over_start", "entropy", "effective_sample_ratio", "siamese_drift")  # fmt: skip
+COST = ("rollout_tokens", "trained_tokens", "trained_ratio", "seconds")
+REACH = ("reach_steps", "reach_seconds", "reach_rollout_tokens", "reach_trained_tokens")
 
 
 class Table(NamedTuple):
@@ -35,51 +58,8 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-class Column(NamedTuple):
-    """A figure of the comparison, its heading with the unit, and the factor and decimals of that unit."""
-
-    key: str
-    heading: str
-    scale: float
-    decimals: int
-
-
-def column(key: str, label: str = "", unit: str = "", decimals: int | None = None) -> Column:
-    """Return the column of a figure, by default with label and unit of the metric with that name."""
-    suffix, scale, usual = SCALES[unit or METRICS[key].unit]
-    return Column(key, (label or METRICS[key].label) + suffix, scale, usual if decimals is None else decimals)
-
-
-_HELD_OUT_TOKENS = column("held_out_tokens", METRICS["completion_tokens_mean"].label, "tokens")
-_TRAINING = (
-    column("pass_rate"),
-    column("completion_tokens_mean"),
-    column("unique_answers_mean", decimals=2),
-    column("sampled_entropy"),
-    column(
-        "sampled_entropy_over_start",
-        f"{METRICS['sampled_entropy'].label} {METRICS['entropy_over_start'].label}",
-        "ratio",
-    ),
-    column("entropy"),
-    column("effective_sample_ratio", unit="ratio", decimals=2),
-    column("siamese_drift"),
-)
-_COST = (
-    column("rollout_tokens", unit="total"),
-    column("trained_tokens", unit="total"),
-    column("trained_ratio", "of all", "ratio"),
-    column("seconds"),
-)
-_REACH = (
-    column("reach_steps", METRICS["step"].label + "s", "tokens"),
-    *(column(f"reach_{key}", METRICS[key].label, unit) for key, unit in
-      (("seconds", "seconds"), ("rollout_tokens", "total"), ("trained_tokens", "total"))),
-)  # fmt: skip
-
-
 def print_report(comparison: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the tables of a comparison (`popo_lite.tools.sweep.compare.compare`)."""
+    """Print the tables of a comparison."""
     console = console if console is not None else open_console(sys.stdout)
     for each in tables(comparison):
         table(*each, console)
@@ -90,16 +70,12 @@ def print_report(comparison: Mapping[str, Any], console: Console | None = None) 
 def html_page(comparison: Mapping[str, Any], png: bytes) -> str:
     """Return plots and tables as one HTML file with the image inside it, without network or script."""
     names = [group["name"] for group in comparison["groups"]]
-    lines = {name: f"border-top: .2em {plots.dash(index)} {plots.colour(index)}" for index, name in enumerate(names)}
     return jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE).render(
-        title=f"Comparison of {', '.join(names)}",
-        runs=sum(len(group["runs"]) for group in comparison["groups"]),
-        bands="bands" if plots.has_band(1, len(names)) else f"the band (of {names[0]} alone)",
-        smoothing_steps=comparison["smoothing_steps"],
-        image=base64.b64encode(png).decode("ascii"),
-        tables=tables(comparison),
-        lines=lines,
-        notes=_notes(comparison),
+        title=f"Comparison of {', '.join(names)}", runs=sum(len(group["runs"]) for group in comparison["groups"]),
+        bands="bands" if _has_band(1, len(names)) else f"the band (of {names[0]} alone)",
+        lines={name: f"border-top: .2em {_dash(index)} {colour(index)}" for index, name in enumerate(names)},
+        smoothing_steps=comparison["smoothing_steps"], image=base64.b64encode(png).decode("ascii"),
+        tables=tables(comparison), notes=_notes(comparison),
     )  # fmt: skip
 
 
@@ -107,92 +83,169 @@ def tables(comparison: Mapping[str, Any], shown: Set[str] | None = None) -> Iter
     """Yield the tables of a comparison, with the figures in `shown` or by default with all."""
     groups = comparison["groups"]
 
-    def chosen(columns: Sequence[Column]) -> list[Column]:
-        return [each for each in columns if shown is None or each.key in shown]
+    def built(title: str, keys: Sequence[str], kind: str, few: str, leads: Sequence[str] = (), lead: str = "") -> Table:
+        """Build the table of "figures" or "differences"; `few` is the note at those of some of the runs only."""
+        looks = {key: _look(key) for key in keys if shown is None or key in shown}
+        rows = [[group["name"], *leads[index : index + 1]] for index, group in enumerate(groups)]
+        for row, group in zip(rows, groups, strict=True):
+            runs, sign = len(group["runs"]), "+" if kind == "differences" else ""
+            for key, (*_, factor, decimals) in looks.items():
+                found = group[kind].get(key)
+                note = few.format(found["count"], runs) if found and found["count"] < runs else ""
+                row.append(cell(found, factor, decimals, sign=sign) + note)
+        headings = [label + suffix for label, suffix, *_ in looks.values()]
+        return Table(title, ["variant", lead, *headings] if lead else ["variant", *headings], rows)
 
-    ks = sorted({int(key[8:]) for group in groups for key in group["figures"] if key.startswith("pass_at_")})
-    final = [*(column(f"pass_at_{k}", f"pass@{k}", "ratio") for k in ks), _HELD_OUT_TOKENS]
-    for title, columns in (
-        ("Held-out problems, at the end", chosen(final)),
-        ("Training, last tenth of the steps", chosen(_TRAINING)),
-        ("Cost of the training steps", chosen(_COST)),
-    ):
-        rows = [(group["name"], str(len(group["runs"])), *_cells(group, "figures", columns, " (n = {})"))
-                for group in groups]  # fmt: skip
-        yield Table(title, ("variant", "runs", *(each.heading for each in columns)), rows)
-    columns, rows = chosen(_REACH), []
-    for group in groups:
-        values = group["values"]["reach_steps"]
-        reached = sum(value is not None for value in values)
-        status = f"{reached} of {len(values)}" if reached else "not reached"
-        rows.append((group["name"], status, *_cells(group, "figures", columns, "")))
-    title = f"To a training pass rate of {plots.percent(comparison['reach'])}"
-    yield Table(title, ("variant", "reached", *(each.heading for each in columns)), rows)
+    rates = {key for group in groups for key in group["figures"] if key.startswith("pass_at_")}
+    final = (*sorted(rates, key=lambda key: int(key[8:])), "held_out_tokens")
+    counts = [str(len(group["runs"])) for group in groups]
+    yield built("Held-out problems, at the end", final, "figures", " (n = {})", counts, "runs")
+    yield built("Training, last tenth of the steps", TRAINING, "figures", " (n = {})", counts, "runs")
+    yield built("Cost of the training steps", COST, "figures", " (n = {})", counts, "runs")
+    reached = [sum(value is not None for value in group["values"]["reach_steps"]) for group in groups]
+    states = [f"{n} of {count}" if n else "not reached" for n, count in zip(reached, counts, strict=True)]
+    yield built(f"To a training pass rate of {comparison['reach'] * 100:g}%", REACH, "figures", "", states, "reached")
     if len(groups) > 1:
-        columns = chosen((*final, *_TRAINING[2:4], *_COST[1:]))
-        paired = " ({} of {} paired)"
-        rows = [(group["name"], *_cells(group, "differences", columns, paired, "+")) for group in groups[1:]]
-        headings = ("variant", *(each.heading for each in columns))
-        yield Table(f"Difference from {groups[0]['name']}, paired by seed", headings, rows)
+        keys = (*final, *TRAINING[2:4], *COST[1:])
+        each = built(f"Difference from {groups[0]['name']}, paired by seed", keys, "differences", " ({} of {} paired)")
+        yield each._replace(rows=each.rows[1:])
 
 
 def cell(estimate: Mapping[str, Any] | None, scale: float = 1, decimals: int = 2, *, sign: str = "") -> str:
     """Return `83.4 [81.2, 85.6]`, or the mean alone if it has no interval."""
     if estimate is None:
         return ABSENT
-    mean, low, high = (
-        "" if estimate[name] is None else format(estimate[name] * scale, f"{sign},.{decimals}f")
-        for name in ("mean", "low", "high")
-    )
-    return f"{mean} [{low}, {high}]" if low else mean
+    parts = [estimate[name] for name in ("mean", "low", "high") if estimate[name] is not None]
+    mean, *interval = [format(value * scale, f"{sign},.{decimals}f") for value in parts]
+    return f"{mean} [{', '.join(interval)}]" if interval else mean
 
 
-def _cells(group: Mapping[str, Any], kind: str, columns: Sequence[Column], fewer: str, sign: str = "") -> Iterator[str]:
-    """Yield the cells of "figures" or "differences", with the text `fewer` if they are of some of the runs only."""
-    runs = len(group["runs"])
-    for each in columns:
-        found = group[kind].get(each.key)
-        suffix = fewer.format(found["count"], runs) if found and found["count"] < runs else ""
-        yield cell(found, each.scale, each.decimals, sign=sign) + suffix
+def _look(key: str) -> tuple[str, str, str, float, int]:
+    """Return a figure's label, suffix of its heading, unit of its axis, factor to that unit, and decimals."""
+    metric = METRICS.get(key.removeprefix("reach_"))
+    if key.startswith("pass_at_"):
+        label, unit = f"pass@{key[8:]}", "ratio"
+    elif metric is None or key in OTHERS:
+        label, unit = OTHERS[key]
+    else:
+        label, unit = metric.label, "total" if key.endswith(("rollout_tokens", "trained_tokens")) else metric.unit
+    suffix, axis, factor, decimals = UNITS[unit]
+    return label, suffix, axis, factor, DECIMALS.get(key, decimals)
 
 
 def _notes(comparison: Mapping[str, Any]) -> Iterator[str]:
-    yield (
-        "[low, high]: 95 % interval; Student's t over the seeds of a variant, clipped to the possible range, Wilson's "
-        "over problems for pass@1 of a single run. There is none if all seeds agree: that does not make a mean "
-        "certain. (n = 2): only two of the runs have the figure, and only they are averaged."
-    )
-    yield (
-        f"A pass rate is reached when the mean of {comparison['smoothing_steps']} steps is. If only some runs reach "
-        "it, time and tokens are means of those fast runs, without an interval."
-    )
+    yield ("[low, high]: 95 % interval; Student's t over the seeds of a variant, clipped to the possible range, "
+           "Wilson's over problems for pass@1 of a single run. There is none if all seeds agree: that does not make "
+           "a mean certain. (n = 2): only two of the runs have the figure, and only they are averaged.")  # fmt: skip
+    yield (f"A pass rate is reached when the mean of {comparison['smoothing_steps']} steps is. If only some runs reach "
+           "it, time and tokens are means of those fast runs, without an interval.")  # fmt: skip
     if len(comparison["groups"]) > 1:
-        yield (
-            "A difference whose interval excludes 0 is unlikely to be chance, but one interval in twenty does so by "
-            "chance alone."
-        )
+        yield ("A difference whose interval excludes 0 is unlikely to be chance, but one interval in twenty does so by "
+               "chance alone.")  # fmt: skip
     if comparison["left_out"]:
         yield f"Left out: {'; '.join(comparison['left_out'])}."
 
 
+def colour(index: int) -> str:
+    """Return the colour of the group at `index`, the same in all panels."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def _dash(index: int) -> str:
+    return list(DASHES)[index // len(COLOURS) % len(DASHES)]
+
+
+def _has_band(index: int, groups: int) -> bool:
+    return groups <= len(COLOURS) or index == 0  # of many groups, only the first
+
+
+def draw(comparison: Mapping[str, Any]) -> Figure:
+    """Return the plots: six panels of curves, and three of final figures."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
+
+    groups, until = comparison["groups"], f" until {comparison['reach'] * 100:g}%"
+    rows_inches = 0.9 + 0.26 * len(groups)
+    size, layout = (WIDTH_INCHES, 6.6 + rows_inches), ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout=layout, facecolor="white")
+        axes = figure.subplots(3, 3, height_ratios=[2.8, 2.8, rows_inches])
+        for axis, key in zip(axes.flat, (*CURVES, "pass_at_1", "reach_seconds", "reach_trained_tokens"), strict=True):
+            label, _, unit, factor, _ = _look(key)
+            (_draw_curve if key in CURVES else _draw_ends)(axis, key, unit, factor, groups)
+            axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True) if key in CURVES else MaxNLocator(6))
+            title = "Held-out pass@1 at the end" if key == "pass_at_1" else label.capitalize()
+            axis.set_title(title + until if key.startswith("reach_") else title)
+        for axis in axes[2][1:]:
+            axis.tick_params(left=False, labelleft=False)
+        for place in range(3):
+            figure.align_ylabels(axes[:2, place])
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(groups), 5), frameon=False,
+                      handlelength=2.6)  # fmt: skip
+    return figure
+
+
+def _draw_curve(axis: Axes, key: str, unit: str, factor: float, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the mean over seeds by step, with its interval as a band."""
+    means: list[float] = []
+    for index, group in enumerate(groups):
+        mean, low, high = ([math.nan if value is None else value * factor for value in group["curves"][key][name]]
+                           for name in ("mean", "low", "high"))  # fmt: skip
+        means += [value for value in mean if not math.isnan(value)]
+        steps = range(1, len(mean) + 1)
+        # The first group, with which the others are compared, lies on top.
+        axis.plot(steps, mean, label=group["name"], color=colour(index), linestyle=DASHES[_dash(index)], linewidth=1.8,
+                  zorder=3 - 0.01 * index)  # fmt: skip
+        if _has_band(index, len(groups)):
+            axis.fill_between(steps, low, high, color=colour(index), alpha=0.12, linewidth=0)
+    if means:
+        # A band much wider than the means, as two seeds give, is clipped, so that it does not flatten them.
+        least, most = min(means), max(means)
+        margin = 0.25 * (most - least) or 0.05 * most or 1.0
+        top = min(most + margin, 100.0 + 0.1 * margin) if unit == "%" else most + margin
+        axis.set_ylim(max(0.0, least - margin), top)
+    else:
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center")
+    axis.set(ylabel=unit, xlabel="step")
+    axis.margins(x=0.01)
+
+
+def _draw_ends(axis: Axes, key: str, unit: str, factor: float, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Draw one row per group: a dot per seed, the mean, and its interval."""
+    for index, group in enumerate(groups):
+        values, found = group["values"].get(key, []), group["figures"].get(key)
+        known = [value * factor for value in values if value is not None]
+        axis.plot(known, [index] * len(known), "o", color=colour(index), alpha=0.35, markersize=5)
+        if found is not None:
+            if found["low"] is not None:
+                interval = [found["low"] * factor, found["high"] * factor]
+                axis.plot(interval, [index, index], color=colour(index), linewidth=2.2, solid_capstyle="butt")
+            mean = found["mean"] * factor
+            axis.plot([mean], [index], "D", color=colour(index), markersize=7, markeredgecolor="white")
+        if key.startswith("reach") and len(known) < len(values):
+            axis.annotate(f"{len(known)} of {len(values)} reached it", (1.0, index), (0, 3), fontsize=8, ha="right",
+                          xycoords=("axes fraction", "data"), textcoords="offset points", va="bottom")  # fmt: skip
+    axis.set_yticks(range(len(groups)), [group["name"] for group in groups])
+    axis.set(xlabel=unit, ylim=(len(groups) - 0.4, -0.6))
+    axis.grid(visible=False, axis="y")
+    axis.margins(x=0.08)
+
+
 _PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
 body { max-width: 1200px; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #222;
        font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
-img { width: 100%; height: auto; }
-.wide { overflow-x: auto; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; } img { width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #ddd; }
-tbody th { font-weight: 600; }
+tbody th { font-weight: 600; } .wide { overflow-x: auto; }
 i { display: inline-block; width: 1.7em; margin-right: .5em; vertical-align: middle; }
-</style>
-</head>
+</style></head>
 <body>
 <h1>{{ title }}</h1>
 <p>{{ runs }} runs. Lines are means over seeds, {{ bands }} 95 % intervals; diamonds are means, bars 95 % intervals,
@@ -201,19 +254,13 @@ dots single runs. Curves of rates, lengths and entropies are trailing means of {
 {% for table in tables %}
 <h2>{{ table.title }}</h2>
 <div class="wide"><table>
-<thead><tr>{% for heading in table.columns %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
-<tbody>
+<thead><tr>{% for heading in table.columns %}<th>{{ heading }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in table.rows %}
 <tr><th><i style="{{ lines[row[0]] }}"></i>{{ row[0] }}</th>
 {% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 {% endfor %}
-<ul>
-{% for note in notes %}
-<li>{{ note }}</li>
-{% endfor %}
-</ul>
-</body>
-</html>
+<ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
+</body></html>
 """
