@@ -66,16 +66,8 @@ def bench(
 
     try:
         cap = None if memory_cap is None else parse_size(memory_cap, "--memory-cap")
-        if pick_device(settings.train.device).type == "cpu" and (memory_cap or longest):
-            what = "only a GPU's memory can be capped, and this runs on a CPU"
-            # The plan predicts on any machine what only a GPU can show.
-            plan = ["popo-lite", "plan", recipe, *(("--vram", memory_cap) if memory_cap else ())]
-            plan += [word for override in overrides for word in ("--set", override)]
-            raise UserInputError(
-                what if memory_cap else "a CPU does not run out of memory, it swaps",
-                where="--memory-cap" if memory_cap else "--longest",
-                next_step=f"{shlex.join(plan)} predicts it",
-            )
+        if pick_device(settings.train.device).type == "cpu":
+            _refuse_on_a_cpu(recipe, overrides, memory_cap, longest)
         if longest:
             result = bench_longest(settings, memory_cap_bytes=cap, notify=notify)
             report, failed = longest_report, result["longest_tokens"] is None
@@ -91,3 +83,17 @@ def bench(
         report(result)
     if failed:
         raise SystemExit(OUT_OF_MEMORY)
+
+
+def _refuse_on_a_cpu(recipe: str, overrides: tuple[str, ...], memory_cap: str | None, longest: bool) -> None:
+    """Raise UserInputError for what only a GPU can show; the plan predicts it on any machine."""
+    if memory_cap is None and not longest:
+        return
+    plan = ["popo-lite", "plan", recipe, *(("--vram", memory_cap) if memory_cap else ())]
+    plan += [word for override in overrides for word in ("--set", override)]
+    capped = "only a GPU's memory can be capped, and this runs on a CPU"
+    raise UserInputError(
+        capped if memory_cap else "a CPU does not run out of memory, it swaps",
+        where="--memory-cap" if memory_cap else "--longest",
+        next_step=f"{shlex.join(plan)} predicts it",
+    )
