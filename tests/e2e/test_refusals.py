@@ -9,24 +9,27 @@ from pathlib import Path
 import pytest
 
 BROKEN = {
-    "unknown key": ("[objective]\nalhpa = 0.2\n", ["objective.alhpa", "objective.similarity_coef"]),
+    "unknown key": (
+        "[objective]\nsimilarity_coeff = 0.2\n",
+        ["objective.similarity_coeff", "objective.similarity_coef"],
+    ),
     "wrong type": ('[lora]\nrank = "many"\n', ['lora.rank = "many"', "whole number"]),
     "missing file": ('[data]\ndataset = "absent.jsonl"\n', ["absent.jsonl", "data.dataset"]),
     "rank 0": ("[lora]\nrank = 0\n", ["lora.rank = 0", "at least 1"]),
     "unknown algorithm": ('[objective]\nalgorithm = "ppo"\n', ['objective.algorithm = "ppo"', "popo"]),
-    "group size 1": ("[rollout]\ngroup_size = 1\n", ["rollout.num_generations = 1", "at least 2"]),
-    "top_p with positives only": ("[rollout]\ntop_p = 0.9\n", ["rollout.top_p = 0.9", "1.0"]),
-    "adapter on the head": ('[lora]\ntargets = ["q_proj", "lm_head"]\n', ["lora.target_modules", "lm_head"]),
+    "group size 1": ("[rollout]\nnum_generations = 1\n", ["rollout.num_generations = 1", "at least 2"]),
+    "top_p with positives only": ("[rollout]\ntop_p = 0.9\n", ["rollout.top_p = 0.9", "whole distribution"]),
+    "adapter on the head": ('[lora]\ntarget_modules = ["q_proj", "lm_head"]\n', ["lora.target_modules", "lm_head"]),
     "missing column": (
         '[data]\ndataset = "rows.jsonl"\nprompt_column = "questoin"\nanswer_column = "answer"\n',
         ["questoin", "question", "data.prompt_column"],
     ),
     "longer than the context": (
-        "[rollout]\nmax_prompt_tokens = 900\nmax_completion_tokens = 900\n",
+        "[rollout]\nmax_prompt_length = 900\nmax_completion_length = 900\n",
         ["900 + 900 = 1800", "1024", "rollout.max_completion_length"],
     ),
     "too long a prompt": (
-        "[rollout]\nmax_prompt_tokens = 6\nmax_completion_tokens = 64\n",
+        "[rollout]\nmax_prompt_length = 6\nmax_completion_length = 64\n",
         ["rollout.max_prompt_length = 6"],
     ),
     "reward function that is not there": ('[reward]\nfunction = "nowhere:grade"\n', ["reward.function", "nowhere"]),
@@ -66,7 +69,7 @@ def test_vllm_is_refused_before_anything_is_loaded(command):
 
 
 @pytest.mark.parametrize(
-    "code", ["import popo_lite.cli", "import popo_lite.tools.console.base, popo_lite.grading.worker"]
+    "code", ["import popo_lite.cli", "import popo_lite.tools.console.views, popo_lite.grading.worker"]
 )
 def test_help_and_validation_need_no_torch(code):
     check = f"import sys; {code}; print(sorted({{'torch', 'transformers', 'numpy', 'rich'}} & set(sys.modules)))"
