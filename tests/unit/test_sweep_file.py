@@ -237,7 +237,15 @@ def test_every_shipped_sweep_loads_and_is_no_recipe() -> None:
     ablations = set((shipped_folder() / "ablations").rglob("*.toml"))
     assert set(shipped.values()) == ablations
     assert ablations.isdisjoint(shipped_recipes().values())
-    assert {"components", "tiny_components", "tau", "alpha", "beta", "num_generations", "normalizer"} <= shipped.keys()
+    assert {
+        "components",
+        "tiny_components",
+        "tau",
+        "similarity_coef",
+        "entropy_coef",
+        "num_generations",
+        "normalizer",
+    } <= shipped.keys()
     for name, path in shipped.items():
         first, second, *_ = path.read_text(encoding="utf-8").split("\n")
         assert first.startswith("# ")
