@@ -363,9 +363,7 @@ def test_decoding_with_the_models_own_weights_takes_what_was_planned(
     prompts = [
         Prompt(
             problem=Problem(id=str(index), messages=message, answer=""),
-            token_ids=tuple(
-                range(5 + index, 5 + index + prompt_tokens - index % 2)
-            ),  # unequal, as prompts are
+            token_ids=tuple(range(5 + index, 5 + index + prompt_tokens - index % 2)),  # unequal, as prompts are
         )
         for index in range(batch // group)
     ]
