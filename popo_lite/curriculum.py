@@ -1,4 +1,4 @@
-"""Which problems a step samples, how many rollouts each gets, and collecting them in groups.
+"""Choose a step's problems and rollout budgets, and collect graded groups.
 
 The choice of problems is a pure function of (seed, step), the position in the stream of problems, and the history of
 earlier steps, which the cursor holds.
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from popo_lite.grading import Grader, GradeRequest, refuse_ungraded
-from popo_lite.recipe import Recipe, RewardRecipe, RolloutRecipe
+from popo_lite.recipe import Recipe, RolloutRecipe
 from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import Task
-from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
+from popo_lite.types import FinishReason, Group, Outcome, Problem, Prompt, Rollout
 
 MIN_ANSWERS = 4
 """Fewer answers that agree prove little: at a pass rate of one half, four agree one time in eight."""
@@ -28,7 +28,7 @@ LOOK_AHEAD = 20
 
 
 class Seen(NamedTuple):
-    """How a problem fared when it was last sampled."""
+    """Result of a problem's latest rollouts."""
 
     rollouts: int
     positives: int
@@ -36,7 +36,7 @@ class Seen(NamedTuple):
 
 
 History = Mapping[str, Seen]
-"""Problem id -> how it fared."""
+"""Latest result by problem id."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Choice:
     next_problem: int
 
 
-def choose_problems(task: Task, recipe: Recipe, *, step: int, first: int, history: History) -> Choice:
+def choose_problems(task: Task, recipe: Recipe, step: int, first: int, history: History) -> Choice:
     """Choose the problems of `step`, from position `first` of the stream on.
 
     Without `rollout.skip_known`: the next P, or fewer if one was drawn twice. With it, known problems are skipped,
@@ -63,7 +63,7 @@ def choose_problems(task: Task, recipe: Recipe, *, step: int, first: int, histor
         problem = task.train_problem(seed, position)
         position += 1
         known = skipping and problem.id in history and is_known(history[problem.id], recipe)
-        if known and not _is_explored(recipe, step, problem):
+        if known and stream_seed("explore", seed, step, problem.id) / 2**63 >= recipe.rollout.explore_ratio:
             skipped[problem.id] = problem
         else:
             chosen[problem.id] = problem
@@ -100,17 +100,12 @@ def remember(history: History, groups: Sequence[Group], recipe: Recipe, step: in
     return after
 
 
-def _is_explored(recipe: Recipe, step: int, problem: Problem) -> bool:
-    draw = stream_seed("explore", recipe.train.seed, step, problem.id) / 2**63
-    return draw < recipe.rollout.explore_ratio
-
-
 # --------------------------------------------------------------------------- budget of rollouts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How many rollouts prompts get. `mean_rollouts` is G: a step of P prompts makes at most P * G in all.
+    """Rollout limits of a step's prompts. `mean_rollouts` is G: a step of P prompts makes at most P * G in all.
 
     Under the adaptive budget a prompt is sampled in rounds until it has `positives_wanted`. Whether it goes on depends
     on verdicts alone; given these, a prompt's positives are independent draws from the policy's right answers. So
@@ -153,17 +148,13 @@ class Budget:
         return sorted(index for _, index in unfinished[:affordable]), count
 
 
-class Clock(Protocol):
-    """Times a stage of the step."""
-
-    def __call__(self, stage: str, *, total: int | None = None) -> AbstractContextManager[None]:
-        """Time the block as `stage`."""
+Clock = Callable[..., AbstractContextManager[None]]
+"""(stage, total=amount of work) -> a context that times the stage."""
 
 
 def collect(
     prompts: Sequence[Prompt],
     recipe: Recipe,
-    *,
     sampler: Sampler,
     grader: Grader,
     policy_version: int,
@@ -202,11 +193,14 @@ def collect(
             requests = [GradeRequest(text=a.text, problem=p.problem) for p, a in zip(asked, answers, strict=True)]
             rewards = grader.grade(requests)
             for place, (prompt, answer, reward) in enumerate(zip(asked, answers, rewards, strict=True)):
+                if recipe.reward.truncated == "wrong" and answer.finish_reason is FinishReason.LENGTH:
+                    detail = "cut off at rollout.max_completion_length"
+                    reward = replace(reward, value=0.0, outcome=Outcome.INCORRECT, detail=detail)
                 made[going[place // count]].append(
                     Rollout(
                         prompt=prompt,
                         completion=answer,
-                        reward=_reward(reward, answer, recipe.reward),
+                        reward=reward,
                         policy_version=policy_version,
                         index=first + place % count,
                     )
@@ -218,10 +212,3 @@ def collect(
         positives = [None] * len(prompts)
         for index in going:
             positives[index] = sum(rollout.reward.value > threshold for rollout in made[index])
-
-
-def _reward(reward: Reward, completion: Completion, recipe: RewardRecipe) -> Reward:
-    """Return the grader's reward, or an incorrect one for an answer that was cut off."""
-    if recipe.truncated == "grade" or completion.finish_reason is not FinishReason.LENGTH:
-        return reward
-    return replace(reward, value=0.0, outcome=Outcome.INCORRECT, detail="cut off at rollout.max_completion_length")

@@ -24,26 +24,25 @@ def fitting(problems: Sequence[Problem], renderer: Renderer, recipe: Recipe) -> 
 
 
 def evaluate(
-    *,
     weights: str,
+    recipe: Recipe,
     policy: Policy,
     sampler: Sampler,
     renderer: Renderer,
     grader: Grader,
     task: Task,
     problems: Sequence[Problem],
+    *,
     samples_per_problem: int,
     params: SamplingParams,
-    threshold: float,
-    max_ungraded_ratio: float,
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> EvalResult:
     """Sample `samples_per_problem` answers to every problem and grade them.
 
     The random streams depend on `seed` and the problem alone, so two policies are compared on the same draws.
-    `weights` names what is measured in the result. Raises GradingError if more than `max_ungraded_ratio` of the
-    answers cannot be graded: counted as wrong, a broken grader would look like a bad model.
+    `weights` names what is measured in the result. Raises GradingError if more than `reward.max_ungraded_ratio` of
+    the answers cannot be graded: counted as wrong, a broken grader would look like a bad model.
     """
     start = time.perf_counter()
     answers = sampler.sample(
@@ -57,8 +56,8 @@ def evaluate(
     pairs = [(problem, answer) for problem, group in zip(problems, answers, strict=True) for answer in group]
     flat = [completion for _, completion in pairs]
     rewards = grader.grade([GradeRequest(text=completion.text, problem=problem) for problem, completion in pairs])
-    refuse_ungraded(rewards, max_ungraded_ratio, f"evaluation of the {weights}")
-    correct = [reward.value > threshold for reward in rewards]
+    refuse_ungraded(rewards, recipe.reward.max_ungraded_ratio, f"evaluation of the {weights}")
+    correct = [reward.value > recipe.objective.reward_threshold for reward in rewards]
     right = [sum(correct[i : i + samples_per_problem]) for i in range(0, len(correct), samples_per_problem)]
     ks = [2**power for power in range(samples_per_problem.bit_length())]
     estimates = {k: statistics.fmean(pass_at_k(samples_per_problem, count, k) for count in right) for k in ks}

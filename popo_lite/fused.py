@@ -152,9 +152,10 @@ class _FusedLoss(torch.autograd.Function):
         grad_hidden = torch.empty(hidden.shape if differentiate else 0, dtype=head.weight.dtype, device=hidden.device)
         total = logps.new_zeros(())
         for part in _slices(len(hidden), chunk):
-            raw = walk.raw_logits(hidden[part])
+            raw = head.write_raw(hidden[part], walk.buffer[: part.stop - part.start])
             statistics = walk.statistics(raw)
-            logps[part] = walk.target_logps(raw, targets[part], statistics)
+            target_scores = _scores(raw.gather(-1, targets[part, None]), *walk.rule).squeeze(-1)
+            logps[part] = (target_scores - statistics.maxima) - statistics.sums.log()
             entropies[part] = statistics.sums.log() - statistics.means
             with torch.enable_grad():
                 leaves = logps[part].detach().requires_grad_(), entropies[part].detach().requires_grad_()
@@ -185,10 +186,6 @@ class _ChunkWalk:
         self.row_statistics, self.row_gradients = _row_functions(compile_rows)
         self.rule = (head.scale, head.softcap, head.temperature)
 
-    def raw_logits(self, hidden: Tensor) -> Tensor:
-        """Return the raw logits [n, V] of a chunk, in the buffer."""
-        return self.head.write_raw(hidden, self.buffer[: len(hidden)])
-
     def statistics(self, raw: Tensor) -> TokenStatistics:
         """Return the statistics of a chunk."""
         # Block by block into one tensor: small ones that outlive a block would keep a CPU's allocator from reusing
@@ -198,11 +195,6 @@ class _ChunkWalk:
             for whole, piece in zip(statistics, self.row_statistics(raw[part], *self.rule), strict=True):
                 whole[part] = piece
         return statistics
-
-    def target_logps(self, raw: Tensor, targets: Tensor, statistics: TokenStatistics) -> Tensor:
-        """Return the targets' log-probs [n] of a chunk."""
-        z = _scores(raw.gather(-1, targets[:, None]), *self.rule).squeeze(-1)
-        return (z - statistics.maxima) - statistics.sums.log()
 
     def gradient(
         self,

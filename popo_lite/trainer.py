@@ -47,7 +47,7 @@ from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.types import EvalResult, Group, Prompt
+from popo_lite.types import EvalResult, Group
 from popo_lite.update import Learner, UpdateResult, learning_rate_factor
 
 ADVISE_AFTER = 5
@@ -235,9 +235,13 @@ class Trainer:
         """Do one step: problems, rollouts, rewards, weights, siamese targets, gradients, optimizer, record, sync."""
         clock = StageClock(self.callback, self.policy.device)
         with clock("prompts"):
-            choice = self._choose(step)
+            known = self.cursor.history
+            choice = choose_problems(self.train_task, self.recipe, step, self.cursor.next_problem, known)
             prompts = [self.renderer.render(problem) for problem in choice.problems]
-        groups = self._collect(step, prompts, clock)  # stages "rollout" and "grade"
+        # Stages "rollout" and "grade".
+        groups = collect(
+            prompts, self.recipe, self.sampler, self.grader, self.policy.version, step, clock, self._advance
+        )
         with clock("weights"):
             if isinstance(self.sampler, CanSleep):
                 self.sampler.sleep()
@@ -246,7 +250,8 @@ class Trainer:
         skipped: str | None = None
         if plan is None:
             skipped = nothing_to_learn(self.recipe.objective)
-            self._check_unscored(step, groups)
+            if self.sampler.engine != "hf":  # a sampler that went wrong finds no positives
+                self.guard.check(step, self.learner.gap_mean([group.rollouts[0] for group in groups[:PROBE_PROMPTS]]))
         else:
             with clock("siamese"):
                 # Before any graph exists: the averaged weights stand in the place of the trained ones. Both are None
@@ -257,11 +262,7 @@ class Trainer:
                 # All that torch draws in a step (LoRA dropout) follows from the step, so a resumed run needs no state.
                 torch.manual_seed(stream_seed("step", self.recipe.train.seed, step))
                 result = self.learner.backward(
-                    plan,
-                    targets,
-                    reference_logps,
-                    entropy_coef=self.cursor.entropy_coef,
-                    progress=self._advance,
+                    plan, targets, reference_logps, self.cursor.entropy_coef, progress=self._advance
                 )
                 self.guard.check(step, result.gap_mean)
                 if not math.isfinite(result.grad_norm):
@@ -276,7 +277,9 @@ class Trainer:
         self.learner.optimizer.zero_grad(set_to_none=True)
         record = self._record(step, choice, groups, plan, result, skipped, clock.seconds)
         self._move_cursor(record, choice, groups, result)
-        self._write_step(record, groups)
+        append_line(self.folder.metrics_path, record)
+        for group in groups[: self.recipe.output.samples_per_step]:
+            append_line(self.folder.samples_path, sample_line(step, group))
         self._consistent = True
         self._report(record, groups)
         # After the record: an engine that does not take the adapter costs no step.
@@ -285,29 +288,6 @@ class Trainer:
         self.cursor.add_seconds({"sync": clock.seconds["sync"]})
 
     # --------------------------------------------------------------------- the stages of a step
-
-    def _choose(self, step: int) -> Choice:
-        cursor = self.cursor
-        return choose_problems(
-            self.train_task, self.recipe, step=step, first=cursor.next_problem, history=cursor.history
-        )
-
-    def _collect(self, step: int, prompts: Sequence[Prompt], clock: StageClock) -> list[Group]:
-        return collect(
-            prompts,
-            self.recipe,
-            sampler=self.sampler,
-            grader=self.grader,
-            policy_version=self.policy.version,
-            step=step,
-            clock=clock,
-            progress=self._advance,
-        )
-
-    def _check_unscored(self, step: int, groups: Sequence[Group]) -> None:
-        """Check the sampler in a step without an update: one that went wrong finds no positives."""
-        if self.sampler.engine != "hf":
-            self.guard.check(step, self.learner.gap_mean([group.rollouts[0] for group in groups[:PROBE_PROMPTS]]))
 
     def _record(
         self,
@@ -376,11 +356,6 @@ class Trainer:
         for name in TOTALS:
             cursor.totals[name] = cursor.totals.get(name, 0) + record[name]
         cursor.add_seconds(record["seconds"])
-
-    def _write_step(self, record: StepRecord, groups: Sequence[Group]) -> None:
-        append_line(self.folder.metrics_path, record)
-        for group in groups[: self.recipe.output.samples_per_step]:
-            append_line(self.folder.samples_path, sample_line(record["step"], group))
 
     def _report(self, record: StepRecord, groups: Sequence[Group]) -> None:
         self.callback.step(record)
@@ -455,20 +430,20 @@ class Trainer:
     def _evaluate(self, when: str) -> EvalResult:
         recipe = self.recipe
         self.callback.stage("evaluate", total=len(self.held_out) * recipe.eval.samples_per_problem)
+        params = SamplingParams(
+            temperature=recipe.eval.temperature, max_completion_length=recipe.rollout.max_completion_length
+        )
         result = evaluate(
-            weights="policy",
-            policy=self.policy,
-            sampler=self.sampler,
-            renderer=self.renderer,
-            grader=self.grader,
-            task=self.eval_task,
-            problems=self.held_out,
+            "policy",
+            recipe,
+            self.policy,
+            self.sampler,
+            self.renderer,
+            self.grader,
+            self.eval_task,
+            self.held_out,
             samples_per_problem=recipe.eval.samples_per_problem,
-            params=SamplingParams(
-                temperature=recipe.eval.temperature, max_completion_length=recipe.rollout.max_completion_length
-            ),
-            threshold=recipe.objective.reward_threshold,
-            max_ungraded_ratio=recipe.reward.max_ungraded_ratio,
+            params=params,
             seed=recipe.train.seed,
             progress=self._advance,
         )

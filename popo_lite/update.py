@@ -139,10 +139,17 @@ class MicroBatches:
         waiting = pack(rollouts, range(len(rollouts)), budget_tokens=self.budget_tokens)
         done = 0
         while waiting:
-            if self._fits(rollouts, waiting[0], work):
+            try:
+                work(collate(rollouts, waiting[0], device=self._device))
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not is_out_of_memory(error):
+                    raise
+            else:
                 waiting.pop(0)
                 done += 1
                 continue
+            # Outside the except block: the caught error would keep the failed attempt's tensors alive.
+            release_memory()
             failed = sum(rollouts[member].tokens for member in waiting[0])
             if len(waiting[0]) == 1:
                 raise EngineError(
@@ -158,17 +165,6 @@ class MicroBatches:
             left = [member for batch in waiting for member in batch]
             waiting = pack(rollouts, left, budget_tokens=self.budget_tokens)
         return done
-
-    def _fits(self, rollouts: Sequence[Rollout], members: Sequence[int], work: Callable[[MicroBatch], None]) -> bool:
-        try:
-            work(collate(rollouts, members, device=self._device))
-            return True
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not is_out_of_memory(error):
-                raise
-        # Outside the except block: the caught error would keep the failed attempt's tensors alive.
-        release_memory()
-        return False
 
 
 # --------------------------------------------------------------------------- optimizer
@@ -369,8 +365,8 @@ class Learner:
         plan: StepPlan,
         targets: Tensor | None,
         reference_logps: Sequence[Tensor] | None,
-        *,
         entropy_coef: float,
+        *,
         progress: Callable[[int], None],
     ) -> UpdateResult:
         """Leave the step's clipped gradients in the parameters: the sum over micro-batches, however they are split.

@@ -199,17 +199,16 @@ def evaluate_run(
             with active_adapter(adapter, policy, sampler), bar(f"{name}: answers", len(held_out) * samples) as progress:
                 results.append(
                     evaluate(
-                        weights=name,
-                        policy=policy,
-                        sampler=sampler,
-                        renderer=renderer,
-                        grader=grader,
-                        task=task,
-                        problems=held_out,
+                        name,
+                        recipe,
+                        policy,
+                        sampler,
+                        renderer,
+                        grader,
+                        task,
+                        held_out,
                         samples_per_problem=samples,
                         params=params,
-                        threshold=recipe.objective.reward_threshold,
-                        max_ungraded_ratio=recipe.reward.max_ungraded_ratio,
                         seed=seed,
                         progress=progress,
                     )
