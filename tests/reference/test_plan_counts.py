@@ -32,7 +32,6 @@ from popo_lite.tools.plan.terms import (
     adapter_elements,
     base_bytes,
     hf_moments,
-    layer_bytes,
     nf4_bytes,
     optimizer_bytes,
     predictor_elements,
@@ -217,7 +216,7 @@ def counted_layer(recipe: Recipe, config: dict[str, Any], folder: Path, tokens: 
     with LiveStorages() as live, torch.no_grad():
         forward()
     counts.append(live.peak)
-    return layer_bytes(recipe, shape_of(config)), counts
+    return LayerBytes(recipe, shape_of(config)), counts
 
 
 @pytest.fixture
@@ -446,7 +445,7 @@ def test_the_tiny_models_activations_take_what_was_planned(tiny_recipe: Callable
     )
     planned = planned_classes(recipe, "update")
     shape = load_shape(recipe.model)
-    final_norm = layer_bytes(recipe, shape).input_norm * tokens
+    final_norm = LayerBytes(recipe, shape).input_norm * tokens
     counted = kept_by_a_pass(load_policy(recipe), tokens)
     assert planned["layer activations"] + planned["layer inputs"] + final_norm == pytest.approx(counted, rel=0.02)
 
@@ -473,7 +472,7 @@ def test_without_packing_each_sequence_keeps_copies_of_the_adapters(
         hidden = policy.hidden_states(torch.arange(sequences * tokens) % 64 + 5, [tokens] * sequences)
         alive = live.now - nbytes([hidden])
     planned, shape = planned_classes(recipe, "update"), load_shape(recipe.model)
-    final_norm = layer_bytes(recipe, shape).input_norm * tokens * sequences
+    final_norm = LayerBytes(recipe, shape).input_norm * tokens * sequences
     rotations = 2 * 2 * shape.head_width * tokens * sequences
     assert planned["layer activations"] + final_norm + rotations == pytest.approx(alive, rel=0.001)
 
@@ -495,7 +494,7 @@ def test_checkpointing_keeps_the_layers_inputs(tiny_recipe: Callable[..., Recipe
         layer.register_forward_pre_hook(lambda module, args: boundaries.add(args[0].untyped_storage().nbytes()) or None)
     counted = kept_by_a_pass(policy, tokens)
     # Beside the inputs of the layers the final norm keeps its input, which a float32 model needs no copy of.
-    final_norm = layer_bytes(recipe, shape).input_norm * tokens
+    final_norm = LayerBytes(recipe, shape).input_norm * tokens
     assert boundaries == {4 * shape.width * tokens}
     assert planned["layer inputs"] + final_norm == pytest.approx(counted, rel=0.02)
 

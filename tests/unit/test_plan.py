@@ -276,13 +276,13 @@ def test_advice_really_fits_and_no_change_of_it_is_needless(size: str, options: 
     advised = recipe_of(size, *options, *copied[1::2])
     plan = plan_memory(advised, load_shape(advised.model), vram_bytes=vram)
     assert plan.fits
-    assert advice.changes[-1].peak_bytes == plan.peak.total_bytes
+    assert advice.changes[-1]["peak_bytes"] == plan.peak.total_bytes
     for change in advice.changes:
-        assert change.after_bytes < change.before_bytes
-        assert change.before_bytes > (0 if change.eases == SHORTFALL else vram)
+        assert change["after_bytes"] < change["before_bytes"]
+        assert change["before_bytes"] > (0 if change["eases"] == SHORTFALL else vram)
     for left_out in range(len(advice.changes)):
         others = advice.changes[:left_out] + advice.changes[left_out + 1 :]
-        values = {key: value for change in others for key, value in change.values.items()}
+        values = {key: value for change in others for key, value in change["values"].items()}
         partly = recipe_of(size, *options, *(f"{key}={json.dumps(value)}" for key, value in values.items()))
         assert not plan_memory(partly, shape, vram_bytes=vram).fits
 

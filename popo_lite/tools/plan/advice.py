@@ -14,7 +14,7 @@ from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import impossible_combinations
 from popo_lite.tools.plan.shapes import ModelShape, load_shape
-from popo_lite.tools.plan.terms import engine_of, vllm_can_serve
+from popo_lite.tools.plan.terms import engine_of
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, MemoryPlan, plan_memory
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
@@ -24,34 +24,22 @@ Values = Mapping[str, Any]  # recipe keys with new values, to be changed togethe
 
 
 @dataclass(frozen=True)
-class Change:
-    """Keys to set together, and their effect once all earlier changes are made.
-
-    `eases` is the phase that shrinks most among those that are too large, or `SHORTFALL`, with its bytes before and
-    after. `peak_bytes` is the run's peak after the change, which may be another phase's.
-    """
-
-    values: Values
-    eases: str
-    before_bytes: int
-    after_bytes: int
-    peak_bytes: int
-
-
-@dataclass(frozen=True)
 class Advice:
     """Changes that make a run fit; none if it fits already.
 
-    If nothing helps, `changes` is empty and `smallest_vram_bytes` is the GPU that the run takes with every reduction.
+    Each change has `values`, keys to set together; `eases`, the phase that shrinks most among those that are too large
+    (or `SHORTFALL`) once all earlier changes are made; its `before_bytes` and `after_bytes`; and `peak_bytes`, the
+    run's peak after the change, which may be another phase's. If nothing helps, there are no changes, and
+    `smallest_vram_bytes` is the GPU that the run takes with every reduction.
     """
 
-    changes: tuple[Change, ...]
+    changes: tuple[Mapping[str, Any], ...]
     smallest_vram_bytes: int | None = None
 
     @property
     def values(self) -> Values:
         """Return all changes together."""
-        return {key: value for change in self.changes for key, value in change.values.items()}
+        return {key: value for change in self.changes for key, value in change["values"].items()}
 
     @property
     def next_step(self) -> str:
@@ -89,10 +77,11 @@ def advice_for(recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes:
     for kind, index in chosen.items():
         values = _settings(before.recipe, kind)[index]
         after = MemoryPlan(before.recipe.with_values(values), shape, vram_bytes, others_bytes)
-        gains = {key: (before.excess[key] - after.excess[key], before.needs[key] - after.needs[key])
-                 for key in before.needs}  # fmt: skip
-        eases = max(gains, key=gains.__getitem__)
-        changes.append(Change(values, eases, before.needs[eases], after.needs[eases], after.peak.total_bytes))
+        needs, excess = ({key: old[key] - new[key] for key in old}
+                         for old, new in ((before.needs, after.needs), (before.excess, after.excess)))  # fmt: skip
+        eases = max(needs, key=lambda key: (excess[key], needs[key]))
+        changes.append({"values": values, "eases": eases, "before_bytes": before.needs[eases],
+                        "after_bytes": after.needs[eases], "peak_bytes": after.peak.total_bytes})  # fmt: skip
         before = after
     return Advice(tuple(changes))
 
@@ -117,10 +106,10 @@ def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
         return
     if not plan.fits:
         advice = advice_for(recipe, shape, total, others)
-        raise UserInputError(why_not(recipe, plan), where=f"phase {plan.peak.name}", next_step=advice.next_step)
+        raise UserInputError(why_not(plan), where=f"phase {plan.peak.name}", next_step=advice.next_step)
 
 
-def why_not(recipe: Recipe, plan: MemoryPlan) -> str:
+def why_not(plan: MemoryPlan) -> str:
     """Return in one sentence why a run does not fit."""
     if plan.peak.total_bytes > plan.vram_bytes:
         beside = f" beside {_gib(plan.others_bytes)} of other processes" if plan.others_bytes else ""
@@ -130,7 +119,7 @@ def why_not(recipe: Recipe, plan: MemoryPlan) -> str:
         )
     return (
         f"the engine's share of {_gib(plan.vram_bytes)}, rollout.vllm.gpu_memory_utilization = "
-        f"{recipe.rollout.vllm.gpu_memory_utilization}, lacks {_gib(plan.engine_shortfall_bytes)} to hold one "
+        f"{plan.recipe.rollout.vllm.gpu_memory_utilization}, lacks {_gib(plan.engine_shortfall_bytes)} to hold one "
         f"sequence of {plan.sequence_tokens:,} tokens"
     )
 
@@ -140,19 +129,14 @@ def memory_advice(recipe: Recipe) -> str:
 
     Each alternative is a line of options to add to a command.
     """
-    in_a_new_run = "in a new run, which may start from this one's adapter (lora.init_from), use"
-    alternatives = {
-        "resume with": ("checkpointing", "offload", "logits"),
-        in_a_new_run: ("optimizer", "rank", "answers"),
-    }
     lines = []
-    for intro, kinds in alternatives.items():
+    for intro, *kinds in (
+        ("resume with", "checkpointing", "offload", "logits"),
+        ("in a new run, which may start from this one's adapter (lora.init_from), use", "optimizer", "rank", "answers"),
+    ):
         found = [f"  {_options(values)}" for kind in kinds for values in _settings(recipe, kind)[:1]]
         lines += [f"{intro} one of:" if len(found) > 1 else f"{intro}:", *found] if found else []
     return "\n".join(lines) or "train on a GPU with more memory"
-
-
-# ---------------------------------------------------------------------- the reductions
 
 
 def reductions(recipe: Recipe) -> dict[str, list[Values]]:
@@ -160,45 +144,37 @@ def reductions(recipe: Recipe) -> dict[str, list[Values]]:
 
     A setting may hold keys that stay the same.
     """
-    rollout, train, lora = recipe.rollout, recipe.train, recipe.lora
-    uses_vllm, now, longest = engine_of(recipe) == "vllm", rollout.vllm.gpu_memory_utilization, rollout.sequence_tokens
-
-    def each(key: str, values: Iterable[Any]) -> list[Values]:
-        return [{key: value} for value in values]
-
-    batches = each("rollout.max_num_seqs", _halves(rollout.max_num_seqs, 1))
-    near = sorted(UTILIZATIONS, key=lambda value: (abs(value - now), value))
-    utilizations = each("rollout.vllm.gpu_memory_utilization", near) if uses_vllm else []
-    microbatches = [tokens for tokens in _halves(train.tokens_per_microbatch, 1) if tokens > longest]
-    microbatches += [longest] if train.tokens_per_microbatch > longest else []
+    rollout, train, lora, engine = recipe.rollout, recipe.train, recipe.lora, engine_of(recipe)
+    used, longest = rollout.vllm.gpu_memory_utilization, rollout.sequence_tokens
+    near = sorted(UTILIZATIONS, key=lambda value: (abs(value - used), value)) if engine == "vllm" else []
+    utilizations = [{"rollout.vllm.gpu_memory_utilization": value} for value in near]
+    batches = [{"rollout.max_num_seqs": size} for size in _halves(rollout.max_num_seqs, 1)]
+    microbatches = [*_halves(train.tokens_per_microbatch, longest + 1), longest]
     optimizers = OPTIMIZERS[OPTIMIZERS.index(recipe.optimizer.name) + 1 :] if recipe.model.dtype != "float64" else ()
-    dtype = {"model.dtype": "bfloat16"}
-    checkpointing = {"train.gradient_checkpointing": True}
-    packs = uses_vllm and rollout.vllm.base != "nf4"
+    dtype, checkpointing = {"model.dtype": "bfloat16"}, {"train.gradient_checkpointing": True}
+    packs = engine == "vllm" and rollout.vllm.base != "nf4"
     ranks = _halves(lora.rank, 4) if lora.init_from is None else []
-    # Alpha keeps the adapters' scale, which is alpha / rank, or alpha / sqrt(rank) with rslora.
-    alphas = [lora.alpha * (rank / lora.rank) ** (0.5 if lora.rslora else 1) for rank in ranks]
+    exponent = 0.5 if lora.rslora else 1  # alpha keeps the adapters' scale, alpha / rank, or alpha / sqrt(rank)
     answers = _halves(rollout.max_completion_length, 256)
-    in_one = [min(rollout.max_prompt_length + answer, train.tokens_per_microbatch) for answer in answers]
     return {
         # The update and the answers stay the same, and little time is lost.
         "utilization": utilizations,
-        "microbatch": each("train.tokens_per_microbatch", microbatches),
-        "logits": each("train.logits_mib", _halves(train.logits_mib, 32)),
-        "batch": batches if engine_of(recipe) != "server" else [],
+        "microbatch": [{"train.tokens_per_microbatch": tokens} for tokens in microbatches],
+        "logits": [{"train.logits_mib": size} for size in _halves(train.logits_mib, 32)],
+        "batch": batches if engine != "server" else [],
         "sleep": [{"rollout.vllm.enable_sleep_mode": True}],
         # These cost more time; a 4-bit base in vLLM also needs its plugin.
         "checkpointing": [checkpointing],
-        "optimizer": each("optimizer.name", optimizers),
+        "optimizer": [{"optimizer.name": name} for name in optimizers],
         "offload": [{"train.offload_activations": True} | checkpointing],
         "packed engine": [{"rollout.vllm.base": "nf4", **values} for values in ({}, *utilizations) if packs],
-        "own engine": [{"rollout.engine": "hf", **values} for values in ({}, *batches)] if uses_vllm else [],
+        "own engine": [{"rollout.engine": "hf", **values} for values in ({}, *batches) if engine == "vllm"],
         # These change what is learned.
         "base": [dtype, dtype | {"model.quantization": "nf4"}],
-        "predictor": each("siamese.head_width", _halves(recipe.siamese.head_width, 1024)),
-        "rank": [{"lora.rank": rank, "lora.alpha": alpha} for rank, alpha in zip(ranks, alphas, strict=True)],
-        "answers": [{"rollout.max_completion_length": answer, "train.tokens_per_microbatch": tokens}
-                    for answer, tokens in zip(answers, in_one, strict=True)],
+        "predictor": [{"siamese.head_width": width} for width in _halves(recipe.siamese.head_width, 1024)],
+        "rank": [{"lora.rank": rank, "lora.alpha": lora.alpha * (rank / lora.rank) ** exponent} for rank in ranks],
+        "answers": [{"rollout.max_completion_length": answer, "train.tokens_per_microbatch":
+                     min(rollout.max_prompt_length + answer, train.tokens_per_microbatch)} for answer in answers],
     }  # fmt: skip
 
 
@@ -211,10 +187,8 @@ def _settings(recipe: Recipe, kind: str) -> list[Values]:
     """Return the settings of one kind that change the recipe to a valid one, with only the keys that change."""
     found: list[Values] = []
     for values in reductions(recipe)[kind]:
-        changed = recipe.with_values(values)
-        served = changed.rollout.engine != "vllm" or vllm_can_serve(changed)
         new = {name: value for name, value in values.items() if value != attrgetter(name)(recipe)}
-        if new and served and next(impossible_combinations(changed), None) is None:
+        if new and not any(impossible_combinations(recipe.with_values(new))):
             found.append(new)
     return found
 

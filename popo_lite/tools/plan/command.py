@@ -18,7 +18,7 @@ from popo_lite.errors import UserInputError
 DEFAULT_VRAM_BYTES = 24 * 2**30
 NVIDIA_SMI_SECONDS = 5.0
 DOES_NOT_FIT = 1
-UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
+UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 LARGEST_BYTES = 2**62
 
 
@@ -43,13 +43,24 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
 
     settings = load_recipe(recipe, overrides)
     shape = load_shape(settings.model)
-    vram_bytes, others_bytes, sources = _memory(vram, others, on_gpu=settings.train.device != "cpu")
+    vram_bytes, others_bytes, source, others_source = DEFAULT_VRAM_BYTES, 0, "--vram", "none counted"
+    if vram is not None:
+        vram_bytes = parse_size(vram)
+    elif settings.train.device == "cpu":
+        source = "assumed: the recipe runs on the CPU"
+    elif (installed := installed_gpu()) is not None:
+        (vram_bytes, others_bytes), source, others_source = installed, "nvidia-smi", "nvidia-smi"
+    else:
+        source = "assumed: nvidia-smi reports no GPU"
+    if others is not None:
+        others_bytes, others_source = parse_size(others, "--others", least_bytes=0), "--others"
     try:
         found = plan_memory(settings, shape, vram_bytes=vram_bytes, others_bytes=others_bytes)
     except UserInputError as error:
         raise error.within(recipe) from error
     advice = advice_for(settings, shape, vram_bytes, others_bytes)
-    data: dict[str, Any] = {"recipe": recipe, "model": settings.model.id} | sources | found.as_json()
+    data: dict[str, Any] = {"recipe": recipe, "model": settings.model.id}
+    data |= {"vram_source": source, "others_source": others_source} | found.as_json()
     options = [f"{key}={json.dumps(value)}" for key, value in advice.values.items()]
     data["advice"] = asdict(advice) | {"overrides": options}
     if as_json:
@@ -59,35 +70,18 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
         words = [word for option, value in given if value is not None for word in (option, value)]
         command = shlex.join(["popo-lite", "plan", recipe, *words])
         next_step = f"{command} {advice.next_step}" if advice.changes else advice.next_step
-        why = None if found.fits else why_not(settings, found)
+        why = None if found.fits else why_not(found)
         plan_report(data, batch_size=settings.rollout.max_num_seqs, why_not=why, next_step=next_step)
     if not found.fits:
         raise SystemExit(DOES_NOT_FIT)
 
 
-def _memory(vram: str | None, others: str | None, *, on_gpu: bool) -> tuple[int, int, dict[str, str]]:
-    """Return the GPU's memory, what other processes hold of it, and where each figure comes from."""
-    total, used, source, others_source = DEFAULT_VRAM_BYTES, 0, "--vram", "none counted"
-    if vram is not None:
-        total = parse_size(vram)
-    elif not on_gpu:
-        source = "assumed: the recipe runs on the CPU"
-    elif (installed := installed_gpu()) is not None:
-        (total, used), source, others_source = installed, "nvidia-smi", "nvidia-smi"
-    else:
-        source = "assumed: nvidia-smi reports no GPU"
-    if others is not None:
-        used, others_source = parse_size(others, "--others", least_bytes=0), "--others"
-    return total, used, {"vram_source": source, "others_source": others_source}
-
-
 def installed_gpu() -> tuple[int, int] | None:
     """Return total and used bytes of the first visible GPU as nvidia-smi reports them, or None."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if visible in ("", "-1"):
         return None
-    only = [f"--id={visible.split(',')[0].strip()}"] if visible is not None else []
-    query = ["nvidia-smi", "--query-gpu=memory.total,memory.used", "--format=csv,noheader,nounits", *only]
+    query = ["nvidia-smi", "--query-gpu=memory.total,memory.used", "--format=csv,noheader,nounits", f"--id={visible}"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
         total, used = (int(mib) * 2**20 for mib in answer.stdout.splitlines()[0].split(","))
@@ -98,11 +92,10 @@ def installed_gpu() -> tuple[int, int] | None:
 
 def parse_size(text: str, option: str = "--vram", *, least_bytes: int = 1) -> int:
     """Return `24GiB`, `24 GB` or `512MiB` in bytes. Raises UserInputError for other text or a smaller size."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.IGNORECASE)
-    units = {name.lower(): size for name, size in UNITS.items()}
-    size = float(found[1]) * units.get(found[2].lower(), math.inf) if found is not None else math.inf
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
+    size = float(found[1]) * UNITS.get(found[2], math.inf) if found is not None else math.inf
     if not least_bytes <= size < LARGEST_BYTES:
         raise UserInputError(
-            f"{text!r} is no amount of memory", where=option, next_step=f"a number and a unit: {', '.join(UNITS)}"
+            f"{text!r} is no amount of memory", where=option, next_step="a number and a unit: MiB, GiB, MB, GB"
         )
     return round(size)

@@ -26,7 +26,7 @@ def plan_report(
     def shown(size_bytes: int) -> str:
         return f"{size_bytes / size:,.{places}f}"
 
-    phases, rows = plan["phases"], []
+    phases, vram, rows, bars = plan["phases"], plan["vram_bytes"], [], []
     names = dict.fromkeys(name for phase in phases for name in phase["bytes"])
     for name in sorted(names, key=lambda name: name in NOT_TENSORS):
         cells = [phase["bytes"].get(name, 0) for phase in phases]
@@ -34,20 +34,25 @@ def plan_report(
             rows.append([name, *(shown(cell) if cell else "" for cell in cells)])
     rows.append(["in all", *(shown(phase["total_bytes"]) for phase in phases)])
     memory = "memory of the GPU" if plan["device"] == "cuda" else "host memory, as the recipe runs on the CPU"
-    title = f"{plan['model']}, engine {plan['engine']}: {memory}, {unit}"
     console.print()
+    title = f"{plan['model']}, engine {plan['engine']}: {memory}, {unit}"
     table(title, ["", *(phase["name"] for phase in phases)], rows, console)
-    bars = []
     for phase in phases:
         total = phase["total_bytes"]
-        style = "red" if total > plan["vram_bytes"] else "green"
-        bar = ProgressBar(plan["vram_bytes"], total, width=28, complete_style=style, finished_style=style)
-        moment = ("peak: " if phase["name"] == plan["peak_phase"] else "") + phase["moment"]
-        bars.append((phase["name"], bar, f"{shown(total)} {unit}", moment))
+        style = "red" if total > vram else "green"
+        bar = ProgressBar(vram, total, width=28, complete_style=style, finished_style=style)
+        peak = "peak: " if phase["name"] == plan["peak_phase"] else ""
+        bars.append((phase["name"], bar, f"{shown(total)} {unit}", peak + phase["moment"]))
     table("Fullest moment of each phase", ("", "", "memory", "moment"), bars, console)
-    console.print(_verdict(plan, why_not, console))
-    for line in _remarks(plan, batch_size):
-        console.print(Text(safe(line, console)))
+    head, style = "It fits", "bold green"
+    text = f": {words.memory(plan['peak_bytes'])} of {words.memory(vram)} ({plan['vram_source']})."
+    if why_not is not None:
+        head, style, text = "It does not fit", "bold red", f" ({plan['vram_source']}): {why_not}."
+    if plan["others_bytes"]:
+        text += f" Other processes hold {words.memory(plan['others_bytes'])} ({plan['others_source']})."
+    verdict = Text(safe(head + text, console))
+    verdict.stylize(style, 0, len(head))
+    console.print(verdict, *(Text(safe(line, console)) for line in _remarks(plan, batch_size)), sep="\n")
     if why_not is not None:
         console.print()
         for change in plan["advice"]["changes"]:
@@ -61,31 +66,16 @@ def plan_report(
         console.print(Text.assemble("  ", (safe(next_step, console), "cyan")), soft_wrap=True)
 
 
-def _verdict(plan: Mapping[str, Any], why_not: str | None, console: Console) -> Text:
-    peak, vram, source = words.memory(plan["peak_bytes"]), words.memory(plan["vram_bytes"]), plan["vram_source"]
-    if why_not is None:
-        verdict = Text.assemble(("It fits", "bold green"), f": {peak} of {vram} ({source}).")
-    else:
-        verdict = Text.assemble(("It does not fit", "bold red"), f" ({source}): {why_not}.")
-    if plan["others_bytes"]:
-        verdict.append(f" Other processes hold {words.memory(plan['others_bytes'])} ({plan['others_source']}).")
-    return Text(safe(verdict.plain, console), spans=verdict.spans)
-
-
 def _remarks(plan: Mapping[str, Any], batch_size: int) -> Iterator[str]:
-    longest, context = plan["longest_sequence_tokens"], plan["context_tokens"]
-    this = f"this recipe's: {plan['sequence_tokens']:,}"
+    longest, context, this = plan["longest_sequence_tokens"], plan["context_tokens"], plan["sequence_tokens"]
     if longest >= context:
         holds = f"the model's context (memory would hold {longest:,})"
-        yield f"Longest prompt with answer: {context:,} tokens, {holds}; {this}."
+        yield f"Longest prompt with answer: {context:,} tokens, {holds}; this recipe's: {this:,}."
     elif longest:
-        its = f"{this}; the model's context: {context:,}"
+        its = f"this recipe's: {this:,}; the model's context: {context:,}"
         yield f"Longest prompt with answer that would fit: {longest:,} tokens; {its}."
-    if plan["sequences_at_once"] is not None:
-        yield (
-            f"Sequences of full length that can be decoded at once: {plan['sequences_at_once']:,}; "
-            f"rollout.max_num_seqs: {batch_size:,}."
-        )
+    if (most := plan["sequences_at_once"]) is not None:
+        yield f"Sequences of full length that can be decoded at once: {most:,}; rollout.max_num_seqs: {batch_size:,}."
     if (export := plan["phases"][-1]["total_bytes"]) > plan["vram_bytes"]:
         alone = f"popo-lite export, later and alone, takes {words.memory(export)}"
         yield f"Not counted: {alone}; with CUDA_VISIBLE_DEVICES= in front it runs on the CPU."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -85,27 +85,22 @@ def parameter_counts(shape: ModelShape) -> dict[str, int]:
     }
 
 
-def adapted_linears(shape: ModelShape, targets: str | tuple[str, ...]) -> Iterator[Linear]:
-    """Yield the linear layers, of all decoder layers, that `lora.target_modules` adds an adapter to.
+def adapted_linears(shape: ModelShape, targets: str | tuple[str, ...]) -> list[Linear]:
+    """Return the linear layers, of all decoder layers, that `lora.target_modules` adds an adapter to.
 
     Names match as in PEFT: the whole name, or its end after a dot. Raises ModelError for a target that matches none.
     """
     names = [(f".model.layers.{index}.{linear.name}", linear) for index in range(shape.layers)
              for linear in shape.linears()]  # fmt: skip
-    if isinstance(targets, str):  # "all-linear"
-        yield from (linear for _, linear in names)
-        return
-    for target in targets:
-        if not any(name.endswith(f".{target}") for name, _ in names):
+    ends = ("",) if isinstance(targets, str) else tuple(f".{target}" for target in targets)  # text is "all-linear"
+    for end in ends:
+        if not any(name.endswith(end) for name, _ in names):
             raise ModelError(
-                f"{target} is no linear layer of a {shape.model_type} model",
+                f"{end[1:]} is no linear layer of a {shape.model_type} model",
                 where=f"lora.target_modules = {list(targets)}",
                 next_step=f"linear layers here: {', '.join(linear.name.split('.')[-1] for linear in shape.linears())}",
             )
-    yield from (linear for name, linear in names if name.endswith(tuple(f".{target}" for target in targets)))
-
-
-# ---------------------------------------------------------------------- where a shape comes from
+    return [linear for name, linear in names if name.endswith(ends)]
 
 
 def load_shape(recipe: ModelRecipe) -> ModelShape:
@@ -114,31 +109,24 @@ def load_shape(recipe: ModelRecipe) -> ModelShape:
     Only the last reads the Hub's cache and then the network, and never weights. Raises ModelError if the config cannot
     be read or its architecture is not supported.
     """
-    folder = Path(recipe.id).expanduser()
-    if recipe.id == "tiny" or folder.is_dir():
-        tiny = Path(__file__).parents[2] / "policy" / "tiny"
-        path = (tiny if recipe.id == "tiny" else folder) / "config.json"
-    elif recipe.id in KNOWN_CONFIGS and recipe.revision is None:
+    tiny = Path(__file__).parents[2] / "policy" / "tiny"
+    folder = tiny if recipe.id == "tiny" else Path(recipe.id).expanduser()
+    path, on_hub = folder / "config.json", not folder.is_dir()
+    if on_hub and recipe.id in KNOWN_CONFIGS and recipe.revision is None:
         return shape_of(KNOWN_CONFIGS[recipe.id])
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            path = Path(hf_hub_download(recipe.id, "config.json", revision=recipe.revision))
-        except (OSError, HFValidationError) as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ModelError(
-                f"the config of {recipe.id} could not be downloaded: {reason}",
-                where="model.id",
-                next_step="check the name and the network, or use a folder; these need no network: "
-                + ", ".join(KNOWN_CONFIGS),
-            ) from error
     try:
+        if on_hub:
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(recipe.id, "config.json", revision=recipe.revision))
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
-            f"{path} cannot be read: {error}", where="model.id", next_step="name a folder with the model's config.json"
+            f"{path} cannot be read: {reason}",
+            where="model.id",
+            next_step="check the name and the network, or name a folder with the model's config.json; these need no "
+            f"network: {', '.join(KNOWN_CONFIGS)}",
         ) from error
     return shape_of(config, source=str(path))
 
@@ -155,11 +143,9 @@ def shape_of(config: Any, *, source: str = "config.json") -> ModelShape:
     if not isinstance(config, Mapping):
         fail(f"the file holds a {type(config).__name__}, and should hold an object")
     kind, quantized = config.get("model_type"), config.get("quantization_config")
-    if not isinstance(kind, str):
-        fail(f"model_type is {kind!r}, and should name the architecture")
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         known = f"it knows {', '.join(_DEFAULTS)}; popo-lite bench measures instead of planning"
-        fail(f"the memory plan does not know the architecture {kind!r}", known)
+        fail(f"model_type is {kind!r}, an architecture that the memory plan does not know", known)
     if quantized is not None:
         # Such a checkpoint has neither the sizes nor the gradients of the base that is planned.
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized

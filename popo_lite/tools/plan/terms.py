@@ -8,13 +8,13 @@ counted tensors, and docs/memory.md explains them.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from math import ceil
-from typing import NamedTuple
 
 from popo_lite.chunks import row_block, tile_rows
 from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
-from popo_lite.tools.plan.shapes import Linear, ModelShape, adapted_linears, parameter_counts
+from popo_lite.recipe_rules import impossible_combinations
+from popo_lite.tools.plan.shapes import ModelShape, adapted_linears, parameter_counts
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -26,22 +26,15 @@ EIGHT_BIT_BLOCK, EIGHT_BIT_FROM_ELEMENTS, PAGED_FROM_ELEMENTS = 256, 4096, 100_0
 # vLLM. The first three are assumed: tokens of its largest forward pass (SchedulerConfig's default), float32 tensors
 # [sequences, V] while it samples with log-probs at a temperature, and CUDA graphs, which stay while it sleeps (vLLM's
 # tests/.../test_cumem.py).
-ENGINE_BATCHED_TOKENS = 2048
-ENGINE_LOGIT_COPIES = 4
-ENGINE_GRAPHS_BYTES = 512 * 2**20
+ENGINE_BATCHED_TOKENS, ENGINE_LOGIT_COPIES, ENGINE_GRAPHS_BYTES = 2048, 4, 512 * 2**20
 ENGINE_CPU_CACHE_BYTES = 2**30  # VLLM_CPU_KVCACHE_SPACE as samplers/vllm.py sets it
 ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM builds its adapter slot for
 
 # samplers/hf.py. Per sequence and token: its int64 mask, twice while it grows, and one of booleans. Per sequence and
 # vocabulary entry: float32 log-probs and two float64 temporaries.
-MASK_BYTES = 17
-DRAW_BYTES = 20
+MASK_BYTES, DRAW_BYTES = 17, 20
 
 Classes = dict[str, int]
-_QKV = ("q_proj", "k_proj", "v_proj")
-
-
-# ---------------------------------------------------------------------- what stays in memory
 
 
 def nf4_bytes(elements: int, *, double: bool) -> int:
@@ -55,17 +48,15 @@ def nf4_bytes(elements: int, *, double: bool) -> int:
     return ceil(elements / 2) + 4 * NF4_LEVELS + scales
 
 
-def base_bytes(shape: ModelShape, recipe: ModelRecipe, *, nf4: bool | None = None) -> dict[str, int]:
+def base_bytes(shape: ModelShape, recipe: ModelRecipe, *, nf4: bool | None = None) -> Classes:
     """Return the bytes of the frozen base by class, as the recipe loads it or with its linear layers as `nf4` says.
 
     The LM head always stays in `model.dtype`, because the loss reads it.
     """
     found = {name: DTYPE_BYTES[recipe.dtype] * count for name, count in parameter_counts(shape).items()}
     if recipe.quantization == "nf4" if nf4 is None else nf4:
-        sizes = (
-            nf4_bytes(inputs * outputs, double=recipe.double_quantization) for _, inputs, outputs in shape.linears()
-        )
-        found["base linears"] = shape.layers * sum(sizes)
+        sizes = [linear.inputs * linear.outputs for linear in shape.linears()]
+        found["base linears"] = shape.layers * sum(nf4_bytes(n, double=recipe.double_quantization) for n in sizes)
     return found
 
 
@@ -89,23 +80,19 @@ def optimizer_bytes(elements: Iterable[int], recipe: Recipe) -> int:
     8-bit optimizers keep the state of tensors under 4,096 elements in 32 bits. The driver keeps paged state in host
     memory, except for small tensors and the scales.
     """
-
-    def state_bytes(count: int) -> int:
-        if recipe.optimizer.name == "adamw":
-            return 2 * max(4, DTYPE_BYTES[recipe.model.dtype]) * count
+    if recipe.optimizer.name == "adamw":
+        return 2 * max(4, DTYPE_BYTES[recipe.model.dtype]) * sum(elements)
+    paged, total = recipe.optimizer.name == "paged_adamw8bit", 0
+    for count in elements:
         if count < EIGHT_BIT_FROM_ELEMENTS:
-            return 8 * count
-        paged = recipe.optimizer.name == "paged_adamw8bit" and count >= PAGED_FROM_ELEMENTS
-        return 8 * ceil(count / EIGHT_BIT_BLOCK) + (0 if paged else 2 * count)
-
-    return sum(map(state_bytes, elements))
-
-
-# ---------------------------------------------------------------------- a decoder layer's activations
+            total += 8 * count
+        else:
+            total += 8 * ceil(count / EIGHT_BIT_BLOCK) + (0 if paged and count >= PAGED_FROM_ELEMENTS else 2 * count)
+    return total
 
 
-class LayerBytes(NamedTuple):
-    """Memory of one decoder layer.
+class LayerBytes:
+    """Memory of one decoder layer for the recipe's precision, attention, adapters and dropout.
 
     In bytes per token: `boundary` is the layer's input. `saved` is what it keeps for the backward pass apart from that,
     of which `input_norm` only if its input has a gradient. `recompute` is the peak while the layer runs again and then
@@ -117,17 +104,52 @@ class LayerBytes(NamedTuple):
     largest weight in `model.dtype`: a 4-bit weight is dequantised for each product.
     """
 
-    boundary: int
-    saved: int
-    input_norm: int
-    recompute: int
-    inference: int
-    mlp: int
-    pair: int
-    casts_bytes: int
-    attention_casts_bytes: int
-    input_casts_bytes: int
-    weight_bytes: int
+    def __init__(self, recipe: Recipe, shape: ModelShape) -> None:
+        size, packed, rank = DTYPE_BYTES[recipe.model.dtype], recipe.model.quantization == "nf4", recipe.lora.rank
+        width, heads, half = shape.width, shape.heads + shape.kv_heads, size == 2
+        # PEFT casts the input of a layer that is not 4-bit to float32 before autocast casts it to 16 bits again.
+        widened = half and not packed
+        adapted = {linear.name.split(".")[-1]: linear for linear in adapted_linears(shape, recipe.lora.target_modules)}
+        # Layers of one group have the same input.
+        names = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
+        qkv, gate_up, down = ([adapted[name] for name in group if name in adapted] for group in names)
+        self.boundary, self.mlp = size * width, size * shape.mlp_width
+        # A norm keeps a float32 copy of its input and one number per token. In a float32 model the input is that copy.
+        self.input_norm = 4 * width + 4
+        self.saved = 2 * self.input_norm - (4 * width if size == 4 else 0)
+        # Queries, keys, values, the attention's output and its log-sums.
+        self.saved += 2 * size * heads * shape.head_width + 4 * shape.heads
+        if shape.model_type == "qwen3":  # each head's queries and keys are normalised
+            self.saved += 4 * heads * shape.head_width + 4 * heads
+        self.saved += 3 * self.mlp  # gate, its activation, and up
+        self.saved += size * rank * len(adapted)
+        # What follows are the inputs that the adapters keep, apart from the attention's output.
+        if recipe.lora.dropout:
+            # Each adapter keeps its input after dropout, and a mask, which has one byte per element on a GPU.
+            mask = 1 if recipe.train.device != "cpu" else size
+            self.saved += (size + mask) * sum(linear.inputs for linear in adapted.values())
+        elif widened:
+            self.saved += size * sum(linear.inputs for linear in adapted.values())  # a 16-bit copy for each adapter
+        else:
+            self.saved += size * sum(group[0].inputs for group in (qkv, gate_up, down) if group)
+        self.recompute, self.inference = self.saved + 3 * self.mlp + size * width, 3 * self.mlp + 2 * size * width
+        if gate_up:
+            self.inference += self.mlp
+        if down:
+            self.recompute -= self.mlp  # its input is freed before the gradients of gate and up exist together
+        if recipe.lora.dropout:
+            self.recompute += (4 if half else 3) * size * width - self.mlp
+        elif widened:
+            self.recompute += self.mlp + 8 * width
+        if widened:
+            self.inference += 4 * width
+        eager = recipe.model.attn_implementation == "eager"
+        self.pair = shape.heads * (6 if half else size) if eager else 0
+        self.casts_bytes = size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if half else 0
+        self.input_casts_bytes = size * rank * sum(linear.inputs for linear in qkv) if half else 0
+        outputs = size * rank * sum(linear.outputs for linear in qkv) if half else 0
+        self.attention_casts_bytes = self.input_casts_bytes + outputs
+        self.weight_bytes = size * max(linear.inputs * linear.outputs for linear in shape.linears()) if packed else 0
 
     def recompute_bytes(self, tokens: int, sequence_tokens: int) -> int:
         """Return the peak while the layer runs again and backward over sequences of that length."""
@@ -141,64 +163,6 @@ class LayerBytes(NamedTuple):
     def _fixed_bytes(self, tokens: int) -> int:
         # The dequantised weight and the MLP's last activation, which the peak includes, never exist at the same time.
         return self.casts_bytes + max(0, self.weight_bytes - self.mlp * tokens)
-
-
-def layer_bytes(recipe: Recipe, shape: ModelShape) -> LayerBytes:
-    """Return a layer's memory for the recipe's precision, attention, adapters and dropout."""
-    size, packed = DTYPE_BYTES[recipe.model.dtype], recipe.model.quantization == "nf4"
-    width, mlp, heads = shape.width, size * shape.mlp_width, shape.heads + shape.kv_heads
-    adapted = {linear.name.split(".")[-1]: linear for linear in adapted_linears(shape, recipe.lora.target_modules)}
-    # A norm keeps a float32 copy of its input and one number per token. In a float32 model the input is that copy.
-    input_norm = 4 * width + 4
-    saved = 2 * input_norm - (4 * width if size == 4 else 0)
-    # Queries, keys, values, the attention's output and its log-sums.
-    saved += 2 * size * heads * shape.head_width + 4 * shape.heads
-    if shape.model_type == "qwen3":  # each head's queries and keys are normalised
-        saved += 4 * heads * shape.head_width + 4 * heads
-    saved += 3 * mlp  # gate, its activation, and up
-    saved += _adapter_inputs(recipe, adapted) + size * recipe.lora.rank * len(adapted)
-    recompute, inference = saved + 3 * mlp + size * width, 3 * mlp + 2 * size * width
-    if any(name in adapted for name in ("gate_proj", "up_proj")):
-        inference += mlp
-    if "down_proj" in adapted:
-        recompute -= mlp  # its input is freed before the gradients of gate and up exist together
-    if recipe.lora.dropout:
-        recompute += (4 if size == 2 else 3) * size * width - mlp
-    elif not packed and size == 2:
-        # PEFT casts the input of a layer that is not 4-bit to float32 before autocast casts it to 16 bits again.
-        recompute += mlp + 8 * width
-    if not packed and size == 2:
-        inference += 4 * width
-    early = [adapted[name] for name in _QKV if name in adapted]
-    cast = recipe.lora.rank * size if size == 2 else 0
-    return LayerBytes(
-        boundary=size * width,
-        saved=saved,
-        input_norm=input_norm,
-        recompute=recompute,
-        inference=inference,
-        mlp=mlp,
-        pair=shape.heads * (6 if size == 2 else size) if recipe.model.attn_implementation == "eager" else 0,
-        casts_bytes=size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if size == 2 else 0,
-        attention_casts_bytes=cast * sum(linear.inputs + linear.outputs for linear in early),
-        input_casts_bytes=cast * sum(linear.inputs for linear in early),
-        weight_bytes=size * max(linear.inputs * linear.outputs for linear in shape.linears()) if packed else 0,
-    )
-
-
-def _adapter_inputs(recipe: Recipe, adapted: Mapping[str, Linear]) -> int:
-    """Return the bytes per token of the inputs that a layer's adapters keep, apart from the attention's output."""
-    size, inputs = DTYPE_BYTES[recipe.model.dtype], sum(linear.inputs for linear in adapted.values())
-    if recipe.lora.dropout:
-        # Each adapter keeps its input after dropout, and a mask, which has one byte per element on a GPU.
-        return (size + (1 if recipe.train.device != "cpu" else size)) * inputs
-    if recipe.model.quantization != "nf4" and size == 2:
-        return size * inputs  # each adapter keeps its own 16-bit copy of PEFT's float32 input
-    sharing = (_QKV, ("gate_proj", "up_proj"), ("down_proj",))
-    return size * sum(max((adapted[name].inputs for name in names if name in adapted), default=0) for names in sharing)
-
-
-# ---------------------------------------------------------------------- the loss and the rollout engine
 
 
 def pass_bytes(
@@ -227,12 +191,9 @@ def engine_of(recipe: Recipe) -> str:
     if recipe.rollout.engine != "auto":
         return recipe.rollout.engine
     found = importlib.util.find_spec("vllm")
-    return "vllm" if found is not None and found.origin is not None and vllm_can_serve(recipe) else "hf"
-
-
-def vllm_can_serve(recipe: Recipe) -> bool:
-    """Return whether vLLM can serve the recipe's adapters and precision."""
-    return not recipe.lora.dora and recipe.model.dtype != "float64" and recipe.lora.rank <= ENGINE_LORA_RANKS[-1]
+    refused = impossible_combinations(recipe.with_values({"rollout.engine": "vllm"}))
+    served = not any("rollout.engine" in keys for keys, _ in refused)
+    return "vllm" if found is not None and found.origin is not None and served else "hf"
 
 
 def kv_token_bytes(recipe: Recipe, shape: ModelShape, *, fp8: bool = False) -> int:
@@ -256,22 +217,19 @@ def vllm_bytes(recipe: Recipe, shape: ModelShape, vram_bytes: int, *, on_gpu: bo
     share = round(vllm.gpu_memory_utilization * vram_bytes)
     cache = share - weights - slot - working if on_gpu else ENGINE_CPU_CACHE_BYTES
     sequence = recipe.rollout.sequence_tokens * kv_token_bytes(recipe, shape, fp8=vllm.kv_cache_dtype == "fp8")
-    sampling = {
-        "engine weights": weights,
-        "engine, other": slot + working,
-        "KV cache": max(0, cache),
-        "CUDA graphs": ENGINE_GRAPHS_BYTES if on_gpu and not vllm.enforce_eager else 0,
-    }
-    asleep = {"CUDA graphs": sampling["CUDA graphs"], "engine, other": logits}
-    swapping = sampling | {"KV cache": 0, "engine, other": slot + logits}
-    states = [sampling, asleep, swapping] if on_gpu and vllm.enable_sleep_mode else [sampling] * 3
+    graphs = {"CUDA graphs": ENGINE_GRAPHS_BYTES if on_gpu and not vllm.enforce_eager else 0}
+    sampling = {"engine weights": weights, "engine, other": slot + working, "KV cache": max(0, cache)} | graphs
+    states = [sampling] * 3
+    if on_gpu and vllm.enable_sleep_mode:
+        swapping = sampling | {"KV cache": 0, "engine, other": slot + logits}
+        states = [sampling, graphs | {"engine, other": logits}, swapping]
     return states, max(0, sequence - cache), max(0, cache) // sequence
 
 
 def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, Classes]]:
     """Yield each moment that may be the fullest while the trainer's own model samples, with its bytes by class."""
     size, batch = DTYPE_BYTES[recipe.model.dtype], recipe.rollout.max_num_seqs
-    layer, kv = layer_bytes(recipe, shape), kv_token_bytes(recipe, shape)
+    layer, kv = LayerBytes(recipe, shape), kv_token_bytes(recipe, shape)
     adaptive = recipe.rollout.adaptive
     answers = [adaptive.round_size if adaptive.enabled else recipe.rollout.num_generations]
     answers += [recipe.eval.samples_per_problem] if recipe.eval.problems else []

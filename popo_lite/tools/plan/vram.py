@@ -16,29 +16,19 @@ from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import check_context
 from popo_lite.tools.plan import terms
 from popo_lite.tools.plan.shapes import ModelShape
+from popo_lite.tools.plan.terms import Classes
 
-CUDA_CONTEXT_BYTES = 600 * 2**20
-"""Assumed: the CUDA context, and the kernels of torch, bitsandbytes and cuBLAS with their workspaces."""
-
-FRAGMENTATION_RATIO = 0.1
-"""Assumed: memory that the allocator wastes, relative to temporary tensors."""
-
-SHORTFALL = "engine shortfall"
-"""Key in `needs` for how much vLLM's share is too small for one sequence; the other keys are phases."""
-
-LARGEST = 2**20
-"""Upper limit of the search for the longest sequence and the largest batch."""
-
-EXPORT_ANSWERS = 16
-"""Answers that `popo-lite export` samples at once to verify a merged model."""
-
-_PERMANENT = {"base linears", "embeddings", "LM head", "norms, biases", "16-bit model", "merged model"}
-_PERMANENT |= {"adapters", "predictor head"}
-"""Classes that are allocated once and so fragment nothing."""
-
+CUDA_CONTEXT_BYTES = 600 * 2**20  # assumed: with the kernels of torch, bitsandbytes and cuBLAS and their workspaces
+FRAGMENTATION_RATIO = 0.1  # assumed: memory that the allocator wastes, relative to temporary tensors
+LARGEST = 2**20  # upper limit of the search for the longest sequence and the largest batch
+EXPORT_ANSWERS = 16  # answers that `popo-lite export` samples at once to verify a merged model
+SHORTFALL = "engine shortfall"  # key in `needs` for what vLLM's share lacks for one sequence; other keys are phases
 NOT_TENSORS = ("CUDA context", "fragmentation", "other processes")
+# Classes that are allocated once and so fragment nothing.
+_PERMANENT = {"base linears", "embeddings", "LM head", "norms, biases", "16-bit model", "merged model", "adapters",
+              "predictor head"}  # fmt: skip
 
-Moment = tuple[str, dict[str, int]]
+Moment = tuple[str, Classes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +37,7 @@ class Phase:
 
     name: str
     moment: str
-    bytes_by_class: dict[str, int]
+    bytes_by_class: Classes
 
     @property
     def total_bytes(self) -> int:
@@ -78,8 +68,9 @@ def _largest(fits: Callable[[int], bool]) -> int:
 class MemoryPlan:
     """The plan of a recipe on a GPU of `vram_bytes`, or in host memory for a recipe on the CPU.
 
-    `phases` are those of a run; `export` is a separate command. `engine_shortfall_bytes` is how much vLLM's share is
-    too small for one sequence.
+    `phases` are those of a run; `export` is a later command in a process of its own. `needs` holds the bytes of the
+    phases and `engine_shortfall_bytes`, how much vLLM's share is too small for one sequence; `excess` is by how much
+    each is too large.
     """
 
     def __init__(self, recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> None:
@@ -87,7 +78,7 @@ class MemoryPlan:
         self.on_gpu = recipe.train.device != "cpu"
         self.device = "cuda" if self.on_gpu else "cpu"
         self.engine = terms.engine_of(recipe)
-        self.layer = terms.layer_bytes(recipe, shape)
+        self.layer = terms.LayerBytes(recipe, shape)
         self.size = terms.DTYPE_BYTES[recipe.model.dtype]
         adapters = terms.adapter_elements(shape, recipe.lora)
         predictor = terms.predictor_elements(shape, recipe.siamese.head_width)
@@ -98,23 +89,23 @@ class MemoryPlan:
             "predictor head": self.trained_size * sum(predictor),
         }
         self.optimizer = {"optimizer state": terms.optimizer_bytes(adapters + predictor, recipe)}
-        vllm = terms.vllm_bytes if self.engine == "vllm" else lambda *_, **__: ([terms.Classes()] * 3, 0, 0)
-        states, self.engine_shortfall_bytes, self.vllm_sequences = vllm(recipe, shape, vram_bytes, on_gpu=self.on_gpu)
+        states, shortfall, self.vllm_sequences = [Classes()] * 3, 0, None
+        if self.engine == "vllm":
+            states, shortfall, self.vllm_sequences = terms.vllm_bytes(recipe, shape, vram_bytes, on_gpu=self.on_gpu)
         self.sampling, self.training, self.swapping = states
+        self.engine_shortfall_bytes = shortfall
         self.sequence_tokens, self.context_tokens = recipe.rollout.sequence_tokens, shape.context_tokens
-        step = recipe.data.prompts_per_step * recipe.rollout.num_generations * self.sequence_tokens
-        self.tokens = min(max(recipe.train.tokens_per_microbatch, self.sequence_tokens), step)
+        self.answers = recipe.data.prompts_per_step * recipe.rollout.num_generations
+        least = max(recipe.train.tokens_per_microbatch, self.sequence_tokens)
+        self.tokens = min(least, self.answers * self.sequence_tokens)
         eager = recipe.model.attn_implementation == "eager"
         packed = recipe.train.packing and recipe.model.backend == "transformers" and not eager
         # Without packing the sequences of a micro-batch pass one after the other, and each leaves its checkpoints.
         self.pass_tokens = self.tokens if packed else self.sequence_tokens
-        self.phases = tuple(self._phases())
+        *self.phases, self.export = self._phases()
         self.peak = max(self.phases, key=lambda phase: phase.total_bytes)
-        self.needs = {SHORTFALL: self.engine_shortfall_bytes}
-        """The bytes of every phase of a run, and `SHORTFALL`."""
-        self.needs |= {phase.name: phase.total_bytes for phase in self.phases}
+        self.needs = {SHORTFALL: shortfall} | {phase.name: phase.total_bytes for phase in self.phases}
         self.excess = {key: size if key == SHORTFALL else max(0, size - vram_bytes) for key, size in self.needs.items()}
-        """By how many bytes each of `needs` is too large."""
         self.overrun_bytes = sum(self.excess.values())
         self.fits = not self.overrun_bytes
 
@@ -138,23 +129,22 @@ class MemoryPlan:
     def sequences_at_once(self) -> int | None:
         """How many answers of full length can be decoded together; None for a server."""
         if self.engine != "hf":
-            return self.vllm_sequences if self.engine == "vllm" else None
+            return self.vllm_sequences
         return _largest(lambda batch: not self._with({"rollout.max_num_seqs": batch}).excess["rollout"])
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data with all sizes in bytes; the last phase is the export."""
-        keys = ["vram_bytes", "others_bytes", "device", "engine", "fits", "engine_shortfall_bytes", "sequence_tokens"]
-        keys += ["longest_sequence_tokens", "context_tokens", "sequences_at_once"]
+        keys = ("vram_bytes", "others_bytes", "device", "engine", "fits", "engine_shortfall_bytes", "sequence_tokens",
+                "longest_sequence_tokens", "context_tokens", "sequences_at_once")  # fmt: skip
         data = {key: getattr(self, key) for key in keys}
         data |= {"peak_bytes": self.peak.total_bytes, "peak_phase": self.peak.name}
-        keys = ["name", "moment", "total_bytes", "tensor_bytes"]
-        for phase in (*self.phases, self.export):
-            shown = {key: getattr(phase, key) for key in keys} | {"bytes": phase.bytes_by_class}
-            data.setdefault("phases", []).append(shown)
+        keys = ("name", "moment", "total_bytes", "tensor_bytes")
+        phases = (*self.phases, self.export)
+        data["phases"] = [{key: getattr(p, key) for key in keys} | {"bytes": p.bytes_by_class} for p in phases]
         return data
 
     def _phases(self) -> Iterator[Phase]:
-        """Yield the phases of a run in their order."""
+        """Yield a run's phases in their order, then the export's, which compares a merged model with the policy."""
         trainer = self.policy | {"siamese average": self.trained}
         # If the GPU is shared in turns, the optimizer's state is in host memory between updates.
         idle = trainer if self.on_gpu and self.recipe.rollout.vllm.enable_sleep_mode else trainer | self.optimizer
@@ -175,35 +165,27 @@ class MemoryPlan:
         yield self._phase("step", trainer | self.training, [("the optimizer's step", step)])
         moved = "the adapter enters the engine" if self.swapping else "nothing is moved"
         yield self._phase("swap", idle, [(moved, self.swapping)])
-
-    @cached_property
-    def export(self) -> Phase:
-        """What `popo-lite export`, a separate process, takes to compare a merged model with the policy."""
         answers = {
             "KV cache": EXPORT_ANSWERS * self.sequence_tokens * terms.kv_token_bytes(self.recipe, self.shape),
             "logits": EXPORT_ANSWERS * self.shape.vocabulary * 12,
         }
         merged = sum(terms.base_bytes(self.shape, self.recipe.model, nf4=False).values())
-        name = "16-bit model" if self.size == 2 else "merged model"
-        moments = {"the policy answers": self.policy, "the merged model answers": {name: merged}}
-        return self._phase("export", {}, [(moment, model | answers) for moment, model in moments.items()])
+        model = {"16-bit model" if self.size == 2 else "merged model": merged}
+        moments = [("the policy answers", self.policy | answers), ("the merged model answers", model | answers)]
+        yield self._phase("export", {}, moments)
 
-    def _phase(self, name: str, stays: dict[str, int], moments: Iterable[Moment]) -> Phase:
+    def _phase(self, name: str, stays: Classes, moments: Iterable[Moment]) -> Phase:
         """Return the fullest moment of a phase; `stays` is alive in all of them."""
-        permanent = _PERMANENT | self.sampling.keys()
-        found = []
+        permanent, found = _PERMANENT | self.sampling.keys(), []
         for moment, comes in moments:
             total = stays | {"other processes": self.others_bytes}
-            for key, size in comes.items():
-                total[key] = total.get(key, 0) + size
+            total |= {key: total.get(key, 0) + size for key, size in comes.items()}
             if self.on_gpu:
                 temporary = sum(size for key, size in comes.items() if key not in permanent)
                 total |= {"fragmentation": round(FRAGMENTATION_RATIO * temporary), "CUDA context": CUDA_CONTEXT_BYTES}
             classes = {key: size for key, size in total.items() if size}
             found.append(Phase(name=name, moment=moment, bytes_by_class=classes))
         return max(found, key=lambda phase: phase.total_bytes)
-
-    # ------------------------------------------------------------------ the moments of a phase
 
     def _siamese(self) -> Iterator[Moment]:
         """Yield the moments of passes without a graph: the siamese's features, and log-probs by the trainer."""
@@ -214,23 +196,22 @@ class MemoryPlan:
         if not objective.needs_siamese_pass and not scores:
             yield "nothing is passed", {}
             return
-        casts = self.layer.casts_bytes * (self.shape.layers - 1)
         # The embeddings stay beside the layer's input until the trunk has run.
         hidden = {"hidden states": self._targets() + 2 * self.layer.boundary * self.tokens}
         layer = self.layer.inference_bytes(self.pass_tokens, self.sequence_tokens)
+        casts = self.layer.casts_bytes * (self.shape.layers - 1)
         yield "in a layer", hidden | {"layer working set": layer + casts}
         if scores:
             yield "in the LM head", hidden | self._loss()
 
     def _targets(self) -> int:
         """Return the bytes of what a step's update needs: siamese targets, the base's log-probs, and rotations."""
-        answers = self.recipe.data.prompts_per_step * self.recipe.rollout.num_generations
         objective = self.recipe.objective
         per_answer = self.shape.width if objective.needs_siamese_pass else 0
         per_answer += self.recipe.rollout.max_completion_length if objective.needs_reference_pass else 0
-        return self.trained_size * answers * per_answer + 2 * self.size * self.shape.head_width * self.tokens
+        return self.trained_size * self.answers * per_answer + 2 * self.size * self.shape.head_width * self.tokens
 
-    def _loss(self) -> dict[str, int]:
+    def _loss(self) -> Classes:
         """Return the peak of the loss, forward and backward, without hidden states and head."""
         vocabulary, logits = self.shape.vocabulary, max(4, self.size)
         chunk = chunk_tokens(vocabulary, memory_bytes=self.recipe.train.logits_mib * 2**20, logits_bytes=logits)
@@ -246,14 +227,13 @@ class MemoryPlan:
         """
         layer, layers, train = self.layer, self.shape.layers, self.recipe.train
         row = layer.boundary * self.tokens
-        saved = layer.saved + layer.pair * self.sequence_tokens
-        hidden = {"hidden states": self._targets() + row}
         final_norm = {"final norm": layer.input_norm * self.tokens}
         working = layer.recompute_bytes(self.pass_tokens, self.sequence_tokens)
         if train.gradient_checkpointing:
             offloads = train.offload_activations or self.recipe.model.backend == "unsloth"
             kept = {"layer inputs": (2 if offloads else layers) * row}
         else:
+            saved = layer.saved + layer.pair * self.sequence_tokens
             working -= saved * self.pass_tokens
             # A float32 model's norms need no wider copy of their input, so that layers keep the input itself.
             inputs = (layers - 1) * row if self.size == 4 else 0
@@ -264,6 +244,7 @@ class MemoryPlan:
             kept = {"layer inputs": inputs, "layer activations": (layers * saved - first) * self.tokens + casts}
         kept["gradients"] = 2 * self.trained
         yield "in the LM head", kept | final_norm | {"hidden states": self._targets() + 2 * row} | self._loss()
+        kept["hidden states"] = self._targets() + row
         if train.gradient_checkpointing:
-            yield "the last layer has run", kept | hidden | final_norm | {"adapter copies": layers * layer.casts_bytes}
-        yield "the top layer's backward pass", kept | hidden | {"layer working set": working}
+            yield "the last layer has run", kept | final_norm | {"adapter copies": layers * layer.casts_bytes}
+        yield "the top layer's backward pass", kept | {"layer working set": working}
