@@ -90,7 +90,7 @@ def train(
     if as_json:
         click.echo(json.dumps(result.summary))
         return
-    from popo_lite.tools.console.reports import closing_report
+    from popo_lite.tools.console.output import closing_report
 
     closing_report(
         result.summary,

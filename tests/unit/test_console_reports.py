@@ -8,8 +8,15 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from popo_lite.errors import RecipeError
-from popo_lite.tools.console.output import open_console, print_error, progress, table
-from popo_lite.tools.console.reports import closing_report, eval_report, noise
+from popo_lite.tools.console.output import (
+    closing_report,
+    eval_report,
+    noise,
+    open_console,
+    print_error,
+    progress,
+    table,
+)
 from popo_lite.types import EvalResult
 
 WIDTHS = [80, 100, 140]

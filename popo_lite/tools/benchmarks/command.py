@@ -107,7 +107,7 @@ def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, **op
 
 def _held_out(run: Path, *, as_json: bool, **options: Any) -> None:
     from popo_lite.tools.benchmarks.subject import evaluate_run
-    from popo_lite.tools.console.reports import eval_report
+    from popo_lite.tools.console.output import eval_report
 
     used = {name: options[name] for name in ("weights", "problems", "samples", "temperature", "seed", "engine")}
     results = evaluate_run(run, **used, bar=partial(_bar, as_json=as_json))

@@ -15,9 +15,9 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from popo_lite.metrics import METRICS, StepRecord
+from popo_lite.metrics import METRICS
 from popo_lite.tools.console import words
-from popo_lite.tools.console.views import RunState
+from popo_lite.tools.console.views import GROUPS, RunState
 from popo_lite.types import SampleView
 
 # Metrics, with what stands beside their values if the step has it.
@@ -38,21 +38,21 @@ _ANSWERS = {
     "positives": "of {rollouts:,}",
     "unique_answers_mean": "per prompt",
 }
-_GROUPS = {
-    "all_right": ("█", "green", "all right"),
-    "some_right": ("▓", "cyan", "some"),
-    "none_right": ("░", "yellow", "none"),
-    "ungraded": ("?", "red", "ungraded"),
-}
+_GROUP_LOOKS = (("█", "green", "all right"), ("▓", "cyan", "some"), ("░", "yellow", "none"), ("?", "red", "ungraded"))
 _LABEL, _RIGHT, _REST, _DIM = {"width": 15}, {"justify": "right"}, {"ratio": 1}, {"style": "dim"}
-_NOTE = {"style": "dim", "min_width": 12}
 _TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # of the chart of the pass rate
 
 
 def dashboard(state: RunState, console: Console) -> list[list[Segment]]:
     """Return the lines of the screen for the console's size."""
     width, notices, sample = max(console.width - 2, 1), state.notices, state.sample()
-    header = _header(state, width)
+    header = [Text.assemble(("popo-lite", "bold cyan"), "  ", (state.title, "bold"))]
+    for name, value in state.facts.items():
+        fact = Text.assemble((name, "dim"), " ", value)
+        if len(header) > 1 and header[-1].cell_len + 3 + fact.cell_len <= width:
+            header[-1].append("   ").append_text(fact)
+        else:
+            header.append(fact)
     # From top to bottom: the fewest lines that make sense, the most that are of use, and what draws so many.
     sections: list[tuple[int, int, Callable[[int], RenderableType]]] = [
         (1, len(header), lambda _: Group(*header)),
@@ -60,12 +60,12 @@ def dashboard(state: RunState, console: Console) -> list[list[Segment]]:
     ]
     if state.records:
         figures, lines = _figures(state, width)
-        sections.append((1, 1, lambda _: _prompts(state.records[-1], width)))
+        sections.append((1, 1, lambda _: _prompts(state, width)))
         sections.append((3, 8, lambda rows: _pass_rate(state, width, rows)))
         sections.append((min(lines, 9), lines, lambda _: figures))
     if notices:
         title, most = _rule("messages", f"{len(notices):,} in all"), min(1 + len(notices), 8)
-        sections.append((2, most, lambda rows: Group(title, *map(_line, notices[1 - rows :]))))
+        sections.append((2, most, lambda rows: Group(title, *map(Text, notices[1 - rows :]))))
     if sample is not None:
         sections.append((4, 12, lambda rows: _sample(sample, width, rows, console)))
     blank = int(console.height >= 30)  # between sections, where all of them have space
@@ -73,7 +73,7 @@ def dashboard(state: RunState, console: Console) -> list[list[Segment]]:
     screen = []
     for rows, (*_, draw) in zip(heights, sections, strict=True):
         if rows:
-            options = console.options.update_dimensions(console.width, rows + blank)
+            options = console.options.update(height=rows + blank, no_wrap=True, overflow="ellipsis")
             screen += console.render_lines(Padding(draw(rows), (0, 1, blank, 1)), options)
     return screen[: console.height]
 
@@ -91,10 +91,6 @@ def share_height(wanted: Sequence[Sequence[Any]], height: int) -> list[int]:
     return given
 
 
-def _line(*parts: str | tuple[str, str]) -> Text:
-    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
-
-
 def _grid(columns: Sequence[Mapping[str, Any]], *rows: Iterable[RenderableType]) -> Table:
     """Return a table without lines, as wide as its place. Strings are text and never markup."""
     grid = Table.grid(padding=(0, 1, 0, 0), expand=True)
@@ -109,32 +105,18 @@ def _rule(title: str, note: str) -> RenderableType:
     return _grid([_REST, _DIM], [Rule(Text(title, "bold"), align="left", style="dim"), note])
 
 
-def _header(state: RunState, width: int) -> list[Text]:
-    lines = [_line(("popo-lite", "bold cyan"), "  ", (state.title, "bold"))]
-    for name, value in state.facts.items():
-        fact = _line((name, "dim"), " ", value)
-        if len(lines) > 1 and lines[-1].cell_len + 3 + fact.cell_len <= width:
-            lines[-1].append("   ").append_text(fact)
-        else:
-            lines.append(fact)
-    return lines
-
-
 def _progress(state: RunState) -> RenderableType:
-    done, total, (pace, left) = state.steps_done, state.total_steps, state.pace()
+    done, total, records, (pace, left) = state.steps_done, state.total_steps, state.records, state.pace()
     far = f"{done / max(total, 1):4.0%}   {words.duration(state.clock() - state.started)} elapsed"
     below = "no step has ended yet"
-    if state.records:
+    if records:
         far += f"   {words.duration(left)} left"
-        reason, skipped = (
-            state.records[-1]["skipped_reason"],
-            sum(r["skipped_reason"] is not None for r in state.records),
-        )
+        reason, skips = records[-1]["skipped_reason"], sum(r["skipped_reason"] is not None for r in records)
         below = f"{words.duration(pace)} a step"
         below += f"   done about {words.clock_time(datetime.now(), left)}" if left else ""
-        below += f"   {skipped} of {len(state.records)} steps skipped" if skipped else ""
+        below += f"   {skips} of {len(records)} steps skipped" if skips else ""
         if reason is not None:
-            below = f"step {done} changed no weights ({skipped} of {len(state.records)} skipped): {words.clean(reason)}"
+            below = f"step {done} changed no weights ({skips} of {len(records)} skipped): {words.clean(reason)}"
     ran = words.duration(state.clock() - state.stage_since) if state.stage_name else ""
     if stage_total := state.stage_total:
         ran = f"{state.stage_done / stage_total:4.0%}   {state.stage_done:,} of {stage_total:,}   {ran}"
@@ -146,18 +128,18 @@ def _progress(state: RunState) -> RenderableType:
     return Group(bars, _grid([_LABEL, {**_REST, **_DIM}], ["", below]))
 
 
-def _prompts(record: StepRecord, width: int) -> RenderableType:
-    counts = {name: record[f"groups_{name}"] for name in _GROUPS}
+def _prompts(state: RunState, width: int) -> RenderableType:
+    counts = [state.records[-1][name] for name in GROUPS]
     legend = Text("  ").join(
-        Text.assemble(_GROUPS[name][:2], f" {count} ", (_GROUPS[name][2], "dim"))
-        for name, count in counts.items()
+        Text.assemble((mark, style), f" {count} ", (label, "dim"))
+        for count, (mark, style, label) in zip(counts, _GROUP_LOOKS, strict=True)
         if count
     )
-    bar, before, width = Text(), 0, max(width - 17 - legend.cell_len, 0)
-    for name, count in counts.items():
-        # Rounding the ends and not the lengths makes the whole exactly `width` wide.
-        start, end = (round(part * width / max(sum(counts.values()), 1)) for part in (before, before + count))
-        bar.append(_GROUPS[name][0] * (end - start), _GROUPS[name][1])
+    bar, before, space = Text(), 0, max(width - 17 - legend.cell_len, 0)
+    for count, (mark, style, _) in zip(counts, _GROUP_LOOKS, strict=True):
+        # Rounding the ends and not the lengths makes the whole exactly as wide as its place.
+        start, end = (round(part * space / max(sum(counts), 1)) for part in (before, before + count))
+        bar.append(mark * (end - start), style)
         before += count
     return _grid([{**_LABEL, "style": "bold"}, _REST, {}], ["prompts", bar, legend])
 
@@ -180,20 +162,30 @@ def _figures(state: RunState, width: int) -> tuple[RenderableType, int]:
     """Return learning on the left, answers and time on the right or below, and the lines that this takes."""
     record, wide = state.records[-1], width >= 76
     space = ((width - 3) // 2 if wide else width) - 40  # beside label, value and note
-    learning, answers = ([_row(state, *metric, space) for metric in part.items()] for part in (_LEARNING, _ANSWERS))
+    learning, answers, times = [], [], []
+    for rows, metrics in ((learning, _LEARNING), (answers, _ANSWERS)):
+        for name, note in metrics.items():
+            label = f"  {METRICS[name].label}" if name.startswith("loss_") else METRICS[name].label
+            # Beyond the bound the siamese is not the average that the method assumes.
+            beyond = name == "siamese_drift" and (record["siamese_drift_over_bound"] or 0) > 1
+            value = Text(words.quantity(record[name], METRICS[name].unit), "bold red" if beyond else "")
+            try:
+                note = note.format_map(record)
+            except TypeError:  # a metric of it is None
+                note = ""
+            rows.append((label, value, note, _sparkline(state, name, space)))
     for name, value in record["task_figures"].items():
         answers.append((words.spoken(name), words.share(value), "", _sparkline(state, name, space)))
-    other = {k: count for k, count in record["outcomes"].items() if count and k not in ("correct", "incorrect")}
-    if other:
+    if other := {k: count for k, count in record["outcomes"].items() if count and k not in ("correct", "incorrect")}:
         most = max(other, key=lambda name: other[name])
         answers.append(("not judged", str(sum(other.values())), f"{other[most]} {most}", ""))
     stages, total = words.by_stage(record["seconds"])
     speeds = {name: f"{speed:,.0f} tok/s" for name, speed in record["tokens_per_second"].items()}
-    times = []
     for name, took in sorted(stages.items(), key=lambda stage: -stage[1]):  # a small screen cuts the shortest off
         bar = ProgressBar(max(total, 1e-9), took, complete_style="cyan", finished_style="cyan")
         times.append((name, words.duration(took), bar, speeds.get(name, "")))
-    columns = [{**_DIM, **_LABEL}, {**_RIGHT, "min_width": 8}, _NOTE, {**_REST, "style": "dim cyan"}]
+    note = {"style": "dim", "min_width": 12}
+    columns = [{**_DIM, **_LABEL}, {**_RIGHT, "min_width": 8}, note, {**_REST, "style": "dim cyan"}]
     left = (_rule("learning", f"learning rate {words.figure(record['learning_rate'])}"), _grid(columns, *learning))
     right = (
         _rule("answers", "of this step"),
@@ -206,19 +198,6 @@ def _figures(state: RunState, width: int) -> tuple[RenderableType, int]:
         return Group(*left, *right), sum(heights)
     halves = _grid([{"width": (width - 3) // 2}, {"width": 1}, _REST], [Group(*left), "", Group(*right)])
     return halves, max(heights)
-
-
-def _row(state: RunState, name: str, note: str, space: int) -> Sequence[RenderableType]:
-    record, metric = state.records[-1], METRICS[name]
-    # Beyond the bound the siamese is not the average that the method assumes.
-    beyond = name == "siamese_drift" and (record["siamese_drift_over_bound"] or 0) > 1
-    value = Text(words.quantity(record[name], metric.unit), "bold red" if beyond else "")
-    try:
-        note = note.format_map(record)
-    except TypeError:  # a metric of it is None
-        note = ""
-    label = f"  {metric.label}" if name.startswith("loss_") else metric.label
-    return label, value, note, _sparkline(state, name, space)
 
 
 def _sparkline(state: RunState, name: str, width: int) -> str:

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
@@ -35,16 +35,15 @@ class LiveView(RunState):
     ) -> None:
         super().__init__(clock)
         self._console = console
-        options: dict[str, Any] = {"screen": True, "redirect_stdout": False, "redirect_stderr": False}
-        rate = 1 / refresh_seconds
-        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=rate, **options)
+        self._live = Live(get_renderable=self.render, console=console, refresh_per_second=1 / refresh_seconds,
+                          screen=True, redirect_stdout=False, redirect_stderr=False)  # fmt: skip
         self._other: deque[str] = deque(maxlen=50)
         self._other_count = 0
         self._screen: ExitStack | None = None
 
-    def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
+    def start(self, **facts: Any) -> None:
         """Take the screen."""
-        super().start(title=title, facts=facts, total_steps=total_steps, first_step=first_step)
+        super().start(**facts)
         with ExitStack() as taken:
             # Undone in reverse order: the screen is given back before other output may reach it.
             taken.enter_context(caught_output(self._catch))
@@ -67,23 +66,23 @@ class LiveView(RunState):
         self._screen.close()
         self._screen = None
         took = words.duration(self.clock() - self.started)
-        lines = [f"{self.title}: {self.steps_done} of {self.total_steps} steps, {took} in this session"]
-        lines += [*([self.step_line()] if self.records else []), *self.notices]
+        self._print(f"{self.title}: {self.steps_done} of {self.total_steps} steps, {took} in this session")
+        self._print(*([self.step_line()] if self.records else []), *self.notices)
         if self._other:
             last = f", the last {len(self._other)}" if len(self._other) < self._other_count else ""
-            lines.append(f"Other output during the run (lines: {self._other_count}{last}):")
-        self._print(*lines, *(f"  {line}" for line in self._other))
+            self._print(f"Other output during the run (lines: {self._other_count}{last}):")
+            self._print(*(f"  {line}" for line in self._other))
 
     def render(self) -> SegmentLines:
         """Return the screen as it is now, at the size that the terminal has now."""
+        encoding = self._console.encoding
         with self.lock:
             lines = dashboard(self, self._console)
-        encoding = self._console.encoding
         drawn = [[Segment(words.encodable(text, encoding), style) for text, style, _ in line] for line in lines]
         return SegmentLines(drawn, new_lines=True)
 
     def _catch(self, line: str) -> None:
-        with self.lock:
+        with self.lock:  # other threads print too
             self._other.append(words.clean(line))
             self._other_count += 1
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from popo_lite.callbacks import Callback
 from popo_lite.errors import UserInputError
@@ -23,7 +23,7 @@ from popo_lite.types import SampleView
 ViewMode = Literal["auto", "live", "plain", "silent"]
 
 _LINE = ("pass_rate", "loss", "entropy", "entropy_over_start", "siamese_cosine", "completion_tokens_mean")
-_GROUPS = tuple(f"groups_{name}" for name in ("all_right", "some_right", "none_right", "ungraded"))
+GROUPS = ("groups_all_right", "groups_some_right", "groups_none_right", "groups_ungraded")
 
 
 class RunState(Callback):
@@ -31,7 +31,9 @@ class RunState(Callback):
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self.lock = threading.RLock()  # a signal handler may report something while this thread reports
+        # Held while values that belong together change or are drawn, which another thread does. Reentrant, because a
+        # signal handler may report something in the middle of a report.
+        self.lock = threading.RLock()
         self.title, self.total_steps, self.first_step = "", 0, 0
         self.facts: dict[str, str] = {}
         self.started = clock()
@@ -46,10 +48,9 @@ class RunState(Callback):
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
         """Remember the facts and start the clock."""
-        with self.lock:
-            self.title, self.total_steps, self.first_step = words.clean(title), total_steps, first_step
-            self.facts = {words.clean(key): words.clean(value) for key, value in facts.items()}
-            self.started = self.clock()
+        self.title, self.total_steps, self.first_step = words.clean(title), total_steps, first_step
+        self.facts = {words.clean(key): words.clean(value) for key, value in facts.items()}
+        self.started = self.clock()
 
     def stage(self, name: str, *, total: int | None = None) -> None:
         """Begin counting the stage's work."""
@@ -59,8 +60,7 @@ class RunState(Callback):
 
     def advance(self, amount: int) -> None:
         """Count work of the stage."""
-        with self.lock:
-            self.stage_done += amount
+        self.stage_done += amount
 
     def step(self, record: StepRecord) -> None:
         """Remember the record."""
@@ -73,13 +73,11 @@ class RunState(Callback):
 
     def samples(self, samples: Sequence[SampleView]) -> None:
         """Remember the answers."""
-        with self.lock:
-            self._samples = deque(samples)
+        self._samples = deque(samples)
 
     def message(self, text: str) -> None:
         """Remember the notice and when it came."""
-        with self.lock:
-            self.notices += [f"{datetime.now():%H:%M:%S}  {words.clean(line)}" for line in text.splitlines()]
+        self.notices += [f"{datetime.now():%H:%M:%S}  {words.clean(line)}" for line in text.splitlines()]
 
     @property
     def steps_done(self) -> int:
@@ -110,7 +108,7 @@ class RunState(Callback):
         """Return the latest step as one line of `name value` pairs, with two blanks between the pairs."""
         record, (pace, left) = self.records[-1], self.pace()
         texts = {METRICS[name].label: words.quantity(record[name], METRICS[name].unit) for name in _LINE}
-        texts["prompts all/some/none/ungraded"] = "/".join(str(record[name]) for name in _GROUPS)
+        texts["prompts all/some/none/ungraded"] = "/".join(str(record[name]) for name in GROUPS)
         texts["memory"] = words.memory(record["peak_memory_bytes"])
         texts |= {"pace": words.duration(pace), "left": words.duration(left)}
         if record["skipped_reason"] is not None:
@@ -133,11 +131,11 @@ class PlainView(RunState):
         self._done = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="popo-lite heartbeat", daemon=True)
 
-    def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
+    def start(self, **facts: Any) -> None:
         """Print title and facts."""
-        super().start(title=title, facts=facts, total_steps=total_steps, first_step=first_step)
-        resumed = f", {first_step} done already" if first_step else ""
-        self._print(f"{self.title}: {total_steps} steps{resumed}", *(f"  {k}: {v}" for k, v in self.facts.items()))
+        super().start(**facts)
+        resumed = f", {self.first_step} done already" if self.first_step else ""
+        self._print(f"{self.title}: {self.total_steps} steps{resumed}", *(f"  {k}: {v}" for k, v in self.facts.items()))
 
     def step(self, record: StepRecord) -> None:
         """Print the step."""

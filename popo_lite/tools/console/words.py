@@ -80,11 +80,9 @@ def by_stage(seconds: Mapping[str, float]) -> tuple[dict[str, float], float]:
 
 
 def clean(text: str) -> str:
-    """Return `text` on one line, without anything that a terminal would obey.
+    """Return `text` on one line without escape sequences, direction overrides and lone surrogates, which models write.
 
-    Models write escape sequences, direction overrides and lone surrogates, which would move the cursor, recolour the
-    screen or fail to encode. White space becomes one blank, format characters vanish, other control characters become
-    replacement marks.
+    White space becomes one blank, format characters vanish, other control characters become replacement marks.
     """
     kinds = ((character, unicodedata.category(character)) for character in " ".join(text.split()))
     # Variation selectors change how wide the character before them is drawn.
