@@ -144,7 +144,7 @@ def test_what_others_hold_is_in_every_phase_and_the_engines_share_stays_one_of_t
     room = 24 * GIB - alone.peak.total_bytes
     assert plan_memory(recipe, shape, vram_bytes=24 * GIB, others_bytes=room).fits
     assert not plan_memory(recipe, shape, vram_bytes=24 * GIB, others_bytes=room + 1).fits
-    advice = advice_for(recipe, shape, 24 * GIB, room + 1)
+    advice = advice_for(MemoryPlan(recipe, shape, 24 * GIB, room + 1))
     assert advice.values == {"rollout.vllm.gpu_memory_utilization": 0.3}
 
 
@@ -266,7 +266,7 @@ def test_a_recipe_on_the_cpu_has_no_cuda_context(tiny_recipe: Callable[..., Reci
 def test_advice_really_fits_and_no_change_of_it_is_needless(size: str, options: tuple[str, ...], gib: int) -> None:
     recipe = recipe_of(size, *options)
     shape, vram = load_shape(recipe.model), gib * GIB
-    advice = advice_for(recipe, shape, vram)
+    advice = advice_for(MemoryPlan(recipe, shape, vram))
     assert advice.smallest_vram_bytes is None
     if MemoryPlan(recipe, shape, vram).overrun_bytes == 0:
         assert advice.changes == ()
@@ -290,13 +290,13 @@ def test_advice_really_fits_and_no_change_of_it_is_needless(size: str, options: 
 def test_if_nothing_helps_the_smallest_memory_is_named() -> None:
     recipe = recipe_of("7b")
     shape = load_shape(recipe.model)
-    advice = advice_for(recipe, shape, 4 * GIB)
+    advice = advice_for(MemoryPlan(recipe, shape, 4 * GIB))
     assert advice.changes == ()
     smallest = advice.smallest_vram_bytes
     assert smallest is not None
     assert 4 * GIB < smallest < 8 * GIB
-    assert advice_for(recipe, shape, smallest).changes
-    assert advice_for(recipe, shape, smallest - 2**29).changes == ()
+    assert advice_for(MemoryPlan(recipe, shape, smallest)).changes
+    assert advice_for(MemoryPlan(recipe, shape, smallest - 2**29)).changes == ()
 
 
 def test_adapters_keep_their_scale_when_their_rank_is_lowered() -> None:

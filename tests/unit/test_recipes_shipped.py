@@ -29,7 +29,7 @@ def test_every_recipe_loads_and_its_plan_fits_24_gib(name, tmp_path):
     recipe = load_recipe(shipped_recipes()[name])
     plan = plan_memory(recipe, load_shape(recipe.model), vram_bytes=24 * GIB)
     assert plan.fits
-    assert advice_for(recipe, load_shape(recipe.model), 24 * GIB).changes == ()
+    assert advice_for(plan).changes == ()
     # A run folder's recipe.toml is a dump; chat templates have many lines.
     (tmp_path / "again.toml").write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(tmp_path / "again.toml") == recipe

@@ -129,16 +129,14 @@ def _progress(state: RunState) -> RenderableType:
 
 
 def _prompts(state: RunState, width: int) -> RenderableType:
-    counts = [state.records[-1][name] for name in GROUPS]
+    groups = [(state.records[-1][name], *look) for name, look in zip(GROUPS, _GROUP_LOOKS, strict=True)]
     legend = Text("  ").join(
-        Text.assemble((mark, style), f" {count} ", (label, "dim"))
-        for count, (mark, style, label) in zip(counts, _GROUP_LOOKS, strict=True)
-        if count
+        Text.assemble((mark, style), f" {count} ", (label, "dim")) for count, mark, style, label in groups if count
     )
-    bar, before, space = Text(), 0, max(width - 17 - legend.cell_len, 0)
-    for count, (mark, style, _) in zip(counts, _GROUP_LOOKS, strict=True):
+    bar, before, space, total = Text(), 0, max(width - 17 - legend.cell_len, 0), sum(count for count, *_ in groups)
+    for count, mark, style, _ in groups:
         # Rounding the ends and not the lengths makes the whole exactly as wide as its place.
-        start, end = (round(part * space / max(sum(counts), 1)) for part in (before, before + count))
+        start, end = (round(part * space / max(total, 1)) for part in (before, before + count))
         bar.append(mark * (end - start), style)
         before += count
     return _grid([{**_LABEL, "style": "bold"}, _REST, {}], ["prompts", bar, legend])
@@ -162,7 +160,9 @@ def _figures(state: RunState, width: int) -> tuple[RenderableType, int]:
     """Return learning on the left, answers and time on the right or below, and the lines that this takes."""
     record, wide = state.records[-1], width >= 76
     space = ((width - 3) // 2 if wide else width) - 40  # beside label, value and note
-    learning, answers, times = [], [], []
+    learning: list[Sequence[RenderableType]] = []
+    answers: list[Sequence[RenderableType]] = []
+    times: list[Sequence[RenderableType]] = []
     for rows, metrics in ((learning, _LEARNING), (answers, _ANSWERS)):
         for name, note in metrics.items():
             label = f"  {METRICS[name].label}" if name.startswith("loss_") else METRICS[name].label
@@ -184,8 +184,8 @@ def _figures(state: RunState, width: int) -> tuple[RenderableType, int]:
     for name, took in sorted(stages.items(), key=lambda stage: -stage[1]):  # a small screen cuts the shortest off
         bar = ProgressBar(max(total, 1e-9), took, complete_style="cyan", finished_style="cyan")
         times.append((name, words.duration(took), bar, speeds.get(name, "")))
-    note = {"style": "dim", "min_width": 12}
-    columns = [{**_DIM, **_LABEL}, {**_RIGHT, "min_width": 8}, note, {**_REST, "style": "dim cyan"}]
+    columns: list[dict[str, Any]] = [{**_DIM, **_LABEL}, {**_RIGHT, "min_width": 8}, {**_DIM, "min_width": 12},
+                                     {**_REST, "style": "dim cyan"}]  # fmt: skip
     left = (_rule("learning", f"learning rate {words.figure(record['learning_rate'])}"), _grid(columns, *learning))
     right = (
         _rule("answers", "of this step"),
@@ -201,36 +201,32 @@ def _figures(state: RunState, width: int) -> tuple[RenderableType, int]:
 
 
 def _sparkline(state: RunState, name: str, width: int) -> str:
-    if width < 4:
-        return ""
-    values = _means(state.trend(name), width)
-    known = [value for value in values if value is not None] or [0.0]
-    low, high = min(known), max(known)
-    if high - low <= 1e-6 * max(abs(low), abs(high)):
-        low, high = low - 1, high + 1  # a flat line, not rounding errors at full height
-    return chart(values, width, 1, low, high, state.total_steps - state.first_step)[0]
+    expected = state.total_steps - state.first_step
+    return chart(state.trend(name), width, 1, None, None, expected)[0] if width >= 4 else ""
 
 
-def chart(values: Sequence[float | None], width: int, rows: int, low: float, high: float, expected: int) -> list[str]:
-    """Return columns over time, as lines from top to bottom.
+def chart(
+    values: Sequence[float | None], width: int, rows: int, low: float | None, high: float | None, expected: int
+) -> list[str]:
+    """Return columns over time, as lines from top to bottom. Without `low` and `high` the values' own range is drawn.
 
     Each column is the mean of some values, or each value has several columns if `expected` values leave space for
     that. The lowest value is a thin line and None a gap, so that 0 and "not measured" look different.
     """
     each = max(width // max(expected, len(values), 1), 1)
-    levels = []
-    for value in _means([value for value in values for _ in range(each)], width):
-        part = 0.0 if value is None else min(max((value - low) / (high - low), 0.0), 1.0)
-        levels.append(0 if value is None else max(round(part * 8 * rows), 1))
-    return ["".join(" ▁▂▃▄▅▆▇█"[min(max(level - 8 * row, 0), 8)] for level in levels) for row in reversed(range(rows))]
-
-
-def _means(values: Sequence[float | None], width: int) -> list[float | None]:
-    """Return at most `width` means of the known values of equal parts."""
-    bins = min(len(values), width)
-    edges = [index * len(values) // bins for index in range(bins + 1)] if bins else [0]
+    values = [value for value in values for _ in range(each)]
+    columns = min(len(values), width)
+    edges = [index * len(values) // max(columns, 1) for index in range(columns + 1)]
     parts = [[v for v in values[start:end] if v is not None] for start, end in pairwise(edges)]
-    return [sum(part) / len(part) if part else None for part in parts]
+    means = [sum(part) / len(part) if part else None for part in parts]
+    if low is None or high is None:
+        known = [mean for mean in means if mean is not None] or [0.0]
+        low, high = min(known), max(known)
+        if high - low <= 1e-6 * max(abs(low), abs(high)):
+            low, high = low - 1, high + 1  # a flat line, not rounding errors at full height
+    shares = [None if mean is None else min(max((mean - low) / (high - low), 0.0), 1.0) for mean in means]
+    levels = [0 if share is None else max(round(share * 8 * rows), 1) for share in shares]
+    return ["".join(" ▁▂▃▄▅▆▇█"[min(max(level - 8 * row, 0), 8)] for level in levels) for row in reversed(range(rows))]
 
 
 def _sample(sample: SampleView, width: int, rows: int, console: Console) -> RenderableType:

@@ -173,10 +173,10 @@ def _print_results(results: Mapping[str, Mapping[str, Any]], none: str, console:
         values = [found.get((label, unit)) for found in figures]
         rows.append([label, *(words.quantity(value, unit) for value in values)])
         if len(values) > 1:
+            before, after = values[:2]
             difference = ""
-            if unit in ("ratio", "tokens") and None not in values[:2]:
-                change = values[1] - values[0]
-                difference = f"{100 * change:+.1f}" if unit == "ratio" else f"{change:+,.1f}"
+            if before is not None and after is not None and unit in ("ratio", "tokens"):
+                difference = f"{100 * (after - before):+.1f}" if unit == "ratio" else f"{after - before:+,.1f}"
             rows[-1].insert(3, difference)
     if len(results) > 1:
         columns.insert(3, "difference")

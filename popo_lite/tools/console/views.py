@@ -31,8 +31,7 @@ class RunState(Callback):
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        # Held while values that belong together change or are drawn, which another thread does. Reentrant, because a
-        # signal handler may report something in the middle of a report.
+        # Another thread draws; a signal handler may report in the middle of a report.
         self.lock = threading.RLock()
         self.title, self.total_steps, self.first_step = "", 0, 0
         self.facts: dict[str, str] = {}

@@ -13,7 +13,7 @@ from typing import Any
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import impossible_combinations
-from popo_lite.tools.plan.shapes import ModelShape, load_shape
+from popo_lite.tools.plan.shapes import load_shape
 from popo_lite.tools.plan.terms import engine_of
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, MemoryPlan, plan_memory
 
@@ -49,40 +49,35 @@ class Advice:
         return f"no setting makes it fit; with all that save memory it takes a GPU of {_gib(self.smallest_vram_bytes)}"
 
 
-def advice_for(recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> Advice:
-    """Return the smallest changes after which `recipe` fits `vram_bytes`, from `reductions` in their order.
+def advice_for(plan: MemoryPlan) -> Advice:
+    """Return the smallest changes after which a run fits, from `reductions` in their order.
 
     Each reduction is applied as little as is enough, or else as far as it helps, until the run fits. Reductions that
     the others can do without are left out again.
     """
-
-    def overrun(candidate: Recipe) -> int:
-        return MemoryPlan(candidate, shape, vram_bytes, others_bytes).overrun_bytes
-
-    chosen = _choose(recipe, reductions(recipe), overrun)
-    smallest = _apply(recipe, chosen)
-    if overrun(smallest):
+    chosen, smallest = _choose(plan, reductions(plan.recipe))
+    if not smallest.fits:
         quarters = range(0, 2**40, 2**28)
-        fitting = bisect_left(quarters, True, key=lambda size: MemoryPlan(smallest, shape, size, others_bytes).fits)
+        recipe, shape, others = smallest.recipe, smallest.shape, smallest.others_bytes
+        fitting = bisect_left(quarters, True, key=lambda size: MemoryPlan(recipe, shape, size, others).fits)
         return Advice((), smallest_vram_bytes=quarters[fitting])
     for kind in tuple(chosen):
-        without = _choose(recipe, [other for other in chosen if other != kind], overrun)
-        if not overrun(_apply(recipe, without)):
-            chosen = without
+        without, changed = _choose(plan, [other for other in chosen if other != kind])
+        chosen = without if changed.fits else chosen
     # Weaken each reduction as far as the others allow, which may have become stronger since it was chosen.
     for kind, index in chosen.items():
         milder = (chosen | {kind: milder} for milder in range(index))
-        chosen = next((tried for tried in milder if not overrun(_apply(recipe, tried))), chosen)
-    changes, before = [], MemoryPlan(recipe, shape, vram_bytes, others_bytes)
+        chosen = next((tried for tried in milder if _apply(plan, tried).fits), chosen)
+    changes = []
     for kind, index in chosen.items():
-        values = _settings(before.recipe, kind)[index]
-        after = MemoryPlan(before.recipe.with_values(values), shape, vram_bytes, others_bytes)
-        needs, excess = ({key: old[key] - new[key] for key in old}
-                         for old, new in ((before.needs, after.needs), (before.excess, after.excess)))  # fmt: skip
-        eases = max(needs, key=lambda key: (excess[key], needs[key]))
-        changes.append({"values": values, "eases": eases, "before_bytes": before.needs[eases],
+        values = _settings(plan.recipe, kind)[index]
+        after = plan.with_values(values)
+        gains = {key: (plan.excess[key] - after.excess[key], plan.needs[key] - after.needs[key])
+                 for key in plan.needs}  # fmt: skip
+        eases = max(gains, key=gains.__getitem__)
+        changes.append({"values": values, "eases": eases, "before_bytes": plan.needs[eases],
                         "after_bytes": after.needs[eases], "peak_bytes": after.peak.total_bytes})  # fmt: skip
-        before = after
+        plan = after
     return Advice(tuple(changes))
 
 
@@ -99,14 +94,12 @@ def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
     # The query has created this process's CUDA context, which the plan counts itself.
     others = max(0, total - free - CUDA_CONTEXT_BYTES)
     try:
-        shape = load_shape(recipe.model)
-        plan = plan_memory(recipe, shape, vram_bytes=total, others_bytes=others)
+        plan = plan_memory(recipe, load_shape(recipe.model), vram_bytes=total, others_bytes=others)
     except ModelError as error:
         notify(f"no memory plan: {error.what}")
         return
     if not plan.fits:
-        advice = advice_for(recipe, shape, total, others)
-        raise UserInputError(why_not(plan), where=f"phase {plan.peak.name}", next_step=advice.next_step)
+        raise UserInputError(why_not(plan), where=f"phase {plan.peak.name}", next_step=advice_for(plan).next_step)
 
 
 def why_not(plan: MemoryPlan) -> str:
@@ -147,8 +140,8 @@ def reductions(recipe: Recipe) -> dict[str, list[Values]]:
     rollout, train, lora, engine = recipe.rollout, recipe.train, recipe.lora, engine_of(recipe)
     used, longest = rollout.vllm.gpu_memory_utilization, rollout.sequence_tokens
     near = sorted(UTILIZATIONS, key=lambda value: (abs(value - used), value)) if engine == "vllm" else []
-    utilizations = [{"rollout.vllm.gpu_memory_utilization": value} for value in near]
-    batches = [{"rollout.max_num_seqs": size} for size in _halves(rollout.max_num_seqs, 1)]
+    utilizations: list[Values] = [{"rollout.vllm.gpu_memory_utilization": value} for value in near]
+    batches: list[Values] = [{"rollout.max_num_seqs": size} for size in _halves(rollout.max_num_seqs, 1)]
     microbatches = [*_halves(train.tokens_per_microbatch, longest + 1), longest]
     optimizers = OPTIMIZERS[OPTIMIZERS.index(recipe.optimizer.name) + 1 :] if recipe.model.dtype != "float64" else ()
     dtype, checkpointing = {"model.dtype": "bfloat16"}, {"train.gradient_checkpointing": True}
@@ -193,26 +186,26 @@ def _settings(recipe: Recipe, kind: str) -> list[Values]:
     return found
 
 
-def _apply(recipe: Recipe, chosen: Mapping[str, int]) -> Recipe:
+def _apply(plan: MemoryPlan, chosen: Mapping[str, int]) -> MemoryPlan:
     for kind, index in chosen.items():
         # A reduction's settings depend on those before it.
-        recipe = recipe.with_values(_settings(recipe, kind)[index])
-    return recipe
+        plan = plan.with_values(_settings(plan.recipe, kind)[index])
+    return plan
 
 
-def _choose(recipe: Recipe, kinds: Iterable[str], overrun: Callable[[Recipe], int]) -> dict[str, int]:
+def _choose(plan: MemoryPlan, kinds: Iterable[str]) -> tuple[dict[str, int], MemoryPlan]:
     """Apply reductions in turn until the run fits, each only as far as it helps: kind -> index of its setting."""
     chosen: dict[str, int] = {}
-    least, best = overrun(recipe), recipe
+    best = plan
     for kind in kinds:
-        for index, values in enumerate(_settings(recipe, kind) if least else ()):
-            changed = recipe.with_values(values)
-            if (size := overrun(changed)) < least:
-                chosen[kind], best, least = index, changed, size
-            if not size:
+        for index, values in enumerate(() if best.fits else _settings(plan.recipe, kind)):
+            changed = plan.with_values(values)
+            if changed.overrun_bytes < best.overrun_bytes:
+                chosen[kind], best = index, changed
+            if changed.fits:
                 break
-        recipe = best
-    return chosen
+        plan = best
+    return chosen, best
 
 
 def _options(values: Values) -> str:

@@ -55,12 +55,12 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
     if others is not None:
         others_bytes, others_source = parse_size(others, "--others", least_bytes=0), "--others"
     try:
-        found = plan_memory(settings, shape, vram_bytes=vram_bytes, others_bytes=others_bytes)
+        planned = plan_memory(settings, shape, vram_bytes=vram_bytes, others_bytes=others_bytes)
     except UserInputError as error:
         raise error.within(recipe) from error
-    advice = advice_for(settings, shape, vram_bytes, others_bytes)
+    advice = advice_for(planned)
     data: dict[str, Any] = {"recipe": recipe, "model": settings.model.id}
-    data |= {"vram_source": source, "others_source": others_source} | found.as_json()
+    data |= {"vram_source": source, "others_source": others_source} | planned.as_json()
     options = [f"{key}={json.dumps(value)}" for key, value in advice.values.items()]
     data["advice"] = asdict(advice) | {"overrides": options}
     if as_json:
@@ -70,9 +70,9 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
         words = [word for option, value in given if value is not None for word in (option, value)]
         command = shlex.join(["popo-lite", "plan", recipe, *words])
         next_step = f"{command} {advice.next_step}" if advice.changes else advice.next_step
-        why = None if found.fits else why_not(found)
+        why = None if planned.fits else why_not(planned)
         plan_report(data, batch_size=settings.rollout.max_num_seqs, why_not=why, next_step=next_step)
-    if not found.fits:
+    if not planned.fits:
         raise SystemExit(DOES_NOT_FIT)
 
 
@@ -92,8 +92,8 @@ def installed_gpu() -> tuple[int, int] | None:
 
 def parse_size(text: str, option: str = "--vram", *, least_bytes: int = 1) -> int:
     """Return `24GiB`, `24 GB` or `512MiB` in bytes. Raises UserInputError for other text or a smaller size."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
-    size = float(found[1]) * UNITS.get(found[2], math.inf) if found is not None else math.inf
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
+    size = float(match[1]) * UNITS.get(match[2], math.inf) if match is not None else math.inf
     if not least_bytes <= size < LARGEST_BYTES:
         raise UserInputError(
             f"{text!r} is no amount of memory", where=option, next_step="a number and a unit: MiB, GiB, MB, GB"

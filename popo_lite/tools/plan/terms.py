@@ -53,19 +53,19 @@ def base_bytes(shape: ModelShape, recipe: ModelRecipe, *, nf4: bool | None = Non
 
     The LM head always stays in `model.dtype`, because the loss reads it.
     """
-    found = {name: DTYPE_BYTES[recipe.dtype] * count for name, count in parameter_counts(shape).items()}
+    by_class = {name: DTYPE_BYTES[recipe.dtype] * count for name, count in parameter_counts(shape).items()}
     if recipe.quantization == "nf4" if nf4 is None else nf4:
         sizes = [linear.inputs * linear.outputs for linear in shape.linears()]
-        found["base linears"] = shape.layers * sum(nf4_bytes(n, double=recipe.double_quantization) for n in sizes)
-    return found
+        by_class["base linears"] = shape.layers * sum(nf4_bytes(n, double=recipe.double_quantization) for n in sizes)
+    return by_class
 
 
 def adapter_elements(shape: ModelShape, recipe: LoraRecipe) -> list[int]:
     """Return the size of every adapter tensor: A [r, inputs], B [outputs, r], and with DoRA a magnitude [outputs]."""
-    found: list[int] = []
+    sizes: list[int] = []
     for _, inputs, outputs in adapted_linears(shape, recipe.target_modules):
-        found += [recipe.rank * inputs, recipe.rank * outputs, *([outputs] if recipe.dora else [])]
-    return found
+        sizes += [recipe.rank * inputs, recipe.rank * outputs, *([outputs] if recipe.dora else [])]
+    return sizes
 
 
 def predictor_elements(shape: ModelShape, head_width: int) -> list[int]:
@@ -190,10 +190,10 @@ def engine_of(recipe: Recipe) -> str:
     """Return `hf`, `vllm` or `server`; for `auto` what the run would choose on this machine."""
     if recipe.rollout.engine != "auto":
         return recipe.rollout.engine
-    found = importlib.util.find_spec("vllm")
+    spec = importlib.util.find_spec("vllm")
     refused = impossible_combinations(recipe.with_values({"rollout.engine": "vllm"}))
     served = not any("rollout.engine" in keys for keys, _ in refused)
-    return "vllm" if found is not None and found.origin is not None and served else "hf"
+    return "vllm" if spec is not None and spec.origin is not None and served else "hf"
 
 
 def kv_token_bytes(recipe: Recipe, shape: ModelShape, *, fp8: bool = False) -> int:

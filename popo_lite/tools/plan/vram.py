@@ -73,6 +73,8 @@ class MemoryPlan:
     each is too large.
     """
 
+    vllm_sequences: int | None
+
     def __init__(self, recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> None:
         self.recipe, self.shape, self.vram_bytes, self.others_bytes = recipe, shape, vram_bytes, others_bytes
         self.on_gpu = recipe.train.device != "cpu"
@@ -89,11 +91,9 @@ class MemoryPlan:
             "predictor head": self.trained_size * sum(predictor),
         }
         self.optimizer = {"optimizer state": terms.optimizer_bytes(adapters + predictor, recipe)}
-        states, shortfall, self.vllm_sequences = [Classes()] * 3, 0, None
-        if self.engine == "vllm":
-            states, shortfall, self.vllm_sequences = terms.vllm_bytes(recipe, shape, vram_bytes, on_gpu=self.on_gpu)
+        vllm = terms.vllm_bytes(recipe, shape, vram_bytes, on_gpu=self.on_gpu) if self.engine == "vllm" else None
+        states, self.engine_shortfall_bytes, self.vllm_sequences = vllm or ([Classes()] * 3, 0, None)
         self.sampling, self.training, self.swapping = states
-        self.engine_shortfall_bytes = shortfall
         self.sequence_tokens, self.context_tokens = recipe.rollout.sequence_tokens, shape.context_tokens
         self.answers = recipe.data.prompts_per_step * recipe.rollout.num_generations
         least = max(recipe.train.tokens_per_microbatch, self.sequence_tokens)
@@ -104,33 +104,32 @@ class MemoryPlan:
         self.pass_tokens = self.tokens if packed else self.sequence_tokens
         *self.phases, self.export = self._phases()
         self.peak = max(self.phases, key=lambda phase: phase.total_bytes)
-        self.needs = {SHORTFALL: shortfall} | {phase.name: phase.total_bytes for phase in self.phases}
+        self.needs = {SHORTFALL: self.engine_shortfall_bytes} | {phase.name: phase.total_bytes for phase in self.phases}
         self.excess = {key: size if key == SHORTFALL else max(0, size - vram_bytes) for key, size in self.needs.items()}
         self.overrun_bytes = sum(self.excess.values())
         self.fits = not self.overrun_bytes
 
-    def _with(self, values: Mapping[str, int]) -> MemoryPlan:
+    def with_values(self, values: Mapping[str, Any]) -> MemoryPlan:
+        """Return the plan of the recipe with other values by dotted key, which are not checked, on the same GPU."""
         return MemoryPlan(self.recipe.with_values(values), self.shape, self.vram_bytes, self.others_bytes)
 
     @cached_property
     def longest_sequence_tokens(self) -> int:
-        """The longest prompt with answer that fits if all else stays the same, 0 if none does.
-
-        It may exceed the model's context.
-        """
+        """Return the longest prompt with answer that fits, 0 if none does. It may exceed the model's context."""
 
         def fits(tokens: int) -> bool:
             answer = max(1, tokens - self.recipe.rollout.max_prompt_length)
-            return self._with({"rollout.max_completion_length": answer, "train.tokens_per_microbatch": tokens}).fits
+            values = {"rollout.max_completion_length": answer, "train.tokens_per_microbatch": tokens}
+            return self.with_values(values).fits
 
         return _largest(fits)
 
     @cached_property
     def sequences_at_once(self) -> int | None:
-        """How many answers of full length can be decoded together; None for a server."""
+        """Return how many answers of full length can be decoded together; None for a server."""
         if self.engine != "hf":
             return self.vllm_sequences
-        return _largest(lambda batch: not self._with({"rollout.max_num_seqs": batch}).excess["rollout"])
+        return _largest(lambda batch: not self.with_values({"rollout.max_num_seqs": batch}).excess["rollout"])
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data with all sizes in bytes; the last phase is the export."""
@@ -138,9 +137,9 @@ class MemoryPlan:
                 "longest_sequence_tokens", "context_tokens", "sequences_at_once")  # fmt: skip
         data = {key: getattr(self, key) for key in keys}
         data |= {"peak_bytes": self.peak.total_bytes, "peak_phase": self.peak.name}
-        keys = ("name", "moment", "total_bytes", "tensor_bytes")
+        shown = ("name", "moment", "total_bytes", "tensor_bytes")
         phases = (*self.phases, self.export)
-        data["phases"] = [{key: getattr(p, key) for key in keys} | {"bytes": p.bytes_by_class} for p in phases]
+        data["phases"] = [{key: getattr(p, key) for key in shown} | {"bytes": p.bytes_by_class} for p in phases]
         return data
 
     def _phases(self) -> Iterator[Phase]:
@@ -151,8 +150,7 @@ class MemoryPlan:
         load: list[Moment] = [("everything is loaded", {})]
         if self.recipe.model.quantization == "nf4":
             # transformers quantises one weight after the other.
-            largest = self.size * max(linear.inputs * linear.outputs for linear in self.shape.linears())
-            load = [("the last weight is quantised", {"weight in 16 bit": largest})]
+            load = [("the last weight is quantised", {"weight in 16 bit": self.layer.weight_bytes})]
         load += [("the engine has started", self.sampling)] if self.sampling else []
         yield self._phase("load", trainer, load)
         sampled = ("answers are sampled" if self.sampling else "servers sample elsewhere", self.sampling)
@@ -176,7 +174,7 @@ class MemoryPlan:
 
     def _phase(self, name: str, stays: Classes, moments: Iterable[Moment]) -> Phase:
         """Return the fullest moment of a phase; `stays` is alive in all of them."""
-        permanent, found = _PERMANENT | self.sampling.keys(), []
+        permanent, phases = _PERMANENT | self.sampling.keys(), []
         for moment, comes in moments:
             total = stays | {"other processes": self.others_bytes}
             total |= {key: total.get(key, 0) + size for key, size in comes.items()}
@@ -184,8 +182,8 @@ class MemoryPlan:
                 temporary = sum(size for key, size in comes.items() if key not in permanent)
                 total |= {"fragmentation": round(FRAGMENTATION_RATIO * temporary), "CUDA context": CUDA_CONTEXT_BYTES}
             classes = {key: size for key, size in total.items() if size}
-            found.append(Phase(name=name, moment=moment, bytes_by_class=classes))
-        return max(found, key=lambda phase: phase.total_bytes)
+            phases.append(Phase(name=name, moment=moment, bytes_by_class=classes))
+        return max(phases, key=lambda phase: phase.total_bytes)
 
     def _siamese(self) -> Iterator[Moment]:
         """Yield the moments of passes without a graph: the siamese's features, and log-probs by the trainer."""
