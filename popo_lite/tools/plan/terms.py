@@ -121,28 +121,20 @@ class LayerBytes:
         self.saved += 2 * size * heads * shape.head_width + 4 * shape.heads
         if shape.model_type == "qwen3":  # each head's queries and keys are normalised
             self.saved += 4 * heads * shape.head_width + 4 * heads
-        self.saved += 3 * self.mlp  # gate, its activation, and up
-        self.saved += size * rank * len(adapted)
-        # What follows are the inputs that the adapters keep, apart from the attention's output.
+        # The inputs that the adapters keep, apart from the attention's output, and what they take in the backward pass.
+        every = sum(linear.inputs for linear in adapted.values())
         if recipe.lora.dropout:
             # Each adapter keeps its input after dropout, and a mask, which has one byte per element on a GPU.
-            mask = 1 if recipe.train.device != "cpu" else size
-            self.saved += (size + mask) * sum(linear.inputs for linear in adapted.values())
+            inputs = (size + (1 if recipe.train.device != "cpu" else size)) * every
+            copies = (4 if half else 3) * size * width - self.mlp
         elif widened:
-            self.saved += size * sum(linear.inputs for linear in adapted.values())  # a 16-bit copy for each adapter
+            inputs, copies = size * every, self.mlp + 8 * width  # each adapter keeps a 16-bit copy
         else:
-            self.saved += size * sum(group[0].inputs for group in (qkv, gate_up, down) if group)
-        self.recompute, self.inference = self.saved + 3 * self.mlp + size * width, 3 * self.mlp + 2 * size * width
-        if gate_up:
-            self.inference += self.mlp
-        if down:
-            self.recompute -= self.mlp  # its input is freed before the gradients of gate and up exist together
-        if recipe.lora.dropout:
-            self.recompute += (4 if half else 3) * size * width - self.mlp
-        elif widened:
-            self.recompute += self.mlp + 8 * width
-        if widened:
-            self.inference += 4 * width
+            inputs, copies = size * sum(group[0].inputs for group in (qkv, gate_up, down) if group), 0
+        self.saved += 3 * self.mlp + size * rank * len(adapted) + inputs  # gate, its activation, and up; inner products
+        # An adapter of down_proj frees its input before the gradients of gate and up exist together.
+        self.recompute = self.saved + (2 if down else 3) * self.mlp + size * width + copies
+        self.inference = (4 if gate_up else 3) * self.mlp + 2 * size * width + (4 * width if widened else 0)
         eager = recipe.model.attn_implementation == "eager"
         self.pair = shape.heads * (6 if half else size) if eager else 0
         self.casts_bytes = size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if half else 0
