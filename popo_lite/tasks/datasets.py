@@ -44,7 +44,7 @@ Record = tuple[str, dict[str, Any] | str]
 """A row's position in its file, such as "line 3", and its cells, or an error message if it is not a row."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_RESULT_LINE = re.compile(r"^####(?!#)[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
+RESULT_LINE = re.compile(r"^####(?!#)[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _GROUPED_NUMBER = re.compile(r"[-+$]*\d[\d,]*(\.\d+)?%?")
 
@@ -151,13 +151,13 @@ class DatasetTask:
         prompts, answers = (column(self._rows, name) for name in (self._prompt_column, self._answer_column))
         # One answer in GSM8K's form means that all have to be: a row without its last line would otherwise have
         # its whole working taken for the answer.
-        results = any(isinstance(answers[row], str) and _RESULT_LINE.search(answers[row]) for row in self._training)
+        results = any(isinstance(answers[row], str) and RESULT_LINE.search(answers[row]) for row in self._training)
         readers = (self._prompt_column, prompts, _messages), (self._answer_column, answers, partial(_answer, results))
         found: dict[int, list[str]] = {}
         for row, (name, cells, read) in product(self._training, readers):
             try:
                 read(cells[row])
-            except _BadCellError as error:
+            except CellError as error:
                 found.setdefault(row, []).append(f'column "{name}" {error}')
         return [f"row {row + 1}: {', '.join(faults)}" for row, faults in found.items()]
 
@@ -186,55 +186,55 @@ def _epoch_order(seed: int, epoch: int, size: int) -> tuple[int, ...]:
     return tuple(sorted(range(size), key=lambda _: stream.random()))
 
 
-class _BadCellError(Exception):
+class CellError(Exception):
     """Report a cell without a usable question or answer. The message continues "column ... "."""
 
 
 def _messages(cell: object) -> tuple[dict[str, str], ...]:
     """Return the chat messages of a prompt cell; plain text becomes a user message."""
     if cell is None or cell == []:
-        raise _BadCellError("is empty")
+        raise CellError("is empty")
     if not isinstance(cell, str | list):
-        raise _BadCellError(f"is {_shown(cell)}, neither text nor a list of chat messages")
+        raise CellError(f"is {shown(cell)}, neither text nor a list of chat messages")
     messages = []
     for one in [{"role": "user", "content": cell}] if isinstance(cell, str) else cell:
         # A table gives every message all the keys that any of them has, with None for those it lacks.
         given = {key: value for key, value in one.items() if value is not None} if isinstance(one, dict) else {}
         if given.keys() != {"role", "content"}:
-            raise _BadCellError(f'has {_shown(one)} for a message; it takes "role" and "content", nothing else')
+            raise CellError(f'has {shown(one)} for a message; it takes "role" and "content", nothing else')
         role, content = given["role"], given["content"]
         if role not in ("system", "user", "assistant"):
-            raise _BadCellError(f'has a message of role {_shown(role)}; use "system", "user" or "assistant"')
+            raise CellError(f'has a message of role {shown(role)}; use "system", "user" or "assistant"')
         if not isinstance(content, str):
-            raise _BadCellError(f"has a message with content {_shown(content)}; it has to be text")
-        messages.append({"role": role, "content": _text(content)})
+            raise CellError(f"has a message with content {shown(content)}; it has to be text")
+        messages.append({"role": role, "content": cell_text(content)})
     if role != "user":
-        raise _BadCellError(f'ends with a message of role "{role}"; the last one has to be the user\'s')
+        raise CellError(f'ends with a message of role "{role}"; the last one has to be the user\'s')
     return tuple(messages)
 
 
 def _answer(needs_result: bool, cell: object) -> str:
     """Return a cell's reference answer: its text, its number as text, or the result of a last line `#### result`."""
     if cell is None:
-        raise _BadCellError("is empty")
+        raise CellError("is empty")
     if isinstance(cell, bool) or not isinstance(cell, str | int | float):
-        raise _BadCellError(f"is {_shown(cell)}, neither text nor a number")
+        raise CellError(f"is {shown(cell)}, neither text nor a number")
     if isinstance(cell, float) and not math.isfinite(cell):
-        raise _BadCellError(f"is {cell}, which no answer equals")
-    text = _text(_plain(cell)).strip()
-    line = _RESULT_LINE.search(text)
+        raise CellError(f"is {cell}, which no answer equals")
+    text = cell_text(_plain(cell)).strip()
+    line = RESULT_LINE.search(text)
     if needs_result and not line:
-        raise _BadCellError('does not end in a line "#### result", as it does in other rows')
+        raise CellError('does not end in a line "#### result", as it does in other rows')
     result = line[1] if line else text
     return result.replace(",", "") if line and _GROUPED_NUMBER.fullmatch(result) else result
 
 
-def _text(text: str) -> str:
+def cell_text(text: str) -> str:
     """Return `text`; fail if it is blank or holds half a surrogate pair, which UTF-8 cannot encode."""
     if not text.strip():
-        raise _BadCellError("is empty")
+        raise CellError("is empty")
     if _SURROGATE.search(text):
-        raise _BadCellError("holds half a surrogate pair, which is no character")
+        raise CellError("holds half a surrogate pair, which is no character")
     return text
 
 
@@ -252,7 +252,8 @@ def _fits_meta(cell: object) -> bool:
         return False
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Return `value` for an error message, in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -285,9 +286,9 @@ def _filtered(part: DatasetRecipe, place: Place, rows: Any, columns: Sequence[st
         found = Counter(cells[row] for row in kept)
         kept = [row for row in kept if cells[row] in wanted]
         if not kept:
-            values = ", ".join(f"{_shown(text)} ({count})" for text, count in found.most_common(VALUES_SHOWN))
+            values = ", ".join(f"{shown(text)} ({count})" for text, count in found.most_common(VALUES_SHOWN))
             rest = f" and {len(found) - VALUES_SHOWN} more" if len(found) > VALUES_SHOWN else ""
-            what = f'no row is left by the filter {name} = {_shown(value)}; the values of "{name}" and their rows: '
+            what = f'no row is left by the filter {name} = {shown(value)}; the values of "{name}" and their rows: '
             raise place.error(what + values + rest, f"set {place.section}.filter to values that occur")
     return kept
 
