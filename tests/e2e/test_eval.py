@@ -21,7 +21,7 @@ from popo_lite.grading import Grader
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.samplers import vllm
 from popo_lite.tools.benchmarks.command import eval_, pick_k
-from popo_lite.tools.benchmarks.folder import EvaluationFolder
+from popo_lite.tools.benchmarks.run import EvaluationFolder
 from popo_lite.tools.benchmarks.subject import Subject
 from popo_lite.types import Outcome, Reward
 

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from popo_lite.errors import DataError, UserInputError
 from popo_lite.tools.benchmarks.datasets import BENCHMARKS, PAPER, benchmark_names, open_benchmark
+from popo_lite.types import Outcome, Reward
 
 OLYMPIAD = {
     "id": 1606,
@@ -300,13 +301,16 @@ def test_references_that_cannot_be_graded_are_listed_with_the_other_errors():
     row, _ = ROWS["math500"]
     asked = []
 
-    def check_references(problems):
-        asked.extend(problem.id for problem in problems)
-        return ["is no answer" if problem.answer == "x" else None for problem in problems]
+    class Grader:
+        def grade(self, requests):
+            asked.extend(request.problem.id for request in requests)
+            ungraded = {"outcome": Outcome.ERROR, "detail": "is no answer"}
+            graded = {"outcome": Outcome.UNPARSED, "detail": "no final answer"}
+            return [Reward(value=0.0, **(ungraded if r.problem.answer == "x" else graded)) for r in requests]
 
     file = jsonl("x.jsonl", row, "", row | {"answer": "x"}, "torn", row | {"answer": ""}, row | {"answer": "x"})
     with pytest.raises(DataError) as caught:
-        open_benchmark("math500", file, check_references=check_references)
+        open_benchmark("math500", file, Grader())
     assert asked == ["math500/1", "math500/2", "math500/5"]
     assert errors(caught.value) == [
         "line 3: is no answer",

@@ -26,12 +26,10 @@ from popo_lite.samplers.server_client import ServerClient
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.benchmarks import scores
 from popo_lite.tools.benchmarks.command import eval_, with_options
-from popo_lite.tools.benchmarks.datasets import BENCHMARKS
-from popo_lite.tools.benchmarks.folder import EvaluationFolder
-from popo_lite.tools.benchmarks.report import benchmark_report
-from popo_lite.tools.benchmarks.run import check_references, plan_chunks, prepare, settings_of, within_tolerance
+from popo_lite.tools.benchmarks.datasets import BENCHMARKS, check_references, within_tolerance
+from popo_lite.tools.benchmarks.run import EvaluationFolder, plan_chunks, prepare, settings_of
 from popo_lite.tools.benchmarks.scores import (
-    ProblemAnswers,
+    benchmark_report,
     bootstrap_interval,
     majority_at_k,
     refuse_ungraded,
@@ -104,18 +102,18 @@ def test_the_interval_of_an_average_counts_benchmarks_alike():
 def line(problem, verdicts, *, seed=0, benchmark="amc23", weights="base", **keys):
     """`verdicts` is a letter a sample: right, wrong, unparsed, timeout."""
     outcomes = {"r": "correct", "w": "incorrect", "u": "unparsed", "t": "timeout"}
-    return ProblemAnswers(
-        weights=weights,
-        seed=seed,
-        benchmark=benchmark,
-        problem=f"{benchmark}/{problem}",
-        reference="5",
-        answers=[{"r": "5", "w": "7"}.get(verdict) for verdict in verdicts],
-        outcomes=[outcomes[verdict] for verdict in verdicts],
-        tokens=keys.get("tokens", [10] * len(verdicts)),
-        truncated=keys.get("truncated", [False] * len(verdicts)),
-        text="",
-    )
+    return {
+        "weights": weights,
+        "seed": seed,
+        "benchmark": benchmark,
+        "problem": f"{benchmark}/{problem}",
+        "reference": "5",
+        "answers": [{"r": "5", "w": "7"}.get(verdict) for verdict in verdicts],
+        "outcomes": [outcomes[verdict] for verdict in verdicts],
+        "tokens": keys.get("tokens", [10] * len(verdicts)),
+        "truncated": keys.get("truncated", [False] * len(verdicts)),
+        "text": "",
+    }
 
 
 def test_figures_of_a_benchmark_by_hand():
@@ -125,19 +123,19 @@ def test_figures_of_a_benchmark_by_hand():
         line(3, "trrr"),
     ]
     (result,) = summarise(lines, 2)
-    score = result.pooled
-    assert (result.problems, score.samples_per_problem) == (3, 4)
-    assert score.average == pytest.approx((2 / 4 + 0 + 3 / 4) / 3)
-    assert score.pass_at_k == pytest.approx({1: 5 / 12, 2: (5 / 6 + 0 + 1) / 3, 4: 2 / 3})
+    score = result["pooled"]
+    assert (result["problems"], score["samples_per_problem"]) == (3, 4)
+    assert score["average"] == pytest.approx((2 / 4 + 0 + 3 / 4) / 3)
+    assert score["pass_at_k"] == pytest.approx({1: 5 / 12, 2: (5 / 6 + 0 + 1) / 3, 4: 2 / 3})
     # Two votes each. Problem 1: right by the tie, wrong by the tie; 2: wrong, wrong; 3: right (no vote), right.
-    assert score.majority_at_k == pytest.approx({2: (0.5 + 0 + 1) / 3, 4: 2 / 3})
-    assert score.truncated_ratio == pytest.approx(1 / 12)
-    assert score.ungraded_ratio == pytest.approx(1 / 12)  # an answer that is not there is a verdict
-    assert score.completion_tokens_mean == pytest.approx((25 + 10 + 10) / 3)
-    for figure, value in (("average", score.average), ("pass@2", score.pass_at_k[2])):
-        low, high = score.intervals[figure]
+    assert score["majority_at_k"] == pytest.approx({2: (0.5 + 0 + 1) / 3, 4: 2 / 3})
+    assert score["truncated_ratio"] == pytest.approx(1 / 12)
+    assert score["ungraded_ratio"] == pytest.approx(1 / 12)  # an answer that is not there is a verdict
+    assert score["completion_tokens_mean"] == pytest.approx((25 + 10 + 10) / 3)
+    for figure, value in (("average", score["average"]), ("pass@2", score["pass_at_k"][2])):
+        low, high = score["intervals"][figure]
         assert low < value < high
-    assert result.by_seed == {0: score}
+    assert result["by_seed"] == {0: score}
 
 
 def test_seeds_are_pooled_and_benchmarks_averaged_alike():
@@ -147,20 +145,20 @@ def test_seeds_are_pooled_and_benchmarks_averaged_alike():
         for benchmark, problem, verdicts in zip(("amc23", "amc23", "aime24"), (1, 2, 1), rows, strict=True)
     ]
     amc, aime, average = summarise(lines, 2)
-    assert [amc.benchmark, aime.benchmark, average.benchmark] == ["amc23", "aime24", "average"]
-    assert amc.pooled.samples_per_problem == 4
-    assert amc.pooled.average == pytest.approx((1 / 4 + 3 / 4) / 2)
-    assert amc.pooled.pass_at_k[2] == pytest.approx((1 / 2 + 1) / 2)
-    assert {seed: score.average for seed, score in amc.by_seed.items()} == {0: 0.75, 5: 0.25}
+    assert [amc["benchmark"], aime["benchmark"], average["benchmark"]] == ["amc23", "aime24", "average"]
+    assert amc["pooled"]["samples_per_problem"] == 4
+    assert amc["pooled"]["average"] == pytest.approx((1 / 4 + 3 / 4) / 2)
+    assert amc["pooled"]["pass_at_k"][2] == pytest.approx((1 / 2 + 1) / 2)
+    assert {seed: score["average"] for seed, score in amc["by_seed"].items()} == {0: 0.75, 5: 0.25}
     # Two problems of one benchmark and one of the other: the average is of benchmarks, not of problems.
-    assert average.pooled.average == pytest.approx((amc.pooled.average + aime.pooled.average) / 2)
-    assert average.by_seed[0].average == pytest.approx(0.375)
-    assert average.problems == 3
+    assert average["pooled"]["average"] == pytest.approx((amc["pooled"]["average"] + aime["pooled"]["average"]) / 2)
+    assert average["by_seed"][0]["average"] == pytest.approx(0.375)
+    assert average["problems"] == 3
 
 
 def test_weights_are_kept_apart():
     lines = [line(1, "rr", weights="base"), line(1, "ww", weights="adapter")]
-    assert [(r.weights, r.pooled.average) for r in summarise(lines, 1)] == [("base", 1.0), ("adapter", 0.0)]
+    assert [(r["weights"], r["pooled"]["average"]) for r in summarise(lines, 1)] == [("base", 1.0), ("adapter", 0.0)]
 
 
 def test_too_many_ungraded_answers_are_an_error_of_the_benchmark():
@@ -264,7 +262,11 @@ def test_overlong_prompts_are_an_error_or_left_out_and_counted(tokenizer):
     assert "--skip-overlong" in e.value.next_step
     found = prepared(tokenizer, longest=9, limit=60, skip=True)
     assert (found.contents["skipped"], found.prompts[0].problem.id) == (1, "amc23/2")
-    assert found.digest == prepared(tokenizer, longest=9).digest != prepared(tokenizer).digest
+    assert (
+        found.settings["digest"]
+        == prepared(tokenizer, longest=9).settings["digest"]
+        != prepared(tokenizer).settings["digest"]
+    )
 
 
 def test_all_that_is_asked_is_in_the_digest(tokenizer):
@@ -278,7 +280,7 @@ def test_all_that_is_asked_is_in_the_digest(tokenizer):
             renderer = Renderer(tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=200)
             return prepare(
                 "amc23", [problem], renderer, max_completion_length=9, context_tokens=1024, skip_overlong=False
-            ).digest
+            ).settings["digest"]
         finally:
             tokenizer.chat_template = own
 
@@ -313,7 +315,8 @@ def new_folder(tmp_path):
 @pytest.fixture(scope="module")
 def plan(tokenizer):
     """The keys of two chunks of two problems and one of one, under two seeds."""
-    chunks = plan_chunks([prepared(tokenizer)], weights=["base"], seeds=[0, 1], samples=8, batch=4)
+    settings = {"weights": ["base"], "seeds": [0, 1], "samples": 8, "max_num_seqs": 4}
+    chunks = plan_chunks([prepared(tokenizer)], settings)
     assert [len(chunk.prompts) for chunk in chunks] == [2, 2, 1] * 2
     return [chunk.keys for chunk in chunks]
 
@@ -393,7 +396,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_the_report_has_a_row_for_each_benchmark_and_weights():
+def test_the_report_has_a_row_for_each_benchmark_and_weights(monkeypatch):
     lines = [
         line(problem, "rrww" if weights == "base" else "rrrw", seed=seed, weights=weights, benchmark=benchmark)
         for weights in ("base", "adapter")
@@ -402,12 +405,9 @@ def test_the_report_has_a_row_for_each_benchmark_and_weights():
         for problem in (1, 2)
     ]
     output = io.StringIO()
-    known = {
-        "amc23": replace(BENCHMARKS["amc23"], problems=2), "aime24": replace(BENCHMARKS["aime24"], title="[b]AIME24"),
-    }  # fmt: skip
-    benchmark_report(
-        summarise(lines, 2), k=2, benchmarks=known, output="runs/[x]", console=Console(file=output, width=200)
-    )
+    monkeypatch.setitem(BENCHMARKS, "amc23", replace(BENCHMARKS["amc23"], problems=2))
+    monkeypatch.setitem(BENCHMARKS, "aime24", replace(BENCHMARKS["aime24"], title="[b]AIME24"))
+    benchmark_report(summarise(lines, 2), k=2, output="runs/[x]", console=Console(file=output, width=200))
     rows = [row.split() for row in output.getvalue().splitlines()]
     table = [row[:2] for row in rows if len(row) > 2 and row[1] in ("base", "adapter") and row[2].isdecimal()]
     assert table == [[title, weights] for title in ("AMC23", "[b]AIME24", "average") for weights in ("base", "adapter")]
@@ -467,7 +467,8 @@ def test_what_the_command_line_leaves_out_is_the_recipes(tiny_recipe):
 
 def test_the_time_for_an_answer_is_one_of_the_settings(tiny_recipe):
     subject = open_model("tiny", ())
-    settings = [settings_of(subject, tiny_recipe(f"reward.timeout_seconds={time}"), [], {}) for time in (5, 6)]
+    recipes = [tiny_recipe(f"reward.timeout_seconds={time}") for time in (5, 6)]
+    settings = [settings_of(replace(subject, recipe=recipe), [], {}) for recipe in recipes]
     assert [found.pop("timeout_seconds") for found in settings] == [5.0, 6.0]
     assert settings[0] == settings[1]
 

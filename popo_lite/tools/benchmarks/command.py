@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +24,9 @@ PAPER_PRESET = {
 }
 """How the published evaluation sampled. Its k is 8, the default."""
 
-ONLY_HELD_OUT = ("problems",)
-ONLY_BENCHMARKS = (
-    "data", "preset", "k", "top_p", "max_tokens", "max_prompt_length", "skip_overlong", "seeds", "system_prompt",
-    "chat_template", "output",
-)  # fmt: skip
+HELD_OUT = ("weights", "problems", "samples", "temperature", "seed", "engine")
+"""Options for held-out problems. Benchmarks take all options but `problems`."""
+
 WEIGHTS = click.Choice(["base", "adapter", "siamese"])
 JINJA_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 POSITIVE = click.IntRange(min=1)
@@ -41,13 +37,17 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
         ctx.default_map = PAPER_PRESET
 
 
-@click.command("eval", short_help="Measure a run or any model, on held-out problems or benchmarks.")
+@click.command(
+    "eval",
+    short_help="Measure a run or any model, on held-out problems or benchmarks.",
+    context_settings={"show_default": True},
+)
 @click.argument("model_or_run")
 @click.option("--weights", type=WEIGHTS, multiple=True, help="Weights of a run; may be repeated. Default: all three.")
 @click.option("--problems", type=POSITIVE, help="Held-out problems; default as in the run's recipe.")
-@click.option("--samples", type=POSITIVE, default=8, show_default=True, help="Sampled answers per problem.")
+@click.option("--samples", type=POSITIVE, default=8, help="Sampled answers per problem.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Default as in the run's recipe.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampled answers.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the sampled answers.")
 @click.option("--engine", type=click.Choice(["auto", "hf", "vllm", "server"]), help="Default as in the run's recipe.")
 @click.option("as_json", "--json", is_flag=True, help="Print the results as JSON.")
 @click.option("--benchmarks", metavar="paper|NAME,...", help="Measure on these instead of held-out problems.")
@@ -61,13 +61,9 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
     help="Published settings: 128 samples, k = 8, temperature 0.7, top-p 0.95, 4,096 tokens, the \\boxed{} prompt.",
 )
 @click.option("--k", type=POSITIVE, help="k of pass@k and of the majority vote.  [default: 8, at most the samples]")
-@click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Nucleus sampling.  [default: 1]"
-)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Nucleus sampling.")
 @click.option("--max-tokens", type=POSITIVE, help="Longest answer; default as in the recipe.")
-@click.option(
-    "max_prompt_length", "--max-prompt-tokens", type=POSITIVE, default=2048, show_default=True, help="Longest prompt."
-)
+@click.option("max_prompt_length", "--max-prompt-tokens", type=POSITIVE, default=2048, help="Longest prompt.")
 @click.option("--skip-overlong", is_flag=True, help="Skip and count longer prompts; without it they are an error.")
 @click.option("--seeds", metavar="0,1,2", help="Evaluate under each of these seeds; reported pooled and one by one.")
 @click.option("--system-prompt", help='Default as in the recipe; "" for none.')
@@ -81,16 +77,14 @@ def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, **op
     siamese on the same random draws. With --benchmarks it, an exported model or any model of the Hub is measured on
     published benchmarks. Answers are kept: the same command resumes a killed evaluation.
     """
-    misplaced = ONLY_BENCHMARKS if benchmarks is None else ONLY_HELD_OUT
     given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
-    for parameter in given:
-        if parameter.name in misplaced:
-            raise UserInputError(
-                "does not go with --benchmarks" if benchmarks else "is for benchmarks, and none is named",
-                where=parameter.opts[0],
-                next_step="leave it out" if benchmarks else "add for instance --benchmarks paper, or leave it out",
-            )
-    if options["seeds"] and any(parameter.name == "seed" for parameter in given):
+    for option in given:
+        if benchmarks is not None and option.name == "problems":
+            raise UserInputError("does not go with --benchmarks", where=option.opts[0], next_step="leave it out")
+        if benchmarks is None and option.name not in (*HELD_OUT, "model_or_run", "as_json"):
+            next_step = "add for instance --benchmarks paper, or leave it out"
+            raise UserInputError("is for benchmarks, and none is named", where=option.opts[0], next_step=next_step)
+    if options["seeds"] and any(option.name == "seed" for option in given):
         raise UserInputError("does not go with --seeds", where="--seed", next_step="leave one of the two out")
     try:
         if benchmarks is None:
@@ -106,11 +100,11 @@ def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, **op
 
 
 def _held_out(run: Path, *, as_json: bool, **options: Any) -> None:
-    from popo_lite.tools.benchmarks.subject import evaluate_run
-    from popo_lite.tools.console.output import eval_report
+    from popo_lite.tools.benchmarks.subject import evaluate_run, no_bar
+    from popo_lite.tools.console.output import eval_report, progress
 
-    used = {name: options[name] for name in ("weights", "problems", "samples", "temperature", "seed", "engine")}
-    results = evaluate_run(run, **used, bar=partial(_bar, as_json=as_json))
+    used = {name: options[name] for name in HELD_OUT}
+    results = evaluate_run(run, **used, bar=no_bar if as_json else progress)
     if as_json:
         click.echo(json.dumps({"run": str(run), "results": [asdict(result) for result in results]}))
     else:
@@ -119,42 +113,34 @@ def _held_out(run: Path, *, as_json: bool, **options: Any) -> None:
 
 def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...], as_json: bool, **options: Any) -> None:
     from popo_lite.run_folder import write_atomically
-    from popo_lite.tools.benchmarks.datasets import BENCHMARKS, benchmark_names
-    from popo_lite.tools.benchmarks.folder import EvaluationFolder
-    from popo_lite.tools.benchmarks.report import benchmark_report
-    from popo_lite.tools.benchmarks.run import answer_all, prepare_all, settings_of
-    from popo_lite.tools.benchmarks.scores import summarise
-    from popo_lite.tools.benchmarks.subject import open_model, open_run, set_threads
+    from popo_lite.tools.benchmarks.datasets import benchmark_names
+    from popo_lite.tools.benchmarks.run import EvaluationFolder, answer_all, prepare_all, settings_of
+    from popo_lite.tools.benchmarks.scores import benchmark_report, summarise
+    from popo_lite.tools.benchmarks.subject import no_bar, open_model, open_run
+    from popo_lite.tools.console.output import progress
 
     files = _files(options["data"], benchmark_names(benchmarks))
+    samples, k = options["samples"], pick_k(options["k"], options["samples"])
     seeds = _seeds(options["seeds"]) if options["seeds"] else [options["seed"]]
-    samples: int = options["samples"]
-    k = pick_k(options["k"], samples)
     path = Path(model_or_run).expanduser()
     is_run = (path / "recipe.toml").is_file()
     subject = open_run(path, weights) if is_run else open_model(model_or_run, weights)
-    recipe = with_options(subject.recipe, options)
-    set_threads(recipe)
-    prepared = prepare_all(subject, recipe, files, skip_overlong=options["skip_overlong"])
-    sampling: Any = {"seeds": seeds, "samples": samples, "top_p": options["top_p"]}
-    settings = settings_of(subject, recipe, prepared, sampling)
+    subject = replace(subject, recipe=with_options(subject.recipe, options))
+    prepared = prepare_all(subject.recipe, files, skip_overlong=options["skip_overlong"])
+    settings = settings_of(subject, prepared, {"seeds": seeds, "samples": samples, "top_p": options["top_p"]})
     default = path / "benchmarks" if is_run else Path("benchmarks") / Path(model_or_run).name
     folder = EvaluationFolder(options["output"] or default)
     with folder.locked():
         folder.start(settings)
-        answers = answer_all(subject, recipe, prepared, folder, **sampling, bar=partial(_bar, as_json=as_json))
+        answers = answer_all(subject, prepared, folder, settings, no_bar if as_json else progress)
         results = summarise(answers, k)
-        content = {
-            "k": k,
-            "benchmarks": {benchmark.name: benchmark.contents for benchmark in prepared},
-            "settings": settings,
-            "results": [asdict(result) for result in results],
-        }
+        contents = {benchmark.name: benchmark.contents for benchmark in prepared}
+        content = {"k": k, "benchmarks": contents, "settings": settings, "results": results}
         write_atomically(folder.results_path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     if as_json:
         click.echo(json.dumps({"model": model_or_run, "output": str(folder.path), **content}))
     else:
-        benchmark_report(results, k=k, benchmarks=BENCHMARKS, output=str(folder.path))
+        benchmark_report(results, k=k, output=str(folder.path))
 
 
 def with_options(recipe: Recipe, options: dict[str, Any]) -> Recipe:
@@ -170,9 +156,8 @@ def with_options(recipe: Recipe, options: dict[str, Any]) -> Recipe:
         try:
             values["data.chat_template"] = file.read_text(encoding="utf-8") or None
         except (OSError, UnicodeDecodeError) as error:
-            raise UserInputError(
-                f"cannot be read: {error}", where=f"--chat-template {file}", next_step="save the file as UTF-8"
-            ) from error
+            what, where = f"cannot be read: {error}", f"--chat-template {file}"
+            raise UserInputError(what, where=where, next_step="save the file as UTF-8") from error
     values = {key: value for key, value in values.items() if value is not None}
     if options["system_prompt"] is not None:
         values["data.system_prompt"] = options["system_prompt"] or None
@@ -182,9 +167,8 @@ def with_options(recipe: Recipe, options: dict[str, Any]) -> Recipe:
 def pick_k(k: int | None, samples: int) -> int:
     """Return k of pass@k and of the majority vote."""
     if k is not None and k > samples:
-        raise UserInputError(
-            f"pass@{k} cannot be estimated from {samples} samples", where="--k", next_step=f"--samples {k}"
-        )
+        what = f"pass@{k} cannot be estimated from {samples} samples"
+        raise UserInputError(what, where="--k", next_step=f"--samples {k}")
     return k or min(8, samples)
 
 
@@ -194,11 +178,10 @@ def _files(data: tuple[str, ...], names: tuple[str, ...]) -> dict[str, Path | No
     for item in data:
         name, _, file = item.partition("=")
         if not file or files.get(name, "") is not None:
-            raise UserInputError(
-                "names a benchmark twice" if files.get(name) else "is not NAME=FILE of a benchmark in --benchmarks",
-                where=f"--data {item}",
-                next_step=f"for instance --data {names[0]}={names[0]}.jsonl",
-            )
+            twice = bool(files.get(name))
+            what = "names a benchmark twice" if twice else "is not NAME=FILE of a benchmark in --benchmarks"
+            example = f"for instance --data {names[0]}={names[0]}.jsonl"
+            raise UserInputError(what, where=f"--data {item}", next_step=example)
         files[name] = Path(file).expanduser()
     return files
 
@@ -206,13 +189,6 @@ def _files(data: tuple[str, ...], names: tuple[str, ...]) -> dict[str, Path | No
 def _seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise UserInputError(
-            "is not a list of different whole numbers", where=f"--seeds {text}", next_step="--seeds 0,1,2"
-        )
+        what = "is not a list of different whole numbers"
+        raise UserInputError(what, where=f"--seeds {text}", next_step="--seeds 0,1,2")
     return [int(part) for part in parts]
-
-
-def _bar(description: str, total: int, *, as_json: bool) -> AbstractContextManager[Any]:
-    from popo_lite.tools.console.output import progress
-
-    return nullcontext(lambda _: None) if as_json else progress(description, total)

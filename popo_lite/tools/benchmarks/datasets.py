@@ -1,79 +1,66 @@
-"""Read published benchmarks and check every row.
+"""Read published benchmarks, check every row, and compare numbers within a tolerance.
 
 `docs/evaluation.md` says where each entry of the table is from, and which could not be confirmed.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import repeat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from popo_lite.errors import DataError, UserInputError, nearest
+from popo_lite.grading import Grader, GradeRequest
+from popo_lite.grading.math import normalise, plain_number, unwrap
 from popo_lite.recipe import EvalRecipe
-from popo_lite.tasks.datasets import SUFFIXES, Place, Record, load_table, read_records
-from popo_lite.types import Problem
+from popo_lite.tasks.datasets import RESULT_LINE, SUFFIXES, CellError, Place, cell_text, load_table, read_records, shown
+from popo_lite.types import Outcome, Problem, Reward
 
-_RESULT_LINE = re.compile(r"^####(?!#)[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
 _NUMBER = re.compile(r"-?(\d+|[1-9]\d{0,2}(,\d{3})+)(\.\d+)?")
-_AIME_ANSWER = re.compile(r"\d{1,3}")
+_FRACTION = re.compile(r"([+-]?)(?:\\[dt]?frac\{(\d+)\}\{(0*[1-9]\d*)\}|(\d+)/(0*[1-9]\d*))")
 _TOLERANCE = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.IGNORECASE)
-
-T = TypeVar("T")
-
-
-class _CellError(Exception):
-    """A cell of another form than the benchmark's. The message continues "column ... "."""
 
 
 def _text(cell: object) -> str:
     """Read LaTeX or other text."""
     if not isinstance(cell, str):
-        raise _CellError(f"is {_shown(cell)}, not text")
-    if not cell.strip():
-        raise _CellError("is empty")
-    try:
-        cell.encode()
-    except UnicodeEncodeError as error:
-        raise _CellError("holds half a surrogate pair, which is not a character") from error
-    return cell.strip()
+        raise CellError(f"is {shown(cell)}, not text")
+    return cell_text(cell).strip()
 
 
 def _number(cell: object) -> str:
     """Read a number, as text or as the floating-point number that AMC's table on the Hub holds: 27.0."""
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        return str(cell)
-    if isinstance(cell, float) and math.isfinite(cell):
-        return str(int(cell)) if cell == int(cell) else str(cell)
-    if isinstance(cell, str) and _NUMBER.fullmatch(cell.strip()):
-        plain = cell.strip().replace(",", "")
-        return plain.rstrip("0").rstrip(".") if "." in plain else plain
-    raise _CellError(f"is {_shown(cell)}, not a number")
+    text = str(cell).strip()
+    number = plain_number(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
+    if number is None:
+        raise CellError(f"is {shown(cell)}, not a number")
+    return number
 
 
 def _integer(cell: object) -> str:
     """Read an AIME answer, an integer from 0 to 999 that may have leading zeros: 033."""
-    answer = cell.strip() if isinstance(cell, str) else _number(cell)
-    if not _AIME_ANSWER.fullmatch(answer):
-        raise _CellError(f"is {_shown(cell)}, not an integer from 0 to 999")
-    return str(int(answer))
+    number = plain_number(str(cell).strip()) or ""
+    if not re.fullmatch(r"\d{1,3}", number):
+        raise CellError(f"is {shown(cell)}, not an integer from 0 to 999")
+    return number
 
 
 def _final_answers(cell: object) -> str:
     """Read OlympiadBench's list of LaTeX texts; an answer must name all of them, in any order."""
     if not isinstance(cell, list) or not cell:
-        raise _CellError(f"is {_shown(cell)}, not a list of answers")
+        raise CellError(f"is {shown(cell)}, not a list of answers")
     return ", ".join(map(_text, cell))
 
 
 def _result_line(cell: object) -> str:
     """Read the result from the last line of a GSM8K solution: `#### 1,200`."""
-    line = _RESULT_LINE.search(_text(cell))
+    line = RESULT_LINE.search(_text(cell))
     if line is None:
-        raise _CellError('does not end in a line "#### result"')
+        raise CellError('does not end in a line "#### result"')
     return _number(line[1].replace("$", ""))
 
 
@@ -81,13 +68,13 @@ def _tolerances(cell: object) -> tuple[str, ...]:
     """Read OlympiadBench's tolerances: 1e-2, or 1e-1,1e-2 for several answers; an empty part is 0."""
     tolerances = tuple(part.strip() or "0" for part in str(cell).split(","))
     if not all(map(_TOLERANCE.fullmatch, tolerances)):
-        raise _CellError(f"is {_shown(cell)}, not a tolerance or several between commas")
+        raise CellError(f"is {shown(cell)}, not a tolerance or several between commas")
     return tolerances
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A published set of problems; `read_answer` raises _CellError for cells of another form."""
+    """A published set of problems; `read_answer` raises CellError for cells of another form."""
 
     title: str
     hub_id: str
@@ -123,83 +110,60 @@ def benchmark_names(text: str) -> tuple[str, ...]:
     for name in (part.strip() for part in text.split(",")):
         if name != "paper" and name not in BENCHMARKS:
             likely = nearest(name, [*BENCHMARKS, "paper"])
-            raise UserInputError(
-                f'there is no benchmark "{name}"',
-                where="--benchmarks",
-                next_step=f'did you mean "{likely}"?' if likely else f"choose from paper, {', '.join(BENCHMARKS)}",
-            )
+            next_step = f'did you mean "{likely}"?' if likely else f"choose from paper, {', '.join(BENCHMARKS)}"
+            raise UserInputError(f'there is no benchmark "{name}"', where="--benchmarks", next_step=next_step)
         names += PAPER if name == "paper" else [name]
     return tuple(dict.fromkeys(names))
 
 
-def open_benchmark(
-    name: str,
-    file: Path | None = None,
-    *,
-    check_references: Callable[[Sequence[Problem]], Sequence[str | None]] | None = None,
-) -> list[Problem]:
+def open_benchmark(name: str, file: Path | None = None, grader: Grader | None = None) -> list[Problem]:
     """Return all problems of the benchmark, from `file` in the form of the Hub's rows, or from the Hub.
 
     Ids are `name/row`, with rows numbered from 1. `meta["tolerance"]` holds how far the numbers of an answer may be
-    off, as decimals: one for all of them, or one for each in order. `check_references` returns for each problem why
-    nothing can be graded against its answer, or None.
+    off, as decimals: one for all of them, or one for each in order. With a grader, answers that it cannot read are
+    errors, too.
 
     Raises DataError if the rows cannot be loaded, or with a list of all rows that are not of the benchmark's form.
     """
     benchmark = BENCHMARKS[name]
-    place = _BenchmarkPlace(section="eval", dataset=str(file or benchmark.hub_id), benchmark=name, local=bool(file))
-    rows = _rows(benchmark, file, place)
-    read = [_problem(benchmark, f"{name}/{number}", row) for number, (_, row) in enumerate(rows, 1)]
-    problems = [problem for problem in read if isinstance(problem, Problem)]
-    reasons = iter(check_references(problems) if check_references else [None] * len(problems))
-    errors = [
-        f"{label}: {error}"
-        for (label, _), result in zip(rows, read, strict=True)
-        if (error := result if isinstance(result, str) else next(reasons))
-    ]
-    if errors:
-        raise place.error(
-            "\n    ".join([f"{len(errors)} of {len(rows)} rows are not {benchmark.title}'s:", *errors]),
-            "correct these rows; without them this would be another benchmark",
-        )
+    place = Place(section="eval", dataset=str(file or benchmark.hub_id))
+    try:
+        rows = _rows(benchmark, file, place)
+        read = [_problem(benchmark, f"{name}/{number}", row) for number, (_, row) in enumerate(rows, 1)]
+        problems = [problem for problem in read if isinstance(problem, Problem)]
+        reasons = iter(check_references(problems, grader)) if grader else repeat(None)
+        errors = [
+            f"{label}: {error}"
+            for (label, _), result in zip(rows, read, strict=True)
+            if (error := result if isinstance(result, str) else next(reasons))
+        ]
+        if errors:
+            what = "\n    ".join([f"{len(errors)} of {len(rows)} rows are not {benchmark.title}'s:", *errors])
+            raise place.error(what, "correct these rows; without them this would be another benchmark")
+    except DataError as error:
+        where = f"--data {name}={file}" if file else f"{name} ({benchmark.hub_id})"
+        local_copy = f"check the connection, or give a local copy of it with --data {name}=FILE"
+        raise DataError(error.what, where=where, next_step=error.next_step if file else local_copy) from error
     return problems
 
 
-@dataclass(frozen=True, kw_only=True)
-class _BenchmarkPlace(Place):
-    """Name a benchmark's place on the command line."""
-
-    benchmark: str
-    local: bool
-
-    def error(self, what: str, next_step: str) -> DataError:
-        """Return an error about this benchmark; for the Hub's, the next step is a local copy."""
-        where = f"--data {self.benchmark}={self.dataset}" if self.local else f"{self.benchmark} ({self.dataset})"
-        local_copy = f"check the connection, or give a local copy of it with --data {self.benchmark}=FILE"
-        return DataError(what, where=where, next_step=next_step if self.local else local_copy)
-
-
-def _rows(benchmark: Benchmark, file: Path | None, place: Place) -> Sequence[Record]:
-    if file is not None and file.suffix not in SUFFIXES:
+def _rows(benchmark: Benchmark, file: Path | None, place: Place) -> Sequence[tuple[str, Any]]:
+    if file is None:
+        hub = EvalRecipe(dataset=benchmark.hub_id, config=benchmark.config, split=benchmark.split)
+        table = load_table(hub, place)[1]
+    elif file.suffix not in SUFFIXES:
         raise place.error(f"is not a file of a known kind ({', '.join(SUFFIXES)})", "name such a file")
-    columns: Collection[str]
-    records: Sequence[Record]
-    if file is None or file.suffix == ".parquet":
-        config, split = (None, None) if file else (benchmark.config, benchmark.split)
-        table = load_table(EvalRecipe(dataset=place.dataset, config=config, split=split), place)[1]
-        columns, records = table.column_names, [(f"row {number}", row) for number, row in enumerate(table, 1)]
     else:
-        records = read_records(file, place)
-        columns = {name: None for _, row in records if isinstance(row, dict) for name in row}
+        table = read_records(file, place)
+    records = table if isinstance(table, list) else [(f"row {number}", row) for number, row in enumerate(table, 1)]
+    columns = list(dict.fromkeys(key for _, row in records if isinstance(row, dict) for key in row))
     if not records:
         raise place.error("holds no rows", "name a file with at least one row")
     for wanted in (benchmark.prompt_column, benchmark.answer_column):
         if columns and wanted not in columns:
             likely = nearest(wanted, columns)
-            raise place.error(
-                f'has no column "{wanted}"; its columns are {", ".join(columns)}',
-                f'rename "{likely}"' if likely else "rename the column that holds it",
-            )
+            next_step = f'rename "{likely}"' if likely else "rename the column that holds it"
+            raise place.error(f'has no column "{wanted}"; its columns are {", ".join(columns)}', next_step)
     return records
 
 
@@ -207,30 +171,73 @@ def _problem(benchmark: Benchmark, problem_id: str, row: Mapping[str, Any] | str
     """Return the problem in `row`, or an error message."""
     if isinstance(row, str):
         return row
-    context, tolerance = benchmark.context_column, benchmark.tolerance_column
-    try:
-        question = _read(_text, benchmark.prompt_column, row)
-        if context and row.get(context):
-            question = f"{_read(_text, context, row)}\n{question}"
-        return Problem(
-            id=problem_id,
-            messages=({"role": "user", "content": question},),
-            answer=_read(benchmark.read_answer, benchmark.answer_column, row),
-            meta={"tolerance": _read(_tolerances, tolerance, row)} if tolerance and row.get(tolerance) else {},
-        )
-    except _CellError as error:
-        return str(error)
+    readers = [(benchmark.prompt_column, _text), (benchmark.answer_column, benchmark.read_answer)]
+    optional = [(benchmark.context_column, _text), (benchmark.tolerance_column, _tolerances)]
+    cells: dict[str | None, Any] = {}
+    for column, read in [*readers, *((column, read) for column, read in optional if column and row.get(column))]:
+        try:
+            if row.get(column) is None:
+                raise CellError("is missing")
+            cells[column] = read(row[column])
+        except CellError as error:
+            return f'column "{column}" {error}'
+    context, tolerances = cells.get(benchmark.context_column), cells.get(benchmark.tolerance_column)
+    question = cells[benchmark.prompt_column]
+    return Problem(
+        id=problem_id,
+        messages=({"role": "user", "content": f"{context}\n{question}" if context else question},),
+        answer=cells[benchmark.answer_column],
+        meta={"tolerance": tolerances} if tolerances else {},
+    )
 
 
-def _read(read: Callable[[object], T], column: str, cells: Mapping[str, Any]) -> T:
-    try:
-        if cells.get(column) is None:
-            raise _CellError("is missing")
-        return read(cells[column])
-    except _CellError as error:
-        raise _CellError(f'column "{column}" {error}') from error
+def check_references(problems: Sequence[Problem], grader: Grader) -> list[str | None]:
+    """Return for each problem why nothing can be graded against its answer, or None."""
+    # An empty text is wrong whatever the reference is; if it gets no verdict, the reference is the reason.
+    algebraic = [problem for problem in problems if plain_number(unwrap(problem.answer)) is None]
+    rewards = grader.grade([GradeRequest(text="", problem=problem) for problem in algebraic])
+    pairs = zip(algebraic, rewards, strict=True)
+    ungradable = {problem.id: reward.detail for problem, reward in pairs if not reward.outcome.is_graded}
+    errors: list[str | None] = []
+    for problem in problems:
+        tolerances, numbers = problem.meta.get("tolerance", ()), _numbers(unwrap(problem.answer))
+        error = None
+        if numbers is not None and len(tolerances) not in (0, 1, len(numbers)):
+            error = f"it names {len(tolerances)} tolerances for the {len(numbers)} numbers of {problem.answer!r}"
+        errors.append(ungradable.get(problem.id, error))
+    return errors
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def within_tolerance(reward: Reward, problem: Problem) -> Reward:
+    """Return `reward`, made correct if its numbers, in any order, are within the problem's `tolerance`.
+
+    Numbers are integers, decimals and fractions of integers, compared exactly.
+    """
+    if reward.outcome is not Outcome.INCORRECT or "tolerance" not in problem.meta or reward.answer is None:
+        return reward
+    given, wanted = _numbers(reward.answer), _numbers(unwrap(problem.answer))
+    if given is None or wanted is None or len(given) != len(wanted):
+        return reward
+    tolerances = [Fraction(text) for text in problem.meta["tolerance"]]
+    if len(tolerances) == 1:
+        tolerances *= len(wanted)
+    # Matching each interval, in order of its upper end, with the least number in it finds a full match if there is one.
+    rest = sorted(given)
+    for high, low in sorted((x + off, x - off) for x, off in zip(wanted, tolerances, strict=True)):
+        inside = next((number for number in rest if low <= number <= high), None)
+        if inside is None:
+            return reward
+        rest.remove(inside)
+    return replace(reward, value=1.0, outcome=Outcome.CORRECT)
+
+
+def _numbers(answer: str) -> list[Fraction] | None:
+    """Return the number, or the numbers between commas, of an answer in normal form; None for other answers."""
+    numbers = []
+    for part in [answer] if plain_number(answer) else map(normalise, answer.split(",")):
+        fraction = _FRACTION.fullmatch(part)
+        number = fraction.expand(r"\1\2\4/\3\5") if fraction else plain_number(part)
+        if number is None:
+            return None
+        numbers.append(Fraction(number))
+    return numbers

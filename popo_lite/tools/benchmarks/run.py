@@ -1,57 +1,58 @@
-"""Prepare benchmarks, and sample and grade the answers to them."""
+"""Prepare benchmarks, sample and grade the answers to them, and keep these in a folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
-from popo_lite.errors import DataError, ModelError
+from popo_lite.errors import CheckpointError, DataError, ModelError, UserInputError
 from popo_lite.grading import Grader, GradeRequest
-from popo_lite.grading.math import normalise, plain_number, unwrap
-from popo_lite.policy.load import load_tokenizer
+from popo_lite.policy.load import load_config, load_tokenizer
 from popo_lite.recipe import Recipe
-from popo_lite.run_folder import environment, write_atomically
-from popo_lite.samplers import Sampler, SamplingParams, pick_engine
+from popo_lite.run_folder import append_line, environment, keep_lines, locked, read_lines, write_atomically
+from popo_lite.samplers import SamplingParams, pick_engine
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.tools.benchmarks.datasets import BENCHMARKS, open_benchmark
-from popo_lite.tools.benchmarks.folder import EvaluationFolder
-from popo_lite.tools.benchmarks.scores import Key, ProblemAnswers, refuse_ungraded
+from popo_lite.tools.benchmarks.datasets import BENCHMARKS, open_benchmark, within_tolerance
+from popo_lite.tools.benchmarks.scores import Answers, refuse_ungraded
 from popo_lite.tools.benchmarks.subject import Bar, Subject, active_adapter, open_checked
-from popo_lite.types import FinishReason, Outcome, Problem, Prompt, Reward
+from popo_lite.types import Completion, FinishReason, Problem, Prompt
+
+Key = tuple[Any, ...]
+"""(weights, seed, benchmark, problem id): what identifies a line of `problems.jsonl`."""
+
+Settings = Mapping[str, Any]
+"""Everything that the answers depend on: the content of settings.json."""
 
 CHUNK_BATCHES = 4
 """Batches of sequences in a chunk: enough to keep an engine busy, few enough to lose little when killed."""
-
-_FRACTION = re.compile(r"([+-]?)(?:\\[dt]?frac\{(\d+)\}\{(0*[1-9]\d*)\}|(\d+)/(0*[1-9]\d*))")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedBenchmark:
     """The prompts of one benchmark and the limit on answers to them, in tokens.
 
-    `contents` says what the benchmark consists of, for results.json; `digest` is a hash of everything that is asked.
+    `settings` is what the answers depend on, with a hash of everything that is asked, for settings.json. `contents`
+    says what the benchmark consists of, for results.json.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
     longest_prompt: int
     max_completion_length: int
+    settings: Mapping[str, Any]
     contents: Mapping[str, Any]
-    digest: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Problems of one benchmark that are sampled together, under one set of weights and one seed."""
 
     weights: str
@@ -65,23 +66,17 @@ class Chunk:
         return [(self.weights, self.seed, self.benchmark.name, prompt.problem.id) for prompt in self.prompts]
 
 
-def prepare_all(
-    subject: Subject, recipe: Recipe, files: Mapping[str, Path | None], *, skip_overlong: bool
-) -> list[PreparedBenchmark]:
+def prepare_all(recipe: Recipe, files: Mapping[str, Path | None], *, skip_overlong: bool) -> list[PreparedBenchmark]:
     """Read, check and render benchmarks (name -> file, None for the Hub's) without loading a model.
 
     Prints what is unusual about them to standard error.
     """
     renderer = Renderer.of(recipe, load_tokenizer(recipe.model))
     with Grader(recipe.reward) as grader:
-        check = partial(check_references, grader=grader)
-        problems = {name: open_benchmark(name, file, check_references=check) for name, file in files.items()}
-    limits = {"max_completion_length": recipe.rollout.max_completion_length, "context_tokens": subject.context_tokens}
-    prepared = [prepare(name, rows, renderer, **limits, skip_overlong=skip_overlong) for name, rows in problems.items()]
-    for benchmark in prepared:
-        for notice in _notices(benchmark, **limits):
-            click.echo(f"{benchmark.name}: {notice}", err=True)
-    return prepared
+        problems = {name: open_benchmark(name, file, grader) for name, file in files.items()}
+    context = getattr(load_config(recipe.model), "max_position_embeddings", None) or 2**31
+    limits = {"max_completion_length": recipe.rollout.max_completion_length, "context_tokens": context}
+    return [prepare(name, rows, renderer, **limits, skip_overlong=skip_overlong) for name, rows in problems.items()]
 
 
 def prepare(
@@ -95,82 +90,59 @@ def prepare(
 ) -> PreparedBenchmark:
     """Render `problems`, and limit answers to what the longest prompt leaves of the context.
 
-    Raises DataError for prompts longer than the renderer's `max_prompt_length`, unless `skip_overlong`, and ModelError
-    if the context has no tokens left for an answer.
+    Prints what is unusual to standard error. Raises DataError for prompts longer than the renderer's
+    `max_prompt_length`, unless `skip_overlong`, and ModelError if the context has no tokens left for an answer.
     """
     prompts = [Prompt(problem=problem, token_ids=renderer.token_ids(problem)) for problem in problems]
     fitting = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= renderer.max_prompt_length)
-    skipped = len(prompts) - len(fitting)
+    rows, published, skipped = len(prompts), BENCHMARKS[name].problems, len(prompts) - len(fitting)
     if not fitting or (skipped and not skip_overlong):
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-        raise DataError(
-            f"{skipped} of {len(prompts)} prompts are longer than {renderer.max_prompt_length} tokens, the longest, "
-            f"{longest.problem.id}, has {len(longest.token_ids)}",
-            where=name,
-            next_step=f"--max-prompt-tokens {len(longest.token_ids)}, or skip them with --skip-overlong",
-        )
+        what = f"{skipped} of {rows} prompts are longer than {renderer.max_prompt_length} tokens, the longest, "
+        what += f"{longest.problem.id}, has {len(longest.token_ids)}"
+        next_step = f"--max-prompt-tokens {len(longest.token_ids)}, or skip them with --skip-overlong"
+        raise DataError(what, where=name, next_step=next_step)
     longest_prompt = max(len(prompt.token_ids) for prompt in fitting)
-    if longest_prompt >= context_tokens:
-        raise ModelError(
-            f"the longest prompt leaves no tokens for an answer in the model's context of {context_tokens}",
-            where=name,
-            next_step=f"--max-prompt-tokens below {context_tokens}, and skip longer ones with --skip-overlong",
-        )
+    limit = min(max_completion_length, context_tokens - longest_prompt)
+    if limit < 1:
+        what = f"the longest prompt leaves no tokens for an answer in the model's context of {context_tokens}"
+        next_step = f"--max-prompt-tokens below {context_tokens}, and skip longer ones with --skip-overlong"
+        raise ModelError(what, where=name, next_step=next_step)
     first: dict[tuple[int, ...], str] = {}
-    repeats = {
-        prompt.problem.id: earlier
-        for prompt in prompts
-        if (earlier := first.setdefault(prompt.token_ids, prompt.problem.id)) != prompt.problem.id
-    }
-    published = BENCHMARKS[name].problems
+    first_asked = {prompt.problem.id: first.setdefault(prompt.token_ids, prompt.problem.id) for prompt in prompts}
+    repeats = {later: earlier for later, earlier in first_asked.items() if later != earlier}
+    notify = partial(click.echo, err=True)
+    if rows != published:
+        notify(f"{name}: was published with {published:,} problems, and has {rows:,} here")
+    if repeats:
+        pairs = ", ".join(f"{later} is {earlier}" for later, earlier in islice(repeats.items(), 5))
+        notify(f"{name}: {len(repeats)} of {rows} questions repeat an earlier one, and count each time: {pairs}")
+    if skipped:
+        notify(f"{name}: {skipped} of {rows} prompts are skipped")
+    if limit < max_completion_length:
+        reason = f"the longest prompt takes {longest_prompt:,} of the context of {context_tokens:,}"
+        notify(f"{name}: answers end at {limit:,} tokens instead of {max_completion_length:,}, as {reason}")
     asked = [[p.problem.id, p.token_ids, p.problem.answer, dict(p.problem.meta)] for p in prompts]
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     return PreparedBenchmark(
         name=name,
         prompts=fitting,
         longest_prompt=longest_prompt,
-        max_completion_length=min(max_completion_length, context_tokens - longest_prompt),
-        contents={"rows": len(prompts), "published": published, "skipped": skipped, "repeats": repeats},
-        digest=hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        max_completion_length=limit,
+        settings={"problems": len(fitting), "skipped": skipped, "max_completion_length": limit, "digest": digest},
+        contents={"rows": rows, "published": published, "skipped": skipped, "repeats": repeats},
     )
 
 
-def _notices(benchmark: PreparedBenchmark, *, max_completion_length: int, context_tokens: int) -> Iterator[str]:
-    rows, published, skipped, repeats = benchmark.contents.values()
-    if rows != published:
-        yield f"was published with {published:,} problems, and has {rows:,} here"
-    if repeats:
-        pairs = ", ".join(f"{later} is {earlier}" for later, earlier in islice(repeats.items(), 5))
-        yield f"{len(repeats)} of {rows} questions repeat an earlier one, and count each time: {pairs}"
-    if skipped:
-        yield f"{skipped} of {rows} prompts are skipped"
-    if benchmark.max_completion_length < max_completion_length:
-        yield (
-            f"answers end at {benchmark.max_completion_length:,} tokens instead of {max_completion_length:,}, as the "
-            f"longest prompt takes {benchmark.longest_prompt:,} of the context of {context_tokens:,}"
-        )
-
-
-def settings_of(
-    subject: Subject, recipe: Recipe, prepared: Sequence[PreparedBenchmark], sampling: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return everything that the answers depend on, as plain data.
-
-    `recipe` has the command's options applied; `sampling` holds `seeds`, `samples` and `top_p`.
-    """
+def settings_of(subject: Subject, prepared: Sequence[PreparedBenchmark], sampling: Settings) -> Settings:
+    """Return everything that the answers depend on; `sampling` holds `seeds`, `samples` and `top_p`."""
+    recipe = subject.recipe
     return {
         "model": subject.name,
         "base": recipe.model.model_dump(),
         "weights": list(subject.adapters),
         "digests": subject.digests,
-        "benchmarks": {
-            benchmark.name: {
-                "problems": len(benchmark.prompts),
-                "skipped": benchmark.contents["skipped"],
-                "max_completion_length": benchmark.max_completion_length,
-                "digest": benchmark.digest,
-            }
-            for benchmark in prepared
-        },
+        "benchmarks": {benchmark.name: benchmark.settings for benchmark in prepared},
         **sampling,
         "temperature": recipe.eval.temperature,
         "system_prompt": recipe.data.system_prompt,
@@ -184,34 +156,106 @@ def settings_of(
     }
 
 
-def plan_chunks(
-    benchmarks: Sequence[PreparedBenchmark], *, weights: Sequence[str], seeds: Sequence[int], samples: int, batch: int
-) -> list[Chunk]:
-    """Return everything to sample, in order; `batch` is the number of sequences that are sampled at once."""
-    size = max(1, CHUNK_BATCHES * batch // samples)
+class EvaluationFolder:
+    """Paths inside one evaluation's folder, and its answers, which are kept so that a killed evaluation can resume."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings_path = path / "settings.json"  # all settings that the answers depend on
+        self.environment_path = path / "environment.json"
+        self.answers_path = path / "problems.jsonl"  # one line per weights, seed, benchmark and problem
+        self.results_path = path / "results.json"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the folder, and create it if needed.
+
+        Raises UserInputError if another evaluation has locked it or it holds something else.
+        """
+        lock = self.path / ".evaluation.lock"
+        is_ours = lock.is_file() or self.settings_path.is_file()
+        if self.path.exists() and not is_ours and (not self.path.is_dir() or any(self.path.iterdir())):
+            what, next_step = "the folder is not empty and holds no evaluation", "name another folder"
+            raise UserInputError(what, where=f"--output {self.path}", next_step=next_step)
+        self.path.mkdir(parents=True, exist_ok=True)
+        what = "another evaluation is running in this folder"
+        next_step = "wait for it, stop it, or name another folder with --output"
+        with locked(lock, UserInputError(what, where=str(self.path), next_step=next_step)):
+            yield
+
+    def start(self, settings: Settings) -> None:
+        """Write the settings. Raises CheckpointError if the folder holds an evaluation with other settings."""
+        if not self.settings_path.is_file():
+            write_atomically(self.settings_path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+            return
+        before = _flat(json.loads(self.settings_path.read_text(encoding="utf-8")))
+        now = _flat(json.loads(json.dumps(settings)))
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if changed:
+            shown = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed[:5]]
+            shown += [f"{len(changed) - 5} more differ"] if len(changed) > 5 else []
+            what = f"the evaluation in this folder has other settings: {'; '.join(shown)}"
+            next_step = "use the same settings to resume it, or name another folder with --output"
+            raise CheckpointError(what, where=str(self.settings_path), next_step=next_step)
+
+    def resume(self, chunks: Sequence[Sequence[Key]]) -> dict[Key, Answers]:
+        """Return the answers of all finished chunks by key, and delete those of unfinished ones from the file.
+
+        A chunk, given by the keys of its lines, is sampled as one batch. Sampling an unfinished one again as a whole
+        gives the lines that an evaluation without interruption writes.
+
+        Raises CheckpointError if a line belongs to no chunk or occurs twice.
+        """
+        if not self.answers_path.is_file():
+            return {}
+        keep_lines(self.answers_path, lambda _: True)  # deletes an incomplete last line
+        answers: dict[Key, Answers] = {}
+        planned = {key for chunk in chunks for key in chunk}
+        for number, line in enumerate(read_lines(self.answers_path), 1):
+            if (key := key_of(line)) not in planned or key in answers:
+                what = f"line {number} {'repeats another one' if key in answers else 'is not of this evaluation'}"
+                next_step = "the file was changed; restore it, or start again in another folder with --output"
+                raise CheckpointError(what, where=str(self.answers_path), next_step=next_step)
+            answers[key] = line
+        finished = {key for chunk in chunks if answers.keys() >= set(chunk) for key in chunk}
+        keep_lines(self.answers_path, lambda line: key_of(line) in finished)
+        return {key: line for key, line in answers.items() if key in finished}
+
+    def append(self, answers: Sequence[Answers]) -> None:
+        """Append lines to the answers."""
+        for line in answers:
+            append_line(self.answers_path, line)
+
+
+def key_of(line: Mapping[str, Any]) -> Key:
+    """Return what identifies a line of the answers."""
+    return tuple(line.get(name) for name in ("weights", "seed", "benchmark", "problem"))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def plan_chunks(benchmarks: Sequence[PreparedBenchmark], settings: Settings) -> list[Chunk]:
+    """Return everything to sample, in order."""
+    size = max(1, CHUNK_BATCHES * settings["max_num_seqs"] // settings["samples"])
     return [
-        Chunk(weights=name, seed=seed, benchmark=benchmark, prompts=benchmark.prompts[start : start + size])
-        for name in weights
-        for seed in seeds
+        Chunk(weights, seed, benchmark, benchmark.prompts[start : start + size])
+        for weights in settings["weights"]
+        for seed in settings["seeds"]
         for benchmark in benchmarks
         for start in range(0, len(benchmark.prompts), size)
     ]
 
 
 def answer_all(
-    subject: Subject,
-    recipe: Recipe,
-    prepared: Sequence[PreparedBenchmark],
-    folder: EvaluationFolder,
-    *,
-    seeds: Sequence[int],
-    samples: int,
-    top_p: float,
-    bar: Bar,
-) -> list[ProblemAnswers]:
+    subject: Subject, prepared: Sequence[PreparedBenchmark], folder: EvaluationFolder, settings: Settings, bar: Bar
+) -> list[Answers]:
     """Return all answers in order: those in `folder`, and the others, which are sampled and appended there."""
-    batch = recipe.rollout.max_num_seqs
-    chunks = plan_chunks(prepared, weights=list(subject.adapters), seeds=seeds, samples=samples, batch=batch)
+    chunks = plan_chunks(prepared, settings)
     answers = folder.resume([chunk.keys for chunk in chunks])
     todo = [chunk for chunk in chunks if chunk.keys[0] not in answers]
     if answers:
@@ -221,131 +265,59 @@ def answer_all(
         prompt = max(benchmark.longest_prompt for benchmark in prepared)
         both = max(benchmark.longest_prompt + benchmark.max_completion_length for benchmark in prepared)
         lengths = {"rollout.max_prompt_length": prompt, "rollout.max_completion_length": both - prompt}
-        recipe = recipe.with_values(lengths)
+        recipe = subject.recipe.with_values(lengths)
         policy = subject.load(recipe)
         write_atomically(folder.environment_path, json.dumps(environment(policy.device), indent=2) + "\n")
         renderer = Renderer.of(recipe, policy.tokenizer)
-        params = {
-            each.name: SamplingParams(
-                temperature=recipe.eval.temperature,
-                top_p=top_p,
-                max_completion_length=each.max_completion_length,
-            )
-            for each in prepared
-        }
+        draw = {"temperature": settings["temperature"], "top_p": settings["top_p"]}
+        params = {b.name: SamplingParams(max_completion_length=b.max_completion_length, **draw) for b in prepared}
         with open_checked(recipe, policy, renderer, prepared[0].prompts) as (sampler, grader):
-            for name, adapter in subject.adapters.items():
-                own = [chunk for chunk in todo if chunk.weights == name]
-                if not own:
-                    continue
-                total = samples * sum(len(chunk.prompts) for chunk in own)
-                with active_adapter(adapter, policy, sampler), bar(f"{name}: answers", total) as progress:
+            for weights, group in groupby(todo, lambda chunk: chunk.weights):
+                own = list(group)
+                total = settings["samples"] * sum(len(chunk.prompts) for chunk in own)
+                adapter = subject.adapters[weights]
+                with active_adapter(adapter, policy, sampler), bar(f"{weights}: answers", total) as finished:
                     for chunk in own:
-                        benchmark = chunk.benchmark.name
-                        lines = _answer(chunk, samples, params[benchmark], policy.version, sampler, grader, progress)
-                        answers |= {line.key: line for line in lines}
+                        completions = sampler.sample(
+                            chunk.prompts,
+                            count=settings["samples"],
+                            params=params[chunk.benchmark.name],
+                            policy_version=policy.version,
+                            # Draws depend only on seed, problem and sample: all weights are compared on the same ones.
+                            stream=("benchmark", chunk.seed),
+                            finished=finished,
+                        )
+                        lines = _grade(chunk, completions, grader)
+                        answers |= {key_of(line): line for line in lines}
                         # Checked before they are written, so that a rerun grades them again.
                         refuse_ungraded(
-                            [line for line in answers.values() if (line.weights, line.benchmark) == (name, benchmark)],
-                            planned=len(chunk.benchmark.prompts) * len(seeds),
+                            [answers[key] for key in answers if (key[0], key[2]) == (weights, chunk.benchmark.name)],
+                            planned=len(chunk.benchmark.prompts) * len(settings["seeds"]),
                             limit=recipe.reward.max_ungraded_ratio,
                         )
                         folder.append(lines)
     return [answers[key] for chunk in chunks for key in chunk.keys]
 
 
-def _answer(
-    chunk: Chunk,
-    samples: int,
-    params: SamplingParams,
-    policy_version: int,
-    sampler: Sampler,
-    grader: Grader,
-    progress: Callable[[int], None],
-) -> list[ProblemAnswers]:
-    """Sample and grade. Draws depend only on seed, problem and sample, so all weights are compared on the same ones."""
-    completions = sampler.sample(
-        chunk.prompts,
-        count=samples,
-        params=params,
-        policy_version=policy_version,
-        stream=("benchmark", chunk.seed),
-        finished=progress,
-    )
+def _grade(chunk: Chunk, completions: Sequence[Sequence[Completion]], grader: Grader) -> list[Answers]:
     pairs = [(prompt.problem, group) for prompt, group in zip(chunk.prompts, completions, strict=True)]
-    rewards = iter(
-        grader.grade([GradeRequest(text=c.text, problem=problem) for problem, group in pairs for c in group])
-    )
-    lines = []
+    requests = [GradeRequest(text=answer.text, problem=problem) for problem, group in pairs for answer in group]
+    rewards = iter(grader.grade(requests))
+    lines: list[Answers] = []
     for problem, group in pairs:
         verdicts = [within_tolerance(next(rewards), problem) for _ in group]
         lines.append(
-            ProblemAnswers(
-                weights=chunk.weights,
-                seed=chunk.seed,
-                benchmark=chunk.benchmark.name,
-                problem=problem.id,
-                reference=problem.answer,
-                answers=[reward.answer for reward in verdicts],
-                outcomes=[reward.outcome.value for reward in verdicts],
-                tokens=[len(completion.token_ids) for completion in group],
-                truncated=[completion.finish_reason is FinishReason.LENGTH for completion in group],
-                text=group[0].text,
-            )
+            {
+                "weights": chunk.weights,
+                "seed": chunk.seed,
+                "benchmark": chunk.benchmark.name,
+                "problem": problem.id,
+                "reference": problem.answer,
+                "answers": [reward.answer for reward in verdicts],
+                "outcomes": [reward.outcome.value for reward in verdicts],
+                "tokens": [len(completion.token_ids) for completion in group],
+                "truncated": [completion.finish_reason is FinishReason.LENGTH for completion in group],
+                "text": group[0].text,
+            }
         )
     return lines
-
-
-def check_references(problems: Sequence[Problem], grader: Grader) -> list[str | None]:
-    """Return for each problem why nothing can be graded against its answer, or None."""
-    # An empty text is wrong whatever the reference is; if it gets no verdict, the reference is the reason.
-    algebraic = [problem for problem in problems if plain_number(unwrap(problem.answer)) is None]
-    rewards = grader.grade([GradeRequest(text="", problem=problem) for problem in algebraic])
-    pairs = zip(algebraic, rewards, strict=True)
-    reasons = {problem.id: reward.detail for problem, reward in pairs if not reward.outcome.is_graded}
-    return [reasons.get(problem.id) or _tolerance_error(problem) for problem in problems]
-
-
-def _tolerance_error(problem: Problem) -> str | None:
-    tolerances, numbers = problem.meta.get("tolerance", ()), _numbers(unwrap(problem.answer))
-    if numbers is None or len(tolerances) in (0, 1, len(numbers)):
-        return None
-    return f"it names {len(tolerances)} tolerances for the {len(numbers)} numbers of {problem.answer!r}"
-
-
-def within_tolerance(reward: Reward, problem: Problem) -> Reward:
-    """Return `reward`, made correct if its numbers, in any order, are within the problem's `tolerance`.
-
-    Numbers are integers, decimals and fractions of integers, compared exactly.
-    """
-    if reward.outcome is not Outcome.INCORRECT or "tolerance" not in problem.meta or reward.answer is None:
-        return reward
-    given, wanted = _numbers(reward.answer), _numbers(unwrap(problem.answer))
-    if given is None or wanted is None or len(given) != len(wanted):
-        return reward
-    tolerances = [Fraction(text) for text in problem.meta["tolerance"]]
-    if len(tolerances) == 1:
-        tolerances *= len(wanted)
-    rest = sorted(given)
-    # Matching each interval, in order of its upper end, with the least number in it finds a full match if there is one.
-    for high, low in sorted((x + off, x - off) for x, off in zip(wanted, tolerances, strict=True)):
-        inside = next((number for number in rest if low <= number <= high), None)
-        if inside is None:
-            return reward
-        rest.remove(inside)
-    return replace(reward, value=1.0, outcome=Outcome.CORRECT)
-
-
-def _numbers(answer: str) -> list[Fraction] | None:
-    """Return the number, or the numbers between commas, of an answer in normal form; None for other answers."""
-    whole = _number(answer)
-    numbers = [whole] if whole is not None else [_number(normalise(part)) for part in answer.split(",")]
-    return None if None in numbers else [number for number in numbers if number is not None]
-
-
-def _number(text: str) -> Fraction | None:
-    plain = plain_number(text)
-    if plain is not None:
-        return Fraction(plain)
-    parts = _FRACTION.fullmatch(text)
-    return Fraction(f"{parts[1]}{parts[2] or parts[4]}/{parts[3] or parts[5]}") if parts else None

@@ -1,167 +1,113 @@
-"""Compute scores from sampled answers: averages, pass@k, majority votes and bootstrap intervals."""
+"""Compute and print scores of sampled answers: averages, pass@k, majority votes and bootstrap intervals."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.text import Text
 
 from popo_lite.errors import GradingError
 from popo_lite.evaluation import pass_at_k
 from popo_lite.seeding import stream_seed
+from popo_lite.tools.benchmarks.datasets import BENCHMARKS
+from popo_lite.tools.console import words
+from popo_lite.tools.console.output import open_console, safe, table
 from popo_lite.types import Outcome
 
 AVERAGE = "average"
 RESAMPLES = 10_000
-CONFIDENCE = 0.95
 JUDGED_PROBLEMS = 20
 """The share of ungraded answers is taken of at least this many problems: one problem alone stops no evaluation."""
 
 _RESAMPLES_AT_ONCE = 500
-_SHOWN_UNGRADED = 3
 _UNGRADED = [outcome.value for outcome in Outcome if not outcome.is_graded]
+_PER_SAMPLE = ("answers", "outcomes", "tokens", "truncated")
 
-Key = tuple[str, int, str, str]
-"""(weights, seed, benchmark, problem id): one line of `problems.jsonl`."""
+Answers = Mapping[str, Any]
+"""All sampled answers to one problem, a line of `problems.jsonl`.
+
+`weights`, `seed`, `benchmark` and `problem` (its id) identify it; `reference` is the right answer. Lists with one entry
+per sample: `answers` (final answers in normal form, None if there is none), `outcomes`, `tokens` (of the completion)
+and `truncated`. `text` is the whole text of the first sample, for people to read.
+"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProblemAnswers:
-    """All sampled answers to one problem: one line of `problems.jsonl`. Each list has one entry per sample.
+def summarise(lines: Sequence[Answers], k: int) -> list[dict[str, Any]]:
+    """Return one result per weights and benchmark, in the order of `lines`; after several benchmarks their average.
 
-    `answers` are final answers in normal form, None if there is none; `tokens` counts completion tokens; `text` is
-    the whole text of the first sample, for people to read.
+    A result has `weights`, `benchmark`, `problems` (their number) and scores: `pooled` over all seeds, and `by_seed`.
+    All benchmarks must have the same seeds. The average weights benchmarks equally, whatever their size.
     """
-
-    weights: str
-    seed: int
-    benchmark: str
-    problem: str
-    reference: str
-    answers: Sequence[str | None]
-    outcomes: Sequence[str]
-    tokens: Sequence[int]
-    truncated: Sequence[bool]
-    text: str
-
-    @property
-    def key(self) -> Key:
-        """Return what identifies this line in its file."""
-        return self.weights, self.seed, self.benchmark, self.problem
-
-    @property
-    def right(self) -> list[bool]:
-        """Return whether each answer is correct; an ungraded one is not."""
-        return [outcome == Outcome.CORRECT for outcome in self.outcomes]
-
-    @property
-    def ungraded_ratio(self) -> float:
-        """Return the share of the answers without a verdict."""
-        return sum(map(self.outcomes.count, _UNGRADED)) / len(self.outcomes)
+    grouped: dict[str, dict[str, dict[int, list[Answers]]]] = {}
+    for line in lines:
+        by_seed = grouped.setdefault(line["weights"], {}).setdefault(line["benchmark"], {})
+        by_seed.setdefault(line["seed"], []).append(line)
+    results = []
+    for weights, benchmarks in grouped.items():
+        members = {name: [by_seed] for name, by_seed in benchmarks.items()}
+        if len(benchmarks) > 1:
+            members[AVERAGE] = list(benchmarks.values())
+        for name, parts in members.items():
+            # Each problem with the samples of all seeds, in the order of the seeds.
+            pooled = [
+                [
+                    {key: [entry for line in same for entry in line[key]] for key in _PER_SAMPLE}
+                    for same in zip(*by_seed.values(), strict=True)
+                ]
+                for by_seed in parts
+            ]
+            result = {"weights": weights, "benchmark": name, "problems": sum(map(len, pooled))}
+            result["pooled"] = _score(pooled, k)
+            result["by_seed"] = {seed: _score([by_seed[seed] for by_seed in parts], k) for seed in parts[0]}
+            results.append(result)
+    return results
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkScore:
-    """Scores of one benchmark, or the unweighted average of several. All but the lengths are in [0, 1].
+def _score(groups: Sequence[Sequence[Answers]], k: int) -> dict[str, Any]:
+    """Return scores averaged over the problems of each group, then over groups. All but the lengths are in [0, 1].
 
     `average` is the mean over all samples of a problem (avg@n, an estimate of pass@1), then over problems.
     `intervals` maps `average`, `pass@<k>` and `majority@<k>` to 95 % bootstrap intervals over problems.
     """
-
-    samples_per_problem: int
-    average: float
-    pass_at_k: Mapping[int, float]
-    majority_at_k: Mapping[int, float]
-    truncated_ratio: float
-    ungraded_ratio: float
-    completion_tokens_mean: float
-    intervals: Mapping[str, tuple[float, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkResult:
-    """One benchmark, or "average", under one set of weights: all seeds pooled, and each seed."""
-
-    weights: str
-    benchmark: str
-    problems: int
-    pooled: BenchmarkScore
-    by_seed: Mapping[int, BenchmarkScore]
-
-
-def summarise(lines: Sequence[ProblemAnswers], k: int) -> list[BenchmarkResult]:
-    """Return one result per weights and benchmark, in the order of `lines`; after several benchmarks their average.
-
-    All benchmarks must have the same seeds. The average weights benchmarks equally, whatever their size.
-    """
-    grouped: dict[str, dict[str, dict[int, list[ProblemAnswers]]]] = {}
-    for line in lines:
-        by_seed = grouped.setdefault(line.weights, {}).setdefault(line.benchmark, {})
-        by_seed.setdefault(line.seed, []).append(line)
-    results = []
-    for weights, benchmarks in grouped.items():
-        parts = [(name, [by_seed]) for name, by_seed in benchmarks.items()]
-        if len(parts) > 1:
-            parts.append((AVERAGE, list(benchmarks.values())))
-        for name, members in parts:
-            pooled = [_pool(list(by_seed.values())) for by_seed in members]
-            results.append(
-                BenchmarkResult(
-                    weights=weights,
-                    benchmark=name,
-                    problems=sum(map(len, pooled)),
-                    pooled=_score(pooled, k),
-                    by_seed={seed: _score([by_seed[seed] for by_seed in members], k) for seed in members[0]},
-                )
-            )
-    return results
-
-
-def _pool(seeds: Sequence[Sequence[ProblemAnswers]]) -> list[ProblemAnswers]:
-    """Return each problem with the samples of all seeds, in the order of the seeds."""
-    return [
-        replace(
-            lines[0],
-            answers=[answer for line in lines for answer in line.answers],
-            outcomes=[outcome for line in lines for outcome in line.outcomes],
-            tokens=[count for line in lines for count in line.tokens],
-            truncated=[flag for line in lines for flag in line.truncated],
-        )
-        for lines in zip(*seeds, strict=True)
-    ]
-
-
-def _score(groups: Sequence[Sequence[ProblemAnswers]], k: int) -> BenchmarkScore:
-    """Return scores averaged over the problems of each group, then over groups."""
-    samples = len(groups[0][0].answers)
-    ks = sorted({k, *(2**power for power in range(samples.bit_length()))})
-    averages = [[statistics.fmean(line.right) for line in group] for group in groups]
-    passes = {n: [[pass_at_k(samples, sum(line.right), n) for line in group] for group in groups] for n in ks}
-    votes = {
-        n: [[majority_at_k(line.answers, line.right, n) for line in group] for group in groups]
-        for n in sorted({k, samples})
+    scores = [[_problem_score(line, k) for line in group] for group in groups]
+    figures = {
+        "average": [[score["average"] for score in group] for group in scores],
+        f"pass@{k}": [[score["pass_at_k"][k] for score in group] for group in scores],
+        f"majority@{k}": [[score["majority_at_k"][k] for score in group] for group in scores],
     }
-    return BenchmarkScore(
-        samples_per_problem=samples,
-        average=_mean(averages),
-        pass_at_k={n: _mean(values) for n, values in passes.items()},
-        majority_at_k={n: _mean(values) for n, values in votes.items()},
-        truncated_ratio=_mean([[statistics.fmean(line.truncated) for line in group] for group in groups]),
-        ungraded_ratio=_mean([[line.ungraded_ratio for line in group] for group in groups]),
-        completion_tokens_mean=_mean([[statistics.fmean(line.tokens) for line in group] for group in groups]),
-        intervals={
-            "average": bootstrap_interval(averages),
-            f"pass@{k}": bootstrap_interval(passes[k]),
-            f"majority@{k}": bootstrap_interval(votes[k]),
-        },
-    )
+    return {
+        "samples_per_problem": len(groups[0][0]["answers"]),
+        **_mean([_mean(group) for group in scores]),
+        "intervals": {name: bootstrap_interval(values) for name, values in figures.items()},
+    }
 
 
-def _mean(values: Sequence[Sequence[float]]) -> float:
-    return statistics.fmean(statistics.fmean(group) for group in values)
+def _problem_score(line: Answers, k: int) -> dict[str, Any]:
+    samples = len(line["answers"])
+    right = [outcome == Outcome.CORRECT for outcome in line["outcomes"]]
+    ks = sorted({k, *(2**power for power in range(samples.bit_length()))})
+    return {
+        "average": statistics.fmean(right),
+        "pass_at_k": {n: pass_at_k(samples, sum(right), n) for n in ks},
+        "majority_at_k": {n: majority_at_k(line["answers"], right, n) for n in sorted({k, samples})},
+        "truncated_ratio": statistics.fmean(line["truncated"]),
+        "ungraded_ratio": _ungraded_ratio(line),
+        "completion_tokens_mean": statistics.fmean(line["tokens"]),
+    }
+
+
+def _mean(scores: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
+    """Return the mean of every value of dicts with the same keys, also of those in nested dicts."""
+    return {
+        key: (_mean if isinstance(value, dict) else statistics.fmean)([score[key] for score in scores])
+        for key, value in scores[0].items()
+    }
 
 
 def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> float:
@@ -171,8 +117,6 @@ def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) 
     right if its first sample in the block is. A block without answers is wrong. Samples after the last whole block
     are not used.
     """
-    if not 1 <= k <= len(answers):
-        raise ValueError(f"a vote of {k} needs as many samples, not {len(answers)}")
     wins = []
     for start in range(0, len(answers) - k + 1, k):
         votes = Counter(answer for answer in answers[start : start + k] if answer is not None)
@@ -194,28 +138,64 @@ def bootstrap_interval(values: Sequence[Sequence[float]]) -> tuple[float, float]
         for start in range(0, RESAMPLES, _RESAMPLES_AT_ONCE):  # all draws at once may take gigabytes
             drawn = problems[generator.integers(len(problems), size=(_RESAMPLES_AT_ONCE, len(problems)))]
             means[start : start + _RESAMPLES_AT_ONCE] += drawn.mean(axis=1) / len(values)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
-def refuse_ungraded(lines: Sequence[ProblemAnswers], *, planned: int, limit: float) -> None:
+def refuse_ungraded(lines: Sequence[Answers], *, planned: int, limit: float) -> None:
     """Raise GradingError if more than the share `limit` of the answers has no verdict.
 
     `lines` are those so far of one benchmark under one set of weights, out of `planned`. The share is taken of at
     least `JUDGED_PROBLEMS` lines, or of all planned ones if these are fewer.
     """
-    ratio = sum(line.ungraded_ratio for line in lines) / max(len(lines), min(JUDGED_PROBLEMS, planned))
+    ratio = sum(map(_ungraded_ratio, lines)) / max(len(lines), min(JUDGED_PROBLEMS, planned))
     if ratio <= limit:
         return
-    worst = sorted(lines, key=lambda line: line.ungraded_ratio, reverse=True)[:_SHOWN_UNGRADED]
-    shown = [
-        f"{line.problem} ({', '.join(f'{line.outcomes.count(name)} {name}' for name in _UNGRADED)})" for line in worst
-    ]
+    worst = []
+    for line in sorted(lines, key=_ungraded_ratio, reverse=True)[:3]:
+        counts = ", ".join(f"{line['outcomes'].count(outcome)} {outcome}" for outcome in _UNGRADED)
+        worst.append(f"{line['problem']} ({counts})")
     raise GradingError(
-        f"{ratio:.0%} of the answers to {lines[0].benchmark} could not be graded, more than the {limit:.0%} "
-        f"(reward.max_ungraded_ratio) up to which scores are meaningful; most of them to {', '.join(shown)}",
-        where=f"weights {lines[0].weights}",
+        f"{ratio:.0%} of the answers to {lines[0]['benchmark']} could not be graded, more than the {limit:.0%} "
+        f"(reward.max_ungraded_ratio) up to which scores are meaningful; most of them to {', '.join(worst)}",
+        where=f"weights {lines[0]['weights']}",
         next_step="the last problems were not kept: rerun the command to sample and grade them again; for timeouts, "
         "rerun it when the machine is less busy",
     )
+
+
+def _ungraded_ratio(line: Answers) -> float:
+    return statistics.fmean(outcome in _UNGRADED for outcome in line["outcomes"])
+
+
+def benchmark_report(
+    results: Sequence[Mapping[str, Any]], *, k: int, output: str, console: Console | None = None
+) -> None:
+    """Print a table with a row per benchmark and weights, and with several seeds a second table of each seed."""
+    console = console or open_console(sys.stdout)
+    titles = {AVERAGE: AVERAGE} | {name: benchmark.title for name, benchmark in BENCHMARKS.items()}
+    # The rows of one benchmark are adjacent, so that its weights can be compared.
+    order = list(dict.fromkeys(result["benchmark"] for result in results))
+    rows, seed_rows = [], []
+    for result in sorted(results, key=lambda result: order.index(result["benchmark"])):
+        score, label, seeds = result["pooled"], [titles[result["benchmark"]], result["weights"]], result["by_seed"]
+        row = [*label, f"{result['problems']:,}"]
+        values = (score["average"], score["pass_at_k"][k], score["majority_at_k"][k])
+        for value, (low, high) in zip(values, score["intervals"].values(), strict=True):
+            row += [words.share(value), f"{100 * low:.1f} to {100 * high:.1f}"]
+        row += [words.share(score["truncated_ratio"]), words.share(score["ungraded_ratio"])]
+        rows.append([*row, words.decimals(score["completion_tokens_mean"], 1)])
+        each = next(iter(seeds.values()))["samples_per_problem"]
+        seed_rows.append([*label, f"avg@{each}", *(words.share(seed["average"]) for seed in seeds.values())])
+        seed_rows.append([*label, f"pass@{k}", *(words.share(seed["pass_at_k"][k]) for seed in seeds.values())])
+    samples, seeds = results[0]["pooled"]["samples_per_problem"], results[0]["by_seed"]
+    columns = ["benchmark", "weights", "problems", f"avg@{samples}", "95%", f"pass@{k}", "95%", f"maj@{k}", "95%"]
+    table("Benchmarks", [*columns, "truncated", "ungraded", "mean tokens"], rows, console)
+    if len(seeds) > 1:
+        table("Each seed", ["benchmark", "weights", "", *(f"seed {seed}" for seed in seeds)], seed_rows, console)
+    for name, count in {result["benchmark"]: result["problems"] for result in results}.items():
+        if name in BENCHMARKS and count != BENCHMARKS[name].problems:
+            text = f"{titles[name]} has {BENCHMARKS[name].problems:,} problems; {count:,} were measured."
+            console.print(Text(safe(text, console)))
+    console.print(Text("95%: percentile bootstrap over problems; it does not cover another choice of benchmarks."))
+    console.print(Text(safe(f"Answers and results: {output}", console)), soft_wrap=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import click
 import torch
@@ -17,7 +18,7 @@ from popo_lite.errors import ModelError, UserInputError
 from popo_lite.evaluation import evaluate, fitting
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, empty_adapter, load_adapter_weights
-from popo_lite.policy.load import load_config, pick_device
+from popo_lite.policy.load import pick_device
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
 from popo_lite.run_folder import RunFolder
@@ -44,18 +45,13 @@ class Subject:
     adapters: Mapping[str, Path | None]
 
     @property
-    def context_tokens(self) -> int:
-        """Return how many tokens prompt and answer may have together."""
-        return int(getattr(load_config(self.recipe.model), "max_position_embeddings", None) or 2**31)
-
-    @property
     def digests(self) -> dict[str, str]:
         """Return hashes that identify the state of local weights; empty for a Hub model."""
-        digests = {}
-        for name, adapter in self.adapters.items():
-            if adapter is not None:
-                with (adapter / ADAPTER_FILE).open("rb") as content:
-                    digests[name] = hashlib.file_digest(content, "sha256").hexdigest()
+        digests = {
+            name: hashlib.sha256((adapter / ADAPTER_FILE).read_bytes()).hexdigest()
+            for name, adapter in self.adapters.items()
+            if adapter is not None
+        }
         folder = Path(self.recipe.model.id).expanduser()
         if folder.is_dir():
             # Names, sizes and times only: hashing a whole model takes minutes.
@@ -66,6 +62,8 @@ class Subject:
 
     def load(self, recipe: Recipe) -> Policy:
         """Return the policy in eval mode; `recipe` is the subject's own with other settings."""
+        if recipe.train.cpu_threads:
+            torch.set_num_threads(recipe.train.cpu_threads)
         # Only training packs rows, so models whose attention cannot keep packed rows apart can be evaluated too.
         recipe = recipe.with_values({"train.packing": False})
         adapter = next((folder for folder in self.adapters.values() if folder is not None), None)
@@ -82,12 +80,9 @@ def open_run(path: Path, wanted: Sequence[str]) -> Subject:
 
     Raises CheckpointError if the run has not ended, unless only its base is wanted.
     """
-    if isinstance(wanted, str) or (unknown := sorted({*wanted} - {*RUN_WEIGHTS})):
-        raise UserInputError(
-            f"a run has no weights {wanted if isinstance(wanted, str) else ', '.join(unknown)}",
-            where=str(path),
-            next_step=f"give a list of some of {', '.join(RUN_WEIGHTS)}",
-        )
+    if unknown := [wanted] if isinstance(wanted, str) else sorted({*wanted} - {*RUN_WEIGHTS}):
+        next_step = f"give a list of some of {', '.join(RUN_WEIGHTS)}"
+        raise UserInputError(f"a run has no weights {', '.join(unknown)}", where=str(path), next_step=next_step)
     folder = RunFolder(path)
     recipe = folder.recipe()
     adapters = {
@@ -103,28 +98,17 @@ def open_model(model: str, wanted: Sequence[str]) -> Subject:
     Raises UserInputError if `wanted` names weights that only a run has, and ModelError for an adapter's folder.
     """
     if wanted:
-        raise UserInputError(
-            f"{model} is a model, not a run, and has no {' or '.join(wanted)}",
-            where="--weights",
-            next_step="leave --weights out, or name a run's folder",
-        )
+        what = f"{model} is a model, not a run, and has no {' or '.join(wanted)}"
+        raise UserInputError(what, where="--weights", next_step="leave --weights out, or name a run's folder")
     folder = Path(model).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelError(
-            "holds neither a run (recipe.toml) nor a model (config.json)",
-            where=model,
-            next_step="to evaluate an adapter, name its run's folder; popo-lite export writes merged models",
-        )
+        what = "holds neither a run (recipe.toml) nor a model (config.json)"
+        next_step = "to evaluate an adapter, name its run's folder; popo-lite export writes merged models"
+        raise ModelError(what, where=model, next_step=next_step)
     name = str(folder.resolve()) if folder.is_dir() else model
-    on_gpu = pick_device("auto").type == "cuda"
-    settings = ModelRecipe(id=name, quantization="none", dtype="bfloat16" if on_gpu else "float32")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if pick_device("auto").type == "cuda" else "float32"
+    settings = ModelRecipe(id=name, quantization="none", dtype=dtype)
     return Subject(name=name, recipe=Recipe(model=settings, objective=PopoObjective()), adapters={"model": None})
-
-
-def set_threads(recipe: Recipe) -> None:
-    """Use the recipe's number of CPU threads."""
-    if recipe.train.cpu_threads:
-        torch.set_num_threads(recipe.train.cpu_threads)
 
 
 @contextmanager
@@ -136,10 +120,7 @@ def open_checked(
     Raises EngineError if it does not.
     """
     notify = partial(click.echo, err=True)
-    with (
-        Grader(recipe.reward) as grader,
-        open_sampler(recipe, policy, text=renderer.text, notify=notify) as sampler,
-    ):
+    with Grader(recipe.reward) as grader, open_sampler(recipe, policy, text=renderer.text, notify=notify) as sampler:
         grader.check()
         SamplerGuard(recipe, policy, sampler).prove(list(islice(prompts, PROBE_PROMPTS)), lambda _: None)
         yield sampler, grader
@@ -159,6 +140,11 @@ def active_adapter(adapter: Path | None, policy: Policy, sampler: Sampler) -> It
         yield
 
 
+def no_bar(_description: str, _total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Show no progress."""
+    return nullcontext(lambda _: None)
+
+
 def evaluate_run(
     run: Path,
     *,
@@ -168,24 +154,18 @@ def evaluate_run(
     temperature: float | None = None,
     seed: int = 0,
     engine: str | None = None,
-    bar: Bar = lambda _description, _total: nullcontext(lambda _: None),
+    bar: Bar = no_bar,
 ) -> list[EvalResult]:
     """Return a result for each of the run's `weights` ("base", "adapter", "siamese"; default: all), on the same draws.
 
     `problems`, `temperature` and `engine` default to those of the run's recipe; `samples` is per problem.
     """
     subject = open_run(run, weights)
-    recipe = subject.recipe
-    if engine is not None:
-        recipe = recipe.with_values({"rollout.engine": engine})
+    recipe = subject.recipe.with_values({} if engine is None else {"rollout.engine": engine})
     count = problems or recipe.eval.problems
     if count < 1:
-        raise UserInputError(
-            "this run's recipe has no held-out problems",
-            where="eval.problems = 0",
-            next_step=f"popo-lite eval {run} --problems 200",
-        )
-    set_threads(recipe)
+        what, next_step = "this run's recipe has no held-out problems", f"popo-lite eval {run} --problems 200"
+        raise UserInputError(what, where="eval.problems = 0", next_step=next_step)
     task = open_tasks(recipe)[1]
     policy = subject.load(recipe)
     renderer = Renderer.of(recipe, policy.tokenizer)
