@@ -27,7 +27,6 @@ from popo_lite.callbacks import Callback
 from popo_lite.evaluation import evaluate
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder, environment
-from popo_lite.samplers import SamplingParams
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks.arithmetic import is_held_out
 from popo_lite.trainer import Trainer
@@ -94,16 +93,21 @@ def pass_rates(overrides: list[str], rows: list[dict[str, Any]]) -> dict[str, An
             ]
             result = evaluate(
                 weights="policy",
+                recipe=trainer.recipe.with_values(
+                    {
+                        "eval.samples_per_problem": 16,
+                        "eval.temperature": 1.0,
+                        "rollout.max_completion_length": 64,
+                        "objective.reward_threshold": 0.5,
+                        "reward.max_ungraded_ratio": 0.0,
+                    }
+                ),
                 policy=trainer.policy,
                 sampler=trainer.sampler,
                 renderer=trainer.renderer,
                 grader=trainer.grader,
                 task=trainer.train_task,
                 problems=problems,
-                samples_per_problem=16,
-                params=SamplingParams(temperature=1.0, max_completion_length=64),
-                threshold=0.5,
-                max_ungraded_ratio=0.0,
                 seed=0,
             )
             found[name] = {"problems": len(problems), "pass_at_k": asdict(result)["pass_at_k"]}

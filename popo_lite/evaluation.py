@@ -33,22 +33,21 @@ def evaluate(
     task: Task,
     problems: Sequence[Problem],
     *,
-    samples_per_problem: int,
-    params: SamplingParams,
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> EvalResult:
-    """Sample `samples_per_problem` answers to every problem and grade them.
+    """Sample `eval.samples_per_problem` answers to every problem at `eval.temperature`, and grade them.
 
     The random streams depend on `seed` and the problem alone, so two policies are compared on the same draws.
     `weights` names what is measured in the result. Raises GradingError if more than `reward.max_ungraded_ratio` of
     the answers cannot be graded: counted as wrong, a broken grader would look like a bad model.
     """
     start = time.perf_counter()
+    samples_per_problem, longest = recipe.eval.samples_per_problem, recipe.rollout.max_completion_length
     answers = sampler.sample(
         [renderer.render(problem) for problem in problems],
         count=samples_per_problem,
-        params=params,
+        params=SamplingParams(temperature=recipe.eval.temperature, max_completion_length=longest),
         policy_version=policy.version,
         stream=("eval", seed),
         finished=progress,

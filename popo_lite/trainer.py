@@ -42,7 +42,7 @@ from popo_lite.run_folder import (
     start_files,
     write_atomically,
 )
-from popo_lite.samplers import CanSleep, SamplingParams, open_sampler, pick_engine
+from popo_lite.samplers import CanSleep, open_sampler, pick_engine
 from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import open_tasks
@@ -430,9 +430,6 @@ class Trainer:
     def _evaluate(self, when: str) -> EvalResult:
         recipe = self.recipe
         self.callback.stage("evaluate", total=len(self.held_out) * recipe.eval.samples_per_problem)
-        params = SamplingParams(
-            temperature=recipe.eval.temperature, max_completion_length=recipe.rollout.max_completion_length
-        )
         result = evaluate(
             "policy",
             recipe,
@@ -442,8 +439,6 @@ class Trainer:
             self.grader,
             self.eval_task,
             self.held_out,
-            samples_per_problem=recipe.eval.samples_per_problem,
-            params=params,
             seed=recipe.train.seed,
             progress=self._advance,
         )

@@ -22,7 +22,7 @@ from popo_lite.policy.load import pick_device
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
 from popo_lite.run_folder import RunFolder
-from popo_lite.samplers import Sampler, SamplingParams, open_sampler
+from popo_lite.samplers import Sampler, open_sampler
 from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
@@ -161,7 +161,8 @@ def evaluate_run(
     `problems`, `temperature` and `engine` default to those of the run's recipe; `samples` is per problem.
     """
     subject = open_run(run, weights)
-    recipe = subject.recipe.with_values({} if engine is None else {"rollout.engine": engine})
+    values = {"rollout.engine": engine, "eval.temperature": temperature, "eval.samples_per_problem": samples}
+    recipe = subject.recipe.with_values({key: value for key, value in values.items() if value is not None})
     count = problems or recipe.eval.problems
     if count < 1:
         what, next_step = "this run's recipe has no held-out problems", f"popo-lite eval {run} --problems 200"
@@ -170,27 +171,12 @@ def evaluate_run(
     policy = subject.load(recipe)
     renderer = Renderer.of(recipe, policy.tokenizer)
     held_out = fitting(task.held_out(count), renderer, recipe)
-    params = SamplingParams(
-        temperature=temperature or recipe.eval.temperature, max_completion_length=recipe.rollout.max_completion_length
-    )
     results = []
     with open_checked(recipe, policy, renderer, map(renderer.render, held_out)) as (sampler, grader):
         for name, adapter in subject.adapters.items():
             with active_adapter(adapter, policy, sampler), bar(f"{name}: answers", len(held_out) * samples) as progress:
-                results.append(
-                    evaluate(
-                        name,
-                        recipe,
-                        policy,
-                        sampler,
-                        renderer,
-                        grader,
-                        task,
-                        held_out,
-                        samples_per_problem=samples,
-                        params=params,
-                        seed=seed,
-                        progress=progress,
-                    )
+                result = evaluate(
+                    name, recipe, policy, sampler, renderer, grader, task, held_out, seed=seed, progress=progress
                 )
+                results.append(result)
     return results
