@@ -52,28 +52,21 @@ from torch import Tensor
 from popo_lite import update
 from popo_lite.fused import Head, LossOutput, TokenLoss, naive_logprobs
 from popo_lite.policy.adapters import add_adapters
-from popo_lite.policy.load import pick_device
+from popo_lite.policy.load import load_tokenizer, pick_device
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.run_folder import environment
 from popo_lite.samplers import SamplingParams
-from popo_lite.tools.bench.measure import (
-    cap_memory,
-    frozen_bytes,
-    longest_update,
-    peaks_beside_plan,
-    planned_phases,
-    run_steps,
-)
+from popo_lite.tools.bench.measure import bench_longest, cap_memory, frozen_bytes, peaks_beside_plan, plan_here
 from popo_lite.tools.bench.synthetic import (
+    PHASES,
     BenchTrainer,
     Meter,
     OutOfMemoryError,
-    RandomSampler,
+    random_answers,
     random_base,
     random_policy,
     random_prompt,
-    stand_in_tokenizer,
 )
 from popo_lite.tools.plan.command import parse_size
 from popo_lite.tools.plan.shapes import load_shape
@@ -122,9 +115,9 @@ def recipe_for(arguments: argparse.Namespace, tokens: int) -> Recipe:
     )
 
 
-def verdict(number: int, total: int) -> float:
-    """Rewards from 1 down to 0.6: every answer is a positive, and has an advantage."""
-    return 1.0 - 0.4 * number / total
+def rewards_of(answers: int) -> list[float]:
+    """Return rewards from 1 down to 0.6: every answer is a positive, and has an advantage."""
+    return [1.0 - 0.4 * number / answers for number in range(answers)]
 
 
 # ---------------------------------------------------------------------- our side
@@ -147,23 +140,25 @@ def our_side(arguments: argparse.Namespace, tokens: int) -> Side:
     device = pick_device("auto")
     meter = Meter(device)
     cap = None if arguments.memory_cap is None else parse_size(arguments.memory_cap)
-    planned = planned_phases(recipe, device, cap)
+    plan = plan_here(recipe, device, cap)
     try:
-        with BenchTrainer(recipe, meter, verdict=verdict, random_answers=True) as trainer:
-            run_steps(trainer, meter, arguments.updates, lambda _: None)
-            base_bytes, packing = frozen_bytes(trainer.policy.model), trainer.policy.packing
+        with meter:
+            policy = random_policy(recipe)
+            trainer = BenchTrainer(recipe, policy, meter, rewards=rewards_of(arguments.positives), sample=False)
+            trainer.measure(arguments.updates)
     except OutOfMemoryError as error:
         return {"out_of_memory": error.what, "notices": meter.notices}
     stages = {stage: meter.seconds(stage) for stage in UPDATE_STAGES}
     seconds = [sum(record["seconds"][stage] for stage in UPDATE_STAGES) for record in meter.records]
-    return costs_of(seconds, [meter.peaks[stage] for stage in UPDATE_STAGES if stage in meter.peaks]) | {
+    phases = {PHASES[stage] for stage in UPDATE_STAGES}
+    return costs_of(seconds, [peaks for phase, peaks in meter.peaks.items() if phase in phases]) | {
         "seconds_by_stage": stages,
-        "peaks_by_phase": peaks_beside_plan(meter, planned, engine=recipe.rollout.engine),
+        "peaks_by_phase": peaks_beside_plan(meter, plan),
         "entropies": [record["entropy"] for record in meter.records],
         "grad_norms": [record["grad_norm"] for record in meter.records],
         "passes": meter.records[-1]["micro_batches"],
-        "base_bytes": base_bytes,
-        "packing": packing,
+        "base_bytes": frozen_bytes(policy.model),
+        "packing": policy.packing,
         "notices": meter.notices,
     }
 
@@ -171,13 +166,11 @@ def our_side(arguments: argparse.Namespace, tokens: int) -> Side:
 def longest_of_ours(arguments: argparse.Namespace) -> Side:
     """The longest sequences of which an update fits, by doubling and bisection over one base."""
     tried: list[str] = []
-    found = longest_update(
-        random_policy(recipe_for(arguments, arguments.resolution)),
-        lambda tokens: recipe_for(arguments, tokens),
-        resolution=arguments.resolution,
-        notify=tried.append,
+    resolution = arguments.resolution
+    found = bench_longest(
+        recipe_for(arguments, resolution), memory_cap_bytes=None, notify=tried.append, resolution=resolution
     )
-    return {"longest_tokens": found, "tried": tried}
+    return {"longest_tokens": found["longest_tokens"], "tried": tried}
 
 
 # ---------------------------------------------------------------------- TRL's side
@@ -197,7 +190,7 @@ def trl_side(arguments: argparse.Namespace, tokens: int) -> Side:
     (sequences_per_pass,) = arguments.sequences_per_pass
     passes = arguments.positives // sequences_per_pass
     model = add_adapters(base, recipe.lora, recipe.train.seed)
-    tokenizer = stand_in_tokenizer()
+    tokenizer = load_tokenizer(ModelRecipe(id="tiny"))
     tokenizer.padding_side = "left"
     vocabulary = base.config.vocab_size
     meter = Meter(device)
@@ -206,12 +199,12 @@ def trl_side(arguments: argparse.Namespace, tokens: int) -> Side:
     def rollouts(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
         prompt = random_prompt(trainer.state.global_step, vocabulary, recipe.rollout.max_prompt_length)
         params = SamplingParams(temperature=1.0, max_completion_length=recipe.rollout.max_completion_length)
-        (answers,) = RandomSampler(vocabulary).sample([prompt], count=len(prompts), params=params)
+        (answers,) = random_answers(vocabulary, [prompt], count=len(prompts), params=params)
         return {
             "prompt_ids": [list(prompt.token_ids) for _ in answers],
             "completion_ids": [list(answer.token_ids) for answer in answers],
             "logprobs": None,
-            "made": [verdict(number, len(answers)) for number in range(len(answers))],
+            "made": rewards_of(len(answers)),
         }
 
     def reward(made: Sequence[float], **_: Any) -> list[float]:

@@ -20,10 +20,9 @@ from popo_lite.cli import main
 from popo_lite.errors import UserInputError
 from popo_lite.policy.policy import Policy, load_policy
 from popo_lite.recipe_file import load_recipe
-from popo_lite.run_folder import RunFolder
 from popo_lite.tools.bench import measure, synthetic
 from popo_lite.tools.bench.command import bench as bench_command
-from popo_lite.tools.bench.measure import at_length, longest, longest_update, tensor_bytes
+from popo_lite.tools.bench.measure import bench_longest, longest, tensors_beside_plan
 from popo_lite.tools.bench.report import bench_report, longest_report
 from popo_lite.tools.bench.synthetic import BenchTrainer, Meter, OutOfMemoryError, random_policy, spread
 from popo_lite.update import Learner
@@ -114,7 +113,7 @@ def test_what_cannot_be_measured_is_one_clear_message(command, options, expected
     ("overrides", "expected"),
     [
         (("rollout.max_completion_length=2000", "train.tokens_per_microbatch=4096"),
-         ["64 + 2000", "1024", "--prompt-tokens 64 --completion-tokens 960"]),
+         ["64 + 2000", "1024", "--set rollout.max_completion_length=960"]),
         (("rollout.engine=server", "rollout.server.base_urls=['http://localhost:1']", "rollout.server.shared_dir='.'"),
          ["random weights", "rollout.engine"]),
     ],
@@ -187,7 +186,7 @@ def out_of_memory(*_, **__):
 @pytest.mark.parametrize(
     ("target", "stage", "load"),
     [
-        ("popo_lite.tools.bench.synthetic.random_policy", "load", ""),
+        ("popo_lite.tools.bench.measure.random_policy", "load", ""),
         ("popo_lite.samplers.hf.HFSampler.sample", "rollout", " of 16 sequences"),
         ("popo_lite.update.noisy_target", "siamese", ""),
         ("popo_lite.update.fused_loss", "update", " of 5 sequences"),
@@ -277,21 +276,20 @@ def test_a_random_policy_is_a_run_s_policy_but_for_values_and_stop_ids(tiny_reci
 
 @pytest.mark.parametrize("positives", [1, 3, 8, 15, 16])
 def test_verdicts_make_just_so_many_positives_and_spread_them(positives):
-    rewards = [spread(positives)(number, 16) for number in range(16)]
+    rewards = spread(positives, 16)
     halves = [sum(rewards[:8]), sum(rewards[8:])]
     assert sum(halves) == positives
     assert abs(halves[0] - halves[1]) <= 1
 
 
 def trainer_of(recipe, meter, **options):
-    return BenchTrainer(recipe, meter, **{"verdict": spread(8), **options})
+    return BenchTrainer(recipe, random_policy(recipe), meter, **{"rewards": spread(8, 16), **options})
 
 
-def test_a_step_of_the_bench_trains(tiny_recipe, tmp_path):
+def test_a_step_of_the_bench_trains(tiny_recipe):
     recipe = tiny_recipe("data.prompts_per_step=2", "rollout.max_completion_length=8")
     meter = Meter(torch.device("cpu"))
     with trainer_of(recipe, meter) as trainer:
-        trainer.folder = RunFolder(tmp_path)
         before = {name: p.detach().clone() for name, p in trainer.policy.trainable_parameters()}
         for step in range(2):
             trainer.train_step(step)
@@ -303,14 +301,15 @@ def test_a_step_of_the_bench_trains(tiny_recipe, tmp_path):
         assert (record["rollouts"], record["positives"], record["completion_tokens_mean"]) == (16, 8, 8)
 
 
-def test_a_sequence_that_does_not_fit_alone_is_out_of_memory_in_its_stage(tiny_recipe, monkeypatch, tmp_path):
+def test_a_sequence_that_does_not_fit_alone_is_out_of_memory_in_its_stage(tiny_recipe, monkeypatch):
     recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_length=8")
     meter = Meter(torch.device("cpu"))
     monkeypatch.setattr("popo_lite.update.fused_loss", out_of_memory)
-    with trainer_of(recipe, meter, verdict=spread(4)) as trainer:
-        trainer.folder = RunFolder(tmp_path)
-        with pytest.raises(OutOfMemoryError, match="out of memory in update of 4 sequences"):
-            trainer.train_step(0)
+    with (
+        trainer_of(recipe, meter, rewards=spread(4, 8)) as trainer,
+        pytest.raises(OutOfMemoryError, match="out of memory in update of 4 sequences"),
+    ):
+        trainer.train_step(0)
     assert meter.notices  # it was split before it was given up
     assert meter.records == []
 
@@ -323,7 +322,7 @@ def test_the_longest_is_found_to_the_step_and_nothing_is_tried_twice(limit):
         tried.append(tokens)
         return tokens <= limit
 
-    found = longest(fits, first=512, last=10_240, step=512)
+    found = longest(fits, last=10_240, step=512)
     assert found == (min(limit, 10_240) // 512 * 512 or None)
     assert len(tried) == len(set(tried)) <= 10
     assert all(512 <= tokens <= 10_240 and tokens % 512 == 0 for tokens in tried)
@@ -338,12 +337,9 @@ def test_the_longest_update_goes_on_over_the_same_base_after_running_out(tiny_re
         return out_of_memory() if len(hidden) > 100 else real(hidden, *arguments, **options)
 
     monkeypatch.setattr(update, "fused_loss", short_of_memory)
-    recipe = tiny_recipe()
     told = []
-    found = longest_update(
-        random_policy(recipe), lambda tokens: at_length(recipe, tokens), resolution=32, notify=told.append
-    )
-    assert found == 160  # a prompt of 64, as the recipe has it, and an answer of 96
+    found = bench_longest(tiny_recipe(), memory_cap_bytes=None, notify=told.append, resolution=32)
+    assert found["longest_tokens"] == 160  # a prompt of 64, as the recipe has it, and an answer of 96
     assert told == [
         "32 tokens: fits", "64 tokens: fits", "128 tokens: fits", "256 tokens: out of memory",
         "192 tokens: out of memory", "160 tokens: fits",
@@ -370,16 +366,19 @@ def test_peaks_are_the_largest_of_any_pass_and_belong_to_the_stage_before(monkey
     assert meter.peaks["update"] == (6, 120)
 
 
-def test_paged_optimizer_state_is_counted_by_neither_side(tiny_recipe, tmp_path):
+def test_paged_optimizer_state_is_counted_by_neither_side(tiny_recipe):
     recipe = tiny_recipe("data.prompts_per_step=1", "rollout.max_completion_length=8")
-    with trainer_of(recipe, Meter(torch.device("cpu")), verdict=spread(4)) as trainer:
-        trainer.folder = RunFolder(tmp_path)
+    with trainer_of(recipe, Meter(torch.device("cpu")), rewards=spread(4, 8)) as trainer:
         trainer.train_step(0)
         learner = trainer.learner
-    before = tensor_bytes(learner)
+
+    def count():
+        return {line["kind"]: line["counted_bytes"] for line in tensors_beside_plan(learner, None)}
+
+    before = count()
     state = next(iter(learner.optimizer.state.values()))
     state["exp_avg"].is_paged = True  # as bitsandbytes marks what the driver pages
-    after = tensor_bytes(learner)
+    after = count()
     assert before["optimizer state"] - after["optimizer state"] == state["exp_avg"].nbytes
     assert {kind: size for kind, size in before.items() if kind != "optimizer state"} == {
         kind: size for kind, size in after.items() if kind != "optimizer state"
@@ -407,13 +406,14 @@ def test_the_report_shows_measured_over_planned(capsys, tiny_recipe):
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_no_figure_of_tensors_where_vllm_sleeps(tiny_recipe, engine):
-    meter = Meter(torch.device("cpu"))
-    meter.peaks = {"load": (5, 9), "engine": (5, 12)}
-    planned = measure.planned_phases(tiny_recipe(), torch.device("cpu"), None)
-    (load,) = measure.peaks_beside_plan(meter, planned, engine=engine)
-    assert (load["card_bytes"], load["planned_card_bytes"]) == (12, planned["load"].total_bytes)
+    meter = Meter(torch.device("cpu"), engine=engine)
+    meter.peaks = {"load": (5, 12)}
+    plan = measure.plan_here(tiny_recipe(), torch.device("cpu"), None)
+    (load,) = measure.peaks_beside_plan(meter, plan)
+    (planned,) = (phase for phase in plan.phases if phase.name == "load")
+    assert (load["card_bytes"], load["planned_card_bytes"]) == (12, planned.total_bytes)
     figures = (load["tensor_bytes"], load["planned_tensor_bytes"])
-    assert figures == ((None, None) if engine == "vllm" else (5, planned["load"].tensor_bytes))
+    assert figures == ((None, None) if engine == "vllm" else (5, planned.tensor_bytes))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`popo-lite bench`."""
+"""Define `popo-lite bench`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from popo_lite.tools.plan.command import parse_size
 
 OUT_OF_MEMORY = 1
 """Exit code if memory does not suffice; also that of an engine that fails."""
+SIZES = {
+    "prompts": "data.prompts_per_step",
+    "prompt_tokens": "rollout.max_prompt_length",
+    "completion_tokens": "rollout.max_completion_length",
+}
+"""Options, and the recipe's key that each overrides."""
 
 
 @click.command(short_help="Measure a recipe's step with random weights.")
@@ -28,8 +34,9 @@ OUT_OF_MEMORY = 1
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
 @click.option("as_json", "--json", is_flag=True, help="Print the result as JSON and nothing else.")
 def bench(
-    recipe: str, overrides: tuple[str, ...], memory_cap: str | None, longest: bool, as_json: bool, **given: int | None
-) -> None:
+    recipe: str, steps: int, positives: int | None, memory_cap: str | None, longest: bool, overrides: tuple[str, ...],
+    as_json: bool, **sizes: int | None,
+) -> None:  # fmt: skip
     """Measure a step of RECIPE on this machine before anything is downloaded.
 
     Builds the architecture with random weights, samples answers of full length, calls half of them right, and trains
@@ -41,20 +48,13 @@ def bench(
     """
     from popo_lite.recipe_file import load_recipe
 
-    keys = {
-        "prompts": "data.prompts_per_step",
-        "prompt_tokens": "rollout.max_prompt_length",
-        "completion_tokens": "rollout.max_completion_length",
-    }
-    overrides += tuple(f"{key}={given[name]}" for name, key in keys.items() if given[name] is not None)
+    overrides += tuple(f"{SIZES[name]}={size}" for name, size in sizes.items() if size is not None)
     settings = load_recipe(recipe, overrides)
 
     import torch
 
     from popo_lite.policy.load import import_unsloth, pick_device
-    from popo_lite.tools.bench.measure import bench as measure
-    from popo_lite.tools.bench.measure import bench_longest
-    from popo_lite.tools.bench.report import bench_report, longest_report
+    from popo_lite.tools.bench import measure, report
 
     if settings.model.backend == "unsloth":
         import_unsloth()
@@ -66,34 +66,27 @@ def bench(
 
     try:
         cap = None if memory_cap is None else parse_size(memory_cap, "--memory-cap")
-        if pick_device(settings.train.device).type == "cpu":
-            _refuse_on_a_cpu(recipe, overrides, memory_cap, longest)
+        if (cap or longest) and pick_device(settings.train.device).type == "cpu":
+            plan = ["popo-lite", "plan", recipe, *(("--vram", memory_cap) if memory_cap else ())]
+            plan += [word for override in overrides for word in ("--set", override)]
+            raise UserInputError(
+                "only a GPU's memory can be capped, and this runs on a CPU"
+                if cap
+                else "a CPU does not run out of memory, it swaps",
+                where="--memory-cap" if cap else "--longest",
+                next_step=f"{shlex.join(plan)} predicts it",
+            )
         if longest:
-            result = bench_longest(settings, memory_cap_bytes=cap, notify=notify)
-            report, failed = longest_report, result["longest_tokens"] is None
+            result = measure.bench_longest(settings, memory_cap_bytes=cap, notify=notify)
+            failed = result["longest_tokens"] is None
         else:
-            steps, positives = given["steps"] or 1, given["positives"]
-            result = measure(settings, steps=steps, positives=positives, memory_cap_bytes=cap, notify=notify)
-            report, failed = bench_report, result["out_of_memory"] is not None
+            result = measure.bench(settings, steps=steps, positives=positives, memory_cap_bytes=cap, notify=notify)
+            failed = result["out_of_memory"] is not None
     except UserInputError as error:
         raise error.within(recipe) from error
     if as_json:
         click.echo(json.dumps(result))
     else:
-        report(result)
+        (report.longest_report if longest else report.bench_report)(result)
     if failed:
         raise SystemExit(OUT_OF_MEMORY)
-
-
-def _refuse_on_a_cpu(recipe: str, overrides: tuple[str, ...], memory_cap: str | None, longest: bool) -> None:
-    """Raise UserInputError for what only a GPU can show; the plan predicts it on any machine."""
-    if memory_cap is None and not longest:
-        return
-    plan = ["popo-lite", "plan", recipe, *(("--vram", memory_cap) if memory_cap else ())]
-    plan += [word for override in overrides for word in ("--set", override)]
-    capped = "only a GPU's memory can be capped, and this runs on a CPU"
-    raise UserInputError(
-        capped if memory_cap else "a CPU does not run out of memory, it swaps",
-        where="--memory-cap" if memory_cap else "--longest",
-        next_step=f"{shlex.join(plan)} predicts it",
-    )

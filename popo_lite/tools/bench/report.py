@@ -1,4 +1,4 @@
-"""Reports of `popo-lite bench` for people."""
+"""Print the results of `popo-lite bench`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,14 @@ def bench_report(result: Mapping[str, Any]) -> None:
     machine = gpu["name"] if gpu else result["environment"]["processor"]
     _say(
         f"{result['model']} with random weights, engine {result['engine']}, on {machine}"
-        + (f" capped to {memory(cap)}" if cap else "")
-    )
-    _say(
+        + (f" capped to {memory(cap)}" if cap else ""),
         f"{size['prompts']:,} prompts x {size['num_generations']} answers of {size['prompt_tokens']:,} + "
         f"{size['completion_tokens']:,} tokens, {size['positives']:,} positives; median of "
-        f"{result['measured_steps']:,} steps"
+        f"{result['measured_steps']:,} steps",
+        "",
     )
-    _say()
     if result["out_of_memory"] is not None:
-        _say(result["out_of_memory"], "bold red")
-        _say()
+        _say(result["out_of_memory"], "", style="bold red")
     stages: list[list[str]] = []
     for stage in result["stages"]:
         seconds, speed = stage["seconds"], stage["tokens_per_second"]
@@ -47,8 +44,7 @@ def bench_report(result: Mapping[str, Any]) -> None:
     if peaks:
         table("Peak memory", ("phase", "tensors", "planned", "ratio", "on the card", "planned", "ratio"), peaks)
     elif result["device"] == "cpu":
-        _say("Peak memory is measured on a GPU only: resident memory on a CPU is not comparable.")
-        _say()
+        _say("Peak memory is measured on a GPU only: resident memory on a CPU is not comparable.", "")
     kept = [[one["kind"], *_beside(one["counted_bytes"], one["planned_bytes"])] for one in result["tensors"]]
     if kept:
         table("Tensors that stay", ("", "counted", "planned", "counted / planned"), kept)
@@ -57,7 +53,7 @@ def bench_report(result: Mapping[str, Any]) -> None:
             f"The whole run at this size: {duration(run['seconds'])}: {run['steps']:,} steps in "
             f"{duration(run['steps_seconds'])}, {run['evaluations']:,} evaluations in "
             f"{duration(run['evaluations_seconds'])}.",
-            "bold",
+            style="bold",
         )
         _say(f"Not counted: {', '.join(run['left_out'])}.")
 
@@ -67,14 +63,15 @@ def longest_report(result: Mapping[str, Any]) -> None:
     found, planned, context = result["longest_tokens"], result["planned_tokens"], result["context_tokens"]
     step = result["resolution_tokens"]
     text = f"longest sequence that can be trained on: {found:,} tokens" if found else f"not even {step:,} tokens fit"
-    _say(text + (", the model's whole context" if found == context // step * step else ""), "bold")
+    _say(text + (", the model's whole context" if found == context // step * step else ""), style="bold")
     if planned is not None:
         _say(f"planned, rollouts included: {min(planned, context):,} tokens")
 
 
-def _say(text: str = "", style: str = "") -> None:
+def _say(*lines: str, style: str = "") -> None:
     console = open_console(sys.stdout)
-    console.print(Text(safe(text, console), style), soft_wrap=True)
+    for line in lines:
+        console.print(Text(safe(line, console), style), soft_wrap=True)
 
 
 def _beside(measured: int | None, planned: int | None) -> list[str]:

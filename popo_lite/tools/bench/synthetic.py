@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from popo_lite.callbacks import Callback
-from popo_lite.errors import PopoError
-from popo_lite.grading import GradeRequest
+from popo_lite.errors import PopoError, UserInputError
 from popo_lite.metrics import StepRecord
+from popo_lite.objective import nothing_to_learn
 from popo_lite.policy import load
 from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.memory import is_out_of_memory, release_memory
@@ -29,27 +29,22 @@ from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.samplers import SamplingParams
 from popo_lite.tools.plan.shapes import KNOWN_CONFIGS
 from popo_lite.trainer import Trainer
-from popo_lite.types import Completion, FinishReason, Outcome, Problem, Prompt, Reward
+from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PHASES = {
-    "load": ("load", "engine"),
-    "rollout": ("rollout",),
-    "siamese": ("weights", "siamese"),
-    "update": ("update",),
-    "step": ("optimizer",),
-    "swap": ("sync",),
+    "load": "load",
+    "engine": "load",
+    "rollout": "rollout",
+    "weights": "siamese",
+    "siamese": "siamese",
+    "update": "update",
+    "optimizer": "step",
+    "sync": "swap",
 }
-"""The plan's phases, and the stages that each consists of."""
-Verdict = Callable[[int, int], float]
-"""(number of the answer, answers of the step) -> its reward."""
-
-
-def spread(positives: int) -> Verdict:
-    """Return a verdict with `positives` rewards of 1, spread evenly over the answers of a step."""
-    return lambda number, total: float((number + 1) * positives // total > number * positives // total)
+"""The trainer's stages, and the phase of the plan that each is part of."""
 
 
 class OutOfMemoryError(PopoError):
@@ -57,29 +52,31 @@ class OutOfMemoryError(PopoError):
 
 
 class Meter(Callback):
-    """Records of all steps, and the most memory by stage on a GPU: (in tensors, on the card), bytes.
+    """Keeps the records of all steps, and by phase the most memory on a GPU: (in tensors, on the card), bytes.
 
     The card holds what torch reserved at its peak and all that is in use outside its allocator, such as the CUDA
-    context. Resident memory of a CPU says little, so nothing is measured there.
+    context. Resident memory of a CPU says little, so nothing is measured there. As a context manager it turns running
+    out of memory into OutOfMemoryError.
     """
 
     def __init__(
         self, device: torch.device, notify: Callable[[str], None] = lambda _: None, *, engine: str = "hf"
     ) -> None:
-        self.device, self.engine, self._notify = device, engine, notify
+        self.device, self.notify, self.engine = device, notify, engine
         self.records: list[StepRecord] = []
         self.peaks: dict[str, tuple[int, int]] = {}
         self.notices: list[str] = []
         self._stage: tuple[str, int | None] = ("load", None)
 
     def stage(self, name: str, *, total: int | None = None) -> None:
-        """Note the peaks of the stage before, and measure anew."""
+        """Note the peaks of the stage before, and reset torch's."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             tensors = torch.cuda.max_memory_allocated(self.device)
             card = torch.cuda.max_memory_reserved(self.device) + outside_bytes(self.device)
-            before = self.peaks.get(self._stage[0], (0, 0))
-            self.peaks[self._stage[0]] = (max(tensors, before[0]), max(card, before[1]))
+            phase = PHASES.get(self._stage[0], self._stage[0])
+            before = self.peaks.get(phase, (0, 0))
+            self.peaks[phase] = (max(tensors, before[0]), max(card, before[1]))
             if name == "sync" and self.engine == "vllm":
                 # An engine that wakes up does this first; its peak must not count the update's cache.
                 torch.cuda.empty_cache()
@@ -93,32 +90,26 @@ class Meter(Callback):
     def message(self, text: str) -> None:
         """Keep a notice and pass it on."""
         self.notices.append(text)
-        self._notify(text)
+        self.notify(text)
 
     def forget_step(self) -> None:
         """Drop what the warm-up step measured."""
         self.stage("between steps")
         self.records.clear()
-        self.peaks = {stage: peak for stage, peak in self.peaks.items() if stage in PHASES["load"]}
+        self.peaks = {phase: peak for phase, peak in self.peaks.items() if phase == "load"}
 
     def exhausted(self) -> NoReturn:
         """Raise OutOfMemoryError for the current stage. The trainer asks for advice when nothing else is left."""
         name, total = self._stage
         raise OutOfMemoryError(f"out of memory in {name}" + (f" of {total:,} sequences" if total else ""))
 
-    @contextmanager
-    def naming_memory(self) -> Iterator[None]:
-        """Raise OutOfMemoryError for the current stage where torch says that memory ran out."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and is_out_of_memory(error):
             self.exhausted()
 
     def seconds(self, stage: str) -> float:
-        """Return the median seconds of a stage; not of `sync`, which comes after a step's record."""
-        return float(statistics.median(record["seconds"][stage] for record in self.records))
+        """Return the median seconds of a stage; a step whose gradient is not finite skips the optimizer."""
+        return float(statistics.median(record["seconds"].get(stage, 0.0) for record in self.records))
 
 
 def outside_bytes(device: torch.device) -> int:
@@ -127,88 +118,142 @@ def outside_bytes(device: torch.device) -> int:
     return total - free - torch.cuda.memory_reserved(device)
 
 
-class BenchTrainer(Trainer):
-    """The trainer with random weights, prompts of random tokens, and a fixed verdict.
+# --------------------------------------------------------------------------- the task and the trainer
 
-    All prompts and answers are as long as the recipe allows. `policy` reuses one that is loaded; with
-    `random_answers` nothing is sampled.
+
+class BenchTrainer(Trainer):
+    """The trainer with random weights, prompts of random tokens, and fixed `rewards` for the answers of a step.
+
+    All prompts and answers are as long as the recipe allows; unless `sample`, the answers are random tokens too. No
+    step is written to a file.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        meter: Meter,
-        *,
-        verdict: Verdict,
-        policy: Policy | None = None,
-        random_answers: bool = False,
+        self, recipe: Recipe, policy: Policy, meter: Meter, *, rewards: Sequence[float], sample: bool = True
     ) -> None:
-        self._verdict, self._given_policy, self._random_answers = verdict, policy, random_answers
+        self.policy, self.meter, self._sample = policy, meter, sample
+        self._rewards = [Reward(value=r, outcome=Outcome.CORRECT if r else Outcome.INCORRECT) for r in rewards]
         # Off: every setting by which a step's size depends on the answers.
         fixed = {"rollout.skip_known": False, "rollout.adaptive.enabled": False, "reward.truncated": "grade"}
-        recipe = recipe.with_values({**fixed, "output.samples_per_step": 0})
-        super().__init__(recipe, meter, memory_advice=meter.exhausted)
+        super().__init__(recipe.with_values(fixed), meter, memory_advice=meter.exhausted)
         self.guard = SimpleNamespace(check=lambda *_: None)  # type: ignore[assignment]  # made-up answers have any gap
 
     def _open_task(self, _stack: ExitStack) -> None:
-        self.policy = self._given_policy or random_policy(self.recipe)
         vocabulary, length = self.policy.head.weight.shape[0], self.recipe.rollout.max_prompt_length
-        self.grader: Any = SimpleNamespace(grade=self._grade)
-        self.train_task: Any = SimpleNamespace(train_problem=_problem, figures=lambda _: {}, name="random tokens")
-        self.renderer: Any = SimpleNamespace(
-            render=lambda problem: random_prompt(problem.meta["index"], vocabulary, length), text=lambda _: ""
+        self.grader: Any = SimpleNamespace(grade=lambda _: self._rewards)
+        self.train_task: Any = SimpleNamespace(
+            train_problem=lambda _, index: random_problem(index), figures=lambda _: {}
         )
-        self.held_out = []
+        self.renderer: Any = SimpleNamespace(
+            render=lambda problem: random_prompt(int(problem.id), vocabulary, length), text=lambda _: ""
+        )
 
     def _open_sampler(self, stack: ExitStack) -> None:
-        self.callback.stage("engine")
-        if self._random_answers:
-            self.sampler: Any = RandomSampler(self.policy.head.weight.shape[0])
-        else:
+        self.meter.stage("engine")
+        if self._sample:
             super()._open_sampler(stack)
+        else:
+            answers = partial(random_answers, self.policy.head.weight.shape[0])
+            self.sampler: Any = SimpleNamespace(engine="hf", sample=answers, sync=lambda _: None)
 
-    def _grade(self, requests: Sequence[GradeRequest]) -> list[Reward]:
-        values = [self._verdict(number, len(requests)) for number in range(len(requests))]
-        return [Reward(value=value, outcome=Outcome.CORRECT if value else Outcome.INCORRECT) for value in values]
+    def _write_step(self, record: StepRecord, groups: Sequence[Group]) -> None:
+        pass
+
+    def measure(self, steps: int) -> None:
+        """Run a warm-up step, which the meter forgets, and `steps` more.
+
+        Raises OutOfMemoryError, or UserInputError if the algorithm learns nothing from so many positives.
+        """
+        for step in range(steps + 1):
+            self.meter.notify(f"step {step} of {steps}" if step else "warm-up step")
+            before = self.cursor.seconds.get("sync", 0.0)
+            self.train_step(step)
+            record = self.meter.records[-1]
+            record["seconds"]["sync"] = self.cursor.seconds["sync"] - before  # this stage follows the record
+            reason = record["skipped_reason"]
+            if reason == nothing_to_learn(self.recipe.objective):  # random weights may also diverge: that is timed
+                raise UserInputError(
+                    f"nothing to learn from {record['positives']} positives: {reason}",
+                    where="--positives",
+                    next_step="omit it: half of the rollouts are positive then",
+                )
+            if step == 0:
+                self.meter.forget_step()
+        self.meter.stage("end")
 
 
-class RandomSampler:
-    """Answers of random tokens at full length, with log-probs as of a nearly uniform policy."""
+def spread(positives: int, answers: int) -> list[float]:
+    """Return the rewards of a step's answers: 1 for `positives` of them, spread evenly, and 0 for the others."""
+    return [float((i + 1) * positives // answers > i * positives // answers) for i in range(answers)]
 
-    engine, swap_seconds = "hf", ()
 
-    def __init__(self, vocabulary: int) -> None:
-        self._vocabulary = vocabulary
+def random_problem(index: int) -> Problem:
+    """Return problem `index`, whose prompt is `random_prompt`."""
+    return Problem(id=str(index), messages=({"role": "user", "content": ""},), answer="")
 
-    def sample(
-        self, prompts: Sequence[Prompt], *, count: int, params: SamplingParams, **_: Any
-    ) -> list[list[Completion]]:
-        """Make up `count` answers for each prompt."""
 
-        def answer(prompt: Prompt, index: int) -> Completion:
-            source = torch.Generator().manual_seed(prompt.problem.meta["index"] * 10_007 + index)
-            length = params.max_completion_length
-            return Completion(
-                token_ids=tuple(torch.randint(self._vocabulary, (length,), generator=source).tolist()),
-                sampler_logps=tuple((-torch.rand(length, generator=source) - 5.0).tolist()),
-                finish_reason=FinishReason.LENGTH,
-                text="",
-            )
+def random_prompt(index: int, vocabulary: int, tokens: int) -> Prompt:
+    """Return problem `index` as a prompt of random tokens."""
+    ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(index))
+    return Prompt(problem=random_problem(index), token_ids=tuple(ids.tolist()))
 
-        return [[answer(prompt, index) for index in range(count)] for prompt in prompts]
 
-    def sync(self, _: int) -> None:
-        """Hold no weights, so there is nothing to swap."""
+def random_answers(
+    vocabulary: int, prompts: Sequence[Prompt], *, count: int, params: SamplingParams, **_: Any
+) -> list[list[Completion]]:
+    """Return `count` answers to each prompt: random tokens at full length, log-probs as of a nearly uniform policy."""
+
+    def answer(prompt: Prompt, index: int) -> Completion:
+        source = torch.Generator().manual_seed(int(prompt.problem.id) * 10_007 + index)
+        length = params.max_completion_length
+        return Completion(
+            token_ids=tuple(torch.randint(vocabulary, (length,), generator=source).tolist()),
+            sampler_logps=tuple((-torch.rand(length, generator=source) - 5.0).tolist()),
+            finish_reason=FinishReason.LENGTH,
+            text="",
+        )
+
+    return [[answer(prompt, index) for index in range(count)] for prompt in prompts]
+
+
+# --------------------------------------------------------------------------- the model
+
+
+def random_policy(recipe: Recipe) -> Policy:
+    """Return the policy that `load_policy` would, but over a random base and without stop ids.
+
+    Its tokenizer is that of the tiny model: random weights have no words of their own, and ids beyond its vocabulary
+    decode to nothing. The unsloth backend only builds models from files, so it reads the base from a temporary folder.
+    """
+    if recipe.model.backend == "unsloth":
+        load.import_unsloth()  # before transformers
+    device, tokenizer = load.pick_device(recipe.train.device), load.load_tokenizer(ModelRecipe(id="tiny"))
+    recipe = recipe.with_values({"lora.init_from": None})
+    if recipe.model.backend == "unsloth":
+        with tempfile.TemporaryDirectory(prefix="popo-lite-bench-") as folder:
+            random_base(recipe.model, device).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            release_memory()
+            policy = load_policy(recipe.with_values({"model.id": folder, "model.revision": None}))
+    else:
+        base = random_base(recipe.model, device)
+        adapted = add_adapters(base, recipe.lora, recipe.train.seed)
+        if recipe.train.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        policy = wrap_policy(adapted, tokenizer, recipe, device)
+    policy.stop_ids = frozenset()
+    return policy
 
 
 def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> PreTrainedModel:
-    """The base that `load_base` would give, with random weights: same modules, dtypes and bytes, all frozen.
+    """Return the base that `load_base` would, but with random weights: same modules, dtypes and bytes, all frozen.
 
-    Built on the meta device and filled tensor by tensor on `device`, each linear layer quantised as soon as it is
-    filled, so that no more than one layer exists in 16 bit. Every row of a matrix has unit norm on average, so
-    activations stay of order one through the layers, logits as well: the output distribution is neither uniform nor
-    certain. `tiny` is built from its config like any other and is untaught here.
+    It is built on the meta device and filled tensor by tensor on `device`. Each linear layer is quantised as soon as
+    it is filled, so no more than one layer exists in 16 bit. Every row of a matrix has unit norm on average, so
+    activations stay of order one through the layers, and logits as well: the output distribution is neither uniform
+    nor certain. `tiny` is built from its config like any other and is untaught here.
     """
+    import bitsandbytes as bnb
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
@@ -222,8 +267,23 @@ def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> 
     if recipe.quantization == "nf4":
         quantizer = AutoHfQuantizer.from_config(load.nf4_config(recipe, dtype), pre_quantized=False)
         quantizer.preprocess_model(model, device_map={"": device})
+    model.tie_weights()  # lists tied parameters once below; they must be tied again after they are replaced
+    source = torch.Generator(device).manual_seed(seed)
+    for name, empty in list(model.named_parameters()):
+        values = torch.full(empty.shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype, device=device)
+        if empty.ndim > 1:
+            values.normal_(std=1 / math.sqrt(empty.shape[-1]), generator=source)
+        filled: Any = nn.Parameter(values)
+        if isinstance(empty, bnb.nn.Params4bit):
+            # What is attached to the parameter says how to quantise it; moving it to its device does so.
+            filled = bnb.nn.Params4bit(values, **vars(empty))
+            filled = filled.to(device)
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, filled)
+        del values  # before the next layer: two in 16 bit would be the peak
     model.tie_weights()
-    _fill(model, dtype, torch.Generator(device).manual_seed(seed))
+    for buffer in model.buffers():
+        buffer.data = buffer.to(device)
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
@@ -233,84 +293,8 @@ def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> 
 
 
 def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
-    """The model's config: of a shape known by name without asking anyone, else as `load_config` finds it."""
+    """Return the model's config: of a shape known by name without asking anyone, else as `load_config` finds it."""
     from transformers import AutoConfig
 
     known = KNOWN_CONFIGS.get(recipe.id) if recipe.revision is None else None
     return load.load_config(recipe) if known is None else AutoConfig.for_model(**known)
-
-
-def stand_in_tokenizer() -> PreTrainedTokenizerBase:
-    """The tiny model's tokenizer, for the PAD id that a policy needs: random weights have no words of their own.
-
-    Ids beyond its vocabulary decode to nothing.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(load.TINY_FOLDER)
-    return tokenizer
-
-
-def write_random_base(recipe: ModelRecipe, device: torch.device, folder: Path, *, seed: int = 0) -> None:
-    """Write `random_base` and the stand-in tokenizer to `folder`, for backends that load from files alone."""
-    random_base(recipe, device, seed=seed).save_pretrained(folder)
-    stand_in_tokenizer().save_pretrained(folder)
-
-
-def _fill(model: PreTrainedModel, dtype: torch.dtype, source: torch.Generator) -> None:
-    """Put values on the source's device in place of every meta parameter; buffers move there."""
-    filled: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters are one tensor
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, buffer.to(source.device), name not in module._non_persistent_buffers_set)
-        for name, empty in list(module.named_parameters(recurse=False)):
-            if empty not in filled:
-                filled[empty] = _parameter(name, empty, dtype, source)
-            module.register_parameter(name, filled[empty])
-
-
-def _parameter(name: str, empty: nn.Parameter, dtype: torch.dtype, source: torch.Generator) -> nn.Parameter:
-    import bitsandbytes as bnb
-
-    values = torch.full(empty.shape, 0.0 if name == "bias" else 1.0, dtype=dtype, device=source.device)
-    if empty.ndim > 1:
-        values.normal_(std=1 / math.sqrt(empty.shape[-1]), generator=source)
-    if not isinstance(empty, bnb.nn.Params4bit):
-        return nn.Parameter(values, requires_grad=False)
-    # What is attached to the parameter says how to quantise it; moving it to its device does so.
-    packed: Any = bnb.nn.Params4bit(values, requires_grad=False, **empty.__dict__)
-    quantized: nn.Parameter = packed.to(source.device)
-    return quantized
-
-
-def random_policy(recipe: Recipe) -> Policy:
-    """Return the policy that `load_policy` would, but over a random base and without stop ids.
-
-    The unsloth backend only builds models from files, so it reads the base from a temporary folder.
-    """
-    device = load.pick_device(recipe.train.device)
-    recipe = recipe.with_values({"lora.init_from": None})
-    if recipe.model.backend == "unsloth":
-        load.import_unsloth()
-        with tempfile.TemporaryDirectory(prefix="popo-lite-bench-") as folder:
-            write_random_base(recipe.model, device, Path(folder))
-            release_memory()
-            policy = load_policy(recipe.with_values({"model.id": folder, "model.revision": None}))
-    else:
-        base = random_base(recipe.model, device)
-        adapted = add_adapters(base, recipe.lora, recipe.train.seed)
-        if recipe.train.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        policy = wrap_policy(adapted, stand_in_tokenizer(), recipe, device)
-    policy.stop_ids = frozenset()
-    return policy
-
-
-def random_prompt(index: int, vocabulary: int, tokens: int) -> Prompt:
-    """Return problem `index` as a prompt of random tokens."""
-    ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(index))
-    return Prompt(problem=_problem(0, index), token_ids=tuple(ids.tolist()))
-
-
-def _problem(_seed: int, index: int) -> Problem:
-    return Problem(id=f"bench/{index}", messages=({"role": "user", "content": ""},), answer="", meta={"index": index})
