@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from functools import partial
 
 import click
 
@@ -12,6 +13,7 @@ from popo_lite.tools.plan.command import parse_size
 
 OUT_OF_MEMORY = 1
 """Exit code if memory does not suffice; also that of an engine that fails."""
+POSITIVE = click.IntRange(min=1)
 SIZES = {
     "prompts": "data.prompts_per_step",
     "prompt_tokens": "rollout.max_prompt_length",
@@ -22,13 +24,11 @@ SIZES = {
 
 @click.command(short_help="Measure a recipe's step with random weights.")
 @click.argument("recipe", metavar="RECIPE")
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Measured steps, after one more."
-)
-@click.option("--prompts", type=click.IntRange(min=1), help="Same as --set data.prompts_per_step=N.")
-@click.option("--prompt-tokens", type=click.IntRange(min=1), help="Same as --set rollout.max_prompt_length=N.")
-@click.option("--completion-tokens", type=click.IntRange(min=1), help="Same as --set rollout.max_completion_length=N.")
-@click.option("--positives", type=click.IntRange(min=1), help="Rewarded rollouts of a step; default half of them.")
+@click.option("--steps", type=POSITIVE, default=3, show_default=True, help="Measured steps, after one more.")
+@click.option("--prompts", type=POSITIVE, help="Same as --set data.prompts_per_step=N.")
+@click.option("--prompt-tokens", type=POSITIVE, help="Same as --set rollout.max_prompt_length=N.")
+@click.option("--completion-tokens", type=POSITIVE, help="Same as --set rollout.max_completion_length=N.")
+@click.option("--positives", type=POSITIVE, help="Rewarded rollouts of a step; default half of them.")
 @click.option("--memory-cap", metavar="SIZE", help="Use a larger GPU as if it had this, such as 24GiB; not with vLLM.")
 @click.option("--longest", is_flag=True, help="Find the longest sequence that can be trained on instead.")
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
@@ -61,9 +61,7 @@ def bench(
     if settings.train.cpu_threads:
         torch.set_num_threads(settings.train.cpu_threads)
 
-    def notify(text: str) -> None:
-        click.echo(text, err=True)
-
+    notify = partial(click.echo, err=True)
     try:
         cap = None if memory_cap is None else parse_size(memory_cap, "--memory-cap")
         if (cap or longest) and pick_device(settings.train.device).type == "cpu":

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,21 +31,13 @@ from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.samplers import SamplingParams
 from popo_lite.tools.plan.shapes import KNOWN_CONFIGS
 from popo_lite.trainer import Trainer
-from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward
+from popo_lite.types import Completion, FinishReason, Outcome, Problem, Prompt, Reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-PHASES = {
-    "load": "load",
-    "engine": "load",
-    "rollout": "rollout",
-    "weights": "siamese",
-    "siamese": "siamese",
-    "update": "update",
-    "optimizer": "step",
-    "sync": "swap",
-}
+PHASES = {"load": "load", "engine": "load", "rollout": "rollout", "weights": "siamese", "siamese": "siamese",
+          "update": "update", "optimizer": "step", "sync": "swap"}  # fmt: skip
 """The trainer's stages, and the phase of the plan that each is part of."""
 
 
@@ -133,9 +127,11 @@ class BenchTrainer(Trainer):
     ) -> None:
         self.policy, self.meter, self._sample = policy, meter, sample
         self._rewards = [Reward(value=r, outcome=Outcome.CORRECT if r else Outcome.INCORRECT) for r in rewards]
+        self.folder: Any = SimpleNamespace(metrics_path=Path(os.devnull))
         # Off: every setting by which a step's size depends on the answers.
         fixed = {"rollout.skip_known": False, "rollout.adaptive.enabled": False, "reward.truncated": "grade"}
-        super().__init__(recipe.with_values(fixed), meter, memory_advice=meter.exhausted)
+        recipe = recipe.with_values({**fixed, "output.samples_per_step": 0})
+        super().__init__(recipe, meter, memory_advice=meter.exhausted)
         self.guard = SimpleNamespace(check=lambda *_: None)  # type: ignore[assignment]  # made-up answers have any gap
 
     def _open_task(self, _stack: ExitStack) -> None:
@@ -155,9 +151,6 @@ class BenchTrainer(Trainer):
         else:
             answers = partial(random_answers, self.policy.head.weight.shape[0])
             self.sampler: Any = SimpleNamespace(engine="hf", sample=answers, sync=lambda _: None)
-
-    def _write_step(self, record: StepRecord, groups: Sequence[Group]) -> None:
-        pass
 
     def measure(self, steps: int) -> None:
         """Run a warm-up step, which the meter forgets, and `steps` more.
