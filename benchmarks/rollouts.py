@@ -105,11 +105,10 @@ def main() -> None:
                 "model": {"id": model, "dtype": str(dtype).removeprefix("torch.")},
                 "rollout": {
                     "engine": "hf",
-                    "base": arguments.base,
-                    "batch_size": arguments.sequences,
+                    "max_num_seqs": arguments.sequences,
                     "max_prompt_length": 64,
                     "max_completion_length": arguments.tokens,
-                    "eager": not on_gpu,
+                    "vllm": {"base": arguments.base, "enforce_eager": not on_gpu},
                 },
             }
         )
@@ -119,7 +118,7 @@ def main() -> None:
                 parameter.add_(0.01 * torch.randn_like(parameter))
         renderer = Renderer.of(recipe, policy.tokenizer)
         for engine in arguments.engines:
-            chosen = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": engine})})
+            chosen = recipe.with_values({"rollout.engine": engine})
             gc.collect()
             if on_gpu:
                 torch.cuda.empty_cache()  # what the engine before this one left in torch's cache is not the next one's
