@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,11 +34,6 @@ from popo_lite.update import Learner
 
 STAGES = ("rollout", "weights", "siamese", "update", "optimizer", "sync")
 """The stages of a step that are reported: all but choosing and grading problems."""
-RESOLUTION = 512
-"""Tokens to which the longest sequence is found."""
-NOT_COUNTED = ("downloading and loading the model", "starting the rollout engine", "grading", "checkpoints",
-               "answers that end early")  # fmt: skip
-"""What the estimate of a whole run leaves out."""
 
 
 def bench(
@@ -58,7 +53,7 @@ def bench(
         "positives": positives or (prompts * generations + 1) // 2,
     }
     engine, _ = pick_engine(recipe)
-    _refuse(recipe, engine, size, memory_cap_bytes)
+    _refuse(recipe, engine, size["positives"], memory_cap_bytes)
     device = pick_device(recipe.train.device)
     plan = plan_here(recipe, device, memory_cap_bytes)
     if memory_cap_bytes is not None:
@@ -91,15 +86,15 @@ def bench(
     return result | {"memory": memory, "notices": meter.notices, "environment": environment(device)}
 
 
-def _refuse(recipe: Recipe, engine: str, size: Mapping[str, int], memory_cap_bytes: int | None) -> None:
+def _refuse(recipe: Recipe, engine: str, positives: int, memory_cap_bytes: int | None) -> None:
     """Raise UserInputError for what cannot be measured, before a model is built."""
-    prompts, generations, positives = (size[name] for name in ("prompts", "num_generations", "positives"))
-    if positives > prompts * generations:
+    prompts, generations = recipe.data.prompts_per_step, recipe.rollout.num_generations
+    answers = prompts * generations
+    if positives > answers:
         raise UserInputError(
-            f"{positives} positives are asked for, and a step has {prompts} x {generations} = {prompts * generations} "
-            "rollouts",
+            f"{positives} positives are asked for, and a step has {prompts} x {generations} = {answers} rollouts",
             where="--positives",
-            next_step=f"--positives {prompts * generations}",
+            next_step=f"--positives {answers}",
         )
     hf_instead, base = "--set rollout.engine=hf", recipe.rollout.vllm.base
     dequantized = base == "dequantized" and recipe.model.quantization == "nf4"
@@ -141,13 +136,15 @@ def _estimate(recipe: Recipe, step_seconds: float, rollout_seconds: float) -> di
     evaluations = 2 + (len(range(every, steps, every)) if every else 0) if recipe.eval.problems else 0
     answers = evaluations * recipe.eval.problems * recipe.eval.samples_per_problem
     evaluating = answers * rollout_seconds / (recipe.data.prompts_per_step * recipe.rollout.num_generations)
+    left_out = "downloading and loading the model, starting the rollout engine, grading, checkpoints, "
+    left_out += "answers that end early"
     return {
         "steps": steps,
         "steps_seconds": steps * step_seconds,
         "evaluations": evaluations,
         "evaluations_seconds": evaluating,
         "seconds": steps * step_seconds + evaluating,
-        "left_out": NOT_COUNTED,
+        "left_out": left_out.split(", "),
     }
 
 
@@ -155,7 +152,7 @@ def _estimate(recipe: Recipe, step_seconds: float, rollout_seconds: float) -> di
 
 
 def bench_longest(
-    recipe: Recipe, *, memory_cap_bytes: int | None, notify: Callable[[str], None], resolution: int = RESOLUTION
+    recipe: Recipe, *, memory_cap_bytes: int | None, notify: Callable[[str], None], resolution: int = 512
 ) -> dict[str, Any]:
     """Find the longest sequence whose update fits, a multiple of `resolution`, by trying; on a CPU it would swap.
 
@@ -212,7 +209,8 @@ def longest(fits: Callable[[int], bool], *, last: int, step: int) -> int | None:
     while high <= last and fits(high):
         low, high = high, 2 * high
     between = range(low + step, min(high, last + 1), step)
-    return low + step * bisect_left(between, True, key=lambda tokens: not fits(tokens)) or None
+    low += step * bisect_left(between, True, key=lambda tokens: not fits(tokens))
+    return low or None
 
 
 # --------------------------------------------------------------------------- memory

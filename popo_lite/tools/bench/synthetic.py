@@ -137,12 +137,11 @@ class BenchTrainer(Trainer):
     def _open_task(self, _stack: ExitStack) -> None:
         vocabulary, length = self.policy.head.weight.shape[0], self.recipe.rollout.max_prompt_length
         self.grader: Any = SimpleNamespace(grade=lambda _: self._rewards)
+        prompt = partial(random_prompt, vocabulary=vocabulary, tokens=length)
         self.train_task: Any = SimpleNamespace(
-            train_problem=lambda _, index: random_problem(index), figures=lambda _: {}
+            train_problem=lambda _, index: prompt(index).problem, figures=lambda _: {}
         )
-        self.renderer: Any = SimpleNamespace(
-            render=lambda problem: random_prompt(int(problem.id), vocabulary, length), text=lambda _: ""
-        )
+        self.renderer: Any = SimpleNamespace(render=lambda problem: prompt(int(problem.id)), text=lambda _: "")
 
     def _open_sampler(self, stack: ExitStack) -> None:
         self.meter.stage("engine")
@@ -180,15 +179,11 @@ def spread(positives: int, answers: int) -> list[float]:
     return [float((i + 1) * positives // answers > i * positives // answers) for i in range(answers)]
 
 
-def random_problem(index: int) -> Problem:
-    """Return problem `index`, whose prompt is `random_prompt`."""
-    return Problem(id=str(index), messages=({"role": "user", "content": ""},), answer="")
-
-
 def random_prompt(index: int, vocabulary: int, tokens: int) -> Prompt:
     """Return problem `index` as a prompt of random tokens."""
+    problem = Problem(id=str(index), messages=({"role": "user", "content": ""},), answer="")
     ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(index))
-    return Prompt(problem=random_problem(index), token_ids=tuple(ids.tolist()))
+    return Prompt(problem=problem, token_ids=tuple(ids.tolist()))
 
 
 def random_answers(
