@@ -230,7 +230,8 @@ def peaks_beside_plan(meter: Meter, plan: MemoryPlan | None) -> list[dict[str, A
 
     None with vLLM for tensors: torch keeps counting what a sleeping engine has given back.
     """
-    planned, counted = {phase.name: phase for phase in plan.phases} if plan else {}, meter.engine != "vllm"
+    planned = {phase.name: phase for phase in plan.phases} if plan else {}
+    counted = meter.engine != "vllm"
     return [
         {
             "phase": name,

@@ -46,7 +46,7 @@ class OutOfMemoryError(PopoError):
 
 
 class Meter(Callback):
-    """Keeps the records of all steps, and by phase the most memory on a GPU: (in tensors, on the card), bytes.
+    """Keep the records of all steps, and by phase the most memory on a GPU: (in tensors, on the card), bytes.
 
     The card holds what torch reserved at its peak and all that is in use outside its allocator, such as the CUDA
     context. Resident memory of a CPU says little, so nothing is measured there. As a context manager it turns running
@@ -255,7 +255,7 @@ def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> 
     if recipe.quantization == "nf4":
         quantizer = AutoHfQuantizer.from_config(load.nf4_config(recipe, dtype), pre_quantized=False)
         quantizer.preprocess_model(model, device_map={"": device})
-    model.tie_weights()  # lists tied parameters once below; they must be tied again after they are replaced
+    model.tie_weights()  # so that the loop sees tied parameters once; they are tied again after they are replaced
     source = torch.Generator(device).manual_seed(seed)
     for name, empty in list(model.named_parameters()):
         values = torch.full(empty.shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype, device=device)
