@@ -26,7 +26,35 @@ def load_function(name: str) -> GradeFunction:
         from popo_lite.grading.symbolic import grade_math  # sympy is for workers only
 
         return grade_math
-    function = _find(name)
+
+    def refusal(
+        reason: str, next_step: str = "correct the module or reward.function; see docs/rewards.md"
+    ) -> UserInputError:
+        return UserInputError(f'"{name}" cannot be used: {reason}', where="reward.function", next_step=next_step)
+
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            reason = f"there is no module {error.name!r} on sys.path or in {Path.cwd()}"
+            next_step = "start popo-lite in the folder of that module, or put the folder on PYTHONPATH"
+            raise refusal(reason, next_step) from error
+        raise refusal(f"importing it failed: {describe_exception(error)}") from error
+    where = f"module {module_name!r} ({getattr(module, '__file__', None) or 'built in'})"
+    if not hasattr(module, attribute):
+        reason = f"{where} has no attribute {attribute!r}"
+        likely = nearest(attribute, [key for key, value in vars(module).items() if callable(value)])
+        raise refusal(reason, f'set reward.function = "{module_name}:{likely}"') if likely else refusal(reason)
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise refusal(f"{attribute!r} of {where} is not callable but of type {type(function).__name__}")
+    try:
+        inspect.signature(function).bind("text", {})
+    except TypeError as error:
+        raise refusal(f"it must take (text, problem): {error}") from error
+    except ValueError:
+        pass  # a function in C without a signature; errors then appear when it is called
     return lambda text, problem: as_reward(function(text, dict(problem)))
 
 
@@ -48,45 +76,3 @@ def describe_exception(error: BaseException) -> str:
     if not frames or isinstance(error, SyntaxError):  # a SyntaxError names its file itself
         return line
     return f"{line} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
-
-
-def _find(name: str) -> Callable[..., object]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _refusal(name, f"importing it failed: {describe_exception(error)}") from error
-        raise _refusal(
-            name,
-            f"there is no module {error.name!r} on sys.path or in {Path.cwd()}",
-            next_step="start popo-lite in the folder of that module, or put the folder on PYTHONPATH",
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise _refusal(name, f"importing it failed: {describe_exception(error)}") from error
-    where = f"module {module_name!r} ({getattr(module, '__file__', None) or 'built in'})"
-    if not hasattr(module, attribute):
-        guess = nearest(attribute, [key for key, value in vars(module).items() if callable(value)])
-        raise _refusal(
-            name,
-            f"{where} has no attribute {attribute!r}",
-            next_step=f'set reward.function = "{module_name}:{guess}"' if guess else None,
-        )
-    function: Callable[..., object] = getattr(module, attribute)
-    if not callable(function):
-        raise _refusal(name, f"{attribute!r} of {where} is not callable but of type {type(function).__name__}")
-    try:
-        inspect.signature(function).bind("text", {})
-    except TypeError as error:
-        raise _refusal(name, f"it must take (text, problem): {error}") from error
-    except ValueError:
-        pass  # a function in C without a signature; errors then appear when it is called
-    return function
-
-
-def _refusal(name: str, reason: str, next_step: str | None = None) -> UserInputError:
-    return UserInputError(
-        f'"{name}" cannot be used: {reason}',
-        where="reward.function",
-        next_step=next_step or "correct the module or reward.function; see docs/rewards.md",
-    )

@@ -1,20 +1,43 @@
-"""Grade texts, and stop the run if too many cannot be graded."""
+"""Grade texts in processes that can be killed, and stop the run if too many cannot be graded.
+
+A worker grades one answer at a time and is killed at the deadline. One thread with an asyncio loop serves all
+workers, whichever thread calls, without signals. Workers are our own processes and not `multiprocessing`'s,
+which would import the user's main script again in every one of them.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from io import FileIO
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
-from popo_lite.errors import GradingError
+from popo_lite.errors import GradingError, UserInputError
 from popo_lite.grading.math import decide_exactly, final_answer
-from popo_lite.grading.pool import WorkerPool
 from popo_lite.recipe import RewardRecipe
 from popo_lite.types import Outcome, Problem, Reward, count_outcomes
 
+STARTUP_SECONDS = 120.0
+"""Limit for importing the reward function, which is not charged to any answer."""
+
+STDERR_TAIL_BYTES = 4096
+"""How much of what a worker wrote to stderr is kept for the detail of an ERROR."""
+
+_READ_BYTES = 2**16  # the capacity of a pipe
 _SHOWN_DETAIL_CHARACTERS = 300
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +56,15 @@ class Grader:
     """
 
     def __init__(self, reward: RewardRecipe) -> None:
-        self._exact = reward.function == "math"
-        self._max_characters = reward.max_answer_characters
-        self._pool = WorkerPool(reward.function, size=reward.workers, timeout_seconds=reward.timeout_seconds)
+        self._reward = reward
+        self._workers: dict[int, _Worker] = {}
+        self._function_loaded = False
+        self._lock = threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        # The kernel kills a worker when the *thread* that started it ends (see worker.py), so they are all
+        # started by one that lives as long as the grader.
+        self._thread = threading.Thread(target=self._loop.run_forever, name="popo-lite-grading", daemon=True)
+        self._thread.start()
 
     def __enter__(self) -> Grader:
         return self
@@ -45,7 +74,7 @@ class Grader:
 
     def check(self) -> None:
         """Load the reward function in one worker. Raises UserInputError if that fails."""
-        self._pool.start()
+        self._run(self._ready_worker, 0)
 
     def grade(self, requests: Sequence[GradeRequest]) -> list[Reward]:
         """Return one reward per request, in order.
@@ -53,32 +82,202 @@ class Grader:
         Raises UserInputError if the reward function cannot be loaded, and GradingError if a worker can no longer
         be started.
         """
+        exact = self._reward.function == "math"
+        texts = [request.text[-self._reward.max_answer_characters :] for request in requests]
         rewards: dict[int, Reward] = {}
         lines: dict[int, bytes] = {}
-        texts = [request.text[-self._max_characters :] for request in requests]
         for index, (text, request) in enumerate(zip(texts, requests, strict=True)):
-            decided = decide_exactly(text, request.problem) if self._exact else None
-            if decided is None:
-                try:
-                    lines[index] = self._encode(text, request.problem)
-                except (TypeError, ValueError) as error:
-                    detail = f"problem {request.problem.id!r} has a meta value that JSON cannot hold: {error}"
-                    decided = Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
-            if decided is not None:
+            problem = request.problem
+            if exact and (decided := decide_exactly(text, problem)):
                 rewards[index] = decided
-        for index, reward in zip(lines, self._pool.grade(list(lines.values())), strict=True):
+                continue
+            content: dict[str, Any] = {"id": problem.id, "answer": problem.answer}
+            if not exact:
+                content |= {"question": problem.question, "meta": dict(problem.meta)}
+            try:
+                lines[index] = _line({"text": text, "problem": content})
+            except (TypeError, ValueError) as error:
+                detail = f"problem {problem.id!r} has a meta value that JSON cannot hold: {error}"
+                rewards[index] = Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
+        for index, reward in self._run(self._grade_lines, lines).items():
             rewards[index] = reward if reward.answer is not None else replace(reward, answer=final_answer(texts[index]))
         return [rewards[index] for index in range(len(requests))]
 
     def close(self) -> None:
         """End all grading processes; may be called again."""
-        self._pool.close()
+        with self._lock:
+            if not self._loop.is_closed():
+                asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
 
-    def _encode(self, text: str, problem: Problem) -> bytes:
-        content: dict[str, Any] = {"id": problem.id, "answer": problem.answer}
-        if not self._exact:
-            content |= {"question": problem.question, "meta": dict(problem.meta)}
-        return json.dumps({"text": text, "problem": content}).encode() + b"\n"
+    def _run(self, function: Callable[..., Coroutine[Any, Any, T]], *arguments: object) -> T:
+        """Run an async `function` in the grading thread, one at a time."""
+        with self._lock:
+            if self._loop.is_closed():
+                raise RuntimeError("the grader is closed")
+            future = asyncio.run_coroutine_threadsafe(function(*arguments), self._loop)
+            try:
+                return future.result()
+            except BaseException:
+                # After an error or an interrupt, a late verdict must not be taken for one on the next batch.
+                asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+                raise
+
+    async def _stop(self) -> None:
+        """Cancel what is running, and kill all workers."""
+        running = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        for slot in list(self._workers):
+            self._end(slot)
+
+    def _end(self, slot: int) -> str:
+        return self._workers.pop(slot).kill()
+
+    async def _grade_lines(self, lines: dict[int, bytes]) -> dict[int, Reward]:
+        """Grade request lines by up to `reward.workers` workers; each takes the next line when it is free."""
+        waiting = iter(lines.items())
+        rewards: dict[int, Reward] = {}
+
+        async def work(slot: int) -> None:
+            for index, line in waiting:
+                rewards[index] = await self._grade_line(slot, line)
+
+        await asyncio.gather(*map(work, range(min(self._reward.workers, len(lines)))))
+        return rewards
+
+    async def _grade_line(self, slot: int, line: bytes) -> Reward:
+        """Grade one request; retry it once if its worker dies, but not if it hangs, as it would hang again."""
+        for _ in range(2):
+            worker = await self._ready_worker(slot)
+            try:
+                reply = await worker.ask(line, self._reward.timeout_seconds)
+            except TimeoutError:
+                self._end(slot)
+                detail = f"no verdict within reward.timeout_seconds = {self._reward.timeout_seconds:g}"
+                return Reward(value=0.0, outcome=Outcome.TIMEOUT, detail=detail)
+            if reply is None:
+                how = self._end(slot)
+                continue
+            if reply["leaving"]:
+                self._end(slot)
+            verdict = reply["reward"]
+            if verdict["outcome"] == Outcome.ERROR:
+                verdict["detail"] += worker.stderr_note()
+            return Reward(**verdict | {"outcome": Outcome(verdict["outcome"])})
+        detail = f"grading this answer ended the worker twice ({how}){worker.stderr_note()}"
+        return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
+
+    async def _ready_worker(self, slot: int) -> _Worker:
+        """Return the worker of `slot`; if there is none, start one and wait until it has loaded the function."""
+        if slot in self._workers:
+            return self._workers[slot]
+        worker = self._workers[slot] = _Worker()
+        # Workers import what this process would, and the user's functions from the working directory.
+        here = str(Path.cwd())
+        path = [entry or here for entry in sys.path]
+        settings = {"function": self._reward.function, "path": path if here in path else [*path, here]}
+        try:
+            reply = await worker.ask(_line(settings), STARTUP_SECONDS)
+            reason = None if reply else f"its worker ended while importing it ({self._end(slot)})"
+        except TimeoutError:
+            reply, reason = None, f"importing it took more than {STARTUP_SECONDS:g} seconds"
+        if reply is None:
+            # If the function was loaded before, the user's setting is not the cause.
+            raise (GradingError if self._function_loaded else UserInputError)(
+                f'"{self._reward.function}" cannot be used: {reason}{worker.stderr_note()}',
+                where="reward.function",
+                next_step="import the module in a Python shell to see what it does; see docs/rewards.md",
+            )
+        if "refused" in reply:
+            raise UserInputError(reply["refused"], where="reward.function", next_step=reply["next_step"])
+        self._function_loaded = True
+        return worker
+
+
+class _Worker:
+    """A grading process, the socket to it, and the end of what it wrote to stderr during its last job."""
+
+    def __init__(self) -> None:
+        self._socket, its_end = socket.socketpair()
+        self._socket.setblocking(False)
+        with its_end:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-u", str(Path(__file__).with_name("worker.py"))],
+                stdin=its_end.fileno(),
+                stdout=its_end.fileno(),
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                # Threads would only fight for the cores; a fixed hash seed makes sympy's order of terms repeatable.
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+                start_new_session=True,  # Ctrl-C is for the run; and what a function starts can be killed with it
+            )
+        self._stderr = cast(FileIO, self._process.stderr)
+        os.set_blocking(self._stderr.fileno(), False)
+        self._stderr_tail = b""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._stderr, self._read_stderr)
+
+    async def ask(self, line: bytes, seconds: float) -> dict[str, Any] | None:
+        """Return the reply to `line`, or None if the process ended. Raises TimeoutError after `seconds`."""
+        self._stderr_tail = b""
+        reply = asyncio.ensure_future(self._exchange(line))
+        # Unlike wait_for(), this does not lose a reply that came while this process was suspended.
+        await asyncio.wait([reply], timeout=seconds)
+        if not reply.done():
+            reply.cancel()
+            await asyncio.wait([reply])
+            raise TimeoutError
+        return reply.result()
+
+    async def _exchange(self, line: bytes) -> dict[str, Any] | None:
+        received = b""
+        try:
+            await self._loop.sock_sendall(self._socket, line)
+            while not received.endswith(b"\n"):
+                data = await self._loop.sock_recv(self._socket, _READ_BYTES)
+                if not data:
+                    return None
+                received += data
+        except ConnectionError:
+            return None
+        self._read_stderr()  # what it wrote before the reply
+        return cast("dict[str, Any]", json.loads(received))
+
+    def _read_stderr(self) -> None:
+        """Keep the tail of the available output, by one read: a function may print without end."""
+        data = self._stderr.read(_READ_BYTES)
+        self._stderr_tail = (self._stderr_tail + (data or b""))[-STDERR_TAIL_BYTES:]
+        if data == b"":
+            self._loop.remove_reader(self._stderr)
+
+    def stderr_note(self) -> str:
+        """Return what the worker wrote during its last job, without control characters, or an empty string."""
+        text = self._stderr_tail.decode(errors="replace").strip()
+        text = "".join(character if character.isprintable() or character == "\n" else " " for character in text)
+        return f"; the worker wrote:\n{text}" if text else ""
+
+    def kill(self) -> str:
+        """End the process and its group, and reap it. Returns how it ended.
+
+        One that was ending by itself when its pipes closed keeps its exit code. The signal comes before the
+        reaping, while the process id cannot yet belong to anything else.
+        """
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        code = self._process.wait()
+        self._read_stderr()
+        self._loop.remove_reader(self._stderr)
+        self._stderr.close()
+        self._socket.close()
+        return f"signal {-code}: {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
+
+
+def _line(message: object) -> bytes:
+    return json.dumps(message).encode() + b"\n"
 
 
 def ungraded_ratio(rewards: Sequence[Reward]) -> float:

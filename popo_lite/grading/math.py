@@ -7,6 +7,7 @@ goes to `symbolic`.
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 
 from popo_lite.types import Outcome, Problem, Reward
 
@@ -72,21 +73,16 @@ def final_answer(text: str) -> str | None:
 
 def unwrap(reference: str) -> str:
     """Return a reference answer in normal form; datasets write it bare, between dollar signs, or in a box."""
-    boxed = final_answer(reference)
-    return normalise(reference) if boxed is None else boxed
+    box = last_box(reference)
+    return normalise(reference if box is None else box)
 
 
 def too_complex(expression: str) -> str | None:
     """Return why `expression` is too complex for the LaTeX parser, or None."""
     if len(expression) > MAX_BOX_CHARACTERS:
         return f"{len(expression):,} characters long; the limit is {MAX_BOX_CHARACTERS:,}"
-    depth = deepest = 0
-    for character in expression:
-        if character in "([{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in ")]}":
-            depth -= 1
+    steps = ((character in "([{") - (character in ")]}") for character in expression)
+    deepest = max(accumulate(steps), default=0)
     return f"nested {deepest} deep; the limit is {MAX_NESTING}" if deepest > MAX_NESTING else None
 
 

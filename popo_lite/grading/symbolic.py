@@ -27,9 +27,10 @@ def grade_math(text: str, problem: Mapping[str, Any]) -> Reward:
     for it. A reference answer that cannot be parsed is an ERROR: it says nothing about the text.
     """
     reference = unwrap(problem["answer"])
-    gold = _parse_reference(reference)
+    reason = too_complex(reference)
+    gold = [] if reason else _parse_expression(reference)
     if not _holds_expression(gold):
-        reason = too_complex(reference) or "not an expression that math-verify can parse"
+        reason = reason or "not an expression that math-verify can parse"
         return Reward(
             value=0.0,
             outcome=Outcome.ERROR,
@@ -49,10 +50,6 @@ def grade_math(text: str, problem: Mapping[str, Any]) -> Reward:
 
 
 @lru_cache(maxsize=1024)
-def _parse_reference(reference: str) -> list[Any]:
-    return [] if too_complex(reference) else _parse_expression(reference)
-
-
 def _parse_expression(expression: str) -> list[Any]:
     # Bare LaTeX has to be in a box to be seen as such; text with formulas marks them itself.
     return _parse(expression if _UNESCAPED_DOLLAR.search(expression) else rf"\boxed{{{expression}}}")

@@ -1,6 +1,6 @@
 """Run a grading process: one JSON request a line on stdin, one JSON verdict a line on stdout.
 
-`pool` runs this file as it is, with the interpreter's `-P`, and sends the path to import from as the first line.
+`grader` runs this file as it is, with the interpreter's `-P`, and sends the path to import from as the first line.
 So workers import what their parent would, and nothing of popo_lite is imported before that line. A `-m` would
 search the working directory first, and without `-P` this folder would come first: a `random.py` of the user or
 our own `math.py` would then take the place of the standard library's.
@@ -15,7 +15,7 @@ import os
 import resource
 import signal
 import sys
-from typing import BinaryIO
+from typing import TextIO
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
 """Address space of one worker: an answer such as 9^(9^(9^9)) fails here and cannot exhaust memory."""
@@ -26,8 +26,13 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main() -> None:
     """Read the settings, load the reward function, then grade until stdin ends."""
     requests, replies = take_protocol_streams()
-    limit_memory()
-    die_with_parent()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    if sys.platform == "linux":
+        # The kernel kills this process when its parent is gone. An idle worker ends at the end of stdin anyway, but
+        # one inside a long computation does not read it, and no thread of ours would get the interpreter lock.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     greeting = requests.readline()
     if not greeting:
         return
@@ -41,9 +46,9 @@ def main() -> None:
     try:
         grade = load_function(settings["function"])
     except UserInputError as error:
-        reply(replies, {"refused": error.what, "next_step": error.next_step})
+        print(json.dumps({"refused": error.what, "next_step": error.next_step}), file=replies, flush=True)
         return
-    reply(replies, {"ready": True})
+    print(json.dumps({"ready": True}), file=replies, flush=True)
     for line in requests:
         request = json.loads(line)
         out_of_memory = False
@@ -53,43 +58,20 @@ def main() -> None:
             out_of_memory = isinstance(error, MemoryError)
             reward = Reward(value=0.0, outcome=Outcome.ERROR, detail=describe_exception(error))
         # Running out of memory may have left broken state, so the next answer gets a new process.
-        reply(replies, {"reward": dataclasses.asdict(reward), "leaving": out_of_memory})
+        reply = {"reward": dataclasses.asdict(reward), "leaving": out_of_memory}
+        print(json.dumps(reply), file=replies, flush=True)
         if out_of_memory:
             return
 
 
-def take_protocol_streams() -> tuple[BinaryIO, BinaryIO]:
+def take_protocol_streams() -> tuple[TextIO, TextIO]:
     """Return the two pipes to the parent and hide them from `print` and `input`: fd 1 is stderr, fd 0 is empty."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
     return requests, replies
-
-
-def limit_memory() -> None:
-    """Limit the address space, within any existing limit."""
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent is gone.
-
-    An idle worker ends at the end of stdin anyway. One inside a long computation does not come back to read
-    it, and no thread of ours would get the interpreter lock to end it.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def reply(replies: BinaryIO, message: object) -> None:
-    """Send one line. The pipe is unbuffered and the parent reads all the time, so a line leaves at once."""
-    line = json.dumps(message).encode() + b"\n"
-    while line:
-        line = line[replies.write(line) :]
 
 
 if __name__ == "__main__":

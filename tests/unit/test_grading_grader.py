@@ -343,7 +343,7 @@ def test_a_module_that_ends_the_process_is_refused(tmp_path, monkeypatch):
 
 def test_a_module_that_never_finishes_importing_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("popo_lite.grading.pool.STARTUP_SECONDS", 1.0)
+    monkeypatch.setattr("popo_lite.grading.grader.STARTUP_SECONDS", 1.0)
     (tmp_path / "endless.py").write_text("while True: pass\n")
     with Grader(recipe("endless:grade")) as grader, pytest.raises(UserInputError, match="more than 1 seconds"):
         grader.check()
