@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,11 +40,13 @@ KNOWN: dict[str, tuple[str, str | None, str, str | None]] = {
 }
 """Datasets with a short name: Hub id, configuration, split to train on, and split to evaluate on if there is one."""
 
+RESULT_LINE = re.compile(r"^####(?!#)[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
+"""The last line of a GSM8K solution, `#### result`."""
+
 Record = tuple[str, dict[str, Any] | str]
 """A row's position in its file, such as "line 3", and its cells, or an error message if it is not a row."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-RESULT_LINE = re.compile(r"^####(?!#)[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _GROUPED_NUMBER = re.compile(r"[-+$]*\d[\d,]*(\.\d+)?%?")
 
@@ -83,16 +85,16 @@ class DatasetTask:
         place = Place(section=section, dataset=part.dataset)
         self.name, self._rows = load_table(part, place)
         is_list = isinstance(self._rows, list)
-        columns = [*dict.fromkeys(name for row in self._rows for name in row)] if is_list else self._rows.column_names
+        columns = [*dict.fromkeys(chain.from_iterable(self._rows))] if is_list else self._rows.column_names
         prompts = PROMPT_COLUMNS if part.prompt_column is None else [part.prompt_column]
         self._prompt_column = _column(prompts, "prompt_column", place, columns)
         self._answer_column = _column([part.answer_column or "answer"], "answer_column", place, columns)
         self._own_ids = _own_ids(self._rows, columns)
         self._training: Sequence[int] = _filtered(part, place, self._rows, columns)[: part.limit]
         self._held_out: Sequence[int] = ()
-        if faults := self._faults():
-            what = f"{len(faults)} of {len(self._training)} rows cannot be used"
-            raise place.refusal(what, faults, f"correct these rows, or leave them out by {section}.filter")
+        if errors := self._cell_errors():
+            what = f"{len(errors)} of {len(self._training)} rows cannot be used"
+            raise place.refusal(what, errors, f"correct these rows, or leave them out by {section}.filter")
         if section == "eval":
             self._held_out = sorted(self._training, key=lambda row: stream_seed("dataset/held-out row", self._id(row)))
             self._training = ()
@@ -146,20 +148,20 @@ class DatasetTask:
             meta={key: cell for key, cell in cells.items() if _fits_meta(cell)},
         )
 
-    def _faults(self) -> list[str]:
+    def _cell_errors(self) -> list[str]:
         """Return an error message for each row that cannot be used."""
         prompts, answers = (column(self._rows, name) for name in (self._prompt_column, self._answer_column))
         # One answer in GSM8K's form means that all have to be: a row without its last line would otherwise have
         # its whole working taken for the answer.
         results = any(isinstance(answers[row], str) and RESULT_LINE.search(answers[row]) for row in self._training)
         readers = (self._prompt_column, prompts, _messages), (self._answer_column, answers, partial(_answer, results))
-        found: dict[int, list[str]] = {}
+        errors: dict[int, list[str]] = {}
         for row, (name, cells, read) in product(self._training, readers):
             try:
                 read(cells[row])
             except CellError as error:
-                found.setdefault(row, []).append(f'column "{name}" {error}')
-        return [f"row {row + 1}: {', '.join(faults)}" for row, faults in found.items()]
+                errors.setdefault(row, []).append(f'column "{name}" {error}')
+        return [f"row {row + 1}: {', '.join(of_row)}" for row, of_row in errors.items()]
 
     def _hold_out(self, count: int) -> None:
         """Hold out one row each of `count` questions, white space ignored, and train on no other row of them."""
@@ -187,7 +189,24 @@ def _epoch_order(seed: int, epoch: int, size: int) -> tuple[int, ...]:
 
 
 class CellError(Exception):
-    """Report a cell without a usable question or answer. The message continues "column ... "."""
+    """A cell that cannot be used. The message continues `column "name" `."""
+
+
+def shown(value: object) -> str:
+    """Return at most 60 characters of `repr(value)`."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_text(cell: object) -> str:
+    """Return a cell's text, stripped. Raises CellError if it is none, blank, or holds half a surrogate pair."""
+    if not isinstance(cell, str):
+        raise CellError(f"is {shown(cell)}, not text")
+    if not cell.strip():
+        raise CellError("is empty")
+    if _SURROGATE.search(cell):
+        raise CellError("holds half a surrogate pair, which is not a character")
+    return cell.strip()
 
 
 def _messages(cell: object) -> tuple[dict[str, str], ...]:
@@ -207,7 +226,8 @@ def _messages(cell: object) -> tuple[dict[str, str], ...]:
             raise CellError(f'has a message of role {shown(role)}; use "system", "user" or "assistant"')
         if not isinstance(content, str):
             raise CellError(f"has a message with content {shown(content)}; it has to be text")
-        messages.append({"role": role, "content": cell_text(content)})
+        read_text(content)
+        messages.append({"role": role, "content": content})
     if role != "user":
         raise CellError(f'ends with a message of role "{role}"; the last one has to be the user\'s')
     return tuple(messages)
@@ -221,21 +241,13 @@ def _answer(needs_result: bool, cell: object) -> str:
         raise CellError(f"is {shown(cell)}, neither text nor a number")
     if isinstance(cell, float) and not math.isfinite(cell):
         raise CellError(f"is {cell}, which no answer equals")
-    text = cell_text(_plain(cell)).strip()
+    text = read_text(_plain(cell))
     line = RESULT_LINE.search(text)
-    if needs_result and not line:
-        raise CellError('does not end in a line "#### result", as it does in other rows')
-    result = line[1] if line else text
-    return result.replace(",", "") if line and _GROUPED_NUMBER.fullmatch(result) else result
-
-
-def cell_text(text: str) -> str:
-    """Return `text`; fail if it is blank or holds half a surrogate pair, which UTF-8 cannot encode."""
-    if not text.strip():
-        raise CellError("is empty")
-    if _SURROGATE.search(text):
-        raise CellError("holds half a surrogate pair, which is no character")
-    return text
+    if line is None:
+        if needs_result:
+            raise CellError('does not end in a line "#### result", as it does in other rows')
+        return text
+    return line[1].replace(",", "") if _GROUPED_NUMBER.fullmatch(line[1]) else line[1]
 
 
 def _plain(cell: object) -> str:
@@ -250,12 +262,6 @@ def _fits_meta(cell: object) -> bool:
         return len(json.dumps(cell, allow_nan=False, ensure_ascii=False)) <= MAX_META_CHARACTERS
     except (TypeError, ValueError):  # dates, bytes, NaN
         return False
-
-
-def shown(value: object) -> str:
-    """Return `value` for an error message, in at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _column(wanted: Sequence[str], key: str, place: Place, columns: Sequence[str]) -> str:
@@ -407,19 +413,19 @@ def _csv_records(path: Path) -> list[Record]:
         while True:
             where = f"line {reader.line_num + 1}"
             try:
-                cells = next(reader)
-            except StopIteration:
-                return records
-            except csv.Error as error:  # the reader continues with the next line
+                cells = next(reader, None)
+            except csv.Error as error:
                 records.append((where, str(error)))
                 if not header:
                     return records
-                continue
-            if header and len(cells) == len(header):
-                records.append((where, dict(zip(header, cells, strict=True))))
-            elif header and cells:
-                records.append((where, f"does not have the {len(header)} cells of the header"))
-            elif len(set(cells)) < len(cells):
-                return [(where, "names a column twice")]
-            elif not header:
+                continue  # with the next line
+            if cells is None:
+                return records
+            if not header:
                 header = cells
+                if len(set(header)) < len(header):
+                    return [(where, "names a column twice")]
+            elif len(cells) == len(header):
+                records.append((where, dict(zip(header, cells, strict=True))))
+            elif cells:
+                records.append((where, f"does not have the {len(header)} cells of the header"))

@@ -35,8 +35,8 @@ class Renderer:
             )
         if not keeps_text(self.tokenizer):
             name = f"{self.tokenizer.name_or_path}, loaded as {type(self.tokenizer).__name__},"
-            use = "mathematics cannot be asked through it; use another model"
-            raise ModelError(f"the tokenizer of {name} loses spaces or line breaks", where="model.id", next_step=use)
+            what = f"the tokenizer of {name} loses spaces or line breaks, so mathematics cannot be asked through it"
+            raise ModelError(what, where="model.id", next_step="use another model")
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Renderer:
@@ -57,7 +57,7 @@ class Renderer:
             raise ModelError(
                 f"the chat template does not take the roles {roles}: {error}",
                 where="data.chat_template" if self.chat_template else f"the tokenizer of {self.tokenizer.name_or_path}",
-                next_step='leave out data.system_prompt (popo-lite eval: --system-prompt "") where it is the system '
+                next_step='leave out data.system_prompt (popo-lite eval: --system-prompt "") if it is the system '
                 "message, or set data.chat_template (popo-lite eval: --chat-template FILE) to one that takes them",
             ) from error
         return tuple(cast("list[int]", ids))
@@ -70,11 +70,11 @@ class Renderer:
         """Return the prompt of `problem`. Raises DataError if it is longer than `max_prompt_length`."""
         ids = self.token_ids(problem)
         if len(ids) > self.max_prompt_length:
-            what = (
-                f"its prompt has {len(ids)} tokens, the limit is rollout.max_prompt_length = {self.max_prompt_length}"
+            raise DataError(
+                f"its prompt has {len(ids)} tokens, the limit is rollout.max_prompt_length = {self.max_prompt_length}",
+                where=f"problem {problem.id}",
+                next_step=f"--set rollout.max_prompt_length={len(ids)}, or --set data.overlong_prompts=skip",
             )
-            next_step = f"--set rollout.max_prompt_length={len(ids)}, or --set data.overlong_prompts=skip"
-            raise DataError(what, where=f"problem {problem.id}", next_step=next_step)
         return Prompt(problem=problem, token_ids=ids)
 
     def text(self, token_ids: Sequence[int]) -> str:

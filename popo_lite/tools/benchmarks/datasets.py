@@ -17,19 +17,12 @@ from popo_lite.errors import DataError, UserInputError, nearest
 from popo_lite.grading import Grader, GradeRequest
 from popo_lite.grading.math import normalise, plain_number, unwrap
 from popo_lite.recipe import EvalRecipe
-from popo_lite.tasks.datasets import RESULT_LINE, SUFFIXES, CellError, Place, cell_text, load_table, read_records, shown
+from popo_lite.tasks.datasets import RESULT_LINE, SUFFIXES, CellError, Place, load_table, read_records, read_text, shown
 from popo_lite.types import Outcome, Problem, Reward
 
 _NUMBER = re.compile(r"-?(\d+|[1-9]\d{0,2}(,\d{3})+)(\.\d+)?")
 _FRACTION = re.compile(r"([+-]?)(?:\\[dt]?frac\{(\d+)\}\{(0*[1-9]\d*)\}|(\d+)/(0*[1-9]\d*))")
 _TOLERANCE = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.IGNORECASE)
-
-
-def _text(cell: object) -> str:
-    """Read LaTeX or other text."""
-    if not isinstance(cell, str):
-        raise CellError(f"is {shown(cell)}, not text")
-    return cell_text(cell).strip()
 
 
 def _number(cell: object) -> str:
@@ -53,12 +46,12 @@ def _final_answers(cell: object) -> str:
     """Read OlympiadBench's list of LaTeX texts; an answer must name all of them, in any order."""
     if not isinstance(cell, list) or not cell:
         raise CellError(f"is {shown(cell)}, not a list of answers")
-    return ", ".join(map(_text, cell))
+    return ", ".join(map(read_text, cell))
 
 
 def _result_line(cell: object) -> str:
     """Read the result from the last line of a GSM8K solution: `#### 1,200`."""
-    line = RESULT_LINE.search(_text(cell))
+    line = RESULT_LINE.search(read_text(cell))
     if line is None:
         raise CellError('does not end in a line "#### result"')
     return _number(line[1].replace("$", ""))
@@ -89,7 +82,7 @@ class Benchmark:
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "math500": Benchmark("MATH-500", "HuggingFaceH4/MATH-500", None, "test", "problem", "answer", 500, _text),
+    "math500": Benchmark("MATH-500", "HuggingFaceH4/MATH-500", None, "test", "problem", "answer", 500, read_text),
     "amc23": Benchmark("AMC23", "math-ai/amc23", None, "test", "question", "answer", 40, _number),
     "aime24": Benchmark("AIME24", "HuggingFaceH4/aime_2024", None, "train", "problem", "answer", 30, _integer),
     "aime25": Benchmark("AIME25", "math-ai/aime25", None, "test", "problem", "answer", 30, _integer),
@@ -171,8 +164,8 @@ def _problem(benchmark: Benchmark, problem_id: str, row: Mapping[str, Any] | str
     """Return the problem in `row`, or an error message."""
     if isinstance(row, str):
         return row
-    readers = [(benchmark.prompt_column, _text), (benchmark.answer_column, benchmark.read_answer)]
-    optional = [(benchmark.context_column, _text), (benchmark.tolerance_column, _tolerances)]
+    readers = [(benchmark.prompt_column, read_text), (benchmark.answer_column, benchmark.read_answer)]
+    optional = [(benchmark.context_column, read_text), (benchmark.tolerance_column, _tolerances)]
     cells: dict[str | None, Any] = {}
     for column, read in [*readers, *((column, read) for column, read in optional if column and row.get(column))]:
         try:
