@@ -95,7 +95,7 @@ class Grader:
             if not exact:
                 content |= {"question": problem.question, "meta": dict(problem.meta)}
             try:
-                lines[index] = _line({"text": text, "problem": content})
+                lines[index] = json.dumps({"text": text, "problem": content}).encode() + b"\n"
             except (TypeError, ValueError) as error:
                 detail = f"problem {problem.id!r} has a meta value that JSON cannot hold: {error}"
                 rewards[index] = Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
@@ -180,8 +180,9 @@ class Grader:
         here = str(Path.cwd())
         path = [entry or here for entry in sys.path]
         settings = {"function": self._reward.function, "path": path if here in path else [*path, here]}
+        line = json.dumps(settings).encode() + b"\n"
         try:
-            reply = await worker.ask(_line(settings), STARTUP_SECONDS)
+            reply = await worker.ask(line, STARTUP_SECONDS)
             reason = None if reply else f"its worker ended while importing it ({self._end(slot)})"
         except TimeoutError:
             reply, reason = None, f"importing it took more than {STARTUP_SECONDS:g} seconds"
@@ -274,10 +275,6 @@ class _Worker:
         self._stderr.close()
         self._socket.close()
         return f"signal {-code}: {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
-
-
-def _line(message: object) -> bytes:
-    return json.dumps(message).encode() + b"\n"
 
 
 def ungraded_ratio(rewards: Sequence[Reward]) -> float:
