@@ -14,6 +14,9 @@ Positive = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 ColumnValue = bool | int | float | str
+# The schema is strict and frozen; only a TOML list may become a tuple.
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+ColumnValues = Annotated[tuple[ColumnValue, ...], Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -64,7 +67,7 @@ class LoraRecipe(Section):
     """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout in front of A. Above 0, sampling and training use different policies."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: Literal["all-linear"] | Names = "all-linear"
     """Layers that get an adapter: `all-linear`, or a list of module names. Never the LM head."""
     rslora: bool = False
     """Rank-stabilised scaling."""
@@ -223,7 +226,7 @@ class VLLMRecipe(Section):
 class ServerRecipe(Section):
     """Settings of the engine `server`."""
 
-    base_urls: tuple[str, ...] = ()
+    base_urls: Names = ()
     """URLs of vLLM servers. Their token is read from POPO_SERVER_TOKEN."""
     shared_dir: str | None = None
     """Folder that trainer and servers both see, for adapters."""
@@ -275,7 +278,7 @@ class DatasetRecipe(Section):
     """Column with the question. Not needed for known datasets."""
     answer_column: str | None = None
     """Column with the reference answer. Not needed for known datasets."""
-    filter: dict[str, ColumnValue | tuple[ColumnValue, ...]] = {}
+    filter: dict[str, ColumnValue | ColumnValues] = {}
     """Keep the rows in which a column has a value, or one of a list: `filter = { level = [4, 5] }`."""
     limit: Positive | None = None
     """Use only the first rows."""

@@ -6,10 +6,10 @@ import json
 import re
 import tomllib
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -60,34 +60,37 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     so that `model.id=Qwen/Qwen2.5-1.5B` needs no quotes. A later override wins. Raises RecipeError with one line for
     every error of file and overrides.
     """
-    path = find_recipe(source)
     errors: list[str] = []
-    settings = (*_file_settings(path, f"{source}: ", errors), *_override_settings(overrides, errors))
-    written = {setting.name: setting for setting in settings}
-    chosen = written.get("objective.algorithm")
-    algorithm = str(chosen.value) if chosen else "popo"
+    document = read_toml(find_recipe(source), str(source))
+    written = {name: (f"{source}: ", value) for name, value in _settings(document)}
+    for override in overrides:
+        try:
+            name, value = _read_override(override)
+        except ValueError as error:
+            errors.append(f"--set {error}")
+        else:
+            written[name] = ("--set ", value)
+    algorithm = str(written.get("objective.algorithm", ("", "popo"))[1])
     if algorithm not in OBJECTIVES:  # which other keys [objective] may have is unknown then
-        known = (name for name in written if name == "objective.algorithm" or not name.startswith("objective."))
-        written, algorithm = {name: written[name] for name in known}, "popo"
+        written = {n: s for n, s in written.items() if n == "objective.algorithm" or not n.startswith("objective.")}
+        algorithm = "popo"
     schema, wrong = schema_of(algorithm), set()
-    for name, setting in written.items():
-        why = _wrong_value(schema[name], setting.value) if name in schema else _unknown_key(name, algorithm)
+    # Wrong keys fall back to their defaults here only so that the other settings can be checked together.
+    tables: dict[str, Any] = {"objective": {"algorithm": "popo"}}
+    for name, (origin, value) in written.items():
+        why = _wrong_value(schema[name], value) if name in schema else _unknown_key(name, value, algorithm)
         if why:
             wrong.add(name)
-            errors.append(setting.error(why))
-    # Wrong keys fall back to their defaults here only so that the other settings can be checked together.
-    document: dict[str, Any] = {"objective": {"algorithm": "popo"}}
-    for name, setting in written.items():
-        if name not in wrong:
+            errors.append(f"{origin}{_shown(name, value)}: {why}")
+        else:
             *parents, key = name.split(".")
-            table = reduce(lambda table, parent: table.setdefault(parent, {}), parents, document)
-            table[key] = _with_tuples(setting.value)
-    recipe = Recipe.model_validate(document)
+            reduce(lambda table, parent: table.setdefault(parent, {}), parents, tables)[key] = value
+    recipe = Recipe.model_validate(tables)
     values = flatten(recipe)
     for names, why in impossible_combinations(recipe):
         if wrong.isdisjoint(names):
-            origin = next((written[name].origin for name in names if name in written), f"{source}: ")
-            errors.append(_Setting(names[0], values.get(names[0]), origin).error(why))
+            origin = next((written[name][0] for name in names if name in written), f"{source}: ")
+            errors.append(f"{origin}{_shown(names[0], values.get(names[0]))}: {why}")
     if errors:
         raise RecipeError("\n".join(errors), next_step=SHOW_KEYS)
     return recipe
@@ -156,6 +159,10 @@ def to_toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else to_toml(key)
+
+
 def allowed_values(field: FieldInfo) -> str:
     """Describe the values of a key: `a whole number, at least 1`, or its values as TOML."""
     return ", ".join(filter(None, kind_and_bounds(field.annotation, field.metadata)))
@@ -188,79 +195,57 @@ def read_toml(path: Path, shown_as: str) -> dict[str, Any]:
         raise RecipeError(f"{shown_as}: {what}", next_step=f"fix {path}") from error
 
 
-class _Setting(NamedTuple):
-    """A value as the user wrote it. `origin` is the prefix that says where: `recipes/x.toml: ` or `--set `."""
-
-    name: str
-    value: Any
-    origin: str
-
-    def error(self, why: str) -> str:
-        shown = "" if self.value is None else f" = {to_toml(self.value)}"  # None: a key that is required and not set
-        shown = shown if len(shown) <= LONGEST_VALUE + 3 else f"{shown[: LONGEST_VALUE - 1]} ..."
-        return f"{self.origin}{self.name}{shown}: {why}"
-
-
-def _file_settings(path: Path, origin: str, errors: list[str]) -> list[_Setting]:
-    """Return the settings of a file in known sections; add everything else to `errors`."""
-    settings: list[_Setting] = []
-
-    def visit(table: dict[str, Any], prefix: str) -> None:
-        for key, value in table.items():
-            setting = _Setting(prefix + _toml_key(key), value, origin)
-            if setting.name in SECTIONS and isinstance(value, dict):
-                visit(value, f"{setting.name}.")
-            elif prefix:
-                settings.append(setting)
-            elif isinstance(value, dict):
-                errors.append(f"{origin}[{setting.name}]: {_unknown_section(setting.name)}")
-            else:
-                errors.append(setting.error(_unknown_key(setting.name)))
-
-    visit(read_toml(path, origin.removesuffix(": ")), "")
-    return settings
-
-
-def _override_settings(overrides: Iterable[str], errors: list[str]) -> Iterator[_Setting]:
-    """Yield the settings of `--set`; add those that name no known section or hold no value to `errors`."""
-    for override in overrides:
-        name, equals, text = (part.strip() for part in override.partition("="))
-        section, _, key = name.rpartition(".")
-        if not (equals and section and key):
-            only_key = equals and name and "." not in name
-            why = _unknown_key(name) if only_key else "must be section.key=value"
-            errors.append(f"--set {to_toml(override)}: {why}")
-        elif section not in SECTIONS:
-            errors.append(f"--set {name}: {_unknown_section(section)}")
-        elif not text:
-            errors.append(f"--set {name}: has no value; the form is section.key=value")
+def _settings(table: dict[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (`section.key`, value) for all that a document holds; a table that is no section is a value."""
+    for key, value in table.items():
+        name = section + _toml_key(key)
+        if name in SECTIONS and isinstance(value, dict):
+            yield from _settings(value, f"{name}.")
         else:
-            try:
-                yield _Setting(name, _override_value(text), "--set ")
-            except ValueError as error:
-                errors.append(_Setting(name, text, "--set ").error(str(error)))
+            yield name, value
 
 
-def _override_value(text: str) -> Any:
-    """Read as TOML, else take as text. Raises ValueError with a reason for what cannot be meant as text."""
+def _read_override(override: str) -> tuple[str, Any]:
+    """Return (`section.key`, value) of `--set`; a value that is not TOML is text. Raises ValueError with the error."""
+    name, equals, text = (part.strip() for part in override.partition("="))
+    section, _, key = name.rpartition(".")
+    if not (equals and section and key):
+        only_key = equals and name and "." not in name
+        why = _unknown_key(name) if only_key else "must be section.key=value"
+        raise ValueError(f"{to_toml(override)}: {why}")
+    if section not in SECTIONS:
+        raise ValueError(f"{name}: {_unknown_section(section)}")
+    if not text:
+        raise ValueError(f"{name}: has no value; the form is section.key=value")
     # An argument's bytes that were not UTF-8 arrive as lone surrogates, which no TOML file can hold.
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("is not UTF-8 text")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{_shown(name, text)}: is not UTF-8 text")
     try:
         document = tomllib.loads(f"value = {text}")
     except ValueError as error:
         # `[q_proj, v_proj]` lacks its quotes; as text it would be taken for one module of that name.
         if text[0] in "[{\"'":
-            raise ValueError("is not valid TOML; text inside a list or table needs quotes") from error
-        return text
-    return document["value"] if len(document) == 1 else text
+            why = "is not valid TOML; text inside a list or table needs quotes"
+            raise ValueError(f"{_shown(name, text)}: {why}") from error
+        return name, text
+    return name, document["value"] if len(document) == 1 else text
+
+
+def _shown(name: str, value: Any) -> str:
+    """Return `key = value` on one line of bounded length, or `[section]`."""
+    if value is None:  # a key that is required and not set
+        return name
+    if "." not in name and isinstance(value, dict):
+        return f"[{name}]"
+    shown = to_toml(value)
+    return f"{name} = {shown if len(shown) <= LONGEST_VALUE else f'{shown[: LONGEST_VALUE - 4]} ...'}"
 
 
 def _wrong_value(field: FieldInfo, value: Any) -> str | None:
     """Return what the value of a key must be, or None if the schema accepts this one."""
     kind: Any = Annotated[field.annotation, field]
     try:
-        TypeAdapter(kind, config=STRICT).validate_python(_with_tuples(value))
+        TypeAdapter(kind, config=STRICT).validate_python(value)
     except ValidationError:
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         guess = nearest(str(value), choices)
@@ -273,11 +258,13 @@ def _unknown_section(section: str) -> str:
     return f"unknown section; did you mean [{guess}]?" if guess else f"unknown section; there are {', '.join(SECTIONS)}"
 
 
-def _unknown_key(name: str, algorithm: str = "popo") -> str:
-    """Say what to write instead of a key that this algorithm's schema lacks; a name without a dot has no section."""
+def _unknown_key(name: str, value: Any = None, algorithm: str = "popo") -> str:
+    """Return what to write instead of a key that this algorithm's schema lacks."""
+    section, _, key = name.rpartition(".")
     if name in SECTIONS:
         return f"must be a section, [{name}]"
-    section, _, key = name.rpartition(".")
+    if not section and isinstance(value, dict):
+        return _unknown_section(name)
     schema = schema_of(algorithm)
 
     def owners(key: str) -> str:
@@ -308,14 +295,3 @@ def _unknown_key(name: str, algorithm: str = "popo") -> str:
     if guess := nearest(key, (ours.rpartition(".")[2] for ours in schema)):
         return f"unknown key; did you mean {guess} of {homes(guess)}?"
     return f"unknown key; [{section}] has {', '.join(own)}"
-
-
-def _with_tuples(value: Any) -> Any:
-    """Return `value` with its lists as tuples: the schema is frozen, and strict about it."""
-    if isinstance(value, list):
-        return tuple(map(_with_tuples, value))
-    return {key: _with_tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else to_toml(key)
