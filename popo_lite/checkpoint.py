@@ -1,6 +1,6 @@
-"""Checkpoints: adapter, predictor head, siamese, optimizer and cursor, written atomically, in safetensors and JSON.
+"""Save and load checkpoints: adapter, predictor head, siamese, optimizer and cursor, in safetensors and JSON.
 
-There is no random state to keep: every draw of a run is a function of the seed and the step (`seeding`).
+There is no random state to save: every draw of a run is a function of the seed and the step (`seeding`).
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,12 @@ _PREFIX = "step-"
 
 @dataclass(kw_only=True)
 class Cursor:
-    """Where a run stands: the next step, and what later steps and the summary need from earlier ones.
+    """Hold a run's progress: the next step, and what later steps and the summary need from earlier ones.
 
     Only the trainer changes it. `evaluated` is the last step after which held-out problems were evaluated, `before` the
-    evaluation before the first step; `next_problem` the position in the stream of problems; `history` is empty unless
-    known problems are skipped. `totals` sums metrics over all steps, `seconds` times by stage. `lowered_budget` is
-    (the recipe's tokens_per_microbatch, what it was lowered to when memory ran out), or empty.
+    evaluation before the first step. `next_problem` is the position in the stream of problems; `history` is empty
+    unless known problems are skipped. `totals` sums metrics over all steps, `seconds` times by stage. `lowered_budget`
+    is (the recipe's tokens_per_microbatch, what it was lowered to when memory ran out), or empty.
     """
 
     next_step: int = 0
@@ -58,12 +59,13 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
     policy = learner.policy
     target = parent / f"{_PREFIX}{cursor.next_step:06d}"
     averages, siamese_scalars = learner.siamese.state()
-    tensors, plain = _split_optimizer_state(learner.optimizer)
+    state = dict(_flat(learner.optimizer.state_dict()["state"]))
+    tensors = {path: value for path, value in state.items() if isinstance(value, Tensor)}
     content = {
         "cursor": asdict(cursor),
         "policy_version": policy.version,
         "siamese": siamese_scalars,
-        "optimizer": plain,
+        "optimizer": {path: value for path, value in state.items() if path not in tensors},
     }
     text = json.dumps(content, indent=2) + "\n"
     if target.is_dir():
@@ -100,7 +102,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
         policy.predictor.load_state_dict(load_file(str(folder / "predictor.safetensors")))
         learner.siamese.load_state(load_file(str(folder / "siamese.safetensors")), content["siamese"])
         tensors = load_file(str(folder / "optimizer.safetensors"))
-        _restore_optimizer(learner.optimizer, tensors, content["optimizer"])
+        _restore_optimizer(learner.optimizer, {**tensors, **content["optimizer"]})
         policy.version = content["policy_version"]
         if missing := {entry.name for entry in fields(Cursor)} - content["cursor"].keys():
             raise KeyError(f"the cursor lacks {sorted(missing)}")
@@ -123,32 +125,21 @@ def checkpoint_folders(parent: Path) -> list[Path]:
 
 def latest_checkpoint(parent: Path) -> Path | None:
     """Return the newest checkpoint, if there is one."""
-    folders = checkpoint_folders(parent)
-    return folders[-1] if folders else None
+    return next(reversed(checkpoint_folders(parent)), None)
 
 
-def _split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return (tensors, everything else as plain JSON), both by paths such as `3/exp_avg` into the state."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-
-    def visit(value: Any, path: str) -> None:
-        if isinstance(value, Tensor):
-            tensors[path] = value
-        elif isinstance(value, dict):  # bitsandbytes nests its quantisation state
-            for key, inner in value.items():
-                visit(inner, f"{path}/{key}")
-        else:
-            plain[path] = value
-
-    for number, entries in optimizer.state_dict()["state"].items():
-        visit(entries, str(number))
-    return tensors, plain
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path such as `3/exp_avg`, leaf) of nested dicts; bitsandbytes nests its quantisation state."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}/{key}" if path else str(key))
+    else:
+        yield path, value
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+def _restore_optimizer(optimizer: torch.optim.Optimizer, leaves: dict[str, Any]) -> None:
     state: dict[int, dict[str, Any]] = {}
-    for path, value in {**tensors, **plain}.items():
+    for path, value in leaves.items():
         number, *keys, last = path.split("/")
         target = state.setdefault(int(number), {})
         for key in keys:

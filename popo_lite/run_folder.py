@@ -1,4 +1,4 @@
-"""The folder of a run: its layout, and writing to it so that a kill leaves no file half written.
+"""Lay out the folder of a run and write to it; a file is replaced whole or not at all, also by a killed process.
 
 recipe.toml, environment.json, metrics.jsonl, samples.jsonl, evaluations.jsonl, checkpoints/, adapter/, siamese/,
 summary.json
@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,21 +27,11 @@ if TYPE_CHECKING:
     import torch
 
 MAY_CHANGE_ON_RESUME = {
-    "output.dir",
-    "output.samples_per_step",
-    "reward.workers",
-    "rollout.max_num_seqs",
-    "rollout.vllm.gpu_memory_utilization",
-    "train.save_steps",
-    "train.cpu_threads",
-    "train.save_total_limit",
-    "train.compile_loss",
-    "train.gradient_checkpointing",
-    "train.logits_mib",
-    "train.offload_activations",
-    "train.packing",
+    "output.dir", "output.samples_per_step", "reward.workers", "rollout.max_num_seqs",
+    "rollout.vllm.gpu_memory_utilization", "train.compile_loss", "train.cpu_threads", "train.gradient_checkpointing",
+    "train.logits_mib", "train.offload_activations", "train.packing", "train.save_steps", "train.save_total_limit",
     "train.tokens_per_microbatch",
-}
+}  # fmt: skip
 """Settings that change speed, bookkeeping and rounding, but not what is learned."""
 
 
@@ -60,11 +51,11 @@ class RunFolder:
 
     def trained_adapter(self, weights: str) -> Path:
         """Return the adapter's folder; `weights` is "policy" or "siamese". Raises CheckpointError before the end."""
-        if weights not in ("policy", "siamese"):
+        folder = {"policy": self.adapter, "siamese": self.siamese}.get(weights)
+        if folder is None:
             raise UserInputError(
                 f'a run has no weights "{weights}"', where=str(self.path), next_step='use "policy" or "siamese"'
             )
-        folder = self.siamese if weights == "siamese" else self.adapter
         if not self.summary_path.is_file():
             raise CheckpointError(
                 f"the run has not ended, so its {folder.name}/ is not there yet",
@@ -95,15 +86,12 @@ def new_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder:
             )
         output.mkdir(parents=True, exist_ok=True)
         return RunFolder(output)
-    parent = Path(recipe.output.dir).expanduser()
+    parent, stem = Path(recipe.output.dir).expanduser(), f"{name}-seed{recipe.train.seed}"
     for number in range(1, 10_000):
-        suffix = "" if number == 1 else f"-{number}"
-        candidate = parent / f"{name}-seed{recipe.train.seed}{suffix}"
-        try:
+        candidate = parent / (stem if number == 1 else f"{stem}-{number}")
+        with suppress(FileExistsError):
             candidate.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return RunFolder(candidate)
+            return RunFolder(candidate)
     raise UserInputError(f"{parent} holds 9,999 runs of {name} already", where="output.dir")
 
 
@@ -111,8 +99,7 @@ def find_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder
     """Return the folder to resume: `output`, or the newest unfinished run of this recipe and seed."""
     if output is not None:
         return RunFolder(output)
-    parent = Path(recipe.output.dir).expanduser()
-    stem = f"{name}-seed{recipe.train.seed}"
+    parent, stem = Path(recipe.output.dir).expanduser(), f"{name}-seed{recipe.train.seed}"
     found = [
         folder
         for folder in (parent.iterdir() if parent.is_dir() else ())
@@ -174,12 +161,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     import torch
 
     packages = ("torch", "transformers", "peft", "bitsandbytes", "vllm", "unsloth", "math-verify", "popo-lite")
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = dict.fromkeys(packages)
     for package in packages:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    info = Path("/proc/cpuinfo")  # Linux only
+    processor = re.search(r"^model name\s*:\s*(.*\S)", info.read_text() if info.is_file() else "", re.MULTILINE)
     gpu = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -187,21 +174,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor[1] if processor else platform.processor() or "unknown",
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": gpu,
         "packages": versions,
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -236,43 +214,32 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """
     if not path.is_file():
         return
-    kept = []
-    *whole, last = path.read_bytes().split(b"\n")
-    for number, line in enumerate([*whole, last], 1):
-        if not line:
-            continue
-        record = _record(line)
-        if record is None and number <= len(whole):
+    kept, lines = [], path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line.decode()) if line else None
+        except ValueError:  # not JSON, or half a character
+            record = None
+        if isinstance(record, dict):
+            kept += [line.decode() + "\n"] if keep(record) else []
+        elif line and number < len(lines):
             raise CheckpointError(
                 f"line {number} is damaged",
                 where=str(path),
                 next_step="restore the file, or start a new run in another folder",
             )
-        if record is not None and keep(record):
-            kept.append(line.decode() + "\n")
     write_atomically(path, "".join(kept))
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line.decode())
-    except ValueError:  # not JSON, or half a character
-        return None
-    return record if isinstance(record, dict) else None
 
 
 @contextmanager
 def locked(path: Path, busy: PopoError) -> Iterator[None]:
     """Hold the lock file `path`. Raises `busy` if another process holds it."""
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(path).acquire(timeout=0)
     except Timeout as error:
         raise busy from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def write_atomically(path: Path, text: str) -> None:
