@@ -1,10 +1,10 @@
-"""What a run tells whoever watches it. Free of torch."""
+"""Receive the events of a run. Free of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
+from functools import partial
 from typing import Any, Self
 
 from popo_lite.metrics import StepRecord
@@ -12,7 +12,7 @@ from popo_lite.types import SampleView
 
 
 class Callback:
-    """Watches a run. Every method does nothing here: override those you need.
+    """Receive the events of a run. Every method does nothing here: override those you need.
 
     Methods must return at once. `message` may come from a signal handler, in the middle of another call. A callback is
     a context manager; leaving it calls `close`, also after an error.
@@ -46,18 +46,17 @@ class Callback:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class CallbackList(Callback):
-    """Passes every call on to several callbacks, in order; enters and closes all of them."""
+    """Pass every call on to several callbacks, in order; enter and close all of them."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self._callbacks = callbacks
-        self._entered = ExitStack()
+        self._callbacks, self._entered = callbacks, ExitStack()
+        for method in ("start", "stage", "advance", "step", "samples", "message"):
+            setattr(self, method, partial(self._call_all, method))
 
     def __enter__(self) -> Self:
         for callback in self._callbacks:
@@ -67,26 +66,6 @@ class CallbackList(Callback):
     def close(self) -> None:  # noqa: D102
         self._entered.close()
 
-    def start(self, **facts: Any) -> None:  # noqa: D102
+    def _call_all(self, method: str, *values: Any, **named: Any) -> None:
         for callback in self._callbacks:
-            callback.start(**facts)
-
-    def stage(self, name: str, *, total: int | None = None) -> None:  # noqa: D102
-        for callback in self._callbacks:
-            callback.stage(name, total=total)
-
-    def advance(self, amount: int) -> None:  # noqa: D102
-        for callback in self._callbacks:
-            callback.advance(amount)
-
-    def step(self, record: StepRecord) -> None:  # noqa: D102
-        for callback in self._callbacks:
-            callback.step(record)
-
-    def samples(self, samples: Sequence[SampleView]) -> None:  # noqa: D102
-        for callback in self._callbacks:
-            callback.samples(samples)
-
-    def message(self, text: str) -> None:  # noqa: D102
-        for callback in self._callbacks:
-            callback.message(text)
+            getattr(callback, method)(*values, **named)

@@ -1,4 +1,4 @@
-"""What a training step is recorded as: every metric's name, label, unit and meaning, and the samples. Free of torch.
+"""Define every metric of a training step once: its name, label, unit and meaning; and compute some. Free of torch.
 
 A step's record is a plain mapping from these names to values, written as one line of metrics.jsonl. The live view,
 the plain log, comparisons and docs read this schema.
@@ -112,9 +112,8 @@ def rollout_metrics(groups: Sequence[Group], task: Task, threshold: float, *, fi
     with_positive = sum(count > 0 for count in right)
     positives = [rollout for group in groups for rollout in group.positives(threshold)]
     tokens = sum(len(r.completion.token_ids) for r in rollouts)
-    mixed = [
-        group for group in graded if len({r.reward.value for r in group.rollouts if r.reward.outcome.is_graded}) > 1
-    ]
+    verdicts = [[r for r in group.rollouts if r.reward.outcome.is_graded] for group in graded]
+    mixed = [r for answers in verdicts if len({r.reward.value for r in answers}) > 1 for r in answers]
     return {
         "prompts": len(groups),
         "prompts_with_positive": with_positive,
@@ -140,9 +139,7 @@ def rollout_metrics(groups: Sequence[Group], task: Task, threshold: float, *, fi
         "sampled_entropy": -statistics.fmean(logp for r in first for logp in r.completion.sampler_logps),
         "tokens_of_all": sum(r.tokens for r in rollouts),
         "tokens_of_positives": sum(r.tokens for r in positives),
-        "tokens_of_mixed_groups": sum(
-            r.tokens for group in mixed for r in group.rollouts if r.reward.outcome.is_graded
-        ),
+        "tokens_of_mixed_groups": sum(r.tokens for r in mixed),
     }
 
 
@@ -152,22 +149,18 @@ def sampler_summary(engine: str, swap_seconds: Sequence[float], records: Sequenc
     `logp_gap` in nats: `mean` and `p99` are means over steps, `max` is the largest of all.
     """
     trained = [record for record in records if record["logp_gap_mean"] is not None]
+    over_steps: dict[str, Any] = {"mean": statistics.fmean, "p99": statistics.fmean, "max": max}
     with_positive = sum(record["prompts_with_positive"] for record in records)
+    rollouts, tokens = (sum(record[name] for record in records) for name in ("rollouts", "rollout_tokens"))
     seconds = sum(record["seconds"]["rollout"] for record in records)
     return {
         "engine": engine,
-        "tokens_per_second": sum(record["rollout_tokens"] for record in records) / max(1e-9, seconds),
+        "tokens_per_second": tokens / max(1e-9, seconds),
         "swap_seconds": {"median": statistics.median(swap_seconds), "max": max(swap_seconds)} if swap_seconds else None,
-        "logp_gap": {
-            "mean": statistics.fmean(record["logp_gap_mean"] for record in trained),
-            "p99": statistics.fmean(record["logp_gap_p99"] for record in trained),
-            "max": max(record["logp_gap_max"] for record in trained),
-        }
+        "logp_gap": {name: mean([step[f"logp_gap_{name}"] for step in trained]) for name, mean in over_steps.items()}
         if trained
         else None,
-        "rollouts_per_prompt_with_positive": sum(record["rollouts"] for record in records) / with_positive
-        if with_positive
-        else None,
+        "rollouts_per_prompt_with_positive": rollouts / with_positive if with_positive else None,
     }
 
 
@@ -175,20 +168,11 @@ def sample_views(step: int, groups: Sequence[Group], threshold: float, count: in
     """Return `count` prompts with a right and a wrong answer each, those that have both first."""
     views = []
     for group in groups:
-        right = [r.completion.text for r in group.rollouts if r.reward.value > threshold]
-        wrong = [r.completion.text for r in group.rollouts if r.reward.value <= threshold]
-        problem = group.prompt.problem
-        views.append(
-            SampleView(
-                step=step,
-                question=problem.question,
-                reference=problem.answer,
-                right=next(iter(right), None),
-                wrong=next(iter(wrong), None),
-            )
-        )
-    views.sort(key=lambda view: (view.right is None) + (view.wrong is None))
-    return views[:count]
+        # In reverse, so that of the right answers the first remains, and of the wrong ones.
+        texts = {r.reward.value > threshold: r.completion.text for r in reversed(group.rollouts)}
+        about = {"question": group.prompt.problem.question, "reference": group.prompt.problem.answer}
+        views.append(SampleView(step=step, **about, right=texts.get(True), wrong=texts.get(False)))
+    return sorted(views, key=lambda view: (view.right is None) + (view.wrong is None))[:count]
 
 
 def sample_line(step: int, group: Group) -> dict[str, Any]:

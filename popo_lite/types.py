@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -164,7 +165,5 @@ class SampleView:
 
 def count_outcomes(rewards: Sequence[Reward]) -> dict[str, int]:
     """Return how often each outcome occurred, those that did not included."""
-    counts = {outcome.value: 0 for outcome in Outcome}
-    for reward in rewards:
-        counts[reward.outcome.value] += 1
-    return counts
+    counts = Counter(reward.outcome for reward in rewards)
+    return {outcome.value: counts[outcome] for outcome in Outcome}
