@@ -22,29 +22,11 @@ if TYPE_CHECKING:
     from popo_lite.trainer import RunResult
     from popo_lite.types import EvalResult
 
+__all__ = ["Callback", "EvalResult", "PopoError", "Recipe", "RunResult", "evaluate", "export", "load_recipe", "train"]
 _MODULES = {
-    "Callback": "callbacks",
-    "EvalResult": "types",
-    "PopoError": "errors",
-    "Recipe": "recipe",
-    "RunResult": "trainer",
-    "evaluate": "api",
-    "export": "api",
-    "load_recipe": "recipe_file",
-    "train": "api",
-}
-
-__all__ = [
-    "Callback",
-    "EvalResult",
-    "PopoError",
-    "Recipe",
-    "RunResult",
-    "evaluate",
-    "export",
-    "load_recipe",
-    "train",
-]
+    "Callback": "callbacks", "EvalResult": "types", "PopoError": "errors", "Recipe": "recipe", "RunResult": "trainer",
+    "evaluate": "api", "export": "api", "load_recipe": "recipe_file", "train": "api",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

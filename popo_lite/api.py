@@ -1,4 +1,4 @@
-"""What `import popo_lite` offers: training, evaluation and export as functions."""
+"""Train, evaluate and export by functions."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ def train(
         recipe: From `load_recipe`, or a file or the name of a shipped recipe.
         output: Folder of the run; by default a new one in the recipe's `output.dir`.
         resume: Continue the run in `output`.
-        callbacks: Each is told what happens: see `Callback`.
+        callbacks: Each receives the events of the run: see `Callback`.
 
     Raises PopoError (UserInputError, ModelError, EngineError and others) with what to do next.
     """
-    name = "run" if isinstance(recipe, Recipe) else Path(recipe).stem
-    settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    settings, name = (recipe, "run") if isinstance(recipe, Recipe) else (load_recipe(recipe), Path(recipe).stem)
     path = None if output is None else Path(output)
     if resume:
         if path is None:
@@ -49,9 +48,9 @@ def train(
 def load_trainer(
     recipe: Recipe, callback: Callback, *, ignore_plan: bool = False, advice: str = "popo-lite plan RECIPE"
 ) -> Trainer:
-    """Load everything that `recipe` needs, after the memory plan has said that it fits the GPU.
+    """Check that `recipe` fits the GPU by the memory plan, then load everything it needs.
 
-    `advice` ends the error if memory runs out all the same.
+    `advice` is the next step of the error if memory runs out all the same.
     """
     if recipe.model.backend == "unsloth":
         from popo_lite.policy.load import import_unsloth
@@ -73,7 +72,7 @@ def evaluate(
 ) -> list[EvalResult]:
     """Return the accuracy of a run's weights on its held-out problems, `samples` answers to each.
 
-    `weights` are some of "base", "adapter" and "siamese"; by default all three. `problems` defaults to the recipe's.
+    `weights` are some of "base", "adapter" and "siamese" (default: all). `problems` defaults to the recipe's number.
     """
     from popo_lite.tools.benchmarks.subject import evaluate_run
 
@@ -85,8 +84,7 @@ def export(
 ) -> ExportReport:
     """Write a run's model as a folder that transformers loads, check it against the trained policy, and describe it.
 
-    `what` is "merged" or "adapter", `weights` "policy" or "siamese"; the default of `output` is
-    `RUN/export/<what>-<weights>`.
+    `what` is "merged" or "adapter", `weights` "policy" or "siamese"; `output` defaults to `RUN/export/<what>-<weights>`.
     """
     from popo_lite.tools.export.pipeline import export_run
 

@@ -1,7 +1,7 @@
-"""One family of errors. Each says what was wrong, where, and what to do next.
+"""Define the errors. Each says what is wrong, where, and what to do next.
 
-The command line prints a `PopoError` without a traceback and leaves with its `exit_code`; any other
-exception is a bug of ours and keeps its traceback.
+The command line prints a `PopoError` without a traceback and exits with its `exit_code`. Any other exception is a bug
+and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,30 +11,26 @@ from collections.abc import Iterable
 
 
 class PopoError(Exception):
-    """A failure that its reader can act on.
+    """A failure that the user can act on.
 
-    `what` is one sentence with the value that was found; `where` names file and key, problem or step;
-    `next_step` is a command or an edit.
+    `what` is one sentence with the wrong value; `where` names file and key, problem or step; `next_step` is a command
+    or an edit.
     """
 
     exit_code = 1
 
     def __init__(self, what: str, *, where: str | None = None, next_step: str | None = None) -> None:
         super().__init__(what)
-        self.what = what
-        self.where = where
-        self.next_step = next_step
+        self.what, self.where, self.next_step = what, where, next_step
 
     def within(self, place: str) -> PopoError:
-        """The same error with `place`, a file for instance, in front of where it happened."""
+        """Return the same error with `place`, such as a file, in front of `where`."""
         where = f"{place}: {self.where}" if self.where else place
         return type(self)(self.what, where=where, next_step=self.next_step)
 
     def __str__(self) -> str:
-        lines = [f"{self.where}: {self.what}" if self.where else self.what]
-        if self.next_step:
-            lines.append(f"  next: {self.next_step}")
-        return "\n".join(lines)
+        message = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{message}\n  next: {self.next_step}" if self.next_step else message
 
 
 class UserInputError(PopoError):
@@ -44,7 +40,7 @@ class UserInputError(PopoError):
 
 
 class RecipeError(UserInputError):
-    """A recipe that does not validate; `what` lists every fault of it."""
+    """A recipe that does not validate; `what` has one line for each of its errors."""
 
 
 class DataError(UserInputError):
@@ -64,7 +60,7 @@ class StalePolicyError(EngineError):
 
 
 class GradingError(PopoError):
-    """Too many answers of a step could not be graded for the step to mean anything."""
+    """More answers than allowed could not be graded."""
 
 
 class CheckpointError(PopoError):
@@ -78,6 +74,5 @@ class ExportError(PopoError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that `name` was most likely meant to be, or None."""
-    found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
-    return found[0] if found else None
+    """Return the valid name that is most similar to `name`, or None if none is similar."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1)), None)
