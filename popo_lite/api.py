@@ -84,7 +84,7 @@ def export(
 ) -> ExportReport:
     """Write a run's model as a folder that transformers loads, check it against the trained policy, and describe it.
 
-    `what` is "merged" or "adapter", `weights` "policy" or "siamese"; `output` defaults to `RUN/export/<what>-<weights>`.
+    `what` is "merged" or "adapter", `weights` "policy" or "siamese"; `output` is by default RUN/export/WHAT-WEIGHTS.
     """
     from popo_lite.tools.export.pipeline import export_run
 

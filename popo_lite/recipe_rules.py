@@ -44,13 +44,13 @@ NOT_RENAMED = {
     "num_iterations": "is not a setting: every rollout is used for one step",
     "mask_truncated_completions": 'is reward.truncated = "wrong" here',
     "logging_steps": "is not a setting: every step is logged",
-}
-NOT_RENAMED |= dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty"),
-    "is not a setting: positives must be sampled from the policy's whole distribution; leave the key out")  # fmt: skip
-NOT_RENAMED |= dict.fromkeys(("batch_size", "per_device_train_batch_size"),
-    "is data.prompts_per_step (prompts of a step) or train.tokens_per_microbatch (memory) here")  # fmt: skip
-NOT_RENAMED |= dict.fromkeys(("use_vllm", "vllm_mode", "fast_inference"),
-    'is rollout.engine = "vllm" (same process) or "server" here')  # fmt: skip
+    **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty"),
+        "is not a setting: positives must be sampled from the policy's whole distribution; leave the key out"),
+    **dict.fromkeys(("batch_size", "per_device_train_batch_size"),
+        "is data.prompts_per_step (prompts of a step) or train.tokens_per_microbatch (memory) here"),
+    **dict.fromkeys(("use_vllm", "vllm_mode", "fast_inference"),
+        'is rollout.engine = "vllm" (same process) or "server" here'),
+}  # fmt: skip
 """Name of another library's key that is not just another name -> what to do instead."""
 
 

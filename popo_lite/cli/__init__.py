@@ -1,4 +1,4 @@
-"""The commands. Importing this must stay cheap: what needs torch is imported inside the commands."""
+"""Collect the commands. Importing this must stay cheap: commands import what needs torch when they run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from popo_lite.cli.train import train
+from popo_lite.cli.train import INTERRUPTED, train
 from popo_lite.errors import PopoError
 from popo_lite.tools.bench.command import bench
 from popo_lite.tools.benchmarks.command import eval_
@@ -20,25 +20,25 @@ from popo_lite.tools.sweep.command import compare, sweep
 
 
 class _Commands(click.Group):
-    """Turns a PopoError, or a full disk, into its message and exit code; other exceptions keep their traceback."""
+    """Print a PopoError or a full disk as a message, without a traceback, and exit with its code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            return ctx.exit(INTERRUPTED)  # a sweep tells by it that a run was stopped and did not fail
         except PopoError as error:
-            told = error
+            shown = error
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            told = PopoError(
-                "there is no room left on the disk",
-                where=error.filename,
-                next_step="make room and give the command again, train with --resume: what was saved before is whole",
-            )
+            next_step = "free some space and rerun the command, train with --resume: what was saved is complete"
+            shown = PopoError("there is no room left on the disk", where=error.filename, next_step=next_step)
         from popo_lite.tools.console.output import print_error
 
-        print_error(told)
-        return ctx.exit(told.exit_code)
+        print_error(shown)
+        return ctx.exit(shown.exit_code)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

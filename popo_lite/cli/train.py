@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,20 +12,11 @@ import click
 
 if TYPE_CHECKING:
     from popo_lite.recipe import Recipe
+    from popo_lite.run_folder import RunFolder
     from popo_lite.trainer import RunResult
 
 INTERRUPTED = 130
 """Exit code of a run that was stopped by Ctrl-C, as in shells."""
-
-
-@contextmanager
-def _exit_on_interrupt() -> Iterator[None]:
-    """Exit with INTERRUPTED if Ctrl-C comes before the run handles it: a sweep tells stopped from failed by that."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        raise SystemExit(INTERRUPTED) from None
 
 
 @click.command(short_help="Train with a recipe.")
@@ -47,17 +36,8 @@ def _exit_on_interrupt() -> Iterator[None]:
 )
 @click.option("--ignore-plan", is_flag=True, help="Start although the memory plan says that the run does not fit.")
 @click.option("as_json", "--json", is_flag=True, help="Print the summary as JSON at the end and nothing else.")
-@_exit_on_interrupt()
-def train(
-    recipe: str,
-    seed: int | None,
-    output: Path | None,
-    resume: bool,
-    overrides: tuple[str, ...],
-    view: str,
-    ignore_plan: bool,
-    as_json: bool,
-) -> None:
+def train(recipe: str, seed: int | None, output: Path | None, resume: bool, overrides: tuple[str, ...], view: str,
+          ignore_plan: bool, as_json: bool) -> None:  # fmt: skip
     """Train with RECIPE: a TOML file, or the name of a shipped recipe (`popo-lite recipe list`).
 
     Writes a run folder with recipe, metrics, samples, checkpoints, adapters and summary. Ctrl-C finishes the step,
@@ -68,21 +48,18 @@ def train(
     from popo_lite.recipe_file import load_recipe
     from popo_lite.run_folder import find_run_folder, refuse_other_recipe
 
-    if seed is not None:
-        overrides = (*overrides, f"train.seed={seed}")
-    settings = load_recipe(recipe, overrides)
-    run_path = output
+    settings = load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}"))
+    resumed = None
     if resume:
-        run = find_run_folder(settings, Path(recipe).stem, output)
-        refuse_other_recipe(run, settings)
-        run_path = run.path
+        resumed = find_run_folder(settings, Path(recipe).stem, output)
+        refuse_other_recipe(resumed, settings)
     view = "silent" if as_json else view
-    result, question = _run(settings, recipe, run_path, resume=resume, view=view, ignore_plan=ignore_plan)
+    result, question = _run(settings, recipe, output, resumed, view=view, ignore_plan=ignore_plan)
     path = result.folder.path
     if result.summary is None:
-        resume_command = f"popo-lite train {result.folder.recipe_path} --resume --output {path}"
         click.echo(
-            f"stopped after {result.next_step} of {settings.train.steps} steps; saved. To continue:\n  {resume_command}"
+            f"stopped after {result.next_step} of {settings.train.steps} steps; saved. To continue:\n"
+            f"  popo-lite train {result.folder.recipe_path} --resume --output {path}"
             + (" --ignore-plan" if ignore_plan else ""),
             err=as_json,
         )
@@ -92,25 +69,19 @@ def train(
         return
     from popo_lite.tools.console.output import closing_report
 
-    closing_report(
-        result.summary,
-        [
-            f"popo-lite generate {path} {shlex.quote(question if 0 < len(question) < 80 else 'your question')}",
-            f"popo-lite eval {path}",
-            f"popo-lite export {path}",
-        ],
-    )
+    question = shlex.quote(question if 0 < len(question) < 80 else "your question")
+    commands = [f"popo-lite generate {path} {question}", f"popo-lite eval {path}", f"popo-lite export {path}"]
+    closing_report(result.summary, commands)
 
 
-def _run(
-    settings: Recipe, recipe: str, path: Path | None, *, resume: bool, view: str, ignore_plan: bool
-) -> tuple[RunResult, str]:
+def _run(settings: Recipe, recipe: str, output: Path | None, resumed: RunFolder | None, *, view: str,
+         ignore_plan: bool) -> tuple[RunResult, str]:  # fmt: skip
     """Load everything, train, and return the result with a question of the task."""
     # Imported here because it takes seconds: a recipe with errors is refused at once.
     from popo_lite.api import load_trainer
     from popo_lite.errors import UserInputError
     from popo_lite.policy.memory import memory_named
-    from popo_lite.run_folder import RunFolder, new_run_folder
+    from popo_lite.run_folder import new_run_folder
     from popo_lite.tools.console.views import open_view
 
     advice = f"popo-lite plan {shlex.quote(recipe)}   (what takes how much memory, and what to change)"
@@ -121,11 +92,11 @@ def _run(
             raise error.within(recipe) from error
         with trainer:
             # The folder is made after everything has loaded: a run that cannot start leaves nothing behind.
-            folder = RunFolder(path) if resume and path else new_run_folder(settings, Path(recipe).stem, path)
+            folder = resumed or new_run_folder(settings, Path(recipe).stem, output)
             # The run handles Ctrl-C itself; one that comes before it starts stops it at its first step.
             default = signal.signal(signal.SIGINT, trainer.interrupts.note)
             with memory_named("before the first step", advice):
-                result = trainer.run(folder, resume=resume)
+                result = trainer.run(folder, resume=resumed is not None)
             # One that comes after it must not stop anything. Not a Python handler: the interpreter removes those when
             # it exits, and then the signal would kill it.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
