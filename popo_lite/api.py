@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from popo_lite.callbacks import Callback, CallbackList
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.run_folder import RunFolder, new_run_folder, refuse_other_recipe
+from popo_lite.run_folder import RunFolder, find_run_folder, new_run_folder
 
 if TYPE_CHECKING:
     from popo_lite.tools.export.pipeline import ExportReport
@@ -29,20 +29,16 @@ def train(
     Args:
         recipe: From `load_recipe`, or a file or the name of a shipped recipe.
         output: Folder of the run; by default a new one in the recipe's `output.dir`.
-        resume: Continue the run in `output`.
+        resume: Continue the run in `output`, or by default the newest unfinished one of this recipe and seed.
         callbacks: Each receives the events of the run: see `Callback`.
 
     Raises PopoError (UserInputError, ModelError, EngineError and others) with what to do next.
     """
     settings, name = (recipe, "run") if isinstance(recipe, Recipe) else (load_recipe(recipe), Path(recipe).stem)
     path = None if output is None else Path(output)
-    if resume:
-        if path is None:
-            raise ValueError("resume needs the run's folder: train(recipe, output=..., resume=True)")
-        refuse_other_recipe(RunFolder(path), settings)
+    resumed = find_run_folder(settings, name, path) if resume else None
     with CallbackList(callbacks) as callback, load_trainer(settings, callback) as trainer:
-        folder = RunFolder(path) if resume and path else new_run_folder(settings, name, path)
-        return trainer.run(folder, resume=resume)
+        return trainer.run(resumed or new_run_folder(settings, name, path), resume=resume)
 
 
 def load_trainer(

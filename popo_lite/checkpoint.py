@@ -111,11 +111,9 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
         cursor.lowered_budget = tuple(cursor.lowered_budget)
         return cursor
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the checkpoint cannot be read: {type(error).__name__}: {error}",
-            where=str(folder),
-            next_step="delete this folder to resume from the one before it",
-        ) from error
+        what = f"the checkpoint cannot be read: {type(error).__name__}: {error}"
+        next_step = "delete this folder to resume from the one before it"
+        raise CheckpointError(what, where=str(folder), next_step=next_step) from error
 
 
 def checkpoint_folders(parent: Path) -> list[Path]:

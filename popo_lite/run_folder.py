@@ -48,30 +48,25 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"  # trained adapter, PEFT format
         self.siamese = path / "siamese"  # averaged adapter, PEFT format
+        self.resume_command = f"popo-lite train {self.recipe_path} --resume --output {path}"
 
     def trained_adapter(self, weights: str) -> Path:
         """Return the adapter's folder; `weights` is "policy" or "siamese". Raises CheckpointError before the end."""
         folder = {"policy": self.adapter, "siamese": self.siamese}.get(weights)
         if folder is None:
-            raise UserInputError(
-                f'a run has no weights "{weights}"', where=str(self.path), next_step='use "policy" or "siamese"'
-            )
+            what, next_step = f'a run has no weights "{weights}"', 'use "policy" or "siamese"'
+            raise UserInputError(what, where=str(self.path), next_step=next_step)
         if not self.summary_path.is_file():
-            raise CheckpointError(
-                f"the run has not ended, so its {folder.name}/ is not there yet",
-                where=str(self.path),
-                next_step=f"popo-lite train {self.recipe_path} --resume --output {self.path}",
-            )
+            what = f"the run has not ended, so its {folder.name}/ is not there yet"
+            raise CheckpointError(what, where=str(self.path), next_step=self.resume_command)
         return folder
 
     def recipe(self) -> Recipe:
         """Return the recipe that the run was started with."""
         if not self.recipe_path.is_file():
-            raise CheckpointError(
-                "there is no run here: recipe.toml is missing",
-                where=str(self.path),
-                next_step="give the folder that `popo-lite train` printed, for instance runs/tiny_cpu-seed0",
-            )
+            next_step = "give the folder that `popo-lite train` printed, for instance runs/tiny_cpu-seed0"
+            what = "there is no run here: recipe.toml is missing"
+            raise CheckpointError(what, where=str(self.path), next_step=next_step)
         return load_recipe(self.recipe_path)
 
 
@@ -79,11 +74,9 @@ def new_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder:
     """Create `output`, or `<output.dir>/<name>-seed<N>` with a number appended if that exists."""
     if output is not None:
         if output.exists() and (not output.is_dir() or not all(map(is_leftover, output.iterdir()))):
-            raise UserInputError(
-                "the folder is not empty, and no run is ever overwritten",
-                where=f"--output {output}",
-                next_step="add --resume to continue the run in it, or name another folder",
-            )
+            what = "the folder is not empty, and no run is ever overwritten"
+            next_step = "add --resume to continue the run in it, or name another folder"
+            raise UserInputError(what, where=f"--output {output}", next_step=next_step)
         output.mkdir(parents=True, exist_ok=True)
         return RunFolder(output)
     parent, stem = Path(recipe.output.dir).expanduser(), f"{name}-seed{recipe.train.seed}"
@@ -96,46 +89,42 @@ def new_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder:
 
 
 def find_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder:
-    """Return the folder to resume: `output`, or the newest unfinished run of this recipe and seed."""
-    if output is not None:
-        return RunFolder(output)
-    parent, stem = Path(recipe.output.dir).expanduser(), f"{name}-seed{recipe.train.seed}"
-    found = [
-        folder
-        for folder in (parent.iterdir() if parent.is_dir() else ())
-        if (folder / "recipe.toml").is_file()
-        and (folder.name == stem or folder.name.removeprefix(f"{stem}-").isdigit())
-        and not (folder / "summary.json").is_file()
-    ]
-    if not found:
-        raise CheckpointError(
-            f"no unfinished run of {name} with seed {recipe.train.seed} is in {parent}",
-            where="--resume",
-            next_step="name its folder with --output, or omit --resume to start a run",
-        )
-    return RunFolder(max(found, key=lambda folder: folder.stat().st_mtime))
+    """Return the run to resume: the one in `output`, or the newest unfinished one of this recipe and seed.
+
+    Raises CheckpointError if there is none, it has ended, or it was started with another recipe.
+    """
+    if output is None:
+        parent, stem = Path(recipe.output.dir).expanduser(), f"{name}-seed{recipe.train.seed}"
+        unfinished = [
+            path
+            for path in (parent.iterdir() if parent.is_dir() else ())
+            if (path.name == stem or path.name.removeprefix(f"{stem}-").isdigit())
+            and RunFolder(path).recipe_path.is_file()
+            and not RunFolder(path).summary_path.is_file()
+        ]
+        if not unfinished:
+            what = f"no unfinished run of {name} with seed {recipe.train.seed} is in {parent}"
+            next_step = "name its folder with --output, or omit --resume to start a run"
+            raise CheckpointError(what, where="--resume", next_step=next_step)
+        output = max(unfinished, key=lambda path: path.stat().st_mtime)
+    run = RunFolder(output)
+    refuse_other_recipe(run, recipe)
+    return run
 
 
 def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
     """Raise CheckpointError if the run has ended, or if `recipe` would make it another experiment."""
     if run.summary_path.is_file():
-        raise CheckpointError(
-            "the run has ended, there is nothing to resume",
-            where=str(run.path),
-            next_step="train on from it in a new run with lora.init_from, or omit --resume",
-        )
+        what = "the run has ended, there is nothing to resume"
+        next_step = "train on from it in a new run with lora.init_from, or omit --resume"
+        raise CheckpointError(what, where=str(run.path), next_step=next_step)
     before, now = flatten(run.recipe()), flatten(recipe)
-    may_change = may_change_on_resume(recipe)
-    changed = sorted(
-        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in may_change
-    )
+    differing = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    changed = sorted(differing - may_change_on_resume(recipe))
     if changed:
         shown = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed[:5])
-        raise CheckpointError(
-            f"the recipe differs from the one this run was started with: {shown}",
-            where=str(run.recipe_path),
-            next_step=f"popo-lite train {run.recipe_path} --resume --output {run.path}",
-        )
+        what = f"the recipe differs from the one this run was started with: {shown}"
+        raise CheckpointError(what, where=str(run.recipe_path), next_step=run.resume_command)
 
 
 def may_change_on_resume(recipe: Recipe) -> set[str]:
@@ -223,11 +212,8 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         if isinstance(record, dict):
             kept += [line.decode() + "\n"] if keep(record) else []
         elif line and number < len(lines):
-            raise CheckpointError(
-                f"line {number} is damaged",
-                where=str(path),
-                next_step="restore the file, or start a new run in another folder",
-            )
+            next_step = "restore the file, or start a new run in another folder"
+            raise CheckpointError(f"line {number} is damaged", where=str(path), next_step=next_step)
     write_atomically(path, "".join(kept))
 
 

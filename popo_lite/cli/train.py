@@ -46,21 +46,16 @@ def train(recipe: str, seed: int | None, output: Path | None, resume: bool, over
     On a GPU the memory plan comes first (`popo-lite plan`): a run that will not fit is refused with what to change.
     """
     from popo_lite.recipe_file import load_recipe
-    from popo_lite.run_folder import find_run_folder, refuse_other_recipe
+    from popo_lite.run_folder import find_run_folder
 
     settings = load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}"))
-    resumed = None
-    if resume:
-        resumed = find_run_folder(settings, Path(recipe).stem, output)
-        refuse_other_recipe(resumed, settings)
+    resumed = find_run_folder(settings, Path(recipe).stem, output) if resume else None
     view = "silent" if as_json else view
     result, question = _run(settings, recipe, output, resumed, view=view, ignore_plan=ignore_plan)
-    path = result.folder.path
     if result.summary is None:
         click.echo(
             f"stopped after {result.next_step} of {settings.train.steps} steps; saved. To continue:\n"
-            f"  popo-lite train {result.folder.recipe_path} --resume --output {path}"
-            + (" --ignore-plan" if ignore_plan else ""),
+            f"  {result.folder.resume_command}{' --ignore-plan' if ignore_plan else ''}",
             err=as_json,
         )
         raise SystemExit(INTERRUPTED)
@@ -70,6 +65,7 @@ def train(recipe: str, seed: int | None, output: Path | None, resume: bool, over
     from popo_lite.tools.console.output import closing_report
 
     question = shlex.quote(question if 0 < len(question) < 80 else "your question")
+    path = result.folder.path
     commands = [f"popo-lite generate {path} {question}", f"popo-lite eval {path}", f"popo-lite export {path}"]
     closing_report(result.summary, commands)
 
