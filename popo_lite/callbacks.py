@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Self
 
 from popo_lite.metrics import StepRecord
-from popo_lite.types import SampleView
 
 
 class Callback:
@@ -34,8 +33,11 @@ class Callback:
     def step(self, record: StepRecord) -> None:
         """End a step, whether it changed weights or was skipped."""
 
-    def samples(self, samples: Sequence[SampleView]) -> None:
-        """Receive answers of the latest step, which replace those of the step before."""
+    def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Receive answers of the latest step, which replace those of the step before.
+
+        Each has "step", "question", "reference" (the right answer), and the texts "right" and "wrong" or None.
+        """
 
     def message(self, text: str) -> None:
         """Receive a notice that must not be lost, such as the folder of a checkpoint. May come before `start`."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from popo_lite.types import FinishReason, Group, SampleView, count_outcomes
+from popo_lite.types import FinishReason, Group, count_outcomes
 
 if TYPE_CHECKING:
     from popo_lite.tasks import Task
@@ -164,25 +164,20 @@ def sampler_summary(engine: str, swap_seconds: Sequence[float], records: Sequenc
     }
 
 
-def sample_views(step: int, groups: Sequence[Group], threshold: float, count: int) -> list[SampleView]:
-    """Return `count` prompts with a right and a wrong answer each, those that have both first."""
+def sample_views(step: int, groups: Sequence[Group], threshold: float, count: int) -> list[dict[str, Any]]:
+    """Return `count` prompts with the texts of a right and a wrong answer (None: no such), those with both first."""
     views = []
     for group in groups:
         # In reverse, so that of the right answers the first remains, and of the wrong ones.
         texts = {r.reward.value > threshold: r.completion.text for r in reversed(group.rollouts)}
-        about = {"question": group.prompt.problem.question, "reference": group.prompt.problem.answer}
-        views.append(SampleView(step=step, **about, right=texts.get(True), wrong=texts.get(False)))
-    return sorted(views, key=lambda view: (view.right is None) + (view.wrong is None))[:count]
+        views.append({**_asked(step, group), "right": texts.get(True), "wrong": texts.get(False)})
+    return sorted(views, key=lambda view: (view["right"] is None) + (view["wrong"] is None))[:count]
 
 
 def sample_line(step: int, group: Group) -> dict[str, Any]:
     """Return one line of samples.jsonl: a whole group."""
-    problem = group.prompt.problem
     return {
-        "step": step,
-        "problem": problem.id,
-        "question": problem.question,
-        "reference": problem.answer,
+        **_asked(step, group),
         "answers": [
             {
                 "text": rollout.completion.text,
@@ -195,3 +190,8 @@ def sample_line(step: int, group: Group) -> dict[str, Any]:
             for rollout in group.rollouts
         ],
     }
+
+
+def _asked(step: int, group: Group) -> dict[str, Any]:
+    problem = group.prompt.problem
+    return {"step": step, "problem": problem.id, "question": problem.question, "reference": problem.answer}

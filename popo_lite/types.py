@@ -1,4 +1,4 @@
-"""The data of a run, from problems to results. Frozen, keyword-only, free of torch."""
+"""Hold the data of a run, from problems to results. Frozen, keyword-only, free of torch."""
 
 from __future__ import annotations
 
@@ -115,15 +115,9 @@ class Group:
     rollouts: tuple[Rollout, ...]
 
     def __post_init__(self) -> None:
-        if not self.rollouts:
-            raise PopoError("a group needs at least one rollout")
-        prompts = {rollout.prompt.problem.id for rollout in self.rollouts}
-        versions = {rollout.policy_version for rollout in self.rollouts}
-        if len(prompts) > 1 or len(versions) > 1:
-            raise PopoError(
-                f"a group holds rollouts of one prompt and one policy version, not of prompts "
-                f"{sorted(prompts)} and versions {sorted(versions)}"
-            )
+        origins = {(rollout.prompt.problem.id, rollout.policy_version) for rollout in self.rollouts}
+        if len(origins) != 1:
+            raise PopoError(f"a group needs rollouts of one prompt and one policy version, not of {sorted(origins)}")
 
     @property
     def prompt(self) -> Prompt:
@@ -150,17 +144,6 @@ class EvalResult:
     completion_tokens_mean: float
     rollout_tokens: int
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleView:
-    """One prompt of a step with a right and a wrong answer, if there is one, for people to read."""
-
-    step: int
-    question: str
-    reference: str
-    right: str | None
-    wrong: str | None
 
 
 def count_outcomes(rewards: Sequence[Reward]) -> dict[str, int]:

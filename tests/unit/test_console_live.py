@@ -13,7 +13,6 @@ from test_console_state import FACTS, HOSTILE, STEPS, play, record
 
 from popo_lite.tools.console.dashboard import share_height
 from popo_lite.tools.console.live import LiveView, caught_output
-from popo_lite.types import SampleView
 
 SIZES = [(80, 24), (100, 30), (140, 50)]
 
@@ -146,7 +145,7 @@ def test_live_bears_figures_that_are_no_numbers():
     view, _, _ = live_view(140, 50)
     for step in range(12):
         view.step(record(step, pass_rate=float("nan"), loss=float("inf"), outcomes={}, seconds={}))
-        view.samples([SampleView(step=step, question="q", reference="r", right="", wrong=None)])
+        view.samples([{"step": step, "question": "q", "reference": "r", "right": "", "wrong": None}])
     text = "\n".join(screen(view))
     assert re.search(r"now +- ", text)
     assert re.search(r"loss +inf", text)

@@ -1,13 +1,10 @@
 """What a view knows of a run; and the scripted run that the tests of all views play."""
 
-from dataclasses import replace
-
 import pytest
 
 from popo_lite.metrics import make_record
 from popo_lite.tools.console.views import RunState
 from popo_lite.tools.console.words import by_stage
-from popo_lite.types import SampleView
 
 HOSTILE = "[/red] \x1b[31m\x1b[2J\x9b2J bell\x07 \u202e \ud800 [bold]markup[/] 日本語 👩\u200d🔬\tnul\x00\r\n"
 FACTS = {
@@ -105,10 +102,14 @@ def play(view, clock=None, steps: int = STEPS) -> None:
         view.step(skipped(step) if step in SKIPPED else record(step))
         view.samples(
             [
-                SampleView(
-                    step=step, question="What is 23 + 48?", reference="71", right="20 + 40 + 11 = 71", wrong="61"
-                ),
-                SampleView(step=step, question=HOSTILE, reference=HOSTILE, right=None, wrong=HOSTILE * 40),
+                {
+                    "step": step,
+                    "question": "What is 23 + 48?",
+                    "reference": "71",
+                    "right": "20 + 40 + 11 = 71",
+                    "wrong": "61",
+                },
+                {"step": step, "question": HOSTILE, "reference": HOSTILE, "right": None, "wrong": HOSTILE * 40},
             ]
         )
         if (step + 1) % 10 == 0:
@@ -120,14 +121,14 @@ def play(view, clock=None, steps: int = STEPS) -> None:
 def test_samples_stay_until_they_can_have_been_read():
     clock = [0.0]
     state = RunState(lambda: clock[0])
-    first, second = (SampleView(step=1, question=name, reference="", right=None, wrong=None) for name in "ab")
+    first, second = ({"step": 1, "question": name, "reference": "", "right": None, "wrong": None} for name in "ab")
     state.samples([first, second])
     assert state.sample() == first
-    state.samples([replace(first, question="new"), second])
+    state.samples([{**first, "question": "new"}, second])
     clock[0] = 9.9
     assert state.sample() == first
     clock[0] = 10.0
-    assert state.sample().question == "new"
+    assert state.sample()["question"] == "new"
     clock[0] = 20.0
     assert state.sample() == second
 

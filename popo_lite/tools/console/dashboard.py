@@ -18,7 +18,6 @@ from rich.text import Text
 from popo_lite.metrics import METRICS
 from popo_lite.tools.console import words
 from popo_lite.tools.console.views import GROUPS, RunState
-from popo_lite.types import SampleView
 
 # Metrics, with what stands beside their values if the step has it.
 _LEARNING = {
@@ -229,20 +228,20 @@ def chart(
     return ["".join(" ▁▂▃▄▅▆▇█"[min(max(level - 8 * row, 0), 8)] for level in levels) for row in reversed(range(rows))]
 
 
-def _sample(sample: SampleView, width: int, rows: int, console: Console) -> RenderableType:
+def _sample(sample: Mapping[str, Any], width: int, rows: int, console: Console) -> RenderableType:
     lines, left = [], rows - 1
     right, wrong = (
         "none among the answers to this" if text is None else text or "an answer without any text"
-        for text in (sample.right, sample.wrong)
+        for text in (sample["right"], sample["wrong"])
     )
-    texts = (("question", sample.question, "bold"), ("✓ right", right, "bold green"), ("✗ wrong", wrong, "bold red"))
+    texts = (("question", sample["question"], "bold"), ("✓ right", right, "bold green"), ("✗ wrong", wrong, "bold red"))
     for index, (name, text, style) in enumerate(texts):
         # Not wrapped whole: no screen shows more than 4,000 characters.
         text = words.clean(text if len(text) <= 4000 else f"{text[:2000]} … {text[-2000:]}")
         shown = fit(text, max(width - 16, 1), left // (3 - index), console)
         left -= len(shown)
         lines.append((Text(name, style), "\n".join(shown)))
-    title = _rule(f"sample of step {sample.step + 1}", f"the answer is {words.clean(sample.reference)[:40]}")
+    title = _rule(f"sample of step {sample['step'] + 1}", f"the answer is {words.clean(sample['reference'])[:40]}")
     return Group(title, _grid([_LABEL, _REST], *lines))
 
 

@@ -18,7 +18,6 @@ from popo_lite.callbacks import Callback
 from popo_lite.errors import UserInputError
 from popo_lite.metrics import METRICS, StepRecord
 from popo_lite.tools.console import words
-from popo_lite.types import SampleView
 
 ViewMode = Literal["auto", "live", "plain", "silent"]
 
@@ -41,8 +40,8 @@ class RunState(Callback):
         self.records: list[StepRecord] = []
         self.notices: list[str] = []
         self._step_ends: deque[float] = deque(maxlen=20)
-        self._samples: deque[SampleView] = deque()
-        self._sample: SampleView | None = None  # shown until then
+        self._samples: deque[Mapping[str, Any]] = deque()
+        self._sample: Mapping[str, Any] | None = None  # shown until then
         self._sample_until = -math.inf
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
@@ -70,7 +69,7 @@ class RunState(Callback):
             self._step_ends.append(self.clock())
             self.records.append(record)
 
-    def samples(self, samples: Sequence[SampleView]) -> None:
+    def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Remember the answers."""
         self._samples = deque(samples)
 
@@ -95,7 +94,7 @@ class RunState(Callback):
         values = [{**record["task_figures"], **record}.get(name) for record in self.records]
         return [value if value is not None and math.isfinite(value) else None for value in values]
 
-    def sample(self) -> SampleView | None:
+    def sample(self) -> Mapping[str, Any] | None:
         """Return the sample to show now. Each stays long enough to be read, however fast steps are."""
         if self._samples and self.clock() >= self._sample_until:
             self._sample = self._samples[0]
