@@ -1,14 +1,49 @@
-"""Combinations of settings that cannot work though each setting is valid alone, and other libraries' names of keys."""
+"""List the settings that cannot be combined though each is valid alone, and other libraries' names of keys."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from operator import attrgetter
 
 from popo_lite.errors import UserInputError
 from popo_lite.recipe import Recipe
 
-Rule = tuple[object, str, str]
-"""True if it is broken; the keys, of which the first must change; what is wrong and what to do."""
+IMPOSSIBLE = {
+    "model.dtype=float64 model.quantization=nf4": 'NF4 computes in "bfloat16" or "float32"',
+    "model.attn_implementation=flash_attention_2 model.dtype!=bfloat16":
+        'needs a 16-bit model.dtype, not "{recipe.model.dtype}"; use "sdpa"',
+    "model.attn_implementation=flash_attention_2 train.device=cpu": 'needs a CUDA GPU; use "sdpa" on a CPU',
+    "model.dtype!=bfloat16 model.backend=unsloth": 'unsloth computes in 16 bit; use "bfloat16"',
+    "model.backend=unsloth lora.init_from!=None": 'cannot start from an adapter; use "transformers"',
+    "model.attn_implementation!=sdpa model.backend=unsloth": "unsloth chooses its attention itself; leave the key out",
+    "model.double_quantization=False model.backend=unsloth": "unsloth always quantises the scales; leave the key out",
+    "train.offload_activations=True model.backend=unsloth":
+        "unsloth offloads its checkpoints itself; leave the key out",
+    "model.backend=unsloth train.device=cpu": 'needs a CUDA GPU; use "transformers" on a CPU',
+    "model.backend=unsloth model.id=tiny": 'cannot load the model "tiny"; use "transformers"',
+    "rollout.engine=vllm|server lora.dora=True": 'vLLM cannot serve DoRA adapters; use "hf"',
+    "rollout.engine=vllm|server model.dtype=float64": 'vLLM does not compute in float64; use "hf"',
+    "rollout.vllm.base=nf4 model.quantization=none":
+        'would sample from a 4-bit policy that is not the trained one; use "dequantized"',
+    "rollout.vllm.base=nf4 model.double_quantization=False":
+        'vLLM quantises the scales too; use "dequantized" without double quantisation',
+    "rollout.server.base_urls=() rollout.engine=server": 'is required by rollout.engine = "server"',
+    "rollout.server.shared_dir=None| rollout.engine=server": 'is required by rollout.engine = "server"',
+    "rollout.server.base_urls!=() rollout.engine!=server": 'is used only with rollout.engine = "server"',
+    "objective.entropy_coef=0.0 objective.target_entropy!=None":
+        "is multiplied up and down to reach the target entropy, and 0 stays 0; set a positive start",
+    "objective.entropy_over=all objective.entropy_coef=0.0":
+        "runs wrong answers through the model for an entropy bonus of 0; leave the key out, or set entropy_coef",
+    "objective.skip_all_right=True rollout.adaptive.enabled=True":
+        "would skip prompts that the adaptive budget stopped before their first wrong answer; use one of the two",
+    "optimizer.name=paged_adamw8bit train.device=cpu": 'paging needs a GPU; use "adamw8bit" or "adamw" on a CPU',
+    "train.offload_activations=True train.gradient_checkpointing=False":
+        "offloads the inputs that gradient checkpointing keeps; turn on gradient_checkpointing as well",
+    "train.offload_activations=True train.device=cpu": "frees GPU memory; leave it off on a CPU",
+}  # fmt: skip
+"""Values that cannot be used together -> what is wrong and what to do. The first key must change.
+
+`=a|b` is one of the values and `!=a` any other, both as `str` writes them."""
 
 RENAMED = {
     "model.id": "model_name model_name_or_path model.name model.path", "model.dtype": "torch_dtype bf16 fp16",
@@ -59,9 +94,12 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
 
     The first key must change; the others conflict with it.
     """
-    for broken, keys, why in (*_model(recipe), *_rollout(recipe), *_training(recipe), *_data(recipe)):
-        if broken:
-            yield keys.split(), why
+    for conditions, why in IMPOSSIBLE.items():
+        if all(_holds(recipe, condition) for condition in conditions.split()):
+            keys = [condition.partition("=")[0].rstrip("!") for condition in conditions.split()]
+            yield keys, why.format(recipe=recipe)
+    for names, why in _others(recipe):
+        yield names.split(), why
 
 
 def check_context(recipe: Recipe, context_tokens: int) -> None:
@@ -78,95 +116,47 @@ def check_context(recipe: Recipe, context_tokens: int) -> None:
         )
 
 
-def _model(recipe: Recipe) -> Iterable[Rule]:
-    model, lora, train = recipe.model, recipe.lora, recipe.train
-    unsloth, on_cpu, flash = model.backend == "unsloth", train.device == "cpu", "flash_attention_2"
-    wide = model.dtype != "bfloat16"
-    names = lora.target_modules if isinstance(lora.target_modules, tuple) else ("all-linear",)
-    head = next((name for name in names if name.split(".")[-1] in ("lm_head", "embed_out", "output_layer")), None)
-    return (
-        (head, "lora.target_modules", f'"{head}" is the LM head, where the loss would ignore an adapter; leave it out'),
-        (not names or "" in names, "lora.target_modules", 'names no module; use "all-linear" or a list of names'),
-        (model.quantization == "nf4" and model.dtype == "float64", "model.dtype model.quantization",
-         'NF4 computes in "bfloat16" or "float32"'),
-        (model.attn_implementation == flash and wide, "model.attn_implementation model.dtype",
-         f'needs a 16-bit model.dtype, not "{model.dtype}"; use "sdpa"'),
-        (model.attn_implementation == flash and on_cpu, "model.attn_implementation train.device",
-         'needs a CUDA GPU; use "sdpa" on a CPU'),
-        (unsloth and wide, "model.dtype model.backend", 'unsloth computes in 16 bit; use "bfloat16"'),
-        (unsloth and lora.init_from is not None, "model.backend lora.init_from",
-         'cannot start from an adapter; use "transformers"'),
-        (unsloth and model.attn_implementation != "sdpa", "model.attn_implementation model.backend",
-         "unsloth chooses its attention itself; leave the key out"),
-        (unsloth and not model.double_quantization, "model.double_quantization model.backend",
-         "unsloth always quantises the scales; leave the key out"),
-        (unsloth and train.offload_activations, "train.offload_activations model.backend",
-         "unsloth offloads its checkpoints itself; leave the key out"),
-        (unsloth and on_cpu, "model.backend train.device", 'needs a CUDA GPU; use "transformers" on a CPU'),
-        (unsloth and model.id == "tiny", "model.backend model.id", 'cannot load the model "tiny"; use "transformers"'),
-    )  # fmt: skip
+def _holds(recipe: Recipe, condition: str) -> bool:
+    key, _, values = condition.partition("=")
+    try:
+        value = str(attrgetter(key.rstrip("!"))(recipe))
+    except AttributeError:  # a key of another algorithm
+        return False
+    return (value in values.split("|")) != key.endswith("!")
 
 
-def _rollout(recipe: Recipe) -> Iterable[Rule]:
-    rollout, model, adaptive = recipe.rollout, recipe.model, recipe.rollout.adaptive
-    vllm, server, nf4 = rollout.engine in ("vllm", "server"), rollout.engine == "server", rollout.vllm.base == "nf4"
-    needed, at_most = 'is required by rollout.engine = "server"', "rollout.adaptive.max_rollouts"
-    return (
-        (vllm and recipe.lora.dora, "rollout.engine lora.dora", 'vLLM cannot serve DoRA adapters; use "hf"'),
-        (vllm and recipe.lora.rank > 512, "lora.rank rollout.engine",
-         'vLLM serves adapters up to rank 512; use that, or rollout.engine = "hf"'),
-        (vllm and model.dtype == "float64", "rollout.engine model.dtype",
-         'vLLM does not compute in float64; use "hf"'),
-        (nf4 and model.quantization == "none", "rollout.vllm.base model.quantization",
-         'would sample from a 4-bit policy that is not the trained one; use "dequantized"'),
-        (nf4 and not model.double_quantization, "rollout.vllm.base model.double_quantization",
-         'vLLM quantises the scales too; use "dequantized" without double quantisation'),
-        (server and not rollout.server.base_urls, "rollout.server.base_urls rollout.engine", needed),
-        (server and not rollout.server.shared_dir, "rollout.server.shared_dir rollout.engine", needed),
-        (rollout.server.base_urls and not server, "rollout.server.base_urls rollout.engine",
-         'is used only with rollout.engine = "server"'),
-        (adaptive.enabled and adaptive.round_size > rollout.num_generations,
-         "rollout.adaptive.round_size rollout.num_generations",
-         f"must be at most rollout.num_generations = {rollout.num_generations}"),
-        *((adaptive.enabled and getattr(adaptive, key) > adaptive.max_rollouts, f"rollout.adaptive.{key} {at_most}",
-           f"must be at most {at_most} = {adaptive.max_rollouts}") for key in ("round_size", "positives_wanted")),
-    )  # fmt: skip
-
-
-def _training(recipe: Recipe) -> Iterable[Rule]:
-    objective, train, function = recipe.objective, recipe.train, recipe.reward.function
-    on_cpu, offload = train.device == "cpu", train.offload_activations
-    no_entropy = getattr(objective, "entropy_coef", None) == 0
-    longest = recipe.rollout.sequence_tokens
-    return (
-        (no_entropy and getattr(objective, "target_entropy", None), "objective.entropy_coef objective.target_entropy",
-         "is multiplied up and down to reach the target entropy, and 0 stays 0; set a positive start"),
-        (no_entropy and getattr(objective, "entropy_over", "") == "all",
-         "objective.entropy_over objective.entropy_coef",
-         "runs wrong answers through the model for an entropy bonus of 0; leave the key out, or set entropy_coef"),
-        (getattr(objective, "skip_all_right", False) and recipe.rollout.adaptive.enabled,
-         "objective.skip_all_right rollout.adaptive.enabled",
-         "would skip prompts that the adaptive budget stopped before their first wrong answer; use one of the two"),
-        (recipe.optimizer.name == "paged_adamw8bit" and on_cpu, "optimizer.name train.device",
-         'paging needs a GPU; use "adamw8bit" or "adamw" on a CPU'),
-        (offload and not train.gradient_checkpointing, "train.offload_activations train.gradient_checkpointing",
-         "offloads the inputs that gradient checkpointing keeps; turn on gradient_checkpointing as well"),
-        (offload and on_cpu, "train.offload_activations train.device", "frees GPU memory; leave it off on a CPU"),
-        (train.tokens_per_microbatch < longest,
-         "train.tokens_per_microbatch rollout.max_prompt_length rollout.max_completion_length",
-         f"one prompt with its answer may take {longest} tokens; set at least that"),
-        (":" not in function and function != "math", "reward.function", 'is neither "math" nor "module:function"'),
-    )  # fmt: skip
-
-
-def _data(recipe: Recipe) -> Iterable[Rule]:
+def _others(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield (keys, what is wrong and what to do) for what takes more than comparing values."""
+    rollout, adaptive = recipe.rollout, recipe.rollout.adaptive
+    modules = recipe.lora.target_modules if isinstance(recipe.lora.target_modules, tuple) else ("all-linear",)
+    heads = [name for name in modules if name.split(".")[-1] in ("lm_head", "embed_out", "output_layer")]
+    if heads:
+        why = f'"{heads[0]}" is the LM head, where the loss would ignore an adapter; leave it out'
+        yield "lora.target_modules", why
+    if not modules or "" in modules:
+        yield "lora.target_modules", 'names no module; use "all-linear" or a list of names'
+    if rollout.engine in ("vllm", "server") and recipe.lora.rank > 512:
+        why = 'vLLM serves adapters up to rank 512; use that, or rollout.engine = "hf"'
+        yield "lora.rank rollout.engine", why
+    for key, limit, most in (
+        ("round_size", "rollout.num_generations", rollout.num_generations),
+        ("round_size", "rollout.adaptive.max_rollouts", adaptive.max_rollouts),
+        ("positives_wanted", "rollout.adaptive.max_rollouts", adaptive.max_rollouts),
+    ):
+        if adaptive.enabled and getattr(adaptive, key) > most:
+            yield f"rollout.adaptive.{key} {limit}", f"must be at most {limit} = {most}"
+    if recipe.train.tokens_per_microbatch < rollout.sequence_tokens:
+        keys = "train.tokens_per_microbatch rollout.max_prompt_length rollout.max_completion_length"
+        yield keys, f"one prompt with its answer may take {rollout.sequence_tokens} tokens; set at least that"
+    if ":" not in recipe.reward.function and recipe.reward.function != "math":
+        yield "reward.function", 'is neither "math" nor "module:function"'
     reasons = {
         "arithmetic": "the built-in arithmetic is generated and has no such setting; leave the key out",
         None: "describes a dataset, and eval.dataset is not set; set it, or leave this key out",
     }
     for name, part in (("data", recipe.data), ("eval", recipe.eval)):
         for key in ("config", "split", "prompt_column", "answer_column", "filter", "limit"):
-            used = part.dataset in reasons and getattr(part, key) not in (None, {})
-            yield used, f"{name}.{key} {name}.dataset", reasons.get(part.dataset, "")
-    prompt = recipe.data.system_prompt
-    yield prompt is not None and not prompt.strip(), "data.system_prompt", "is empty; leave the key out instead"
+            if part.dataset in reasons and getattr(part, key) not in (None, {}):
+                yield f"{name}.{key} {name}.dataset", reasons[part.dataset]
+    if recipe.data.system_prompt is not None and not recipe.data.system_prompt.strip():
+        yield "data.system_prompt", "is empty; leave the key out instead"
