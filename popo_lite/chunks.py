@@ -1,4 +1,4 @@
-"""Sizes of the fused loss. Free of torch, so that the memory plan computes with the same sizes.
+"""Compute the sizes of the fused loss. Free of torch, so that the memory plan uses the same sizes.
 
 The logits of one *chunk* of tokens, [chunk, V], exist at a time. The row-wise math runs over one *row block* of a
 chunk at a time. On a CPU one *tile* of the head's rows is widened to float32 at a time.

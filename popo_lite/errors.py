@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class PopoError(Exception):
-    """A failure that the user can act on.
+    """Report a failure that the user can act on.
 
     `what` is one sentence with the wrong value; `where` names file and key, problem or step; `next_step` is a command
     or an edit.
@@ -34,43 +34,43 @@ class PopoError(Exception):
 
 
 class UserInputError(PopoError):
-    """The recipe, the command line or the data asks for something that cannot be done."""
+    """Raised if the recipe, the command line or the data asks for something that cannot be done."""
 
     exit_code = 2
 
 
 class RecipeError(UserInputError):
-    """A recipe that does not validate; `what` has one line for each of its errors."""
+    """Raised if a recipe is invalid; `what` has one line for each of its errors."""
 
 
 class DataError(UserInputError):
-    """A dataset that is missing, lacks a column, or holds rows that cannot be used."""
+    """Raised if a dataset is missing, lacks a column, or holds rows that cannot be used."""
 
 
 class ModelError(UserInputError):
-    """A model that cannot be loaded, or cannot be trained the way the recipe asks."""
+    """Raised if a model cannot be loaded, or cannot be trained as the recipe asks."""
 
 
 class EngineError(PopoError):
-    """A rollout engine that is unavailable, or failed while sampling."""
+    """Raised if a rollout engine is unavailable, or fails while sampling."""
 
 
 class StalePolicyError(EngineError):
-    """The sampler holds another version of the adapter than the policy; sampling is refused."""
+    """Raised if the sampler holds another version of the adapter than the policy."""
 
 
 class GradingError(PopoError):
-    """More answers than allowed could not be graded."""
+    """Raised if more answers than allowed could not be graded."""
 
 
 class CheckpointError(PopoError):
-    """A run folder or checkpoint that is missing, incomplete, or belongs to another recipe."""
+    """Raised if a run folder or checkpoint is missing, incomplete, or belongs to another recipe."""
 
     exit_code = 2
 
 
 class ExportError(PopoError):
-    """Merging, verifying or uploading a model failed."""
+    """Raised if merging, verifying or uploading a model fails."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

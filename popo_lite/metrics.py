@@ -24,7 +24,7 @@ StepRecord = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric. `ratios`, `counts`, and most in `seconds` and `tokens/s` are mappings, by figure, outcome or stage."""
+    """Describe a metric. `ratios`, `counts`, and most in `seconds` and `tokens/s` map a figure, outcome or stage."""
 
     label: str
     unit: Unit
@@ -157,7 +157,7 @@ def sampler_summary(engine: str, swap_seconds: Sequence[float], records: Sequenc
         "engine": engine,
         "tokens_per_second": tokens / max(1e-9, seconds),
         "swap_seconds": {"median": statistics.median(swap_seconds), "max": max(swap_seconds)} if swap_seconds else None,
-        "logp_gap": {name: mean([step[f"logp_gap_{name}"] for step in trained]) for name, mean in over_steps.items()}
+        "logp_gap": {name: combine(r[f"logp_gap_{name}"] for r in trained) for name, combine in over_steps.items()}
         if trained
         else None,
         "rollouts_per_prompt_with_positive": rollouts / with_positive if with_positive else None,

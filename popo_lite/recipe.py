@@ -1,4 +1,4 @@
-"""The recipe: every setting of a run with its type, range, default and meaning. Free of torch.
+"""Define every setting of a run with its type, range, default and meaning. Free of torch.
 
 `docs/recipes.md`, `recipes/template.toml` and `popo-lite recipe show` are generated from this schema.
 """
@@ -87,7 +87,7 @@ class SiameseRecipe(Section):
 
 
 class Objective(Section):
-    """What is optimised. Every algorithm has keys of its own; docs/method.md has the formulas."""
+    """The loss. Every algorithm has keys of its own; docs/method.md has the formulas."""
 
     algorithm: Literal["popo", "raft", "mixed", "grpo"] = "popo"
     """`popo`; `raft`, the likelihood of correct answers alone; `mixed`, `popo` plus a term that lowers wrong answers;
@@ -233,7 +233,7 @@ class ServerRecipe(Section):
 
 
 class RolloutRecipe(Section):
-    """How answers are sampled."""
+    """Sampling of answers."""
 
     engine: Literal["auto", "hf", "vllm", "server"] = "auto"
     """`hf` samples from the trainer's own model, `vllm` from an engine in the same process, `server` from vLLM
@@ -266,7 +266,7 @@ class RolloutRecipe(Section):
 
 
 class DatasetRecipe(Section):
-    """Where problems come from."""
+    """The source of problems."""
 
     dataset: str | None = None
     """`arithmetic`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
@@ -285,7 +285,7 @@ class DatasetRecipe(Section):
 
 
 class DataRecipe(DatasetRecipe):
-    """What is trained on."""
+    """The training problems."""
 
     dataset: str = "arithmetic"
     """`arithmetic`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
@@ -302,7 +302,7 @@ class DataRecipe(DatasetRecipe):
 
 
 class RewardRecipe(Section):
-    """How answers are graded, in worker processes that can be killed."""
+    """Grading of answers, in worker processes that can be killed."""
 
     function: str = "math"
     """`math` (math-verify), or any Python function as `module:name`. See docs/rewards.md."""
@@ -320,7 +320,7 @@ class RewardRecipe(Section):
 
 
 class OptimizerRecipe(Section):
-    """How adapters and predictor head are updated."""
+    """The updates of adapters and predictor head."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     """AdamW by torch, or with 8-bit state by bitsandbytes."""
@@ -370,7 +370,7 @@ class TrainRecipe(Section):
 
 
 class EvalRecipe(DatasetRecipe):
-    """What is measured before and after training. Without `dataset`: problems held out from training."""
+    """The evaluation before and after training. Without `dataset`, it takes problems held out from training."""
 
     problems: Annotated[int, Field(ge=0)] = 200
     """Held-out problems; 0 turns evaluation off."""
@@ -383,7 +383,7 @@ class EvalRecipe(DatasetRecipe):
 
 
 class OutputRecipe(Section):
-    """Where results go."""
+    """The files of a run."""
 
     dir: str = "runs"
     """Folder for run folders."""

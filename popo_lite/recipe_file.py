@@ -267,24 +267,24 @@ def _unknown_key(name: str, value: Any = None, algorithm: str = "popo") -> str:
         return _unknown_section(name)
     schema = schema_of(algorithm)
 
-    def owners(key: str) -> str:
+    def algorithms_with(key: str) -> str:
         return " or ".join(to_toml(name) for name, kind in OBJECTIVES.items() if key in kind.model_fields)
 
-    def homes(key: str) -> str:
-        return " or ".join(f"[{ours.removesuffix(f'.{key}')}]" for ours in schema if ours.endswith(f".{key}"))
+    def sections_with(key: str) -> str:
+        return " or ".join(f"[{full.removesuffix(f'.{key}')}]" for full in schema if full.endswith(f".{key}"))
 
     def renamed(name: str) -> str | None:
-        keys = [ours for ours, names in RENAMED.items() if name in names.split()]
-        known = [ours for ours in keys if ours in schema]  # of several meanings, the first that the algorithm has
-        owned = known[:1] or [f"{ours} (algorithm {owners(ours.rpartition('.')[2])})" for ours in keys]
-        return f"is called {' or '.join(owned)} here" if keys else None
+        keys = [full for full, names in RENAMED.items() if name in names.split()]
+        known = [full for full in keys if full in schema][:1]  # of several meanings, the first that the algorithm has
+        others = [f"{full} (algorithm {algorithms_with(full.rpartition('.')[2])})" for full in keys]
+        return f"is called {' or '.join(known or others)} here" if keys else None
 
     if section and (why := renamed(name)):
         return why
-    if homes(key):
-        return f"belongs to {homes(key)}"
-    if owners(key):
-        return f"unknown key of algorithm {to_toml(algorithm)}; {owners(key)} has it in [objective]"
+    if sections := sections_with(key):
+        return f"belongs to {sections}"
+    if algorithms := algorithms_with(key):
+        return f"unknown key of algorithm {to_toml(algorithm)}; {algorithms} has it in [objective]"
     if why := renamed(key) or NOT_RENAMED.get(key):
         return why
     if not section:
@@ -292,6 +292,6 @@ def _unknown_key(name: str, value: Any = None, algorithm: str = "popo") -> str:
     own = list(keys_of(sections_of(algorithm)[section]))
     if guess := nearest(key, own):
         return f"unknown key; did you mean {section}.{guess}?"
-    if guess := nearest(key, (ours.rpartition(".")[2] for ours in schema)):
-        return f"unknown key; did you mean {guess} of {homes(guess)}?"
+    if guess := nearest(key, (full.rpartition(".")[2] for full in schema)):
+        return f"unknown key; did you mean {guess} of {sections_with(guess)}?"
     return f"unknown key; [{section}] has {', '.join(own)}"

@@ -36,7 +36,7 @@ MAY_CHANGE_ON_RESUME = {
 
 
 class RunFolder:
-    """Paths inside one run's folder."""
+    """Name the paths inside a run's folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""`popo-lite recipe`: show and check recipes without loading a model or data; and the texts made from their schema.
+"""`popo-lite recipe`: show and check recipes without loading a model or data, and write docs from their schema.
 
 `python -m popo_lite.tools.recipe_docs` writes `recipes/template.toml` and the settings in `docs/recipes.md`.
 """
