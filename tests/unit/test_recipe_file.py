@@ -28,7 +28,7 @@ from popo_lite.recipe_file import (
     shipped_recipes,
     to_toml,
 )
-from popo_lite.recipe_rules import NOT_RENAMED, RENAMED, impossible_combinations
+from popo_lite.recipe_rules import IMPOSSIBLE, NOT_RENAMED, RENAMED, impossible_combinations
 
 TOP_P = "is not a setting: positives must be sampled from the policy's whole distribution; leave the key out"
 KEYS = {f"{name}.{key}" for kind in OBJECTIVES for name, keys in sections_of(kind).items() for key in keys_of(keys)}
@@ -259,6 +259,21 @@ def test_all_errors_of_file_and_overrides_are_reported_together(write: Write) ->
 def test_a_combination_is_not_reported_if_one_of_its_keys_is_wrong_itself(write: Write) -> None:
     # With the wrong id replaced by its default, "tiny", the backend would be refused as well.
     assert errors_of(write('[model]\nbackend = "unsloth"\nid = 3')) == ["x.toml: model.id = 3: must be text"]
+
+
+def test_forbidden_combinations_name_keys_and_values_that_exist() -> None:
+    fields = {
+        f"{name}.{key}": field
+        for kind in OBJECTIVES
+        for name, section in sections_of(kind).items()
+        for key, field in keys_of(section).items()
+    }
+    for condition in " ".join(IMPOSSIBLE).split():
+        key, _, values = condition.partition("=")
+        annotation = fields[key.rstrip("!")].annotation
+        choices = get_args(annotation) if get_origin(annotation) is Literal else (True, False)
+        if get_origin(annotation) is Literal or annotation is bool:
+            assert set(values.split("|")) < set(map(str, choices)), condition
 
 
 def test_a_combination_names_the_override_that_brought_it_about(write: Write) -> None:
