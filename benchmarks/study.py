@@ -22,8 +22,7 @@ from typing import Any
 
 from popo_lite.run_folder import read_lines, write_atomically
 from popo_lite.tools.sweep.compare import TOTALS, RunFigures, comparison_of, mean_interval, read_run
-from popo_lite.tools.sweep.file import Sweep, load_sweep
-from popo_lite.tools.sweep.folder import SweepFolder
+from popo_lite.tools.sweep.folder import Sweep, SweepFolder, load_sweep
 from popo_lite.tools.sweep.report import Table, cell, draw, tables
 
 ROOT = Path(__file__).parent.parent

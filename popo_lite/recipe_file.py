@@ -109,6 +109,11 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
 
 
+def shipped_sweeps() -> dict[str, Path]:
+    """Return name -> file of the sweeps that come with the package, sorted."""
+    return {path.stem: path for path in sorted((shipped_folder() / SWEEPS).glob("*.toml"))}
+
+
 def find_recipe(source: str | Path) -> Path:
     """Return the file that `source` names: an existing file, else the shipped recipe of exactly that name.
 

@@ -23,8 +23,7 @@ from popo_lite.recipe_file import dump_recipe, load_recipe
 from popo_lite.run_folder import RunFolder, append_line
 from popo_lite.tools.sweep import report
 from popo_lite.tools.sweep.compare import compare, mean_interval, ratio_interval, read_run, smoothed, t_quantile
-from popo_lite.tools.sweep.file import load_sweep
-from popo_lite.tools.sweep.folder import SweepFolder
+from popo_lite.tools.sweep.folder import SweepFolder, load_sweep
 from popo_lite.tools.sweep.report import html_page, print_report
 
 MakeRun = Callable[..., Path]

@@ -11,8 +11,8 @@ import pytest
 
 from popo_lite.errors import RecipeError
 from popo_lite.recipe import OBJECTIVES
-from popo_lite.recipe_file import load_recipe, shipped_folder, shipped_recipes
-from popo_lite.tools.sweep.file import dump_sweep, find_sweep, load_sweep, shipped_sweeps
+from popo_lite.recipe_file import load_recipe, shipped_folder, shipped_recipes, shipped_sweeps
+from popo_lite.tools.sweep.folder import dump_sweep, find_sweep, load_sweep
 
 Write = Callable[[str], Path]
 

@@ -11,8 +11,7 @@ import pytest
 
 from popo_lite.errors import PopoError, UserInputError
 from popo_lite.run_folder import append_line, new_run_folder, read_lines
-from popo_lite.tools.sweep.file import Sweep, load_sweep
-from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, locked, refuse_other_sweep
+from popo_lite.tools.sweep.folder import Sweep, SweepFolder, SweepRun, load_sweep, locked, refuse_other_sweep
 from popo_lite.tools.sweep.runner import train_command
 
 TWO = '[variants.a]\n[variants.b]\nobjective.entropy_coef = 0.0\ndata.system_prompt = "count, don\'t guess"\n'

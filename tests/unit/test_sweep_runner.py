@@ -16,8 +16,7 @@ import pytest
 from popo_lite.errors import PopoError
 from popo_lite.run_folder import read_lines
 from popo_lite.tools.sweep import runner
-from popo_lite.tools.sweep.file import load_sweep
-from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, locked
+from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, load_sweep, locked
 from popo_lite.tools.sweep.runner import STOPPING, execute
 
 READY = "print('ready', flush=True)\n"

@@ -36,8 +36,7 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
     """
     from popo_lite.tools.console.output import table
     from popo_lite.tools.console.words import share
-    from popo_lite.tools.sweep.file import as_options, load_sweep
-    from popo_lite.tools.sweep.folder import SweepFolder, locked, refuse_other_sweep
+    from popo_lite.tools.sweep.folder import SweepFolder, as_options, load_sweep, locked, refuse_other_sweep
     from popo_lite.tools.sweep.runner import SweepView, execute
 
     requested = load_sweep(sweep_file, overrides, seeds)

@@ -15,8 +15,7 @@ from popo_lite.errors import CheckpointError, UserInputError
 from popo_lite.metrics import StepRecord
 from popo_lite.recipe_file import flatten
 from popo_lite.run_folder import RunFolder, read_lines
-from popo_lite.tools.sweep.file import load_sweep, named_values
-from popo_lite.tools.sweep.folder import SweepFolder
+from popo_lite.tools.sweep.folder import SweepFolder, load_sweep, named_values
 
 BOOKKEEPING = ("train.seed", "output.dir", "output.samples_per_step")
 """Settings in which runs of one group may differ."""

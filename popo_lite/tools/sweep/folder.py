@@ -1,39 +1,209 @@
-"""Manage the folder of a sweep: its layout, its runs, its lock, and refusing to continue a different sweep.
+"""Read and write sweeps: the file that describes one, and the folder with its runs. Free of torch.
 
-recipe.toml (a copy of the base), sweep.toml (the request, a sweep file itself), <variant>/seed-N/ (run folders),
-<variant>/seed-N.log, results.jsonl, failures.jsonl
+A sweep file has a base recipe, seeds, and variants of the recipe. The folder has recipe.toml (a copy of the base),
+sweep.toml (the request, a sweep file itself), <variant>/seed-N/ (run folders), <variant>/seed-N.log, results.jsonl and
+failures.jsonl.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import filelock
 
-from popo_lite.errors import PopoError, UserInputError
-from popo_lite.recipe_file import flatten
+from popo_lite.errors import PopoError, RecipeError, UserInputError, nearest
+from popo_lite.recipe import Recipe
+from popo_lite.recipe_file import SECTIONS, find_recipe, flatten, load_recipe, read_toml, shipped_sweeps, to_toml
 from popo_lite.run_folder import RunFolder, is_leftover, keep_lines, may_change_on_resume, write_atomically
-from popo_lite.tools.sweep.file import SEED, Sweep, Variant, dump_sweep, load_sweep
 
-MOST_CHANGES = 8
-"""Differences that are listed when another sweep is refused."""
+KEYS = ("recipe", "seeds", "set", "variants", "over")
+SEED = "train.seed"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
+RESERVED = ("comparison", "failures.jsonl", "recipe.toml", "results.jsonl", "sweep.toml")  # names in a sweep's folder
+LONGEST_NAME = 200  # of a variant, which names a folder; most file systems end at 255
+MOST_CHANGES = 8  # differences that are listed when another sweep is refused
+HELP = "see docs/experiments.md for the form of the file"
+
+
+class Variant(NamedTuple):
+    """A recipe under a name. `overrides` maps `section.key` to what differs from the sweep's base."""
+
+    name: str
+    overrides: Mapping[str, Any]
+    recipe: Recipe
+
+
+class Sweep(NamedTuple):
+    """All variants and seeds. `base` is the recipe at `base_path` with the settings `shared` by all variants."""
+
+    name: str
+    base_path: Path
+    shared: Mapping[str, Any]
+    base: Recipe
+    seeds: Sequence[int]
+    variants: Sequence[Variant]
+
+
+def load_sweep(source: str | Path, overrides: Sequence[str] = (), seeds: str | None = None) -> Sweep:
+    """Read the sweep at the path `source`, or the shipped sweep of that name.
+
+    `overrides` have the form of `--set` and change the base, so a variant's own settings win over them. `seeds`, such
+    as "0-4" or "0,3", replaces the file's. Raises RecipeError with one line for every error of file, base and variants.
+    """
+    path = find_sweep(source)
+    written = read_toml(path, str(source))
+    errors: list[str] = []
+    for key in written.keys() - set(KEYS):
+        hint = f"did you mean {guess}?" if (guess := nearest(key, KEYS)) else f"there are {', '.join(KEYS)}"
+        errors.append(f"{source}: {key}: unknown key; {hint}")
+    shared = _flat(written.get("set", {}), f"{source}: [set]", errors)
+    named = _named_variants(written, source, errors)
+    own_seeds = _seeds(written.get("seeds", [0]), f"{source}: seeds", errors)
+    chosen_seeds = own_seeds if seeds is None else _seeds(seeds, "--seeds", errors)
+    overridden = [override.partition("=")[0].strip() for override in overrides]
+    if SEED in overridden:
+        errors.append(f"--set {SEED}: the sweep sets it; give --seeds")
+    recipe, base, variants = written.get("recipe"), None, []
+    if isinstance(recipe, str):
+        # Relative to the sweep file, so that the sweep means the same in every working folder.
+        base_path = find_recipe(path.parent / recipe if recipe.endswith(".toml") else recipe)
+        base = _load(base_path, as_options(shared), f"{source}: [set] ", errors)
+        if base and overrides:
+            base = _load(base_path, (*as_options(shared), *overrides), "--set ", errors)
+    else:
+        errors.append(f"{source}: recipe: must name the base recipe, a shipped one or a path ending in .toml")
+    if base:
+        shared |= {key: attrgetter(key)(base) for key in overridden}
+        for name, changes in named.items():
+            place = f"{source}: variant {name}: "
+            # From the file and not from `base`: defaults that depend on other settings are resolved per variant.
+            if variant := _load(base_path, as_options(shared | changes), place, errors, owner=place):
+                variants.append(Variant(name, changes, variant))
+    if errors or not base:
+        next_step = f"{HELP}, and `popo-lite recipe show` for the keys"
+        raise RecipeError("\n".join(dict.fromkeys(errors)), next_step=next_step)
+    return Sweep(path.stem, base_path, shared, base, chosen_seeds, variants)
+
+
+def find_sweep(source: str | Path) -> Path:
+    """Return the file that `source` names: an existing file, else the shipped sweep of exactly that name."""
+    path, shipped = Path(source), shipped_sweeps()
+    if path.is_file() or str(source) in shipped:
+        return path if path.is_file() else shipped[str(source)]
+    what = "is a folder, not a sweep file" if path.is_dir() else "no such sweep file"
+    hint = f"; did you mean the shipped sweep {guess}?" if (guess := nearest(path.stem, shipped)) else ""
+    raise RecipeError(f"{source}: {what}{hint} (shipped: {', '.join(shipped)})", next_step=HELP)
+
+
+def dump_sweep(sweep: Sweep, recipe: str) -> str:
+    """Return the sweep as TOML over a copy of its base at `recipe`; a grid is written as the variants it stands for."""
+    tables = {"set": sweep.shared} | {f"variants.{to_toml(each.name)}": each.overrides for each in sweep.variants}
+    lines = [f"recipe = {to_toml(recipe)}", f"seeds = {to_toml(list(sweep.seeds))}"]
+    for name, settings in tables.items():
+        lines += ["", f"[{name}]", *(f"{to_toml(key)} = {to_toml(value)}" for key, value in settings.items())]
+    return "\n".join(lines) + "\n"
+
+
+def as_options(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return settings as arguments of `--set`."""
+    return tuple(f"{key}={to_toml(value)}" for key, value in settings.items())
+
+
+def named_values(settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Return `key=value` of each of `keys`; with the section if two of them end alike."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    names = [end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)]
+    values = [settings.get(key, "unset") for key in keys]
+    shown = [value if isinstance(value, str) else to_toml(value) for value in values]
+    return [f"{name}={value}" for name, value in zip(names, shown, strict=True)]
+
+
+def _load(path: Path, options: Sequence[str], place: str, errors: list[str], *, owner: str = "") -> Recipe | None:
+    """Load the recipe at `path`, or add its errors: those of options with the prefix `place`, others with `owner`."""
+    try:
+        return load_recipe(path, options)
+    except RecipeError as error:
+        for line in error.what.split("\n"):
+            setting = line.removeprefix("--set ")
+            errors.append(f"{owner}{line}" if setting == line else f"{place}{setting}")
+        return None
+
+
+def _flat(table: Any, place: str, errors: list[str], section: str = "") -> dict[str, Any]:
+    """Return `section.key` -> value of settings written with dotted keys, quoted or not, or in subtables."""
+    if not isinstance(table, dict):
+        errors.append(f"{place}: must be a table of recipe keys")
+        return {}
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        name = section + key
+        # A table at the top is entered even if no section has its name: load_recipe reports its keys.
+        is_section = isinstance(value, dict) and (name in SECTIONS or "." not in name)
+        settings = _flat(value, place, errors, f"{name}.") if is_section else {name: value}
+        errors += [f"{place}: {each}: is there twice, with and without quotes" for each in settings if each in flat]
+        flat |= settings
+    errors += [f"{place}: {name}: must be a recipe key, section.key = value" for name in flat if "." not in name]
+    if SEED in flat:
+        errors.append(f"{place}: {SEED}: the sweep sets it; write seeds = [...] at the top of the file")
+    return {name: value for name, value in flat.items() if "." in name}
+
+
+def _named_variants(written: Mapping[str, Any], source: str | Path, errors: list[str]) -> dict[str, dict[str, Any]]:
+    """Return name -> overrides: each of `variants` with each point of the grid `over`."""
+    if not isinstance(tables := written.get("variants", {}), dict):
+        errors.append(f"{source}: variants: must be tables, [variants.name]")
+        tables = {}
+    variants = {name: _flat(table, f"{source}: variant {name}", errors) for name, table in tables.items()}
+    over = _flat(written.get("over", {}), f"{source}: over", errors)
+    wrong = [key for key, values in over.items() if not isinstance(values, list) or not values]
+    errors += [f"{source}: over: {key}: must be a list of values" for key in wrong]
+    points = [dict(zip(over, point, strict=True)) for point in itertools.product(*over.values())] if not wrong else [{}]
+    named: dict[str, dict[str, Any]] = {}
+    spellings: dict[str, str] = {}  # by name without case: some file systems ignore it
+    for (name, settings), point in itertools.product(variants.items() or [("", {})], points):
+        grid_name = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", ",".join(named_values(point, list(point))))
+        full = ",".join(filter(None, (name, grid_name))) or "base"
+        other = spellings.setdefault(full.casefold(), full)
+        checks = {
+            "is there twice": full in named,
+            f"differs from {other} in case alone, which some file systems ignore": full != other,
+            f"is longer than {LONGEST_NAME} characters": len(full) > LONGEST_NAME,
+            "is the name of one of the sweep's own files or folders": full.casefold() in RESERVED,
+            "cannot name a folder; use letters, digits and . _ = , + -": not NAME.fullmatch(full),
+        }
+        shown = full if len(full) <= LONGEST_NAME else f"{full[:40]}..."
+        errors += [f"{source}: variant {shown}: {what}" for what, is_wrong in checks.items() if is_wrong]
+        named[full] = settings | point
+    return named
+
+
+def _seeds(written: Any, place: str, errors: list[str]) -> tuple[int, ...]:
+    """Return the seeds of a list of whole numbers, or of text such as "0-4,7"."""
+    parts = written.split(",") if isinstance(written, str) else []
+    if isinstance(written, list):
+        parts = [to_toml(seed) for seed in written]
+    ranges = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part) for part in parts]
+    seeds = [seed for each in ranges if each for seed in range(int(each[1]), int(each[2] or each[1]) + 1)]
+    if not seeds or not all(ranges) or len(set(seeds)) < len(seeds):
+        errors.append(f"{place} = {to_toml(written)}: must be different whole numbers, such as 0-4 or 0,2,5")
+    return tuple(seeds)
 
 
 class SweepRun:
-    """One variant with one seed. `settings` is what it sets over the base recipe: shared settings and its own.
-
-    `log_path` is for everything the run prints; it is beside the run's folder, which belongs to the run.
-    """
+    """One variant with one seed. `settings` is what it sets over the base recipe: shared settings and its own."""
 
     def __init__(self, sweep_path: Path, variant: Variant, seed: int, shared: Mapping[str, Any]) -> None:
         self.variant, self.seed, self.settings = variant, seed, {**shared, **variant.overrides}
         self.name = f"{variant.name} seed {seed}"
         self.folder = RunFolder(sweep_path / variant.name / f"seed-{seed}")
-        self.log_path = sweep_path / variant.name / f"seed-{seed}.log"
+        self.log_path = self.folder.path.with_suffix(".log")  # of all it prints; the folder itself belongs to the run
 
     @property
     def state(self) -> Literal["finished", "unfinished", "new"]:
@@ -126,33 +296,31 @@ def refuse_other_sweep(folder: SweepFolder, sweep: Sweep) -> None:
 
     Variants and seeds may be added; settings of speed and bookkeeping may change.
     """
-    if folder.sweep_path.is_file():
-        changes = list(_changes(load_sweep(folder.sweep_path), sweep))
-        if changes:
-            more = [f"... and {len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
-            told = ["the sweep differs from the one that was started here:", *changes[:MOST_CHANGES], *more]
-            next_step = ("name another folder with --output, or continue the old sweep with "
-                         f"popo-lite sweep {folder.sweep_path} --output {folder.path}")  # fmt: skip
-            raise UserInputError("\n".join(told), where=str(folder.sweep_path), next_step=next_step)
-    elif folder.path.exists():
+    if not folder.sweep_path.is_file():
         # A sweep killed before it wrote sweep.toml leaves these. The lock is created first, so a recipe.toml without
         # it belongs to the user.
         own = {folder.lock_path, folder.recipe_path} if folder.lock_path.is_file() else set()
-        if not folder.path.is_dir() or {path for path in folder.path.iterdir() if not is_leftover(path)} - own:
+        path = folder.path
+        if path.exists() and (not path.is_dir() or {each for each in path.iterdir() if not is_leftover(each)} - own):
             what = "the folder is not empty and holds no sweep"
-            raise UserInputError(what, where=f"--output {folder.path}", next_step="name another folder")
-
-
-def _changes(before: Sweep, now: Sweep) -> Iterator[str]:
-    """Yield one line for every difference that would change the runs asked for before."""
-    if gone := [seed for seed in before.seeds if seed not in now.seeds]:
-        yield f"seeds: {', '.join(map(str, gone))} gone"
-    variants = {variant.name: variant.recipe for variant in now.variants}
-    for old in before.variants:
-        if old.name not in variants:
-            yield f"variant {old.name}: gone"
+            raise UserInputError(what, where=f"--output {path}", next_step="name another folder")
+        return
+    before = load_sweep(folder.sweep_path)
+    gone = [str(seed) for seed in before.seeds if seed not in sweep.seeds]
+    changes = [f"seeds: {', '.join(gone)} gone"] if gone else []
+    recipes = {variant.name: variant.recipe for variant in sweep.variants}
+    for name, _, recipe in before.variants:
+        if name not in recipes:
+            changes.append(f"variant {name}: gone")
             continue
-        was, now_is = flatten(old.recipe), flatten(variants[old.name])
-        for key in sorted((was.keys() | now_is.keys()) - may_change_on_resume(variants[old.name]) - {SEED}):
-            if was.get(key) != now_is.get(key):
-                yield f"variant {old.name}: {key} was {was.get(key)!r} and is {now_is.get(key)!r}"
+        was, now = flatten(recipe), flatten(recipes[name])
+        keys = sorted((was.keys() | now.keys()) - may_change_on_resume(recipes[name]) - {SEED})
+        changes += [f"variant {name}: {key} was {was.get(key)!r} and is {now.get(key)!r}"
+                    for key in keys if was.get(key) != now.get(key)]  # fmt: skip
+    if len(changes) > MOST_CHANGES:
+        changes[MOST_CHANGES:] = [f"... and {len(changes) - MOST_CHANGES} more"]
+    if changes:
+        what = "\n".join(["the sweep differs from the one that was started here:", *changes])
+        next_step = ("name another folder with --output, or continue the old sweep with "
+                     f"popo-lite sweep {folder.sweep_path} --output {folder.path}")  # fmt: skip
+        raise UserInputError(what, where=str(folder.sweep_path), next_step=next_step)

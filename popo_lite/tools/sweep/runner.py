@@ -21,8 +21,7 @@ from rich.text import Text
 from popo_lite.run_folder import append_line
 from popo_lite.tools.console.output import open_console, safe
 from popo_lite.tools.console.words import duration
-from popo_lite.tools.sweep.file import as_options
-from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, writing
+from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, as_options, writing
 
 POLL_SECONDS = 0.2
 STOPPED = (130, -signal.SIGINT)
