@@ -49,18 +49,16 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
              "run": str(run.folder.path)} for run in runs]  # fmt: skip
         if as_json:
             click.echo(json.dumps({"runs": listed}))
-            return
-        told = [list({**run, "overrides": " ".join(as_options(run["overrides"]))}.values()) for run in listed]
-        table(f"{len(runs)} runs", ("variant", "seed", "state", "differs in", "folder"), told)
+        else:
+            cells = [list({**run, "overrides": " ".join(as_options(run["overrides"]))}.values()) for run in listed]
+            table(f"{len(runs)} runs", ("variant", "seed", "state", "differs in", "folder"), cells)
         return
     with locked(folder) as lock:
         refuse_other_sweep(folder, requested)  # again: another may have started here meanwhile
         folder.start_files(requested)
         with SweepView(len(runs), sum(run.state == "finished" for run in runs)) as view:
             try:
-                failures, interrupted = execute(
-                    folder, runs, jobs=jobs, lock=lock, watcher=view, ignore_plan=ignore_plan
-                )
+                failures, interrupted = execute(folder, runs, jobs, lock, view, ignore_plan=ignore_plan)
             finally:
                 results = folder.write_results(runs)
     if as_json:
