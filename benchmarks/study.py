@@ -183,7 +183,7 @@ def comparison(name: str, variants: Sequence[str] = ()) -> dict[str, Any]:
             path = Path(line["variant"]) / f"seed-{line['seed']}"
             found = RunFigures(path, line["seed"], line["figures"], line["curves"], line["problems"])
             runs[line["variant"]].append(found)
-    return comparison_of(list(runs.items()), reach=REACH)
+    return comparison_of(runs, reach=REACH)
 
 
 def time_table(name: str) -> Table:

@@ -12,23 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from popo_lite.errors import CheckpointError, UserInputError
-from popo_lite.metrics import StepRecord
 from popo_lite.recipe_file import flatten
 from popo_lite.run_folder import RunFolder, read_lines
 from popo_lite.tools.sweep.folder import SweepFolder, load_sweep, named_values
 
-BOOKKEEPING = ("train.seed", "output.dir", "output.samples_per_step")
-"""Settings in which runs of one group may differ."""
-LONGEST_NAME = 40
-ROUNDING = 1e-12
-"""Values that differ by less, relatively or absolutely, are equal but for rounding."""
+BOOKKEEPING = ("train.seed", "output.dir", "output.samples_per_step")  # in which runs of one group may differ
+LONGEST_NAME = 40  # of a group of single runs
+ROUNDING = 1e-12  # values that differ by less, relatively or absolutely, are equal but for rounding
 CONFIDENCE = 0.95
 RATIOS = ("pass_at_", "pass_rate", "effective_sample_ratio", "trained_ratio")
 """Beginnings of the names of figures and curves that cannot exceed 1. No figure can be below 0."""
-SMOOTHING_STEPS = 5
-"""Steps of the trailing mean in curves and for reaching a pass rate."""
-LAST_RATIO = 0.1
-"""The figures of training are means over this last part of a run's steps."""
+SMOOTHING_STEPS = 5  # of the trailing mean in curves and for reaching a pass rate
+LAST_RATIO = 0.1  # of a run's steps: the part over which the figures of training are averaged
 CURVES = ("pass_rate", "completion_tokens_mean", "sampled_entropy", "effective_sample_ratio", "siamese_drift",
           "trained_tokens")  # fmt: skip
 """Metrics that are drawn step by step."""
@@ -53,10 +48,6 @@ class RunFigures(NamedTuple):
     problems: int
 
 
-Group = tuple[str, Sequence[RunFigures]]
-"""A name, and the finished runs of one recipe, at most one per seed."""
-
-
 def compare(sources: Sequence[Path], *, reach: float) -> dict[str, Any]:
     """Compare the runs and sweeps at `sources`, with costs up to a training pass rate of `reach`; return plain data.
 
@@ -64,42 +55,56 @@ def compare(sources: Sequence[Path], *, reach: float) -> dict[str, Any]:
     ended, or a group has a seed twice.
     """
     _refuse_repeated((f"the folder {source.resolve()}", source) for source in sources)
-    groups: list[Group] = []
+    groups: dict[str, list[RunFigures]] = {}
     left_out: list[str] = []
     sweeps = [source for source in sources if SweepFolder(source).sweep_path.is_file()]
     folders = [source.resolve().name for source in sweeps]
     for source, folder in zip(sweeps, folders, strict=True):
         prefix = f"{folder if folders.count(folder) == 1 else source}/" if len(sweeps) > 1 else ""
         sweep = load_sweep(SweepFolder(source).sweep_path)
-        runs = SweepFolder(source).runs(sweep)
-        left_out += [f"{prefix}{run.name}: not finished" for run in runs if run.state != "finished"]
-        for variant in sweep.variants:
-            ended = [run.folder.path for run in runs if run.state == "finished" and run.variant is variant]
-            if ended:
-                groups.append((prefix + variant.name, [read_run(path, reach=reach) for path in ended]))
+        groups |= {prefix + variant.name: [] for variant in sweep.variants}
+        for run in SweepFolder(source).runs(sweep):
+            if run.state == "finished":
+                groups[prefix + run.variant.name].append(read_run(run.folder.path, reach=reach))
+            else:
+                left_out.append(f"{prefix}{run.name}: not finished")
+    groups = {name: runs for name, runs in groups.items() if runs}
     single = [read_run(source, reach=reach) for source in sources if source not in sweeps]
-    groups += _single_groups(single, taken={name for name, _ in groups})
+    groups |= _single_groups(single, taken=groups.keys())
     if not groups:
         raise CheckpointError("no run has ended yet", where=", ".join(map(str, sources)))
-    return comparison_of(groups, reach=reach, left_out=left_out)
+    return {**comparison_of(groups, reach=reach), "left_out": left_out}
 
 
-def comparison_of(groups: Sequence[Group], *, reach: float, left_out: Sequence[str] = ()) -> dict[str, Any]:
-    """Compare `groups` with the first of them. Raises UserInputError if a group has a seed twice."""
-    names = list(dict.fromkeys(figure for _, runs in groups for run in runs for figure in run.figures))
+def comparison_of(groups: Mapping[str, Sequence[RunFigures]], *, reach: float) -> dict[str, Any]:
+    """Compare `groups`, name -> finished runs of one recipe, with the first of them, paired by seed.
+
+    Raises UserInputError if a group has a seed twice.
+    """
+    names = list(dict.fromkeys(figure for runs in groups.values() for run in runs for figure in run.figures))
     compared: list[dict[str, Any]] = []
-    for group, runs in groups:
+    first: dict[int, RunFigures] = {}  # the first group's runs by seed
+    for group, runs in groups.items():
         _refuse_repeated((f"seed {run.seed} of {group}", run.path) for run in runs)
         values = {name: [run.figures.get(name) for run in runs] for name in names}
-        first = {run.seed: run.figures for run in groups[0][1]}
-        pairs = [(run.figures, first[run.seed]) for run in runs if run.seed in first] if compared else []
+        differences: dict[str, Estimate | None] = {}
+        for name in names if first else ():
+            pairs = [(run.figures.get(name), first[run.seed].figures.get(name)) for run in runs if run.seed in first]
+            gaps = [own - other for own, other in pairs if own is not None and other is not None]
+            # If a run lacks the figure, the others would be a comparison of lucky seeds.
+            differences[name] = mean_interval(gaps) if gaps and len(gaps) == len(pairs) else None
+        curves: dict[str, dict[str, Values]] = {}
+        for name in CURVES:
+            points = itertools.zip_longest(*(run.curves[name] for run in runs))
+            estimates = [_estimate(name, point, 0) or {} for point in points]
+            curves[name] = {part: [each.get(part) for each in estimates] for part in ("mean", "low", "high")}
         compared.append({
             "name": group, "seeds": [run.seed for run in runs], "runs": [str(run.path) for run in runs],
             "figures": {name: _estimate(name, values[name], runs[0].problems) for name in names}, "values": values,
-            "differences": {name: _difference(name, pairs) for name in names} if compared else {},
-            "curves": {name: _band(name, [run.curves[name] for run in runs]) for name in CURVES},
+            "differences": differences, "curves": curves,
         })  # fmt: skip
-    return {"reach": reach, "smoothing_steps": SMOOTHING_STEPS, "left_out": list(left_out), "groups": compared}
+        first = first or {run.seed: run for run in runs}
+    return {"reach": reach, "smoothing_steps": SMOOTHING_STEPS, "left_out": [], "groups": compared}
 
 
 def mean_interval(values: Sequence[float], *, least: float = -math.inf, most: float = math.inf) -> Estimate:
@@ -108,7 +113,7 @@ def mean_interval(values: Sequence[float], *, least: float = -math.inf, most: fl
     A single value has no interval. Equal values have none either: a few seeds that agree do not make the mean certain.
     """
     mean, count = statistics.fmean(values), len(values)
-    if count < 2 or math.isclose(min(values), max(values), rel_tol=ROUNDING, abs_tol=ROUNDING):
+    if math.isclose(min(values), max(values), rel_tol=ROUNDING, abs_tol=ROUNDING):
         return {"mean": mean, "low": None, "high": None, "count": count}
     margin = t_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
     return {"mean": mean, "low": max(least, mean - margin), "high": min(most, mean + margin), "count": count}
@@ -154,40 +159,20 @@ def _estimate(name: str, values: Values, problems: int) -> Estimate | None:
     return {**found, "low": None, "high": None} if name.startswith("reach_") and len(known) < len(values) else found
 
 
-def _difference(name: str, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Estimate | None:
-    """Return the mean of a figure minus that of the first group's run with the same seed, with the t interval of pairs.
-
-    None without a common seed, or if one of those runs lacks the figure: only the lucky seeds would be compared.
-    """
-    values: list[tuple[Any, Any]] = [(own.get(name), other.get(name)) for own, other in pairs]
-    if not values or any(None in pair for pair in values):
-        return None
-    return mean_interval([own - other for own, other in values])
-
-
-def _band(name: str, curves: Sequence[Values]) -> dict[str, Values]:
-    """Return mean and interval by step over runs; a step for which no run has a value is None."""
-    points = [_estimate(name, values, 0) or {} for values in itertools.zip_longest(*curves)]
-    return {part: [point.get(part) for point in points] for part in ("mean", "low", "high")}
-
-
-def _single_groups(runs: Sequence[RunFigures], taken: Set[str]) -> list[Group]:
+def _single_groups(runs: Sequence[RunFigures], taken: Set[str]) -> dict[str, list[RunFigures]]:
     """Group runs with equal recipes, apart from BOOKKEEPING, and name the groups by the settings that differ.
 
-    They are named by a path if that leaves them alike, or like the names in `taken`.
+    They are named by a path if there is one group, or such a name is too long or one of those in `taken`.
     """
-    grouped: dict[str, tuple[Mapping[str, Any], list[RunFigures]]] = {}
-    for run in runs:
-        values = flatten(RunFolder(run.path).recipe())
-        settings = {key: value for key, value in values.items() if key not in BOOKKEEPING}
-        grouped.setdefault(repr(settings), (settings, []))[1].append(run)
-    recipes, members = [settings for settings, _ in grouped.values()], [group for _, group in grouped.values()]
-    keys = sorted({key for settings in recipes for key in settings})
-    differing = [key for key in keys if any(settings.get(key) != recipes[0].get(key) for settings in recipes)]
-    names = [", ".join(named_values(settings, differing)) for settings in recipes]
-    if len(names) == 1 or len({*names} - taken) < len(names) or any(len(name) > LONGEST_NAME for name in names):
-        names = [str(group[0].path) for group in members]
-    return list(zip(names, members, strict=True))
+    recipes = [flatten(RunFolder(run.path).recipe()) for run in runs]
+    keys = sorted(set().union(*recipes).difference(BOOKKEEPING))
+    differing = [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
+    groups: dict[str, list[RunFigures]] = {}
+    for run, recipe in zip(runs, recipes, strict=True):
+        groups.setdefault(", ".join(named_values(recipe, differing)), []).append(run)
+    if len(groups) == 1 or not taken.isdisjoint(groups) or any(len(name) > LONGEST_NAME for name in groups):
+        return {str(members[0].path): members for members in groups.values()}
+    return groups
 
 
 def _refuse_repeated(items: Iterable[tuple[str, Path]]) -> None:
@@ -211,18 +196,31 @@ def read_run(path: Path, *, reach: float) -> RunFigures:
     after = json.loads(run.summary_path.read_text(encoding="utf-8"))["after"] or {}
     steps = read_lines(run.metrics_path)
     try:
-        figures = {
-            "pass_at_1": after.get("pass_at_1"),
-            **{f"pass_at_{k}": rate for k, rate in (after.get("pass_at_k") or {}).items() if k != "1"},
-            "held_out_tokens": after.get("completion_tokens_mean"),
-            **_of_steps(steps, reach),
-        }
-        by_step = {name: [line[name] for line in steps] for name in CURVES}
+        by_step = {name: [line[name] for line in steps] for name in (*AVERAGED, *TOTALS, *CURVES, "seconds")}
     except KeyError as error:
         what = f"its steps lack the metric {error.args[0]}: another version of popo-lite wrote them"
         next_step = "train the run again, or leave it out"
         raise CheckpointError(what, where=str(run.metrics_path), next_step=next_step) from error
-    curves = {name: smoothed(values) for name, values in by_step.items()}
+    by_step["seconds"] = [math.fsum(stages.values()) for stages in by_step["seconds"]]
+    last = max(1, math.ceil(LAST_RATIO * len(steps)))
+    means = {name: _mean(by_step[name][-last:]) for name in AVERAGED}
+    totals = {name: sum(by_step[name]) for name in (*TOTALS, "seconds")}
+    entropy, start = means["sampled_entropy"], by_step["sampled_entropy"][0]
+    curves = {name: smoothed(by_step[name]) for name in CURVES}
+    window = min(SMOOTHING_STEPS, len(steps))  # only whole windows count
+    reached = (end for end, rate in enumerate(curves["pass_rate"], 1) if end >= window and (rate or 0.0) >= reach)
+    end = next(reached, None)
+    costs = {name: sum(by_step[name][:end]) for name in ("seconds", "rollout_tokens", "trained_tokens")}
+    figures = {
+        "pass_at_1": after.get("pass_at_1"),
+        **{f"pass_at_{k}": rate for k, rate in (after.get("pass_at_k") or {}).items() if k != "1"},
+        "held_out_tokens": after.get("completion_tokens_mean"),
+        **means, **totals, "trained_ratio": totals["trained_tokens"] / totals["tokens_of_all"],
+        "sampled_entropy_over_start": entropy / start if entropy is not None and start else None,
+        "siamese_drift": by_step["siamese_drift"][-1],
+        **{f"reach_{name}": None if end is None else cost for name, cost in {"steps": end, **costs}.items()},
+    }  # fmt: skip
+    # Not smoothed: these do not jump from step to step.
     curves["siamese_drift"] = by_step["siamese_drift"]
     curves["trained_tokens"] = list(itertools.accumulate(by_step["trained_tokens"]))
     return RunFigures(path, recipe.train.seed, figures, curves, after.get("problems", 0))
@@ -231,30 +229,6 @@ def read_run(path: Path, *, reach: float) -> RunFigures:
 def smoothed(values: Values) -> list[float | None]:
     """Return the mean of each value and those before it, SMOOTHING_STEPS in all; None if all of them are."""
     return [_mean(values[max(0, end - SMOOTHING_STEPS) : end]) for end in range(1, len(values) + 1)]
-
-
-def _of_steps(steps: Sequence[StepRecord], reach: float) -> dict[str, float | None]:
-    """Return the figures of training, and what it took until the smoothed pass rate first was `reach`."""
-
-    def seconds(steps: Sequence[StepRecord]) -> float:
-        return math.fsum(seconds for line in steps for seconds in line["seconds"].values())
-
-    last = steps[-max(1, math.ceil(LAST_RATIO * len(steps))) :]
-    means = {name: _mean([line[name] for line in last]) for name in AVERAGED}
-    totals = {name: sum(line[name] for line in steps) for name in TOTALS}
-    entropy, start = means["sampled_entropy"], steps[0]["sampled_entropy"]
-    rates = smoothed([line["pass_rate"] for line in steps])
-    window = min(SMOOTHING_STEPS, len(steps))  # only whole windows count
-    end = next((end for end, rate in enumerate(rates, 1) if end >= window and rate is not None and rate >= reach), None)
-    spent = steps[:end]
-    costs = {"reach_steps": float(len(spent)), "reach_seconds": seconds(spent)}
-    costs |= {f"reach_{name}": sum(line[name] for line in spent) for name in ("rollout_tokens", "trained_tokens")}
-    return {
-        **means, **totals, "trained_ratio": totals["trained_tokens"] / totals["tokens_of_all"],
-        "sampled_entropy_over_start": entropy / start if entropy is not None and start else None,
-        "siamese_drift": steps[-1]["siamese_drift"], "seconds": seconds(steps),
-        **{name: None if end is None else cost for name, cost in costs.items()},
-    }  # fmt: skip
 
 
 def _mean(values: Values) -> float | None:
