@@ -277,7 +277,7 @@ def test_groups_of_like_named_sweeps_and_runs_can_be_told_apart(
     ]
     page = html_page(found, b"")
     for index in range(6):
-        assert page.count(report.colour(index)) == (4 if index == 0 else 5)
+        assert page.count(report.COLOURS[index]) == (4 if index == 0 else 5)
     with pytest.raises(UserInputError, match="one/sweep and .* are both the folder"):
         compare([Path("one/sweep"), tmp_path / "two" / ".." / "one" / "sweep"], reach=0.8)
     # A single run's group would be named as the sweep's variant.
@@ -395,7 +395,7 @@ def test_every_panel_shows_every_group_in_its_colour(a_sweep: Path, tmp_path: Pa
         for column in range(3):
             panel = pixels[int(top) : int(bottom), int(width * column / 3) : int(width * (column + 1) / 3)]
             for index in range(2):
-                wanted = [int(report.colour(index)[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+                wanted = [int(report.COLOURS[index][at : at + 2], 16) / 255 for at in (1, 3, 5)]
                 shows.append(int((np.abs(panel - wanted).max(-1) < 0.02).sum()) > 100)
     assert shows == [True] * 12
 
@@ -421,7 +421,7 @@ def test_many_groups_are_told_apart_by_lines_and_not_hidden_by_bands(
     assert (len(axis.lines), len(axis.collections)) == (groups, bands)
     page = html_page(found, b"")
     assert ("the band (of rank=1 alone) 95" in page) == (bands == 1)
-    first = report.colour(0)
+    first = report.COLOURS[0]
     assert f"border-top: .2em solid {first}" in page
     assert (f"border-top: .2em dashed {first}" in page) == (groups == 8)
 

@@ -1,11 +1,9 @@
-"""Report a comparison (`popo_lite.tools.sweep.compare.compare`): tables, plots, and one HTML file with both.
-
-matplotlib is imported inside functions: no other command should wait for it.
-"""
+"""Report a comparison (`popo_lite.tools.sweep.compare.compare`): tables, plots, and one HTML file with both."""
 
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -18,32 +16,33 @@ from rich.text import Text
 from popo_lite.metrics import METRICS
 from popo_lite.tools.console.output import open_console, safe, table
 from popo_lite.tools.console.words import ABSENT
-from popo_lite.tools.sweep.compare import CURVES
+from popo_lite.tools.sweep.compare import CURVES, Values
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # matplotlib is imported inside functions: no other command should wait for it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow."""
-DASHES = {"solid": "solid", "dashed": (0, (5, 2)), "dotted": (0, (1.5, 1.5))}
-"""Line styles by their names in CSS: groups beyond the seventh reuse the colours with the next style."""
+LINES = [(colour, dash) for dash in ("solid", "dashed", "dotted") for colour in COLOURS]  # one per group
 WIDTH_INCHES, DOTS_PER_INCH = 12.0, 150
 STYLE: Any = {
     "font.family": "DejaVu Sans", "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#DDDDDD", "text.parse_math": False,  # a variant's name is not a formula
+    "grid.color": "#DDDDDD", "lines.dashed_pattern": (5, 2), "lines.dotted_pattern": (1.5, 1.5),
+    "text.parse_math": False,  # a variant's name is not a formula
 }  # fmt: skip
 UNITS = {"ratio": (" %", "%", 100, 1), "nats": (" nats", "nats", 1, 3), "tokens": ("", "tokens", 1, 1),
          "number": ("", "", 1, 3), "seconds": ("", "seconds", 1, 1),
          "total": (", k", "thousand tokens", 1e-3, 1)}  # fmt: skip
 """Unit of a metric, or `total` for tokens summed over steps -> suffix of headings, unit of axes, factor, decimals."""
-DECIMALS = {"unique_answers_mean": 2, "effective_sample_ratio": 2}
-"""Figures that have other decimals than their unit."""
-OTHERS = {"held_out_tokens": ("mean tokens", "tokens"), "trained_ratio": ("of all", "ratio"),
-          "sampled_entropy_over_start": ("sampled entropy of start", "ratio"),
-          "reach_steps": ("steps", "tokens")}  # fmt: skip
-"""Figures that are no metrics -> label and unit; a metric's are in METRICS."""
+DECIMALS = {"unique_answers_mean": 2, "effective_sample_ratio": 2}  # figures with other decimals than their unit
+FIGURES = {key: (metric.label, metric.unit) for key, metric in METRICS.items()} | {
+    "rollout_tokens": ("rollout tokens", "total"), "trained_tokens": ("trained tokens", "total"),
+    "held_out_tokens": ("mean tokens", "tokens"), "trained_ratio": ("of all", "ratio"), "steps": ("steps", "tokens"),
+    "sampled_entropy_over_start": ("sampled entropy of start", "ratio"),
+}  # fmt: skip
+"""Figure without `reach_` -> label and unit."""
 TRAINING = ("pass_rate", "completion_tokens_mean", "unique_answers_mean", "sampled_entropy",
             "sampled_entropy_over_start", "entropy", "effective_sample_ratio", "siamese_drift")  # fmt: skip
 COST = ("rollout_tokens", "trained_tokens", "trained_ratio", "seconds")
@@ -60,7 +59,7 @@ class Table(NamedTuple):
 
 def print_report(comparison: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the tables of a comparison."""
-    console = console if console is not None else open_console(sys.stdout)
+    console = console or open_console(sys.stdout)
     for each in tables(comparison):
         table(*each, console)
     for note in _notes(comparison):
@@ -72,43 +71,43 @@ def html_page(comparison: Mapping[str, Any], png: bytes) -> str:
     names = [group["name"] for group in comparison["groups"]]
     return jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE).render(
         title=f"Comparison of {', '.join(names)}", runs=sum(len(group["runs"]) for group in comparison["groups"]),
-        bands="bands" if _has_band(1, len(names)) else f"the band (of {names[0]} alone)",
-        lines={name: f"border-top: .2em {_dash(index)} {colour(index)}" for index, name in enumerate(names)},
-        smoothing_steps=comparison["smoothing_steps"], image=base64.b64encode(png).decode("ascii"),
-        tables=tables(comparison), notes=_notes(comparison),
+        bands="bands" if len(names) <= len(COLOURS) else f"the band (of {names[0]} alone)",
+        lines=dict(zip(names, itertools.cycle(LINES), strict=False)), smoothing_steps=comparison["smoothing_steps"],
+        image=base64.b64encode(png).decode("ascii"), tables=tables(comparison), notes=_notes(comparison),
     )  # fmt: skip
 
 
 def tables(comparison: Mapping[str, Any], shown: Set[str] | None = None) -> Iterator[Table]:
     """Yield the tables of a comparison, with the figures in `shown` or by default with all."""
     groups = comparison["groups"]
-
-    def built(title: str, keys: Sequence[str], kind: str, few: str, leads: Sequence[str] = (), lead: str = "") -> Table:
-        """Build the table of "figures" or "differences"; `few` is the note at those of some of the runs only."""
-        looks = {key: _look(key) for key in keys if shown is None or key in shown}
-        rows = [[group["name"], *leads[index : index + 1]] for index, group in enumerate(groups)]
-        for row, group in zip(rows, groups, strict=True):
-            runs, sign = len(group["runs"]), "+" if kind == "differences" else ""
-            for key, (*_, factor, decimals) in looks.items():
-                found = group[kind].get(key)
-                note = few.format(found["count"], runs) if found and found["count"] < runs else ""
-                row.append(cell(found, factor, decimals, sign=sign) + note)
-        headings = [label + suffix for label, suffix, *_ in looks.values()]
-        return Table(title, ["variant", lead, *headings] if lead else ["variant", *headings], rows)
-
     rates = {key for group in groups for key in group["figures"] if key.startswith("pass_at_")}
     final = (*sorted(rates, key=lambda key: int(key[8:])), "held_out_tokens")
     counts = [str(len(group["runs"])) for group in groups]
-    yield built("Held-out problems, at the end", final, "figures", " (n = {})", counts, "runs")
-    yield built("Training, last tenth of the steps", TRAINING, "figures", " (n = {})", counts, "runs")
-    yield built("Cost of the training steps", COST, "figures", " (n = {})", counts, "runs")
-    reached = [sum(value is not None for value in group["values"]["reach_steps"]) for group in groups]
-    states = [f"{n} of {count}" if n else "not reached" for n, count in zip(reached, counts, strict=True)]
-    yield built(f"To a training pass rate of {comparison['reach'] * 100:g}%", REACH, "figures", "", states, "reached")
+    reached = [group["figures"]["reach_steps"] for group in groups]
+    states = [f"{each['count']} of {n}" if each else "not reached" for each, n in zip(reached, counts, strict=True)]
+    for title, figures, lead, leads, few in (
+        ("Held-out problems, at the end", final, "runs", counts, " (n = {})"),
+        ("Training, last tenth of the steps", TRAINING, "runs", counts, " (n = {})"),
+        ("Cost of the training steps", COST, "runs", counts, " (n = {})"),
+        (f"To a training pass rate of {comparison['reach'] * 100:g}%", REACH, "reached", states, ""),
+    ):
+        keys = [key for key in figures if shown is None or key in shown]
+        rows = [[group["name"], first, *_cells(group, keys, few)] for group, first in zip(groups, leads, strict=True)]
+        yield Table(title, ["variant", lead, *(_look(key)[1] for key in keys)], rows)
     if len(groups) > 1:
-        keys = (*final, *TRAINING[2:4], *COST[1:])
-        each = built(f"Difference from {groups[0]['name']}, paired by seed", keys, "differences", " ({} of {} paired)")
-        yield each._replace(rows=each.rows[1:])
+        keys = [key for key in (*final, *TRAINING[2:4], *COST[1:]) if shown is None or key in shown]
+        rows = [[group["name"], *_cells(group, keys, " ({} of {} paired)", "differences")] for group in groups[1:]]
+        title = f"Difference from {groups[0]['name']}, paired by seed"
+        yield Table(title, ["variant", *(_look(key)[1] for key in keys)], rows)
+
+
+def _cells(group: Mapping[str, Any], keys: Sequence[str], few: str, kind: str = "figures") -> Iterator[str]:
+    """Yield a group's figures or differences; `few` is added to those that only some of its runs have."""
+    for key in keys:
+        *_, factor, decimals = _look(key)
+        found, runs = group[kind].get(key), len(group["runs"])
+        note = few.format(found["count"], runs) if found and found["count"] < runs else ""
+        yield cell(found, factor, decimals, sign="+" if kind == "differences" else "") + note
 
 
 def cell(estimate: Mapping[str, Any] | None, scale: float = 1, decimals: int = 2, *, sign: str = "") -> str:
@@ -121,16 +120,10 @@ def cell(estimate: Mapping[str, Any] | None, scale: float = 1, decimals: int = 2
 
 
 def _look(key: str) -> tuple[str, str, str, float, int]:
-    """Return a figure's label, suffix of its heading, unit of its axis, factor to that unit, and decimals."""
-    metric = METRICS.get(key.removeprefix("reach_"))
-    if key.startswith("pass_at_"):
-        label, unit = f"pass@{key[8:]}", "ratio"
-    elif metric is None or key in OTHERS:
-        label, unit = OTHERS[key]
-    else:
-        label, unit = metric.label, "total" if key.endswith(("rollout_tokens", "trained_tokens")) else metric.unit
+    """Return a figure's label, heading of its column, unit of its axis, factor to that unit, and decimals."""
+    label, unit = FIGURES.get(key.removeprefix("reach_")) or (f"pass@{key.removeprefix('pass_at_')}", "ratio")
     suffix, axis, factor, decimals = UNITS[unit]
-    return label, suffix, axis, factor, DECIMALS.get(key, decimals)
+    return label, label + suffix, axis, factor, DECIMALS.get(key, decimals)
 
 
 def _notes(comparison: Mapping[str, Any]) -> Iterator[str]:
@@ -144,19 +137,6 @@ def _notes(comparison: Mapping[str, Any]) -> Iterator[str]:
                "chance alone.")  # fmt: skip
     if comparison["left_out"]:
         yield f"Left out: {'; '.join(comparison['left_out'])}."
-
-
-def colour(index: int) -> str:
-    """Return the colour of the group at `index`, the same in all panels."""
-    return COLOURS[index % len(COLOURS)]
-
-
-def _dash(index: int) -> str:
-    return list(DASHES)[index // len(COLOURS) % len(DASHES)]
-
-
-def _has_band(index: int, groups: int) -> bool:
-    return groups <= len(COLOURS) or index == 0  # of many groups, only the first
 
 
 def draw(comparison: Mapping[str, Any]) -> Figure:
@@ -180,30 +160,27 @@ def draw(comparison: Mapping[str, Any]) -> Figure:
             axis.set_title(title + until if key.startswith("reach_") else title)
         for axis in axes[2][1:]:
             axis.tick_params(left=False, labelleft=False)
-        for place in range(3):
-            figure.align_ylabels(axes[:2, place])
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(groups), 5), frameon=False,
-                      handlelength=2.6)  # fmt: skip
+        figure.align_ylabels(axes[:2])
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(groups), 5),
+                      frameon=False, handlelength=2.6)  # fmt: skip
     return figure
 
 
 def _draw_curve(axis: Axes, key: str, unit: str, factor: float, groups: Sequence[Mapping[str, Any]]) -> None:
     """Draw the mean over seeds by step, with its interval as a band."""
-    means: list[float] = []
-    for index, group in enumerate(groups):
-        mean, low, high = ([math.nan if value is None else value * factor for value in group["curves"][key][name]]
-                           for name in ("mean", "low", "high"))  # fmt: skip
-        means += [value for value in mean if not math.isnan(value)]
+    known: list[float] = []
+    for index, (group, (colour, dash)) in enumerate(zip(groups, itertools.cycle(LINES), strict=False)):
+        mean, low, high = (_scaled(group["curves"][key][part], factor) for part in ("mean", "low", "high"))
+        known += [value for value in mean if not math.isnan(value)]
         steps = range(1, len(mean) + 1)
         # The first group, with which the others are compared, lies on top.
-        axis.plot(steps, mean, label=group["name"], color=colour(index), linestyle=DASHES[_dash(index)], linewidth=1.8,
+        axis.plot(steps, mean, label=group["name"], color=colour, linestyle=dash, linewidth=1.8,
                   zorder=3 - 0.01 * index)  # fmt: skip
-        if _has_band(index, len(groups)):
-            axis.fill_between(steps, low, high, color=colour(index), alpha=0.12, linewidth=0)
-    if means:
+        if index == 0 or len(groups) <= len(COLOURS):  # more bands would hide the lines
+            axis.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+    if known:
         # A band much wider than the means, as two seeds give, is clipped, so that it does not flatten them.
-        least, most = min(means), max(means)
+        least, most = min(known), max(known)
         margin = 0.25 * (most - least) or 0.05 * most or 1.0
         top = min(most + margin, 100.0 + 0.1 * margin) if unit == "%" else most + margin
         axis.set_ylim(max(0.0, least - margin), top)
@@ -215,23 +192,24 @@ def _draw_curve(axis: Axes, key: str, unit: str, factor: float, groups: Sequence
 
 def _draw_ends(axis: Axes, key: str, unit: str, factor: float, groups: Sequence[Mapping[str, Any]]) -> None:
     """Draw one row per group: a dot per seed, the mean, and its interval."""
-    for index, group in enumerate(groups):
-        values, found = group["values"].get(key, []), group["figures"].get(key)
-        known = [value * factor for value in values if value is not None]
-        axis.plot(known, [index] * len(known), "o", color=colour(index), alpha=0.35, markersize=5)
-        if found is not None:
-            if found["low"] is not None:
-                interval = [found["low"] * factor, found["high"] * factor]
-                axis.plot(interval, [index, index], color=colour(index), linewidth=2.2, solid_capstyle="butt")
-            mean = found["mean"] * factor
-            axis.plot([mean], [index], "D", color=colour(index), markersize=7, markeredgecolor="white")
-        if key.startswith("reach") and len(known) < len(values):
-            axis.annotate(f"{len(known)} of {len(values)} reached it", (1.0, index), (0, 3), fontsize=8, ha="right",
-                          xycoords=("axes fraction", "data"), textcoords="offset points", va="bottom")  # fmt: skip
+    for index, (group, (colour, _)) in enumerate(zip(groups, itertools.cycle(LINES), strict=False)):
+        values, found = group["values"].get(key, []), group["figures"].get(key) or {}
+        mean, *interval = _scaled([found.get(part) for part in ("mean", "low", "high")], factor)
+        axis.plot(_scaled(values, factor), [index] * len(values), "o", color=colour, alpha=0.35, markersize=5)
+        axis.plot(interval, [index, index], color=colour, linewidth=2.2, solid_capstyle="butt")
+        axis.plot([mean], [index], "D", color=colour, markersize=7, markeredgecolor="white")
+        if key.startswith("reach") and None in values:
+            reached = f"{len(values) - values.count(None)} of {len(values)} reached it"
+            axis.annotate(reached, (1.0, index), (0, 3), fontsize=8, ha="right", va="bottom",
+                          xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
     axis.set_yticks(range(len(groups)), [group["name"] for group in groups])
     axis.set(xlabel=unit, ylim=(len(groups) - 0.4, -0.6))
     axis.grid(visible=False, axis="y")
     axis.margins(x=0.08)
+
+
+def _scaled(values: Values, factor: float) -> list[float]:
+    return [math.nan if value is None else value * factor for value in values]
 
 
 _PAGE = """<!DOCTYPE html>
@@ -256,7 +234,7 @@ dots single runs. Curves of rates, lengths and entropies are trailing means of {
 <div class="wide"><table>
 <thead><tr>{% for heading in table.columns %}<th>{{ heading }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in table.rows %}
-<tr><th><i style="{{ lines[row[0]] }}"></i>{{ row[0] }}</th>
+<tr><th><i style="border-top: .2em {{ lines[row[0]][1] }} {{ lines[row[0]][0] }}"></i>{{ row[0] }}</th>
 {% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
