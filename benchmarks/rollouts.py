@@ -54,7 +54,7 @@ def write_model(shape: str, folder: Path, dtype: torch.dtype) -> str:
 
 
 def measure(sampler: Sampler, policy: Policy, renderer: Renderer, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Median tokens per second over the repeats after one warm-up, and swap seconds."""
+    """Return the median tokens per second over the repeats after one warm-up, and the seconds of adapter swaps."""
     prompts = [renderer.render(problem) for problem in ArithmeticTask(2).held_out(arguments.sequences // 8)]
     params = SamplingParams(temperature=1.0, max_completion_length=arguments.tokens)
     rates = []
@@ -67,7 +67,10 @@ def measure(sampler: Sampler, policy: Policy, renderer: Renderer, arguments: arg
         )
         tokens = sum(len(one.token_ids) for group in groups for one in group)
         rates.append(tokens / (time.perf_counter() - start))
-    swaps = list(sampler.swap_seconds)
+    for _ in range(arguments.swaps if sampler.swap_seconds else 0):
+        policy.version += 1
+        sampler.sync(policy.version)
+    swaps = sampler.swap_seconds
     return {
         "tokens_per_second": statistics.median(rates[1:]),
         "tokens_per_second_all": rates[1:],
@@ -94,6 +97,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--swaps", type=int, default=50, help="adapter swaps to time, beside one before every repeat")
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     results: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), **vars(arguments), "engines": {}}
