@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import statistics
 from pathlib import Path
 
 import pytest
@@ -130,10 +129,8 @@ def test_a_thousand_swaps_leave_nothing_behind(setup):
         sampler.sync(policy.version)
         assert len(sampler._engine.list_loras()) == 1
     growth = resident_bytes() / after_fifty - 1
-    median = statistics.median(sampler.swap_seconds)
-    print(f"1,000 swaps: median {1e3 * median:.1f} ms, memory {growth:+.2%} since 50")  # noqa: T201
+    print(f"1,000 swaps: memory {growth:+.2%} since 50")  # noqa: T201
     assert len(sampler.swap_seconds) == 1000
-    assert median <= 0.050
     assert growth <= 0.05
     (folder,) = left_behind()
     assert not any((MEMORY_BACKED / folder).iterdir())
