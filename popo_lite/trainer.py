@@ -42,7 +42,7 @@ from popo_lite.run_folder import (
     start_files,
     write_atomically,
 )
-from popo_lite.samplers import CanSleep, open_sampler, pick_engine
+from popo_lite.samplers import open_sampler, pick_engine
 from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import open_tasks
@@ -243,8 +243,7 @@ class Trainer:
             prompts, self.recipe, self.sampler, self.grader, self.policy.version, step, clock, self._advance
         )
         with clock("weights"):
-            if isinstance(self.sampler, CanSleep):
-                self.sampler.sleep()
+            self.sampler.sleep()
             plan = self.learner.plan(groups)
         result: UpdateResult | None = None
         skipped: str | None = None

@@ -1,4 +1,4 @@
-"""Rollout engines behind one protocol."""
+"""Rollout engines: the trainer's own model, vLLM in this process, and vLLM servers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Literal
 from popo_lite.errors import EngineError
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
-from popo_lite.samplers.base import CanSleep, Sampler, SamplingParams
+from popo_lite.samplers import vllm
+from popo_lite.samplers.base import Sampler, SamplingParams
+from popo_lite.samplers.hf import HFSampler
+from popo_lite.samplers.server import ServerSampler
 
-__all__ = ["CanSleep", "Sampler", "SamplingParams", "open_sampler", "pick_engine"]
+__all__ = ["Sampler", "SamplingParams", "open_sampler", "pick_engine"]
 
 Engine = Literal["hf", "vllm", "server"]
+SAMPLERS: dict[Engine, type[Sampler]] = {"hf": HFSampler, "vllm": vllm.VLLMSampler, "server": ServerSampler}
 
 
 def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
@@ -21,8 +25,6 @@ def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
 
     Loads nothing, so a run finds out before its model is read.
     """
-    from popo_lite.samplers.vllm import why_not
-
     wanted = recipe.rollout.engine
     if wanted == "server" and importlib.util.find_spec("openai") is None:
         raise EngineError(
@@ -32,7 +34,7 @@ def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
         )
     if wanted in ("hf", "server"):
         return wanted, f"{wanted} (chosen by the recipe)"
-    reason = why_not(recipe)
+    reason = vllm.why_not(recipe)
     if reason is None:
         return "vllm", "vllm (chosen by the recipe)" if wanted == "vllm" else "vllm (the fastest here)"
     if wanted == "vllm":
@@ -47,19 +49,6 @@ def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
 def open_sampler(
     recipe: Recipe, policy: Policy, *, text: Callable[[Sequence[int]], str], notify: Callable[[str], None]
 ) -> Sampler:
-    """Open the sampler that `rollout.engine` names, with the current version of `policy`.
-
-    `text` decodes token ids; `notify` takes notices that must not be lost: a server that died, memory that ran out.
-    """
+    """Open the sampler that `rollout.engine` names; see `Sampler`."""
     engine, _ = pick_engine(recipe)
-    if engine == "server":
-        from popo_lite.samplers.server import ServerSampler
-
-        return ServerSampler(policy, recipe, text=text, notify=notify)
-    if engine == "vllm":
-        from popo_lite.samplers.vllm import VLLMSampler
-
-        return VLLMSampler(policy, recipe, text=text)
-    from popo_lite.samplers.hf import HFSampler
-
-    return HFSampler(policy, text=text, batch_size=recipe.rollout.max_num_seqs, notify=notify)
+    return SAMPLERS[engine](policy, recipe, text=text, notify=notify)

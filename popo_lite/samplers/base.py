@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from typing import NamedTuple, Self
 
-from popo_lite.errors import PopoError, StalePolicyError
+from popo_lite.errors import EngineError, StalePolicyError
+from popo_lite.policy.policy import Policy
+from popo_lite.recipe import Recipe
 from popo_lite.types import Completion, FinishReason, Prompt
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,28 @@ class Sampler(ABC):
     """
 
     engine: str
-    policy_version: int | None = None
-    swap_seconds: Sequence[float] = ()
+
+    def __init__(
+        self,
+        policy: Policy,
+        recipe: Recipe,
+        *,
+        text: Callable[[Sequence[int]], str],
+        notify: Callable[[str], None] = log.warning,
+    ) -> None:
+        """Open the engine with the current version of `policy`.
+
+        `text` decodes token ids; `notify` takes notices that must not be lost: a server that died, memory that ran out.
+        """
+        self._policy, self._recipe, self._text, self._notify = policy, recipe, text, notify
+        self.policy_version: int | None = None
+        self.swap_seconds: list[float] = []
+        self._open()
+        try:
+            self.sync(policy.version)
+        except BaseException:
+            self.close()
+            raise
 
     def sample(
         self,
@@ -59,29 +85,53 @@ class Sampler(ABC):
         """Return `count` completions for each prompt, in order: its samples `first_index` and on.
 
         Sample i of a prompt draws from the random stream of (*stream, problem id, i) alone, so 4 samples and 4 more are
-        those of one call for 8, beyond rounding. Raises StalePolicyError if `policy_version` is not the sampler's.
+        those of one call for 8, beyond rounding. Raises StalePolicyError if `policy_version` is not the sampler's, and
+        EngineError if a log-prob is not finite.
         """
-        refuse_stale(self.policy_version, policy_version)
+        if self.policy_version != policy_version:
+            holds = "no policy" if self.policy_version is None else f"policy version {self.policy_version}"
+            raise StalePolicyError(
+                f"the sampler holds {holds} and version {policy_version} was asked for; its rollouts would be another "
+                "policy's",
+                next_step="this is a bug in the order of a step: sync the sampler after every update",
+            )
         requests = [
             Request(prompt, (*stream, prompt.problem.id, index))
             for prompt in prompts
             for index in range(first_index, first_index + count)
         ]
         completions = self._complete(requests, params, finished or (lambda _: None))
-        if len(completions) != len(requests):
-            raise PopoError(f"the {self.engine} sampler gave {len(completions)} answers to {len(requests)} requests")
+        for request, completion in zip(requests, completions, strict=True):
+            if not all(map(math.isfinite, completion.sampler_logps)):
+                raise not_finite(f"problem {request.prompt.problem.id}")
         return [completions[row * count : (row + 1) * count] for row in range(len(prompts))]
 
     @abstractmethod
     def sync(self, policy_version: int) -> None:
         """Take over the trainer's current adapter, which is `policy_version`."""
 
+    def sleep(self) -> None:  # noqa: B027  # most engines cannot
+        """Give GPU memory back until the next `sync`, if the engine can."""
+
+    def close(self) -> None:  # noqa: B027  # most engines hold nothing
+        """Give back what the engine holds."""
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Start what the first `sync` needs."""
+
     @abstractmethod
     def _complete(self, requests: Sequence[Request], params: SamplingParams, finished: Progress) -> list[Completion]:
         """Return a completion for each request, in order."""
 
-    def close(self) -> None:  # noqa: B027  # most engines hold nothing
-        """Give back what the engine holds."""
+    def _completion(self, token_ids: Sequence[int], logps: Sequence[float]) -> Completion:
+        """Return the completion of these tokens; it stopped if the last of them ends answers."""
+        return Completion(
+            token_ids=tuple(token_ids),
+            sampler_logps=tuple(logps),
+            finish_reason=FinishReason.STOP if token_ids[-1] in self._policy.stop_ids else FinishReason.LENGTH,
+            text=self._text(token_ids),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -90,34 +140,11 @@ class Sampler(ABC):
         self.close()
 
 
-@runtime_checkable
-class CanSleep(Protocol):
-    """A sampler that can give GPU memory back while it is not needed."""
-
-    def sleep(self) -> None:
-        """Give GPU memory back until the next `sync`."""
-
-
-def make_completion(
-    token_ids: Sequence[int],
-    logps: Sequence[float],
-    stop_ids: frozenset[int],
-    text: Callable[[Sequence[int]], str],
-) -> Completion:
-    """Return the completion of these tokens; it stopped if the last of them ends answers."""
-    return Completion(
-        token_ids=tuple(token_ids),
-        sampler_logps=tuple(logps),
-        finish_reason=FinishReason.STOP if token_ids[-1] in stop_ids else FinishReason.LENGTH,
-        text=text(token_ids),
+def not_finite(where: str) -> EngineError:
+    """Return the error of log-probs that are not finite."""
+    return EngineError(
+        "the model's log-probs are not finite, so its weights or activations are not either",
+        where=where,
+        next_step="go back to an earlier checkpoint with a lower optimizer.learning_rate; restart servers, "
+        "whose caches keep such values",
     )
-
-
-def refuse_stale(held: int | None, wanted: int) -> None:
-    """Raise StalePolicyError if a sampler holds another version than `wanted`, or none."""
-    if held != wanted:
-        holds = "no policy" if held is None else f"policy version {held}"
-        raise StalePolicyError(
-            f"the sampler holds {holds} and version {wanted} was asked for; its rollouts would be another policy's",
-            next_step="this is a bug in the order of a step: sync the sampler after every update",
-        )

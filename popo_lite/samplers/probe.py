@@ -1,9 +1,8 @@
-"""Checks that a sampler samples from the adapter it was given: other trainers sampled their base model unnoticed."""
+"""Check that a sampler uses the adapter it was given: other trainers sampled their base model unnoticed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,42 +15,42 @@ from popo_lite.samplers.base import Sampler, SamplingParams
 from popo_lite.types import Completion, Prompt
 
 PROBE_VERSION = -1
+PROBE_PROMPTS = 4
 PROBE_TOKENS = 32
 CLEAR_CHANGE_NATS = 0.3
 """The probe's adapter is enlarged until it moves the mean log-prob of the base's own answers by this much."""
 LARGEST_RATIO = 0.2
-"""With the adapter in use the gap is rounding; without it, it is the adapter's whole effect."""
+"""Largest gap with the adapter, which is rounding, relative to the gap without it, which is its whole effect."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """Mean |sampler - trainer| log-prob, nats: with the policy's adapter, the probe's, and the probe's if ignored."""
-
-    gap_mean: float
-    probe_gap_mean: float
-    ignored_gap_mean: float
+ROUNDING_NATS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-3}
+"""Mean gap between two correct computations of a token's log-prob, by dtype."""
+LARGEST_START = 10
+"""Largest gap before the first step, in multiples of the rounding."""
+LARGEST_LIMIT_NATS = 0.2
+"""Largest limit, or twice the usual gap if the recipe chooses a sampler that is not quite the policy."""
 
 
 def prove_adapter_in_use(
     sampler: Sampler, policy: Policy, prompts: Sequence[Prompt], *, temperature: float, seed: int
-) -> Probe:
+) -> tuple[float, float, float]:
     """Sample with the policy's adapter and with a disturbed one, and score both with the trainer.
 
-    Leaves policy and sampler as they were. Raises EngineError if the disturbed adapter does not change the sampler
-    as it changes the trainer.
+    Return the mean |sampler - trainer| log-prob, nats: with the policy's adapter, with the disturbed one, and with the
+    disturbed one if the sampler ignored it. Leaves policy and sampler as they were. Raises EngineError if the disturbed
+    adapter does not change the sampler as it changes the trainer.
     """
     params = SamplingParams(temperature=temperature, max_completion_length=PROBE_TOKENS)
 
-    def sample(version: int) -> list[list[Completion]]:
-        return sampler.sample(prompts, count=1, params=params, policy_version=version, stream=("probe", seed))
+    def sample(version: int) -> list[Completion]:
+        sampler.sync(version)
+        groups = sampler.sample(prompts, count=1, params=params, policy_version=version, stream=("probe", seed))
+        return [answer for [answer] in groups]
 
-    sampler.sync(policy.version)
     answers = sample(policy.version)
-    gap_mean = _gap(policy, prompts, answers)
+    policy_gap = _gap(policy, prompts, answers)
     kept = [(parameter, parameter.detach().clone()) for _, parameter in policy.adapter_parameters()]
     try:
         _disturb(policy, prompts, answers, seed)
-        sampler.sync(PROBE_VERSION)
         answers = sample(PROBE_VERSION)
         probe_gap = _gap(policy, prompts, answers)
         with policy.model.disable_adapter():
@@ -69,101 +68,87 @@ def prove_adapter_in_use(
             where=f'rollout.engine = "{sampler.engine}"',
             next_step='--set rollout.engine="hf" samples from the trainer\'s own model; please report this',
         )
-    return Probe(gap_mean=gap_mean, probe_gap_mean=probe_gap, ignored_gap_mean=ignored)
+    return policy_gap, probe_gap, ignored
 
 
 @torch.no_grad()
-def _disturb(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]], seed: int) -> None:
-    """Add noise to the adapters, doubling it until the trainer's log-probs of `answers` move clearly."""
+def _disturb(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion], seed: int) -> None:
+    """Add noise to the adapters, doubling it until the trainer's log-probs of `answers` change clearly."""
     source = torch.Generator().manual_seed(seed)
-    noise = [torch.randn(p.shape, generator=source).to(p) for _, p in policy.adapter_parameters()]
+    noise = [(p, torch.randn(p.shape, generator=source).to(p)) for _, p in policy.adapter_parameters()]
     before = _score(policy, prompts, answers)
-    scale = 1e-3
-    for _ in range(16):
-        for (_, parameter), direction in zip(policy.adapter_parameters(), noise, strict=True):
-            parameter.add_(direction, alpha=scale)
-        scale *= 2
+    for doubling in range(16):
+        for parameter, direction in noise:
+            parameter.add_(direction, alpha=1e-3 * 2**doubling)
         if float((_score(policy, prompts, answers) - before).abs().mean()) > CLEAR_CHANGE_NATS:
             return
 
 
-def _gap(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]) -> float:
-    sampled = [logp for group in answers for one in group for logp in one.sampler_logps]
-    return float((torch.tensor(sampled) - _score(policy, prompts, answers)).abs().mean())
+def _gap(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> float:
+    sampled = torch.tensor([logp for answer in answers for logp in answer.sampler_logps])
+    return float((sampled - _score(policy, prompts, answers)).abs().mean())
 
 
 @torch.no_grad()
-def _score(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]) -> Tensor:
-    """The trainer's log-probs of all answers' tokens, one after another [N], on the host."""
+def _score(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> Tensor:
+    """Return the trainer's log-probs of all answers' tokens, one answer after another [N], on the host."""
     policy.model.eval()
     parts = []
-    for prompt, group in zip(prompts, answers, strict=True):
-        for one in group:
-            ids = torch.tensor(prompt.token_ids + one.token_ids, device=policy.device)
-            hidden = policy.hidden_states(ids, [len(ids)])[len(prompt.token_ids) - 1 : -1]
-            logps, _ = score(hidden, ids[len(prompt.token_ids) :], policy.head)
-            parts.append(logps.float().cpu())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor(prompt.token_ids + answer.token_ids, device=policy.device)
+        start = len(prompt.token_ids)
+        logps, _ = score(policy.hidden_states(ids, [len(ids)])[start - 1 : -1], ids[start:], policy.head)
+        parts.append(logps.float().cpu())
     return torch.cat(parts)
 
 
-PROBE_PROMPTS = 4
-ROUNDING_NATS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-3}
-"""Mean gap between two correct computations of a token's log-prob, by dtype."""
-LARGEST_START = 10
-"""A gap of more than this many times the rounding, before the first step, is not rounding."""
-LARGEST_LIMIT_NATS = 0.2
-"""Largest limit, or twice the usual gap if the recipe chooses a sampler that is not quite the policy."""
-
-
 class SamplerGuard:
-    """Knows the usual gap between the sampler's and the trainer's log-probs, and stops the run at a larger one."""
+    """Compares the gap between the sampler's and the trainer's log-probs with the usual one, and stops the run."""
 
     def __init__(self, recipe: Recipe, policy: Policy, sampler: Sampler) -> None:
         self._recipe, self._policy, self._sampler = recipe, policy, sampler
-        self._rounding = self._usual_gap = ROUNDING_NATS[policy.head.weight.dtype]
-        # The original base beside a quantised one: the recipe asks for a sampler that is not quite the policy.
-        self._another_policy = recipe.rollout.vllm.base == "bf16" and policy.quantized_modules > 0
+        self._usual_gap = ROUNDING_NATS[policy.head.weight.dtype]
 
     def prove(self, prompts: Sequence[Prompt], notify: Callable[[str], None]) -> None:
         """Check that the engine samples from the adapter it is given. Raises EngineError if not."""
-        if self._sampler.engine == "hf":
+        engine, rollout = self._sampler.engine, self._recipe.rollout
+        if engine == "hf":
             return  # it has no weights of its own
-        probe = prove_adapter_in_use(
+        policy_gap, probe_gap, ignored = prove_adapter_in_use(
             self._sampler,
             self._policy,
             list({prompt.problem.id: prompt for prompt in prompts}.values()),
-            temperature=self._recipe.rollout.temperature,
+            temperature=rollout.temperature,
             seed=self._recipe.train.seed,
         )
-        if probe.gap_mean > LARGEST_START * self._rounding and not self._another_policy:
+        rounding = ROUNDING_NATS[self._policy.head.weight.dtype]
+        # With the original base beside a quantised one the recipe asks for a sampler that is not quite the policy.
+        another_base = rollout.vllm.base == "bf16" and self._policy.quantized_modules > 0
+        if policy_gap > LARGEST_START * rounding and not another_base:
             raise EngineError(
-                f"log-probs of the {self._sampler.engine} sampler differ from the trainer's by {probe.gap_mean:.3g} "
-                f"nats on average, and {self._rounding:.3g} is what rounding explains: it samples from another base",
-                where=f'rollout.engine = "{self._sampler.engine}"',
+                f"log-probs of the {engine} sampler differ from the trainer's by {policy_gap:.3g} nats on average, "
+                f"and {rounding:.3g} is what rounding explains: it samples from another base",
+                where=f'rollout.engine = "{engine}"',
                 next_step='--set rollout.vllm.base="dequantized" serves the base that is trained; servers must too',
             )
-        self._usual_gap = max(self._usual_gap, probe.gap_mean)
+        self._usual_gap = max(self._usual_gap, policy_gap)
         notify(
-            f"sampler proven: log-probs differ from the trainer's by {probe.probe_gap_mean:.2g} nats, and would by "
-            f"{probe.ignored_gap_mean:.2g} if the adapter were ignored"
+            f"sampler proven: log-probs differ from the trainer's by {probe_gap:.2g} nats, and would by {ignored:.2g} "
+            "if the adapter were ignored"
         )
-
-    @property
-    def limit(self) -> float:
-        """Largest mean |sampler - policy| log-prob that passes, nats."""
-        multiple = self._recipe.rollout.max_gap_multiple
-        return min(multiple * self._usual_gap, max(LARGEST_LIMIT_NATS, 2 * self._usual_gap))
 
     def check(self, step: int, gap_mean: float) -> None:
         """Raise EngineError if sampler and trainer disagree: then the rollouts come from another policy.
 
         `gap_mean` is the mean |sampler - policy| log-prob of the step's rollouts that were scored, nats.
         """
-        if not gap_mean <= self.limit:  # NaN must fail, too
+        usual = self._usual_gap
+        limit = min(self._recipe.rollout.max_gap_multiple * usual, max(LARGEST_LIMIT_NATS, 2 * usual))
+        if not gap_mean <= limit:  # NaN must fail, too
             raise EngineError(
                 f"log-probs of the {self._sampler.engine} sampler and of the trainer differ by {gap_mean:.3g} nats on "
-                f"average in this step; {self._usual_gap:.3g} is usual here, and more than {self.limit:.3g} stops the "
-                "run (rollout.max_gap_multiple)",
+                f"average in this step; {usual:.3g} is usual here, and more than {limit:.3g} stops the run "
+                "(rollout.max_gap_multiple)",
                 where=f"step {step}",
                 next_step="the sampler's adapter, cache or base is not the trainer's; resume, and if it happens again, "
                 'set rollout.engine="hf" and please report it',

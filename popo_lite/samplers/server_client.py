@@ -1,68 +1,68 @@
-"""One vLLM server over HTTP, through openai's client: requests, and failures after which another server can serve."""
+"""One vLLM server over HTTP, through openai's client."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
+import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Never
-from urllib.parse import urlsplit
+
+from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from popo_lite.errors import EngineError
-from popo_lite.samplers.base import SamplingParams
+from popo_lite.samplers.base import SamplingParams, not_finite
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
-"""Of every request, with growing waits between them."""
+"""Attempts of every request, with growing waits between them."""
 SHORT_SECONDS = 10.0
-"""To connect, and for all that takes a healthy server no time."""
+"""Time limit to connect, and of requests that a healthy server answers at once."""
 LOAD_SECONDS = 300.0
 ANSWER_SECONDS = 3600.0
-"""For one completion, including the wait for its turn."""
+"""Time limit of one completion, including the wait for its turn."""
 HEALTH_EVERY_SECONDS = 15.0
 IDLE_SECONDS = 2.0
 """How long to keep an idle connection: less than the 5 s after which vLLM's web server closes it."""
 
-PROBE_TOKENS = (1, 2, 3, 4)
-LEAST_LOGP = -9999.0
-"""What vLLM writes for minus infinity."""
 
-Reply = tuple[int, str]
-"""Status and text of a response."""
+class ServerFault(Exception):  # noqa: N818  # about one server; the sampler decides whether it is an error
+    """This server cannot be used now.
 
+    `advice` is set if starting it again would not help, `status` if it refused a request.
+    """
 
-class ServerFault(Exception):  # noqa: N818  # a finding about one server, on which the sampler decides
-    """This server cannot be used now. `advice` is set if starting it again would not help."""
-
-    def __init__(self, reason: str, *, advice: str | None = None) -> None:
+    def __init__(self, reason: str, *, advice: str | None = None, status: int | None = None) -> None:
         super().__init__(reason)
-        self.advice = advice
+        self.advice, self.status = advice, status
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One completion: token ids with the end-of-sequence token, and their log-probs in nats."""
+class Answer(BaseModel):
+    """Reply to POST /v1/completions. `token_ids` include the end-of-sequence token; log-probs are in nats."""
 
-    token_ids: tuple[int, ...]
-    logps: tuple[float, ...]
+    token_ids: tuple[int, ...] = Field(validation_alias=AliasPath("choices", 0, "token_ids"))
+    logps: tuple[float, ...] = Field(validation_alias=AliasPath("choices", 0, "logprobs", "token_logprobs"))
+    top_logps: dict[str, float] = Field({}, validation_alias=AliasPath("choices", 0, "logprobs", "top_logprobs", 0))
+    finish_reason: str | None = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
 
 
 class ServerClient:
-    """One server. `adapter` names the adapter that it answers with.
+    """One server. It answers with `adapter`, and cannot be used if that is None; `fault` says why.
 
     Every method raises ServerFault if the server cannot be used, after retries if these may help.
     """
 
     def __init__(self, url: str, *, token: str | None) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.adapter: str | None = None
-        self._held: list[str] = []
         import httpx2
         import openai
 
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.adapter: str | None = None
+        self.fault: ServerFault | None = None
+        self._held: list[str] = []
         # Headers from the environment would replace the token, or send another service's keys to this server.
         foreign = (line.partition(":")[0].strip() for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines())
         self._headers: dict[str, Any] = dict.fromkeys(
@@ -70,7 +70,6 @@ class ServerClient:
         )
         self._headers["Authorization"] = f"Bearer {token}" if token else openai.Omit()
         try:
-            urlsplit(url).port  # noqa: B018  # raises for a port that is not a number
             self._client = openai.AsyncOpenAI(
                 base_url=self.url,
                 api_key=token or "none",
@@ -81,7 +80,7 @@ class ServerClient:
                     follow_redirects=False,
                 ),
             )
-        except (ValueError, httpx2.InvalidURL) as error:
+        except httpx2.InvalidURL as error:
             raise EngineError(
                 f"{url} is no URL: {error}",
                 where="rollout.server.base_urls",
@@ -89,28 +88,27 @@ class ServerClient:
             ) from error
 
     async def connect(self, *, context_tokens: int) -> None:
-        """Check that it is there, has room for `context_tokens`, and gives log-probs under the sampling temperature."""
+        """Check its health, its context of `context_tokens`, and that log-probs follow the sampling temperature."""
         await self.check_health()
-        models = _json(await self._ask("GET", "/v1/models"), "/v1/models")
+        text = await self._ask("/v1/models")
         try:
-            base = next(card for card in models["data"] if card.get("parent") is None)
-            name, room = str(base["id"]), int(base["max_model_len"])
-        except (LookupError, TypeError, ValueError, StopIteration) as error:
-            raise ServerFault("its list of models is not one of a vLLM server") from error
-        if room < context_tokens:
+            base = json.loads(text)["data"][0]  # adapters follow
+            name, context = str(base["id"]), int(base["max_model_len"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise ServerFault(f"its list of models is not one of vLLM 0.32: {text[:60]}") from error
+        if context < context_tokens:
             raise ServerFault(
-                f"its context is {room} tokens, and prompt and answer may take {context_tokens}: it was started with "
-                "too small a --max-model-len"
+                f"its context is {context} tokens, and prompt and answer may take {context_tokens}: it was "
+                "started with too small a --max-model-len"
             )
-        # Under half the temperature the distance between two log-probs is double, unless they ignore it.
-        usual, halved = [await self._top_logps(name, temperature) for temperature in (1.0, 0.5)]
-        shared = usual.keys() & halved.keys()
-        if len(shared) < 2:
-            raise ServerFault("its answers lack the log-probs that were asked for")
-        distance, doubled = (
-            max(top[token] for token in shared) - min(top[token] for token in shared) for top in (usual, halved)
-        )
-        if doubled < 1.5 * distance:
+        spreads = []
+        for temperature in (1.0, 0.5):
+            answer = await self._draw([1, 2, 3, 4], temperature, 1, model=name, seed=0, logprobs=5)
+            likeliest = sorted(answer.top_logps.values(), reverse=True)[:5]  # it may add the sampled token
+            if len(likeliest) < 2:
+                raise ServerFault("its answers lack the log-probs that were asked for")
+            spreads.append(likeliest[0] - likeliest[-1])
+        if spreads[1] < 1.5 * spreads[0]:  # half the temperature doubles the differences between log-probs
             raise ServerFault(
                 "its log-probs ignore the sampling temperature: it was started without "
                 "--logprobs-mode processed_logprobs"
@@ -118,66 +116,72 @@ class ServerClient:
 
     async def check_health(self, attempts: int = ATTEMPTS) -> None:
         """Ask GET /health."""
-        status, _ = await self._ask("GET", "/health", attempts=attempts)
-        if status != 200:
-            raise ServerFault(f"it answers {status} to GET /health, which is not what a vLLM server does")
+        await self._ask("/health", attempts=attempts)
 
     async def watch(self) -> Never:
-        """Check its health now and then until it fails: a host that is gone leaves requests without an answer."""
+        """Check its health regularly until it fails: requests to a host that is gone never end."""
         while True:
             await asyncio.sleep(HEALTH_EVERY_SECONDS)
             await self.check_health()
 
     async def load(self, name: str, folder: Path) -> None:
-        """Make the adapter in `folder` the only one of ours on the server, under `name`, which must be new."""
-        path = "/v1/load_lora_adapter"
+        """Make the adapter in `folder` our only one on the server, under `name`, which must be new."""
+        body = {"lora_name": name, "lora_path": str(folder)}
         try:
-            reply = await self._ask("POST", path, {"lora_name": name, "lora_path": str(folder)}, seconds=LOAD_SECONDS)
+            await self._ask("/v1/load_lora_adapter", body, seconds=LOAD_SECONDS)
         except ServerFault as fault:
             # 500 can mean an adapter that it cannot hold; a dying server does not pass the health check.
             await self.check_health(attempts=1)
-            raise ServerFault(f"it does not take the adapter: {fault}", advice=fault.advice) from fault
-        # If the first attempt succeeded unheard, the retry finds the name taken.
-        if reply[0] != 200 and "already been loaded" not in reply[1]:
-            raise _load_fault(reply, folder)
-        former, self._held, self.adapter = self._held, [*self._held, name], name
-        for one in former:
-            await self._unload(one)
+            reason, advice = f"it does not take the adapter: {fault}", fault.advice
+            if "No adapter found" in reason:
+                reason = f"it finds no adapter at {folder}"
+                advice = "rollout.server.shared_dir must be readable under the same path by trainer and servers"
+            elif fault.status == 404:
+                reason = "it takes no adapters: start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+            # The name is taken if an earlier attempt succeeded and its reply was lost.
+            if "already been loaded" not in reason:
+                raise ServerFault(reason, advice=advice) from fault
+        self._held.append(name)
+        self.adapter = name
+        await self.unload(keep=name)
 
-    async def release(self) -> None:
-        """Unload every adapter that it has from us."""
-        self.adapter = None
-        for name in list(self._held):
-            await self._unload(name, attempts=1)
+    async def unload(self, *, keep: str | None = None, attempts: int = ATTEMPTS) -> None:
+        """Unload our adapters except `keep`."""
+        for name in [name for name in self._held if name != keep]:
+            try:
+                await self._ask("/v1/unload_lora_adapter", {"lora_name": name}, attempts=attempts)
+            except ServerFault as fault:
+                if fault.status != 404:  # it was restarted and does not know the adapter
+                    raise
+            self._held.remove(name)
 
     async def complete(
         self, prompt: Sequence[int], *, params: SamplingParams, seed: int, stop_ids: frozenset[int]
     ) -> Answer:
         """Return a completion of `prompt` by the adapter. Raises EngineError if its log-probs are not finite."""
         limit = params.max_completion_length
-        reply = await self._ask(
-            "POST",
-            "/v1/completions",
-            {
-                **_drawing(prompt, temperature=params.temperature, tokens=limit),
-                "top_p": params.top_p,
-                "model": self.adapter,
-                "seed": seed,
-                "logprobs": 0,  # the sampled token's own
-                "stop_token_ids": sorted(stop_ids),
-            },
-            seconds=ANSWER_SECONDS,
-        )
-        if reply[0] == 404:
-            raise ServerFault(f"it lost its adapter, as a server does that was restarted: {_message(reply)}")
-        if "not JSON compliant" in reply[1]:
-            raise self._not_finite()
-        choice = _choice(reply)
-        if choice.get("finish_reason") not in ("stop", "length"):
-            raise ServerFault(f'it broke off an answer ("{choice.get("finish_reason")}")')
-        answer = _answer(choice)
-        if not all(math.isfinite(logp) and logp > LEAST_LOGP for logp in answer.logps):
-            raise self._not_finite()
+        try:
+            answer = await self._draw(
+                prompt,
+                params.temperature,
+                limit,
+                ANSWER_SECONDS,
+                top_p=params.top_p,
+                model=self.adapter,
+                seed=seed,
+                logprobs=0,  # the sampled token's own
+                stop_token_ids=sorted(stop_ids),
+            )
+        except ServerFault as fault:
+            if fault.status == 404:
+                raise ServerFault(f"it lost its adapter, as a server does that was restarted: {fault}") from fault
+            if "not JSON compliant" in str(fault):  # JSON has no NaN
+                raise not_finite(self.url) from fault
+            raise
+        if min(answer.logps) <= -9999:  # what vLLM writes for minus infinity
+            raise not_finite(self.url)
+        if answer.finish_reason not in ("stop", "length"):
+            raise ServerFault(f'it broke off an answer ("{answer.finish_reason}")')
         stops = [token in stop_ids for token in answer.token_ids]
         if any(stops[:-1]) or not (stops[-1] or len(stops) == limit) or len(stops) > limit:
             raise ServerFault(
@@ -186,26 +190,49 @@ class ServerClient:
             )
         return answer
 
-    async def aclose(self) -> None:
-        """Close its connections."""
-        await self._client.close()
+    async def close(self) -> None:
+        """Unload our adapters if it can be used, and close its connections."""
+        try:
+            if self.adapter is not None:
+                await self.unload(attempts=1)
+        except ServerFault as fault:
+            log.info("server %s keeps its adapter: %s", self.url, fault)  # the run is over, nothing depends on it
+        finally:
+            await self._client.close()
 
-    async def _unload(self, name: str, attempts: int = ATTEMPTS) -> None:
-        reply = await self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name}, attempts=attempts)
-        if reply[0] not in (200, 404):  # 404: it was restarted and does not know the adapter
-            raise ServerFault(f"it does not drop an adapter: {_message(reply)}")
-        self._held.remove(name)
+    async def _draw(
+        self, prompt: Sequence[int], temperature: float, tokens: int, seconds: float = SHORT_SECONDS, **options: Any
+    ) -> Answer:
+        """Sample up to `tokens` tokens. Every change to the distribution is switched off unless `options` name it."""
+        body = {
+            "prompt": list(prompt),
+            "max_tokens": tokens,
+            "temperature": temperature,
+            # vLLM would take what is not set from the model's generation_config.json.
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # else tokens with equal text share an entry
+        }
+        text = await self._ask("/v1/completions", body | options, seconds=seconds)
+        try:
+            answer = Answer.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or text[:60]
+            raise ServerFault(f"its answer is not one of vLLM 0.32 ({place}: {first['msg']})") from error
+        if not answer.token_ids or len(answer.token_ids) != len(answer.logps):
+            raise ServerFault(f"an answer of {len(answer.token_ids)} tokens came with {len(answer.logps)} log-probs")
+        return answer
 
     async def _ask(
-        self,
-        method: str,
-        path: str,
-        body: dict[str, Any] | None = None,
-        *,
-        seconds: float = SHORT_SECONDS,
-        attempts: int = ATTEMPTS,
-    ) -> Reply:
-        """Return the reply once there is one, of a status that says something about the request."""
+        self, path: str, body: dict[str, Any] | None = None, *, seconds: float = SHORT_SECONDS, attempts: int = ATTEMPTS
+    ) -> str:
+        """POST `body`, or GET if there is none; return the text of the reply."""
         import openai
 
         options: Any = {
@@ -213,109 +240,23 @@ class ServerClient:
             "timeout": openai.Timeout(SHORT_SECONDS, read=seconds, pool=None),
             "headers": self._headers,
         }
+        request = f"GET {path}" if body is None else f"POST {path}"
         try:
-            if method == "GET":
-                return 200, await self._client.get(path, cast_to=str, options=options)
-            return 200, await self._client.post(path, cast_to=str, body=body, options=options)
+            if body is None:
+                return await self._client.get(path, cast_to=str, options=options)
+            return await self._client.post(path, cast_to=str, body=body, options=options)
         except openai.APITimeoutError as error:
-            raise ServerFault(f"no answer to {method} {path}") from error
+            raise ServerFault(f"no answer to {request}") from error
         except openai.APIConnectionError as error:
+            # Without the request: a host that is gone has one reason, and is reported once.
             raise ServerFault(f"no connection ({error.__cause__ or error})") from error
         except openai.APIStatusError as error:
-            reply = error.status_code, error.response.text
-            if reply[0] in (401, 403):
+            status = error.status_code
+            if status in (401, 403):
                 raise ServerFault(
-                    f"it refuses the token with {reply[0]}",
+                    f"it refuses the token with {status}",
                     advice="set POPO_SERVER_TOKEN to the key that the server was started with",
                 ) from error
-            if reply[0] in (408, 409, 429) or reply[0] >= 500:  # what the client retries
-                raise ServerFault(f"it answers {reply[0]} to {method} {path}: {_message(reply)}") from error
-            return reply
-
-    async def _top_logps(self, model: str, temperature: float) -> dict[str, float]:
-        """Return log-probs of the likeliest first tokens after a few arbitrary ones, by the base."""
-        body = {**_drawing(PROBE_TOKENS, temperature=temperature, tokens=1), "model": model, "seed": 0, "logprobs": 5}
-        choice = _choice(await self._ask("POST", "/v1/completions", body))
-        _answer(choice)
-        try:
-            return {str(token): float(logp) for token, logp in choice["logprobs"]["top_logprobs"][0].items()}
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ServerFault("its answers lack the log-probs that were asked for") from error
-
-    def _not_finite(self) -> EngineError:
-        return EngineError(
-            "the model's log-probs are not finite, so its weights or activations are not either",
-            where=self.url,
-            next_step="restart the servers, whose caches keep it, and go back to an earlier checkpoint with a lower "
-            "optimizer.learning_rate",
-        )
-
-
-def _json(reply: Reply, path: str) -> Any:
-    try:
-        return json.loads(reply[1])
-    except ValueError as error:
-        raise ServerFault(f"its answer to {path} is not JSON ({reply[1][:60]!r})") from error
-
-
-def _choice(reply: Reply) -> dict[str, Any]:
-    if reply[0] != 200:
-        raise ServerFault(f"it refuses a request: {_message(reply)}")
-    content = _json(reply, "/v1/completions")
-    try:
-        return dict(content["choices"][0])
-    except (LookupError, TypeError, ValueError) as error:
-        raise ServerFault("its answer to /v1/completions holds no completion") from error
-
-
-def _answer(choice: dict[str, Any]) -> Answer:
-    try:
-        ids = tuple(int(token) for token in choice["token_ids"])
-        logps = tuple(float(logp) for logp in choice["logprobs"]["token_logprobs"])
-    except (LookupError, TypeError, ValueError) as error:
-        raise ServerFault("its answers lack token ids or log-probs, which vLLM 0.32 gives on request") from error
-    if not ids or len(ids) != len(logps):
-        raise ServerFault(f"an answer of {len(ids)} tokens came with {len(logps)} log-probs")
-    return Answer(token_ids=ids, logps=logps)
-
-
-def _load_fault(reply: Reply, folder: Path) -> ServerFault:
-    message = _message(reply)
-    if "No adapter found" in message:
-        return ServerFault(
-            f"it finds no adapter at {folder}",
-            advice="rollout.server.shared_dir must be one folder under one path for trainer and servers, and readable",
-        )
-    if reply[0] == 404:
-        return ServerFault(
-            "it takes no adapters: it was started without --enable-lora or VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
-        )
-    return ServerFault(f"it does not take the adapter: {message}")
-
-
-def _drawing(prompt: Sequence[int], *, temperature: float, tokens: int) -> dict[str, Any]:
-    """Return a request's body without model and seed. Every change to the distribution is off by name.
-
-    vLLM would take missing settings from the model's generation_config.json.
-    """
-    return {
-        "prompt": list(prompt),
-        "max_tokens": tokens,
-        "temperature": temperature,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,  # else tokens with equal text share an entry
-    }
-
-
-def _message(reply: Reply) -> str:
-    """Return the server's own words if it has some, else the start of what it sent."""
-    try:
-        return str(json.loads(reply[1])["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return reply[1][:200] or f"status {reply[0]}"
+            message = error.body.get("message") if isinstance(error.body, dict) else None
+            message = message or error.response.text[:200] or "no text"
+            raise ServerFault(f"it answers {status} to {request}: {message}", status=status) from error

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from popo_lite.policy.load import model_source
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
-from popo_lite.samplers.base import Progress, Request, Sampler, SamplingParams, make_completion
+from popo_lite.samplers.base import Progress, Request, Sampler, SamplingParams
 from popo_lite.seeding import stream_seed
 from popo_lite.types import Completion
 
@@ -39,42 +39,42 @@ ENVIRONMENT = {
 }
 """Read by vLLM when it is imported; the user's own settings stay."""
 
+MEMORY_BACKED = Path("/dev/shm")  # noqa: S108  # a private folder is made in it
+"""Adapters pass from trainer to engine here, without a disk, if there is space; else in the temporary folder."""
+
+PREFIX = "popo-lite-adapter-"
+
 
 class VLLMSampler(Sampler):
     """Steps vLLM's LLMEngine in this process, so that progress and Ctrl-C are handled between tokens."""
 
     engine = "vllm"
 
-    def __init__(self, policy: Policy, recipe: Recipe, *, text: Callable[[Sequence[int]], str]) -> None:
-        self._policy, self._text = policy, text
+    def _open(self) -> None:
+        policy, vllm = self._policy, self._recipe.rollout.vllm
         self._asleep = False
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self._engine = _start_engine(policy, recipe)
-        self._can_sleep = recipe.rollout.vllm.enable_sleep_mode and policy.device.type == "cuda"
-        self._names = itertools.count()
-        self._adapter = EngineAdapter(
-            self._engine,
-            lambda folder: save_adapter(policy.model, folder, base_id=recipe.model.id),
-            adapter_bytes=sum(p.numel() * p.element_size() for _, p in policy.adapter_parameters()),
+        self._engine = _start_engine(policy, self._recipe)
+        self._can_sleep = vllm.enable_sleep_mode and policy.device.type == "cuda"
+        self._names, self._adapter_ids = itertools.count(), itertools.count(1)
+        # Containers often have only 64 MB of shared memory.
+        needed = 2 * sum(p.numel() * p.element_size() for _, p in policy.adapter_parameters())
+        in_memory = os.access(MEMORY_BACKED, os.W_OK) and shutil.disk_usage(MEMORY_BACKED).free > needed
+        self._folder = tempfile.TemporaryDirectory(
+            prefix=f"{PREFIX}{os.getpid()}-", dir=MEMORY_BACKED if in_memory else None, ignore_cleanup_errors=True
         )
-        self.swap_seconds = self._adapter.swap_seconds
-        try:
-            self.sync(policy.version)
-        except BaseException:
-            self.close()
-            raise
+        self._adapter: Any = None  # vLLM's LoRARequest; it goes with every request
 
     def sync(self, policy_version: int) -> None:
         """Swap the trainer's current adapter in; wake the engine if it sleeps."""
         self.policy_version = None  # until all of it is done, no version can be sampled
-        if not self._asleep:
-            self._adapter.swap(policy_version)
-        else:
-            release_memory()  # what torch has cached of the update is memory that the engine needs
-            # This order and no other: weights, the adapter into their memory, and the KV cache into what is left.
+        # This order and no other: weights, the adapter into their memory, and the KV cache into what is left.
+        if self._asleep:
+            release_memory()  # the engine needs what torch has cached of the update
             self._engine.wake_up(tags=["weights"])
-            self._adapter.swap(policy_version)
+        self._swap(policy_version)
+        if self._asleep:
             self._engine.wake_up(tags=["kv_cache"])
             self._asleep = False
         self.policy_version = policy_version
@@ -88,10 +88,42 @@ class VLLMSampler(Sampler):
 
     def close(self) -> None:
         """Shut the engine down and delete all files."""
+        self._folder.cleanup()
+        self._engine.engine_core.shutdown()
+
+    def _swap(self, version: int) -> None:
+        """Make the trainer's current weights, which are `version`, the only adapter in the engine.
+
+        A path that is loaded again under a known id keeps the old adapter, so every version gets a new name and id.
+        Blocks of the prefix cache outlive their adapter, so the cache is reset, too. `load_inplace` on a generate
+        request would reload the adapter at every token, so it is never used.
+        """
+        from vllm.lora.request import LoRARequest
+
+        start = time.perf_counter()
+        number = next(self._adapter_ids)
+        folder = Path(self._folder.name) / str(number)
+        adapter = LoRARequest(f"policy-{version}-{number}", number, str(folder))
         try:
-            self._adapter.close()
+            save_adapter(self._policy.model, folder, base_id=self._recipe.model.id)
+            if not self._engine.add_lora(adapter):
+                raise EngineError(f"the vLLM engine refused adapter version {version}")
+            if self._adapter is not None:
+                self._engine.remove_lora(self._adapter.lora_int_id)
+            if (held := set(self._engine.list_loras())) != {number}:
+                raise EngineError(f"the vLLM engine holds the adapters {sorted(held)} after a swap to {number}")
+            if not self._engine.reset_prefix_cache():
+                raise EngineError("the vLLM engine did not reset its prefix cache, so it could answer from old weights")
+        except (OSError, SafetensorError) as error:
+            raise EngineError(
+                f"the adapter could not be handed to the vLLM engine: {error}",
+                where=self._folder.name,
+                next_step="free space there, or point TMPDIR at a folder with space",
+            ) from error
         finally:
-            self._engine.engine_core.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+        self._adapter = adapter
+        self.swap_seconds.append(time.perf_counter() - start)
 
     def _complete(self, requests: Sequence[Request], params: SamplingParams, finished: Progress) -> list[Completion]:
         from vllm import SamplingParams as EngineParams
@@ -99,13 +131,11 @@ class VLLMSampler(Sampler):
 
         if self._asleep and self.policy_version is not None:
             self.sync(self.policy_version)
-        place_of: dict[str, int] = {}
-        found: dict[int, Completion] = {}
+        # Names are never used twice, so nothing that an earlier call left can be taken for an answer.
+        named = {str(next(self._names)): request for request in requests}
+        completions: dict[str, Completion] = {}
         try:
-            for place, request in enumerate(requests):
-                # Names are never used twice, so nothing that an earlier call left can be taken for an answer.
-                name = str(next(self._names))
-                place_of[name] = place
+            for name, request in named.items():
                 self._engine.add_request(
                     name,
                     {"prompt_token_ids": list(request.prompt.token_ids)},
@@ -120,93 +150,25 @@ class VLLMSampler(Sampler):
                         detokenize=False,
                         output_kind=RequestOutputKind.FINAL_ONLY,
                     ),
-                    lora_request=self._adapter.request,
+                    lora_request=self._adapter,
                 )
-            while place_of:
-                ended = [one for one in self._engine.step() if one.finished and one.request_id in place_of]
+            while len(completions) < len(named):
+                ended = [one for one in self._engine.step() if one.finished and one.request_id in named]
                 for output in ended:
-                    found[place_of.pop(output.request_id)] = self._completion(output.outputs[0])
+                    (answer,) = output.outputs
+                    if answer.finish_reason not in ("stop", "length") or not answer.token_ids:
+                        raise EngineError(
+                            f"the vLLM engine ended an answer of {len(answer.token_ids)} tokens for the reason "
+                            f"{answer.finish_reason!r}",
+                            next_step='resume; if it happens again, --set rollout.engine="hf" and please report it',
+                        )
+                    logps = [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+                    completions[output.request_id] = self._completion(answer.token_ids, logps)
                 finished(len(ended))
         finally:
-            if place_of:  # an error, or `finished` raised
-                self._engine.abort_request(sorted(place_of))
-        return [found[place] for place in range(len(requests))]
-
-    def _completion(self, output: Any) -> Completion:
-        ids = tuple(output.token_ids)
-        if output.finish_reason not in ("stop", "length") or not ids:
-            raise EngineError(
-                f"the vLLM engine ended an answer of {len(ids)} tokens for the reason {output.finish_reason!r}",
-                next_step='resume; if it happens again, --set rollout.engine="hf" and please report it',
-            )
-        logps = tuple(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
-        if not all(abs(logp) < float("inf") for logp in logps):
-            raise EngineError(
-                "the vLLM engine's log-probs are not finite, so its weights or activations are not either",
-                next_step="go back to an earlier checkpoint with a lower optimizer.learning_rate",
-            )
-        return make_completion(ids, logps, self._policy.stop_ids, self._text)
-
-
-MEMORY_BACKED = Path("/dev/shm")  # noqa: S108  # a private folder is made in it
-"""Adapters pass from trainer to engine here, without a disk, if there is space; else in the temporary folder."""
-
-PREFIX = "popo-lite-adapter-"
-
-
-class EngineAdapter:
-    """Puts versions of the adapter into `engine` (vLLM's LLMEngine), one at a time; `request` goes with generation.
-
-    `write` writes the trainer's current adapter, of `adapter_bytes`, to a folder in PEFT's format. Traps of a swap:
-
-    - A path that is loaded again under a known id keeps the old adapter, so every version gets a new name and id.
-    - Blocks of the prefix cache outlive their adapter, so the cache is reset, too.
-    - `load_inplace` on a generate request would reload the adapter at every token, so it is never used.
-    """
-
-    def __init__(self, engine: Any, write: Callable[[Path], None], *, adapter_bytes: int) -> None:
-        self._engine = engine
-        self._write = write
-        self._ids = itertools.count(1)
-        # Containers often have only 64 MB there.
-        roomy = os.access(MEMORY_BACKED, os.W_OK) and shutil.disk_usage(MEMORY_BACKED).free > 2 * adapter_bytes
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=MEMORY_BACKED if roomy else None))
-        self.request: Any = None
-        self.swap_seconds: list[float] = []
-
-    def swap(self, version: int) -> None:
-        """Make the trainer's current weights, which are `version`, the only adapter in the engine."""
-        from vllm.lora.request import LoRARequest
-
-        start = time.perf_counter()
-        number = next(self._ids)
-        folder = self._folder / str(number)
-        request = LoRARequest(f"policy-{version}-{number}", number, str(folder))
-        try:
-            self._write(folder)
-            if not self._engine.add_lora(request):
-                raise EngineError(f"the vLLM engine refused adapter version {version}")
-            if self.request is not None:
-                self._engine.remove_lora(self.request.lora_int_id)
-            held = set(self._engine.list_loras())
-            if held != {number}:
-                raise EngineError(f"the vLLM engine holds the adapters {sorted(held)} after a swap to {number}")
-            if not self._engine.reset_prefix_cache():
-                raise EngineError("the vLLM engine did not reset its prefix cache, so it could answer from old weights")
-        except (OSError, SafetensorError) as error:
-            raise EngineError(
-                f"the adapter could not be handed to the vLLM engine: {error}",
-                where=str(self._folder),
-                next_step="make room there, or point TMPDIR at a folder with room",
-            ) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        self.request = request
-        self.swap_seconds.append(time.perf_counter() - start)
-
-    def close(self) -> None:
-        """Delete all files."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+            if left := named.keys() - completions.keys():  # an error, or `finished` raised
+                self._engine.abort_request(sorted(left))
+        return [completions[name] for name in named]
 
 
 def why_not(recipe: Recipe) -> str | None:
@@ -227,56 +189,60 @@ def why_not(recipe: Recipe) -> str | None:
     return None
 
 
+def engine_options(recipe: Recipe) -> dict[str, Any]:
+    """Return vLLM's options for log-probs under the temperature and one adapter, in this process or in a server."""
+    return {
+        "enable_lora": True,
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "dtype": recipe.model.dtype,
+        "max_model_len": recipe.rollout.sequence_tokens,
+        "max_num_seqs": recipe.rollout.max_num_seqs,
+        "max_loras": 1,
+        "max_cpu_loras": 2,  # a new adapter is loaded before the old one goes
+        "max_lora_rank": next((rank for rank in LORA_RANKS if rank >= recipe.lora.rank), recipe.lora.rank),
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",  # the model's own defaults would change the distribution
+    }
+
+
 def _start_engine(policy: Policy, recipe: Recipe) -> Any:
-    """Start an engine over the base that `rollout.vllm.base` names, with LoRA and log-probs under the temperature."""
+    """Start an engine over the base that `rollout.vllm.base` names."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    rollout = recipe.rollout
-    on_gpu = policy.device.type == "cuda"
-    sequence_tokens = rollout.max_prompt_length + rollout.max_completion_length
-    options: dict[str, Any] = {}
+    vllm, on_gpu = recipe.rollout.vllm, policy.device.type == "cuda"
+    options = engine_options(recipe)
+    if vllm.base == "nf4":
+        options["quantization"] = "bitsandbytes"
+    elif vllm.base == "bf16":
+        options["dtype"] = "bfloat16"
     if not on_gpu:
         # A prompt prefilled in parts rewinds its request's random generator, which only CUDA generators can do.
-        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, sequence_tokens)}
-    copy: Path | None = None
-    if rollout.vllm.base == "nf4":
-        options["quantization"] = "bitsandbytes"
-    elif rollout.vllm.base == "dequantized" and policy.quantized_modules:
-        copy = Path(tempfile.mkdtemp(prefix="popo-lite-base-"))
+        tokens = max(4096, recipe.rollout.sequence_tokens)
+        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
+    threads = torch.get_num_threads()
     try:
-        if copy is not None:
-            write_dequantized_base(policy, copy)
-        arguments = EngineArgs(
-            model=str(copy) if copy is not None else model_source(recipe.model),
-            revision=None if copy is not None else recipe.model.revision,
-            trust_remote_code=recipe.model.trust_remote_code,
-            dtype="bfloat16" if rollout.vllm.base == "bf16" else recipe.model.dtype,
-            kv_cache_dtype=rollout.vllm.kv_cache_dtype,
-            max_model_len=sequence_tokens,
-            max_num_seqs=rollout.max_num_seqs,
-            gpu_memory_utilization=rollout.vllm.gpu_memory_utilization,
-            enforce_eager=rollout.vllm.enforce_eager,
-            enable_prefix_caching=True,
-            enable_lora=True,
-            max_loras=1,
-            max_cpu_loras=2,
-            max_lora_rank=next(rank for rank in LORA_RANKS if rank >= recipe.lora.rank),
-            enable_sleep_mode=rollout.vllm.enable_sleep_mode and on_gpu,
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # the model's own defaults would cut the distribution
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            seed=0,
-            **options,
-        )
-        threads = torch.get_num_threads()
-        try:
-            return LLMEngine.from_engine_args(arguments)
-        finally:
-            torch.set_num_threads(threads)
+        with tempfile.TemporaryDirectory(prefix="popo-lite-base-", ignore_cleanup_errors=True) as copy:
+            if vllm.base == "dequantized" and policy.quantized_modules:
+                write_dequantized_base(policy, Path(copy))
+                options["model"] = copy
+            else:
+                options |= {"model": model_source(recipe.model), "revision": recipe.model.revision}
+            return LLMEngine.from_engine_args(
+                EngineArgs(
+                    kv_cache_dtype=vllm.kv_cache_dtype,
+                    gpu_memory_utilization=vllm.gpu_memory_utilization,
+                    enforce_eager=vllm.enforce_eager,
+                    enable_prefix_caching=True,
+                    enable_sleep_mode=vllm.enable_sleep_mode and on_gpu,
+                    skip_tokenizer_init=True,
+                    disable_log_stats=True,
+                    seed=0,
+                    **options,
+                )
+            )
     except Exception as error:  # of any type: the reason and the settings to change are what helps
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EngineError(
             f"the vLLM engine did not start: {reason}",
             where='rollout.engine = "vllm"',
@@ -284,5 +250,4 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
             'rollout.max_completion_length, or --set rollout.engine="hf"',
         ) from error
     finally:
-        if copy is not None:
-            shutil.rmtree(copy, ignore_errors=True)
+        torch.set_num_threads(threads)  # the engine changes it

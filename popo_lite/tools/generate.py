@@ -39,7 +39,7 @@ def generate(
     prompt = renderer.render(Problem(id=question, messages=({"role": "user", "content": question},), answer=""))
     params = SamplingParams(temperature=temperature, max_completion_length=recipe.rollout.max_completion_length)
     # Whatever engine trained it: for one question, starting another would take longer than answering.
-    sampler = HFSampler(policy, text=renderer.text, batch_size=samples)
+    sampler = HFSampler(policy, recipe, text=renderer.text)
     stream = ("generate", seed)
     [answers] = sampler.sample([prompt], count=samples, params=params, policy_version=policy.version, stream=stream)
     if as_json:

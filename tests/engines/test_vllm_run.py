@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from popo_lite.callbacks import Callback
 from popo_lite.errors import EngineError
+from popo_lite.policy.adapters import save_adapter
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder, read_lines
-from popo_lite.samplers.vllm import EngineAdapter
+from popo_lite.samplers.vllm import VLLMSampler
 from popo_lite.trainer import Trainer
 
 
@@ -35,9 +37,9 @@ def test_the_shipped_recipe_learns_as_with_the_hf_sampler(command, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def stale_swap(self, version, swap=EngineAdapter.swap):
+def stale_swap(self, version, swap=VLLMSampler._swap):
     """Only the first two adapters (probe and policy) ever reach the engine."""
-    if self.request is None or version < 1:
+    if self._adapter is None or version < 1:
         swap(self, version)
 
 
@@ -45,22 +47,22 @@ def reused_id_swap(self, version):
     """One name and id for every version, and the prefix cache left as it is."""
     from vllm.lora.request import LoRARequest
 
-    folder = self._folder / "reused"
+    folder = Path(self._folder.name) / "reused"
     shutil.rmtree(folder, ignore_errors=True)
-    self._write(folder)
+    save_adapter(self._policy.model, folder, base_id=self._recipe.model.id)
     self._engine.remove_lora(1)
-    self.request = LoRARequest("policy", 1, str(folder))
-    self._engine.add_lora(self.request)
+    self._adapter = LoRARequest("policy", 1, str(folder))
+    self._engine.add_lora(self._adapter)
     if version < 1:
         self._engine.reset_prefix_cache()  # so that the probe passes
     self.swap_seconds.append(0.0)
 
 
-def base_swap(self, version, swap=EngineAdapter.swap):
+def base_swap(self, version, swap=VLLMSampler._swap):
     """The probe passes, and then requests go out without the adapter."""
     swap(self, version)
     if version >= 2:
-        self.request = None
+        self._adapter = None
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_the_run_itself_stops_when_the_adapter_is_wrong(tmp_path, monkeypatch, b
     run = tmp_path / "run"
     run.mkdir()
     if broken is not None:
-        monkeypatch.setattr(EngineAdapter, "swap", broken)
+        monkeypatch.setattr(VLLMSampler, "_swap", broken)
     with Trainer(recipe, Callback()) as trainer:
         if broken is None:
             assert trainer.run(RunFolder(run)).summary is not None

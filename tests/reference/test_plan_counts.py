@@ -366,7 +366,7 @@ def test_decoding_with_the_models_own_weights_takes_what_was_planned(
         )
         for index in range(batch // group)
     ]
-    sampler = HFSampler(policy, text=lambda _: "", batch_size=batch)
+    sampler = HFSampler(policy, recipe, text=lambda _: "")
     params = SamplingParams(temperature=1.0, max_completion_length=answer_tokens)
     with LiveStorages() as live:
         sampler.sample(prompts, count=group, params=params, policy_version=0, stream=("count",))

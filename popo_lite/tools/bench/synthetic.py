@@ -232,6 +232,9 @@ def random_policy(recipe: Recipe) -> Policy:
     policy.stop_ids = frozenset()
     return policy
 
+    def sleep(self) -> None:
+        """Hold no memory, so there is none to give back."""
+
 
 def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> PreTrainedModel:
     """Return the base that `load_base` would, but with random weights: same modules, dtypes and bytes, all frozen.
