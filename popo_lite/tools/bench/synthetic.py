@@ -97,8 +97,8 @@ class Meter(Callback):
         name, total = self._stage
         raise OutOfMemoryError(f"out of memory in {name}" + (f" of {total:,} sequences" if total else ""))
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and is_out_of_memory(error):
+    def __exit__(self, *raised: object) -> None:
+        if isinstance(raised[1], BaseException) and is_out_of_memory(raised[1]):
             self.exhausted()
 
     def seconds(self, stage: str) -> float:
@@ -149,7 +149,7 @@ class BenchTrainer(Trainer):
             super()._open_sampler(stack)
         else:
             answers = partial(random_answers, self.policy.head.weight.shape[0])
-            self.sampler: Any = SimpleNamespace(engine="hf", sample=answers, sync=lambda _: None)
+            self.sampler: Any = SimpleNamespace(engine="hf", sample=answers, sync=lambda _: None, sleep=lambda: None)
 
     def measure(self, steps: int) -> None:
         """Run a warm-up step, which the meter forgets, and `steps` more.
@@ -231,9 +231,6 @@ def random_policy(recipe: Recipe) -> Policy:
         policy = wrap_policy(adapted, tokenizer, recipe, device)
     policy.stop_ids = frozenset()
     return policy
-
-    def sleep(self) -> None:
-        """Hold no memory, so there is none to give back."""
 
 
 def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> PreTrainedModel:
