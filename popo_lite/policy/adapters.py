@@ -23,15 +23,17 @@ PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rs
 
 def add_adapters(base: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PeftModel:
     """Return `base` with new adapters (B = 0, so the policy starts as the base), or with those of `lora.init_from`."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, PeftConfig, get_peft_model
 
     if recipe.init_from is not None:
         folder = adapter_folder(recipe.init_from, key="lora.init_from")
         _check_adapter_config(folder, recipe, base)
-        try:
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        except (SafetensorError, RuntimeError) as error:  # a truncated file, or shapes of another base
-            raise _unreadable(folder, error) from error
+        config = PeftConfig.from_pretrained(str(folder))
+        # PEFT freezes an adapter for inference, and warns if it was made on a base of another name.
+        config.inference_mode, config.base_model_name_or_path = False, None
+        model: PeftModel = get_peft_model(base, config)
+        load_adapter_weights(model, folder)
+        return model
     targets = recipe.target_modules
     options: dict[str, Any] = {theirs: getattr(recipe, ours) for ours, theirs in PEFT_NAMES.items()}
     options["target_modules"] = targets if isinstance(targets, str) else list(targets)
@@ -88,14 +90,6 @@ def linear_names(base: PreTrainedModel) -> set[str]:
     return {name.split(".")[-1] for name in linear}
 
 
-def _unreadable(folder: Path, error: Exception) -> ModelError:
-    return ModelError(
-        f"the adapter cannot be loaded on this base: {str(error).strip().splitlines()[0]}",
-        where=str(folder / ADAPTER_FILE),
-        next_step="check that the file is complete and belongs to the recipe's model.id",
-    )
-
-
 def save_adapter(model: PeftModel, folder: Path, *, base_id: str) -> None:
     """Write the adapter as PEFT does, but name the base by its id in the recipe and not by a local path."""
     config = model.peft_config["default"]
@@ -123,7 +117,12 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     try:
         result: Any = set_peft_model_state_dict(model, load_file(str(folder / ADAPTER_FILE)))
     except (SafetensorError, RuntimeError) as error:
-        raise _unreadable(folder, error) from error
+        # A truncated file, or shapes of another base.
+        raise ModelError(
+            f"the adapter cannot be loaded on this base: {str(error).strip().splitlines()[0]}",
+            where=str(folder / ADAPTER_FILE),
+            next_step="check that the file is complete and belongs to the recipe's model.id",
+        ) from error
     missing, unknown = [name for name in result.missing_keys if "lora_" in name], result.unexpected_keys
     if missing or unknown:
         raise ModelError(

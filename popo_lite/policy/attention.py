@@ -15,13 +15,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "popo_packed"
 """The implementation's name in transformers' registry. Without boundaries it is transformers' SDPA."""
+
+VARLEN_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""False before torch 2.12: fewer key and value heads than query heads must be repeated there."""
 
 
 def enable_packing(model: PreTrainedModel) -> None:
@@ -50,21 +55,13 @@ def kernel_of(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
     FlashAttention needs 16-bit operands, a GPU of compute capability 8.0, and a head width that is a multiple of 8 up
     to 256.
     """
-    flash = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_width in range(8, 257, 8)
-    flash = flash and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "varlen" if flash and _varlen()[0] is not None else "sdpa"
+    fits = dtype in (torch.float16, torch.bfloat16) and head_width in range(8, 257, 8)
+    fits = fits and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "varlen" if fits else "sdpa"
 
 
 def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **options: Any,
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Implement transformers' interface: `query` [1, H, T, d], `key`, `value` [1, H_kv, T, d] -> ([1, T, H, d], None).
 
@@ -73,28 +70,27 @@ def _attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if attention_mask is None or attention_mask.dtype != torch.int32:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scale, dropout = options.get("scaling"), options.get("dropout", 0.0)
     edges = attention_mask.flatten()
     lengths = tuple(edges.diff().tolist())
-    grouped = query.shape[1] != key.shape[1]
+    groups_heads = query.shape[1] != key.shape[1]
     parts = [part[0].transpose(0, 1) for part in (query, key, value)]  # [T, H, d]
     if not dropout and kernel_of(query.device, query.dtype, query.shape[-1]) == "varlen":
-        attend, parameters = _varlen()
-        extra = {"enable_gqa": True} if grouped and "enable_gqa" in parameters else {}
-        if grouped and not extra:
+        extra: dict[str, Any] = {"enable_gqa": groups_heads} if VARLEN_GROUPS_HEADS else {}
+        if groups_heads and not VARLEN_GROUPS_HEADS:
             parts[1:] = [part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in parts[1:]]
         edges = edges.to(query.device, non_blocking=True)
-        ends = (edges, edges, max(lengths), max(lengths))
-        return cast("Tensor", attend(*parts, *ends, scale=scaling, window_size=(-1, 0), **extra))[None], None
-    classes, back = _alike(lengths, query.device)
+        q, k, v = parts
+        extra |= {"cu_seq_q": edges, "cu_seq_k": edges, "max_q": max(lengths), "max_k": max(lengths)}
+        return cast("Tensor", varlen_attn(q, k, v, scale=scale, window_size=(-1, 0), **extra))[None], None
+    groups, back = _alike(lengths, query.device)
     outputs = []
-    for rows in classes:
+    for rows in groups:
         # Padding comes after a shorter sequence, where causality hides it.
         q, k, v = (part[rows.clamp(min=0)].transpose(1, 2) for part in parts)
         output = scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=groups_heads
         )
         outputs.append(output.transpose(1, 2)[rows >= 0])
     return torch.cat(outputs)[back][None], None
@@ -107,26 +103,9 @@ def _alike(lengths: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor
     Return the token indices [b, L] of each group, -1 after the shorter sequences, and the place [T] of each token of
     the row among the groups' tokens.
     """
-    starts = [0, *itertools.accumulate(lengths)]
-    members: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        members.setdefault((length - 1).bit_length(), []).append(index)
-    classes = []
-    for indices in members.values():
-        rows = torch.full((len(indices), max(lengths[index] for index in indices)), -1)
-        for row, index in zip(rows, indices, strict=True):
-            row[: lengths[index]] = torch.arange(starts[index], starts[index + 1])
-        classes.append(rows)
-    order = torch.cat([rows[rows >= 0] for rows in classes])
-    return tuple(rows.to(device) for rows in classes), order.argsort().to(device)
-
-
-@lru_cache(maxsize=1)
-def _varlen() -> tuple[Any, frozenset[str]]:
-    """Return torch's attention over unequal lengths and its parameters; None if this release lacks those we need."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None, frozenset()
-    parameters = frozenset(inspect.signature(varlen_attn).parameters)
-    return (varlen_attn if {"scale", "window_size"} <= parameters else None), parameters
+    groups: dict[int, list[Tensor]] = {}
+    for tokens in torch.arange(sum(lengths)).split(list(lengths)):
+        groups.setdefault((len(tokens) - 1).bit_length(), []).append(tokens)
+    padded = [pad_sequence(group, batch_first=True, padding_value=-1) for group in groups.values()]
+    back = torch.cat([rows[rows >= 0] for rows in padded]).argsort()
+    return tuple(rows.to(device) for rows in padded), back.to(device)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +11,12 @@ import torch
 
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.policy.adapters import PEFT_NAMES
-from popo_lite.recipe import LoraRecipe, ModelRecipe
+from popo_lite.recipe import ModelRecipe, Recipe
+from popo_lite.seeding import stream_seed
 from popo_lite.tasks.rendering import keeps_text
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
@@ -54,10 +54,9 @@ def load_tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
     """Load the tokenizer. If it has no PAD token, EOS takes its place: padding is masked everywhere."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    with _load_errors(recipe, "tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_source(recipe), **_options(recipe))
-        if not keeps_text(tokenizer):  # ignore the class that its config names, and take tokenizer.json as it is
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(model_source(recipe), **_options(recipe))
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, recipe, "tokenizer")
+    if not keeps_text(tokenizer):  # ignore the class that its config names, and take tokenizer.json as it is
+        tokenizer = _from_pretrained(PreTrainedTokenizerFast, recipe, "tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -68,17 +67,16 @@ def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     dtype: torch.dtype = getattr(torch, recipe.dtype)
-    options = _options(recipe)
-    options |= {"quantization_config": nf4_config(recipe, dtype)} if recipe.quantization == "nf4" else {}
-    with _load_errors(recipe, "model"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_source(recipe),
-            dtype=dtype,
-            attn_implementation=recipe.attn_implementation,
-            use_safetensors=True,
-            device_map={"": device},
-            **options,
-        )
+    model: PreTrainedModel = _from_pretrained(
+        AutoModelForCausalLM,
+        recipe,
+        "model",
+        dtype=dtype,
+        attn_implementation=recipe.attn_implementation,
+        quantization_config=nf4_config(recipe, dtype) if recipe.quantization == "nf4" else None,
+        use_safetensors=True,
+        device_map={"": device},
+    )
     close_cpu_repacking(model)
     model.requires_grad_(False)
     return model
@@ -88,8 +86,7 @@ def load_config(recipe: ModelRecipe) -> PreTrainedConfig:
     """Load only the model's config."""
     from transformers import AutoConfig
 
-    with _load_errors(recipe, "config"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model_source(recipe), **_options(recipe))
+    config: PreTrainedConfig = _from_pretrained(AutoConfig, recipe, "config")
     return config
 
 
@@ -103,30 +100,29 @@ def import_unsloth() -> None:
     import unsloth  # noqa: F401
 
 
-def load_unsloth(
-    recipe: ModelRecipe, lora: LoraRecipe, *, sequence_tokens: int, seed: int, gradient_checkpointing: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load base with adapters, and tokenizer, through unsloth. Raises ModelError if it cannot run here."""
+def load_unsloth(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load base with new adapters, and tokenizer, through unsloth. Raises ModelError if it cannot run here."""
     import_unsloth()
     from unsloth import FastLanguageModel
 
-    checkpointing, targets = "unsloth" if gradient_checkpointing else False, lora.target_modules
+    lora, targets = recipe.lora, recipe.lora.target_modules
+    checkpointing = "unsloth" if recipe.train.gradient_checkpointing else False
     every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    with _load_errors(recipe, "model"):
-        model, tokenizer = FastLanguageModel.from_pretrained(
-            model_name=model_source(recipe),
-            max_seq_length=sequence_tokens,
-            dtype=getattr(torch, recipe.dtype),
-            load_in_4bit=recipe.quantization == "nf4",
-            use_gradient_checkpointing=checkpointing,
-            use_exact_model_name=True,  # otherwise it loads a repository of its own instead of the recipe's
-            **_options(recipe),
-        )
+    model, tokenizer = _from_pretrained(
+        FastLanguageModel,
+        recipe.model,
+        "model",
+        max_seq_length=recipe.rollout.sequence_tokens,
+        dtype=getattr(torch, recipe.model.dtype),
+        load_in_4bit=recipe.model.quantization == "nf4",
+        use_gradient_checkpointing=checkpointing,
+        use_exact_model_name=True,  # otherwise it loads a repository of its own instead of the recipe's
+    )
     model = FastLanguageModel.get_peft_model(
         model,
         target_modules=list(every if targets == "all-linear" else targets),
         bias="none",
-        random_state=seed,
+        random_state=stream_seed("adapters", recipe.train.seed) % 2**31,
         use_gradient_checkpointing=checkpointing,
         **{theirs: getattr(lora, ours) for ours, theirs in PEFT_NAMES.items()},
     )
@@ -158,16 +154,12 @@ def nf4_config(recipe: ModelRecipe, dtype: torch.dtype) -> Any:
     )
 
 
-def _options(recipe: ModelRecipe) -> dict[str, Any]:
-    return {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
-
-
-@contextmanager
-def _load_errors(recipe: ModelRecipe, part: str) -> Iterator[None]:
-    """Turn the libraries' errors in the block into a ModelError that names the model and what to do."""
+def _from_pretrained(loader: Any, recipe: ModelRecipe, part: str, **options: Any) -> Any:
+    """Call `loader.from_pretrained`. Raises ModelError that names model and `part` and says what to do."""
     quiet_libraries()
+    options |= {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
     try:
-        yield
+        return loader.from_pretrained(model_source(recipe), **options)
     except (OSError, ValueError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         what, where = "could not be loaded", "model.id"

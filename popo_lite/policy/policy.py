@@ -41,7 +41,6 @@ class Policy:
     head: Head
     device: torch.device
     stop_ids: frozenset[int]
-    pad_id: int
     context_tokens: int
     quantized_modules: int
     packing: str = "off"
@@ -59,23 +58,22 @@ class Policy:
 
         Each sequence attends only to itself: in one packed forward pass if `packing` is on, else in one pass each.
         """
-        # Gradient checkpointing saves each layer's input through these hooks, which keep it in host memory.
+        if self.packing == "off" and len(lengths) > 1:
+            return torch.cat([self.hidden_states(part, [len(part)]) for part in input_ids.split(list(lengths))])
+        options: dict[str, Any] = {}
+        if len(lengths) > 1:
+            options = {"attention_mask": boundaries(lengths), "position_ids": positions(lengths, self.device)}
+        if options and self.packing == "flash_attention_2":
+            edges, longest = options.pop("attention_mask").flatten().to(self.device), max(lengths)
+            options |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
+            options |= {"max_length_q": longest, "max_length_k": longest}
         saving: AbstractContextManager[Any] = nullcontext()
         if self.offload and torch.is_grad_enabled():
+            # Gradient checkpointing saves each layer's input through these hooks, which keep it in host memory.
             saving = torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
         with saving:
-            if self.packing == "off" or len(lengths) == 1:
-                parts = input_ids.split(list(lengths))
-                states = [self.run_trunk(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in parts]
-                return states[0] if len(states) == 1 else torch.cat(states)
-            options: dict[str, Any] = {"attention_mask": boundaries(lengths)}
-            if self.packing == "flash_attention_2":
-                edges, longest = options.pop("attention_mask").flatten().to(self.device), max(lengths)
-                options = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
-                options |= {"max_length_q": longest, "max_length_k": longest}
-            places = positions(lengths, self.device)
-            output = self.run_trunk(input_ids=input_ids[None], position_ids=places, use_cache=False, **options)
-            return cast("Tensor", output.last_hidden_state[0])
+            output = self.run_trunk(input_ids=input_ids[None], use_cache=False, **options)
+        return cast("Tensor", output.last_hidden_state[0])
 
     def run_trunk(self, **inputs: Any) -> Any:
         """Return the trunk's output for transformers' `inputs`, in the policy's precision."""
@@ -101,34 +99,26 @@ class Policy:
 
 def load_policy(recipe: Recipe) -> Policy:
     """Load base, adapters and head as the recipe says. Raises ModelError if the model does not fit the recipe."""
-    device, train = pick_device(recipe.train.device), recipe.train
+    device = pick_device(recipe.train.device)
     # Before gigabytes are read, and before unsloth would stretch the context with another rotary scaling.
     check_context(recipe, _context_tokens(load_config(recipe.model)))
     if recipe.model.backend == "unsloth":
-        model, tokenizer = load_unsloth(
-            recipe.model,
-            recipe.lora,
-            sequence_tokens=recipe.rollout.sequence_tokens,
-            seed=stream_seed("adapters", train.seed) % 2**31,
-            gradient_checkpointing=train.gradient_checkpointing,
-        )
-        return wrap_policy(cast("PeftModel", model), tokenizer, recipe, device)
+        return wrap_policy(*load_unsloth(recipe), recipe, device)
     tokenizer = load_tokenizer(recipe.model)
     base = load_base(recipe.model, device)
-    adapted = add_adapters(base, recipe.lora, train.seed)
-    if train.gradient_checkpointing:
+    model = add_adapters(base, recipe.lora, recipe.train.seed)
+    if recipe.train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    return wrap_policy(adapted, tokenizer, recipe, device)
+    return wrap_policy(model, tokenizer, recipe, device)
 
 
 def load_trained_policy(recipe: Recipe, adapter: Path) -> Policy:
     """Return the recipe's base with the PEFT adapter in `adapter`, in eval mode. The predictor head is untrained."""
     folder = adapter_folder(adapter, key="run folder")
-    # Replaces the adapter that training may have started from, which need not exist any more.
+    # In place of the adapter that training may have started from, which need not exist any more.
     policy = load_policy(recipe.with_values({"lora.init_from": str(folder)}))
-    load_adapter_weights(
-        policy.model, folder
-    )  # again: unsloth made a new one, and PEFT only warns of what fits nowhere
+    if recipe.model.backend == "unsloth":  # which makes new adapters whatever lora.init_from says
+        load_adapter_weights(policy.model, folder)
     policy.model.eval()
     return policy
 
@@ -143,15 +133,13 @@ def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Re
             parameter.data = parameter.data.float()
     head = head_of(base, temperature=recipe.rollout.temperature)
     torch.manual_seed(stream_seed("predictor", recipe.train.seed))
-    predictor = PredictorHead(head.weight.shape[1], recipe.siamese.head_width, dtype=head.compute_dtype)
     policy = Policy(
         model=model,
         tokenizer=tokenizer,
-        predictor=predictor.to(device),
+        predictor=PredictorHead(head.weight.shape[1], recipe.siamese.head_width, dtype=head.compute_dtype).to(device),
         head=head,
         device=device,
         stop_ids=stop_ids_of(base, tokenizer, recipe.data.chat_template),
-        pad_id=cast("int", tokenizer.pad_token_id),
         context_tokens=_context_tokens(base.config),
         quantized_modules=sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
         offload=recipe.train.offload_activations,
@@ -217,27 +205,26 @@ def _pack(policy: Policy, recipe: Recipe) -> None:
     alone = policy.hidden_states(ids, lengths)
     if not bool(alone.isfinite().all()):  # nothing can be compared if the weights are not finite
         return
-    places, one_block = positions(lengths, policy.device), torch.ones_like(ids)[None]
-    leaking = policy.run_trunk(input_ids=ids[None], position_ids=places, attention_mask=one_block).last_hidden_state[0]
-    if recipe.model.attn_implementation == "flash_attention_2":
-        policy.packing = "flash_attention_2"
-    else:
-        enable_packing(base)
-        width = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
-        policy.packing = kernel_of(policy.device, alone.dtype, width)
     # Compare channel by channel: the rounding of a channel with large values would hide differences in the others.
     scale = alone.float().abs().amax(dim=0).clamp(min=1e-6)
 
     def distance(states: Tensor) -> float:
         return float(((states - alone).float() / scale)[lengths[0] :].square().mean().sqrt())
 
+    leaking = {"position_ids": positions(lengths, policy.device), "attention_mask": torch.ones_like(ids)[None]}
+    leak = distance(policy.run_trunk(input_ids=ids[None], **leaking).last_hidden_state[0])
+    policy.packing = recipe.model.attn_implementation
+    if policy.packing == "sdpa":
+        enable_packing(base)
+        width = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
+        policy.packing = kernel_of(policy.device, alone.dtype, width)
     try:
         gap = distance(policy.hidden_states(ids, lengths))
-        reason = f"the distance is {gap:.2g}, and {distance(leaking):.2g} if they see each other"
+        reason = f"the distance is {gap:.2g}, and {leak:.2g} if they see each other"
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         gap, reason = float("inf"), str(error).strip().partition("\n")[0]
     # Rounding differs by kernel and adds up over layers.
-    if not gap <= min(256 * torch.finfo(alone.dtype).eps, distance(leaking) / 8):
+    if not gap <= min(256 * torch.finfo(alone.dtype).eps, leak / 8):
         raise ModelError(
             f"{type(base).__name__} does not keep the sequences of a packed row apart: {reason}",
             where="train.packing = true",
@@ -255,23 +242,10 @@ def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: st
     for owner in (base.generation_config, base.config, tokenizer):
         ids = getattr(owner, "eos_token_id", None)
         stops.update([ids] if isinstance(ids, int) else ids or ())
-    if chat_template or tokenizer.chat_template:
-        after = tokenizer.encode(_after_an_answer(tokenizer, chat_template), add_special_tokens=False)
-        stops.update(token for token in after[:1] if token in tokenizer.all_special_ids)
-    if not stops:
-        raise ModelError(
-            "neither model, tokenizer nor chat template names a token that ends an answer",
-            where="model.id",
-            next_step="give the model an eos_token_id in generation_config.json",
-        )
-    return frozenset(stops)
-
-
-def _after_an_answer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
-    """Return what the template writes after an assistant's message; "" if it has no such messages or omits them."""
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}]
+    turns, text = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}], ""
     try:
-        text = tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False)
+        if chat_template or tokenizer.chat_template:
+            text = str(tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False))
     except TemplateSyntaxError as error:
         raise ModelError(
             f"the chat template is not valid Jinja: {error}",
@@ -279,8 +253,18 @@ def _after_an_answer(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
             next_step="correct it, or set data.chat_template (popo-lite eval: --chat-template FILE)",
         ) from error
     except TemplateError:  # the template refuses assistant turns
-        return ""
-    return str(text).rpartition("answer")[2] if "answer" in str(text) else ""
+        pass
+    _, found, after = text.rpartition("answer")
+    if found:  # some templates leave the assistant's text out
+        ids = tokenizer.encode(after, add_special_tokens=False)
+        stops.update(token for token in ids[:1] if token in tokenizer.all_special_ids)
+    if not stops:
+        raise ModelError(
+            "neither model, tokenizer nor chat template names a token that ends an answer",
+            where="model.id",
+            next_step="give the model an eos_token_id in generation_config.json",
+        )
+    return frozenset(stops)
 
 
 def _context_tokens(config: Any) -> int:
