@@ -1,7 +1,11 @@
-"""Load the frozen base, in 4-bit NormalFloat by bitsandbytes or in 16/32-bit, through transformers or unsloth."""
+"""Load the frozen base, in 4-bit NormalFloat by bitsandbytes or in 16/32-bit, through transformers or unsloth.
+
+It can be written again without quantisation, for a rollout engine to serve the same policy.
+"""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 from pathlib import Path
@@ -18,6 +22,8 @@ from popo_lite.tasks.rendering import keeps_text
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from popo_lite.policy.policy import Policy
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 """The model `tiny`, which ships with the package."""
@@ -152,6 +158,34 @@ def nf4_config(recipe: ModelRecipe, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=recipe.double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+@torch.no_grad()
+def write_dequantized_base(policy: Policy, folder: Path) -> None:
+    """Write the base without adapters to `folder` as safetensors and config, 4-bit weights dequantised.
+
+    In the policy's compute dtype: what the trainer's 4-bit layers multiply with. One layer is dequantised at a time
+    on its device; all of them are held in host memory until they are written.
+    """
+    import bitsandbytes as bnb
+    from huggingface_hub import save_torch_state_dict
+
+    base: Any = policy.model.get_base_model()
+    dtype = policy.head.weight.dtype
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in base.named_parameters():
+        if "lora_" not in name:
+            if isinstance(weight, bnb.nn.Params4bit):
+                weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+            # Without PEFT's wrapper around a layer.
+            tensors[name.replace(".base_layer", "")] = weight.detach().to("cpu", copy=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(tensors, str(folder))
+    config = copy.deepcopy(base.config)
+    config.dtype = dtype
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(str(folder))
 
 
 def _from_pretrained(loader: Any, recipe: ModelRecipe, part: str, **options: Any) -> Any:

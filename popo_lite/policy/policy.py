@@ -24,7 +24,7 @@ from popo_lite.seeding import stream_seed
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(kw_only=True)
@@ -50,8 +50,7 @@ class Policy:
     @property
     def trunk(self) -> nn.Module:
         """The decoder without its LM head, with the adapters."""
-        base: Any = self.model.get_base_model()
-        return cast("nn.Module", getattr(base, base.base_model_prefix))
+        return cast("PreTrainedModel", self.model.get_base_model()).base_model
 
     def hidden_states(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return the states [T, D] after the final norm of sequences of `lengths`, concatenated in `input_ids` [T].
@@ -159,10 +158,8 @@ def head_of(base: Any, *, temperature: float) -> Head:
             where="model.id",
             next_step="keep the LM head out of quantisation and out of lora.target_modules",
         )
-    config = base.config
-    # Cohere's and Granite's names.
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    cohere, granite = (getattr(base.config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+    scale, softcap = float(cohere) / float(granite), getattr(base.config, "final_logit_softcapping", None)  # Gemma's
     return Head(weight=output.weight, bias=output.bias, scale=scale, softcap=softcap, temperature=temperature)
 
 

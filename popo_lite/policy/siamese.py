@@ -23,8 +23,7 @@ class PredictorHead(nn.Module):
 
     def __init__(self, width: int, hidden_width: int, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        first = nn.Linear(width, hidden_width, dtype=dtype)
-        last = nn.Linear(hidden_width, width, dtype=dtype)
+        first, last = nn.Linear(width, hidden_width, dtype=dtype), nn.Linear(hidden_width, width, dtype=dtype)
         for layer in (first, last):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -32,7 +31,7 @@ class PredictorHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return predictions [B, D]; 16-bit features are widened to the head's dtype first."""
-        return cast("Tensor", self.layers(features.to(cast("nn.Linear", self.layers[0]).weight.dtype)))
+        return cast("Tensor", self.layers(features.to(next(self.parameters()).dtype)))
 
 
 class Siamese:
@@ -45,14 +44,14 @@ class Siamese:
         if narrow := [name for name, p in parameters if p.dtype not in (torch.float32, torch.float64)]:
             raise PopoError(f"the siamese needs float32 weights; {narrow[0]} and {len(narrow) - 1} others are narrower")
         self.tau = tau
-        self._names, self._live = [name for name, _ in parameters], [parameter for _, parameter in parameters]
-        self._average = [parameter.detach().clone() for parameter in self._live]
+        self._live: dict[str, Tensor] = dict(parameters)
+        self._average = {name: parameter.detach().clone() for name, parameter in parameters}
         self._largest_update, self._swapped = 0.0, False
 
     @property
     def extra_bytes(self) -> int:
         """Bytes that the siamese needs in addition to the policy."""
-        return sum(tensor.nbytes for tensor in self._average)
+        return sum(tensor.nbytes for tensor in self._average.values())
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -70,21 +69,21 @@ class Siamese:
 
     def _exchange(self) -> None:
         self._swapped = not self._swapped
-        for index, parameter in enumerate(self._live):
-            parameter.data, self._average[index] = self._average[index], parameter.data
+        for name, parameter in self._live.items():
+            parameter.data, self._average[name] = self._average[name], parameter.data
 
     @torch.no_grad()
     def update(self, update_norm: float) -> None:
         """Move the average after an optimizer step that changed the weights by `update_norm` (global L2 norm)."""
         if self._swapped:
             raise PopoError("the siamese cannot be updated while its weights are swapped in")
-        torch._foreach_lerp_(self._average, [p.detach() for p in self._live], 1.0 - self.tau)
+        torch._foreach_lerp_(list(self._average.values()), list(self._live.values()), 1.0 - self.tau)
         self._largest_update = max(self._largest_update, update_norm)
 
     @torch.no_grad()
     def drift(self) -> float:
         """Return ||theta - xi||, the global L2 norm over all averaged weights."""
-        differences = torch._foreach_sub([p.detach() for p in self._live], self._average)
+        differences = torch._foreach_sub(list(self._live.values()), list(self._average.values()))
         return float(torch.stack(torch._foreach_norm(differences)).double().norm())
 
     def drift_bound(self) -> float:
@@ -93,11 +92,11 @@ class Siamese:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return (averaged tensors by name, scalars) for a checkpoint."""
-        return dict(zip(self._names, self._average, strict=True)), {"largest_update": self._largest_update}
+        return dict(self._average), {"largest_update": self._largest_update}
 
     def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, float]) -> None:
         """Restore `state`. Raises CheckpointError if names or shapes are not those of this policy."""
-        for name, average in zip(self._names, self._average, strict=True):
+        for name, average in self._average.items():
             if name not in tensors or tensors[name].shape != average.shape:
                 raise CheckpointError(f"the checkpoint's siamese has no tensor {name} of shape {tuple(average.shape)}")
             average.copy_(tensors[name])

@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 
 from popo_lite.errors import EngineError
 from popo_lite.policy.adapters import save_adapter
-from popo_lite.policy.dequantize import write_dequantized_base
-from popo_lite.policy.load import model_source
+from popo_lite.policy.load import model_source, write_dequantized_base
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe

@@ -33,7 +33,7 @@ from contract.test_samplers import (  # noqa: F401  # the suite, run here with t
 )
 
 from popo_lite.errors import EngineError
-from popo_lite.policy.dequantize import write_dequantized_base
+from popo_lite.policy.load import write_dequantized_base
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe_file import load_recipe
 from popo_lite.samplers.server import ServerSampler, serve_command
