@@ -73,15 +73,17 @@ def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     dtype: torch.dtype = getattr(torch, recipe.dtype)
+    # None would count as another quantisation of a base that is stored quantised.
+    options = {"quantization_config": nf4_config(recipe, dtype)} if recipe.quantization == "nf4" else {}
     model: PreTrainedModel = _from_pretrained(
         AutoModelForCausalLM,
         recipe,
         "model",
         dtype=dtype,
         attn_implementation=recipe.attn_implementation,
-        quantization_config=nf4_config(recipe, dtype) if recipe.quantization == "nf4" else None,
         use_safetensors=True,
         device_map={"": device},
+        **options,
     )
     close_cpu_repacking(model)
     model.requires_grad_(False)

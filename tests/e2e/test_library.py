@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import popo_lite
+from popo_lite.errors import UserInputError
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("train.steps=2", "data.prompts_per_step=4", "rollout.num_generations=4", "eval.problems=4")
@@ -62,6 +63,10 @@ def test_train_evaluate_and_export_as_functions(tmp_path):
             popo_lite.evaluate(result.folder.path, weights=wrong)
     with pytest.raises(popo_lite.PopoError, match='no weights "siamse"'):
         popo_lite.export(result.folder.path, weights="siamse")
+    with pytest.raises(UserInputError, match='there is no export "mergd"') as refused:
+        popo_lite.export(result.folder.path, what="mergd")
+    assert refused.value.next_step == 'use "merged" or "adapter"'
+    assert not (result.folder.path / "export").exists()
     with pytest.raises(popo_lite.PopoError, match="the run has ended"):
         popo_lite.train(recipe, output=result.folder.path, resume=True)
 

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
@@ -156,21 +156,26 @@ def noise(first: float, second: float, problems: int) -> float:
     return 1.96 * math.sqrt(sum(rate * (1 - rate) / (problems + 4) for rate in adjusted))
 
 
-def _print_results(results: Mapping[str, Mapping[str, Any]], none: str, console: Console) -> None:
-    """Print a column for each result; after the second, how it differs from the first."""
-    if not results:
-        console.print(Text(none))
-        return
-    columns, rows, figures = ["", *results], [], []  # figures: (label, unit) -> value, of each result
-    for result in results.values():
+def measured(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, Unit], list[Any]]:
+    """Return what is known by label and unit: a value, or None, for each of the results."""
+    figures = []
+    for result in results:
         # JSON makes strings of the k, so pass@k of a summary that was read from its file needs int().
         rates = {1: result["pass_at_1"]} | {int(k): rate for k, rate in result["pass_at_k"].items()}
         found: dict[tuple[str, Unit], Any] = {(f"pass@{k}", "ratio"): rates[k] for k in sorted(rates)}
         found |= {(words.spoken(name), "ratio"): value for name, value in result["task_figures"].items()}
         found |= {(label, unit): result[name] for label, name, unit in _MEASURES if result.get(name) is not None}
         figures.append(found)
-    for label, unit in dict.fromkeys(chain(*figures)):
-        values = [found.get((label, unit)) for found in figures]
+    return {key: [found.get(key) for found in figures] for key in dict.fromkeys(chain(*figures))}
+
+
+def _print_results(results: Mapping[str, Mapping[str, Any]], none: str, console: Console) -> None:
+    """Print a column for each result; after the second, how it differs from the first."""
+    if not results:
+        console.print(Text(none))
+        return
+    columns, rows = ["", *results], []
+    for (label, unit), values in measured(results.values()).items():
         rows.append([label, *(words.quantity(value, unit) for value in values)])
         if len(values) > 1:
             before, after = values[:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,12 @@ from jinja2 import Environment
 from popo_lite.policy.load import model_source
 from popo_lite.recipe import OutputRecipe, Recipe
 from popo_lite.recipe_file import dump_recipe, flatten
-from popo_lite.tools.console import words
+from popo_lite.tools.console.output import measured
+from popo_lite.tools.console.words import quantity
 from popo_lite.tools.export.verify import table_of
 
 Facts = Mapping[str, Any]
 TABLE_FILES = (".jsonl", ".json", ".csv", ".parquet")
-MEASURES = (
-    ("cut off", "truncated_ratio", "{:.1%}"),
-    ("mean tokens", "completion_tokens_mean", "{:.1f}"),
-    ("problems", "problems", "{:,}"),
-    ("answers each", "samples_per_problem", "{:,}"),
-)
 
 
 def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | None, verification: Facts | None) -> str:
@@ -29,14 +25,19 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # noqa: S701 - not HTML
     results = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name)}
-    measured = results.get("siamese" if weights == "siamese" else "after", {})
-    on_hub = recipe.model.id != "tiny" and not is_local(recipe.model.id)
-    system = [{"role": "system", "content": text}] if (text := recipe.data.system_prompt) is not None else []
+    figures = measured(results.values()).items()
+    # Servers' addresses may hold a login, and their shared folder is a local path.
+    public: dict[str, Any] = {"output": OutputRecipe(), "rollout.server": type(recipe.rollout.server)()}
+    settings, system_prompt = flatten(recipe), recipe.data.system_prompt
+    for key in ("model.id", "lora.init_from", "data.dataset", "eval.dataset"):
+        if (source := settings.get(key)) is not None:
+            public[key] = known_as(source)
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return environment.from_string(template).render(
-        front_matter=_front_matter(recipe, on_hub, dtype, measured),
+        front_matter=_front_matter(recipe, dtype, results.get("siamese" if weights == "siamese" else "after", {})),
         model=recipe.model,
         known_as=known_as(recipe.model.id),
-        on_hub=on_hub,
+        on_hub=_on_hub(recipe),
         algorithm=recipe.objective.algorithm,
         summary=summary,
         weights=weights,
@@ -44,10 +45,11 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
         messages=[*system, {"role": "user", "content": "What is 17 + 25?"}],
         max_tokens=recipe.rollout.max_completion_length,
         results=results,
-        rows=_rows(list(results.values())),
+        # How long the measurement took says nothing about the model.
+        rows=[[label, *(quantity(v, unit) for v in values)] for (label, unit), values in figures if unit != "seconds"],
         verified=verification,
         verified_rows=table_of(verification) if verification else (),
-        recipe=dump_recipe(_without_paths(recipe)).strip(),
+        recipe=dump_recipe(recipe.with_values(public)).strip(),
     )
 
 
@@ -62,61 +64,34 @@ def known_as(source: str) -> str:
     return Path(source).expanduser().name if is_local(source) else source
 
 
-def _without_paths(recipe: Recipe) -> Recipe:
-    # Servers' addresses may hold a login, and their shared folder is a local path.
-    changes: dict[str, Any] = {"output": OutputRecipe(), "rollout.server": type(recipe.rollout.server)()}
-    for key in ("model.id", "lora.init_from", "data.dataset", "eval.dataset"):
-        if (value := flatten(recipe).get(key)) is not None:
-            changes[key] = known_as(value)
-    return recipe.with_values(changes)
+def _on_hub(recipe: Recipe) -> bool:
+    return recipe.model.id != "tiny" and not is_local(recipe.model.id)
 
 
-def _front_matter(recipe: Recipe, on_hub: bool, dtype: str | None, result: Facts) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
-
-    dataset = known_as(recipe.eval.dataset or recipe.data.dataset)
-    task: dict[str, Any] = {"task_type": "text-generation", "dataset_type": dataset, "dataset_name": dataset}
-    rates = result.get("pass_at_k", {}).items()
-    measured = [EvalResult(**task, metric_type=f"pass@{k}", metric_value=rate) for k, rate in rates] or None
-    data = ModelCardData(
-        base_model=recipe.model.id if on_hub else None,
-        library_name="peft" if dtype is None else "transformers",
-        pipeline_tag="text-generation",
-        tags=[recipe.objective.algorithm, "popo-lite", "rlvr", "reinforcement-learning", "lora"],
-        model_name=known_as(recipe.model.id).rpartition("/")[2] if measured else None,
-        eval_results=measured,
-        **_licence(recipe),
-    )
-    return data.to_yaml().strip()
-
-
-def _licence(recipe: Recipe) -> dict[str, Any]:
-    """Return the licence that the base's own model card names; empty if it names none or cannot be read."""
+def _front_matter(recipe: Recipe, dtype: str | None, result: Facts) -> str:
+    """Return the card's YAML. The licence is the one that the base's own card names; unknown if it cannot be read."""
     from httpx import HTTPError
-    from huggingface_hub import ModelCard, hf_hub_download
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
     path = Path(model_source(recipe.model)) / "README.md"
-    try:
+    licence: dict[str, Any] = {}
+    # No card, no network, or an unreadable card.
+    with suppress(OSError, HTTPError, ValueError):
         if not path.parent.is_dir():
             path = Path(hf_hub_download(recipe.model.id, "README.md", revision=recipe.model.revision))
         found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (OSError, HTTPError, ValueError):
-        # No card, no network or an unreadable card: the licence is unknown, so none is stated.
-        return {}
-    keys = ("license", "license_name", "license_link")
-    return {key: value for key in keys if isinstance(value := getattr(found, key, None), str)}
-
-
-def _rows(results: list[Facts]) -> list[list[str]]:
-    """Return the lines of the table of results: a measure, and its value in each of them."""
-    found = [{**result, **result["pass_at_k"], **(result.get("task_figures") or {})} for result in results]
-    rates = sorted({k for result in results for k in result["pass_at_k"]}, key=int)
-    figures = sorted({key for result in results for key in result.get("task_figures") or {}})
-    measures = [(f"pass@{k}", k, "{:.1%}") for k in rates]
-    measures += [(words.spoken(key), key, "{:.1%}" if key.endswith("_ratio") else "{:.3g}") for key in figures]
-    rows = []
-    for name, key, form in (*measures, *MEASURES):
-        values = [result.get(key) for result in found]
-        if any(value is not None for value in values):
-            rows.append([name, *("" if value is None else form.format(value) for value in values)])
-    return rows
+        licence = {key: getattr(found, key, None) for key in ("license", "license_name", "license_link")}
+    dataset = known_as(recipe.eval.dataset or recipe.data.dataset)
+    task: dict[str, Any] = {"task_type": "text-generation", "dataset_type": dataset, "dataset_name": dataset}
+    rates = result.get("pass_at_k", {}).items()
+    results = [EvalResult(**task, metric_type=f"pass@{k}", metric_value=rate) for k, rate in rates] or None
+    data = ModelCardData(
+        base_model=recipe.model.id if _on_hub(recipe) else None,
+        library_name="peft" if dtype is None else "transformers",
+        pipeline_tag="text-generation",
+        tags=[recipe.objective.algorithm, "popo-lite", "rlvr", "reinforcement-learning", "lora"],
+        model_name=known_as(recipe.model.id).rpartition("/")[2] if results else None,
+        eval_results=results,
+        **{key: value for key, value in licence.items() if isinstance(value, str)},
+    )
+    return data.to_yaml().strip()

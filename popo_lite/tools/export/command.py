@@ -36,8 +36,9 @@ PROMPTS_HELP = "Prompts on which a merged model is compared with the trained one
 def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Turn RUN, a folder that `popo-lite train` left, into a model that others can load.
 
-    A merged model is loaded again and compared with the trained policy on real prompts. With --push-to-hub an
-    export that lies in the folder already is uploaded as it stands, so its card can be edited first.
+    A merged model is loaded again and compared with the trained policy on real prompts. With --push-to-hub, an
+    export of the same adapter that is in the folder already is uploaded with your edits of its card, README.md.
+    Only the card's line `model_id = ...` is changed, to USER/NAME.
     """
     if repo_id is None and (private or dry_run):
         raise click.UsageError(f"{'--private' if private else '--dry-run'} goes with --push-to-hub USER/NAME")
@@ -61,7 +62,10 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json
     report = export_run(folder, reuse=repo_id is not None, progress=progress, **options)
     upload = planned = None
     if repo_id is not None:
-        card = _name_in_card(report.folder, repo_id)
+        path = report.folder / "README.md"
+        written = path.read_text(encoding="utf-8")
+        card = re.sub(r'^model_id = ".*"$', f'model_id = "{repo_id}"', written, count=1, flags=re.MULTILINE)
+        path.write_text(card, encoding="utf-8")
         planned = {"repo_id": repo_id, "private": private, "card": card} if dry_run else None
         upload = None if dry_run else _push(report.folder, repo_id, private)
     if as_json:
@@ -104,15 +108,6 @@ def _check_repo_id(repo_id: str) -> None:
         ) from error
 
 
-def _name_in_card(folder: Path, repo_id: str) -> str:
-    """Make `repo_id` what the example of the folder's model card loads, and return the card. Other edits are kept."""
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8")
-    card = re.sub(r'^model_id = ".*"$', f'model_id = "{repo_id}"', text, count=1, flags=re.MULTILINE)
-    path.write_text(card, encoding="utf-8")
-    return card
-
-
 def _push(folder: Path, repo_id: str, private: bool) -> dict[str, Any]:
     """Upload `folder` to `repo_id`, which is created if it does not exist; return where it is and who can see it.
 
@@ -122,22 +117,25 @@ def _push(folder: Path, repo_id: str, private: bool) -> dict[str, Any]:
     from httpx import HTTPError
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api, where = HfApi(), f"--push-to-hub {repo_id}"
     try:
         # Without --private the owner's own default decides.
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         is_private = bool(api.model_info(repo_id).private)
         if private and not is_private:
-            what = f"{repo_id} exists and everybody can see it, so nothing was uploaded"
-            next_step = f"make it private on its settings page, or name another one; the export is in {folder}"
-            raise ExportError(what, where=f"--push-to-hub {repo_id} --private", next_step=next_step)
-        options: Any = {"commit_message": "Upload by popo-lite export", "delete_patterns": WEIGHT_FILES}
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+            raise ExportError(
+                f"{repo_id} exists and everybody can see it, so nothing was uploaded",
+                where=f"{where} --private",
+                next_step=f"make it private on its settings page, or name another one; the export is in {folder}",
+            )
+        message = "Upload by popo-lite export"
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=WEIGHT_FILES
+        )
     # Uploads of large files wrap what went wrong in a RuntimeError, and refused batches come as a ValueError.
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         what, next_step = _explained(error)
-        what = f"{what}; the export is kept in {folder}"
-        raise ExportError(what, where=f"--push-to-hub {repo_id}", next_step=next_step) from error
+        raise ExportError(f"{what}; the export is kept in {folder}", where=where, next_step=next_step) from error
     return {"repo_id": repo_id, "private": is_private, "url": f"{api.endpoint}/{repo_id}", "commit": commit.oid}
 
 
@@ -149,14 +147,18 @@ def _explained(error: BaseException) -> tuple[str, str]:
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    again, login = "then the same command again", "hf auth login"
-    if status == 401:
-        return "the Hub knows no such login", f"{login}, {again}"
-    if status == 403:
-        return "this login may not write there", f"{login} with a token that may write, or a name of your own; {again}"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE forbids it", "HF_HUB_OFFLINE=0 and the same command again"
-    if isinstance(error, TransportError):
-        return f"the Hub cannot be reached ({type(error).__name__}: {error})", f"check the network, {again}"
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"the Hub refused: {reason}", f"see https://status.huggingface.co, {again}"
+    what, first = f"the Hub refused: {reason}", "see https://status.huggingface.co"
+    if status == 401:
+        what, first = "the Hub does not know this login", "hf auth login"
+    elif status == 403:
+        what, first = (
+            "this login may not write there",
+            "hf auth login with a token that may write, or a name of your own",
+        )
+    elif isinstance(error, OfflineModeIsEnabled):
+        what, first = "HF_HUB_OFFLINE forbids it", "set HF_HUB_OFFLINE=0"
+    elif isinstance(error, TransportError):
+        what = f"the Hub cannot be reached ({type(error).__name__}: {error})"
+        first = "check the network"
+    return what, f"{first}, then the same command again"

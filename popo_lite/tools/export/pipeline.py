@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,11 @@ def export_run(
     the recipe's). A merged model is loaded again and compared with the trained policy on `prompts` prompts of the
     run's task, at most `eval.problems`. With `reuse`, an earlier export of the same adapter in `output` is returned.
 
-    Raises CheckpointError for a run that has not ended, UserInputError if `output` is not empty, and ExportError
-    if the merged model is not the trained policy; nothing is left behind then.
+    Raises CheckpointError for a run that has not ended, UserInputError for an unknown `what` or `weights` or if
+    `output` is not empty, and ExportError if the merged model is not the trained policy; nothing is left behind then.
     """
+    if what not in ("merged", "adapter"):
+        raise UserInputError(f'there is no export "{what}"', where="what", next_step='use "merged" or "adapter"')
     recipe = run.recipe()
     adapter = adapter_folder(run.trained_adapter(weights), key="run folder")
     report = ExportReport(
@@ -93,7 +95,7 @@ def export_run(
         dtype=(dtype or recipe.model.dtype) if what == "merged" else None,
         adapter_sha256=hashlib.sha256((adapter / ADAPTER_FILE).read_bytes()).hexdigest(),
     )
-    if report.folder.exists() and not (report.folder.is_dir() and not any(report.folder.iterdir())):
+    if report.folder.is_file() or (report.folder.is_dir() and any(report.folder.iterdir())):
         path = report.folder / REPORT_FILE
         earlier = json.loads(path.read_text(encoding="utf-8")) if reuse and path.is_file() else {}
         if report.content() != earlier | {"verification": None}:
@@ -105,24 +107,26 @@ def export_run(
         return replace(report, verification=earlier["verification"], reused=True)
 
     with _complete_folder(report.folder) as folder:
+        write_tokenizer(load_tokenizer(recipe.model), folder, recipe.data.chat_template)
         if report.dtype is None:
-            _export_adapter(recipe, adapter, folder)
+            shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
+            config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
+            _write_json(folder / "adapter_config.json", config)
         else:
             verification = _export_merged(recipe, adapter, folder, report.dtype, prompts, progress)
             report = replace(report, verification=verification)
         summary = json.loads(run.summary_path.read_text(encoding="utf-8"))
         card = model_card(recipe, summary, weights=weights, dtype=report.dtype, verification=report.verification)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        (folder / REPORT_FILE).write_text(
-            json.dumps(report.content(), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        _write_json(folder / REPORT_FILE, report.content())
     return report
 
 
 def _export_merged(
     recipe: Recipe, adapter: Path, folder: Path, dtype: str, prompts: int, progress: verify.Progress
 ) -> dict[str, Any]:
-    """Run policy, merge and merged model one after the other, so that only one of them is in memory."""
+    """Write the merged model beside its tokenizer and compare it with the policy. Only one model is in memory."""
     # Without what only training needs. unsloth's adapters are PEFT's, and are compared as plain transformers runs them.
     device = "cpu" if recipe.train.device == "cpu" else "auto"
     recipe = recipe.with_values(
@@ -143,7 +147,6 @@ def _export_merged(
         model = load_unmerged(recipe, adapter, dtype)
         unmerged = verify.log_probs(model.get_base_model(), trained.prompts[checked], trained.answers[checked])
         write_merged(merge(model), folder, trained.stop_ids)
-        write_tokenizer(load_tokenizer(recipe.model), folder, recipe.data.chat_template)
     del model
     release_memory()
     written = recipe.model.with_values({"id": str(folder), "revision": None, "quantization": "none", "dtype": dtype})
@@ -214,34 +217,29 @@ def write_tokenizer(tokenizer: Any, folder: Path, chat_template: str | None) -> 
     tokenizer.save_pretrained(str(folder))
 
 
-def _export_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:
-    """Copy the adapter and write the tokenizer; its config names no local folder."""
-    shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_tokenizer(load_tokenizer(recipe.model), folder, recipe.data.chat_template)
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def _complete_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to fill. It becomes `target` when the block ends, and is removed if the block raises."""
-    made = [parent for parent in target.absolute().parents if not parent.exists()]
-    partial = target.with_name(f".{target.name}.partial")
+    target = target.absolute()
+    parent = next(parent for parent in target.parents if parent.exists())
+    partial = parent / f".{'-'.join(target.relative_to(parent).parts)}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir()
         yield partial
+        target.parent.mkdir(parents=True, exist_ok=True)
         partial.replace(target)
-    except BaseException as error:
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise ExportError(
+            f"the export could not be written: {error.strerror}",
+            where=str(target),
+            next_step="name a folder with enough space that can be written to with --output",
+        ) from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # it was never made, or somebody else put something into it
-                parent.rmdir()
-        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-            raise ExportError(
-                f"the export could not be written: {error.strerror}",
-                where=str(target),
-                next_step="name a folder with enough space that can be written to with --output",
-            ) from error
-        raise

@@ -6,7 +6,7 @@ A merge is therefore judged by log-probs, and by the gap between the two tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -19,8 +19,7 @@ from popo_lite.fused import score
 from popo_lite.policy.policy import Policy, head_of
 
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
-"""(description, total) -> a context that yields what is to be told each amount done, as `console.output.progress`."""
-
+"""(description, total) -> a context manager; its value is called with each amount done: `console.output.progress`."""
 Tokens = tuple[int, ...]
 REPORT_IT = "this is a bug: please report it with the model's name"
 BATCH = 16
@@ -28,57 +27,6 @@ ROUNDING = {"float64": 1e-6, "float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}
 """Mean difference of log-probs in nats that rounding may make: ten times or more what was measured on small models."""
 WORST_OVER_MEAN = 50
 """A single token may differ by so many times more."""
-
-
-@torch.no_grad()
-def greedy(
-    model: Any,
-    prompts: Sequence[Tokens],
-    stops: Iterable[int],
-    limit: int,
-    done: Callable[[int], None] = lambda _: None,
-) -> list[Tokens]:
-    """Return a model's greedy answer to each prompt, at most `limit` tokens long, its stop token included."""
-    from transformers import GenerationConfig
-
-    stops = sorted(stops)
-    # Assigned, not passed: `generate` fills a passed config from the model's own, and a base's
-    # repetition penalty would then change the answers.
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=limit, eos_token_id=stops, pad_token_id=stops[0]
-    )
-    answers = []
-    for start in range(0, len(prompts), BATCH):
-        batch = prompts[start : start + BATCH]
-        ids, mask = _padded(batch, model.device, "left")
-        for row in model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].tolist():
-            end = next((place for place, token in enumerate(row) if token in stops), len(row))  # padding follows
-            answers.append(tuple(row[: end + 1]))
-        done(len(batch))
-    return answers
-
-
-@torch.no_grad()
-def log_probs(model: Any, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> list[Tensor]:
-    """Return the log-probs in nats of each answer's tokens at temperature 1, on the CPU in float64."""
-    trunk, head, found = getattr(model, model.base_model_prefix), head_of(model, temperature=1.0), []
-    for start in range(0, len(prompts), BATCH):
-        batch = list(zip(prompts[start : start + BATCH], answers[start : start + BATCH], strict=True))
-        ids, mask = _padded([prompt + answer for prompt, answer in batch], model.device, "right")
-        states = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        # The hidden state before a token is the one that predicts it.
-        hidden = torch.cat([row[len(p) - 1 : len(p) + len(a) - 1] for row, (p, a) in zip(states, batch, strict=True)])
-        targets = torch.tensor([token for _, answer in batch for token in answer], device=model.device)
-        logps, _ = score(hidden, targets, head)
-        found += logps.double().cpu().split([len(answer) for _, answer in batch])
-    return found
-
-
-def _padded(rows: Sequence[Tokens], device: torch.device, side: str) -> tuple[Tensor, Tensor]:
-    """Return token ids and attention mask, both [rows, T]. What pads is masked, so any token will do."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], True, padding_side=side)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, padding_side=side)
-    return ids.to(device), mask.to(device)
 
 
 class Trained(NamedTuple):
@@ -91,16 +39,41 @@ class Trained(NamedTuple):
     facts: dict[str, Any]
 
 
-def table_of(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (measure, figure) of a comparison for people to read."""
-    return [
-        ("base, when trained and when merged", "{trained_base}, {merged_base}".format(**found)),
-        ("prompts, answer tokens", "{prompts:,}, {tokens:,}".format(**found)),
-        ("same greedy answer", "{greedy_agreement:.1%}".format(**found)),
-        ("log-prob per token, mean difference", "{mean_difference:.2g}".format(**found)),
-        ("log-prob per token, worst difference", "{worst_difference:.2g}".format(**found)),
-        ("for scale: mean difference that the adapter makes", "{adapter_difference:.2g}".format(**found)),
-    ]
+@torch.no_grad()
+def greedy(
+    model: Any, prompts: Sequence[Tokens], stops: Set[int], limit: int, done: Callable[[int], None] = lambda _: None
+) -> list[Tokens]:
+    """Return a model's greedy answer to each prompt, at most `limit` tokens long, its stop token included."""
+    from transformers import GenerationConfig
+
+    # Assigned, not passed: `generate` fills a passed config from the model's own, and a base's
+    # repetition penalty would then change the answers.
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=limit, eos_token_id=sorted(stops), pad_token_id=min(stops)
+    )
+    answers = []
+    for start in range(0, len(prompts), BATCH):
+        batch = [torch.tensor(prompt) for prompt in prompts[start : start + BATCH]]
+        ids = pad_sequence(batch, batch_first=True, padding_value=-1, padding_side="left").to(model.device)
+        output = model.generate(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long())
+        for row in output[:, ids.shape[1] :].tolist():
+            end = next((place for place, token in enumerate(row) if token in stops), len(row))  # padding follows
+            answers.append(tuple(row[: end + 1]))
+        done(len(batch))
+    return answers
+
+
+@torch.no_grad()
+def log_probs(model: Any, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> list[Tensor]:
+    """Return the log-probs in nats of each answer's tokens at temperature 1, on the CPU in float64."""
+    head, found = head_of(model, temperature=1.0), []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt + answer], device=model.device)
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        # The hidden state before a token is the one that predicts it.
+        logps, _ = score(states[len(prompt) - 1 : -1], ids[0, len(prompt) :], head)
+        found.append(logps.double().cpu())
+    return found
 
 
 def ask_trained(policy: Policy, prompts: list[Tokens], limit: int, progress: Progress) -> Trained:
@@ -124,10 +97,10 @@ def ask_trained(policy: Policy, prompts: list[Tokens], limit: int, progress: Pro
 def compare(model: Any, trained: Trained, limit: int, progress: Progress) -> tuple[dict[str, Any], list[Tensor]]:
     """Compare `model` with the trained policy; return the figures and its log-probs of the policy's answers.
 
-    `greedy_agreement` is the share of prompts with the same greedy answer, token for token. `widest_parting` is how
-    much more likely the merged model finds its own token than the policy's where the two answers part, at most.
-    Differences of log-prob are per token, in nats. `adapter_difference` is what the adapter itself changes: the scale
-    for the others, which are mostly the bases' own where the two bases ("nf4" or a dtype) are not the same.
+    `greedy_agreement` is the share of prompts with the same greedy answer, token for token. `widest_parting` is the
+    largest gap that the merged model sees between its own token and the policy's at the first difference of two
+    answers. Differences of log-prob are per token, in nats. `adapter_difference` is what the adapter itself changes:
+    the scale for the others. If the two bases ("nf4" or a dtype) differ, the others are mostly the bases' own.
 
     Raises ExportError if the model's answers end at other tokens than the policy's.
     """
@@ -139,7 +112,7 @@ def compare(model: Any, trained: Trained, limit: int, progress: Progress) -> tup
             next_step=REPORT_IT,
         )
     with progress("answers of the merged model", len(trained.prompts)) as done:
-        answers = greedy(model, trained.prompts, stops, limit, done)
+        answers = greedy(model, trained.prompts, trained.stop_ids, limit, done)
         logps = log_probs(model, trained.prompts, trained.answers)
         own = log_probs(model, trained.prompts, answers)
     partings = [gap for gap in map(parting, trained.answers, answers, logps, own) if gap is not None]
@@ -178,3 +151,16 @@ def refuse_beyond_rounding(dtype: str, mean: float, worst: float, gap: float = 0
             f"{allowed:g} in the mean and {at_worst:g} at worst. Nothing was kept",
             next_step="export the adapter instead (--what adapter), and please report the model's name",
         )
+
+
+def table_of(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (measure, figure) of a comparison for people to read."""
+    rows = {
+        "base, when trained and when merged": "{trained_base}, {merged_base}",
+        "prompts, answer tokens": "{prompts:,}, {tokens:,}",
+        "same greedy answer": "{greedy_agreement:.1%}",
+        "log-prob per token, mean difference": "{mean_difference:.2g}",
+        "log-prob per token, worst difference": "{worst_difference:.2g}",
+        "for scale: mean difference that the adapter makes": "{adapter_difference:.2g}",
+    }
+    return [(measure, figure.format(**found)) for measure, figure in rows.items()]
