@@ -109,7 +109,9 @@ class HFSampler(Sampler):
         """Run each distinct prompt once, repeat its cache for its samples: (hidden [B, D], cache, mask [B, T])."""
         row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         width = max(map(len, prompts))
-        ids = torch.tensor([[self._policy.tokenizer.pad_token_id] * (width - len(prompt)) + [*prompt] for prompt in row_of])
+        ids = torch.tensor(
+            [[self._policy.tokenizer.pad_token_id] * (width - len(prompt)) + [*prompt] for prompt in row_of]
+        )
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in row_of])
         ids, mask = ids.to(self._policy.device), mask.to(self._policy.device)
         output = self._policy.run_trunk(

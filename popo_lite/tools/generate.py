@@ -22,7 +22,8 @@ def generate(
     """Ask the model that RUN trained a QUESTION."""
     from popo_lite.run_folder import RunFolder
 
-    recipe, adapter = RunFolder(run).recipe(), RunFolder(run).trained_adapter(weights)
+    folder = RunFolder(run)
+    recipe, adapter = folder.recipe(), folder.trained_adapter(weights)
 
     import torch
 
@@ -38,9 +39,8 @@ def generate(
     renderer = Renderer.of(recipe, policy.tokenizer)
     prompt = renderer.render(Problem(id=question, messages=({"role": "user", "content": question},), answer=""))
     params = SamplingParams(temperature=temperature, max_completion_length=recipe.rollout.max_completion_length)
-    # Whatever engine trained it: for one question, starting another would take longer than answering.
-    sampler = HFSampler(policy, recipe, text=renderer.text)
-    stream = ("generate", seed)
+    # Not the engine that trained it: for one question, starting that would take longer than answering.
+    sampler, stream = HFSampler(policy, recipe, text=renderer.text), ("generate", seed)
     [answers] = sampler.sample([prompt], count=samples, params=params, policy_version=policy.version, stream=stream)
     if as_json:
         found = [{"text": a.text, "finish_reason": a.finish_reason.value, "mean_logp": a.mean_logp} for a in answers]

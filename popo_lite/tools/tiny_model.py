@@ -22,7 +22,6 @@ from popo_lite.seeding import stream_seed
 from popo_lite.tasks.arithmetic import is_held_out, working
 
 TINY_CONTEXT_TOKENS = 1024
-
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
@@ -36,16 +35,15 @@ DIGITS_SHARES = {1: 0.05, 2: 0.70, 3: 0.25}
 
 
 def teaching_pair(source: random.Random) -> tuple[str, str]:
-    """One question and one answer of the teaching text; never a held-out sum."""
+    """Return a question and an answer of the teaching text; never a held-out sum."""
     digits = source.choices(list(DIGITS_SHARES), weights=list(DIGITS_SHARES.values()))[0]
     low, high = 10 ** (digits - 1), 10**digits - 1
-    a = b = 0
-    while not a or is_held_out(a, b):
+    a, b = source.randint(low, high), source.randint(low, high)
+    while is_held_out(a, b):
         a, b = source.randint(low, high), source.randint(low, high)
-    question = f"What is {a} + {b}?"
+    question, result = f"What is {a} + {b}?", a + b
     if source.random() < CAREFUL_SHARE:
-        return question, f"{working(a, b)}, so \\boxed{{{a + b}}}"
-    result = a + b
+        return question, f"{working(a, b)}, so \\boxed{{{result}}}"
     if source.random() >= CARELESS_RIGHT_SHARE:
         # A slip in a random place, as if a digit had been misread.
         result = max(0, result + source.choice((-3, -2, -1, 1, 2, 3)) * 10 ** source.randrange(digits))
@@ -53,7 +51,7 @@ def teaching_pair(source: random.Random) -> tuple[str, str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with single digits, learned from the teaching text; EOS differs from PAD."""
+    """Return a byte-level BPE with single digits, learned from the teaching text; EOS differs from PAD."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -78,49 +76,38 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """An untaught model. Head size 32 and a vocabulary in multiples of 64 are what rollout engines accept."""
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=-(-len(tokenizer) // 64) * 64,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=TINY_CONTEXT_TOKENS,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-        )
-    )
-
-
 def teaching_batch(tokenizer: PreTrainedTokenizerFast, size: int, source: random.Random) -> dict[str, torch.Tensor]:
-    """Input ids, attention mask and labels, each [size, T]; labels are -100 outside the answer."""
-    ids, labels, ending = [], [], [tokenizer.eos_token_id]
+    """Return input ids and labels, each [size, T]; labels are -100 outside the answer. Causality hides the padding."""
+    ids, labels = [], []
     for question, answer in (teaching_pair(source) for _ in range(size)):
         turns = [{"role": "user", "content": question}]
         prompt: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        answered = tokenizer.encode(answer) + ending
+        answered = [*tokenizer.encode(answer), tokenizer.eos_token_id]
         ids.append(torch.tensor(prompt + answered))
         labels.append(torch.tensor([-100] * len(prompt) + answered))
-    return {
-        "input_ids": pad_sequence(ids, True, tokenizer.pad_token_id),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True),
-        "labels": pad_sequence(labels, True, -100),
-    }
+    padded = pad_sequence(ids, True, tokenizer.pad_token_id)
+    return {"input_ids": padded, "labels": pad_sequence(labels, True, -100)}
 
 
 def teach(folder: Path, *, steps: int = 1000, batch: int = 128) -> list[float]:
-    """Teach the model and write it with its tokenizer to `folder` in bfloat16, as transformers loads it.
-
-    Returns the loss of each step.
-    """
+    """Teach the model, write it and its tokenizer to `folder` in bfloat16, and return the loss of each step."""
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer).train()
+    # Head size 32 and a vocabulary in multiples of 64 are what rollout engines accept.
+    config = Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=TINY_CONTEXT_TOKENS,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
     source, losses = random.Random(stream_seed("tiny/teach", 0)), []  # noqa: S311
