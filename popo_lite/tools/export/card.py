@@ -80,7 +80,8 @@ def _front_matter(recipe: Recipe, dtype: str | None, result: Facts) -> str:
         if not path.parent.is_dir():
             path = Path(hf_hub_download(recipe.model.id, "README.md", revision=recipe.model.revision))
         found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-        licence = {key: getattr(found, key, None) for key in ("license", "license_name", "license_link")}
+        values = {key: getattr(found, key, None) for key in ("license", "license_name", "license_link")}
+        licence = {key: value for key, value in values.items() if isinstance(value, str)}
     dataset = known_as(recipe.eval.dataset or recipe.data.dataset)
     task: dict[str, Any] = {"task_type": "text-generation", "dataset_type": dataset, "dataset_name": dataset}
     rates = result.get("pass_at_k", {}).items()
@@ -92,6 +93,6 @@ def _front_matter(recipe: Recipe, dtype: str | None, result: Facts) -> str:
         tags=[recipe.objective.algorithm, "popo-lite", "rlvr", "reinforcement-learning", "lora"],
         model_name=known_as(recipe.model.id).rpartition("/")[2] if results else None,
         eval_results=results,
-        **{key: value for key, value in licence.items() if isinstance(value, str)},
+        **licence,
     )
     return data.to_yaml().strip()
