@@ -14,7 +14,7 @@ import torch
 
 from popo_lite import load_recipe
 from popo_lite.fused import fused_loss
-from popo_lite.grading import Grader, GradeRequest
+from popo_lite.grading import Grader
 from popo_lite.objective import StepPlan, Tokens, noisy_target, plan_step, popo, similarity_loss
 from popo_lite.policy.policy import Policy, load_policy
 from popo_lite.policy.siamese import Siamese
@@ -39,7 +39,7 @@ def sample_and_grade(
     )
     groups = []
     for prompt, completions in zip(prompts, answers, strict=True):
-        rewards = grader.grade([GradeRequest(text=answer.text, problem=prompt.problem) for answer in completions])
+        rewards = grader.grade([(answer.text, prompt.problem) for answer in completions])
         groups.append(
             Group(
                 rollouts=tuple(

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from popo_lite.grading import Grader, GradeRequest, refuse_ungraded
+from popo_lite.grading import Grader, refuse_ungraded
 from popo_lite.recipe import Recipe, RolloutRecipe
 from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.seeding import stream_seed
@@ -190,8 +190,7 @@ def collect(
         with clock("grade"):
             asked = [prompts[index] for index in going for _ in range(count)]
             answers = [completion for group in completions for completion in group]
-            requests = [GradeRequest(text=a.text, problem=p.problem) for p, a in zip(asked, answers, strict=True)]
-            rewards = grader.grade(requests)
+            rewards = grader.grade([(a.text, p.problem) for p, a in zip(asked, answers, strict=True)])
             for place, (prompt, answer, reward) in enumerate(zip(asked, answers, rewards, strict=True)):
                 if recipe.reward.truncated == "wrong" and answer.finish_reason is FinishReason.LENGTH:
                     detail = "cut off at rollout.max_completion_length"

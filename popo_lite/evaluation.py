@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from popo_lite.grading import Grader, GradeRequest, refuse_ungraded, ungraded_ratio
+from popo_lite.grading import Grader, refuse_ungraded, ungraded_ratio
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
 from popo_lite.samplers import Sampler, SamplingParams
@@ -54,7 +54,7 @@ def evaluate(
     )
     pairs = [(problem, answer) for problem, group in zip(problems, answers, strict=True) for answer in group]
     flat = [completion for _, completion in pairs]
-    rewards = grader.grade([GradeRequest(text=completion.text, problem=problem) for problem, completion in pairs])
+    rewards = grader.grade([(completion.text, problem) for problem, completion in pairs])
     refuse_ungraded(rewards, recipe.reward.max_ungraded_ratio, f"evaluation of the {weights}")
     correct = [reward.value > recipe.objective.reward_threshold for reward in rewards]
     right = [sum(correct[i : i + samples_per_problem]) for i in range(0, len(correct), samples_per_problem)]

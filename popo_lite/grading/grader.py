@@ -18,7 +18,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -35,17 +35,8 @@ STDERR_TAIL_BYTES = 4096
 """How much of what a worker wrote to stderr is kept for the detail of an ERROR."""
 
 _READ_BYTES = 2**16  # the capacity of a pipe
-_SHOWN_DETAIL_CHARACTERS = 300
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradeRequest:
-    """The text of one completion and the problem it answers."""
-
-    text: str
-    problem: Problem
 
 
 class Grader:
@@ -76,32 +67,13 @@ class Grader:
         """Load the reward function in one worker. Raises UserInputError if that fails."""
         self._run(self._ready_worker, 0)
 
-    def grade(self, requests: Sequence[GradeRequest]) -> list[Reward]:
-        """Return one reward per request, in order.
+    def grade(self, answers: Sequence[tuple[str, Problem]]) -> list[Reward]:
+        """Return one reward per answer (text of a completion, problem), in order.
 
         Raises UserInputError if the reward function cannot be loaded, and GradingError if a worker can no longer
         be started.
         """
-        exact = self._reward.function == "math"
-        texts = [request.text[-self._reward.max_answer_characters :] for request in requests]
-        rewards: dict[int, Reward] = {}
-        lines: dict[int, bytes] = {}
-        for index, (text, request) in enumerate(zip(texts, requests, strict=True)):
-            problem = request.problem
-            if exact and (decided := decide_exactly(text, problem)):
-                rewards[index] = decided
-                continue
-            content: dict[str, Any] = {"id": problem.id, "answer": problem.answer}
-            if not exact:
-                content |= {"question": problem.question, "meta": dict(problem.meta)}
-            try:
-                lines[index] = json.dumps({"text": text, "problem": content}).encode() + b"\n"
-            except (TypeError, ValueError) as error:
-                detail = f"problem {problem.id!r} has a meta value that JSON cannot hold: {error}"
-                rewards[index] = Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
-        for index, reward in self._run(self._grade_lines, lines).items():
-            rewards[index] = reward if reward.answer is not None else replace(reward, answer=final_answer(texts[index]))
-        return [rewards[index] for index in range(len(requests))]
+        return self._run(self._grade_all, answers)
 
     def close(self) -> None:
         """End all grading processes; may be called again."""
@@ -117,9 +89,8 @@ class Grader:
         with self._lock:
             if self._loop.is_closed():
                 raise RuntimeError("the grader is closed")
-            future = asyncio.run_coroutine_threadsafe(function(*arguments), self._loop)
             try:
-                return future.result()
+                return asyncio.run_coroutine_threadsafe(function(*arguments), self._loop).result()
             except BaseException:
                 # After an error or an interrupt, a late verdict must not be taken for one on the next batch.
                 asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
@@ -131,43 +102,52 @@ class Grader:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        for slot in list(self._workers):
-            self._end(slot)
+        while self._workers:
+            self._workers.popitem()[1].kill()
 
-    def _end(self, slot: int) -> str:
-        return self._workers.pop(slot).kill()
-
-    async def _grade_lines(self, lines: dict[int, bytes]) -> dict[int, Reward]:
-        """Grade request lines by up to `reward.workers` workers; each takes the next line when it is free."""
-        waiting = iter(lines.items())
+    async def _grade_all(self, answers: Sequence[tuple[str, Problem]]) -> list[Reward]:
+        """Grade by up to `reward.workers` workers; each takes the next answer when it is free."""
+        waiting = iter(enumerate(answers))
         rewards: dict[int, Reward] = {}
 
         async def work(slot: int) -> None:
-            for index, line in waiting:
-                rewards[index] = await self._grade_line(slot, line)
+            for index, (text, problem) in waiting:
+                rewards[index] = await self._grade_one(slot, text[-self._reward.max_answer_characters :], problem)
 
-        await asyncio.gather(*map(work, range(min(self._reward.workers, len(lines)))))
-        return rewards
+        await asyncio.gather(*map(work, range(min(self._reward.workers, len(answers)))))
+        return [rewards[index] for index in range(len(answers))]
 
-    async def _grade_line(self, slot: int, line: bytes) -> Reward:
-        """Grade one request; retry it once if its worker dies, but not if it hangs, as it would hang again."""
+    async def _grade_one(self, slot: int, text: str, problem: Problem) -> Reward:
+        content: dict[str, Any] = {"id": problem.id, "answer": problem.answer}
+        if self._reward.function != "math":
+            content |= {"question": problem.question, "meta": dict(problem.meta)}
+        elif decided := decide_exactly(text, problem):
+            return decided
+        try:
+            line = json.dumps([text, content]).encode() + b"\n"
+        except (TypeError, ValueError) as error:
+            detail = f"problem {problem.id!r} has a meta value that JSON cannot hold: {error}"
+            return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
+        reward = await self._ask(slot, line)
+        return reward if reward.answer is not None else replace(reward, answer=final_answer(text))
+
+    async def _ask(self, slot: int, line: bytes) -> Reward:
+        """Send one request; retry it once if its worker dies, but not if it hangs, as it would hang again."""
         for _ in range(2):
             worker = await self._ready_worker(slot)
             try:
                 reply = await worker.ask(line, self._reward.timeout_seconds)
             except TimeoutError:
-                self._end(slot)
+                self._workers.pop(slot).kill()
                 detail = f"no verdict within reward.timeout_seconds = {self._reward.timeout_seconds:g}"
                 return Reward(value=0.0, outcome=Outcome.TIMEOUT, detail=detail)
-            if reply is None:
-                how = self._end(slot)
-                continue
-            if reply["leaving"]:
-                self._end(slot)
-            verdict = reply["reward"]
-            if verdict["outcome"] == Outcome.ERROR:
-                verdict["detail"] += worker.stderr_note()
-            return Reward(**verdict | {"outcome": Outcome(verdict["outcome"])})
+            if reply is None or reply["leaving"]:
+                how = self._workers.pop(slot).kill()
+            if reply is not None:
+                verdict = reply["reward"]
+                if verdict["outcome"] == Outcome.ERROR:
+                    verdict["detail"] += worker.stderr_note()
+                return Reward(**verdict | {"outcome": Outcome(verdict["outcome"])})
         detail = f"grading this answer ended the worker twice ({how}){worker.stderr_note()}"
         return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
 
@@ -183,7 +163,7 @@ class Grader:
         line = json.dumps(settings).encode() + b"\n"
         try:
             reply = await worker.ask(line, STARTUP_SECONDS)
-            reason = None if reply else f"its worker ended while importing it ({self._end(slot)})"
+            reason = None if reply else f"its worker ended while importing it ({self._workers.pop(slot).kill()})"
         except TimeoutError:
             reply, reason = None, f"importing it took more than {STARTUP_SECONDS:g} seconds"
         if reply is None:
@@ -262,12 +242,8 @@ class _Worker:
         return f"; the worker wrote:\n{text}" if text else ""
 
     def kill(self) -> str:
-        """End the process and its group, and reap it. Returns how it ended.
-
-        One that was ending by itself when its pipes closed keeps its exit code. The signal comes before the
-        reaping, while the process id cannot yet belong to anything else.
-        """
-        with suppress(ProcessLookupError):
+        """End the process and all that it started. Returns how it ended: one that had already exited, by itself."""
+        with suppress(ProcessLookupError):  # before reaping, while the id cannot belong to another process
             os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
         self._read_stderr()
@@ -289,12 +265,11 @@ def refuse_ungraded(rewards: Sequence[Reward], limit: float, where: str) -> None
     """
     if ungraded_ratio(rewards) <= limit:
         return
-    ungraded = [reward for reward in rewards if not reward.outcome.is_graded]
+    details = [textwrap.shorten(reward.detail, 300) for reward in rewards if not reward.outcome.is_graded]
     counts = ", ".join(f"{count} {outcome}" for outcome, count in count_outcomes(rewards).items() if count)
-    details = [textwrap.shorten(reward.detail, _SHOWN_DETAIL_CHARACTERS) for reward in ungraded[:2]]
     raise GradingError(
-        f"{len(ungraded)} of {len(rewards)} answers could not be graded ({counts}), more than "
-        f"reward.max_ungraded_ratio = {limit:g} allows; the first: {' | '.join(details)}",
+        f"{len(details)} of {len(rewards)} answers could not be graded ({counts}), more than "
+        f"reward.max_ungraded_ratio = {limit:g} allows; the first: {' | '.join(details[:2])}",
         where=where,
         next_step="for timeouts raise reward.timeout_seconds or lower reward.max_answer_characters; "
         "for errors correct reward.function or the data it names",

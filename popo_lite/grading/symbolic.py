@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 from math_verify import parse, verify
@@ -18,6 +18,9 @@ from popo_lite.types import Outcome, Reward
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _UNESCAPED_DOLLAR = re.compile(r"(?<!\\)\$")
+
+_parse: Callable[[str], list[Any]] = partial(parse, parsing_timeout=None, raise_on_error=True)
+"""Return what math-verify extracts: a sympy expression, if it could build one, and the source string."""
 
 
 def grade_math(text: str, problem: Mapping[str, Any]) -> Reward:
@@ -53,12 +56,6 @@ def grade_math(text: str, problem: Mapping[str, Any]) -> Reward:
 def _parse_expression(expression: str) -> list[Any]:
     # Bare LaTeX has to be in a box to be seen as such; text with formulas marks them itself.
     return _parse(expression if _UNESCAPED_DOLLAR.search(expression) else rf"\boxed{{{expression}}}")
-
-
-def _parse(text: str) -> list[Any]:
-    """Return what math-verify extracts: a sympy expression, if it could build one, and the source string."""
-    extracted: list[Any] = parse(text, parsing_timeout=None, raise_on_error=True)
-    return extracted
 
 
 def _holds_expression(extracted: list[Any]) -> bool:

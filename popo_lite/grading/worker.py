@@ -15,7 +15,6 @@ import os
 import resource
 import signal
 import sys
-from typing import TextIO
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
 """Address space of one worker: an answer such as 9^(9^(9^9)) fails here and cannot exhaust memory."""
@@ -25,7 +24,12 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main() -> None:
     """Read the settings, load the reward function, then grade until stdin ends."""
-    requests, replies = take_protocol_streams()
+    # The stream to the parent, hidden from `print` and `input`: fd 1 becomes stderr, fd 0 is empty.
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -33,10 +37,7 @@ def main() -> None:
         # The kernel kills this process when its parent is gone. An idle worker ends at the end of stdin anyway, but
         # one inside a long computation does not read it, and no thread of ours would get the interpreter lock.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    greeting = requests.readline()
-    if not greeting:
-        return
-    settings = json.loads(greeting)
+    settings = json.loads(requests.readline())
     sys.path[:] = settings["path"]
 
     from popo_lite.errors import UserInputError
@@ -50,28 +51,15 @@ def main() -> None:
         return
     print(json.dumps({"ready": True}), file=replies, flush=True)
     for line in requests:
-        request = json.loads(line)
-        out_of_memory = False
+        leaving = False
         try:
-            reward = grade(request["text"], request["problem"])
+            reward = grade(*json.loads(line))
         except (Exception, SystemExit) as error:
-            out_of_memory = isinstance(error, MemoryError)
+            leaving = isinstance(error, MemoryError)  # which may have left broken state
             reward = Reward(value=0.0, outcome=Outcome.ERROR, detail=describe_exception(error))
-        # Running out of memory may have left broken state, so the next answer gets a new process.
-        reply = {"reward": dataclasses.asdict(reward), "leaving": out_of_memory}
-        print(json.dumps(reply), file=replies, flush=True)
-        if out_of_memory:
+        print(json.dumps({"reward": dataclasses.asdict(reward), "leaving": leaving}), file=replies, flush=True)
+        if leaving:
             return
-
-
-def take_protocol_streams() -> tuple[TextIO, TextIO]:
-    """Return the two pipes to the parent and hide them from `print` and `input`: fd 1 is stderr, fd 0 is empty."""
-    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    return requests, replies
 
 
 if __name__ == "__main__":

@@ -302,11 +302,11 @@ def test_references_that_cannot_be_graded_are_listed_with_the_other_errors():
     asked = []
 
     class Grader:
-        def grade(self, requests):
-            asked.extend(request.problem.id for request in requests)
+        def grade(self, answers):
+            asked.extend(problem.id for _, problem in answers)
             ungraded = {"outcome": Outcome.ERROR, "detail": "is no answer"}
             graded = {"outcome": Outcome.UNPARSED, "detail": "no final answer"}
-            return [Reward(value=0.0, **(ungraded if r.problem.answer == "x" else graded)) for r in requests]
+            return [Reward(value=0.0, **(ungraded if problem.answer == "x" else graded)) for _, problem in answers]
 
     file = jsonl("x.jsonl", row, "", row | {"answer": "x"}, "torn", row | {"answer": ""}, row | {"answer": "x"})
     with pytest.raises(DataError) as caught:

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from popo_lite.errors import GradingError, UserInputError
-from popo_lite.grading import Grader, GradeRequest, refuse_ungraded, ungraded_ratio
+from popo_lite.grading import Grader, refuse_ungraded, ungraded_ratio
 from popo_lite.recipe import RewardRecipe
 from popo_lite.types import Outcome, Problem, Reward
 
 TOWER = r"\boxed{9^{9^{9^9}}}"
 
 
-def request(text: str, answer: str = "42", name: str = "p-7", **meta: object) -> GradeRequest:
+def request(text: str, answer: str = "42", name: str = "p-7", **meta: object) -> tuple[str, Problem]:
     problem = Problem(id=name, messages=({"role": "user", "content": "How many?"},), answer=answer, meta=meta)
-    return GradeRequest(text=text, problem=problem)
+    return text, problem
 
 
 def outcomes(rewards: list[Reward]) -> list[str]:
@@ -472,7 +472,7 @@ def test_closing_twice_is_fine_and_grading_afterwards_is_not(function):
 
 PARENT = """
 import sys
-from popo_lite.grading import Grader, GradeRequest
+from popo_lite.grading import Grader
 from popo_lite.recipe import RewardRecipe
 from popo_lite.types import Problem
 grader = Grader(RewardRecipe(function="stuck:grade", timeout_seconds=1000.0))
@@ -480,7 +480,7 @@ problem = Problem(id="p", messages=({"role": "user", "content": "q"},), answer="
 grader.check()
 print("up", flush=True)
 for text in sys.stdin:
-    grader.grade([GradeRequest(text=word, problem=problem) for word in text.split()])
+    grader.grade([(word, problem) for word in text.split()])
 """
 
 

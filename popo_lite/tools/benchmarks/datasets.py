@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from popo_lite.errors import DataError, UserInputError, nearest
-from popo_lite.grading import Grader, GradeRequest
+from popo_lite.grading import Grader
 from popo_lite.grading.math import normalise, plain_number, unwrap
 from popo_lite.recipe import EvalRecipe
 from popo_lite.tasks.datasets import RESULT_LINE, SUFFIXES, CellError, Place, load_table, read_records, read_text, shown
@@ -188,7 +188,7 @@ def check_references(problems: Sequence[Problem], grader: Grader) -> list[str | 
     """Return for each problem why nothing can be graded against its answer, or None."""
     # An empty text is wrong whatever the reference is; if it gets no verdict, the reference is the reason.
     algebraic = [problem for problem in problems if plain_number(unwrap(problem.answer)) is None]
-    rewards = grader.grade([GradeRequest(text="", problem=problem) for problem in algebraic])
+    rewards = grader.grade([("", problem) for problem in algebraic])
     pairs = zip(algebraic, rewards, strict=True)
     ungradable = {problem.id: reward.detail for problem, reward in pairs if not reward.outcome.is_graded}
     errors: list[str | None] = []

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import click
 
 from popo_lite.errors import CheckpointError, DataError, ModelError, UserInputError
-from popo_lite.grading import Grader, GradeRequest
+from popo_lite.grading import Grader
 from popo_lite.policy.load import load_config, load_tokenizer
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import append_line, environment, keep_lines, locked, read_lines, write_atomically
@@ -301,8 +301,7 @@ def answer_all(
 
 def _grade(chunk: Chunk, completions: Sequence[Sequence[Completion]], grader: Grader) -> list[Answers]:
     pairs = [(prompt.problem, group) for prompt, group in zip(chunk.prompts, completions, strict=True)]
-    requests = [GradeRequest(text=answer.text, problem=problem) for problem, group in pairs for answer in group]
-    rewards = iter(grader.grade(requests))
+    rewards = iter(grader.grade([(answer.text, problem) for problem, group in pairs for answer in group]))
     lines: list[Answers] = []
     for problem, group in pairs:
         verdicts = [within_tolerance(next(rewards), problem) for _ in group]
