@@ -120,7 +120,7 @@ def main() -> None:
         with torch.no_grad():
             for _, parameter in policy.adapter_parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
-        renderer = Renderer.of(recipe, policy.tokenizer)
+        renderer = Renderer(recipe, policy.tokenizer)
         for engine in arguments.engines:
             chosen = recipe.with_values({"rollout.engine": engine})
             gc.collect()

@@ -79,7 +79,7 @@ def main(steps: int) -> None:
     siamese = Siamese(policy.trainable_parameters(), recipe.siamese.tau)
     optimizer = torch.optim.AdamW([p for _, p in policy.trainable_parameters()], lr=recipe.optimizer.learning_rate)
     task, _ = open_tasks(recipe)
-    renderer = Renderer.of(recipe, policy.tokenizer)
+    renderer = Renderer(recipe, policy.tokenizer)
     with (
         Grader(recipe.reward) as grader,
         open_sampler(recipe, policy, text=renderer.text, notify=print) as sampler,

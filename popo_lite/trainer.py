@@ -165,7 +165,7 @@ class Trainer:
         self.train_task, self.eval_task = open_tasks(self.recipe)
         self.held_out = self.eval_task.held_out(self.recipe.eval.problems) if self.recipe.eval.problems else []
         self.policy = load_policy(self.recipe)
-        self.renderer = Renderer.of(self.recipe, self.policy.tokenizer)
+        self.renderer = Renderer(self.recipe, self.policy.tokenizer)
         self._check_prompts()
 
     def _open_sampler(self, stack: ExitStack) -> None:

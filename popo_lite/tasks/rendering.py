@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
@@ -16,38 +15,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
 class Renderer:
-    """Turn problems into prompts and token ids back into text."""
+    """Turn problems into prompts and token ids back into text. Raises ModelError if the tokenizer cannot do it."""
 
-    tokenizer: PreTrainedTokenizerBase
-    system_prompt: str | None = None
-    chat_template: str | None = None
-    max_prompt_length: int = field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        if not (self.chat_template or self.tokenizer.chat_template):
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.max_prompt_length = tokenizer, recipe.rollout.max_prompt_length
+        self.system_prompt, self.chat_template = recipe.data.system_prompt, recipe.data.chat_template
+        if not (self.chat_template or tokenizer.chat_template):
             raise ModelError(
-                f"the tokenizer of {self.tokenizer.name_or_path} has no chat template",
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template",
                 where="data.chat_template",
                 next_step="set data.chat_template to a Jinja template (popo-lite eval: --chat-template FILE), for a "
                 'base model for instance "{% for m in messages %}{{ m.content }}\\n{% endfor %}"',
             )
-        if not keeps_text(self.tokenizer):
-            name = f"{self.tokenizer.name_or_path}, loaded as {type(self.tokenizer).__name__},"
+        if not keeps_text(tokenizer):
+            name = f"{tokenizer.name_or_path}, loaded as {type(tokenizer).__name__},"
             what = f"the tokenizer of {name} loses spaces or line breaks, so mathematics cannot be asked through it"
             raise ModelError(what, where="model.id", next_step="use another model")
 
-    @classmethod
-    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-        """Return the renderer for `recipe`."""
-        data, limit = recipe.data, recipe.rollout.max_prompt_length
-        return cls(tokenizer, data.system_prompt, data.chat_template, max_prompt_length=limit)
-
     def token_ids(self, problem: Problem) -> tuple[int, ...]:
         """Return the problem's token ids with the generation prompt, without a length limit."""
-        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
-        messages = [*system, *map(dict, problem.messages)]
+        messages = [*map(dict, problem.messages)]
+        if self.system_prompt is not None:
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
         try:
             ids = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=True, return_dict=False

@@ -36,7 +36,7 @@ def generate(
     if recipe.train.cpu_threads:
         torch.set_num_threads(recipe.train.cpu_threads)
     policy = load_trained_policy(recipe, adapter)
-    renderer = Renderer.of(recipe, policy.tokenizer)
+    renderer = Renderer(recipe, policy.tokenizer)
     prompt = renderer.render(Problem(id=question, messages=({"role": "user", "content": question},), answer=""))
     params = SamplingParams(temperature=temperature, max_completion_length=recipe.rollout.max_completion_length)
     # Not the engine that trained it: for one question, starting that would take longer than answering.

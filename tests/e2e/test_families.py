@@ -282,7 +282,7 @@ def test_prompts_are_in_the_familys_own_format(named, kind, rewards):
     recipe = recipe_of(f"{name}_{kind}", folder, rewards)
     tokenizer = load_tokenizer(recipe.model)
     assert type(tokenizer).__name__ == family.loaded
-    renderer = Renderer.of(recipe, tokenizer)
+    renderer = Renderer(recipe, tokenizer)
     problem = first_problem(recipe)
     ids = renderer.token_ids(problem)
     assert tokenizer.decode(ids) == family.prompt.replace(QUESTION, problem.question)
@@ -357,10 +357,10 @@ def test_a_template_that_takes_no_system_message_says_so(tiny_recipe):
     )
     recipe = tiny_recipe(f'data.chat_template="{refuses}"')
     problem = first_problem(recipe)
-    assert Renderer.of(recipe, build_tokenizer()).token_ids(problem)
+    assert Renderer(recipe, build_tokenizer()).token_ids(problem)
     recipe = tiny_recipe(f'data.chat_template="{refuses}"', 'data.system_prompt="Be careful."')
     with pytest.raises(ModelError, match="does not take the roles system, user: no system") as caught:
-        Renderer.of(recipe, build_tokenizer()).token_ids(problem)
+        Renderer(recipe, build_tokenizer()).token_ids(problem)
     assert caught.value.where == "data.chat_template"
     assert "data.system_prompt" in caught.value.next_step
 
@@ -372,7 +372,7 @@ def test_a_byte_level_tokenizer_is_not_read_as_another_kind(tmp_path, tiny_recip
     broken = AutoTokenizer.from_pretrained(tmp_path)
     assert broken.decode(broken.encode(QUESTION, add_special_tokens=False)) == "Whatis3+4?"
     with pytest.raises(ModelError, match="loaded as LlamaTokenizer, loses"):
-        Renderer.of(recipe, broken)
+        Renderer(recipe, broken)
     tokenizer, original = load_tokenizer(recipe.model), tokenizer_of(DEEPSEEK_MATH)
     assert tokenizer.encode(QUESTION) == original.encode(QUESTION)
     assert tokenizer.chat_template == original.chat_template

@@ -154,7 +154,7 @@ def notices():
 
 @pytest.fixture(scope="module")
 def setup(recipe, policy, servers, shared_dir, notices):
-    renderer = Renderer.of(recipe, policy.tokenizer)
+    renderer = Renderer(recipe, policy.tokenizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POPO_SERVER_TOKEN", TOKEN)
         sampler = ServerSampler(policy, recipe, text=renderer.text, notify=notices.append)

@@ -46,7 +46,7 @@ def setup():
         torch.manual_seed(0)
         for _, parameter in policy.adapter_parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    renderer = Renderer.of(recipe, policy.tokenizer)
+    renderer = Renderer(recipe, policy.tokenizer)
     with open_sampler(recipe, policy, text=renderer.text, notify=print) as sampler:
         yield policy, renderer, sampler
 

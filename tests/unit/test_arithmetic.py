@@ -110,23 +110,23 @@ def test_tokenizer_and_rendering(tiny_recipe):
     recipe = tiny_recipe()
     tokenizer = load_tokenizer(recipe.model)
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
-    renderer = Renderer.of(recipe, tokenizer)
+    renderer = Renderer(recipe, tokenizer)
     problem = ArithmeticTask(2).train_problem(0, 0)
     prompt = renderer.render(problem)
     assert tokenizer.decode(prompt.token_ids) == f"<|user|>{problem.question}<|end|><|assistant|>"
     text = "Größe: 12 + 34 = \\boxed{46} 😀"
     assert renderer.text([*tokenizer.encode(text), tokenizer.eos_token_id]) == text
-    system = Renderer.of(tiny_recipe('data.system_prompt="Be careful."'), tokenizer).render(problem)
+    system = Renderer(tiny_recipe('data.system_prompt="Be careful."'), tokenizer).render(problem)
     assert tokenizer.decode(system.token_ids).startswith("<|system|>Be careful.<|end|><|user|>")
     template = 'data.chat_template="Q: {{ messages[0].content }} A:"'
-    assert tokenizer.decode(Renderer.of(tiny_recipe(template), tokenizer).render(problem).token_ids) == (
+    assert tokenizer.decode(Renderer(tiny_recipe(template), tokenizer).render(problem).token_ids) == (
         f"Q: {problem.question} A:"
     )
 
 
 def test_prompts_that_are_too_long_say_so(tiny_recipe):
     recipe = tiny_recipe("rollout.max_prompt_length=5")
-    renderer = Renderer.of(recipe, load_tokenizer(recipe.model))
+    renderer = Renderer(recipe, load_tokenizer(recipe.model))
     problem = ArithmeticTask(2).train_problem(0, 0)
     assert not renderer.fits(problem)
     with pytest.raises(DataError, match=r"has 13 tokens, the limit is rollout.max_prompt_length = 5"):
@@ -138,4 +138,4 @@ def test_a_model_without_a_template_says_what_to_set(tiny_recipe):
     tokenizer = load_tokenizer(recipe.model)
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="set data.chat_template"):
-        Renderer.of(recipe, tokenizer)
+        Renderer(recipe, tokenizer)

@@ -19,7 +19,7 @@ from popo_lite.evaluation import pass_at_k
 from popo_lite.grading import Grader
 from popo_lite.policy.load import TINY_FOLDER, load_tokenizer
 from popo_lite.policy.policy import load_policy
-from popo_lite.recipe import ModelRecipe, RewardRecipe
+from popo_lite.recipe import ModelRecipe, Recipe, RewardRecipe
 from popo_lite.recipe_file import dump_recipe
 from popo_lite.samplers import SamplingParams
 from popo_lite.samplers.server_client import ServerClient
@@ -250,10 +250,8 @@ def prepared(tokenizer, count=5, *, longest=1, limit=200, context=1024, skip=Fal
         )
         for n in range(1, count + 1)
     ]
-    return prepare(
-        name, problems, Renderer(tokenizer=tokenizer, max_prompt_length=limit), max_completion_length=tokens,
-        context_tokens=context, skip_overlong=skip,
-    )  # fmt: skip
+    renderer = Renderer(Recipe().with_values({"rollout.max_prompt_length": limit}), tokenizer)
+    return prepare(name, problems, renderer, max_completion_length=tokens, context_tokens=context, skip_overlong=skip)
 
 
 def test_overlong_prompts_are_an_error_or_left_out_and_counted(tokenizer):
@@ -277,7 +275,7 @@ def test_all_that_is_asked_is_in_the_digest(tokenizer):
         problem = Problem(id="amc23/1", messages=(asked,), answer=answer, meta=meta or {})
         own, tokenizer.chat_template = tokenizer.chat_template, template or tokenizer.chat_template
         try:
-            renderer = Renderer(tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=200)
+            renderer = Renderer(Recipe().with_values({"data.system_prompt": system_prompt}), tokenizer)
             return prepare(
                 "amc23", [problem], renderer, max_completion_length=9, context_tokens=1024, skip_overlong=False
             ).settings["digest"]
@@ -442,7 +440,7 @@ def test_a_template_that_is_given_reaches_prompts_and_stop_ids(tmp_path):
     assert tokenizer.convert_tokens_to_ids(end) not in plain.stop_ids
     assert policy.stop_ids == plain.stop_ids | {tokenizer.convert_tokens_to_ids(end)}
     problem = Problem(id="x", messages=({"role": "user", "content": "1 + 2?"},), answer="3")
-    assert tokenizer.decode(Renderer.of(recipe, tokenizer).token_ids(problem)) == "Add.;1 + 2?;"
+    assert tokenizer.decode(Renderer(recipe, tokenizer).token_ids(problem)) == "Add.;1 + 2?;"
     file.write_bytes(b"\xff")
     with pytest.raises(UserInputError, match="cannot be read"):
         with_options(subject.recipe, given)

@@ -92,7 +92,7 @@ def test_a_merged_model_answers_as_the_trained_policy(tmp_path: Path) -> None:
 
     recipe = run.recipe()
     policy = load_trained_policy(recipe, run.adapter)
-    renderer = Renderer.of(recipe, policy.tokenizer)
+    renderer = Renderer(recipe, policy.tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(report.folder)
     model = AutoModelForCausalLM.from_pretrained(report.folder)
     assert not any("lora" in name for name in model.state_dict())

@@ -19,7 +19,7 @@ LIMIT = 8
 @pytest.fixture(scope="module")
 def asked() -> tuple[Policy, list[Tokens], list[Tokens]]:
     policy = load_policy(RECIPE)
-    renderer = Renderer.of(RECIPE, policy.tokenizer)
+    renderer = Renderer(RECIPE, policy.tokenizer)
     # Prompts of several lengths, more than one batch, and a limit that cuts the longest answers.
     problems = [problem for digits in (2, 3, 4) for problem in ArithmeticTask(digits).held_out(8)]
     prompts = [renderer.token_ids(problem) for problem in problems]

@@ -71,7 +71,7 @@ def prepare_all(recipe: Recipe, files: Mapping[str, Path | None], *, skip_overlo
 
     Prints what is unusual about them to standard error.
     """
-    renderer = Renderer.of(recipe, load_tokenizer(recipe.model))
+    renderer = Renderer(recipe, load_tokenizer(recipe.model))
     with Grader(recipe.reward) as grader:
         problems = {name: open_benchmark(name, file, grader) for name, file in files.items()}
     context = getattr(load_config(recipe.model), "max_position_embeddings", None) or 2**31
@@ -268,7 +268,7 @@ def answer_all(
         recipe = subject.recipe.with_values(lengths)
         policy = subject.load(recipe)
         write_atomically(folder.environment_path, json.dumps(environment(policy.device), indent=2) + "\n")
-        renderer = Renderer.of(recipe, policy.tokenizer)
+        renderer = Renderer(recipe, policy.tokenizer)
         draw = {"temperature": settings["temperature"], "top_p": settings["top_p"]}
         params = {b.name: SamplingParams(max_completion_length=b.max_completion_length, **draw) for b in prepared}
         with open_checked(recipe, policy, renderer, prepared[0].prompts) as (sampler, grader):

@@ -169,7 +169,7 @@ def evaluate_run(
         raise UserInputError(what, where="eval.problems = 0", next_step=next_step)
     task = open_tasks(recipe)[1]
     policy = subject.load(recipe)
-    renderer = Renderer.of(recipe, policy.tokenizer)
+    renderer = Renderer(recipe, policy.tokenizer)
     held_out = fitting(task.held_out(count), renderer, recipe)
     results = []
     with open_checked(recipe, policy, renderer, map(renderer.render, held_out)) as (sampler, grader):

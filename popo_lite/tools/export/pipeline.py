@@ -137,7 +137,7 @@ def _export_merged(
     problems = problems or [train.train_problem(recipe.train.seed, index) for index in range(prompts)]
     with progress("loading the trained policy", None):
         policy = load_trained_policy(recipe, adapter)
-    renderer, limit = Renderer.of(recipe, policy.tokenizer), recipe.rollout.max_completion_length
+    renderer, limit = Renderer(recipe, policy.tokenizer), recipe.rollout.max_completion_length
     trained = verify.ask_trained(policy, list(map(renderer.token_ids, problems)), limit, progress)
     del policy
     release_memory()
@@ -150,7 +150,7 @@ def _export_merged(
     del model
     release_memory()
     written = recipe.model.with_values({"id": str(folder), "revision": None, "quantization": "none", "dtype": dtype})
-    renderer = replace(Renderer.of(recipe, load_tokenizer(written)), chat_template=None)
+    renderer = Renderer(recipe.with_values({"data.chat_template": None}), load_tokenizer(written))
     for problem, prompt in zip(problems, trained.prompts, strict=True):
         if renderer.token_ids(problem) != prompt:
             raise ExportError(
