@@ -15,7 +15,6 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, product
 from pathlib import Path
@@ -51,23 +50,6 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _GROUPED_NUMBER = re.compile(r"[-+$]*\d[\d,]*(\.\d+)?%?")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Name a dataset's place in the recipe and build the errors about it."""
-
-    section: Literal["data", "eval"]
-    dataset: str
-
-    def error(self, what: str, next_step: str) -> DataError:
-        """Return an error about this dataset."""
-        return DataError(what, where=f'{self.section}.dataset "{self.dataset}"', next_step=next_step)
-
-    def refusal(self, what: str, problems: Sequence[str], next_step: str) -> DataError:
-        """Return an error that shows the first of `problems`."""
-        more = [f"and {len(problems) - ERRORS_SHOWN} more"] if len(problems) > ERRORS_SHOWN else []
-        return self.error("\n    ".join([f"{what}:", *problems[:ERRORS_SHOWN], *more]), next_step)
-
-
 class DatasetTask:
     """Make problems on demand from the rows that `part`, which stands in `section` of the recipe, describes.
 
@@ -80,24 +62,24 @@ class DatasetTask:
     """
 
     def __init__(self, part: DatasetRecipe, *, section: Literal["data", "eval"], held_out: int = 0) -> None:
-        if part.dataset is None:
-            raise DataError("names no dataset", where=f"{section}.dataset", next_step="name a file or a Hub dataset")
-        place = Place(section=section, dataset=part.dataset)
-        self.name, self._rows = load_table(part, place)
-        is_list = isinstance(self._rows, list)
-        columns = [*dict.fromkeys(chain.from_iterable(self._rows))] if is_list else self._rows.column_names
-        prompts = PROMPT_COLUMNS if part.prompt_column is None else [part.prompt_column]
-        self._prompt_column = _column(prompts, "prompt_column", place, columns)
-        self._answer_column = _column([part.answer_column or "answer"], "answer_column", place, columns)
+        try:
+            self.name, self._rows = load_table(part, section)
+            is_list = isinstance(self._rows, list)
+            columns = [*dict.fromkeys(chain.from_iterable(self._rows))] if is_list else self._rows.column_names
+            prompts = PROMPT_COLUMNS if part.prompt_column is None else [part.prompt_column]
+            self._prompt_column = _column(prompts, f"{section}.prompt_column", columns)
+            self._answer_column = _column([part.answer_column or "answer"], f"{section}.answer_column", columns)
+            self._training = _filtered(part.filter, f"{section}.filter", self._rows, columns)[: part.limit]
+            if errors := self._cell_errors():
+                what = f"{len(errors)} of {len(self._training)} rows cannot be used:{_first(errors)}"
+                raise DataError(what, next_step=f"correct these rows, or leave them out by {section}.filter")
+        except DataError as error:
+            raise error.within(f'{section}.dataset "{part.dataset}"') from error
         self._own_ids = _own_ids(self._rows, columns)
-        self._training: Sequence[int] = _filtered(part, place, self._rows, columns)[: part.limit]
         self._held_out: Sequence[int] = ()
-        if errors := self._cell_errors():
-            what = f"{len(errors)} of {len(self._training)} rows cannot be used"
-            raise place.refusal(what, errors, f"correct these rows, or leave them out by {section}.filter")
         if section == "eval":
             self._held_out = sorted(self._training, key=lambda row: stream_seed("dataset/held-out row", self._id(row)))
-            self._training = ()
+            self._training = []
         elif held_out:
             self._hold_out(held_out)
 
@@ -219,13 +201,10 @@ def _messages(cell: object) -> tuple[dict[str, str], ...]:
     for one in [{"role": "user", "content": cell}] if isinstance(cell, str) else cell:
         # A table gives every message all the keys that any of them has, with None for those it lacks.
         given = {key: value for key, value in one.items() if value is not None} if isinstance(one, dict) else {}
-        if given.keys() != {"role", "content"}:
-            raise CellError(f'has {shown(one)} for a message; it takes "role" and "content", nothing else')
-        role, content = given["role"], given["content"]
-        if role not in ("system", "user", "assistant"):
-            raise CellError(f'has a message of role {shown(role)}; use "system", "user" or "assistant"')
-        if not isinstance(content, str):
-            raise CellError(f"has a message with content {shown(content)}; it has to be text")
+        role, content = given.pop("role", None), given.pop("content", None)
+        if given or role not in ("system", "user", "assistant") or not isinstance(content, str):
+            takes = '"role" (system, user or assistant) and "content" (text), nothing else'
+            raise CellError(f"has {shown(one)} for a message; it takes {takes}")
         read_text(content)
         messages.append({"role": role, "content": content})
     if role != "user":
@@ -264,7 +243,7 @@ def _fits_meta(cell: object) -> bool:
         return False
 
 
-def _column(wanted: Sequence[str], key: str, place: Place, columns: Sequence[str]) -> str:
+def _column(wanted: Sequence[str], key: str, columns: Sequence[str]) -> str:
     """Return the one of the `wanted` columns that there is."""
     found = [name for name in wanted if name in columns]
     if len(found) == 1:
@@ -273,7 +252,7 @@ def _column(wanted: Sequence[str], key: str, place: Place, columns: Sequence[str
     question = f"{several or 'no ' + ' or '.join(wanted)} for the column with the question"
     what = question if len(wanted) > 1 else f'no column "{wanted[0]}"'
     likely = next((f', perhaps "{close}"' for name in wanted if (close := nearest(name, columns))), "")
-    raise place.error(f"has {what}; its columns are {there}", f"name one of them in {place.section}.{key}{likely}")
+    raise DataError(f"has {what}; its columns are {there}", next_step=f"name one of them in {key}{likely}")
 
 
 def _own_ids(rows: Any, columns: Sequence[str]) -> Sequence[int | str] | None:
@@ -284,56 +263,63 @@ def _own_ids(rows: Any, columns: Sequence[str]) -> Sequence[int | str] | None:
     return None
 
 
-def _filtered(part: DatasetRecipe, place: Place, rows: Any, columns: Sequence[str]) -> list[int]:
+def _filtered(wanted: Mapping[str, Any], key: str, rows: Any, columns: Sequence[str]) -> list[int]:
     kept = list(range(len(rows)))
-    for name, value in part.filter.items():
-        cells = [_plain(cell) for cell in column(rows, _column([name], "filter", place, columns))]
-        wanted = {_plain(one) for one in (value if isinstance(value, tuple) else (value,))}
+    for name, value in wanted.items():
+        cells = [_plain(cell) for cell in column(rows, _column([name], key, columns))]
+        values = {_plain(one) for one in (value if isinstance(value, tuple) else (value,))}
         found = Counter(cells[row] for row in kept)
-        kept = [row for row in kept if cells[row] in wanted]
+        kept = [row for row in kept if cells[row] in values]
         if not kept:
-            values = ", ".join(f"{shown(text)} ({count})" for text, count in found.most_common(VALUES_SHOWN))
+            there = ", ".join(f"{shown(text)} ({count})" for text, count in found.most_common(VALUES_SHOWN))
             rest = f" and {len(found) - VALUES_SHOWN} more" if len(found) > VALUES_SHOWN else ""
             what = f'no row is left by the filter {name} = {shown(value)}; the values of "{name}" and their rows: '
-            raise place.error(what + values + rest, f"set {place.section}.filter to values that occur")
+            raise DataError(what + there + rest, next_step=f"set {key} to values that occur")
     return kept
 
 
-def load_table(part: DatasetRecipe, place: Place) -> tuple[str, Any]:
+def _first(errors: Sequence[str]) -> str:
+    """Return the first of `errors`, each on a line of its own, and how many more there are."""
+    more = [f"and {len(errors) - ERRORS_SHOWN} more"] if len(errors) > ERRORS_SHOWN else []
+    return "".join(f"\n    {line}" for line in [*errors[:ERRORS_SHOWN], *more])
+
+
+def load_table(part: DatasetRecipe, section: Literal["data", "eval"]) -> tuple[str, Any]:
     """Return the name for logs (file name, or dataset and split) and the unfiltered rows that `part` names.
 
     The rows are a list of dicts, which may differ in their keys, or a `datasets.Dataset` mapped into memory.
     """
-    path = Path(place.dataset).expanduser()
-    is_hub_id = _HUB_ID.fullmatch(place.dataset)
-    if path.suffix in SUFFIXES:
+    dataset = part.dataset
+    if dataset is None:
+        raise DataError("names no dataset", next_step="name a file or a Hub dataset")
+    path, is_hub_id = Path(dataset).expanduser(), _HUB_ID.fullmatch(dataset)
+    if path.suffix in SUFFIXES or (path.is_file() and dataset not in KNOWN):
         for key in ("config", "split"):
             if (given := getattr(part, key)) is not None:
-                what = f'is a file, and {place.section}.{key} = "{given}" is for datasets of the Hub'
-                raise place.error(what, f"remove {place.section}.{key}")
-        name, rows = path.name, read_records(path, place)
+                what = f'is a file, and {section}.{key} = "{given}" is for datasets of the Hub'
+                raise DataError(what, next_step=f"remove {section}.{key}")
+        name, rows = path.name, read_records(path)
         if path.suffix != ".parquet":
             if bad := [f"{where}: {row}" for where, row in rows if isinstance(row, str)]:
-                raise place.refusal(f"cannot be read, errors: {len(bad)}", bad, "correct these places in the file")
+                what = f"cannot be read, errors: {len(bad)}:{_first(bad)}"
+                raise DataError(what, next_step="correct these places in the file")
             rows = [row for _, row in rows]
-    elif place.dataset in KNOWN or path.is_dir() or (is_hub_id and not path.is_file()):
-        unknown = (str(path) if path.is_dir() else place.dataset, None, "train", "test")
-        hub_id, config, train_split, eval_split = KNOWN.get(place.dataset, unknown)
-        split = part.split or (train_split if place.section == "data" else eval_split)
+    elif dataset in KNOWN or path.is_dir() or is_hub_id:
+        unknown = (str(path) if path.is_dir() else dataset, None, "train", "test")
+        hub_id, config, train_split, eval_split = KNOWN.get(dataset, unknown)
+        split = part.split or (train_split if section == "data" else eval_split)
         if split is None:
             next_step = "set eval.split, or leave eval.dataset out to hold problems out of the training data"
-            raise place.error("has no split for evaluation", next_step)
-        name = f"{place.dataset if is_hub_id else path.name}/{split}"
-        rows = _fetch(hub_id, part.config or config, split, place)
-    elif path.is_file():
-        raise place.error(f"is not a file of a known kind ({', '.join(SUFFIXES)})", "name such a file")
+            raise DataError("has no split for evaluation", next_step=next_step)
+        name = f"{dataset if is_hub_id else path.name}/{split}"
+        rows = _fetch(hub_id, part.config or config, split, section)
     else:
-        likely = nearest(place.dataset, [*KNOWN, "arithmetic"])
+        likely = nearest(dataset, [*KNOWN, "arithmetic"])
         what = f"is neither a known name, nor a {'/'.join(SUFFIXES)} file, nor a Hub id like owner/name"
         other = f"name a file, a Hub id, or one of arithmetic, {', '.join(KNOWN)}"
-        raise place.error(what, f'did you mean "{likely}"?' if likely else other)
+        raise DataError(what, next_step=f'did you mean "{likely}"?' if likely else other)
     if not len(rows):
-        raise place.error("holds no rows", "name a dataset with at least one row")
+        raise DataError("holds no rows", next_step="name a dataset with at least one row")
     return name, rows
 
 
@@ -342,23 +328,27 @@ def column(rows: Any, name: str) -> list[Any]:
     return [row.get(name) for row in rows] if isinstance(rows, list) else list(rows[name][:])
 
 
-def read_records(path: Path, place: Place) -> Any:
+def read_records(path: Path) -> Any:
     """Return a Parquet file as a table, and any other as a list of one `Record` per row, in order."""
     from datasets import Dataset
     from datasets.exceptions import DatasetsError
 
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"is not a file of a known kind ({', '.join(SUFFIXES)})", next_step="name such a file")
     if not path.is_file():
         likely = nearest(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
-        raise place.error("there is no such file", f'did you mean "{likely}"?' if likely else "correct the path")
+        next_step = f'did you mean "{likely}"?' if likely else "correct the path"
+        raise DataError("there is no such file", next_step=next_step)
     try:
         if path.suffix == ".parquet":
             return Dataset.from_parquet(str(path))
         return _csv_records(path) if path.suffix == ".csv" else _json_records(path)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise place.error(f"cannot be read: {_one_line(error)}", "correct the file, or write it again") from error
+    except (OSError, ValueError, csv.Error, DatasetsError) as error:
+        next_step = "correct the file, or write it again"
+        raise DataError(f"cannot be read: {_one_line(error)}", next_step=next_step) from error
 
 
-def _fetch(hub_id: str, config: str | None, split: str, place: Place) -> Any:
+def _fetch(hub_id: str, config: str | None, split: str, section: str) -> Any:
     import datasets
 
     try:
@@ -368,12 +358,12 @@ def _fetch(hub_id: str, config: str | None, split: str, place: Place) -> Any:
         wrapped = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         next_step = (
             "check the name and the connection (with HF_HUB_OFFLINE=1 only cached datasets open); run `hf auth login` "
-            f"for a gated or private one; or download it elsewhere and name the file in {place.section}.dataset"
+            f"for a gated or private one; or download it elsewhere and name the file in {section}.dataset"
         )
         if isinstance(error, ValueError):
-            next_step = f"set {place.section}.config and {place.section}.split to names that the dataset has"
+            next_step = f"set {section}.config and {section}.split to names that the dataset has"
         what = f'split "{split}" of {hub_id}' + (f', config "{config}"' if config else "") + " cannot be loaded: "
-        raise place.error(what + _one_line(wrapped or error), next_step) from error
+        raise DataError(what + _one_line(wrapped or error), next_step=next_step) from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -385,13 +375,10 @@ def _json_records(path: Path) -> list[Record]:
     with path.open(encoding="utf-8-sig") as file:
         start = next((line for line in file if line.strip()), "")
         file.seek(0)
-        if not start.lstrip().startswith("["):
-            return [(f"line {number}", _object(line)) for number, line in enumerate(file, 1) if line.strip()]
-        try:
+        if start.lstrip().startswith("["):
             rows = enumerate(json.load(file), 1)
-        except json.JSONDecodeError as error:
-            return [(f"line {error.lineno}", f"{error.msg} (column {error.colno})")]
-    return [(f"row {number}", row if isinstance(row, dict) else "not a JSON object") for number, row in rows]
+            return [(f"row {number}", row if isinstance(row, dict) else "not a JSON object") for number, row in rows]
+        return [(f"line {number}", _object(line)) for number, line in enumerate(file, 1) if line.strip()]
 
 
 def _object(line: str) -> dict[str, Any] | str:
@@ -407,25 +394,21 @@ def _object(line: str) -> dict[str, Any] | str:
 def _csv_records(path: Path) -> list[Record]:
     """Read a CSV file with a header; each row is named by the line on which it starts. Every cell is text."""
     records: list[Record] = []
-    header: list[str] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
+        header = next(filter(None, reader), [])
+        if len(set(header)) < len(header):
+            return [(f"line {reader.line_num}", "names a column twice")]
         while True:
             where = f"line {reader.line_num + 1}"
             try:
                 cells = next(reader, None)
             except csv.Error as error:
                 records.append((where, str(error)))
-                if not header:
-                    return records
                 continue  # with the next line
             if cells is None:
                 return records
-            if not header:
-                header = cells
-                if len(set(header)) < len(header):
-                    return [(where, "names a column twice")]
-            elif len(cells) == len(header):
+            if len(cells) == len(header):
                 records.append((where, dict(zip(header, cells, strict=True))))
             elif cells:
                 records.append((where, f"does not have the {len(header)} cells of the header"))

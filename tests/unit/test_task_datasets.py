@@ -223,8 +223,8 @@ class TestMessagesAndMeta:
             ([{"role": "user"}], "for a message; it takes"),
             ([{"role": "user", "content": "a", "image": "b"}], "for a message; it takes"),
             (["text"], "has 'text' for a message"),
-            ([{"role": "teacher", "content": "a"}], "message of role 'teacher'"),
-            ([{"role": "user", "content": ["a"]}], "message with content ['a']"),
+            ([{"role": "teacher", "content": "a"}], "has {'role': 'teacher', 'content': 'a'} for a message"),
+            ([{"role": "user", "content": ["a"]}], "has {'role': 'user', 'content': ['a']} for a message"),
             ([{"role": "user", "content": " "}], "is empty"),
             ("half \ud83d", "holds half a surrogate pair"),
             ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], 'message of role "assistant"'),
@@ -497,7 +497,7 @@ class TestRows:
 
     def test_bad_json_array(self) -> None:
         Path("x.json").write_text('[{"prompt": "q", "answer": "1"},\n {"prompt" "q"}]')
-        assert "line 2: Expecting ':' delimiter (column 12)" in refused("x.json").what
+        assert "cannot be read: Expecting ':' delimiter: line 2 column 12" in refused("x.json").what
         Path("x.json").write_text('[{"prompt": "q", "answer": "1"}, 5]')
         assert "row 2: not a JSON object" in refused("x.json").what
 

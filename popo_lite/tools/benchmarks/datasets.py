@@ -17,7 +17,7 @@ from popo_lite.errors import DataError, UserInputError, nearest
 from popo_lite.grading import Grader
 from popo_lite.grading.math import normalise, plain_number, unwrap
 from popo_lite.recipe import EvalRecipe
-from popo_lite.tasks.datasets import RESULT_LINE, SUFFIXES, CellError, Place, load_table, read_records, read_text, shown
+from popo_lite.tasks.datasets import RESULT_LINE, CellError, load_table, read_records, read_text, shown
 from popo_lite.types import Outcome, Problem, Reward
 
 _NUMBER = re.compile(r"-?(\d+|[1-9]\d{0,2}(,\d{3})+)(\.\d+)?")
@@ -119,9 +119,8 @@ def open_benchmark(name: str, file: Path | None = None, grader: Grader | None = 
     Raises DataError if the rows cannot be loaded, or with a list of all rows that are not of the benchmark's form.
     """
     benchmark = BENCHMARKS[name]
-    place = Place(section="eval", dataset=str(file or benchmark.hub_id))
     try:
-        rows = _rows(benchmark, file, place)
+        rows = _rows(benchmark, file)
         read = [_problem(benchmark, f"{name}/{number}", row) for number, (_, row) in enumerate(rows, 1)]
         problems = [problem for problem in read if isinstance(problem, Problem)]
         reasons = iter(check_references(problems, grader)) if grader else repeat(None)
@@ -132,7 +131,8 @@ def open_benchmark(name: str, file: Path | None = None, grader: Grader | None = 
         ]
         if errors:
             what = "\n    ".join([f"{len(errors)} of {len(rows)} rows are not {benchmark.title}'s:", *errors])
-            raise place.error(what, "correct these rows; without them this would be another benchmark")
+            next_step = "correct these rows; without them this would be another benchmark"
+            raise DataError(what, next_step=next_step)
     except DataError as error:
         where = f"--data {name}={file}" if file else f"{name} ({benchmark.hub_id})"
         local_copy = f"check the connection, or give a local copy of it with --data {name}=FILE"
@@ -140,23 +140,21 @@ def open_benchmark(name: str, file: Path | None = None, grader: Grader | None = 
     return problems
 
 
-def _rows(benchmark: Benchmark, file: Path | None, place: Place) -> Sequence[tuple[str, Any]]:
+def _rows(benchmark: Benchmark, file: Path | None) -> Sequence[tuple[str, Any]]:
     if file is None:
         hub = EvalRecipe(dataset=benchmark.hub_id, config=benchmark.config, split=benchmark.split)
-        table = load_table(hub, place)[1]
-    elif file.suffix not in SUFFIXES:
-        raise place.error(f"is not a file of a known kind ({', '.join(SUFFIXES)})", "name such a file")
+        table = load_table(hub, "eval")[1]
     else:
-        table = read_records(file, place)
+        table = read_records(file)
     records = table if isinstance(table, list) else [(f"row {number}", row) for number, row in enumerate(table, 1)]
     columns = list(dict.fromkeys(key for _, row in records if isinstance(row, dict) for key in row))
     if not records:
-        raise place.error("holds no rows", "name a file with at least one row")
+        raise DataError("holds no rows", next_step="name a file with at least one row")
     for wanted in (benchmark.prompt_column, benchmark.answer_column):
         if columns and wanted not in columns:
             likely = nearest(wanted, columns)
             next_step = f'rename "{likely}"' if likely else "rename the column that holds it"
-            raise place.error(f'has no column "{wanted}"; its columns are {", ".join(columns)}', next_step)
+            raise DataError(f'has no column "{wanted}"; its columns are {", ".join(columns)}', next_step=next_step)
     return records
 
 
