@@ -17,7 +17,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
@@ -28,18 +28,14 @@ from popo_lite.grading.math import decide_exactly, final_answer
 from popo_lite.recipe import RewardRecipe
 from popo_lite.types import Outcome, Problem, Reward, count_outcomes
 
-STARTUP_SECONDS = 120.0
-"""Limit for importing the reward function, which is not charged to any answer."""
-
-STDERR_TAIL_BYTES = 4096
-"""How much of what a worker wrote to stderr is kept for the detail of an ERROR."""
-
-_READ_BYTES = 2**16  # the capacity of a pipe
+STARTUP_SECONDS = 120.0  # for importing the reward function; not charged to any answer
+STDERR_TAIL_BYTES = 4096  # of what a worker wrote to stderr, for the detail of an ERROR
+READ_BYTES = 2**16  # the capacity of a pipe
 
 T = TypeVar("T")
 
 
-class Grader:
+class Grader(AbstractContextManager["Grader"]):
     """Grade answers with the recipe's reward function. A context manager; leaving it ends all processes.
 
     Processes are started when an answer needs one. An answer that hangs is a TIMEOUT. An answer that ends its
@@ -56,9 +52,6 @@ class Grader:
         # started by one that lives as long as the grader.
         self._thread = threading.Thread(target=self._loop.run_forever, name="popo-lite-grading", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Grader:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -158,11 +151,9 @@ class Grader:
         worker = self._workers[slot] = _Worker()
         # Workers import what this process would, and the user's functions from the working directory.
         here = str(Path.cwd())
-        path = [entry or here for entry in sys.path]
-        settings = {"function": self._reward.function, "path": path if here in path else [*path, here]}
-        line = json.dumps(settings).encode() + b"\n"
+        settings = {"function": self._reward.function, "path": [*(entry or here for entry in sys.path), here]}
         try:
-            reply = await worker.ask(line, STARTUP_SECONDS)
+            reply = await worker.ask(json.dumps(settings).encode() + b"\n", STARTUP_SECONDS)
             reason = None if reply else f"its worker ended while importing it ({self._workers.pop(slot).kill()})"
         except TimeoutError:
             reply, reason = None, f"importing it took more than {STARTUP_SECONDS:g} seconds"
@@ -219,7 +210,7 @@ class _Worker:
         try:
             await self._loop.sock_sendall(self._socket, line)
             while not received.endswith(b"\n"):
-                data = await self._loop.sock_recv(self._socket, _READ_BYTES)
+                data = await self._loop.sock_recv(self._socket, READ_BYTES)
                 if not data:
                     return None
                 received += data
@@ -230,7 +221,7 @@ class _Worker:
 
     def _read_stderr(self) -> None:
         """Keep the tail of the available output, by one read: a function may print without end."""
-        data = self._stderr.read(_READ_BYTES)
+        data = self._stderr.read(READ_BYTES)
         self._stderr_tail = (self._stderr_tail + (data or b""))[-STDERR_TAIL_BYTES:]
         if data == b"":
             self._loop.remove_reader(self._stderr)

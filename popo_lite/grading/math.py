@@ -11,11 +11,8 @@ from itertools import accumulate
 
 from popo_lite.types import Outcome, Problem, Reward
 
-MAX_BOX_CHARACTERS = 1000
-"""A longer `\\boxed{}` holds no final answer, and parsing one of 100,000 characters takes minutes."""
-
-MAX_NESTING = 20
-"""Brackets deeper than this hold no final answer either; the LaTeX parser is exponential in the depth."""
+MAX_BOX_CHARACTERS = 1000  # a longer box holds no final answer, and parsing 100,000 characters takes minutes
+MAX_NESTING = 20  # of brackets; deeper ones hold none either, and the LaTeX parser is exponential in the depth
 
 # An escaped character is a token of its own, so that the braces of a set, \{1, 2\}, do not count.
 _BOX_TOKENS = re.compile(r"(?P<box>\\boxed\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
@@ -88,10 +85,9 @@ def too_complex(expression: str) -> str | None:
 
 def decide_exactly(text: str, problem: Problem) -> Reward | None:
     """Return the verdict on an answer, or None if it needs algebra or nothing is boxed."""
-    box = last_box(text)
-    if box is None:
+    answer = final_answer(text)
+    if answer is None:
         return None
-    answer = normalise(box)
     if not answer:
         return Reward(value=0.0, outcome=Outcome.UNPARSED, detail="the box is empty")
     reference = unwrap(problem.answer)

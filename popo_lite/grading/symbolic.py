@@ -34,11 +34,8 @@ def grade_math(text: str, problem: Mapping[str, Any]) -> Reward:
     gold = [] if reason else _parse_expression(reference)
     if not _holds_expression(gold):
         reason = reason or "not an expression that math-verify can parse"
-        return Reward(
-            value=0.0,
-            outcome=Outcome.ERROR,
-            detail=f"the reference answer of problem {problem['id']!r} is {reason}: {reference[:80]!r}",
-        )
+        detail = f"the reference answer of problem {problem['id']!r} is {reason}: {reference[:80]!r}"
+        return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
     answer = final_answer(text)
     # Only the last box: given the whole text, math-verify joins all boxes of it to a set.
     found = _parse(text) if answer is None else _parse_expression(answer)

@@ -16,9 +16,7 @@ import resource
 import signal
 import sys
 
-MEMORY_LIMIT_BYTES = 4 * 2**30
-"""Address space of one worker: an answer such as 9^(9^(9^9)) fails here and cannot exhaust memory."""
-
+MEMORY_LIMIT_BYTES = 4 * 2**30  # of address space: an answer such as 9^(9^(9^9)) cannot exhaust memory
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

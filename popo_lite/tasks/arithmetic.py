@@ -22,17 +22,6 @@ def is_held_out(a: int, b: int) -> bool:
     return stream_seed("arithmetic/split", min(a, b), max(a, b)) % HELD_OUT_ONE_IN == 0
 
 
-def working(a: int, b: int) -> str:
-    """Return the column addition, lowest digit first: `7+5=12, 1+2+1=4`."""
-    steps, carry = [], 0
-    for place in range(max(len(str(a)), len(str(b)))):
-        x, y = a // 10**place % 10, b // 10**place % 10
-        total = x + y + carry
-        steps.append(f"{x}+{y}{'+1' if carry else ''}={total}")
-        carry = total // 10
-    return ", ".join(steps)
-
-
 @dataclass(frozen=True)
 class ArithmeticTask:
     """Sums of two numbers of exactly `digits` digits each."""

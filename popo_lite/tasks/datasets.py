@@ -76,7 +76,7 @@ class DatasetTask:
         except DataError as error:
             raise error.within(f'{section}.dataset "{part.dataset}"') from error
         self._own_ids = _own_ids(self._rows, columns)
-        self._held_out: Sequence[int] = ()
+        self._held_out: list[int] = []
         if section == "eval":
             self._held_out = sorted(self._training, key=lambda row: stream_seed("dataset/held-out row", self._id(row)))
             self._training = []
@@ -140,6 +140,8 @@ class DatasetTask:
         errors: dict[int, list[str]] = {}
         for row, (name, cells, read) in product(self._training, readers):
             try:
+                if cells[row] in (None, []):
+                    raise CellError("is empty")
                 read(cells[row])
             except CellError as error:
                 errors.setdefault(row, []).append(f'column "{name}" {error}')
@@ -193,8 +195,6 @@ def read_text(cell: object) -> str:
 
 def _messages(cell: object) -> tuple[dict[str, str], ...]:
     """Return the chat messages of a prompt cell; plain text becomes a user message."""
-    if cell is None or cell == []:
-        raise CellError("is empty")
     if not isinstance(cell, str | list):
         raise CellError(f"is {shown(cell)}, neither text nor a list of chat messages")
     messages = []
@@ -214,8 +214,6 @@ def _messages(cell: object) -> tuple[dict[str, str], ...]:
 
 def _answer(needs_result: bool, cell: object) -> str:
     """Return a cell's reference answer: its text, its number as text, or the result of a last line `#### result`."""
-    if cell is None:
-        raise CellError("is empty")
     if isinstance(cell, bool) or not isinstance(cell, str | int | float):
         raise CellError(f"is {shown(cell)}, neither text nor a number")
     if isinstance(cell, float) and not math.isfinite(cell):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.seeding import stream_seed
-from popo_lite.tasks.arithmetic import is_held_out, working
+from popo_lite.tasks.arithmetic import is_held_out
 
 TINY_CONTEXT_TOKENS = 1024
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
@@ -32,6 +32,17 @@ CHAT_TEMPLATE = (
 CAREFUL_SHARE = 0.30
 CARELESS_RIGHT_SHARE = 0.05
 DIGITS_SHARES = {1: 0.05, 2: 0.70, 3: 0.25}
+
+
+def working(a: int, b: int) -> str:
+    """Return the column addition, lowest digit first: `7+5=12, 1+2+1=4`."""
+    steps, carry = [], 0
+    for place in range(max(len(str(a)), len(str(b)))):
+        x, y = a // 10**place % 10, b // 10**place % 10
+        total = x + y + carry
+        steps.append(f"{x}+{y}{'+1' if carry else ''}={total}")
+        carry = total // 10
+    return ", ".join(steps)
 
 
 def teaching_pair(source: random.Random) -> tuple[str, str]:

@@ -9,9 +9,9 @@ from safetensors import safe_open
 
 from popo_lite.errors import DataError, ModelError
 from popo_lite.policy.load import TINY_FOLDER, load_tokenizer
-from popo_lite.tasks.arithmetic import ArithmeticTask, is_held_out, working
+from popo_lite.tasks.arithmetic import ArithmeticTask, is_held_out
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.tools.tiny_model import build_tokenizer, teach, teaching_pair
+from popo_lite.tools.tiny_model import build_tokenizer, teach, teaching_pair, working
 from popo_lite.types import Problem
 
 

@@ -98,7 +98,7 @@ def test_a_misspelt_attribute_gets_the_nearest_name(module):
 
 
 def test_an_attribute_that_cannot_be_called_so_is_refused(module):
-    assert "is not callable but of type int" in refused(module("grade = 3") + ":grade").what
+    assert "must take (text, problem): 3 is not a callable object" in refused(module("grade = 3") + ":grade").what
     error = refused(module("def grade(text): ...") + ":grade")
     assert "must take (text, problem): too many positional arguments" in error.what
     assert "missing a required argument: 'strict'" in refused(module("def grade(t, p, strict): ...") + ":grade").what

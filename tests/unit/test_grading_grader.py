@@ -316,7 +316,7 @@ def test_order_is_kept_over_many_mixed_requests(function):
     [
         ("nowhere:grade", "there is no module 'nowhere'"),
         ("my_rewards:grad", "has no attribute 'grad'"),
-        ("my_rewards:os", "is not callable but of type module"),
+        ("my_rewards:os", "is not a callable object"),
     ],
 )
 def test_a_wrong_function_is_refused_at_the_start(function, name, fault):
