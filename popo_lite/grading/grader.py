@@ -61,10 +61,9 @@ class Grader(AbstractContextManager["Grader"]):
         self._run(self._ready_worker, 0)
 
     def grade(self, answers: Sequence[tuple[str, Problem]]) -> list[Reward]:
-        """Return one reward per answer (text of a completion, problem), in order.
+        """Return one reward per answer, a completion's text and its problem, in order.
 
-        Raises UserInputError if the reward function cannot be loaded, and GradingError if a worker can no longer
-        be started.
+        Raises UserInputError if the reward function cannot be loaded, GradingError if it no longer can.
         """
         return self._run(self._grade_all, answers)
 
