@@ -118,12 +118,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
 
 def checkpoint_folders(parent: Path) -> list[Path]:
     """Return the complete checkpoints, oldest first."""
-    return sorted(parent.glob(f"{_PREFIX}*")) if parent.is_dir() else []
-
-
-def latest_checkpoint(parent: Path) -> Path | None:
-    """Return the newest checkpoint, if there is one."""
-    return next(reversed(checkpoint_folders(parent)), None)
+    return sorted(parent.glob(f"{_PREFIX}*"))
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

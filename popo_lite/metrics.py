@@ -176,20 +176,18 @@ def sample_views(step: int, groups: Sequence[Group], threshold: float, count: in
 
 def sample_line(step: int, group: Group) -> dict[str, Any]:
     """Return one line of samples.jsonl: a whole group."""
-    return {
-        **_asked(step, group),
-        "answers": [
-            {
-                "text": rollout.completion.text,
-                "tokens": len(rollout.completion.token_ids),
-                "finish_reason": rollout.completion.finish_reason.value,
-                "reward": rollout.reward.value,
-                "outcome": rollout.reward.outcome.value,
-                "detail": rollout.reward.detail,
-            }
-            for rollout in group.rollouts
-        ],
-    }
+    answers = [
+        {
+            "text": rollout.completion.text,
+            "tokens": len(rollout.completion.token_ids),
+            "finish_reason": rollout.completion.finish_reason.value,
+            "reward": rollout.reward.value,
+            "outcome": rollout.reward.outcome.value,
+            "detail": rollout.reward.detail,
+        }
+        for rollout in group.rollouts
+    ]
+    return {**_asked(step, group), "answers": answers}
 
 
 def _asked(step: int, group: Group) -> dict[str, Any]:

@@ -27,14 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from popo_lite.recipe import (
-    AnyObjective,
-    GrpoObjective,
-    MixedObjective,
-    PopoObjective,
-    PositiveObjective,
-    RaftObjective,
-)
+from popo_lite.recipe import AnyObjective, EntropyObjective, GrpoObjective, MixedObjective, PopoObjective, RaftObjective
 from popo_lite.types import Group, Rollout
 
 STD_EPSILON = 1e-4
@@ -87,7 +80,7 @@ def mixed(
     return popo(policy_logps, entropies, tokens, objective, entropy_coef)
 
 
-def nll(policy_logps: Tensor, tokens: Tokens, objective: PositiveObjective) -> Tensor:
+def nll(policy_logps: Tensor, tokens: Tokens, objective: RaftObjective) -> Tensor:
     """Return L_nll = -sum_t w_i * log pi(y_t) / divisor_i.
 
     `importance_sampling_clip_max` multiplies each token by min(pi / sampler probability, cap), a constant: it corrects
@@ -154,7 +147,7 @@ def steered_entropy_coef(coef: float, entropy: float, objective: AnyObjective) -
     An integral controller. It stays within a factor of 100 of the recipe's coefficient: without a bound it would run
     away while the target is out of reach.
     """
-    if isinstance(objective, RaftObjective) or objective.target_entropy is None:
+    if not isinstance(objective, EntropyObjective) or objective.target_entropy is None:
         return coef
     error = (objective.target_entropy - entropy) / objective.target_entropy
     moved = coef * math.exp(objective.entropy_coef_gain * max(-1.0, min(1.0, error)))
@@ -233,7 +226,7 @@ def nothing_to_learn(objective: AnyObjective) -> str:
 
 
 def _plan_by_positives(
-    groups: Sequence[Group], objective: PopoObjective | RaftObjective, max_length: int, mean_logps: MeanLogps
+    groups: Sequence[Group], objective: RaftObjective, max_length: int, mean_logps: MeanLogps
 ) -> StepPlan | None:
     """Plan POPO, RAFT and the mixed objective: positives by weight; negatives for their entropy, or to be lowered."""
     threshold = objective.reward_threshold
@@ -264,7 +257,7 @@ def _plan_by_positives(
 
 
 def positive_weights(
-    mean_logps: Sequence[float], lengths: Sequence[int], rewards: Sequence[float], objective: PositiveObjective
+    mean_logps: Sequence[float], lengths: Sequence[int], rewards: Sequence[float], objective: RaftObjective
 ) -> Tensor:
     """Return w_i of a prompt's positives: float64 [n], summing to 1.
 
@@ -289,7 +282,7 @@ def effective_sample_size(weights: Tensor) -> float:
 def _weighted(
     by_prompt: Sequence[Sequence[Rollout]],
     weights: Sequence[Sequence[float]],
-    objective: PositiveObjective,
+    objective: RaftObjective,
     max_length: int,
 ) -> list[TrainSequence]:
     """Return sequences with divisors by `objective.normalizer`, counted over these rollouts alone."""

@@ -117,9 +117,10 @@ class EntropyObjective(Objective):
     """With `target_entropy`: log(entropy_coef) changes by this times the relative entropy error, each step."""
 
 
-class PositiveObjective(Objective):
-    """The likelihood of positives, which GRPO lacks."""
+class RaftObjective(Objective):
+    """RAFT: the mean negative log-likelihood of the positives, L_nll. POPO adds terms to it."""
 
+    algorithm: Literal["raft"] = "raft"
     normalizer: Literal["token_mean", "reference", "sequence_sum", "sequence_mean"] = "token_mean"
     """Divisor of L_nll, fixed for a whole step. `sequence_mean` favours short answers."""
     importance_sampling_clip_max: Annotated[float, Field(gt=0)] | None = None
@@ -129,10 +130,10 @@ class PositiveObjective(Objective):
     tokens can be theirs. `grpo` always skips them."""
 
 
-class PopoObjective(PositiveObjective, EntropyObjective):
+class PopoObjective(RaftObjective, EntropyObjective):
     """Positive-Only Policy Optimization: L = L_nll + similarity_coef * L_sim + entropy_coef * L_ent."""
 
-    algorithm: Literal["popo"] = "popo"
+    algorithm: Literal["popo"] = "popo"  # type: ignore[assignment]
     similarity_coef: Rate = 0.1
     """Weight of the similarity term (alpha in the POPO paper); 0 skips the siamese pass."""
     weights: Literal["mean_logprob", "uniform", "sequence_logprob"] = "mean_logprob"
@@ -148,12 +149,6 @@ class PopoObjective(PositiveObjective, EntropyObjective):
     """Gaussian noise on that target, relative to its root mean square."""
     entropy_over: Literal["positives", "all"] = "positives"
     """Rollouts whose entropy counts. `all` runs the negatives through the model too."""
-
-
-class RaftObjective(PositiveObjective):
-    """RAFT: the mean negative log-likelihood of the positives."""
-
-    algorithm: Literal["raft"] = "raft"
 
 
 class MixedObjective(PopoObjective):

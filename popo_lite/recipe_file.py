@@ -11,7 +11,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from popo_lite.errors import RecipeError, nearest
@@ -19,10 +19,7 @@ from popo_lite.recipe import OBJECTIVES, Objective, Recipe, Section
 from popo_lite.recipe_rules import NOT_RENAMED, RENAMED, impossible_combinations
 
 SHOW_KEYS = "popo-lite recipe show   (every key with its meaning, allowed values and default)"
-SWEEPS = "ablations"
-"""Subfolder of the shipped recipes that holds sweep files."""
 LONGEST_VALUE = 120
-STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", tuple: "a list of text",
          dict: "a table of columns, each with true or false, a number, text, or a list of these"}  # fmt: skip
@@ -51,6 +48,7 @@ def schema_of(algorithm: str) -> dict[str, FieldInfo]:
 
 
 SECTIONS = sections_of()
+THERE_ARE = f"there are {', '.join(SECTIONS)}"
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -105,13 +103,13 @@ def shipped_folder() -> Path:
 def shipped_recipes() -> dict[str, Path]:
     """Return name -> file of the shipped recipes, sorted; a name in a subfolder is `folder/name`."""
     folder = shipped_folder()
-    files = [path for path in sorted(folder.rglob("*.toml")) if folder / SWEEPS not in path.parents]
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.toml"))}
+    return {name: path for name, path in files.items() if not name.startswith("ablations/")}
 
 
 def shipped_sweeps() -> dict[str, Path]:
     """Return name -> file of the sweeps that come with the package, sorted."""
-    return {path.stem: path for path in sorted((shipped_folder() / SWEEPS).glob("*.toml"))}
+    return {path.stem: path for path in sorted((shipped_folder() / "ablations").glob("*.toml"))}
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -140,10 +138,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Return `section.key` -> value for every key that is set."""
-    document: Any = recipe.to_dict()
-    names = schema_of(recipe.objective.algorithm)
-    values = {name: reduce(lambda table, key: table.get(key), name.split("."), document) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
+    return dict(_settings(recipe.to_dict()))
 
 
 def to_toml(value: Any) -> str:
@@ -212,16 +207,9 @@ def _settings(table: dict[str, Any], section: str = "") -> Iterator[tuple[str, A
 
 def _read_override(override: str) -> tuple[str, Any]:
     """Return (`section.key`, value) of `--set`; a value that is not TOML is text. Raises ValueError with the error."""
-    name, equals, text = (part.strip() for part in override.partition("="))
-    section, _, key = name.rpartition(".")
-    if not (equals and section and key):
-        only_key = equals and name and "." not in name
-        why = _unknown_key(name) if only_key else "must be section.key=value"
-        raise ValueError(f"{to_toml(override)}: {why}")
-    if section not in SECTIONS:
-        raise ValueError(f"{name}: {_unknown_section(section)}")
-    if not text:
-        raise ValueError(f"{name}: has no value; the form is section.key=value")
+    name, _, text = (part.strip() for part in override.partition("="))
+    if not (name and text):
+        raise ValueError(f"{to_toml(override)}: must be section.key=value, neither side empty")
     # An argument's bytes that were not UTF-8 arrive as lone surrogates, which no TOML file can hold.
     if re.search("[\ud800-\udfff]", text):
         raise ValueError(f"{_shown(name, text)}: is not UTF-8 text")
@@ -250,7 +238,7 @@ def _wrong_value(field: FieldInfo, value: Any) -> str | None:
     """Return what the value of a key must be, or None if the schema accepts this one."""
     kind: Any = Annotated[field.annotation, field]
     try:
-        TypeAdapter(kind, config=STRICT).validate_python(value)
+        TypeAdapter(kind, config=Section.model_config).validate_python(value)
     except ValidationError:
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         guess = nearest(str(value), choices)
@@ -258,45 +246,35 @@ def _wrong_value(field: FieldInfo, value: Any) -> str | None:
     return None
 
 
-def _unknown_section(section: str) -> str:
-    guess = nearest(section, SECTIONS)
-    return f"unknown section; did you mean [{guess}]?" if guess else f"unknown section; there are {', '.join(SECTIONS)}"
-
-
-def _unknown_key(name: str, value: Any = None, algorithm: str = "popo") -> str:
+def _unknown_key(name: str, value: Any, algorithm: str) -> str:
     """Return what to write instead of a key that this algorithm's schema lacks."""
     section, _, key = name.rpartition(".")
     if name in SECTIONS:
         return f"must be a section, [{name}]"
-    if not section and isinstance(value, dict):
-        return _unknown_section(name)
+    table = name if not section and isinstance(value, dict) else section
+    if table and table not in SECTIONS:
+        guess = nearest(table, SECTIONS)
+        return f"unknown section; {f'did you mean [{guess}]?' if guess else THERE_ARE}"
     schema = schema_of(algorithm)
 
     def algorithms_with(key: str) -> str:
         return " or ".join(to_toml(name) for name, kind in OBJECTIVES.items() if key in kind.model_fields)
 
-    def sections_with(key: str) -> str:
-        return " or ".join(f"[{full.removesuffix(f'.{key}')}]" for full in schema if full.endswith(f".{key}"))
-
-    def renamed(name: str) -> str | None:
-        keys = [full for full, names in RENAMED.items() if name in names.split()]
+    if keys := [full for full, names in RENAMED.items() if not {name, key}.isdisjoint(names.split())]:
         known = [full for full in keys if full in schema][:1]  # of several meanings, the first that the algorithm has
         others = [f"{full} (algorithm {algorithms_with(full.rpartition('.')[2])})" for full in keys]
-        return f"is called {' or '.join(known or others)} here" if keys else None
-
-    if section and (why := renamed(name)):
-        return why
-    if sections := sections_with(key):
-        return f"belongs to {sections}"
+        return f"is called {' or '.join(known or others)} here"
+    if key in NOT_RENAMED:
+        return NOT_RENAMED[key]
+    if sections := [full.removesuffix(f".{key}") for full in schema if full.endswith(f".{key}")]:
+        return f"belongs to {' or '.join(f'[{section}]' for section in sections)}"
     if algorithms := algorithms_with(key):
         return f"unknown key of algorithm {to_toml(algorithm)}; {algorithms} has it in [objective]"
-    if why := renamed(key) or NOT_RENAMED.get(key):
-        return why
     if not section:
-        return f"stands outside a section; there are {', '.join(SECTIONS)}"
-    own = list(keys_of(sections_of(algorithm)[section]))
-    if guess := nearest(key, own):
-        return f"unknown key; did you mean {section}.{guess}?"
-    if guess := nearest(key, (full.rpartition(".")[2] for full in schema)):
-        return f"unknown key; did you mean {guess} of {sections_with(guess)}?"
-    return f"unknown key; [{section}] has {', '.join(own)}"
+        return f"stands outside a section; {THERE_ARE}"
+    own = keys_of(sections_of(algorithm)[section])
+    guess = nearest(key, own) or nearest(key, (full.rpartition(".")[2] for full in schema))
+    if guess is None:
+        return f"unknown key; [{section}] has {', '.join(own)}"
+    homes = [f"{section}.{guess}"] if guess in own else [full for full in schema if full.endswith(f".{guess}")]
+    return f"unknown key; did you mean {' or '.join(homes)}?"

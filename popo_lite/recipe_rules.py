@@ -98,22 +98,51 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
         if all(_holds(recipe, condition) for condition in conditions.split()):
             keys = [condition.partition("=")[0].rstrip("!") for condition in conditions.split()]
             yield keys, why.format(recipe=recipe)
-    for names, why in _others(recipe):
-        yield names.split(), why
+    rollout, adaptive = recipe.rollout, recipe.rollout.adaptive
+    modules = recipe.lora.target_modules if isinstance(recipe.lora.target_modules, tuple) else ("all-linear",)
+    heads = [name for name in modules if name.split(".")[-1] in ("lm_head", "embed_out", "output_layer")]
+    if heads:
+        why = f'"{heads[0]}" is the LM head, where the loss would ignore an adapter; leave it out'
+        yield ["lora.target_modules"], why
+    if not modules or "" in modules:
+        yield ["lora.target_modules"], 'names no module; use "all-linear" or a list of names'
+    if rollout.engine in ("vllm", "server") and recipe.lora.rank > 512:
+        why = 'vLLM serves adapters up to rank 512; use that, or rollout.engine = "hf"'
+        yield ["lora.rank", "rollout.engine"], why
+    for key, limit, most in (
+        ("round_size", "rollout.num_generations", rollout.num_generations),
+        ("round_size", "rollout.adaptive.max_rollouts", adaptive.max_rollouts),
+        ("positives_wanted", "rollout.adaptive.max_rollouts", adaptive.max_rollouts),
+    ):
+        if adaptive.enabled and getattr(adaptive, key) > most:
+            yield [f"rollout.adaptive.{key}", limit], f"must be at most {limit} = {most}"
+    if recipe.train.tokens_per_microbatch < rollout.sequence_tokens:
+        keys = ["train.tokens_per_microbatch", "rollout.max_prompt_length", "rollout.max_completion_length"]
+        yield keys, f"one prompt with its answer may take {rollout.sequence_tokens} tokens; set at least that"
+    if ":" not in recipe.reward.function and recipe.reward.function != "math":
+        yield ["reward.function"], 'is neither "math" nor "module:function"'
+    reasons = {
+        "arithmetic": "the built-in arithmetic is generated and has no such setting; leave the key out",
+        None: "describes a dataset, and eval.dataset is not set; set it, or leave this key out",
+    }
+    for name, part in (("data", recipe.data), ("eval", recipe.eval)):
+        for key in ("config", "split", "prompt_column", "answer_column", "filter", "limit"):
+            if part.dataset in reasons and getattr(part, key) not in (None, {}):
+                yield [f"{name}.{key}", f"{name}.dataset"], reasons[part.dataset]
+    if recipe.data.system_prompt is not None and not recipe.data.system_prompt.strip():
+        yield ["data.system_prompt"], "is empty; leave the key out instead"
 
 
 def check_context(recipe: Recipe, context_tokens: int) -> None:
     """Raise UserInputError if prompt and answer may take more tokens than the model's context."""
     prompt, answer = recipe.rollout.max_prompt_length, recipe.rollout.max_completion_length
     if prompt + answer > context_tokens:
-        raise UserInputError(
-            f"prompt and answer may take {prompt} + {answer} = {prompt + answer} tokens, and the context of "
-            f"{recipe.model.id} is {context_tokens}",
-            where="rollout.max_prompt_length, rollout.max_completion_length",
-            next_step=f"--set rollout.max_completion_length={context_tokens - prompt}"
-            if prompt < context_tokens
-            else f"set rollout.max_prompt_length below {context_tokens}",
-        )
+        longest = f"prompt and answer may take {prompt} + {answer} = {prompt + answer} tokens"
+        what = f"{longest}, and the context of {recipe.model.id} is {context_tokens}"
+        where = "rollout.max_prompt_length, rollout.max_completion_length"
+        shorter_answer = f"--set rollout.max_completion_length={context_tokens - prompt}"
+        shorter_prompt = f"set rollout.max_prompt_length below {context_tokens}"
+        raise UserInputError(what, where=where, next_step=shorter_answer if prompt < context_tokens else shorter_prompt)
 
 
 def _holds(recipe: Recipe, condition: str) -> bool:
@@ -123,40 +152,3 @@ def _holds(recipe: Recipe, condition: str) -> bool:
     except AttributeError:  # a key of another algorithm
         return False
     return (value in values.split("|")) != key.endswith("!")
-
-
-def _others(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yield (keys, what is wrong and what to do) for what takes more than comparing values."""
-    rollout, adaptive = recipe.rollout, recipe.rollout.adaptive
-    modules = recipe.lora.target_modules if isinstance(recipe.lora.target_modules, tuple) else ("all-linear",)
-    heads = [name for name in modules if name.split(".")[-1] in ("lm_head", "embed_out", "output_layer")]
-    if heads:
-        why = f'"{heads[0]}" is the LM head, where the loss would ignore an adapter; leave it out'
-        yield "lora.target_modules", why
-    if not modules or "" in modules:
-        yield "lora.target_modules", 'names no module; use "all-linear" or a list of names'
-    if rollout.engine in ("vllm", "server") and recipe.lora.rank > 512:
-        why = 'vLLM serves adapters up to rank 512; use that, or rollout.engine = "hf"'
-        yield "lora.rank rollout.engine", why
-    for key, limit, most in (
-        ("round_size", "rollout.num_generations", rollout.num_generations),
-        ("round_size", "rollout.adaptive.max_rollouts", adaptive.max_rollouts),
-        ("positives_wanted", "rollout.adaptive.max_rollouts", adaptive.max_rollouts),
-    ):
-        if adaptive.enabled and getattr(adaptive, key) > most:
-            yield f"rollout.adaptive.{key} {limit}", f"must be at most {limit} = {most}"
-    if recipe.train.tokens_per_microbatch < rollout.sequence_tokens:
-        keys = "train.tokens_per_microbatch rollout.max_prompt_length rollout.max_completion_length"
-        yield keys, f"one prompt with its answer may take {rollout.sequence_tokens} tokens; set at least that"
-    if ":" not in recipe.reward.function and recipe.reward.function != "math":
-        yield "reward.function", 'is neither "math" nor "module:function"'
-    reasons = {
-        "arithmetic": "the built-in arithmetic is generated and has no such setting; leave the key out",
-        None: "describes a dataset, and eval.dataset is not set; set it, or leave this key out",
-    }
-    for name, part in (("data", recipe.data), ("eval", recipe.eval)):
-        for key in ("config", "split", "prompt_column", "answer_column", "filter", "limit"):
-            if part.dataset in reasons and getattr(part, key) not in (None, {}):
-                yield f"{name}.{key} {name}.dataset", reasons[part.dataset]
-    if recipe.data.system_prompt is not None and not recipe.data.system_prompt.strip():
-        yield "data.system_prompt", "is empty; leave the key out instead"

@@ -26,14 +26,6 @@ from popo_lite.recipe_file import dump_recipe, flatten, load_recipe
 if TYPE_CHECKING:
     import torch
 
-MAY_CHANGE_ON_RESUME = {
-    "output.dir", "output.samples_per_step", "reward.workers", "rollout.max_num_seqs",
-    "rollout.vllm.gpu_memory_utilization", "train.compile_loss", "train.cpu_threads", "train.gradient_checkpointing",
-    "train.logits_mib", "train.offload_activations", "train.packing", "train.save_steps", "train.save_total_limit",
-    "train.tokens_per_microbatch",
-}  # fmt: skip
-"""Settings that change speed, bookkeeping and rounding, but not what is learned."""
-
 
 class RunFolder:
     """Name the paths inside a run's folder."""
@@ -96,11 +88,10 @@ def find_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder
     if output is None:
         parent, stem = Path(recipe.output.dir).expanduser(), f"{name}-seed{recipe.train.seed}"
         unfinished = [
-            path
-            for path in (parent.iterdir() if parent.is_dir() else ())
-            if (path.name == stem or path.name.removeprefix(f"{stem}-").isdigit())
-            and RunFolder(path).recipe_path.is_file()
-            and not RunFolder(path).summary_path.is_file()
+            file.parent
+            for file in parent.glob("*/recipe.toml")
+            if re.fullmatch(rf"{re.escape(stem)}(-\d+)?", file.parent.name)
+            and not RunFolder(file.parent).summary_path.is_file()
         ]
         if not unfinished:
             what = f"no unfinished run of {name} with seed {recipe.train.seed} is in {parent}"
@@ -128,10 +119,15 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
 
 
 def may_change_on_resume(recipe: Recipe) -> set[str]:
-    """Return those of MAY_CHANGE_ON_RESUME that leave `recipe` the same experiment."""
+    """Return the settings that change speed, bookkeeping and rounding, but not what is learned."""
     # Dropout masks depend on how the step is split and packed.
-    splitting = {"train.tokens_per_microbatch", "train.packing"} if recipe.lora.dropout else set()
-    return MAY_CHANGE_ON_RESUME - splitting
+    splitting = set() if recipe.lora.dropout else {"train.tokens_per_microbatch", "train.packing"}
+    return splitting | {
+        "output.dir", "output.samples_per_step", "reward.workers", "rollout.max_num_seqs",
+        "rollout.vllm.gpu_memory_utilization", "train.compile_loss", "train.cpu_threads",
+        "train.gradient_checkpointing", "train.logits_mib", "train.offload_activations", "train.save_steps",
+        "train.save_total_limit",
+    }  # fmt: skip
 
 
 def is_leftover(path: Path) -> bool:

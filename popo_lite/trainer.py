@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 
 from popo_lite.callbacks import Callback
-from popo_lite.checkpoint import Cursor, latest_checkpoint, load_checkpoint, save_checkpoint
+from popo_lite.checkpoint import Cursor, checkpoint_folders, load_checkpoint, save_checkpoint
 from popo_lite.curriculum import Budget, Choice, choose_problems, collect, remember
 from popo_lite.errors import EngineError, PopoError
 from popo_lite.evaluation import evaluate, fitting
@@ -206,9 +206,9 @@ class Trainer:
                 if not is_out_of_memory(error):
                     raise
                 self._save_if_consistent()
-                saved = latest_checkpoint(folder.checkpoints)
+                saved = checkpoint_folders(folder.checkpoints)
                 raise EngineError(
-                    f"the GPU ran out of memory; {f'the run is saved in {saved}' if saved else 'no step was done'}",
+                    f"the GPU ran out of memory; {f'the run is saved in {saved[-1]}' if saved else 'no step was done'}",
                     where=f"step {self.cursor.next_step}",
                     next_step="if it was the engine's memory, resume with a smaller "
                     f"rollout.vllm.gpu_memory_utilization or rollout.max_num_seqs; else {self.memory_advice()}",
@@ -408,9 +408,8 @@ class Trainer:
 
     def _restore(self) -> None:
         """Go back to the newest checkpoint, or to step 0 if the run was killed before its first."""
-        checkpoint = latest_checkpoint(self.folder.checkpoints)
-        if checkpoint is not None:
-            self.cursor = load_checkpoint(checkpoint, self.learner)
+        if checkpoints := checkpoint_folders(self.folder.checkpoints):
+            self.cursor = load_checkpoint(checkpoints[-1], self.learner)
             self.sampler.sync(self.policy.version)
             lowered = self.cursor.lowered_budget
             if lowered and lowered[0] == self.recipe.train.tokens_per_microbatch:  # another budget is a new try

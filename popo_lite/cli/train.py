@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from popo_lite.api import load_trainer
+from popo_lite.errors import UserInputError
+from popo_lite.recipe import Recipe
+from popo_lite.recipe_file import load_recipe
+from popo_lite.run_folder import RunFolder, find_run_folder, new_run_folder
+
 if TYPE_CHECKING:
-    from popo_lite.recipe import Recipe
-    from popo_lite.run_folder import RunFolder
     from popo_lite.trainer import RunResult
 
 INTERRUPTED = 130
@@ -45,13 +49,9 @@ def train(recipe: str, seed: int | None, output: Path | None, resume: bool, over
 
     On a GPU the memory plan comes first (`popo-lite plan`): a run that will not fit is refused with what to change.
     """
-    from popo_lite.recipe_file import load_recipe
-    from popo_lite.run_folder import find_run_folder
-
     settings = load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}"))
     resumed = find_run_folder(settings, Path(recipe).stem, output) if resume else None
-    view = "silent" if as_json else view
-    result, question = _run(settings, recipe, output, resumed, view=view, ignore_plan=ignore_plan)
+    result, question = _run(settings, recipe, output, resumed, "silent" if as_json else view, ignore_plan)
     if result.summary is None:
         click.echo(
             f"stopped after {result.next_step} of {settings.train.steps} steps; saved. To continue:\n"
@@ -70,14 +70,11 @@ def train(recipe: str, seed: int | None, output: Path | None, resume: bool, over
     closing_report(result.summary, commands)
 
 
-def _run(settings: Recipe, recipe: str, output: Path | None, resumed: RunFolder | None, *, view: str,
+def _run(settings: Recipe, recipe: str, output: Path | None, resumed: RunFolder | None, view: str,
          ignore_plan: bool) -> tuple[RunResult, str]:  # fmt: skip
     """Load everything, train, and return the result with a question of the task."""
     # Imported here because it takes seconds: a recipe with errors is refused at once.
-    from popo_lite.api import load_trainer
-    from popo_lite.errors import UserInputError
     from popo_lite.policy.memory import memory_named
-    from popo_lite.run_folder import new_run_folder
     from popo_lite.tools.console.views import open_view
 
     advice = f"popo-lite plan {shlex.quote(recipe)}   (what takes how much memory, and what to change)"

@@ -13,19 +13,10 @@ from pathlib import Path
 import click
 from pydantic.fields import FieldInfo
 
+from popo_lite import recipe_file
 from popo_lite.errors import RecipeError
 from popo_lite.recipe import OBJECTIVES, Objective, Recipe, Section
-from popo_lite.recipe_file import (
-    SECTIONS,
-    SHOW_KEYS,
-    allowed_values,
-    dump_recipe,
-    keys_of,
-    kind_and_bounds,
-    load_recipe,
-    shipped_recipes,
-    to_toml,
-)  # fmt: skip
+from popo_lite.recipe_file import SECTIONS, allowed_values, keys_of, load_recipe, to_toml
 
 COMMENT_COLUMNS = 100
 DESCRIBED: dict[str, type[Section]] = {**SECTIONS, "objective": Objective}
@@ -45,7 +36,7 @@ def recipe() -> None:
 @recipe.command("list")
 def list_() -> None:
     """List the recipes that come with popo-lite."""
-    shipped = shipped_recipes()
+    shipped = recipe_file.shipped_recipes()
     width = max(map(len, shipped), default=0)
     for name, path in shipped.items():
         first_line = path.read_text(encoding="utf-8").partition("\n")[0]
@@ -67,7 +58,7 @@ def show(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps(Recipe.model_json_schema(), indent=2) if as_json else template_toml(), nl=as_json)
         return
     loaded = load_recipe(source, overrides)
-    click.echo(json.dumps(loaded.to_dict(), indent=2) if as_json else dump_recipe(loaded), nl=as_json)
+    click.echo(json.dumps(loaded.to_dict(), indent=2) if as_json else recipe_file.dump_recipe(loaded), nl=as_json)
 
 
 @recipe.command()
@@ -92,7 +83,9 @@ def check(sources: tuple[str, ...], as_json: bool) -> None:
             count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
             click.echo(f"{source}: {count if lines else 'ok'}")
     if any(errors.values()):
-        raise RecipeError("\n".join(line for lines in errors.values() for line in lines), next_step=SHOW_KEYS)
+        raise RecipeError(
+            "\n".join(line for lines in errors.values() for line in lines), next_step=recipe_file.SHOW_KEYS
+        )
 
 
 def template_toml() -> str:
@@ -108,7 +101,7 @@ def template_toml() -> str:
 
 def settings_markdown() -> str:
     """Return a list of keys for each section, grouped by the algorithms that have them."""
-    parts, described = [SETTINGS_BEGIN], set[str]()
+    parts = [SETTINGS_BEGIN]
     for name, section in SECTIONS.items():
         parts.append(f"\n## [{name}]\n\n{meaning(DESCRIBED[name])}\n")
         kinds = OBJECTIVES if name == "objective" else {"": section}
@@ -118,16 +111,12 @@ def settings_markdown() -> str:
                 owners.setdefault(_entry(key, field), []).append(f"`{algorithm}`")
         for group in dict.fromkeys(map(tuple, owners.values())):
             parts.append("\n" if len(group) == len(kinds) else f"\nOnly with {', '.join(group)}:\n\n")
-            entries = [entry for entry, having in owners.items() if tuple(having) == group]
-            parts += [f"{entry}\n" for entry in entries if entry not in described]
-            if known := ", ".join(f"`{entry.split('`')[1].split()[0]}`" for entry in entries if entry in described):
-                parts.append(f"- {known}: as in [data].\n")  # [eval] has most keys of [data]
-            described.update(entries)
+            parts += [f"{entry}\n" for entry, having in owners.items() if tuple(having) == group]
     return "".join(parts)
 
 
 def _entry(key: str, field: FieldInfo) -> str:
-    unset, (kind, bounds) = field.default is None, kind_and_bounds(field.annotation, field.metadata)
+    unset, (kind, bounds) = field.default is None, recipe_file.kind_and_bounds(field.annotation, field.metadata)
     default = f"`{key}`, unset" if unset else f"`{key} = {to_toml(field.default)}`"
     # A default that is not one of a few values shows its type.
     allowed = allowed_values(field) if unset or kind.startswith("one of") else bounds

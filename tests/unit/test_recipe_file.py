@@ -123,7 +123,7 @@ def errors_of(source: str | Path, *overrides: str) -> list[str]:
         ("[train]\ntemperature = 1.0", "train.temperature = 1.0: belongs to [rollout] or [eval]"),
         (
             "[lora]\nlearning_rat = 1.0",
-            "lora.learning_rat = 1.0: unknown key; did you mean learning_rate of [optimizer]?",
+            "lora.learning_rat = 1.0: unknown key; did you mean optimizer.learning_rate?",
         ),
         ('[siamese]\n"a b" = 1', 'siamese."a b" = 1: unknown key; [siamese] has tau, head_width'),
         ("[objectives]\nalpha = 1", "[objectives]: unknown section; did you mean [objective]?"),
@@ -248,10 +248,10 @@ def test_all_errors_of_file_and_overrides_are_reported_together(write: Write) ->
             f"x.toml: rollout.top_k = 50: {TOP_P}",
             "--set rollout.num_generations = 1: must be a whole number, at least 2",
             '--set reward.workers = "many": must be a whole number, at least 1 and at most 64',
-            '--set "seed=3": belongs to [train]',
-            "--set lor.rank: unknown section; did you mean [lora]?",
-            '--set "nonsense": must be section.key=value',
-            "--set model.id: has no value; the form is section.key=value",
+            "--set seed = 3: belongs to [train]",
+            "--set lor.rank = 8: unknown section; did you mean [lora]?",
+            '--set "nonsense": must be section.key=value, neither side empty',
+            '--set "model.id=": must be section.key=value, neither side empty',
         ]
     )
 

@@ -157,7 +157,7 @@ rank = 3
         "x.toml: variant comparison: is the name of one of the sweep's own files or folders",
         '--seeds = "x": must be different whole numbers, such as 0-4 or 0,2,5',
         "--set train.seed: the sweep sets it; give --seeds",
-        "x.toml: variant a: objective.alpa = 1: unknown key; did you mean alpha of [lora]?",
+        "x.toml: variant a: objective.alpa = 1: unknown key; did you mean lora.alpha?",
         "x.toml: variant a: lora.rank = 0: must be a whole number, at least 1 and at most 1024",
         # The key to blame is the base's, the variant is still named.
         f"x.toml: variant b/c: {shipped_recipes()['tiny_cpu']}: train.tokens_per_microbatch = 16384: one prompt with "

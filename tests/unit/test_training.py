@@ -15,7 +15,6 @@ from helpers import json_lines
 from popo_lite.checkpoint import (
     Cursor,
     checkpoint_folders,
-    latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
@@ -212,7 +211,7 @@ def test_old_checkpoints_go_and_partial_ones_do_not_count(tiny_recipe, tmp_path)
     (tmp_path / ".step-000009.partial").mkdir()
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-000002", "step-000003"]
     assert not any(file.suffix in (".pt", ".bin", ".pkl") for file in tmp_path.rglob("*"))
-    newest = latest_checkpoint(tmp_path)
+    newest = checkpoint_folders(tmp_path)[-1]
     content = json.loads((newest / "cursor.json").read_text())
     del content["cursor"]["entropy_coef"]
     (newest / "cursor.json").write_text(json.dumps(content))
@@ -221,7 +220,7 @@ def test_old_checkpoints_go_and_partial_ones_do_not_count(tiny_recipe, tmp_path)
     (newest / "optimizer.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="delete this folder"):
         load_checkpoint(newest, learner)
-    assert latest_checkpoint(tmp_path / "nothing") is None
+    assert checkpoint_folders(tmp_path / "nothing") == []
 
 
 def test_a_repeated_checkpoint_brings_the_cursor_up_to_date(tiny_recipe, tmp_path):
