@@ -126,8 +126,7 @@ class RaftObjective(Objective):
     importance_sampling_clip_max: Annotated[float, Field(gt=0)] | None = None
     """Weight each token by min(policy / sampler probability, this cap). Unset: no such weight."""
     skip_all_right: bool = False
-    """Train only on groups that contain a wrong answer. Groups without one teach little, and late in a run most
-    tokens can be theirs. `grpo` always skips them."""
+    """Train only on groups with a wrong answer, as `grpo` does: the rest teach little and can take most tokens."""
 
 
 class PopoObjective(RaftObjective, EntropyObjective):
@@ -137,8 +136,7 @@ class PopoObjective(RaftObjective, EntropyObjective):
     similarity_coef: Rate = 0.1
     """Weight of the similarity term (alpha in the POPO paper); 0 skips the siamese pass."""
     weights: Literal["mean_logprob", "uniform", "sequence_logprob"] = "mean_logprob"
-    """Self-normalised weights of a prompt's positives: softmax of the mean token log-prob, uniform, or softmax of
-    the summed log-prob (nearly winner-take-all)."""
+    """Weights of a prompt's positives: softmax of the mean log-prob, equal, or softmax of the sum (nearly one-hot)."""
     weight_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of that softmax."""
     weights_from: Literal["sampler", "trainer"] = "sampler"
@@ -168,8 +166,7 @@ class GrpoObjective(EntropyObjective):
     scale_rewards: Literal["group", "none"] = "group"
     """Divide a group's advantages by the standard deviation of its rewards, or not."""
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
-    """Normaliser: answers count alike (`grpo`), tokens count alike (`dapo`), or token sums are divided by
-    `rollout.max_completion_length` (`dr_grpo`)."""
+    """Divide token losses by answer length (`grpo`), token count (`dapo`) or `max_completion_length` (`dr_grpo`)."""
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Clip the ratio policy / sampler at 1 minus this if the advantage is negative."""
     epsilon_high: Rate = 0.2
@@ -177,8 +174,7 @@ class GrpoObjective(EntropyObjective):
     kl_coef: Rate = 0.0
     """Weight of the KL divergence from the base model without any adapter (`beta` in TRL)."""
     use_bias_correction_kl: bool = True
-    """Multiply the KL term by the importance ratio, so that its gradient is that of the divergence (DeepSeek-V3.2).
-    Off: as GRPO was published."""
+    """Multiply the KL term by the importance ratio: an unbiased gradient (DeepSeek-V3.2). Off: as GRPO published it."""
 
 
 AnyObjective = PopoObjective | RaftObjective | MixedObjective | GrpoObjective
@@ -191,8 +187,7 @@ class AdaptiveRecipe(Section):
     """Adaptive rollout budget: sample a prompt in rounds until it has enough positives."""
 
     enabled: bool = False
-    """Sample rounds of `round_size` until a prompt has `positives_wanted` positives or `max_rollouts` rollouts. A step
-    makes at most `data.prompts_per_step` * `num_generations` rollouts. Off: `num_generations` for every prompt."""
+    """Sample in rounds, at most `data.prompts_per_step` * `num_generations` rollouts a step. Off: exactly that many."""
     positives_wanted: Positive = 2
     """Stop sampling a prompt at this many positives. All its positives are trained on."""
     round_size: Positive = 2
@@ -214,8 +209,7 @@ class VLLMRecipe(Section):
     enforce_eager: bool = False
     """Run vLLM without compiling the model: starts sooner, samples slower."""
     enable_sleep_mode: bool = True
-    """Share the GPU in turns: vLLM frees its memory during training, and the optimizer's state moves to host memory
-    during sampling."""
+    """Share the GPU in turns: vLLM frees its memory to train, the optimizer's state moves to the host to sample."""
 
 
 class ServerRecipe(Section):
@@ -246,8 +240,7 @@ class RolloutRecipe(Section):
     max_gap_multiple: Annotated[float, Field(gt=1)] = 50.0
     """Stop the run if the mean gap between sampler and trainer log-probs exceeds this multiple of the first gap."""
     skip_known: bool = False
-    """Skip prompts whose last rollouts were all right (at least 4 of them) or all wrong (at least G). For runs of
-    several epochs."""
+    """In later epochs, skip prompts whose last rollouts were all right (at least 4) or all wrong (at least G)."""
     explore_ratio: Ratio = 0.1
     """With `skip_known`: probability that such a prompt is sampled anyway."""
     vllm: VLLMRecipe = VLLMRecipe()

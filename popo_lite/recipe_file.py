@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-import types
 from collections.abc import Iterator, Sequence
-from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -20,18 +18,20 @@ from popo_lite.recipe_rules import NOT_RENAMED, RENAMED, impossible_combinations
 
 SHOW_KEYS = "popo-lite recipe show   (every key with its meaning, allowed values and default)"
 LONGEST_VALUE = 120
-BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", tuple: "a list of text",
-         dict: "a table of columns, each with true or false, a number, text, or a list of these"}  # fmt: skip
+BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+KINDS = {"boolean": "true or false", "integer": "a whole number", "number": "a finite number", "string": "text",
+         "array": "a list of text",
+         "object": "a table of columns, each with true or false, a number, text, or a list of these"}  # fmt: skip
+"""Types and bounds of JSON Schema in plain words."""
 
 
-def sections_of(algorithm: str = "popo", parent: type[Section] = Recipe, prefix: str = "") -> dict[str, type[Section]]:
+def sections_of(algorithm: str = "popo") -> dict[str, type[Section]]:
     """Return section name (`rollout.vllm`) -> its class, in the order of the schema."""
     found: dict[str, type[Section]] = {}
-    for name, field in parent.model_fields.items():
-        if isinstance(field.default, Section):
-            section = OBJECTIVES[algorithm] if name == "objective" else type(field.default)
-            found |= {prefix + name: section} | sections_of(algorithm, section, f"{prefix}{name}.")
+    for name, field in Recipe.model_fields.items():
+        found[name] = OBJECTIVES[algorithm] if name == "objective" else type(field.default)
+        inner = {f"{name}.{key}": type(part.default) for key, part in found[name].model_fields.items()}
+        found |= {key: kind for key, kind in inner.items() if issubclass(kind, Section)}
     return found
 
 
@@ -72,23 +72,25 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if algorithm not in OBJECTIVES:  # which other keys [objective] may have is unknown then
         written = {n: s for n, s in written.items() if n == "objective.algorithm" or not n.startswith("objective.")}
         algorithm = "popo"
-    schema, wrong = schema_of(algorithm), set()
-    # Wrong keys fall back to their defaults here only so that the other settings can be checked together.
-    tables: dict[str, Any] = {"objective": {"algorithm": "popo"}}
-    for name, (origin, value) in written.items():
-        why = _wrong_value(schema[name], value) if name in schema else _unknown_key(name, value, algorithm)
-        if why:
-            wrong.add(name)
-            errors.append(f"{origin}{_shown(name, value)}: {why}")
-        else:
-            *parents, key = name.split(".")
-            reduce(lambda table, parent: table.setdefault(parent, {}), parents, tables)[key] = value
-    recipe = Recipe.model_validate(tables)
-    values = flatten(recipe)
+    schema, values, wrong = schema_of(algorithm), dict[str, Any](), dict[str, str]()
+    for name, (_, value) in written.items():
+        if name not in schema:
+            wrong[name] = _unknown_key(name, value, algorithm)
+            continue
+        try:
+            values[name] = type_of(schema[name]).validate_python(value)
+        except ValidationError:
+            guess = nearest(str(value), type_of(schema[name]).json_schema().get("enum", ()))
+            meant = f"; did you mean {to_toml(guess)}?" if guess else ""
+            wrong[name] = f"must be {allowed_values(schema[name])}{meant}"
+    errors += [f"{written[name][0]}{_shown(name, written[name][1])}: {why}" for name, why in wrong.items()]
+    # Wrong keys keep their defaults here only so that the other settings can be checked together.
+    recipe = Recipe.model_validate({"objective": {"algorithm": algorithm}}).with_values(values)
+    settings = flatten(recipe)
     for names, why in impossible_combinations(recipe):
-        if wrong.isdisjoint(names):
+        if wrong.keys().isdisjoint(names):
             origin = next((written[name][0] for name in names if name in written), f"{source}: ")
-            errors.append(f"{origin}{_shown(names[0], values.get(names[0]))}: {why}")
+            errors.append(f"{origin}{_shown(names[0], settings.get(names[0]))}: {why}")
     if errors:
         raise RecipeError("\n".join(errors), next_step=SHOW_KEYS)
     return recipe
@@ -163,25 +165,26 @@ def _toml_key(key: str) -> str:
     return key if re.fullmatch("[A-Za-z0-9_-]+", key) else to_toml(key)
 
 
+def type_of(field: FieldInfo) -> TypeAdapter[Any]:
+    """Return what validates the values of a key."""
+    annotated: Any = Annotated[field.annotation, field]
+    return TypeAdapter(annotated, config=Section.model_config)
+
+
 def allowed_values(field: FieldInfo) -> str:
     """Describe the values of a key: `a whole number, at least 1`, or its values as TOML."""
-    return ", ".join(filter(None, kind_and_bounds(field.annotation, field.metadata)))
+    return _in_words(type_of(field).json_schema())
 
 
-def kind_and_bounds(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[str, str]:
-    """Return (type or values, range or "") of a schema annotation, in plain words."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return kind_and_bounds(arguments[0], arguments[1].metadata)
-    if origin in (Union, types.UnionType):
-        members = [kind_and_bounds(member, metadata) for member in arguments if member is not types.NoneType]
-        return " or ".join(kind for kind, _ in members), members[0][1] if len(members) == 1 else ""
-    if origin is Literal:
-        values = ", ".join(map(to_toml, arguments))
-        return f"one of {values}" if len(arguments) > 1 else values, ""
-    limits = (f"{words} {getattr(bound, name):g}" for bound in metadata for name, words in BOUNDS.items()
-              if hasattr(bound, name))  # fmt: skip
-    return KINDS[origin or annotation], " and ".join(limits)
+def _in_words(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_in_words(member) for member in schema["anyOf"] if member["type"] != "null")
+    if "const" in schema:
+        return to_toml(schema["const"])
+    if "enum" in schema:
+        return f"one of {', '.join(map(to_toml, schema['enum']))}"
+    limits = " and ".join(f"{words} {schema[name]:g}" for name, words in BOUNDS.items() if name in schema)
+    return KINDS[schema["type"]] + (f", {limits}" if limits else "")
 
 
 def read_toml(path: Path, shown_as: str) -> dict[str, Any]:
@@ -232,18 +235,6 @@ def _shown(name: str, value: Any) -> str:
         return f"[{name}]"
     shown = to_toml(value)
     return f"{name} = {shown if len(shown) <= LONGEST_VALUE else f'{shown[: LONGEST_VALUE - 4]} ...'}"
-
-
-def _wrong_value(field: FieldInfo, value: Any) -> str | None:
-    """Return what the value of a key must be, or None if the schema accepts this one."""
-    kind: Any = Annotated[field.annotation, field]
-    try:
-        TypeAdapter(kind, config=Section.model_config).validate_python(value)
-    except ValidationError:
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-        guess = nearest(str(value), choices)
-        return f"must be {allowed_values(field)}" + (f"; did you mean {to_toml(guess)}?" if guess else "")
-    return None
 
 
 def _unknown_key(name: str, value: Any, algorithm: str) -> str:

@@ -71,10 +71,8 @@ class Completion:
 
     def __post_init__(self) -> None:
         if not self.token_ids or len(self.token_ids) != len(self.sampler_logps):
-            raise PopoError(
-                f"a completion of {len(self.token_ids)} tokens came with {len(self.sampler_logps)} log-probs; "
-                "a sampler must return at least one token and one log-prob for each"
-            )
+            sizes = f"{len(self.token_ids)} tokens came with {len(self.sampler_logps)} log-probs"
+            raise PopoError(f"a completion of {sizes}; a sampler must return a token or more, and a log-prob for each")
 
     @property
     def mean_logp(self) -> float:

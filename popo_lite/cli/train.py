@@ -6,18 +6,13 @@ import json
 import shlex
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from popo_lite.api import load_trainer
 from popo_lite.errors import UserInputError
-from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.run_folder import RunFolder, find_run_folder, new_run_folder
-
-if TYPE_CHECKING:
-    from popo_lite.trainer import RunResult
+from popo_lite.run_folder import find_run_folder, new_run_folder
 
 INTERRUPTED = 130
 """Exit code of a run that was stopped by Ctrl-C, as in shells."""
@@ -51,34 +46,13 @@ def train(recipe: str, seed: int | None, output: Path | None, resume: bool, over
     """
     settings = load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}"))
     resumed = find_run_folder(settings, Path(recipe).stem, output) if resume else None
-    result, question = _run(settings, recipe, output, resumed, "silent" if as_json else view, ignore_plan)
-    if result.summary is None:
-        click.echo(
-            f"stopped after {result.next_step} of {settings.train.steps} steps; saved. To continue:\n"
-            f"  {result.folder.resume_command}{' --ignore-plan' if ignore_plan else ''}",
-            err=as_json,
-        )
-        raise SystemExit(INTERRUPTED)
-    if as_json:
-        click.echo(json.dumps(result.summary))
-        return
-    from popo_lite.tools.console.output import closing_report
-
-    question = shlex.quote(question if 0 < len(question) < 80 else "your question")
-    path = result.folder.path
-    commands = [f"popo-lite generate {path} {question}", f"popo-lite eval {path}", f"popo-lite export {path}"]
-    closing_report(result.summary, commands)
-
-
-def _run(settings: Recipe, recipe: str, output: Path | None, resumed: RunFolder | None, view: str,
-         ignore_plan: bool) -> tuple[RunResult, str]:  # fmt: skip
-    """Load everything, train, and return the result with a question of the task."""
     # Imported here because it takes seconds: a recipe with errors is refused at once.
     from popo_lite.policy.memory import memory_named
+    from popo_lite.tools.console.output import closing_report
     from popo_lite.tools.console.views import open_view
 
     advice = f"popo-lite plan {shlex.quote(recipe)}   (what takes how much memory, and what to change)"
-    with open_view(view) as watcher:  # type: ignore[arg-type]  # click checks the choice
+    with open_view("silent" if as_json else view) as watcher:  # type: ignore[arg-type]  # click checks the choice
         try:
             trainer = load_trainer(settings, watcher, ignore_plan=ignore_plan, advice=advice)
         except UserInputError as error:
@@ -89,11 +63,23 @@ def _run(settings: Recipe, recipe: str, output: Path | None, resumed: RunFolder 
             # The run handles Ctrl-C itself; one that comes before it starts stops it at its first step.
             default = signal.signal(signal.SIGINT, trainer.interrupts.note)
             with memory_named("before the first step", advice):
-                result = trainer.run(folder, resume=resumed is not None)
+                result = trainer.run(folder, resume=resume)
             # One that comes after it must not stop anything. Not a Python handler: the interpreter removes those when
             # it exits, and then the signal would kill it.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             question = trainer.held_out[0].question if trainer.held_out else ""
-    if result.summary is not None:
-        signal.signal(signal.SIGINT, default)
-    return result, question
+    if result.summary is None:
+        click.echo(
+            f"stopped after {result.next_step} of {settings.train.steps} steps; saved. To continue:\n"
+            f"  {result.folder.resume_command}{' --ignore-plan' if ignore_plan else ''}",
+            err=as_json,
+        )
+        raise SystemExit(INTERRUPTED)
+    signal.signal(signal.SIGINT, default)
+    if as_json:
+        click.echo(json.dumps(result.summary))
+        return
+    question = shlex.quote(question if 0 < len(question) < 80 else "your question")
+    path = result.folder.path
+    commands = [f"popo-lite generate {path} {question}", f"popo-lite eval {path}", f"popo-lite export {path}"]
+    closing_report(result.summary, commands)

@@ -16,10 +16,9 @@ from pydantic.fields import FieldInfo
 from popo_lite import recipe_file
 from popo_lite.errors import RecipeError
 from popo_lite.recipe import OBJECTIVES, Objective, Recipe, Section
-from popo_lite.recipe_file import SECTIONS, allowed_values, keys_of, load_recipe, to_toml
 
 COMMENT_COLUMNS = 100
-DESCRIBED: dict[str, type[Section]] = {**SECTIONS, "objective": Objective}
+DESCRIBED: dict[str, type[Section]] = {**recipe_file.SECTIONS, "objective": Objective}
 TEMPLATE_HEAD = """\
 # Every setting of a recipe with its default, for the algorithm popo.
 # popo-lite recipe show > my_recipe.toml
@@ -57,7 +56,7 @@ def show(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
             raise click.UsageError("--set overrides keys of a RECIPE, and none is given")
         click.echo(json.dumps(Recipe.model_json_schema(), indent=2) if as_json else template_toml(), nl=as_json)
         return
-    loaded = load_recipe(source, overrides)
+    loaded = recipe_file.load_recipe(source, overrides)
     click.echo(json.dumps(loaded.to_dict(), indent=2) if as_json else recipe_file.dump_recipe(loaded), nl=as_json)
 
 
@@ -72,7 +71,7 @@ def check(sources: tuple[str, ...], as_json: bool) -> None:
     errors: dict[str, list[str]] = {source: [] for source in sources}
     for source in sources:
         try:
-            load_recipe(source)
+            recipe_file.load_recipe(source)
         except RecipeError as error:
             errors[source] = error.what.split("\n")
     if as_json:
@@ -82,45 +81,37 @@ def check(sources: tuple[str, ...], as_json: bool) -> None:
         for source, lines in errors.items():
             count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
             click.echo(f"{source}: {count if lines else 'ok'}")
-    if any(errors.values()):
-        raise RecipeError(
-            "\n".join(line for lines in errors.values() for line in lines), next_step=recipe_file.SHOW_KEYS
-        )
+    if found := [line for lines in errors.values() for line in lines]:
+        raise RecipeError("\n".join(found), next_step=recipe_file.SHOW_KEYS)
 
 
 def template_toml() -> str:
     """Return every key of the default algorithm as TOML; a key that is unset by default is commented out."""
     parts = [TEMPLATE_HEAD]
-    for name, section in SECTIONS.items():
+    for name, section in recipe_file.SECTIONS.items():
         parts.append(f"\n{_comment(meaning(DESCRIBED[name]))}[{name}]\n")
-        for key, field in keys_of(section).items():
-            setting = f"# {key} = ..." if field.default is None else f"{key} = {to_toml(field.default)}"
-            parts.append(f"{_comment(meaning(field))}{setting}  # {allowed_values(field)}\n")
+        for key, field in recipe_file.keys_of(section).items():
+            setting = f"# {key} = ..." if field.default is None else f"{key} = {recipe_file.to_toml(field.default)}"
+            parts.append(f"{_comment(meaning(field))}{setting}  # {recipe_file.allowed_values(field)}\n")
     return "".join(parts)
 
 
 def settings_markdown() -> str:
     """Return a list of keys for each section, grouped by the algorithms that have them."""
     parts = [SETTINGS_BEGIN]
-    for name, section in SECTIONS.items():
+    for name, section in recipe_file.SECTIONS.items():
         parts.append(f"\n## [{name}]\n\n{meaning(DESCRIBED[name])}\n")
         kinds = OBJECTIVES if name == "objective" else {"": section}
         owners: dict[str, list[str]] = {}
         for algorithm, kind in kinds.items():
-            for key, field in keys_of(kind).items():
-                owners.setdefault(_entry(key, field), []).append(f"`{algorithm}`")
+            for key, field in recipe_file.keys_of(kind).items():
+                value = "`, unset" if field.default is None else f" = {recipe_file.to_toml(field.default)}`"
+                entry = f"- `{key}{value} ({recipe_file.allowed_values(field)}): {meaning(field)}\n"
+                owners.setdefault(entry, []).append(f"`{algorithm}`")
         for group in dict.fromkeys(map(tuple, owners.values())):
             parts.append("\n" if len(group) == len(kinds) else f"\nOnly with {', '.join(group)}:\n\n")
-            parts += [f"{entry}\n" for entry, having in owners.items() if tuple(having) == group]
+            parts += [entry for entry, having in owners.items() if tuple(having) == group]
     return "".join(parts)
-
-
-def _entry(key: str, field: FieldInfo) -> str:
-    unset, (kind, bounds) = field.default is None, recipe_file.kind_and_bounds(field.annotation, field.metadata)
-    default = f"`{key}`, unset" if unset else f"`{key} = {to_toml(field.default)}`"
-    # A default that is not one of a few values shows its type.
-    allowed = allowed_values(field) if unset or kind.startswith("one of") else bounds
-    return f"- {default}{f' ({allowed})' if allowed else ''}: {meaning(field)}"
 
 
 def meaning(of: FieldInfo | type[Section]) -> str:

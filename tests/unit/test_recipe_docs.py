@@ -48,10 +48,10 @@ def test_the_page_describes_every_key_of_every_algorithm() -> None:
             part = page.partition(f"\n## [{name}]\n")[2].partition("\n## ")[0]
             for key, field in keys_of(section).items():
                 assert re.search(rf"^- `{key}\b.*: {re.escape(meaning(field))}$", part, re.MULTILINE)
-    assert "\n- `rank = 16` (at least 1 and at most 1024): Rank r of the update BA.\n" in page
+    assert "\n- `rank = 16` (a whole number, at least 1 and at most 1024): Rank r of the update BA.\n" in page
     assert "\n- `limit`, unset (a whole number, at least 1): Use only the first rows.\n" in page
     grpo = page.partition("\nOnly with `grpo`:\n\n")[2].partition("\n## ")[0]
-    assert "- `kl_coef = 0.0` (at least 0): " in grpo
+    assert "- `kl_coef = 0.0` (a finite number, at least 0): " in grpo
     assert "weights" not in grpo
 
 
