@@ -82,9 +82,8 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
         copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in values.items()}
         save_file(copies, str(partial / f"{name}.safetensors"))
     (partial / "cursor.json").write_text(text)
-    for file in partial.rglob("*"):
-        if file.is_file():
-            _sync_to_disk(file)
+    for path in partial.rglob("*"):
+        _sync_to_disk(path)
     partial.replace(target)
     _sync_to_disk(parent)
     for old in checkpoint_folders(parent)[:-keep]:

@@ -111,9 +111,10 @@ def rollout_metrics(groups: Sequence[Group], task: Task, threshold: float, *, fi
     all_right = sum(count == len(group.rollouts) for count, group in zip(right, graded, strict=True))
     with_positive = sum(count > 0 for count in right)
     positives = [rollout for group in groups for rollout in group.positives(threshold)]
+    answers = [{r.reward.answer for r in group.rollouts[:first_round]} - {None} for group in groups]
     tokens = sum(len(r.completion.token_ids) for r in rollouts)
     verdicts = [[r for r in group.rollouts if r.reward.outcome.is_graded] for group in graded]
-    mixed = [r for answers in verdicts if len({r.reward.value for r in answers}) > 1 for r in answers]
+    mixed = [r for verdict in verdicts if len({r.reward.value for r in verdict}) > 1 for r in verdict]
     return {
         "prompts": len(groups),
         "prompts_with_positive": with_positive,
@@ -126,9 +127,7 @@ def rollout_metrics(groups: Sequence[Group], task: Task, threshold: float, *, fi
         "groups_ungraded": len(groups) - len(graded),
         "outcomes": count_outcomes([rollout.reward for rollout in rollouts]),
         "pass_rate": statistics.fmean(rollout.reward.value > threshold for rollout in first),
-        "unique_answers_mean": statistics.fmean(
-            len({r.reward.answer for r in group.rollouts[:first_round]} - {None}) for group in groups
-        ),
+        "unique_answers_mean": statistics.fmean(map(len, answers)),
         "task_figures": dict(task.figures([rollout.completion.text for rollout in first])),
         "truncated_ratio": statistics.fmean(r.completion.finish_reason is FinishReason.LENGTH for r in first),
         "completion_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in first),
@@ -150,6 +149,7 @@ def sampler_summary(engine: str, swap_seconds: Sequence[float], records: Sequenc
     """
     trained = [record for record in records if record["logp_gap_mean"] is not None]
     over_steps: dict[str, Any] = {"mean": statistics.fmean, "p99": statistics.fmean, "max": max}
+    gap = {name: combine(r[f"logp_gap_{name}"] for r in trained) for name, combine in over_steps.items() if trained}
     with_positive = sum(record["prompts_with_positive"] for record in records)
     rollouts, tokens = (sum(record[name] for record in records) for name in ("rollouts", "rollout_tokens"))
     seconds = sum(record["seconds"]["rollout"] for record in records)
@@ -157,9 +157,7 @@ def sampler_summary(engine: str, swap_seconds: Sequence[float], records: Sequenc
         "engine": engine,
         "tokens_per_second": tokens / max(1e-9, seconds),
         "swap_seconds": {"median": statistics.median(swap_seconds), "max": max(swap_seconds)} if swap_seconds else None,
-        "logp_gap": {name: combine(r[f"logp_gap_{name}"] for r in trained) for name, combine in over_steps.items()}
-        if trained
-        else None,
+        "logp_gap": gap or None,
         "rollouts_per_prompt_with_positive": rollouts / with_positive if with_positive else None,
     }
 
