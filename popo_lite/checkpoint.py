@@ -58,13 +58,12 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
     """Write `parent/step-NNNNNN` and delete all but the newest `keep`. A folder with such a name is always complete."""
     policy = learner.policy
     target = parent / f"{_PREFIX}{cursor.next_step:06d}"
-    averages, siamese_scalars = learner.siamese.state()
     state = dict(_flat(learner.optimizer.state_dict()["state"]))
     tensors = {path: value for path, value in state.items() if isinstance(value, Tensor)}
     content = {
         "cursor": asdict(cursor),
         "policy_version": policy.version,
-        "siamese": siamese_scalars,
+        "siamese": {"largest_update": learner.siamese.largest_update},
         "optimizer": {path: value for path, value in state.items() if path not in tensors},
     }
     text = json.dumps(content, indent=2) + "\n"
@@ -77,7 +76,8 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
     partial = parent / f".{target.name}.partial"
     partial.mkdir(parents=True)
     save_adapter(policy.model, partial / "adapter", base_id=base_id)
-    for name, values in (("predictor", policy.predictor.state_dict()), ("siamese", averages), ("optimizer", tensors)):
+    files = {"predictor": policy.predictor.state_dict(), "siamese": learner.siamese.average, "optimizer": tensors}
+    for name, values in files.items():
         # Copies: the 8-bit optimizer shares its quantisation maps between parameters, which safetensors refuses.
         copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in values.items()}
         save_file(copies, str(partial / f"{name}.safetensors"))
@@ -99,7 +99,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
         content = json.loads((folder / "cursor.json").read_text())
         load_adapter_weights(policy.model, folder / "adapter")
         policy.predictor.load_state_dict(load_file(str(folder / "predictor.safetensors")))
-        learner.siamese.load_state(load_file(str(folder / "siamese.safetensors")), content["siamese"])
+        learner.siamese.load_state(load_file(str(folder / "siamese.safetensors")), **content["siamese"])
         tensors = load_file(str(folder / "optimizer.safetensors"))
         _restore_optimizer(learner.optimizer, {**tensors, **content["optimizer"]})
         policy.version = content["policy_version"]

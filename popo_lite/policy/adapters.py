@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def add_adapters(base: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PeftMo
 
     if recipe.init_from is not None:
         folder = adapter_folder(recipe.init_from, key="lora.init_from")
-        _check_adapter_config(folder, recipe, base)
+        _check_settings(folder, recipe, base)
         config = PeftConfig.from_pretrained(str(folder))
         # PEFT freezes an adapter for inference, and warns if it was made on a base of another name.
         config.inference_mode, config.base_model_name_or_path = False, None
@@ -44,50 +45,42 @@ def add_adapters(base: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PeftMo
         names = linear_names(base)
         guess = nearest(targets if isinstance(targets, str) else targets[0], names)
         meant = f'did you mean "{guess}"? ' if guess else ""
-        raise ModelError(
-            f"no adapter could be added to {targets!r}: {error}",
-            where="lora.target_modules",
-            next_step=f"{meant}linear layers here: {', '.join(sorted(names))}",
-        ) from error
+        what = f"no adapter could be added to {targets!r}: {error}"
+        next_step = f"{meant}linear layers here: {', '.join(sorted(names))}"
+        raise ModelError(what, where="lora.target_modules", next_step=next_step) from error
 
 
 def adapter_folder(path: str | Path, *, key: str) -> Path:
     """Return the folder at `path`. Raises ModelError naming `key` if it holds no PEFT adapter in safetensors."""
     folder = Path(path).expanduser()
     if missing := [name for name in ("adapter_config.json", ADAPTER_FILE) if not (folder / name).is_file()]:
-        raise ModelError(
-            f"{folder} is not an adapter in PEFT format: it lacks {' and '.join(missing)}",
-            where=key,
-            next_step="name the adapter/ folder of a run, or leave the key out",
-        )
+        what = f"{folder} is not an adapter in PEFT format: it lacks {' and '.join(missing)}"
+        raise ModelError(what, where=key, next_step="name the adapter/ folder of a run, or leave the key out")
     return folder
 
 
-def _check_adapter_config(folder: Path, recipe: LoraRecipe, base: PreTrainedModel) -> None:
+def _check_settings(folder: Path, recipe: LoraRecipe, base: PreTrainedModel) -> None:
     """Raise ModelError if the adapter has other settings than the recipe: PEFT would use the adapter's."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    for ours, theirs in PEFT_NAMES.items():
-        if getattr(recipe, ours) != (value := config.get(theirs, False)):
+    wanted: dict[str, Any] = {ours: getattr(recipe, ours) for ours in PEFT_NAMES}
+    found: dict[str, Any] = {ours: config.get(theirs, False) for ours, theirs in PEFT_NAMES.items()}
+    layers = linear_names(base) if recipe.target_modules == "all-linear" else recipe.target_modules
+    targets = config.get("target_modules") or ()
+    for settings, names in ((wanted, layers), (found, [targets] if isinstance(targets, str) else targets)):
+        settings["target_modules"] = sorted({name.split(".")[-1] for name in names})
+    for key, value in found.items():
+        if value != wanted[key]:
             raise ModelError(
-                f"the adapter in {folder} was made with {theirs} = {value}",
-                where=f"lora.{ours} = {getattr(recipe, ours)}",
-                next_step=f"--set lora.{ours}={json.dumps(value)}",
+                f"the adapter in {folder} was made with {PEFT_NAMES.get(key, key)} = {value}",
+                where=f"lora.{key} = {getattr(recipe, key)}",
+                next_step=f"--set {shlex.quote(f'lora.{key}={json.dumps(value)}')}",
             )
-    wanted, targets = recipe.target_modules, config.get("target_modules") or ()
-    targets = {name.split(".")[-1] for name in ([targets] if isinstance(targets, str) else targets)}
-    if targets != (linear_names(base) if wanted == "all-linear" else {name.split(".")[-1] for name in wanted}):
-        raise ModelError(
-            f"the adapter in {folder} was made for {', '.join(sorted(targets))}",
-            where=f"lora.target_modules = {wanted!r}",
-            next_step=f"--set 'lora.target_modules={json.dumps(sorted(targets))}'",
-        )
 
 
 def linear_names(base: PreTrainedModel) -> set[str]:
     """Return the last names of the layers that `all-linear` means: all linear ones but the LM head."""
-    head = base.get_output_embeddings()
-    linear = (name for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head)
-    return {name.split(".")[-1] for name in linear}
+    head, layers = base.get_output_embeddings(), base.named_modules()
+    return {name.split(".")[-1] for name, one in layers if isinstance(one, torch.nn.Linear) and one is not head}
 
 
 def save_adapter(model: PeftModel, folder: Path, *, base_id: str) -> None:
@@ -116,17 +109,11 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
 
     try:
         result: Any = set_peft_model_state_dict(model, load_file(str(folder / ADAPTER_FILE)))
-    except (SafetensorError, RuntimeError) as error:
-        # A truncated file, or shapes of another base.
-        raise ModelError(
-            f"the adapter cannot be loaded on this base: {str(error).strip().splitlines()[0]}",
-            where=str(folder / ADAPTER_FILE),
-            next_step="check that the file is complete and belongs to the recipe's model.id",
-        ) from error
-    missing, unknown = [name for name in result.missing_keys if "lora_" in name], result.unexpected_keys
-    if missing or unknown:
-        raise ModelError(
-            f"{folder} holds an adapter of another shape: {len(missing)} tensors missing, {len(unknown)} unknown",
-            where=str(folder),
-            next_step="use the recipe that the adapter was trained with",
-        )
+        missing, unknown = [name for name in result.missing_keys if "lora_" in name], result.unexpected_keys
+        problem = f"{len(missing)} tensors missing, {len(unknown)} unknown" if missing or unknown else None
+    except (SafetensorError, RuntimeError) as error:  # a truncated file, or shapes of another base
+        problem = str(error).strip().splitlines()[0]
+    if problem:
+        what = f"the adapter cannot be loaded on this base: {problem}"
+        next_step = "check that the file is complete and was trained with the recipe's model.id and [lora]"
+        raise ModelError(what, where=str(folder / ADAPTER_FILE), next_step=next_step)

@@ -10,14 +10,12 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,14 +48,13 @@ def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def kernel_of(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
-    """Return the attention for packed rows: "varlen" (FlashAttention over unequal lengths) or "sdpa".
+    """Return the attention for packed rows: "varlen" (FlashAttention over unequal lengths) or "sdpa" for each sequence.
 
     FlashAttention needs 16-bit operands, a GPU of compute capability 8.0, and a head width that is a multiple of 8 up
     to 256.
     """
-    fits = dtype in (torch.float16, torch.bfloat16) and head_width in range(8, 257, 8)
-    fits = fits and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "varlen" if fits else "sdpa"
+    fits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_width in range(8, 257, 8)
+    return "varlen" if fits and torch.cuda.get_device_capability(device) >= (8, 0) else "sdpa"
 
 
 def _attention(
@@ -72,40 +69,18 @@ def _attention(
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale, dropout = options.get("scaling"), options.get("dropout", 0.0)
-    edges = attention_mask.flatten()
-    lengths = tuple(edges.diff().tolist())
-    groups_heads = query.shape[1] != key.shape[1]
-    parts = [part[0].transpose(0, 1) for part in (query, key, value)]  # [T, H, d]
+    edges, groups_heads = attention_mask.flatten(), query.shape[1] != key.shape[1]
+    lengths = edges.diff().tolist()
     if not dropout and kernel_of(query.device, query.dtype, query.shape[-1]) == "varlen":
+        parts = [part[0].transpose(0, 1) for part in (query, key, value)]  # [T, H, d]
         extra: dict[str, Any] = {"enable_gqa": groups_heads} if VARLEN_GROUPS_HEADS else {}
         if groups_heads and not VARLEN_GROUPS_HEADS:
             parts[1:] = [part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in parts[1:]]
-        edges = edges.to(query.device, non_blocking=True)
-        q, k, v = parts
-        extra |= {"cu_seq_q": edges, "cu_seq_k": edges, "max_q": max(lengths), "max_k": max(lengths)}
-        return cast("Tensor", varlen_attn(q, k, v, scale=scale, window_size=(-1, 0), **extra))[None], None
-    groups, back = _alike(lengths, query.device)
-    outputs = []
-    for rows in groups:
-        # Padding comes after a shorter sequence, where causality hides it.
-        q, k, v = (part[rows.clamp(min=0)].transpose(1, 2) for part in parts)
-        output = scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=groups_heads
-        )
-        outputs.append(output.transpose(1, 2)[rows >= 0])
-    return torch.cat(outputs)[back][None], None
-
-
-@lru_cache(maxsize=8)
-def _alike(lengths: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Group a row's sequences by the power of two of their lengths, so that less than half of a group is padding.
-
-    Return the token indices [b, L] of each group, -1 after the shorter sequences, and the place [T] of each token of
-    the row among the groups' tokens.
-    """
-    groups: dict[int, list[Tensor]] = {}
-    for tokens in torch.arange(sum(lengths)).split(list(lengths)):
-        groups.setdefault((len(tokens) - 1).bit_length(), []).append(tokens)
-    padded = [pad_sequence(group, batch_first=True, padding_value=-1) for group in groups.values()]
-    back = torch.cat([rows[rows >= 0] for rows in padded]).argsort()
-    return tuple(rows.to(device) for rows in padded), back.to(device)
+        edges, longest = edges.to(query.device, non_blocking=True), max(lengths)
+        output = varlen_attn(*parts, edges, edges, longest, longest, scale=scale, window_size=(-1, 0), **extra)
+        return cast("Tensor", output)[None], None
+    outputs = [
+        scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=groups_heads)
+        for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    ]
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None

@@ -29,24 +29,11 @@ TINY_FOLDER = Path(__file__).parent / "tiny"
 """The model `tiny`, which ships with the package."""
 
 
-def quiet_libraries() -> None:
-    """Turn off the libraries' progress bars and advice, which would disturb a terminal view."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # On AVX512 CPUs bitsandbytes recommends a package whose kernels it would download.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
 def pick_device(wanted: str) -> torch.device:
     """Return the device for `train.device`. Raises UserInputError if it is a CUDA GPU and there is none."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserInputError(
-            "no CUDA GPU is visible to torch",
-            where='train.device = "cuda"',
-            next_step='set train.device to "auto", or install a CUDA build of torch',
-        )
+        next_step = 'set train.device to "auto", or install a CUDA build of torch'
+        raise UserInputError("no CUDA GPU is visible to torch", where='train.device = "cuda"', next_step=next_step)
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -72,19 +59,11 @@ def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
     """Load the base in the recipe's precision on `device` and freeze it. Only safetensors are read."""
     from transformers import AutoModelForCausalLM
 
-    dtype: torch.dtype = getattr(torch, recipe.dtype)
-    # None would count as another quantisation of a base that is stored quantised.
-    options = {"quantization_config": nf4_config(recipe, dtype)} if recipe.quantization == "nf4" else {}
-    model: PreTrainedModel = _from_pretrained(
-        AutoModelForCausalLM,
-        recipe,
-        "model",
-        dtype=dtype,
-        attn_implementation=recipe.attn_implementation,
-        use_safetensors=True,
-        device_map={"": device},
-        **options,
-    )
+    options: dict[str, Any] = {"dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
+    if recipe.quantization == "nf4":  # None would count as another quantisation of a base that is stored quantised
+        options["quantization_config"] = nf4_config(recipe)
+    options |= {"use_safetensors": True, "device_map": {"": device}}
+    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, recipe, "model", **options)
     close_cpu_repacking(model)
     model.requires_grad_(False)
     return model
@@ -115,7 +94,8 @@ def load_unsloth(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
 
     lora, targets = recipe.lora, recipe.lora.target_modules
     checkpointing = "unsloth" if recipe.train.gradient_checkpointing else False
-    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    if targets == "all-linear":
+        targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     model, tokenizer = _from_pretrained(
         FastLanguageModel,
         recipe.model,
@@ -128,7 +108,7 @@ def load_unsloth(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     )
     model = FastLanguageModel.get_peft_model(
         model,
-        target_modules=list(every if targets == "all-linear" else targets),
+        target_modules=list(targets),
         bias="none",
         random_state=stream_seed("adapters", recipe.train.seed) % 2**31,
         use_gradient_checkpointing=checkpointing,
@@ -150,15 +130,15 @@ def close_cpu_repacking(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def nf4_config(recipe: ModelRecipe, dtype: torch.dtype) -> Any:
-    """Return transformers' settings for 4-bit loading, computing in `dtype`."""
+def nf4_config(recipe: ModelRecipe) -> Any:
+    """Return transformers' settings for 4-bit loading."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=recipe.double_quantization,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=recipe.dtype,
     )
 
 
@@ -181,18 +161,22 @@ def write_dequantized_base(policy: Policy, folder: Path) -> None:
                 weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
             # Without PEFT's wrapper around a layer.
             tensors[name.replace(".base_layer", "")] = weight.detach().to("cpu", copy=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(tensors, str(folder))
     config = copy.deepcopy(base.config)
     config.dtype = dtype
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.save_pretrained(str(folder))
+    vars(config).pop("quantization_config", None)
+    config.save_pretrained(str(folder))  # makes the folder
+    save_torch_state_dict(tensors, str(folder))
 
 
 def _from_pretrained(loader: Any, recipe: ModelRecipe, part: str, **options: Any) -> Any:
     """Call `loader.from_pretrained`. Raises ModelError that names model and `part` and says what to do."""
-    quiet_libraries()
+    from transformers.utils import logging as transformers_logging
+
+    # Progress bars and advice would disturb a terminal view.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # On AVX512 CPUs bitsandbytes recommends a package whose kernels it would download.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     options |= {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
     try:
         return loader.from_pretrained(model_source(recipe), **options)

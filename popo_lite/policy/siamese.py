@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from popo_lite.errors import CheckpointError, PopoError
+from popo_lite.errors import PopoError
 
 
 class PredictorHead(nn.Module):
@@ -37,7 +37,8 @@ class PredictorHead(nn.Module):
 class Siamese:
     """The float32 average xi <- tau * xi + (1 - tau) * theta of `parameters` (adapters and predictor head).
 
-    A 16-bit average would freeze: (1 - tau) times a small step is below its resolution.
+    A 16-bit average would freeze: (1 - tau) times a small step is below its resolution. `average` holds xi by name,
+    `largest_update` the largest update norm so far.
     """
 
     def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]], tau: float) -> None:
@@ -45,13 +46,13 @@ class Siamese:
             raise PopoError(f"the siamese needs float32 weights; {narrow[0]} and {len(narrow) - 1} others are narrower")
         self.tau = tau
         self._live: dict[str, Tensor] = dict(parameters)
-        self._average = {name: parameter.detach().clone() for name, parameter in parameters}
-        self._largest_update, self._swapped = 0.0, False
+        self.average = {name: parameter.detach().clone() for name, parameter in parameters}
+        self.largest_update, self._swapped = 0.0, False
 
     @property
     def extra_bytes(self) -> int:
         """Bytes that the siamese needs in addition to the policy."""
-        return sum(tensor.nbytes for tensor in self._average.values())
+        return sum(tensor.nbytes for tensor in self.average.values())
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -61,43 +62,40 @@ class Siamese:
         """
         if self._swapped:
             raise PopoError("the siamese weights are swapped in already")
-        self._exchange()
+
+        def exchange() -> None:
+            self._swapped = not self._swapped
+            for name, parameter in self._live.items():
+                parameter.data, self.average[name] = self.average[name], parameter.data
+
+        exchange()
         try:
             yield
         finally:
-            self._exchange()
-
-    def _exchange(self) -> None:
-        self._swapped = not self._swapped
-        for name, parameter in self._live.items():
-            parameter.data, self._average[name] = self._average[name], parameter.data
+            exchange()
 
     @torch.no_grad()
     def update(self, update_norm: float) -> None:
         """Move the average after an optimizer step that changed the weights by `update_norm` (global L2 norm)."""
         if self._swapped:
             raise PopoError("the siamese cannot be updated while its weights are swapped in")
-        torch._foreach_lerp_(list(self._average.values()), list(self._live.values()), 1.0 - self.tau)
-        self._largest_update = max(self._largest_update, update_norm)
+        torch._foreach_lerp_(list(self.average.values()), list(self._live.values()), 1.0 - self.tau)
+        self.largest_update = max(self.largest_update, update_norm)
 
     @torch.no_grad()
     def drift(self) -> float:
         """Return ||theta - xi||, the global L2 norm over all averaged weights."""
-        differences = torch._foreach_sub(list(self._live.values()), list(self._average.values()))
+        differences = torch._foreach_sub(list(self._live.values()), list(self.average.values()))
         return float(torch.stack(torch._foreach_norm(differences)).double().norm())
 
     def drift_bound(self) -> float:
-        """Return the bound of Lemma 3.2 on the drift: tau * (largest update norm so far) / (1 - tau)."""
-        return self.tau * self._largest_update / (1.0 - self.tau)
+        """Return the bound of Lemma 3.2 on the drift: tau * largest_update / (1 - tau)."""
+        return self.tau * self.largest_update / (1.0 - self.tau)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return (averaged tensors by name, scalars) for a checkpoint."""
-        return dict(self._average), {"largest_update": self._largest_update}
-
-    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, float]) -> None:
-        """Restore `state`. Raises CheckpointError if names or shapes are not those of this policy."""
-        for name, average in self._average.items():
-            if name not in tensors or tensors[name].shape != average.shape:
-                raise CheckpointError(f"the checkpoint's siamese has no tensor {name} of shape {tuple(average.shape)}")
-            average.copy_(tensors[name])
-        self._largest_update = scalars["largest_update"]
+    def load_state(self, average: Mapping[str, Tensor], largest_update: float) -> None:
+        """Restore both attributes. Raises KeyError or ValueError if names or shapes are not those of this policy."""
+        for name, tensor in self.average.items():
+            if average[name].shape != tensor.shape:
+                raise ValueError(f"{name} of the siamese has the shape {tuple(average[name].shape)}")
+            tensor.copy_(average[name])
+        self.largest_update = largest_update

@@ -52,7 +52,7 @@ def trainer(phi, tiny_recipe):
             for _, parameter in found.policy.adapter_parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, dtype=parameter.dtype))
             # As if training had gone on for a while: the siamese is elsewhere.
-            for average in found.learner.siamese.state()[0].values():
+            for average in found.learner.siamese.average.values():
                 average.add_(0.05 * torch.randn(average.shape, dtype=average.dtype))
         return found
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from popo_lite.errors import ModelError
-from popo_lite.policy.attention import _alike, boundaries, enable_packing, kernel_of, positions
+from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.policy.policy import load_policy
 
@@ -102,14 +102,6 @@ def test_without_boundaries_it_is_transformers_sdpa():
         ids, attention_mask=mask, do_sample=False, max_new_tokens=6, output_logits=True, return_dict_in_generate=True
     ).logits for model in (packing, plain)), strict=True):  # fmt: skip
         assert torch.equal(found, expected)
-
-
-def test_classes_of_like_lengths_hold_every_token_once_and_are_at_most_half_padding():
-    classes, back = _alike(LENGTHS, torch.device("cpu"))
-    tokens = torch.cat([part[part >= 0] for part in classes])
-    assert tokens[back].tolist() == list(range(sum(LENGTHS)))
-    assert sum(part.numel() for part in classes) < 2 * sum(LENGTHS)
-    assert len(classes) <= 6
 
 
 def test_the_kernel_fits_device_and_dtype():

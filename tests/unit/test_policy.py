@@ -138,7 +138,7 @@ def test_swapping_exchanges_pointers_and_is_undone_by_exceptions(policy):
     disturb(policy)
     names = [name for name, _ in policy.trainable_parameters()]
     live = {name: (p.data_ptr(), p.detach().clone()) for name, p in policy.trainable_parameters()}
-    averages = {name: tensor.data_ptr() for name, tensor in siamese.state()[0].items()}
+    averages = {name: tensor.data_ptr() for name, tensor in siamese.average.items()}
 
     def check_inside():
         for name, parameter in policy.trainable_parameters():
@@ -191,11 +191,11 @@ def test_adapter_round_trip(policy, tiny_recipe, tmp_path):
         load_policy(tiny_recipe(f'lora.init_from="{tmp_path / "adapter"}"', "lora.rank=8"))
     for override, wrong in (
         ("lora.dropout=0.1", "lora_dropout = 0.0"),
-        ('lora.target_modules=["q_proj"]', "was made for"),
+        ('lora.target_modules=["q_proj"]', "was made with target_modules"),
     ):
         with pytest.raises(ModelError, match=wrong):
             load_policy(tiny_recipe(f'lora.init_from="{tmp_path / "adapter"}"', override))
-    with pytest.raises(ModelError, match="another shape"):
+    with pytest.raises(ModelError, match="cannot be loaded on this base: 0 tensors missing, "):
         load_adapter_weights(load_policy(tiny_recipe('lora.target_modules=["q_proj"]')).model, tmp_path / "adapter")
 
 

@@ -246,14 +246,13 @@ def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> 
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    load.quiet_libraries()
     dtype: torch.dtype = getattr(torch, recipe.dtype)
     with init_empty_weights(include_buffers=False):
         settings = {"attn_implementation": recipe.attn_implementation, "trust_remote_code": recipe.trust_remote_code}
         model: PreTrainedModel = AutoModelForCausalLM.from_config(architecture(recipe), dtype=dtype, **settings)
     quantizer: Any = None
     if recipe.quantization == "nf4":
-        quantizer = AutoHfQuantizer.from_config(load.nf4_config(recipe, dtype), pre_quantized=False)
+        quantizer = AutoHfQuantizer.from_config(load.nf4_config(recipe), pre_quantized=False)
         quantizer.preprocess_model(model, device_map={"": device})
     model.tie_weights()  # so that the loop sees tied parameters once; they are tied again after they are replaced
     source = torch.Generator(device).manual_seed(seed)
