@@ -76,8 +76,8 @@ def _attention(
         extra: dict[str, Any] = {"enable_gqa": groups_heads} if VARLEN_GROUPS_HEADS else {}
         if groups_heads and not VARLEN_GROUPS_HEADS:
             parts[1:] = [part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in parts[1:]]
-        edges, longest = edges.to(query.device, non_blocking=True), max(lengths)
-        output = varlen_attn(*parts, edges, edges, longest, longest, scale=scale, window_size=(-1, 0), **extra)
+        (q, k, v), edges, longest = parts, edges.to(query.device, non_blocking=True), max(lengths)
+        output = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=(-1, 0), **extra)
         return cast("Tensor", output)[None], None
     outputs = [
         scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=groups_heads)

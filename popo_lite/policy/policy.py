@@ -41,7 +41,6 @@ class Policy:
     head: Head
     device: torch.device
     stop_ids: frozenset[int]
-    context_tokens: int
     quantized_modules: int
     packing: str = "off"
     offload: bool = False
@@ -64,8 +63,8 @@ class Policy:
             options = {"attention_mask": boundaries(lengths), "position_ids": positions(lengths, self.device)}
         if options and self.packing == "flash_attention_2":
             edges, longest = options.pop("attention_mask").flatten().to(self.device), max(lengths)
-            options |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
-            options |= {"max_length_q": longest, "max_length_k": longest}
+            options |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), edges)
+            options |= dict.fromkeys(("max_length_q", "max_length_k"), longest)
         saving: AbstractContextManager[Any] = nullcontext()
         if self.offload and torch.is_grad_enabled():
             # Gradient checkpointing saves each layer's input through these hooks, which keep it in host memory.
@@ -100,7 +99,7 @@ def load_policy(recipe: Recipe) -> Policy:
     """Load base, adapters and head as the recipe says. Raises ModelError if the model does not fit the recipe."""
     device = pick_device(recipe.train.device)
     # Before gigabytes are read, and before unsloth would stretch the context with another rotary scaling.
-    check_context(recipe, _context_tokens(load_config(recipe.model)))
+    check_context(recipe, getattr(load_config(recipe.model), "max_position_embeddings", None) or 2**31)
     if recipe.model.backend == "unsloth":
         return wrap_policy(*load_unsloth(recipe), recipe, device)
     tokenizer = load_tokenizer(recipe.model)
@@ -139,7 +138,6 @@ def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Re
         head=head,
         device=device,
         stop_ids=stop_ids_of(base, tokenizer, recipe.data.chat_template),
-        context_tokens=_context_tokens(base.config),
         quantized_modules=sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
         offload=recipe.train.offload_activations,
     )
@@ -153,11 +151,9 @@ def head_of(base: Any, *, temperature: float) -> Head:
     """Return the LM head of a transformers causal model, with the logit scaling and soft-capping of its config."""
     output = base.get_output_embeddings()
     if type(output) is not nn.Linear:
-        raise ModelError(
-            f"its LM head is a {type(output).__name__}, and the loss needs a plain 16/32-bit linear layer",
-            where="model.id",
-            next_step="keep the LM head out of quantisation and out of lora.target_modules",
-        )
+        what = f"its LM head is a {type(output).__name__}, and the loss needs a plain 16/32-bit linear layer"
+        next_step = "keep the LM head out of quantisation and out of lora.target_modules"
+        raise ModelError(what, where="model.id", next_step=next_step)
     cohere, granite = (getattr(base.config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
     scale, softcap = float(cohere) / float(granite), getattr(base.config, "final_logit_softcapping", None)  # Gemma's
     return Head(weight=output.weight, bias=output.bias, scale=scale, softcap=softcap, temperature=temperature)
@@ -176,12 +172,10 @@ def check_logits(policy: Policy) -> None:
     tolerance = 2 * eps * float(expected.abs().max().clamp(min=1.0))
     gap = float((ours - expected).abs().max())
     if gap > max(tolerance, 1e-4):
-        raise ModelError(
-            f"{type(policy.model.get_base_model()).__name__} changes its logits in a way that is not known here "
-            f"(largest difference {gap:.3g})",
-            where="model.id",
-            next_step="please report the model; supported are logit scaling and soft-capping",
-        )
+        name = type(policy.model.get_base_model()).__name__
+        what = f"{name} changes its logits in a way that is not known here (largest difference {gap:.3g})"
+        next_step = "please report the model; supported are logit scaling and soft-capping"
+        raise ModelError(what, where="model.id", next_step=next_step)
 
 
 @torch.no_grad()
@@ -222,11 +216,9 @@ def _pack(policy: Policy, recipe: Recipe) -> None:
         gap, reason = float("inf"), str(error).strip().partition("\n")[0]
     # Rounding differs by kernel and adds up over layers.
     if not gap <= min(256 * torch.finfo(alone.dtype).eps, leak / 8):
-        raise ModelError(
-            f"{type(base).__name__} does not keep the sequences of a packed row apart: {reason}",
-            where="train.packing = true",
-            next_step="--set train.packing=false runs one sequence at a time",
-        )
+        what = f"{type(base).__name__} does not keep the sequences of a packed row apart: {reason}"
+        next_step = "--set train.packing=false runs one sequence at a time"
+        raise ModelError(what, where="train.packing = true", next_step=next_step)
 
 
 def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> frozenset[int]:
@@ -244,11 +236,9 @@ def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: st
         if chat_template or tokenizer.chat_template:
             text = str(tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False))
     except TemplateSyntaxError as error:
-        raise ModelError(
-            f"the chat template is not valid Jinja: {error}",
-            where="data.chat_template" if chat_template else f"the tokenizer of {tokenizer.name_or_path}",
-            next_step="correct it, or set data.chat_template (popo-lite eval: --chat-template FILE)",
-        ) from error
+        where = "data.chat_template" if chat_template else f"the tokenizer of {tokenizer.name_or_path}"
+        next_step = "correct it, or set data.chat_template (popo-lite eval: --chat-template FILE)"
+        raise ModelError(f"the chat template is not valid Jinja: {error}", where=where, next_step=next_step) from error
     except TemplateError:  # the template refuses assistant turns
         pass
     _, found, after = text.rpartition("answer")
@@ -256,13 +246,7 @@ def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: st
         ids = tokenizer.encode(after, add_special_tokens=False)
         stops.update(token for token in ids[:1] if token in tokenizer.all_special_ids)
     if not stops:
-        raise ModelError(
-            "neither model, tokenizer nor chat template names a token that ends an answer",
-            where="model.id",
-            next_step="give the model an eos_token_id in generation_config.json",
-        )
+        what = "neither model, tokenizer nor chat template names a token that ends an answer"
+        next_step = "give the model an eos_token_id in generation_config.json"
+        raise ModelError(what, where="model.id", next_step=next_step)
     return frozenset(stops)
-
-
-def _context_tokens(config: Any) -> int:
-    return int(getattr(config, "max_position_embeddings", None) or 2**31)

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from popo_lite.errors import CheckpointError, ExportError, UserInputError
 from popo_lite.policy.adapters import ADAPTER_FILE, save_adapter
@@ -281,14 +281,14 @@ def test_a_wrong_merge_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run = finished_run(tmp_path / "run", base)
     before = traces(tmp_path)
 
-    def merge_leaving_one_layer_out(model: Any) -> Any:
+    def merge_leaving_one_layer_out(model: Any, *arguments: Any) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("layers.1.self_attn.o_proj.lora_B.default.weight"):
                 parameter.data.zero_()
-        return merge(model)
+        write_merged(model, *arguments)
 
-    merge = pipeline.merge
-    monkeypatch.setattr(pipeline, "merge", merge_leaving_one_layer_out)
+    write_merged = pipeline.write_merged
+    monkeypatch.setattr(pipeline, "write_merged", merge_leaving_one_layer_out)
     with pytest.raises(ExportError, match="the merged model is not the trained policy"):
         export_run(run, prompts=8)
     assert traces(tmp_path) == before
@@ -320,10 +320,13 @@ def test_other_stop_tokens_are_found_out(tmp_path: Path, monkeypatch: pytest.Mon
 def test_another_chat_template_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}<|assistant|>"
     run = finished_run(tmp_path / "run", PLAIN, f'data.chat_template="{template}"')
-    write_tokenizer = pipeline.write_tokenizer
-    monkeypatch.setattr(
-        pipeline, "write_tokenizer", lambda tokenizer, folder, _: write_tokenizer(tokenizer, folder, None)
-    )
+    save = PreTrainedTokenizerBase.save_pretrained
+
+    def save_with_another_template(tokenizer: Any, *arguments: Any, **options: Any) -> Any:
+        tokenizer.chat_template = AutoTokenizer.from_pretrained(TINY_FOLDER).chat_template
+        return save(tokenizer, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_with_another_template)
     with pytest.raises(ExportError, match="makes other tokens of a prompt"):
         export_run(run, prompts=4)
 

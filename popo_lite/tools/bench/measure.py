@@ -188,13 +188,14 @@ def bench_longest(
         notify(f"{tokens:,} tokens: {'fits' if fitted else 'out of memory'}")
         return fitted
 
+    context = getattr(policy.model.config, "max_position_embeddings", None) or 2**31
     return {
         "model": recipe.model.id,
         "device": str(device),
         "memory_cap_bytes": memory_cap_bytes,
-        "longest_tokens": longest(fits, last=policy.context_tokens, step=resolution),
+        "longest_tokens": longest(fits, last=context, step=resolution),
         "planned_tokens": plan and plan.longest_sequence_tokens,
-        "context_tokens": policy.context_tokens,
+        "context_tokens": context,
         "resolution_tokens": resolution,
         "environment": environment(device),
     }

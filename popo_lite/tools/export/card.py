@@ -37,7 +37,7 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
         front_matter=_front_matter(recipe, dtype, results.get("siamese" if weights == "siamese" else "after", {})),
         model=recipe.model,
         known_as=known_as(recipe.model.id),
-        on_hub=_on_hub(recipe),
+        on_hub=recipe.model.id != "tiny" and not is_local(recipe.model.id),
         algorithm=recipe.objective.algorithm,
         summary=summary,
         weights=weights,
@@ -64,10 +64,6 @@ def known_as(source: str) -> str:
     return Path(source).expanduser().name if is_local(source) else source
 
 
-def _on_hub(recipe: Recipe) -> bool:
-    return recipe.model.id != "tiny" and not is_local(recipe.model.id)
-
-
 def _front_matter(recipe: Recipe, dtype: str | None, result: Facts) -> str:
     """Return the card's YAML. The licence is the one that the base's own card names; unknown if it cannot be read."""
     from httpx import HTTPError
@@ -87,7 +83,7 @@ def _front_matter(recipe: Recipe, dtype: str | None, result: Facts) -> str:
     rates = result.get("pass_at_k", {}).items()
     results = [EvalResult(**task, metric_type=f"pass@{k}", metric_value=rate) for k, rate in rates] or None
     data = ModelCardData(
-        base_model=recipe.model.id if _on_hub(recipe) else None,
+        base_model=None if recipe.model.id == "tiny" or is_local(recipe.model.id) else recipe.model.id,
         library_name="peft" if dtype is None else "transformers",
         pipeline_tag="text-generation",
         tags=[recipe.objective.algorithm, "popo-lite", "rlvr", "reinforcement-learning", "lora"],

@@ -101,11 +101,9 @@ def _check_repo_id(repo_id: str) -> None:
             raise ValueError("it lacks the user or organisation")
         validate_repo_id(repo_id)
     except ValueError as error:
-        raise UserInputError(
-            f"not the name of a repository: {error}",
-            where=f"--push-to-hub {repo_id}",
-            next_step="write it as user/name; `hf auth whoami` says who is logged in",
-        ) from error
+        what, where = f"not the name of a repository: {error}", f"--push-to-hub {repo_id}"
+        next_step = "write it as user/name; `hf auth whoami` says who is logged in"
+        raise UserInputError(what, where=where, next_step=next_step) from error
 
 
 def _push(folder: Path, repo_id: str, private: bool) -> dict[str, Any]:
@@ -123,11 +121,9 @@ def _push(folder: Path, repo_id: str, private: bool) -> dict[str, Any]:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         is_private = bool(api.model_info(repo_id).private)
         if private and not is_private:
-            raise ExportError(
-                f"{repo_id} exists and everybody can see it, so nothing was uploaded",
-                where=f"{where} --private",
-                next_step=f"make it private on its settings page, or name another one; the export is in {folder}",
-            )
+            what = f"{repo_id} exists and everybody can see it, so nothing was uploaded"
+            next_step = f"make it private on its settings page, or name another one; the export is in {folder}"
+            raise ExportError(what, where=f"{where} --private", next_step=next_step)
         message = "Upload by popo-lite export"
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=WEIGHT_FILES
@@ -152,13 +148,10 @@ def _explained(error: BaseException) -> tuple[str, str]:
     if status == 401:
         what, first = "the Hub does not know this login", "hf auth login"
     elif status == 403:
-        what, first = (
-            "this login may not write there",
-            "hf auth login with a token that may write, or a name of your own",
-        )
+        what = "this login may not write there"
+        first = "hf auth login with a token that may write, or a name of your own"
     elif isinstance(error, OfflineModeIsEnabled):
         what, first = "HF_HUB_OFFLINE forbids it", "set HF_HUB_OFFLINE=0"
     elif isinstance(error, TransportError):
-        what = f"the Hub cannot be reached ({type(error).__name__}: {error})"
-        first = "check the network"
+        what, first = f"the Hub cannot be reached ({type(error).__name__}: {error})", "check the network"
     return what, f"{first}, then the same command again"

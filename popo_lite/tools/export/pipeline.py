@@ -99,15 +99,15 @@ def export_run(
         path = report.folder / REPORT_FILE
         earlier = json.loads(path.read_text(encoding="utf-8")) if reuse and path.is_file() else {}
         if report.content() != earlier | {"verification": None}:
-            raise UserInputError(
-                "the folder is not empty, and no export is ever overwritten",
-                where=str(report.folder),
-                next_step="remove it, or name another one with --output",
-            )
+            what = "the folder is not empty, and no export is ever overwritten"
+            next_step = "remove it, or name another one with --output"
+            raise UserInputError(what, where=str(report.folder), next_step=next_step)
         return replace(report, verification=earlier["verification"], reused=True)
 
     with _complete_folder(report.folder) as folder:
-        write_tokenizer(load_tokenizer(recipe.model), folder, recipe.data.chat_template)
+        tokenizer: Any = load_tokenizer(recipe.model)
+        tokenizer.chat_template = recipe.data.chat_template or tokenizer.chat_template
+        tokenizer.save_pretrained(str(folder))
         if report.dtype is None:
             shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
             config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -129,9 +129,8 @@ def _export_merged(
     """Write the merged model beside its tokenizer and compare it with the policy. Only one model is in memory."""
     # Without what only training needs. unsloth's adapters are PEFT's, and are compared as plain transformers runs them.
     device = "cpu" if recipe.train.device == "cpu" else "auto"
-    recipe = recipe.with_values(
-        {"model.backend": "transformers", "train.device": device, "train.gradient_checkpointing": False}
-    )
+    plain = {"model.backend": "transformers", "train.device": device, "train.gradient_checkpointing": False}
+    recipe = recipe.with_values(plain)
     train, held_out = open_tasks(recipe)
     problems = held_out.held_out(min(prompts, recipe.eval.problems))
     problems = problems or [train.train_problem(recipe.train.seed, index) for index in range(prompts)]
@@ -146,26 +145,20 @@ def _export_merged(
     with progress("merging on the CPU", None):
         model = load_unmerged(recipe, adapter, dtype)
         unmerged = verify.log_probs(model.get_base_model(), trained.prompts[checked], trained.answers[checked])
-        write_merged(merge(model), folder, trained.stop_ids)
+        write_merged(model, folder, trained.stop_ids)
     del model
     release_memory()
     written = recipe.model.with_values({"id": str(folder), "revision": None, "quantization": "none", "dtype": dtype})
     renderer = Renderer(recipe.with_values({"data.chat_template": None}), load_tokenizer(written))
     for problem, prompt in zip(problems, trained.prompts, strict=True):
         if renderer.token_ids(problem) != prompt:
-            raise ExportError(
-                "the exported tokenizer makes other tokens of a prompt than the trained policy's",
-                where=f"problem {problem.id}",
-                next_step=verify.REPORT_IT,
-            )
+            what = "the exported tokenizer makes other tokens of a prompt than the trained policy's"
+            raise ExportError(what, where=f"problem {problem.id}", next_step=verify.REPORT_IT)
     found, logps = verify.compare(load_base(written, pick_device(device)), trained, limit, progress)
-    if same_base:
-        judged = (found[key] for key in ("mean_difference", "worst_difference", "widest_parting"))
-        verify.refuse_beyond_rounding(dtype, *judged)
-    else:
-        # The policy was trained on other base weights, so a difference is expected. Compare the merge with
-        # the same base and an unmerged adapter instead.
-        verify.refuse_beyond_rounding(dtype, *verify.differences(unmerged, logps[checked]))
+    figures: Any = (found[key] for key in ("mean_difference", "worst_difference", "widest_parting"))
+    # On other base weights than the trained ones a difference is expected. Compare the merge with the same base and
+    # an unmerged adapter instead.
+    verify.refuse_beyond_rounding(dtype, *(figures if same_base else verify.differences(unmerged, logps[checked])))
     return found
 
 
@@ -176,27 +169,22 @@ def load_unmerged(recipe: Recipe, adapter: Path, dtype: str) -> Any:
         plain["model.attn_implementation"] = "sdpa"
     model = load_trained_policy(recipe.with_values(plain), adapter).model
     if getattr(model.config, "quantization_config", None) is not None:
-        raise ExportError(
-            f"{recipe.model.id} is stored quantised, so there is no 16-bit base to merge into",
-            where="model.id",
-            next_step="export the adapter (--what adapter), or train on the base that it was quantised from",
-        )
+        what = f"{recipe.model.id} is stored quantised, so there is no 16-bit base to merge into"
+        next_step = "export the adapter (--what adapter), or train on the base that it was quantised from"
+        raise ExportError(what, where="model.id", next_step=next_step)
     return model
 
 
-def merge(model: Any) -> Any:
-    """Merge in place and return the base. Raises ExportError if the sum is not finite."""
+def write_merged(adapted: Any, folder: Path, stop_ids: frozenset[int]) -> None:
+    """Merge the adapter in place; write weights, config and generation config, with the policy's stop tokens.
+
+    Raises ExportError if the sum is not finite.
+    """
     try:
-        return model.merge_and_unload(safe_merge=True)
+        model = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise ExportError(
-            f"the adapter cannot be merged: {error}",
-            next_step="try --dtype float32, or --weights siamese if training diverged at its end",
-        ) from error
-
-
-def write_merged(model: Any, folder: Path, stop_ids: frozenset[int]) -> None:
-    """Write weights, config and generation config; `generate` then stops where the policy's answers ended."""
+        next_step = "try --dtype float32, or --weights siamese if training diverged at its end"
+        raise ExportError(f"the adapter cannot be merged: {error}", next_step=next_step) from error
     config = model.generation_config
     config.eos_token_id = sorted(stop_ids) if len(stop_ids) > 1 else min(stop_ids)
     try:
@@ -208,13 +196,6 @@ def write_merged(model: Any, folder: Path, stop_ids: frozenset[int]) -> None:
         model.save_pretrained(str(folder), max_shard_size="5GB")
     except SafetensorError as error:
         raise OSError(errno.ENOSPC, str(error)) from error
-
-
-def write_tokenizer(tokenizer: Any, folder: Path, chat_template: str | None) -> None:
-    """Write the tokenizer with the chat template that the policy was trained with."""
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(str(folder))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -236,10 +217,8 @@ def _complete_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
-        raise ExportError(
-            f"the export could not be written: {error.strerror}",
-            where=str(target),
-            next_step="name a folder with enough space that can be written to with --output",
-        ) from error
+        what = f"the export could not be written: {error.strerror}"
+        next_step = "name a folder with enough space that can be written to with --output"
+        raise ExportError(what, where=str(target), next_step=next_step) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -85,10 +85,8 @@ def ask_trained(policy: Policy, prompts: list[Tokens], limit: int, progress: Pro
         with policy.model.disable_adapter():
             bare = log_probs(base, prompts, answers)
     if not torch.cat(logps).isfinite().all():
-        raise ExportError(
-            "the trained policy's log-probs are not finite, so there is nothing worth exporting",
-            next_step="train again with a lower optimizer.learning_rate",
-        )
+        what = "the trained policy's log-probs are not finite, so there is nothing worth exporting"
+        raise ExportError(what, next_step="train again with a lower optimizer.learning_rate")
     dtype = "nf4" if policy.quantized_modules else str(policy.head.weight.dtype).removeprefix("torch.")
     facts = {"trained_base": dtype, "adapter_difference": differences(logps, bare)[0]}
     return Trained(prompts, answers, logps, policy.stop_ids, facts)
@@ -107,10 +105,8 @@ def compare(model: Any, trained: Trained, limit: int, progress: Progress) -> tup
     found = model.generation_config.eos_token_id
     stops = [found] if isinstance(found, int) else sorted(found or ())
     if set(stops) != trained.stop_ids:
-        raise ExportError(
-            f"the merged model stops at the tokens {stops}, the trained policy at {sorted(trained.stop_ids)}",
-            next_step=REPORT_IT,
-        )
+        what = f"the merged model stops at the tokens {stops}, the trained policy at {sorted(trained.stop_ids)}"
+        raise ExportError(what, next_step=REPORT_IT)
     with progress("answers of the merged model", len(trained.prompts)) as done:
         answers = greedy(model, trained.prompts, trained.stop_ids, limit, done)
         logps = log_probs(model, trained.prompts, trained.answers)
@@ -118,6 +114,7 @@ def compare(model: Any, trained: Trained, limit: int, progress: Progress) -> tup
     partings = [gap for gap in map(parting, trained.answers, answers, logps, own) if gap is not None]
     mean, worst = differences(trained.logps, logps)
     figures = {
+        **trained.facts,
         "merged_base": str(model.dtype).removeprefix("torch."),
         "prompts": len(answers),
         "tokens": sum(map(len, trained.logps)),
@@ -126,7 +123,7 @@ def compare(model: Any, trained: Trained, limit: int, progress: Progress) -> tup
         "mean_difference": mean,
         "worst_difference": worst,
     }
-    return {**trained.facts, **figures}, logps
+    return figures, logps
 
 
 def parting(theirs: Tokens, ours: Tokens, theirs_logps: Tensor, our_logps: Tensor) -> float | None:
