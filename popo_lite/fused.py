@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, reduce
+from functools import cache, reduce
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -32,6 +32,9 @@ from popo_lite.errors import ModelError
 
 FORWARD_TERMS, BACKWARD_TERMS = 128, 256
 """Terms that a float32 product on a CPU sums in one call: oneDNN rounds after each term, so longer sums lose digits."""
+
+Rule = tuple[float, float | None, float]
+"""`scale`, `softcap` and `temperature` of a `Head`: z as a function of the raw logits u."""
 
 TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
 """(log-probs [n], entropies [n], which tokens they are) -> their share of the loss, a differentiable scalar."""
@@ -64,34 +67,49 @@ class Head:
         """Dtype of logits and everything after them: float32, or float64 if the head is float64."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
-    @cached_property
+    @property
+    def rule(self) -> Rule:
+        """How z follows from the raw logits."""
+        return self.scale, self.softcap, self.temperature
+
+    @property
     def row_block(self) -> int:
         """Rows of a chunk that the row-wise math takes at a time."""
-        vocabulary, logits_bytes = self.weight.shape[0], self.compute_dtype.itemsize
-        return row_block(vocabulary, on_gpu=self.weight.is_cuda, logits_bytes=logits_bytes)
-
-    @cached_property
-    def tile_rows(self) -> int:
-        """Rows of the head that a CPU widens to float32 at a time."""
-        return tile_rows(self.weight.shape[1])
+        return row_block(len(self.weight), on_gpu=self.weight.is_cuda, logits_bytes=self.compute_dtype.itemsize)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return z [n, V] of `hidden` [n, D] in `compute_dtype`; 16-bit operands are accumulated in float32."""
         raw = hidden.new_empty(len(hidden), len(self.weight), dtype=self.compute_dtype)
-        return _scores(self.write_raw(hidden, raw), self.scale, self.softcap, self.temperature)
+        return _scores(self.write_raw(hidden, raw), self.rule)
 
     def write_raw(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """Write the raw logits u of `hidden` [n, D] to `out` [n, V] and return it."""
-        _multiply(hidden, self.weight, out=out, tile=self.tile_rows)
+        """Write the raw logits u of `hidden` [n, D] to `out` [n, V], accumulated in its dtype, and return it."""
+        weight, hidden = self.weight, hidden.to(self.weight.dtype)
+        if weight.is_cuda and weight.dtype != out.dtype:
+            torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+        elif weight.is_cuda or out.dtype == torch.float64:
+            torch.mm(hidden, weight.T, out=out)
+        else:
+            # The CPU has no product with 16-bit operands and float32 results. Products of 16-bit numbers are exact in
+            # float32, so widening the operands loses nothing; tile by tile it needs no second head.
+            vocabulary, width = weight.shape
+            terms = FORWARD_TERMS if weight.dtype == torch.float32 else width
+            for tile in _slices(vocabulary, tile_rows(width)):
+                sums = (_float32_linear(hidden[:, k], weight[tile, k].contiguous()) for k in _slices(width, terms))
+                out[:, tile] = reduce(Tensor.add_, sums)
         return out if self.bias is None else out.add_(self.bias)
 
-
-class TokenStatistics(NamedTuple):
-    """Per token, [n] each: m = max z, S, and E / S."""
-
-    maxima: Tensor
-    sums: Tensor
-    means: Tensor
+    def multiply_back(self, rows: Tensor, out: Tensor) -> None:
+        """Write `rows` [n, V] times the weight to `out` [n, D], all of one dtype; accumulated in at least float32."""
+        if rows.is_cuda and rows.element_size() == 2:
+            # Ask for float32: cuBLAS may otherwise add the parts of so long a sum in 16 bit.
+            out.copy_(torch.mm(rows, self.weight, out_dtype=torch.float32))
+        elif rows.is_cuda or rows.dtype != torch.float32:
+            torch.mm(rows, self.weight, out=out)
+        else:
+            out.zero_()
+            for part in _slices(len(self.weight), BACKWARD_TERMS):
+                out += _float32_linear(rows[:, part], self.weight[part].T)
 
 
 class LossOutput(NamedTuple):
@@ -147,24 +165,32 @@ class _FusedLoss(torch.autograd.Function):
         compile_rows: bool,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        walk = _ChunkWalk(head, len(hidden), chunk, compile_rows)
+        row_statistics, row_gradients = _row_functions(compile_rows)
+        # Holds a chunk's logits, then its gradient rows in their place.
+        buffer = head.weight.new_empty(min(chunk, len(hidden)), len(head.weight), dtype=head.compute_dtype)
         logps, entropies = (hidden.new_empty(len(hidden), dtype=head.compute_dtype) for _ in range(2))
         grad_hidden = torch.empty(hidden.shape if differentiate else 0, dtype=head.weight.dtype, device=hidden.device)
         total = logps.new_zeros(())
         for part in _slices(len(hidden), chunk):
-            raw = head.write_raw(hidden[part], walk.buffer[: part.stop - part.start])
-            statistics = walk.statistics(raw)
-            target_scores = _scores(raw.gather(-1, targets[part, None]), *walk.rule).squeeze(-1)
-            logps[part] = (target_scores - statistics.maxima) - statistics.sums.log()
-            entropies[part] = statistics.sums.log() - statistics.means
+            raw = head.write_raw(hidden[part], buffer[: part.stop - part.start])
+            # Block by block into one tensor: small ones that outlive a block would keep a CPU's allocator from reusing
+            # the memory of its temporaries.
+            maxima, sums, means = statistics = raw.new_empty(3, len(raw))
+            for block in _slices(len(raw), head.row_block):
+                for whole, piece in zip(statistics, row_statistics(raw[block], head.rule), strict=True):
+                    whole[block] = piece
+            target_scores = _scores(raw.gather(-1, targets[part, None]), head.rule).squeeze(-1)
+            logps[part] = (target_scores - maxima) - sums.log()
+            entropies[part] = sums.log() - means
             with torch.enable_grad():
                 leaves = logps[part].detach().requires_grad_(), entropies[part].detach().requires_grad_()
                 loss = token_loss(*leaves, part)
             total += loss.detach()
             if differentiate:
                 # None for a number that the loss does not use: its term is left out of the rows.
-                grad_logps, grad_entropies = torch.autograd.grad(loss, leaves, allow_unused=True)
-                walk.gradient(raw, targets[part], statistics, grad_logps, grad_entropies, out=grad_hidden[part])
+                a, b = torch.autograd.grad(loss, leaves, allow_unused=True)
+                rows = _write_gradient_rows(raw, targets[part], statistics, a, b, head, row_gradients)
+                head.multiply_back(rows, grad_hidden[part])
         ctx.save_for_backward(grad_hidden.to(hidden.dtype))
         ctx.mark_non_differentiable(logps, entropies)
         return total, logps, entropies
@@ -176,72 +202,50 @@ class _FusedLoss(torch.autograd.Function):
         return (grad_hidden * grad_loss.to(grad_hidden.dtype), *[None] * 6)
 
 
-class _ChunkWalk:
-    """One buffer [chunk, V] that holds a chunk's logits, then its gradient rows in their place."""
+def _write_gradient_rows(
+    raw: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    head: Head,
+    row_gradients: Callable[..., Tensor],
+) -> Tensor:
+    """Overwrite `raw` [n, V] with dL/du in the head's dtype, for a = dL/d log p_y and b = dL/dH; return the rows.
 
-    def __init__(self, head: Head, tokens: int, chunk: int, compile_rows: bool) -> None:
-        vocabulary, dtype = head.weight.shape[0], head.compute_dtype
-        self.head = head
-        self.buffer = head.weight.new_empty(min(chunk, tokens), vocabulary, dtype=dtype)
-        self.row_statistics, self.row_gradients = _row_functions(compile_rows)
-        self.rule = (head.scale, head.softcap, head.temperature)
-
-    def statistics(self, raw: Tensor) -> TokenStatistics:
-        """Return the statistics of a chunk."""
-        # Block by block into one tensor: small ones that outlive a block would keep a CPU's allocator from reusing
-        # the memory of its temporaries.
-        statistics = TokenStatistics(*raw.new_empty(3, len(raw)))
-        for part in _slices(len(raw), self.head.row_block):
-            for whole, piece in zip(statistics, self.row_statistics(raw[part], *self.rule), strict=True):
-                whole[part] = piece
-        return statistics
-
-    def gradient(
-        self,
-        raw: Tensor,
-        targets: Tensor,
-        statistics: TokenStatistics,
-        a: Tensor | None,
-        b: Tensor | None,
-        *,
-        out: Tensor,
-    ) -> None:
-        """Write dL/dh [n, D] for a = dL/d log p_y and b = dL/dH to `out`. Overwrites `raw`."""
-        scale, _, temperature = self.rule
-        factor = scale / temperature
-        slope = None if b is None else -factor * b / statistics.sums
-        constant = torch.zeros_like(statistics.sums) if slope is None else -slope * statistics.means
-        one_hot = None if a is None else factor * a
-        if one_hot is not None:
-            constant -= one_hot / statistics.sums
-        # Add the one-hot before the cast to 16 bit: separate, a confident token's row would lose all digits.
-        dtype = self.head.weight.dtype
-        picked = raw.gather(-1, targets[:, None])
-        entries = _row_gradients(picked, statistics.maxima, constant, slope, one_hot, dtype, *self.rule)
-        # In 16 bit, row r is written where row r / 2 was. That row has been read already, or belongs to the same
-        # block, which is read as a whole before any of it is written.
-        rows = self.buffer.view(dtype).view(-1)[: raw.numel()].view(raw.shape)
-        for part in _slices(len(raw), self.head.row_block):
-            slopes = None if slope is None else slope[part]
-            rows[part] = self.row_gradients(
-                raw[part], statistics.maxima[part], constant[part], slopes, None, dtype, *self.rule
-            )
-        rows[torch.arange(len(targets), device=targets.device), targets] = entries.squeeze(-1)
-        _multiply_back(rows, self.head.weight, out=out)
+    `statistics` [3, n] holds m, S and E / S.
+    """
+    maxima, sums, means = statistics
+    dtype, factor = head.weight.dtype, head.scale / head.temperature
+    slope = None if b is None else -factor * b / sums
+    constant = torch.zeros_like(sums) if slope is None else -slope * means
+    one_hot = None if a is None else factor * a
+    if one_hot is not None:
+        constant -= one_hot / sums
+    # Add the one-hot before the cast to 16 bit: separate, a confident token's row would lose all digits.
+    picked = raw.gather(-1, targets[:, None])
+    entries = _row_gradients(picked, maxima, constant, slope, one_hot, dtype, head.rule)
+    # In 16 bit, row r is written where row r / 2 was. That row has been read already, or belongs to the same block,
+    # which is read as a whole before any of it is written.
+    rows = raw.view(dtype).view(-1)[: raw.numel()].view(raw.shape)
+    for block in _slices(len(raw), head.row_block):
+        slopes = None if slope is None else slope[block]
+        rows[block] = row_gradients(raw[block], maxima[block], constant[block], slopes, None, dtype, head.rule)
+    rows[torch.arange(len(targets), device=targets.device), targets] = entries.squeeze(-1)
+    return rows
 
 
-def _scores(raw: Tensor, scale: float, softcap: float | None, temperature: float) -> Tensor:
+def _scores(raw: Tensor, rule: Rule) -> Tensor:
     """Return z = f(u) / T; `raw` itself if f / T is the identity."""
+    scale, softcap, temperature = rule
     if softcap is not None:
         return (raw * (scale / softcap)).tanh_().mul_(softcap / temperature)
     return raw if scale == temperature else raw * (scale / temperature)
 
 
-def _row_statistics(
-    raw: Tensor, scale: float, softcap: float | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _row_statistics(raw: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """Return m, S, E / S, [r] each, of [r, V] raw logits."""
-    z = _scores(raw, scale, softcap, temperature)
+    z = _scores(raw, rule)
     maxima = z.amax(dim=-1)
     # m and log S stay separate: one combined logsumexp doubles the gradient's error in float32.
     shifted = z - maxima[:, None]
@@ -257,21 +261,20 @@ def _row_gradients(
     slope: Tensor | None,
     one_hot: Tensor | None,
     dtype: torch.dtype,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    rule: Rule,
 ) -> Tensor:
     """Return f'(u) / f'(0) * (one_hot + exp(z - m) * (constant + slope * (z - m))) of [r, k] raw logits.
 
     The tensors beside `raw` are [r]. This is the module's formula with p = exp(z - m) / S and
     log p + H = (z - m) - E / S.
     """
-    z = _scores(raw, scale, softcap, temperature)
+    z = _scores(raw, rule)
     shifted = z - maxima[:, None]
     row = shifted.exp()
     row.mul_(constant[:, None] if slope is None else shifted.mul_(slope[:, None]).add_(constant[:, None]))
     if one_hot is not None:
         row.add_(one_hot[:, None])
+    _, softcap, temperature = rule
     if softcap is not None:
         row.mul_((z * (temperature / softcap)).square_().neg_().add_(1))
     return row.to(dtype)
@@ -283,38 +286,6 @@ def _row_functions(compiled: bool) -> tuple[Callable[..., Any], Callable[..., An
     if not compiled:
         return _row_statistics, _row_gradients
     return torch.compile(_row_statistics), torch.compile(_row_gradients)
-
-
-def _multiply(hidden: Tensor, weight: Tensor, *, out: Tensor, tile: int) -> None:
-    """Write hidden [n, D] times weight [V, D] transposed to `out` [n, V], accumulated in the dtype of `out`."""
-    hidden = hidden.to(weight.dtype)
-    if weight.is_cuda and weight.dtype != out.dtype:
-        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-    elif weight.is_cuda or out.dtype == torch.float64:
-        torch.mm(hidden, weight.T, out=out)
-    else:
-        # The CPU has no product with 16-bit operands and float32 results. Products of 16-bit numbers are exact in
-        # float32, so widening the operands loses nothing; tile by tile it needs no second head.
-        terms = FORWARD_TERMS if weight.dtype == torch.float32 else weight.shape[1]
-        for part in _slices(weight.shape[0], tile):
-            sums = (
-                _float32_linear(hidden[:, some], weight[part, some].contiguous())
-                for some in _slices(weight.shape[1], terms)
-            )
-            out[:, part] = reduce(Tensor.add_, sums)
-
-
-def _multiply_back(rows: Tensor, weight: Tensor, *, out: Tensor) -> None:
-    """Write rows [n, V] times weight [V, D] to `out` [n, D], all of one dtype; accumulated in at least float32."""
-    if rows.is_cuda and rows.element_size() == 2:
-        # Ask for float32: cuBLAS may otherwise add the parts of so long a sum in 16 bit.
-        out.copy_(torch.mm(rows, weight, out_dtype=torch.float32))
-    elif rows.is_cuda or rows.dtype != torch.float32:
-        torch.mm(rows, weight, out=out)
-    else:
-        out.zero_()
-        for part in _slices(weight.shape[0], BACKWARD_TERMS):
-            out += _float32_linear(rows[:, part], weight[part].T)
 
 
 def _float32_linear(left: Tensor, weight: Tensor) -> Tensor:
