@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -58,33 +58,16 @@ class Tokens(NamedTuple):
 def popo(
     policy_logps: Tensor, entropies: Tensor, tokens: Tokens, objective: PopoObjective, entropy_coef: float
 ) -> Tensor:
-    """Return L_nll + entropy_coef * L_ent: the terms of POPO that are sums over tokens."""
+    """Return L_nll + entropy_coef * L_ent: the terms of POPO and `mixed` that are sums over tokens."""
     return nll(policy_logps, tokens, objective) - entropy_coef * (tokens.entropy_weights * entropies).sum()
 
 
-def raft(
-    policy_logps: Tensor,
-    entropies: Tensor,  # noqa: ARG001  # the signature of all losses
-    tokens: Tokens,
-    objective: RaftObjective,
-    entropy_coef: float,  # noqa: ARG001
-) -> Tensor:
-    """Return L_nll; with rewards 0 and 1 all positives of a prompt weigh the same (Dong et al. 2023)."""
-    return nll(policy_logps, tokens, objective)
-
-
-def mixed(
-    policy_logps: Tensor, entropies: Tensor, tokens: Tokens, objective: MixedObjective, entropy_coef: float
-) -> Tensor:
-    """Return POPO's terms; the plan gives graded negatives weights below 0, so their likelihood is lowered."""
-    return popo(policy_logps, entropies, tokens, objective, entropy_coef)
-
-
 def nll(policy_logps: Tensor, tokens: Tokens, objective: RaftObjective) -> Tensor:
-    """Return L_nll = -sum_t w_i * log pi(y_t) / divisor_i.
+    """Return L_nll = -sum_t w_i * log pi(y_t) / divisor_i, the whole loss of RAFT (Dong et al. 2023).
 
-    `importance_sampling_clip_max` multiplies each token by min(pi / sampler probability, cap), a constant: it corrects
-    for a sampler that is not quite the policy, such as one in lower precision (truncated importance sampling).
+    With rewards 0 and 1, RAFT weighs all positives of a prompt the same. `importance_sampling_clip_max` multiplies each
+    token by min(pi / sampler probability, cap), a constant: it corrects for a sampler that is not quite the policy,
+    such as one in lower precision (truncated importance sampling).
     """
     losses = -tokens.weights * policy_logps / tokens.divisors
     if objective.importance_sampling_clip_max is not None:
@@ -114,8 +97,8 @@ def grpo(
 
 LOSSES: Mapping[str, Callable[[Tensor, Tensor, Tokens, Any, float], Tensor]] = {
     "popo": popo,
-    "raft": raft,
-    "mixed": mixed,
+    "raft": lambda policy_logps, _entropies, tokens, objective, _entropy_coef: nll(policy_logps, tokens, objective),
+    "mixed": popo,  # the plan gives graded negatives weights below 0, so their likelihood is lowered
     "grpo": grpo,
 }
 """Loss by algorithm: (log-probs [N] and entropies [N] under the policy, both in nats, constants, settings, current
@@ -196,46 +179,28 @@ class StepPlan:
         return sum(sequence.rollout.tokens for sequence in self.sequences)
 
 
-MeanLogps = Callable[[Sequence[Rollout]], Sequence[float]]
-"""Rollouts -> mean log-prob of each under the policy that sampled them (or the current one), nats per token."""
-
-
-def sampler_mean_logps(rollouts: Sequence[Rollout]) -> list[float]:
-    """Return the mean log-probs that came with the rollouts."""
-    return [rollout.completion.mean_logp for rollout in rollouts]
-
-
 def plan_step(
     groups: Sequence[Group],
     objective: AnyObjective,
     *,
     max_completion_length: int,
-    mean_logps: MeanLogps = sampler_mean_logps,
+    mean_logps: Callable[[Sequence[Rollout]], Sequence[float]] | None = None,
 ) -> StepPlan | None:
-    """Return what a step trains on, or None if it can learn nothing (`nothing_to_learn` says why)."""
+    """Return what a step trains on, or None if it can learn nothing (`nothing_to_learn` says why).
+
+    POPO, RAFT and `mixed`: positives by weight; negatives for their entropy, or to be lowered. GRPO: answers by
+    advantage. `mean_logps` returns each positive's mean log-prob, nats per token; by default the sampler's count.
+    """
     if isinstance(objective, GrpoObjective):
         return _plan_by_advantage(groups, objective, max_completion_length)
-    return _plan_by_positives(groups, objective, max_completion_length, mean_logps)
-
-
-def nothing_to_learn(objective: AnyObjective) -> str:
-    """Return why a step has no plan."""
-    if isinstance(objective, GrpoObjective):
-        return "no prompt had answers of different rewards"
-    return "no prompt had both right and wrong answers" if objective.skip_all_right else "no prompt had a positive"
-
-
-def _plan_by_positives(
-    groups: Sequence[Group], objective: RaftObjective, max_length: int, mean_logps: MeanLogps
-) -> StepPlan | None:
-    """Plan POPO, RAFT and the mixed objective: positives by weight; negatives for their entropy, or to be lowered."""
     threshold = objective.reward_threshold
     if objective.skip_all_right:
         groups = [group for group in groups if len(group.positives(threshold)) < len(group.rollouts)]
     positives = [group.positives(threshold) for group in groups if group.positives(threshold)]
     if not positives:
         return None
-    means = iter(mean_logps([rollout for rollouts in positives for rollout in rollouts]))
+    flat = [rollout for rollouts in positives for rollout in rollouts]
+    means = iter([r.completion.mean_logp for r in flat] if mean_logps is None else mean_logps(flat))
     weights = [
         positive_weights(
             [next(means) for _ in rollouts],
@@ -245,15 +210,23 @@ def _plan_by_positives(
         )
         for rollouts in positives
     ]
-    sequences = _weighted(positives, [w.tolist() for w in weights], objective, max_length)
+    weighted = list(zip(flat, torch.cat(weights).tolist(), strict=True))
+    sequences = _sequences(weighted, len(positives), objective, max_completion_length)
     if isinstance(objective, PopoObjective):
-        sequences += _negatives(groups, objective, max_length)
+        sequences += _negatives(groups, objective, max_completion_length)
     return StepPlan(
         sequences=tuple(sequences),
         prompts=len(positives),
         entropy_tokens=sum(_length(sequence.rollout) for sequence in sequences if sequence.counts_in_entropy),
         sample_sizes=tuple((effective_sample_size(w), len(w)) for w in weights),
     )
+
+
+def nothing_to_learn(objective: AnyObjective) -> str:
+    """Return why a step has no plan."""
+    if isinstance(objective, GrpoObjective):
+        return "no prompt had answers of different rewards"
+    return "no prompt had both right and wrong answers" if objective.skip_all_right else "no prompt had a positive"
 
 
 def positive_weights(
@@ -279,26 +252,25 @@ def effective_sample_size(weights: Tensor) -> float:
     return float(1.0 / weights.square().sum())
 
 
-def _weighted(
-    by_prompt: Sequence[Sequence[Rollout]],
-    weights: Sequence[Sequence[float]],
+def _sequences(
+    weighted: Sequence[tuple[Rollout, float]],
+    prompts: int,
     objective: RaftObjective,
     max_length: int,
+    counts_in_entropy: bool = True,
 ) -> list[TrainSequence]:
-    """Return sequences with divisors by `objective.normalizer`, counted over these rollouts alone."""
-    prompts, rollouts = len(by_prompt), [rollout for rollouts in by_prompt for rollout in rollouts]
-    tokens = sum(map(_length, rollouts))
+    """Return the rollouts of `prompts` prompts with divisors by `objective.normalizer`, counted over them alone."""
+    tokens = sum(_length(rollout) for rollout, _ in weighted)
     divisor_of: Mapping[str, Callable[[Rollout], float]] = {
-        "token_mean": lambda _: prompts * tokens / len(rollouts),
+        "token_mean": lambda _: prompts * tokens / len(weighted),
         "reference": lambda _: tokens,
         "sequence_sum": lambda _: prompts * max_length,
         "sequence_mean": lambda rollout: prompts * _length(rollout),
     }
     divisor = divisor_of[objective.normalizer]
-    flat = [weight for some in weights for weight in some]
     return [
-        TrainSequence(rollout=rollout, weight=weight, divisor=divisor(rollout))
-        for rollout, weight in zip(rollouts, flat, strict=True)
+        TrainSequence(rollout=rollout, weight=weight, divisor=divisor(rollout), counts_in_entropy=counts_in_entropy)
+        for rollout, weight in weighted
     ]
 
 
@@ -313,12 +285,11 @@ def _negatives(groups: Sequence[Group], objective: PopoObjective, max_length: in
         wrong = rollout.reward.value <= objective.reward_threshold
         return wrong and (rollout.reward.outcome.is_graded or not lowers)
 
-    candidates = [[rollout for rollout in group.rollouts if is_negative(rollout)] for group in groups]
-    by_prompt = [rollouts for rollouts in candidates if rollouts]
     weight = -objective.negative_weight if isinstance(objective, MixedObjective) else 0.0
-    weights = [[weight / len(rollouts)] * len(rollouts) for rollouts in by_prompt]
-    sequences = _weighted(by_prompt, weights, objective, max_length)
-    return [replace(sequence, counts_in_entropy=counted) for sequence in sequences]
+    candidates = [[rollout for rollout in group.rollouts if is_negative(rollout)] for group in groups]
+    negatives = [rollouts for rollouts in candidates if rollouts]
+    weighted = [(rollout, weight / len(rollouts)) for rollouts in negatives for rollout in rollouts]
+    return _sequences(weighted, len(negatives), objective, max_length, counts_in_entropy=counted)
 
 
 def _plan_by_advantage(groups: Sequence[Group], objective: GrpoObjective, max_length: int) -> StepPlan | None:

@@ -18,15 +18,7 @@ from torch import Tensor
 from popo_lite.chunks import chunk_tokens
 from popo_lite.errors import EngineError
 from popo_lite.fused import fused_loss, refuse_without_compiler, score
-from popo_lite.objective import (
-    LOSSES,
-    StepPlan,
-    Tokens,
-    noisy_target,
-    plan_step,
-    sampler_mean_logps,
-    similarity_loss,
-)
+from popo_lite.objective import LOSSES, StepPlan, Tokens, noisy_target, plan_step, similarity_loss
 from popo_lite.policy.memory import is_out_of_memory, release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.policy.siamese import Siamese
@@ -312,7 +304,7 @@ class Learner:
             groups,
             objective,
             max_completion_length=self.recipe.rollout.max_completion_length,
-            mean_logps=self._policy_mean_logps if from_trainer else sampler_mean_logps,
+            mean_logps=self._policy_mean_logps if from_trainer else None,
         )
 
     @torch.no_grad()

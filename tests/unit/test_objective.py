@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from popo_lite.objective import (
+    LOSSES,
     Tokens,
     effective_sample_size,
     grpo,
-    mixed,
     noisy_target,
     popo,
     positive_weights,
-    raft,
     similarity_loss,
     steered_entropy_coef,
 )
@@ -104,7 +103,7 @@ def test_popo_by_hand():
     """(0.5 * 3 / 6) + 0.5 * 0.5 / 6 + 1 * 4 / 8 = 0.25 + 0.041667 + 0.5, less 0.01 times the mean entropy 1."""
     tokens = tokens_of((0.5, 0.5, 0.5, 1.0), (6.0, 6.0, 6.0, 8.0))
     assert float(popo(LOGPS, ENTROPIES, tokens, PopoObjective(), 0.01)) == pytest.approx(0.7916666667 - 0.01)
-    assert float(raft(LOGPS, ENTROPIES, tokens, RaftObjective(), 0.0)) == pytest.approx(0.7916666667)
+    assert float(LOSSES["raft"](LOGPS, ENTROPIES, tokens, RaftObjective(), 0.0)) == pytest.approx(0.7916666667)
     parts = [popo(LOGPS[p], ENTROPIES[p], tokens.at(p), PopoObjective(), 0.01) for p in (slice(0, 3), slice(3, 4))]
     assert float(sum(parts)) == pytest.approx(0.7916666667 - 0.01)
 
@@ -112,7 +111,7 @@ def test_popo_by_hand():
 def test_mixed_by_hand():
     """A weight below 0 lowers: 0.25 + 0.041667 - 0.1 * 4 / 8."""
     tokens = tokens_of((0.5, 0.5, 0.5, -0.1), (6.0, 6.0, 6.0, 8.0), entropy_weights=0.0)
-    found = mixed(LOGPS, ENTROPIES, tokens, MixedObjective(), 0.01)
+    found = LOSSES["mixed"](LOGPS, ENTROPIES, tokens, MixedObjective(), 0.01)
     assert float(found) == pytest.approx(0.25 + 0.5 * 0.5 / 6 - 0.05)
 
 
@@ -120,7 +119,7 @@ def test_truncated_importance_by_hand():
     """exp(policy - sampler) with the sampler at -1: 1, exp(-1), exp(0.5) capped at 1.2, exp(-3)."""
     tokens = tokens_of((1.0,) * 4, (1.0,) * 4, sampler=-1.0)
     logps = LOGPS.clone().requires_grad_()
-    loss = raft(logps, ENTROPIES, tokens, RaftObjective(importance_sampling_clip_max=1.2), 0.0)
+    loss = LOSSES["raft"](logps, ENTROPIES, tokens, RaftObjective(importance_sampling_clip_max=1.2), 0.0)
     factors = [1.0, math.exp(-1), 1.2, math.exp(-3)]
     assert float(loss) == pytest.approx(factors[0] + 2 * factors[1] + 0.5 * factors[2] + 4 * factors[3])
     loss.backward()
