@@ -56,11 +56,8 @@ class Head:
 
     def __post_init__(self) -> None:
         if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
-            raise ModelError(
-                "the LM head is trainable, and the fused loss gives it no gradient",
-                where="lora.target_modules",
-                next_step="remove the LM head from lora.target_modules",
-            )
+            what = "the LM head is trainable, and the fused loss gives it no gradient"
+            raise ModelError(what, where="lora.target_modules", next_step="remove the LM head from lora.target_modules")
 
     @property
     def compute_dtype(self) -> torch.dtype:

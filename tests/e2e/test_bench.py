@@ -121,12 +121,12 @@ def test_what_cannot_be_measured_is_one_clear_message(command, options, expected
 def test_what_the_recipe_forbids_is_refused_before_a_model_is_built_and_the_advice_lifts_it(
     monkeypatch, tiny_recipe, overrides, expected
 ):
-    monkeypatch.setattr(measure, "BenchTrainer", lambda *_, **__: pytest.fail("a model is built"))
+    monkeypatch.setattr(synthetic, "BenchTrainer", lambda *_, **__: pytest.fail("a model is built"))
     with pytest.raises(UserInputError) as caught:
         run_bench(tiny_recipe(*overrides))
     for part in expected:
         assert part in str(caught.value)
-    monkeypatch.setattr(measure, "BenchTrainer", reached)
+    monkeypatch.setattr(synthetic, "BenchTrainer", reached)
     settings = [f"--set={override}" for override in overrides]
     with pytest.raises(ReachedError):
         invoke(["bench", "tiny_cpu", *settings, *shlex.split(caught.value.next_step)])
@@ -168,9 +168,11 @@ def test_every_documented_bench_gets_as_far_as_its_model_on_a_gpu(monkeypatch, w
     monkeypatch.setattr(measure, "pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(measure, "pick_engine", lambda recipe: (recipe.rollout.engine, ""))  # as if vLLM were there
     monkeypatch.setattr(measure, "cap_memory", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
-    monkeypatch.setattr(measure, "BenchTrainer", reached)
-    monkeypatch.setattr(measure, "random_policy", reached)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="", total_memory=80 * 2**30)
+    )
+    monkeypatch.setattr(synthetic, "BenchTrainer", reached)
+    monkeypatch.setattr(synthetic, "random_policy", reached)
     with pytest.raises(ReachedError):
         invoke(words[1:])
 
@@ -186,7 +188,7 @@ def out_of_memory(*_, **__):
 @pytest.mark.parametrize(
     ("target", "stage", "load"),
     [
-        ("popo_lite.tools.bench.measure.random_policy", "load", ""),
+        ("popo_lite.tools.bench.synthetic.random_policy", "load", ""),
         ("popo_lite.samplers.hf.HFSampler.sample", "rollout", " of 16 sequences"),
         ("popo_lite.update.noisy_target", "siamese", ""),
         ("popo_lite.update.fused_loss", "update", " of 5 sequences"),

@@ -11,8 +11,6 @@ import click
 from popo_lite.errors import UserInputError
 from popo_lite.tools.plan.command import parse_size
 
-OUT_OF_MEMORY = 1
-"""Exit code if memory does not suffice; also that of an engine that fails."""
 POSITIVE = click.IntRange(min=1)
 SIZES = {
     "prompts": "data.prompts_per_step",
@@ -68,23 +66,21 @@ def bench(
             plan = ["popo-lite", "plan", recipe, *(("--vram", memory_cap) if memory_cap else ())]
             plan += [word for override in overrides for word in ("--set", override)]
             raise UserInputError(
-                "only a GPU's memory can be capped, and this runs on a CPU"
-                if cap
-                else "a CPU does not run out of memory, it swaps",
+                "this runs on a CPU, whose memory cannot be capped and does not run out: the machine swaps",
                 where="--memory-cap" if cap else "--longest",
                 next_step=f"{shlex.join(plan)} predicts it",
             )
         if longest:
             result = measure.bench_longest(settings, memory_cap_bytes=cap, notify=notify)
-            failed = result["longest_tokens"] is None
+            failed, show = result["longest_tokens"] is None, report.longest_report
         else:
             result = measure.bench(settings, steps=steps, positives=positives, memory_cap_bytes=cap, notify=notify)
-            failed = result["out_of_memory"] is not None
+            failed, show = result["out_of_memory"] is not None, report.bench_report
     except UserInputError as error:
         raise error.within(recipe) from error
     if as_json:
         click.echo(json.dumps(result))
     else:
-        (report.longest_report if longest else report.bench_report)(result)
+        show(result)
     if failed:
-        raise SystemExit(OUT_OF_MEMORY)
+        raise SystemExit(1)

@@ -17,16 +17,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import check_context
 from popo_lite.run_folder import environment
 from popo_lite.samplers import pick_engine
-from popo_lite.tools.bench.synthetic import (
-    PHASES,
-    BenchTrainer,
-    Meter,
-    OutOfMemoryError,
-    architecture,
-    outside_bytes,
-    random_policy,
-    spread,
-)
+from popo_lite.tools.bench import synthetic
 from popo_lite.tools.plan.shapes import load_shape
 from popo_lite.tools.plan.terms import base_bytes
 from popo_lite.tools.plan.vram import MemoryPlan, plan_memory
@@ -41,62 +32,54 @@ def bench(
 ) -> dict[str, Any]:
     """Measure `steps` steps of `recipe` after a warm-up; running out of memory is a result, too.
 
-    Raises UserInputError if the recipe's sampler would not serve random weights, a cap cannot be enforced, or a
-    sequence is longer than the model's context.
+    Raises UserInputError for more positives than rollouts, a sampler that would not serve random weights, a cap that
+    cannot be enforced, or a sequence longer than the model's context.
     """
-    prompts, generations = recipe.data.prompts_per_step, recipe.rollout.num_generations
+    rollout, prompts = recipe.rollout, recipe.data.prompts_per_step
+    answers = prompts * rollout.num_generations
     size = {
         "prompts": prompts,
-        "num_generations": generations,
-        "prompt_tokens": recipe.rollout.max_prompt_length,
-        "completion_tokens": recipe.rollout.max_completion_length,
-        "positives": positives or (prompts * generations + 1) // 2,
+        "num_generations": rollout.num_generations,
+        "prompt_tokens": rollout.max_prompt_length,
+        "completion_tokens": rollout.max_completion_length,
+        "positives": positives or (answers + 1) // 2,
     }
+    if size["positives"] > answers:
+        what = f"{positives} positives, and a step has {prompts} x {rollout.num_generations} = {answers} rollouts"
+        raise UserInputError(what, where="--positives", next_step=f"--positives {answers}")
     engine, _ = pick_engine(recipe)
-    _refuse(recipe, engine, size["positives"], memory_cap_bytes)
-    device = pick_device(recipe.train.device)
-    plan = plan_here(recipe, device, memory_cap_bytes)
-    if memory_cap_bytes is not None:
-        cap_memory(device, memory_cap_bytes)
-    meter = Meter(device, notify, engine=engine)
-    result: dict[str, Any] = {
-        "model": recipe.model.id,
-        "engine": engine,
-        "device": str(device),
-        "memory_cap_bytes": memory_cap_bytes,
-        "size": size,
-        "measured_steps": steps,
-        **dict.fromkeys(("load_seconds", "step_seconds", "run", "out_of_memory")),
-        "stages": [],
-        "tensors": [],
-    }
+    _refuse(recipe, engine, memory_cap_bytes)
+    device, plan, result = _start(recipe, memory_cap_bytes)
+    result |= {"engine": engine, "size": size, "measured_steps": steps, "stages": [], "tensors": []}
+    result |= dict.fromkeys(("load_seconds", "step_seconds", "run", "out_of_memory"))
+    meter, rewards = synthetic.Meter(device, notify, engine=engine), synthetic.spread(size["positives"], answers)
     start = time.perf_counter()
     try:
-        rewards = spread(size["positives"], prompts * generations)
-        with meter, BenchTrainer(recipe, random_policy(recipe), meter, rewards=rewards) as trainer:
+        with meter, synthetic.BenchTrainer(recipe, synthetic.random_policy(recipe), meter, rewards=rewards) as trainer:
             result["load_seconds"] = time.perf_counter() - start
             trainer.measure(steps)
             result["tensors"] = tensors_beside_plan(trainer.learner, plan)
             stages = result["stages"] = _stages(meter)
             result["step_seconds"] = sum(stage["seconds"] for stage in stages)
             result["run"] = _estimate(recipe, result["step_seconds"], meter.seconds("rollout"))
-    except OutOfMemoryError as error:
+    except synthetic.OutOfMemoryError as error:
         result["out_of_memory"] = error.what
-    memory = peaks_beside_plan(meter, plan)
-    return result | {"memory": memory, "notices": meter.notices, "environment": environment(device)}
+    return result | {"memory": peaks_beside_plan(meter, plan), "notices": meter.notices}
 
 
-def _refuse(recipe: Recipe, engine: str, positives: int, memory_cap_bytes: int | None) -> None:
+def _start(recipe: Recipe, cap_bytes: int | None) -> tuple[torch.device, MemoryPlan | None, dict[str, Any]]:
+    """Apply the cap; return the device, the plan, and what every result says of model and machine."""
+    device = pick_device(recipe.train.device)
+    plan = plan_here(recipe, device, cap_bytes)
+    if cap_bytes is not None:
+        cap_memory(device, cap_bytes)
+    about = {"model": recipe.model.id, "device": str(device), "memory_cap_bytes": cap_bytes}
+    return device, plan, about | {"environment": environment(device)}
+
+
+def _refuse(recipe: Recipe, engine: str, memory_cap_bytes: int | None) -> None:
     """Raise UserInputError for what cannot be measured, before a model is built."""
-    prompts, generations = recipe.data.prompts_per_step, recipe.rollout.num_generations
-    answers = prompts * generations
-    if positives > answers:
-        raise UserInputError(
-            f"{positives} positives are asked for, and a step has {prompts} x {generations} = {answers} rollouts",
-            where="--positives",
-            next_step=f"--positives {answers}",
-        )
-    hf_instead, base = "--set rollout.engine=hf", recipe.rollout.vllm.base
+    instead, base = "--set rollout.engine=hf", recipe.rollout.vllm.base
     dequantized = base == "dequantized" and recipe.model.quantization == "nf4"
     if engine == "server" or (engine == "vllm" and not dequantized):
         # Such an engine would download the model's own weights, and sample another policy than is trained.
@@ -104,31 +87,24 @@ def _refuse(recipe: Recipe, engine: str, positives: int, memory_cap_bytes: int |
             'random weights reach the engines "hf", and "vllm" over a dequantised NF4 base; others serve true ones',
             where=f'rollout.engine = "{engine}", rollout.vllm.base = "{base}"',
             # The schema refuses servers with another engine.
-            next_step=hf_instead + (" --set rollout.server.base_urls=[]" if engine == "server" else ""),
+            next_step=instead + (" --set rollout.server.base_urls=[]" if engine == "server" else ""),
         )
-    check_context(recipe, getattr(architecture(recipe.model), "max_position_embeddings", None) or 2**31)
+    check_context(recipe, getattr(synthetic.architecture(recipe.model), "max_position_embeddings", None) or 2**31)
     if memory_cap_bytes is not None and engine == "vllm":
         # torch's limit counts the memory pool of a sleeping engine, which vLLM has given back unknown to torch.
-        raise UserInputError(
-            "a sleeping vLLM would use up the cap, and memory would run out although a smaller card's would not",
-            where='--memory-cap, rollout.engine = "vllm"',
-            next_step=hf_instead,
-        )
+        what = "a sleeping vLLM would use up the cap, and memory would run out although a smaller card's would not"
+        raise UserInputError(what, where='--memory-cap, rollout.engine = "vllm"', next_step=instead)
 
 
-def _stages(meter: Meter) -> list[dict[str, Any]]:
-    record = meter.records[-1]
-    tokens = {stage: round(speed * record["seconds"][stage]) for stage, speed in record["tokens_per_second"].items()}
-    return [
-        {
-            "stage": stage,
-            "seconds": meter.seconds(stage),
-            "tokens": tokens.get(stage),
-            "tokens_per_second": tokens[stage] / meter.seconds(stage) if stage in tokens else None,
-        }
-        for stage in STAGES
-        if stage != "siamese" or stage in tokens
-    ]
+def _stages(meter: synthetic.Meter) -> list[dict[str, Any]]:
+    stages, last = [], meter.records[-1]
+    for stage in STAGES:
+        seconds, speed = meter.seconds(stage), last["tokens_per_second"].get(stage)
+        tokens = None if speed is None else round(speed * last["seconds"][stage])
+        if tokens is not None or stage != "siamese":
+            speed = None if tokens is None else tokens / seconds
+            stages.append({"stage": stage, "seconds": seconds, "tokens": tokens, "tokens_per_second": speed})
+    return stages
 
 
 def _estimate(recipe: Recipe, step_seconds: float, rollout_seconds: float) -> dict[str, Any]:
@@ -136,15 +112,14 @@ def _estimate(recipe: Recipe, step_seconds: float, rollout_seconds: float) -> di
     evaluations = 2 + (len(range(every, steps, every)) if every else 0) if recipe.eval.problems else 0
     answers = evaluations * recipe.eval.problems * recipe.eval.samples_per_problem
     evaluating = answers * rollout_seconds / (recipe.data.prompts_per_step * recipe.rollout.num_generations)
-    left_out = "downloading and loading the model, starting the rollout engine, grading, checkpoints, "
-    left_out += "answers that end early"
+    left_out = ["downloading and loading the model", "starting the rollout engine", "grading", "checkpoints"]
     return {
         "steps": steps,
         "steps_seconds": steps * step_seconds,
         "evaluations": evaluations,
         "evaluations_seconds": evaluating,
         "seconds": steps * step_seconds + evaluating,
-        "left_out": left_out.split(", "),
+        "left_out": [*left_out, "answers that end early"],
     }
 
 
@@ -159,28 +134,19 @@ def bench_longest(
     A step trains on two sequences: beyond the token budget they pass one at a time, so more of them hardly take more
     memory. The result's `longest_tokens` is None if not even `resolution` tokens fit.
     """
-    device = pick_device(recipe.train.device)
-    plan = plan_here(recipe, device, memory_cap_bytes)
-    if memory_cap_bytes is not None:
-        cap_memory(device, memory_cap_bytes)
-    policy = random_policy(recipe)
+    device, plan, about = _start(recipe, memory_cap_bytes)
+    policy = synthetic.random_policy(recipe)
 
     def fits(tokens: int) -> bool:
         prompt = min(recipe.rollout.max_prompt_length, tokens // 2)
-        resized = recipe.with_values(
-            {
-                "data.prompts_per_step": 1,
-                "rollout.num_generations": 2,
-                "rollout.max_prompt_length": prompt,
-                "rollout.max_completion_length": tokens - prompt,
-                "train.tokens_per_microbatch": max(tokens, recipe.train.tokens_per_microbatch),
-            }
-        )
+        size = {"data.prompts_per_step": 1, "rollout.num_generations": 2, "rollout.max_prompt_length": prompt}
+        size |= {"rollout.max_completion_length": tokens - prompt}
+        size |= {"train.tokens_per_microbatch": max(tokens, recipe.train.tokens_per_microbatch)}
+        resized, fitted = recipe.with_values(size), True
         try:
-            with Meter(device) as meter:
-                BenchTrainer(resized, policy, meter, rewards=[1.0, 1.0], sample=False).measure(0)
-            fitted = True
-        except OutOfMemoryError:
+            with synthetic.Meter(device) as meter:
+                synthetic.BenchTrainer(resized, policy, meter, rewards=[1.0, 1.0], sample=False).measure(0)
+        except synthetic.OutOfMemoryError:
             fitted = False
         # Out of the except block, nothing keeps the attempt's trainer, whose state would count in the next one.
         policy.model.zero_grad(set_to_none=True)
@@ -189,15 +155,11 @@ def bench_longest(
         return fitted
 
     context = getattr(policy.model.config, "max_position_embeddings", None) or 2**31
-    return {
-        "model": recipe.model.id,
-        "device": str(device),
-        "memory_cap_bytes": memory_cap_bytes,
+    return about | {
         "longest_tokens": longest(fits, last=context, step=resolution),
         "planned_tokens": plan and plan.longest_sequence_tokens,
         "context_tokens": context,
         "resolution_tokens": resolution,
-        "environment": environment(device),
     }
 
 
@@ -226,7 +188,7 @@ def plan_here(recipe: Recipe, device: torch.device, cap_bytes: int | None) -> Me
         return None
 
 
-def peaks_beside_plan(meter: Meter, plan: MemoryPlan | None) -> list[dict[str, Any]]:
+def peaks_beside_plan(meter: synthetic.Meter, plan: MemoryPlan | None) -> list[dict[str, Any]]:
     """Return the peaks of every phase that was reached, beside the plan's (None for an unknown architecture).
 
     None with vLLM for tensors: torch keeps counting what a sleeping engine has given back.
@@ -241,7 +203,7 @@ def peaks_beside_plan(meter: Meter, plan: MemoryPlan | None) -> list[dict[str, A
             "card_bytes": meter.peaks[name][1],
             "planned_card_bytes": planned[name].total_bytes if planned else None,
         }
-        for name in dict.fromkeys(PHASES.values())
+        for name in dict.fromkeys(synthetic.PHASES.values())
         if name in meter.peaks
     ]
 
@@ -254,7 +216,7 @@ def cap_memory(device: torch.device, cap_bytes: int) -> None:
     """
     torch.ones(8, 8, device=device).matmul(torch.ones(8, 8, device=device))  # make the context and load cuBLAS
     torch.cuda.synchronize(device)
-    total, elsewhere = torch.cuda.mem_get_info(device)[1], outside_bytes(device)
+    total, elsewhere = torch.cuda.mem_get_info(device)[1], synthetic.outside_bytes(device)
     if not elsewhere < cap_bytes <= total:
         raise UserInputError(
             f"the GPU has {total / 2**30:.1f} GiB, of which {elsewhere / 2**30:.1f} GiB are in use outside torch",
@@ -269,10 +231,10 @@ def tensors_beside_plan(learner: Learner, plan: MemoryPlan | None) -> list[dict[
 
     As in the plan, paged optimizer state does not count: the driver keeps its pages in host memory.
     """
-    policy, planned = learner.policy, None
+    policy, planned = learner.policy, dict[str, int]()
     if plan is not None:
-        planned = {"base": sum(base_bytes(plan.shape, plan.recipe.model).values()), "siamese average": plan.trained}
-        planned |= plan.policy | plan.optimizer
+        planned = plan.policy | plan.optimizer | {"siamese average": plan.trained}
+        planned["base"] = sum(base_bytes(plan.shape, plan.recipe.model).values())
     state = [part for parts in learner.optimizer.state.values() for part in parts.values() if isinstance(part, Tensor)]
     counted = {
         "base": frozen_bytes(policy.model),
@@ -281,10 +243,7 @@ def tensors_beside_plan(learner: Learner, plan: MemoryPlan | None) -> list[dict[
         "siamese average": learner.siamese.extra_bytes,
         "optimizer state": sum(part.nbytes for part in state if not getattr(part, "is_paged", False)),
     }
-    return [
-        {"kind": kind, "counted_bytes": size, "planned_bytes": planned and planned[kind]}
-        for kind, size in counted.items()
-    ]
+    return [{"kind": key, "counted_bytes": size, "planned_bytes": planned.get(key)} for key, size in counted.items()]
 
 
 def frozen_bytes(model: nn.Module) -> int:

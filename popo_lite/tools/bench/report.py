@@ -34,13 +34,10 @@ def bench_report(result: Mapping[str, Any]) -> None:
         stages.append([stage["stage"], took, "" if speed is None else f"{speed:,.0f}", f"{seconds / total:.0%}"])
     if stages:
         table(f"A step: {duration(total)}", ("stage", "time", "tokens/s", "share"), stages)
-    peaks = [
-        [
-            p["phase"],
-            *(cell for of in ("tensor", "card") for cell in _beside(p[f"{of}_bytes"], p[f"planned_{of}_bytes"])),
-        ]
-        for p in result["memory"]
-    ]
+    peaks = []
+    for phase in result["memory"]:
+        tensors = _beside(phase["tensor_bytes"], phase["planned_tensor_bytes"])
+        peaks.append([phase["phase"], *tensors, *_beside(phase["card_bytes"], phase["planned_card_bytes"])])
     if peaks:
         table("Peak memory", ("phase", "tensors", "planned", "ratio", "on the card", "planned", "ratio"), peaks)
     elif result["device"] == "cpu":

@@ -135,12 +135,10 @@ class BenchTrainer(Trainer):
         self.guard = SimpleNamespace(check=lambda *_: None)  # type: ignore[assignment]  # made-up answers have any gap
 
     def _open_task(self, _stack: ExitStack) -> None:
-        vocabulary, length = self.policy.head.weight.shape[0], self.recipe.rollout.max_prompt_length
+        vocabulary, tokens = self.policy.head.weight.shape[0], self.recipe.rollout.max_prompt_length
+        prompt = partial(random_prompt, vocabulary=vocabulary, tokens=tokens)
         self.grader: Any = SimpleNamespace(grade=lambda _: self._rewards)
-        prompt = partial(random_prompt, vocabulary=vocabulary, tokens=length)
-        self.train_task: Any = SimpleNamespace(
-            train_problem=lambda _, index: prompt(index).problem, figures=lambda _: {}
-        )
+        self.train_task: Any = SimpleNamespace(train_problem=lambda _, i: prompt(i).problem, figures=lambda _: {})
         self.renderer: Any = SimpleNamespace(render=lambda problem: prompt(int(problem.id)), text=lambda _: "")
 
     def _open_sampler(self, stack: ExitStack) -> None:
@@ -164,11 +162,9 @@ class BenchTrainer(Trainer):
             record["seconds"]["sync"] = self.cursor.seconds["sync"] - before  # this stage follows the record
             reason = record["skipped_reason"]
             if reason == nothing_to_learn(self.recipe.objective):  # random weights may also diverge: that is timed
-                raise UserInputError(
-                    f"nothing to learn from {record['positives']} positives: {reason}",
-                    where="--positives",
-                    next_step="omit it: half of the rollouts are positive then",
-                )
+                what = f"nothing to learn from {record['positives']} positives: {reason}"
+                instead = "omit it: half of the rollouts are positive then"
+                raise UserInputError(what, where="--positives", next_step=instead)
             if step == 0:
                 self.meter.forget_step()
         self.meter.stage("end")
