@@ -65,11 +65,9 @@ def bench(
         if (cap or longest) and pick_device(settings.train.device).type == "cpu":
             plan = ["popo-lite", "plan", recipe, *(("--vram", memory_cap) if memory_cap else ())]
             plan += [word for override in overrides for word in ("--set", override)]
-            raise UserInputError(
-                "this runs on a CPU, whose memory cannot be capped and does not run out: the machine swaps",
-                where="--memory-cap" if cap else "--longest",
-                next_step=f"{shlex.join(plan)} predicts it",
-            )
+            what = "this runs on a CPU, whose memory cannot be capped and does not run out: the machine swaps"
+            option = "--memory-cap" if cap else "--longest"
+            raise UserInputError(what, where=option, next_step=f"{shlex.join(plan)} predicts it")
         if longest:
             result = measure.bench_longest(settings, memory_cap_bytes=cap, notify=notify)
             failed, show = result["longest_tokens"] is None, report.longest_report

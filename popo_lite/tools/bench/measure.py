@@ -83,12 +83,11 @@ def _refuse(recipe: Recipe, engine: str, memory_cap_bytes: int | None) -> None:
     dequantized = base == "dequantized" and recipe.model.quantization == "nf4"
     if engine == "server" or (engine == "vllm" and not dequantized):
         # Such an engine would download the model's own weights, and sample another policy than is trained.
-        raise UserInputError(
-            'random weights reach the engines "hf", and "vllm" over a dequantised NF4 base; others serve true ones',
-            where=f'rollout.engine = "{engine}", rollout.vllm.base = "{base}"',
-            # The schema refuses servers with another engine.
-            next_step=instead + (" --set rollout.server.base_urls=[]" if engine == "server" else ""),
-        )
+        what = 'random weights reach the engines "hf", and "vllm" over a dequantised NF4 base; others serve true ones'
+        where = f'rollout.engine = "{engine}", rollout.vllm.base = "{base}"'
+        # The schema refuses servers with another engine.
+        no_servers = " --set rollout.server.base_urls=[]" if engine == "server" else ""
+        raise UserInputError(what, where=where, next_step=instead + no_servers)
     check_context(recipe, getattr(synthetic.architecture(recipe.model), "max_position_embeddings", None) or 2**31)
     if memory_cap_bytes is not None and engine == "vllm":
         # torch's limit counts the memory pool of a sleeping engine, which vLLM has given back unknown to torch.
@@ -218,11 +217,8 @@ def cap_memory(device: torch.device, cap_bytes: int) -> None:
     torch.cuda.synchronize(device)
     total, elsewhere = torch.cuda.mem_get_info(device)[1], synthetic.outside_bytes(device)
     if not elsewhere < cap_bytes <= total:
-        raise UserInputError(
-            f"the GPU has {total / 2**30:.1f} GiB, of which {elsewhere / 2**30:.1f} GiB are in use outside torch",
-            where="--memory-cap",
-            next_step="give a size between the two",
-        )
+        what = f"the GPU has {total / 2**30:.1f} GiB, of which {elsewhere / 2**30:.1f} GiB are in use outside torch"
+        raise UserInputError(what, where="--memory-cap", next_step="give a size between the two")
     torch.cuda.set_per_process_memory_fraction((cap_bytes - elsewhere) / total, torch.cuda.current_device())
 
 
