@@ -130,17 +130,13 @@ def ratio_interval(ratio: float, trials: int) -> Estimate:
 @functools.cache
 def t_quantile(degrees: int) -> float:
     """Return the two-sided 95 % quantile of Student's t with `degrees` >= 1 degrees of freedom, to 1e-9."""
-    # P(|T| < t) is the integral of cos^(degrees - 1) up to atan(t / sqrt(degrees)) over that up to pi / 2, by the
-    # reduction formula, as in Abramowitz and Stegun 26.7.3 and 26.7.4. SciPy is no dependency of this package.
-    low, high = 0.0, 13.0  # 12.706 at one degree, and falling
-    while high - low > 1e-10:
-        angle = math.atan((low + high) / 2 / math.sqrt(degrees))
-        part, whole = (angle, math.pi / 2) if degrees % 2 else (math.sin(angle), 1.0)
-        for power in range(3 - degrees % 2, degrees, 2):
-            part = (math.cos(angle) ** (power - 1) * math.sin(angle) + (power - 1) * part) / power
-            whole *= (power - 1) / power
-        low, high = ((low + high) / 2, high) if part / whole < CONFIDENCE else (low, (low + high) / 2)
-    return (low + high) / 2
+    from mpmath import betainc, findroot
+
+    def outside(t: float) -> float:  # P(|T| > t), Abramowitz and Stegun 26.7.1 and 26.5.27
+        return float(betainc(degrees / 2, 0.5, 0, degrees / (degrees + t**2), regularized=True))
+
+    # 1.96 with infinitely many degrees of freedom, 12.71 with one.
+    return float(findroot(lambda t: outside(t) - (1 - CONFIDENCE), (1.9, 13.0), solver="anderson"))
 
 
 def _estimate(name: str, values: Values, problems: int) -> Estimate | None:
