@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +120,11 @@ def open_benchmark(name: str, file: Path | None = None, grader: Grader | None = 
     benchmark = BENCHMARKS[name]
     try:
         rows = _rows(benchmark, file)
-        read = [_problem(benchmark, f"{name}/{number}", row) for number, (_, row) in enumerate(rows, 1)]
-        problems = [problem for problem in read if isinstance(problem, Problem)]
-        reasons = iter(check_references(problems, grader)) if grader else repeat(None)
-        errors = [
-            f"{label}: {error}"
-            for (label, _), result in zip(rows, read, strict=True)
-            if (error := result if isinstance(result, str) else next(reasons))
-        ]
-        if errors:
+        read = {label: _problem(benchmark, f"{name}/{n}", row) for n, (label, row) in enumerate(rows, 1)}
+        problems = [problem for problem in read.values() if isinstance(problem, Problem)]
+        ungradable = check_references(problems, grader) if grader else {}
+        found = {label: row if isinstance(row, str) else ungradable.get(row.id) for label, row in read.items()}
+        if errors := [f"{label}: {error}" for label, error in found.items() if error]:
             what = "\n    ".join([f"{len(errors)} of {len(rows)} rows are not {benchmark.title}'s:", *errors])
             next_step = "correct these rows; without them this would be another benchmark"
             raise DataError(what, next_step=next_step)
@@ -182,21 +177,19 @@ def _problem(benchmark: Benchmark, problem_id: str, row: Mapping[str, Any] | str
     )
 
 
-def check_references(problems: Sequence[Problem], grader: Grader) -> list[str | None]:
-    """Return for each problem why nothing can be graded against its answer, or None."""
+def check_references(problems: Sequence[Problem], grader: Grader) -> dict[str, str | None]:
+    """Return problem id -> why nothing can be graded against its answer, for the problems of which that is so."""
+    errors: dict[str, str | None] = {}
+    for problem in problems:
+        tolerances, numbers = problem.meta.get("tolerance", ()), _numbers(unwrap(problem.answer))
+        if numbers is not None and len(tolerances) not in (0, 1, len(numbers)):
+            what = f"it names {len(tolerances)} tolerances for the {len(numbers)} numbers of {problem.answer!r}"
+            errors[problem.id] = what
     # An empty text is wrong whatever the reference is; if it gets no verdict, the reference is the reason.
     algebraic = [problem for problem in problems if plain_number(unwrap(problem.answer)) is None]
     rewards = grader.grade([("", problem) for problem in algebraic])
     pairs = zip(algebraic, rewards, strict=True)
-    ungradable = {problem.id: reward.detail for problem, reward in pairs if not reward.outcome.is_graded}
-    errors: list[str | None] = []
-    for problem in problems:
-        tolerances, numbers = problem.meta.get("tolerance", ()), _numbers(unwrap(problem.answer))
-        error = None
-        if numbers is not None and len(tolerances) not in (0, 1, len(numbers)):
-            error = f"it names {len(tolerances)} tolerances for the {len(numbers)} numbers of {problem.answer!r}"
-        errors.append(ungradable.get(problem.id, error))
-    return errors
+    return errors | {problem.id: reward.detail for problem, reward in pairs if not reward.outcome.is_graded}
 
 
 def within_tolerance(reward: Reward, problem: Problem) -> Reward:
