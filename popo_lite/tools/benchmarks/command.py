@@ -26,7 +26,6 @@ PAPER_PRESET = {
 
 HELD_OUT = ("weights", "problems", "samples", "temperature", "seed", "engine")
 """Options for held-out problems. Benchmarks take all options but `problems`."""
-
 WEIGHTS = click.Choice(["base", "adapter", "siamese"])
 JINJA_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 POSITIVE = click.IntRange(min=1)
@@ -37,11 +36,8 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
         ctx.default_map = PAPER_PRESET
 
 
-@click.command(
-    "eval",
-    short_help="Measure a run or any model, on held-out problems or benchmarks.",
-    context_settings={"show_default": True},
-)
+@click.command("eval", short_help="Measure a run or any model, on held-out problems or benchmarks.",
+               context_settings={"show_default": True})  # fmt: skip
 @click.argument("model_or_run")
 @click.option("--weights", type=WEIGHTS, multiple=True, help="Weights of a run; may be repeated. Default: all three.")
 @click.option("--problems", type=POSITIVE, help="Held-out problems; default as in the run's recipe.")
@@ -52,14 +48,9 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
 @click.option("as_json", "--json", is_flag=True, help="Print the results as JSON.")
 @click.option("--benchmarks", metavar="paper|NAME,...", help="Measure on these instead of held-out problems.")
 @click.option("--data", multiple=True, metavar="NAME=FILE", help="Read a benchmark from a file; may be repeated.")
-@click.option(
-    "--preset",
-    type=click.Choice(["paper"]),
-    is_eager=True,
-    expose_value=False,
-    callback=_use_preset,
-    help="Published settings: 128 samples, k = 8, temperature 0.7, top-p 0.95, 4,096 tokens, the \\boxed{} prompt.",
-)
+@click.option("--preset", type=click.Choice(["paper"]), is_eager=True, expose_value=False, callback=_use_preset,
+              help="Published settings: 128 samples, k = 8, temperature 0.7, top-p 0.95, 4,096 tokens, the \\boxed{} "
+              "prompt.")  # fmt: skip
 @click.option("--k", type=POSITIVE, help="k of pass@k and of the majority vote.  [default: 8, at most the samples]")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Nucleus sampling.")
 @click.option("--max-tokens", type=POSITIVE, help="Longest answer; default as in the recipe.")
@@ -70,7 +61,7 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
 @click.option("--chat-template", type=JINJA_FILE, help="Jinja file, for a model without one.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for answers and results, also to resume in.")
 @click.pass_context
-def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, **options: Any) -> None:
+def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, as_json: bool, **options: Any) -> None:
     """Measure MODEL_OR_RUN.
 
     A run, the folder that `popo-lite train` wrote, is measured on its held-out problems: base, trained adapter and
@@ -78,19 +69,19 @@ def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, **op
     published benchmarks. Answers are kept: the same command resumes a killed evaluation.
     """
     given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
-    for option in given:
-        if benchmarks is not None and option.name == "problems":
-            raise UserInputError("does not go with --benchmarks", where=option.opts[0], next_step="leave it out")
-        if benchmarks is None and option.name not in (*HELD_OUT, "model_or_run", "as_json"):
-            next_step = "add for instance --benchmarks paper, or leave it out"
-            raise UserInputError("is for benchmarks, and none is named", where=option.opts[0], next_step=next_step)
-    if options["seeds"] and any(option.name == "seed" for option in given):
-        raise UserInputError("does not go with --seeds", where="--seed", next_step="leave one of the two out")
+    options_given = {param.name: param.opts[0] for param in given}
+    for name, rival in {"problems": "benchmarks", "seed": "seeds"}.items():
+        if name in options_given and ctx.params[rival] is not None:
+            raise UserInputError(f"does not go with --{rival}", where=f"--{name}", next_step="leave one of the two out")
+    wrong = [option for name, option in options_given.items() if name not in (*HELD_OUT, "model_or_run", "as_json")]
+    if benchmarks is None and wrong:
+        next_step = "add for instance --benchmarks paper, or leave it out"
+        raise UserInputError("is for benchmarks, and none is named", where=wrong[0], next_step=next_step)
     try:
         if benchmarks is None:
-            _held_out(Path(model_or_run), **options)
+            _held_out(Path(model_or_run), as_json=as_json, **{name: options[name] for name in HELD_OUT})
         else:
-            _benchmarks(model_or_run, benchmarks, **options)
+            _benchmarks(model_or_run, benchmarks, as_json=as_json, **options)
     except EngineError as error:
         if "--set rollout" not in (error.next_step or ""):
             raise
@@ -99,11 +90,10 @@ def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, **op
         raise EngineError(error.what, where=error.where, next_step=advice) from error
 
 
-def _held_out(run: Path, *, as_json: bool, **options: Any) -> None:
+def _held_out(run: Path, *, as_json: bool, **used: Any) -> None:
     from popo_lite.tools.benchmarks.subject import evaluate_run, no_bar
     from popo_lite.tools.console.output import eval_report, progress
 
-    used = {name: options[name] for name in HELD_OUT}
     results = evaluate_run(run, **used, bar=no_bar if as_json else progress)
     if as_json:
         click.echo(json.dumps({"run": str(run), "results": [asdict(result) for result in results]}))

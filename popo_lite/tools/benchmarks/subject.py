@@ -50,14 +50,14 @@ class Subject:
         digests = {
             name: hashlib.sha256((adapter / ADAPTER_FILE).read_bytes()).hexdigest()
             for name, adapter in self.adapters.items()
-            if adapter is not None
+            if adapter
         }
         folder = Path(self.recipe.model.id).expanduser()
         if folder.is_dir():
             # Names, sizes and times only: hashing a whole model takes minutes.
-            stats = {file.name: file.stat() for file in folder.iterdir() if file.suffix in MODEL_SUFFIXES}
-            files = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
-            digests["files"] = hashlib.sha256(repr(files).encode()).hexdigest()
+            files = [(file.name, file.stat()) for file in folder.iterdir() if file.suffix in MODEL_SUFFIXES]
+            states = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+            digests["files"] = hashlib.sha256(repr(states).encode()).hexdigest()
         return digests
 
     def load(self, recipe: Recipe) -> Policy:
@@ -66,8 +66,7 @@ class Subject:
             torch.set_num_threads(recipe.train.cpu_threads)
         # Only training packs rows, so models whose attention cannot keep packed rows apart can be evaluated too.
         recipe = recipe.with_values({"train.packing": False})
-        adapter = next((folder for folder in self.adapters.values() if folder is not None), None)
-        if adapter is not None:
+        if adapter := next(filter(None, self.adapters.values()), None):
             return load_trained_policy(recipe, adapter)
         # The base is evaluated without the adapter that the run may have started from.
         policy = load_policy(recipe.with_values({"lora.init_from": None}))
@@ -115,10 +114,7 @@ def open_model(model: str, wanted: Sequence[str]) -> Subject:
 def open_checked(
     recipe: Recipe, policy: Policy, renderer: Renderer, prompts: Iterable[Prompt]
 ) -> Iterator[tuple[Sampler, Grader]]:
-    """Open sampler and grader; check with a few prompts that the sampler uses the adapter that it is given.
-
-    Raises EngineError if it does not.
-    """
+    """Open sampler and grader. Raises EngineError if a few prompts show that the sampler ignores its adapter."""
     notify = partial(click.echo, err=True)
     with Grader(recipe.reward) as grader, open_sampler(recipe, policy, text=renderer.text, notify=notify) as sampler:
         grader.check()
