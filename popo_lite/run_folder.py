@@ -11,15 +11,13 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
-from popo_lite.errors import CheckpointError, PopoError, UserInputError
+from popo_lite.errors import CheckpointError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import dump_recipe, flatten, load_recipe
 
@@ -109,13 +107,15 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
         what = "the run has ended, there is nothing to resume"
         next_step = "train on from it in a new run with lora.init_from, or omit --resume"
         raise CheckpointError(what, where=str(run.path), next_step=next_step)
-    before, now = flatten(run.recipe()), flatten(recipe)
-    differing = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-    changed = sorted(differing - may_change_on_resume(recipe))
-    if changed:
-        shown = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed[:5])
-        what = f"the recipe differs from the one this run was started with: {shown}"
+    if changed := differences(flatten(run.recipe()), flatten(recipe), may_change_on_resume(recipe)):
+        what = f"the recipe differs from the one this run was started with: {'; '.join(changed[:5])}"
         raise CheckpointError(what, where=str(run.recipe_path), next_step=run.resume_command)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Set[str] = frozenset()) -> list[str]:
+    """Return `KEY was VALUE and is VALUE` for each key with another value, sorted by key."""
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys if key not in ignored]
 
 
 def may_change_on_resume(recipe: Recipe) -> set[str]:
@@ -211,17 +211,6 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
             next_step = "restore the file, or start a new run in another folder"
             raise CheckpointError(f"line {number} is damaged", where=str(path), next_step=next_step)
     write_atomically(path, "".join(kept))
-
-
-@contextmanager
-def locked(path: Path, busy: PopoError) -> Iterator[None]:
-    """Hold the lock file `path`. Raises `busy` if another process holds it."""
-    try:
-        lock = FileLock(path).acquire(timeout=0)
-    except Timeout as error:
-        raise busy from error
-    with lock:
-        yield
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from helpers import json_lines
 
 from popo_lite.errors import UserInputError
-from popo_lite.tools.sweep.folder import SweepFolder, locked
+from popo_lite.tools.sweep.folder import SweepFolder
 
 SMALL = """
 recipe = "tiny_cpu"
@@ -51,7 +51,7 @@ def child_of(process: subprocess.Popen[str]) -> int:
 
 def is_free(folder: SweepFolder) -> bool:
     try:
-        with locked(folder):
+        with folder.locked():
             return True
     except UserInputError:
         return False

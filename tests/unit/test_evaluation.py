@@ -21,6 +21,7 @@ from popo_lite.policy.load import TINY_FOLDER, load_tokenizer
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe import ModelRecipe, Recipe, RewardRecipe
 from popo_lite.recipe_file import dump_recipe
+from popo_lite.run_folder import append_line
 from popo_lite.samplers import SamplingParams
 from popo_lite.samplers.server_client import ServerClient
 from popo_lite.tasks.rendering import Renderer
@@ -195,8 +196,8 @@ def test_references_that_nothing_can_be_graded_against_are_found():
     ]
     with Grader(RewardRecipe(workers=1)) as grader:
         found = check_references(problems, grader)
-    assert found[: len(GRADABLE)] == [None] * len(GRADABLE)
-    for error, text in zip(found[len(GRADABLE) :], ("not an expression", "characters long", "nested 30"), strict=True):
+    assert list(found) == [problem.id for problem in problems[len(GRADABLE) :]]
+    for error, text in zip(found.values(), ("not an expression", "characters long", "nested 30"), strict=True):
         assert text in error
 
 
@@ -230,10 +231,10 @@ def test_numbers_may_be_off_by_the_tolerance(answer, reference, tolerances, outc
 
 def test_tolerances_are_as_many_as_the_numbers():
     problems = [
-        Problem(id="x", messages=(), answer=answer, meta={"tolerance": ("1e-1", "1e-2")}) for answer in ("1, 2", "1")
+        Problem(id=answer, messages=(), answer=answer, meta={"tolerance": ("1e-1", "1e-2")}) for answer in ("1, 2", "1")
     ]
     with Grader(RewardRecipe(workers=1)) as grader:
-        assert check_references(problems, grader) == [None, "it names 2 tolerances for the 1 numbers of '1'"]
+        assert check_references(problems, grader) == {"1": "it names 2 tolerances for the 1 numbers of '1'"}
 
 
 @pytest.fixture(scope="module")
@@ -312,11 +313,16 @@ def new_folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def plan(tokenizer):
-    """The keys of two chunks of two problems and one of one, under two seeds."""
+    """Two chunks of two problems and one of one, under two seeds."""
     settings = {"weights": ["base"], "seeds": [0, 1], "samples": 8, "max_num_seqs": 4}
     chunks = plan_chunks([prepared(tokenizer)], settings)
-    assert [len(chunk.prompts) for chunk in chunks] == [2, 2, 1] * 2
-    return [chunk.keys for chunk in chunks]
+    assert [len(chunk) for chunk in chunks] == [2, 2, 1] * 2
+    return chunks
+
+
+def append(folder, lines):
+    for one in lines:
+        append_line(folder.answers_path, one)
 
 
 def lines_of(plan):
@@ -328,21 +334,21 @@ def test_chunks_with_all_their_lines_are_kept(plan, tmp_path, written, whole):
     folder = new_folder(tmp_path)
     assert folder.resume(plan) == {}
     every = lines_of(plan)
-    folder.append(every[:written])
+    append(folder, every[:written])
     if written < len(every):
         with folder.answers_path.open("ab") as file:
             file.write('{"weights": "base", "text": "é'.encode()[:-1])  # torn by a kill, inside a character
     kept = sum(map(len, plan[:whole]))
     assert list(folder.resume(plan).values()) == every[:kept]
     assert len(folder.answers_path.read_text().splitlines()) == kept
-    folder.append(every[kept:])
+    append(folder, every[kept:])
     assert list(folder.resume(plan).values()) == every
 
 
 def test_finished_chunks_are_kept_wherever_they_are(plan, tmp_path):
     """Problems 1 and 2 are a chunk and so is 5; of the chunk of 3 and 4, 3 is missing."""
     folder = new_folder(tmp_path)
-    folder.append([*lines_of(plan)[:2], line(5, "rr"), line(4, "rr")])
+    append(folder, [*lines_of(plan)[:2], line(5, "rr"), line(4, "rr")])
     assert [key[3] for key in folder.resume(plan)] == ["amc23/1", "amc23/2", "amc23/5"]
     assert len(folder.answers_path.read_text().splitlines()) == 3
 
@@ -358,7 +364,7 @@ def test_finished_chunks_are_kept_wherever_they_are(plan, tmp_path):
 def test_a_changed_file_is_refused(plan, tmp_path, lines, message):
     every = lines_of(plan)
     folder = new_folder(tmp_path)
-    folder.append([line(6, "rr") if index is None else every[index] for index in lines])
+    append(folder, [line(6, "rr") if index is None else every[index] for index in lines])
     before = folder.answers_path.read_bytes()
     with pytest.raises(CheckpointError, match=message) as caught:
         folder.resume(plan)

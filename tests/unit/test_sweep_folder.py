@@ -11,7 +11,7 @@ import pytest
 
 from popo_lite.errors import PopoError, UserInputError
 from popo_lite.run_folder import append_line, new_run_folder, read_lines
-from popo_lite.tools.sweep.folder import Sweep, SweepFolder, SweepRun, load_sweep, locked, refuse_other_sweep
+from popo_lite.tools.sweep.folder import Sweep, SweepFolder, SweepRun, load_sweep, refuse_other_sweep
 from popo_lite.tools.sweep.runner import train_command
 
 TWO = '[variants.a]\n[variants.b]\nobjective.entropy_coef = 0.0\ndata.system_prompt = "count, don\'t guess"\n'
@@ -75,7 +75,7 @@ def test_the_cut_may_not_change_where_dropout_hangs_on_it(tmp_path):
 
 def test_what_a_sweep_that_was_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
     folder, sweep = SweepFolder(tmp_path / "sweep"), asked(tmp_path)
-    with locked(folder):
+    with folder.locked():
         pass
     refuse_other_sweep(folder, sweep)
     folder.recipe_path.write_text("[train]")
@@ -104,7 +104,7 @@ def test_what_cannot_be_written_is_told_with_path_and_reason(tmp_path, folder):
     assert (caught.value.where, caught.value.what) == (str(folder.results_path), "cannot be written: Is a directory")
     occupied = tmp_path / "occupied"
     occupied.touch()
-    with pytest.raises(PopoError, match="cannot be written: File exists"), locked(SweepFolder(occupied)):
+    with pytest.raises(PopoError, match="cannot be written: File exists"), SweepFolder(occupied).locked():
         pass
 
 
@@ -205,7 +205,7 @@ def test_runs_import_nothing_by_chance_from_the_working_folder(tmp_path, folder)
 
 
 def test_two_sweeps_do_not_share_a_folder(folder):
-    with locked(folder), pytest.raises(UserInputError, match="at work in this folder"), locked(folder):
+    with folder.locked(), pytest.raises(UserInputError, match="at work in this folder"), folder.locked():
         pass
-    with locked(folder):
+    with folder.locked():
         pass

@@ -16,7 +16,7 @@ import pytest
 from popo_lite.errors import PopoError
 from popo_lite.run_folder import read_lines
 from popo_lite.tools.sweep import runner
-from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, load_sweep, locked
+from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, load_sweep
 from popo_lite.tools.sweep.runner import STOPPING, execute
 
 READY = "print('ready', flush=True)\n"
@@ -67,7 +67,7 @@ def sweep(folder: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 
         monkeypatch.setattr(runner, "train_command", command)
         runs = folder.runs(load_sweep(folder.sweep_path))
-        with locked(folder) as lock:
+        with folder.locked() as lock:
             return execute(folder, runs, jobs=2, lock=lock, watcher=watcher)
 
     return run

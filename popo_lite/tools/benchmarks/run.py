@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
-from popo_lite.errors import CheckpointError, DataError, ModelError, UserInputError
+from popo_lite.errors import CheckpointError, DataError, ModelError
 from popo_lite.grading import Grader
 from popo_lite.policy.load import load_config, load_tokenizer
 from popo_lite.recipe import Recipe
-from popo_lite.run_folder import append_line, environment, keep_lines, locked, read_lines, write_atomically
+from popo_lite.run_folder import append_line, differences, environment, keep_lines, read_lines, write_atomically
 from popo_lite.samplers import SamplingParams, pick_engine
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.benchmarks.datasets import BENCHMARKS, open_benchmark, within_tolerance
 from popo_lite.tools.benchmarks.scores import Answers, refuse_ungraded
 from popo_lite.tools.benchmarks.subject import Bar, Subject, active_adapter, open_checked
+from popo_lite.tools.work_folder import locked, refuse_foreign
 from popo_lite.types import Completion, FinishReason, Problem, Prompt
 
+KEY = ("weights", "seed", "benchmark", "problem")
 Key = tuple[Any, ...]
-"""(weights, seed, benchmark, problem id): what identifies a line of `problems.jsonl`."""
-
+"""The values of KEY: what identifies a line of `problems.jsonl`."""
 Settings = Mapping[str, Any]
 """Everything that the answers depend on: the content of settings.json."""
-
-CHUNK_BATCHES = 4
-"""Batches of sequences in a chunk: enough to keep an engine busy, few enough to lose little when killed."""
+CHUNK_BATCHES = 4  # of sequences: enough to keep an engine busy, few enough to lose little when killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +51,6 @@ class PreparedBenchmark:
     contents: Mapping[str, Any]
 
 
-class Chunk(NamedTuple):
-    """Problems of one benchmark that are sampled together, under one set of weights and one seed."""
-
-    weights: str
-    seed: int
-    benchmark: PreparedBenchmark
-    prompts: tuple[Prompt, ...]
-
-    @property
-    def keys(self) -> list[Key]:
-        """Return the keys of its lines, in order."""
-        return [(self.weights, self.seed, self.benchmark.name, prompt.problem.id) for prompt in self.prompts]
-
-
 def prepare_all(recipe: Recipe, files: Mapping[str, Path | None], *, skip_overlong: bool) -> list[PreparedBenchmark]:
     """Read, check and render benchmarks (name -> file, None for the Hub's) without loading a model.
 
@@ -79,15 +64,8 @@ def prepare_all(recipe: Recipe, files: Mapping[str, Path | None], *, skip_overlo
     return [prepare(name, rows, renderer, **limits, skip_overlong=skip_overlong) for name, rows in problems.items()]
 
 
-def prepare(
-    name: str,
-    problems: Sequence[Problem],
-    renderer: Renderer,
-    *,
-    max_completion_length: int,
-    context_tokens: int,
-    skip_overlong: bool,
-) -> PreparedBenchmark:
+def prepare(name: str, problems: Sequence[Problem], renderer: Renderer, *, max_completion_length: int,
+            context_tokens: int, skip_overlong: bool) -> PreparedBenchmark:  # fmt: skip
     """Render `problems`, and limit answers to what the longest prompt leaves of the context.
 
     Prints what is unusual to standard error. Raises DataError for prompts longer than the renderer's
@@ -108,9 +86,8 @@ def prepare(
         what = f"the longest prompt leaves no tokens for an answer in the model's context of {context_tokens}"
         next_step = f"--max-prompt-tokens below {context_tokens}, and skip longer ones with --skip-overlong"
         raise ModelError(what, where=name, next_step=next_step)
-    first: dict[tuple[int, ...], str] = {}
-    first_asked = {prompt.problem.id: first.setdefault(prompt.token_ids, prompt.problem.id) for prompt in prompts}
-    repeats = {later: earlier for later, earlier in first_asked.items() if later != earlier}
+    first = {prompt.token_ids: prompt.problem.id for prompt in reversed(prompts)}
+    repeats = {p.problem.id: first[p.token_ids] for p in prompts if first[p.token_ids] != p.problem.id}
     notify = partial(click.echo, err=True)
     if rows != published:
         notify(f"{name}: was published with {published:,} problems, and has {rows:,} here")
@@ -166,51 +143,36 @@ class EvaluationFolder:
         self.answers_path = path / "problems.jsonl"  # one line per weights, seed, benchmark and problem
         self.results_path = path / "results.json"
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Lock the folder, and create it if needed.
-
-        Raises UserInputError if another evaluation has locked it or it holds something else.
-        """
+    def locked(self) -> AbstractContextManager[int]:
+        """Lock the folder. Raises UserInputError if another evaluation runs in it, or it holds something else."""
         lock = self.path / ".evaluation.lock"
-        is_ours = lock.is_file() or self.settings_path.is_file()
-        if self.path.exists() and not is_ours and (not self.path.is_dir() or any(self.path.iterdir())):
-            what, next_step = "the folder is not empty and holds no evaluation", "name another folder"
-            raise UserInputError(what, where=f"--output {self.path}", next_step=next_step)
-        self.path.mkdir(parents=True, exist_ok=True)
-        what = "another evaluation is running in this folder"
-        next_step = "wait for it, stop it, or name another folder with --output"
-        with locked(lock, UserInputError(what, where=str(self.path), next_step=next_step)):
-            yield
+        if not self.settings_path.is_file():
+            refuse_foreign(self.path, "evaluation", {lock})
+        return locked(lock, "another evaluation is running in this folder")
 
     def start(self, settings: Settings) -> None:
         """Write the settings. Raises CheckpointError if the folder holds an evaluation with other settings."""
         if not self.settings_path.is_file():
             write_atomically(self.settings_path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
             return
-        before = _flat(json.loads(self.settings_path.read_text(encoding="utf-8")))
-        now = _flat(json.loads(json.dumps(settings)))
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if changed:
-            shown = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed[:5]]
-            shown += [f"{len(changed) - 5} more differ"] if len(changed) > 5 else []
-            what = f"the evaluation in this folder has other settings: {'; '.join(shown)}"
+        before = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        if changed := differences(_flat(before), _flat(json.loads(json.dumps(settings)))):
+            changed[5:] = [f"{len(changed) - 5} more differ"] if len(changed) > 5 else []
+            what = f"the evaluation in this folder has other settings: {'; '.join(changed)}"
             next_step = "use the same settings to resume it, or name another folder with --output"
             raise CheckpointError(what, where=str(self.settings_path), next_step=next_step)
 
-    def resume(self, chunks: Sequence[Sequence[Key]]) -> dict[Key, Answers]:
+    def resume(self, chunks: Sequence[Collection[Key]]) -> dict[Key, Answers]:
         """Return the answers of all finished chunks by key, and delete those of unfinished ones from the file.
 
-        A chunk, given by the keys of its lines, is sampled as one batch. Sampling an unfinished one again as a whole
-        gives the lines that an evaluation without interruption writes.
-
+        Sampling an unfinished chunk again as a whole gives the lines that an evaluation without interruption writes.
         Raises CheckpointError if a line belongs to no chunk or occurs twice.
         """
         if not self.answers_path.is_file():
             return {}
         keep_lines(self.answers_path, lambda _: True)  # deletes an incomplete last line
         answers: dict[Key, Answers] = {}
-        planned = {key for chunk in chunks for key in chunk}
+        planned = set().union(*chunks)
         for number, line in enumerate(read_lines(self.answers_path), 1):
             if (key := key_of(line)) not in planned or key in answers:
                 what = f"line {number} {'repeats another one' if key in answers else 'is not of this evaluation'}"
@@ -221,15 +183,10 @@ class EvaluationFolder:
         keep_lines(self.answers_path, lambda line: key_of(line) in finished)
         return {key: line for key, line in answers.items() if key in finished}
 
-    def append(self, answers: Sequence[Answers]) -> None:
-        """Append lines to the answers."""
-        for line in answers:
-            append_line(self.answers_path, line)
-
 
 def key_of(line: Mapping[str, Any]) -> Key:
     """Return what identifies a line of the answers."""
-    return tuple(line.get(name) for name in ("weights", "seed", "benchmark", "problem"))
+    return tuple(map(line.get, KEY))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -239,11 +196,11 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def plan_chunks(benchmarks: Sequence[PreparedBenchmark], settings: Settings) -> list[Chunk]:
-    """Return everything to sample, in order."""
+def plan_chunks(benchmarks: Sequence[PreparedBenchmark], settings: Settings) -> list[dict[Key, Prompt]]:
+    """Return all prompts in order, in chunks that are sampled together: one benchmark, set of weights and seed each."""
     size = max(1, CHUNK_BATCHES * settings["max_num_seqs"] // settings["samples"])
     return [
-        Chunk(weights, seed, benchmark, benchmark.prompts[start : start + size])
+        {(weights, seed, benchmark.name, p.problem.id): p for p in benchmark.prompts[start : start + size]}
         for weights in settings["weights"]
         for seed in settings["seeds"]
         for benchmark in benchmarks
@@ -256,8 +213,8 @@ def answer_all(
 ) -> list[Answers]:
     """Return all answers in order: those in `folder`, and the others, which are sampled and appended there."""
     chunks = plan_chunks(prepared, settings)
-    answers = folder.resume([chunk.keys for chunk in chunks])
-    todo = [chunk for chunk in chunks if chunk.keys[0] not in answers]
+    answers = folder.resume(chunks)
+    todo = [chunk for chunk in chunks if answers.keys().isdisjoint(chunk)]
     if answers:
         click.echo(f"{len(chunks) - len(todo)} of {len(chunks)} parts are in {folder.path} already", err=True)
     if todo:
@@ -270,53 +227,50 @@ def answer_all(
         write_atomically(folder.environment_path, json.dumps(environment(policy.device), indent=2) + "\n")
         renderer = Renderer(recipe, policy.tokenizer)
         draw = {"temperature": settings["temperature"], "top_p": settings["top_p"]}
-        params = {b.name: SamplingParams(max_completion_length=b.max_completion_length, **draw) for b in prepared}
+        by_name = {benchmark.name: benchmark for benchmark in prepared}
         with open_checked(recipe, policy, renderer, prepared[0].prompts) as (sampler, grader):
-            for weights, group in groupby(todo, lambda chunk: chunk.weights):
-                own = list(group)
-                total = settings["samples"] * sum(len(chunk.prompts) for chunk in own)
-                adapter = subject.adapters[weights]
+            for weights, group in groupby(todo, lambda chunk: next(iter(chunk))[0]):
+                own, adapter = list(group), subject.adapters[weights]
+                total = settings["samples"] * sum(map(len, own))
                 with active_adapter(adapter, policy, sampler), bar(f"{weights}: answers", total) as finished:
                     for chunk in own:
+                        _, seed, name, _ = next(iter(chunk))
                         completions = sampler.sample(
-                            chunk.prompts,
+                            list(chunk.values()),
                             count=settings["samples"],
-                            params=params[chunk.benchmark.name],
+                            params=SamplingParams(max_completion_length=by_name[name].max_completion_length, **draw),
                             policy_version=policy.version,
                             # Draws depend only on seed, problem and sample: all weights are compared on the same ones.
-                            stream=("benchmark", chunk.seed),
+                            stream=("benchmark", seed),
                             finished=finished,
                         )
                         lines = _grade(chunk, completions, grader)
-                        answers |= {key_of(line): line for line in lines}
+                        answers |= lines
                         # Checked before they are written, so that a rerun grades them again.
                         refuse_ungraded(
-                            [answers[key] for key in answers if (key[0], key[2]) == (weights, chunk.benchmark.name)],
-                            planned=len(chunk.benchmark.prompts) * len(settings["seeds"]),
+                            [line for key, line in answers.items() if (key[0], key[2]) == (weights, name)],
+                            planned=len(by_name[name].prompts) * len(settings["seeds"]),
                             limit=recipe.reward.max_ungraded_ratio,
                         )
-                        folder.append(lines)
-    return [answers[key] for chunk in chunks for key in chunk.keys]
+                        for line in lines.values():
+                            append_line(folder.answers_path, line)
+    return [answers[key] for chunk in chunks for key in chunk]
 
 
-def _grade(chunk: Chunk, completions: Sequence[Sequence[Completion]], grader: Grader) -> list[Answers]:
-    pairs = [(prompt.problem, group) for prompt, group in zip(chunk.prompts, completions, strict=True)]
-    rewards = iter(grader.grade([(answer.text, problem) for problem, group in pairs for answer in group]))
-    lines: list[Answers] = []
-    for problem, group in pairs:
+def _grade(chunk: Mapping[Key, Prompt], completions: Sequence[Sequence[Completion]], grader: Grader) -> dict[Key, Any]:
+    """Return the lines of a chunk by key."""
+    groups = [(key, prompt.problem, group) for (key, prompt), group in zip(chunk.items(), completions, strict=True)]
+    rewards = iter(grader.grade([(answer.text, problem) for _, problem, group in groups for answer in group]))
+    lines = {}
+    for key, problem, group in groups:
         verdicts = [within_tolerance(next(rewards), problem) for _ in group]
-        lines.append(
-            {
-                "weights": chunk.weights,
-                "seed": chunk.seed,
-                "benchmark": chunk.benchmark.name,
-                "problem": problem.id,
-                "reference": problem.answer,
-                "answers": [reward.answer for reward in verdicts],
-                "outcomes": [reward.outcome.value for reward in verdicts],
-                "tokens": [len(completion.token_ids) for completion in group],
-                "truncated": [completion.finish_reason is FinishReason.LENGTH for completion in group],
-                "text": group[0].text,
-            }
-        )
+        lines[key] = {
+            **dict(zip(KEY, key, strict=True)),
+            "reference": problem.answer,
+            "answers": [reward.answer for reward in verdicts],
+            "outcomes": [reward.outcome.value for reward in verdicts],
+            "tokens": [len(completion.token_ids) for completion in group],
+            "truncated": [completion.finish_reason is FinishReason.LENGTH for completion in group],
+            "text": group[0].text,
+        }
     return lines

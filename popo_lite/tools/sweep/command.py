@@ -36,7 +36,7 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
     """
     from popo_lite.tools.console.output import table
     from popo_lite.tools.console.words import share
-    from popo_lite.tools.sweep.folder import SweepFolder, as_options, load_sweep, locked, refuse_other_sweep
+    from popo_lite.tools.sweep.folder import SweepFolder, as_options, load_sweep, refuse_other_sweep
     from popo_lite.tools.sweep.runner import SweepView, execute
 
     requested = load_sweep(sweep_file, overrides, seeds)
@@ -53,7 +53,7 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
             cells = [list({**run, "overrides": " ".join(as_options(run["overrides"]))}.values()) for run in listed]
             table(f"{len(runs)} runs", ("variant", "seed", "state", "differs in", "folder"), cells)
         return
-    with locked(folder) as lock:
+    with folder.locked() as lock:
         refuse_other_sweep(folder, requested)  # again: another may have started here meanwhile
         folder.start_files(requested)
         with SweepView(len(runs), sum(run.state == "finished" for run in runs)) as view:
@@ -99,8 +99,9 @@ def compare(sources: tuple[Path, ...], output: Path | None, reach: float, as_jso
     """
     from popo_lite.run_folder import write_atomically
     from popo_lite.tools.sweep.compare import compare as compare_sources
-    from popo_lite.tools.sweep.folder import SweepFolder, writing
+    from popo_lite.tools.sweep.folder import SweepFolder
     from popo_lite.tools.sweep.report import draw, html_page, print_report
+    from popo_lite.tools.work_folder import writing
 
     comparison = compare_sources(sources, reach=reach)
     is_sweep = len(sources) == 1 and SweepFolder(sources[0]).sweep_path.is_file()

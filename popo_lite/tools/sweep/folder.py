@@ -10,18 +10,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import filelock
-
-from popo_lite.errors import PopoError, RecipeError, UserInputError, nearest
+from popo_lite.errors import RecipeError, UserInputError, nearest
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import SECTIONS, find_recipe, flatten, load_recipe, read_toml, shipped_sweeps, to_toml
-from popo_lite.run_folder import RunFolder, is_leftover, keep_lines, may_change_on_resume, write_atomically
+from popo_lite.run_folder import RunFolder, differences, keep_lines, may_change_on_resume, write_atomically
+from popo_lite.tools.work_folder import locked, refuse_foreign, writing
 
 KEYS = ("recipe", "seeds", "set", "variants", "over")
 SEED = "train.seed"
@@ -240,6 +239,10 @@ class SweepFolder:
         self.results_path, self.failures_path = path / "results.jsonl", path / "failures.jsonl"
         self.lock_path = path / ".lock"
 
+    def locked(self) -> AbstractContextManager[int]:
+        """Lock the folder. Runs inherit the descriptor, so one that outlives a killed sweep keeps the lock."""
+        return locked(self.lock_path, "another sweep, or a run that outlived one, is at work in this folder")
+
     def runs(self, sweep: Sweep) -> list[SweepRun]:
         """Return every run of the sweep: all variants with the first seed, then with the next."""
         return [SweepRun(self.path, each, seed, sweep.shared) for seed in sweep.seeds for each in sweep.variants]
@@ -265,32 +268,6 @@ class SweepFolder:
             keep_lines(self.failures_path, lambda line: (line["variant"], line["seed"]) != (run.variant.name, run.seed))
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError into a PopoError with `path` and the reason."""
-    try:
-        yield
-    except OSError as error:
-        next_step = "fix this and rerun the command; finished work is kept"
-        raise PopoError(f"cannot be written: {error.strerror}", where=str(path), next_step=next_step) from error
-
-
-@contextmanager
-def locked(folder: SweepFolder) -> Iterator[int]:
-    """Lock the folder and yield the lock's file descriptor. Raises UserInputError if another process holds it.
-
-    Runs inherit the descriptor, so a run that outlives a killed sweep keeps the lock.
-    """
-    with writing(folder.lock_path):
-        folder.path.mkdir(parents=True, exist_ok=True)
-        file = folder.lock_path.open("w")
-    with file:
-        if not filelock.lock_descriptor(file.fileno(), blocking=False):
-            busy = "another sweep, or a run that outlived one, is at work in this folder"
-            raise UserInputError(busy, where=str(folder.path), next_step="wait for it, or stop it")
-        yield file.fileno()
-
-
 def refuse_other_sweep(folder: SweepFolder, sweep: Sweep) -> None:
     """Raise UserInputError if `folder` holds something else, or `sweep` would change the runs in it.
 
@@ -300,23 +277,17 @@ def refuse_other_sweep(folder: SweepFolder, sweep: Sweep) -> None:
         # A sweep killed before it wrote sweep.toml leaves these. The lock is created first, so a recipe.toml without
         # it belongs to the user.
         own = {folder.lock_path, folder.recipe_path} if folder.lock_path.is_file() else set()
-        path = folder.path
-        if path.exists() and (not path.is_dir() or {each for each in path.iterdir() if not is_leftover(each)} - own):
-            what = "the folder is not empty and holds no sweep"
-            raise UserInputError(what, where=f"--output {path}", next_step="name another folder")
+        refuse_foreign(folder.path, "sweep", own)
         return
     before = load_sweep(folder.sweep_path)
     gone = [str(seed) for seed in before.seeds if seed not in sweep.seeds]
     changes = [f"seeds: {', '.join(gone)} gone"] if gone else []
     recipes = {variant.name: variant.recipe for variant in sweep.variants}
     for name, _, recipe in before.variants:
-        if name not in recipes:
-            changes.append(f"variant {name}: gone")
-            continue
-        was, now = flatten(recipe), flatten(recipes[name])
-        keys = sorted((was.keys() | now.keys()) - may_change_on_resume(recipes[name]) - {SEED})
-        changes += [f"variant {name}: {key} was {was.get(key)!r} and is {now.get(key)!r}"
-                    for key in keys if was.get(key) != now.get(key)]  # fmt: skip
+        found = ["gone"]
+        if now := recipes.get(name):
+            found = differences(flatten(recipe), flatten(now), may_change_on_resume(now) | {SEED})
+        changes += [f"variant {name}: {each}" for each in found]
     if len(changes) > MOST_CHANGES:
         changes[MOST_CHANGES:] = [f"... and {len(changes) - MOST_CHANGES} more"]
     if changes:

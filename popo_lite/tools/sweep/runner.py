@@ -19,7 +19,8 @@ from rich.text import Text
 from popo_lite.run_folder import append_line
 from popo_lite.tools.console.output import open_console, safe
 from popo_lite.tools.console.words import duration
-from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, as_options, writing
+from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, as_options
+from popo_lite.tools.work_folder import writing
 
 POLL_SECONDS = 0.2
 STOPPING = (
