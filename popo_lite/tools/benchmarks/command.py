@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from popo_lite.errors import EngineError, UserInputError
-
-if TYPE_CHECKING:
-    from popo_lite.recipe import Recipe
+from popo_lite.recipe import Recipe
 
 PAPER_PRESET = {
     "samples": 128,
@@ -56,7 +54,7 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
 @click.option("--max-tokens", type=POSITIVE, help="Longest answer; default as in the recipe.")
 @click.option("max_prompt_length", "--max-prompt-tokens", type=POSITIVE, default=2048, help="Longest prompt.")
 @click.option("--skip-overlong", is_flag=True, help="Skip and count longer prompts; without it they are an error.")
-@click.option("--seeds", metavar="0,1,2", help="Evaluate under each of these seeds; reported pooled and one by one.")
+@click.option("--seeds", metavar="0-2,5", help="Evaluate under each of these seeds; reported pooled and one by one.")
 @click.option("--system-prompt", help='Default as in the recipe; "" for none.')
 @click.option("--chat-template", type=JINJA_FILE, help="Jinja file, for a model without one.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for answers and results, also to resume in.")
@@ -79,7 +77,15 @@ def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, as_j
         raise UserInputError("is for benchmarks, and none is named", where=wrong[0], next_step=next_step)
     try:
         if benchmarks is None:
-            _held_out(Path(model_or_run), as_json=as_json, **{name: options[name] for name in HELD_OUT})
+            from popo_lite.tools.benchmarks.subject import evaluate_run, no_bar
+            from popo_lite.tools.console.output import eval_report, progress
+
+            path, used = Path(model_or_run), {name: options[name] for name in HELD_OUT}
+            results = evaluate_run(path, **used, bar=no_bar if as_json else progress)
+            if as_json:
+                click.echo(json.dumps({"run": str(path), "results": [asdict(result) for result in results]}))
+            else:
+                eval_report(results)
         else:
             _benchmarks(model_or_run, benchmarks, as_json=as_json, **options)
     except EngineError as error:
@@ -90,47 +96,38 @@ def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, as_j
         raise EngineError(error.what, where=error.where, next_step=advice) from error
 
 
-def _held_out(run: Path, *, as_json: bool, **used: Any) -> None:
-    from popo_lite.tools.benchmarks.subject import evaluate_run, no_bar
-    from popo_lite.tools.console.output import eval_report, progress
-
-    results = evaluate_run(run, **used, bar=no_bar if as_json else progress)
-    if as_json:
-        click.echo(json.dumps({"run": str(run), "results": [asdict(result) for result in results]}))
-    else:
-        eval_report(results)
-
-
 def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...], as_json: bool, **options: Any) -> None:
     from popo_lite.run_folder import write_atomically
+    from popo_lite.tools.benchmarks import run, scores, subject
     from popo_lite.tools.benchmarks.datasets import benchmark_names
-    from popo_lite.tools.benchmarks.run import EvaluationFolder, answer_all, prepare_all, settings_of
-    from popo_lite.tools.benchmarks.scores import benchmark_report, summarise
-    from popo_lite.tools.benchmarks.subject import no_bar, open_model, open_run
     from popo_lite.tools.console.output import progress
+    from popo_lite.tools.sweep.folder import seeds_in
 
     files = _files(options["data"], benchmark_names(benchmarks))
     samples, k = options["samples"], pick_k(options["k"], options["samples"])
-    seeds = _seeds(options["seeds"]) if options["seeds"] else [options["seed"]]
+    seeds = seeds_in(options["seeds"]) if options["seeds"] else [options["seed"]]
+    if not seeds:
+        where = f"--seeds {options['seeds']}"
+        raise UserInputError("is not a list of different whole numbers", where=where, next_step="--seeds 0,1,2")
     path = Path(model_or_run).expanduser()
     is_run = (path / "recipe.toml").is_file()
-    subject = open_run(path, weights) if is_run else open_model(model_or_run, weights)
-    subject = replace(subject, recipe=with_options(subject.recipe, options))
-    prepared = prepare_all(subject.recipe, files, skip_overlong=options["skip_overlong"])
-    settings = settings_of(subject, prepared, {"seeds": seeds, "samples": samples, "top_p": options["top_p"]})
+    model = subject.open_run(path, weights) if is_run else subject.open_model(model_or_run, weights)
+    model = replace(model, recipe=with_options(model.recipe, options))
+    prepared = run.prepare_all(model.recipe, files, skip_overlong=options["skip_overlong"])
+    settings = run.settings_of(model, prepared, {"seeds": seeds, "samples": samples, "top_p": options["top_p"]})
     default = path / "benchmarks" if is_run else Path("benchmarks") / Path(model_or_run).name
-    folder = EvaluationFolder(options["output"] or default)
+    folder = run.EvaluationFolder(options["output"] or default)
     with folder.locked():
         folder.start(settings)
-        answers = answer_all(subject, prepared, folder, settings, no_bar if as_json else progress)
-        results = summarise(answers, k)
+        answers = run.answer_all(model, prepared, folder, settings, subject.no_bar if as_json else progress)
+        results = scores.summarise(answers, k)
         contents = {benchmark.name: benchmark.contents for benchmark in prepared}
         content = {"k": k, "benchmarks": contents, "settings": settings, "results": results}
-        write_atomically(folder.results_path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(folder.path / "results.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     if as_json:
         click.echo(json.dumps({"model": model_or_run, "output": str(folder.path), **content}))
     else:
-        benchmark_report(results, k=k, output=str(folder.path))
+        scores.benchmark_report(results, k=k, output=str(folder.path))
 
 
 def with_options(recipe: Recipe, options: dict[str, Any]) -> Recipe:
@@ -168,17 +165,8 @@ def _files(data: tuple[str, ...], names: tuple[str, ...]) -> dict[str, Path | No
     for item in data:
         name, _, file = item.partition("=")
         if not file or files.get(name, "") is not None:
-            twice = bool(files.get(name))
-            what = "names a benchmark twice" if twice else "is not NAME=FILE of a benchmark in --benchmarks"
-            example = f"for instance --data {names[0]}={names[0]}.jsonl"
-            raise UserInputError(what, where=f"--data {item}", next_step=example)
+            what = "names a benchmark twice" if files.get(name) else "is not NAME=FILE of a benchmark in --benchmarks"
+            next_step = f"for instance --data {names[0]}={names[0]}.jsonl"
+            raise UserInputError(what, where=f"--data {item}", next_step=next_step)
         files[name] = Path(file).expanduser()
     return files
-
-
-def _seeds(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        what = "is not a list of different whole numbers"
-        raise UserInputError(what, where=f"--seeds {text}", next_step="--seeds 0,1,2")
-    return [int(part) for part in parts]

@@ -112,10 +112,8 @@ def open_benchmark(name: str, file: Path | None = None, grader: Grader | None = 
     """Return all problems of the benchmark, from `file` in the form of the Hub's rows, or from the Hub.
 
     Ids are `name/row`, with rows numbered from 1. `meta["tolerance"]` holds how far the numbers of an answer may be
-    off, as decimals: one for all of them, or one for each in order. With a grader, answers that it cannot read are
-    errors, too.
-
-    Raises DataError if the rows cannot be loaded, or with a list of all rows that are not of the benchmark's form.
+    off, as decimals: one for all of them, or one for each in order. Raises DataError if the rows cannot be loaded, or
+    with a list of all rows that are not of the benchmark's form, or whose answers `grader` cannot read.
     """
     benchmark = BENCHMARKS[name]
     try:
@@ -167,14 +165,11 @@ def _problem(benchmark: Benchmark, problem_id: str, row: Mapping[str, Any] | str
             cells[column] = read(row[column])
         except CellError as error:
             return f'column "{column}" {error}'
-    context, tolerances = cells.get(benchmark.context_column), cells.get(benchmark.tolerance_column)
-    question = cells[benchmark.prompt_column]
-    return Problem(
-        id=problem_id,
-        messages=({"role": "user", "content": f"{context}\n{question}" if context else question},),
-        answer=cells[benchmark.answer_column],
-        meta={"tolerance": tolerances} if tolerances else {},
-    )
+    asked = filter(None, (cells.get(benchmark.context_column), cells[benchmark.prompt_column]))
+    message = {"role": "user", "content": "\n".join(asked)}
+    tolerances = cells.get(benchmark.tolerance_column)
+    meta = {"tolerance": tolerances} if tolerances else {}
+    return Problem(id=problem_id, messages=(message,), answer=cells[benchmark.answer_column], meta=meta)
 
 
 def check_references(problems: Sequence[Problem], grader: Grader) -> dict[str, str | None]:

@@ -37,25 +37,18 @@ CHUNK_BATCHES = 4  # of sequences: enough to keep an engine busy, few enough to 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedBenchmark:
-    """The prompts of one benchmark and the limit on answers to them, in tokens.
-
-    `settings` is what the answers depend on, with a hash of everything that is asked, for settings.json. `contents`
-    says what the benchmark consists of, for results.json.
-    """
+    """The prompts of one benchmark, and the limits on them and on answers in tokens."""
 
     name: str
     prompts: tuple[Prompt, ...]
     longest_prompt: int
     max_completion_length: int
-    settings: Mapping[str, Any]
-    contents: Mapping[str, Any]
+    settings: Mapping[str, Any]  # for settings.json: what the answers depend on, with a hash of all that is asked
+    contents: Mapping[str, Any]  # for results.json: what the benchmark consists of
 
 
 def prepare_all(recipe: Recipe, files: Mapping[str, Path | None], *, skip_overlong: bool) -> list[PreparedBenchmark]:
-    """Read, check and render benchmarks (name -> file, None for the Hub's) without loading a model.
-
-    Prints what is unusual about them to standard error.
-    """
+    """Read, check and render benchmarks (name -> file, None for the Hub's) without loading a model."""
     renderer = Renderer(recipe, load_tokenizer(recipe.model))
     with Grader(recipe.reward) as grader:
         problems = {name: open_benchmark(name, file, grader) for name, file in files.items()}
@@ -134,14 +127,12 @@ def settings_of(subject: Subject, prepared: Sequence[PreparedBenchmark], samplin
 
 
 class EvaluationFolder:
-    """Paths inside one evaluation's folder, and its answers, which are kept so that a killed evaluation can resume."""
+    """Paths inside one evaluation's folder, and the answers in it, with which a killed evaluation resumes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.settings_path = path / "settings.json"  # all settings that the answers depend on
-        self.environment_path = path / "environment.json"
+        self.settings_path = path / "settings.json"
         self.answers_path = path / "problems.jsonl"  # one line per weights, seed, benchmark and problem
-        self.results_path = path / "results.json"
 
     def locked(self) -> AbstractContextManager[int]:
         """Lock the folder. Raises UserInputError if another evaluation runs in it, or it holds something else."""
@@ -224,7 +215,7 @@ def answer_all(
         lengths = {"rollout.max_prompt_length": prompt, "rollout.max_completion_length": both - prompt}
         recipe = subject.recipe.with_values(lengths)
         policy = subject.load(recipe)
-        write_atomically(folder.environment_path, json.dumps(environment(policy.device), indent=2) + "\n")
+        write_atomically(folder.path / "environment.json", json.dumps(environment(policy.device), indent=2) + "\n")
         renderer = Renderer(recipe, policy.tokenizer)
         draw = {"temperature": settings["temperature"], "top_p": settings["top_p"]}
         by_name = {benchmark.name: benchmark for benchmark in prepared}

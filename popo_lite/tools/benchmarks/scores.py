@@ -22,9 +22,7 @@ from popo_lite.types import Outcome
 
 AVERAGE = "average"
 RESAMPLES = 10_000
-JUDGED_PROBLEMS = 20
-"""The share of ungraded answers is taken of at least this many problems: one problem alone stops no evaluation."""
-
+JUDGED_PROBLEMS = 20  # at least, for the share of ungraded answers: one problem alone stops no evaluation
 _RESAMPLES_AT_ONCE = 500
 _UNGRADED = [outcome.value for outcome in Outcome if not outcome.is_graded]
 _PER_SAMPLE = ("answers", "outcomes", "tokens", "truncated")
@@ -168,9 +166,8 @@ def _ungraded_ratio(line: Answers) -> float:
     return statistics.fmean(outcome in _UNGRADED for outcome in line["outcomes"])
 
 
-def benchmark_report(
-    results: Sequence[Mapping[str, Any]], *, k: int, output: str, console: Console | None = None
-) -> None:
+def benchmark_report(results: Sequence[Mapping[str, Any]], *, k: int, output: str,
+                     console: Console | None = None) -> None:  # fmt: skip
     """Print a table with a row per benchmark and weights, and with several seeds a second table of each seed."""
     console = console or open_console(sys.stdout)
     titles = {AVERAGE: AVERAGE} | {name: benchmark.title for name, benchmark in BENCHMARKS.items()}

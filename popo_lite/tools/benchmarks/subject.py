@@ -31,7 +31,6 @@ from popo_lite.types import EvalResult, Prompt
 RUN_WEIGHTS = ("base", "adapter", "siamese")
 MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 """Files of a model's folder that can change its answers: weights, configuration and tokenizer."""
-
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(description, total) -> a context manager; its value is called with each amount done."""
 
@@ -141,17 +140,9 @@ def no_bar(_description: str, _total: int) -> AbstractContextManager[Callable[[i
     return nullcontext(lambda _: None)
 
 
-def evaluate_run(
-    run: Path,
-    *,
-    weights: Sequence[str] = (),
-    problems: int | None = None,
-    samples: int = 8,
-    temperature: float | None = None,
-    seed: int = 0,
-    engine: str | None = None,
-    bar: Bar = no_bar,
-) -> list[EvalResult]:
+def evaluate_run(run: Path, *, weights: Sequence[str] = (), problems: int | None = None, samples: int = 8,
+                 temperature: float | None = None, seed: int = 0, engine: str | None = None,
+                 bar: Bar = no_bar) -> list[EvalResult]:  # fmt: skip
     """Return a result for each of the run's `weights` ("base", "adapter", "siamese"; default: all), on the same draws.
 
     `problems`, `temperature` and `engine` default to those of the run's recipe; `samples` is per problem.

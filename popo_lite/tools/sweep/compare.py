@@ -20,8 +20,8 @@ BOOKKEEPING = ("train.seed", "output.dir", "output.samples_per_step")  # in whic
 LONGEST_NAME = 40  # of a group of single runs
 ROUNDING = 1e-12  # values that differ by less, relatively or absolutely, are equal but for rounding
 CONFIDENCE = 0.95
+# Beginnings of the names of figures and curves that cannot exceed 1. No figure can be below 0.
 RATIOS = ("pass_at_", "pass_rate", "effective_sample_ratio", "trained_ratio")
-"""Beginnings of the names of figures and curves that cannot exceed 1. No figure can be below 0."""
 SMOOTHING_STEPS = 5  # of the trailing mean in curves and for reaching a pass rate
 LAST_RATIO = 0.1  # of a run's steps: the part over which the figures of training are averaged
 CURVES = ("pass_rate", "completion_tokens_mean", "sampled_entropy", "effective_sample_ratio", "siamese_drift",
@@ -132,11 +132,10 @@ def t_quantile(degrees: int) -> float:
     """Return the two-sided 95 % quantile of Student's t with `degrees` >= 1 degrees of freedom, to 1e-9."""
     from mpmath import betainc, findroot
 
-    def outside(t: float) -> float:  # P(|T| > t), Abramowitz and Stegun 26.7.1 and 26.5.27
-        return float(betainc(degrees / 2, 0.5, 0, degrees / (degrees + t**2), regularized=True))
+    def excess(t: float) -> Any:  # P(|T| > t) by Abramowitz and Stegun 26.7.1 and 26.5.27
+        return betainc(degrees / 2, 0.5, 0, degrees / (degrees + t**2), regularized=True) - (1 - CONFIDENCE)
 
-    # 1.96 with infinitely many degrees of freedom, 12.71 with one.
-    return float(findroot(lambda t: outside(t) - (1 - CONFIDENCE), (1.9, 13.0), solver="anderson"))
+    return float(findroot(excess, (1.9, 13.0), solver="anderson"))  # 12.71 at one degree, 1.96 in the limit
 
 
 def _estimate(name: str, values: Values, problems: int) -> Estimate | None:
@@ -156,10 +155,7 @@ def _estimate(name: str, values: Values, problems: int) -> Estimate | None:
 
 
 def _single_groups(runs: Sequence[RunFigures], taken: Set[str]) -> dict[str, list[RunFigures]]:
-    """Group runs with equal recipes, apart from BOOKKEEPING, and name the groups by the settings that differ.
-
-    They are named by a path if there is one group, or such a name is too long or one of those in `taken`.
-    """
+    """Group runs by recipe, apart from BOOKKEEPING; name a group by the settings that differ, if possible, or a path."""
     recipes = [flatten(RunFolder(run.path).recipe()) for run in runs]
     keys = sorted(set().union(*recipes).difference(BOOKKEEPING))
     differing = [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
@@ -187,8 +183,7 @@ def read_run(path: Path, *, reach: float) -> RunFigures:
     run = RunFolder(path)
     recipe = run.recipe()
     if not run.summary_path.is_file():
-        next_step = f"popo-lite train {run.recipe_path} --resume --output {path}"
-        raise CheckpointError("the run has not ended", where=str(path), next_step=next_step)
+        raise CheckpointError("the run has not ended", where=str(path), next_step=run.resume_command)
     after = json.loads(run.summary_path.read_text(encoding="utf-8"))["after"] or {}
     steps = read_lines(run.metrics_path)
     try:

@@ -64,8 +64,9 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = (), seeds: str | N
         errors.append(f"{source}: {key}: unknown key; {hint}")
     shared = _flat(written.get("set", {}), f"{source}: [set]", errors)
     named = _named_variants(written, source, errors)
-    own_seeds = _seeds(written.get("seeds", [0]), f"{source}: seeds", errors)
-    chosen_seeds = own_seeds if seeds is None else _seeds(seeds, "--seeds", errors)
+    for place, text in {f"{source}: seeds": written.get("seeds", [0]), "--seeds": seeds}.items():
+        if text is not None and not (chosen_seeds := seeds_in(text)):
+            errors.append(f"{place} = {to_toml(text)}: must be different whole numbers, such as 0-4 or 0,2,5")
     overridden = [override.partition("=")[0].strip() for override in overrides]
     if SEED in overridden:
         errors.append(f"--set {SEED}: the sweep sets it; give --seeds")
@@ -183,16 +184,14 @@ def _named_variants(written: Mapping[str, Any], source: str | Path, errors: list
     return named
 
 
-def _seeds(written: Any, place: str, errors: list[str]) -> tuple[int, ...]:
-    """Return the seeds of a list of whole numbers, or of text such as "0-4,7"."""
+def seeds_in(written: Any) -> tuple[int, ...]:
+    """Return the different seeds of a list of whole numbers, or of text such as "0-4,7"; none if it is neither."""
     parts = written.split(",") if isinstance(written, str) else []
     if isinstance(written, list):
         parts = [to_toml(seed) for seed in written]
     ranges = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part) for part in parts]
     seeds = [seed for each in ranges if each for seed in range(int(each[1]), int(each[2] or each[1]) + 1)]
-    if not seeds or not all(ranges) or len(set(seeds)) < len(seeds):
-        errors.append(f"{place} = {to_toml(written)}: must be different whole numbers, such as 0-4 or 0,2,5")
-    return tuple(seeds)
+    return tuple(seeds) if all(ranges) and len(set(seeds)) == len(seeds) else ()
 
 
 class SweepRun:
