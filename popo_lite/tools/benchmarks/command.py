@@ -13,15 +13,9 @@ from click.core import ParameterSource
 from popo_lite.errors import EngineError, UserInputError
 from popo_lite.recipe import Recipe
 
-PAPER_PRESET = {
-    "samples": 128,
-    "temperature": 0.7,
-    "top_p": 0.95,
-    "max_tokens": 4096,
-    "system_prompt": r"Please reason step by step, and put your final answer within \boxed{}.",
-}
+PAPER_PRESET = {"samples": 128, "temperature": 0.7, "top_p": 0.95, "max_tokens": 4096, "system_prompt":
+                r"Please reason step by step, and put your final answer within \boxed{}."}  # fmt: skip
 """How the published evaluation sampled. Its k is 8, the default."""
-
 HELD_OUT = ("weights", "problems", "samples", "temperature", "seed", "engine")
 """Options for held-out problems. Benchmarks take all options but `problems`."""
 WEIGHTS = click.Choice(["base", "adapter", "siamese"])

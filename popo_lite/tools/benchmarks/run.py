@@ -6,11 +6,9 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -35,8 +33,7 @@ Settings = Mapping[str, Any]
 CHUNK_BATCHES = 4  # of sequences: enough to keep an engine busy, few enough to lose little when killed
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreparedBenchmark:
+class PreparedBenchmark(NamedTuple):
     """The prompts of one benchmark, and the limits on them and on answers in tokens."""
 
     name: str
@@ -81,27 +78,21 @@ def prepare(name: str, problems: Sequence[Problem], renderer: Renderer, *, max_c
         raise ModelError(what, where=name, next_step=next_step)
     first = {prompt.token_ids: prompt.problem.id for prompt in reversed(prompts)}
     repeats = {p.problem.id: first[p.token_ids] for p in prompts if first[p.token_ids] != p.problem.id}
-    notify = partial(click.echo, err=True)
-    if rows != published:
-        notify(f"{name}: was published with {published:,} problems, and has {rows:,} here")
-    if repeats:
-        pairs = ", ".join(f"{later} is {earlier}" for later, earlier in islice(repeats.items(), 5))
-        notify(f"{name}: {len(repeats)} of {rows} questions repeat an earlier one, and count each time: {pairs}")
-    if skipped:
-        notify(f"{name}: {skipped} of {rows} prompts are skipped")
-    if limit < max_completion_length:
-        reason = f"the longest prompt takes {longest_prompt:,} of the context of {context_tokens:,}"
-        notify(f"{name}: answers end at {limit:,} tokens instead of {max_completion_length:,}, as {reason}")
+    pairs = ", ".join(f"{later} is {earlier}" for later, earlier in islice(repeats.items(), 5))
+    for applies, note in (
+        (rows != published, f"was published with {published:,} problems, and has {rows:,} here"),
+        (repeats, f"{len(repeats)} of {rows} questions repeat an earlier one, and count each time: {pairs}"),
+        (skipped, f"{skipped} of {rows} prompts are skipped"),
+        (limit < max_completion_length, f"answers end at {limit:,} tokens instead of {max_completion_length:,}, as the "
+         f"longest prompt takes {longest_prompt:,} of the context of {context_tokens:,}"),
+    ):  # fmt: skip
+        if applies:
+            click.echo(f"{name}: {note}", err=True)
     asked = [[p.problem.id, p.token_ids, p.problem.answer, dict(p.problem.meta)] for p in prompts]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    return PreparedBenchmark(
-        name=name,
-        prompts=fitting,
-        longest_prompt=longest_prompt,
-        max_completion_length=limit,
-        settings={"problems": len(fitting), "skipped": skipped, "max_completion_length": limit, "digest": digest},
-        contents={"rows": rows, "published": published, "skipped": skipped, "repeats": repeats},
-    )
+    settings = {"problems": len(fitting), "skipped": skipped, "max_completion_length": limit, "digest": digest}
+    contents = {"rows": rows, "published": published, "skipped": skipped, "repeats": repeats}
+    return PreparedBenchmark(name, fitting, longest_prompt, limit, settings, contents)
 
 
 def settings_of(subject: Subject, prepared: Sequence[PreparedBenchmark], sampling: Settings) -> Settings:
@@ -226,23 +217,17 @@ def answer_all(
                 with active_adapter(adapter, policy, sampler), bar(f"{weights}: answers", total) as finished:
                     for chunk in own:
                         _, seed, name, _ = next(iter(chunk))
+                        params = SamplingParams(max_completion_length=by_name[name].max_completion_length, **draw)
+                        # Draws depend only on seed, problem and sample: all weights are compared on the same ones.
                         completions = sampler.sample(
-                            list(chunk.values()),
-                            count=settings["samples"],
-                            params=SamplingParams(max_completion_length=by_name[name].max_completion_length, **draw),
-                            policy_version=policy.version,
-                            # Draws depend only on seed, problem and sample: all weights are compared on the same ones.
-                            stream=("benchmark", seed),
-                            finished=finished,
-                        )
+                            list(chunk.values()), count=settings["samples"], params=params,
+                            policy_version=policy.version, stream=("benchmark", seed), finished=finished)  # fmt: skip
                         lines = _grade(chunk, completions, grader)
                         answers |= lines
                         # Checked before they are written, so that a rerun grades them again.
-                        refuse_ungraded(
-                            [line for key, line in answers.items() if (key[0], key[2]) == (weights, name)],
-                            planned=len(by_name[name].prompts) * len(settings["seeds"]),
-                            limit=recipe.reward.max_ungraded_ratio,
-                        )
+                        so_far = [line for key, line in answers.items() if (key[0], key[2]) == (weights, name)]
+                        planned = len(by_name[name].prompts) * len(settings["seeds"])
+                        refuse_ungraded(so_far, planned=planned, limit=recipe.reward.max_ungraded_ratio)
                         for line in lines.values():
                             append_line(folder.answers_path, line)
     return [answers[key] for chunk in chunks for key in chunk]

@@ -74,10 +74,7 @@ class Subject:
 
 
 def open_run(path: Path, wanted: Sequence[str]) -> Subject:
-    """Return the weights `wanted` (default: all) of the run in `path`.
-
-    Raises CheckpointError if the run has not ended, unless only its base is wanted.
-    """
+    """Return `wanted` (default: all) weights of a run. Raises CheckpointError before its end, except for the base."""
     if unknown := [wanted] if isinstance(wanted, str) else sorted({*wanted} - {*RUN_WEIGHTS}):
         next_step = f"give a list of some of {', '.join(RUN_WEIGHTS)}"
         raise UserInputError(f"a run has no weights {', '.join(unknown)}", where=str(path), next_step=next_step)

@@ -77,10 +77,7 @@ def compare(sources: Sequence[Path], *, reach: float) -> dict[str, Any]:
 
 
 def comparison_of(groups: Mapping[str, Sequence[RunFigures]], *, reach: float) -> dict[str, Any]:
-    """Compare `groups`, name -> finished runs of one recipe, with the first of them, paired by seed.
-
-    Raises UserInputError if a group has a seed twice.
-    """
+    """Compare `groups`, name -> finished runs, with the first, by seed. Raises UserInputError if one repeats a seed."""
     names = list(dict.fromkeys(figure for runs in groups.values() for run in runs for figure in run.figures))
     compared: list[dict[str, Any]] = []
     first: dict[int, RunFigures] = {}  # the first group's runs by seed
@@ -155,7 +152,7 @@ def _estimate(name: str, values: Values, problems: int) -> Estimate | None:
 
 
 def _single_groups(runs: Sequence[RunFigures], taken: Set[str]) -> dict[str, list[RunFigures]]:
-    """Group runs by recipe, apart from BOOKKEEPING; name a group by the settings that differ, if possible, or a path."""
+    """Group runs by recipe, apart from BOOKKEEPING, under the settings that differ, or a path if these do not serve."""
     recipes = [flatten(RunFolder(run.path).recipe()) for run in runs]
     keys = sorted(set().union(*recipes).difference(BOOKKEEPING))
     differing = [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]

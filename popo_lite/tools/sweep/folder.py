@@ -233,10 +233,9 @@ class SweepFolder:
     """Paths inside one sweep's folder, and its files."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.lock_path = path, path / ".lock"
         self.sweep_path, self.recipe_path = path / "sweep.toml", path / "recipe.toml"
         self.results_path, self.failures_path = path / "results.jsonl", path / "failures.jsonl"
-        self.lock_path = path / ".lock"
 
     def locked(self) -> AbstractContextManager[int]:
         """Lock the folder. Runs inherit the descriptor, so one that outlives a killed sweep keeps the lock."""
@@ -268,13 +267,9 @@ class SweepFolder:
 
 
 def refuse_other_sweep(folder: SweepFolder, sweep: Sweep) -> None:
-    """Raise UserInputError if `folder` holds something else, or `sweep` would change the runs in it.
-
-    Variants and seeds may be added; settings of speed and bookkeeping may change.
-    """
+    """Raise UserInputError if `folder` holds something else, or `sweep` changes more than the speed of runs in it."""
     if not folder.sweep_path.is_file():
-        # A sweep killed before it wrote sweep.toml leaves these. The lock is created first, so a recipe.toml without
-        # it belongs to the user.
+        # A killed sweep leaves these. The lock is created first, so a recipe.toml without it belongs to the user.
         own = {folder.lock_path, folder.recipe_path} if folder.lock_path.is_file() else set()
         refuse_foreign(folder.path, "sweep", own)
         return

@@ -71,9 +71,8 @@ def execute(folder: SweepFolder, runs: Sequence[SweepRun], jobs: int, lock: int,
             *, ignore_plan: bool = False) -> tuple[list[dict[str, Any]], bool]:  # fmt: skip
     """Run all of `runs` that have not finished, `jobs` at a time; one that was begun is resumed.
 
-    Returns the lines added to failures.jsonl, and whether Ctrl-C left runs to do. SIGINT and SIGTERM are passed on: at
-    the first the running processes finish their step and save, and nothing more is started; at the second they abandon
-    the step; at the third they are killed. Raises PopoError, after stopping the runs, if a file cannot be written.
+    Returns the lines added to failures.jsonl, and whether Ctrl-C left runs to do. SIGINT and SIGTERM start nothing more
+    and are passed on as STOPPING says. Raises PopoError, after stopping the runs, if a file cannot be written.
     """
     waiting = [run for run in runs if run.state != "finished"]
     working: list[_Process] = []
@@ -160,10 +159,7 @@ class _Process:
             watcher.advanced(self.run.name, done=len(lines), pass_rate=json.loads(lines[-1])["pass_rate"])
 
     def ended(self, folder: SweepFolder, watcher: SweepView, signals: int) -> dict[str, Any] | None:
-        """Show how the run ended after that many stop signals; record and return a failure.
-
-        A run stopped on request is not a failure; one that crashed while stopping is.
-        """
+        """Show how the run ended after that many stop signals; record and return a failure, also one while stopping."""
         run, code = self.run, self.popen.returncode
         if run.state == "finished":
             rate = run.result()["pass_at_1"]
