@@ -312,7 +312,7 @@ def test_the_update_of_a_whole_trunk_takes_what_was_planned(
     plan = plan_memory(recipe, shape_of(config), vram_bytes=2**34)
     update = next(phase for phase in plan.phases if phase.name == "update")
     assert update.moment == "the top layer's backward pass"
-    planned = sum(update.bytes_by_class[name] for name in UPDATE_CLASSES if name in update.bytes_by_class)
+    planned = sum(update.bytes[name] for name in UPDATE_CLASSES if name in update.bytes)
     assert planned == pytest.approx(live.peak, rel=0.02)
 
 
@@ -379,7 +379,7 @@ def test_decoding_with_the_models_own_weights_takes_what_was_planned(
 
 def planned_classes(recipe: Recipe, phase: str) -> dict[str, int]:
     plan = plan_memory(recipe, load_shape(recipe.model), vram_bytes=2**34)
-    return next(found for found in plan.phases if found.name == phase).bytes_by_class
+    return next(found for found in plan.phases if found.name == phase).bytes
 
 
 def test_the_tiny_model_takes_by_class_what_was_planned(tiny_recipe: Callable[..., Recipe]) -> None:

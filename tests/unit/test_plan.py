@@ -36,7 +36,7 @@ def plan_of(recipe: Recipe, gib: float = 24) -> MemoryPlan:
 
 
 def in_phase(recipe: Recipe, phase: str, gib: float = 24) -> dict[str, int]:
-    return next(found for found in plan_of(recipe, gib).phases if found.name == phase).bytes_by_class
+    return next(found for found in plan_of(recipe, gib).phases if found.name == phase).bytes
 
 
 # ---------------------------------------------------------------------- phases
@@ -56,10 +56,10 @@ def test_phases_add_up_and_hold_the_base_throughout() -> None:
     plan = plan_of(recipe_of("1_5b"))
     assert [phase.name for phase in plan.phases] == ["load", "rollout", "siamese", "update", "step", "swap"]
     for phase in plan.phases:
-        assert phase.total_bytes == sum(phase.bytes_by_class.values())
-        assert all(size > 0 for size in phase.bytes_by_class.values())
-        assert phase.bytes_by_class["base linears"] == plan.phases[0].bytes_by_class["base linears"]
-        margin = phase.bytes_by_class.get("fragmentation", 0)
+        assert phase.total_bytes == sum(phase.bytes.values())
+        assert all(size > 0 for size in phase.bytes.values())
+        assert phase.bytes["base linears"] == plan.phases[0].bytes["base linears"]
+        margin = phase.bytes.get("fragmentation", 0)
         assert phase.tensor_bytes == phase.total_bytes - CUDA_CONTEXT_BYTES - margin
     assert plan.peak.total_bytes == max(phase.total_bytes for phase in plan.phases)
 
@@ -137,7 +137,7 @@ def test_what_others_hold_is_in_every_phase_and_the_engines_share_stays_one_of_t
     shape = load_shape(recipe.model)
     alone, beside = (plan_memory(recipe, shape, vram_bytes=24 * GIB, others_bytes=others) for others in (0, 3 * GIB))
     for one, other in zip((*alone.phases, alone.export), (*beside.phases, beside.export), strict=True):
-        assert other.bytes_by_class == one.bytes_by_class | {"other processes": 3 * GIB}
+        assert other.bytes == one.bytes | {"other processes": 3 * GIB}
         assert other.tensor_bytes == one.tensor_bytes
     assert beside.sequences_at_once == alone.sequences_at_once
     # Exactly as much as fits: one byte more does not, and vLLM's share is no smaller for it.
@@ -246,7 +246,7 @@ def test_the_longest_sequence_is_the_longest_that_fits() -> None:
 def test_a_recipe_on_the_cpu_has_no_cuda_context(tiny_recipe: Callable[..., Recipe]) -> None:
     plan = plan_of(tiny_recipe())
     assert not plan.on_gpu
-    assert not any("CUDA context" in phase.bytes_by_class for phase in (*plan.phases, plan.export))
+    assert not any("CUDA context" in phase.bytes for phase in (*plan.phases, plan.export))
 
 
 # ---------------------------------------------------------------------- advice

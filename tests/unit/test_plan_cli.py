@@ -15,8 +15,12 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from popo_lite.errors import UserInputError
+from popo_lite.recipe_file import load_recipe
+from popo_lite.tools.plan.advice import advice_for
 from popo_lite.tools.plan.command import parse_size, plan
 from popo_lite.tools.plan.report import plan_report
+from popo_lite.tools.plan.shapes import load_shape
+from popo_lite.tools.plan.vram import plan_memory
 
 
 def invoke(*arguments: str) -> Result:
@@ -60,7 +64,7 @@ def test_the_command_it_advises_fits(others: tuple[str, ...]) -> None:
 def test_nothing_that_helps_is_said_with_what_it_takes() -> None:
     refused = invoke("qwen_7b_lora", "--vram", "4GiB")
     assert refused.exit_code == 1
-    assert "no setting makes it fit; with all that save memory it takes" in refused.stdout
+    assert "no setting makes it fit; with every reduction it takes a GPU of " in refused.stdout
 
 
 def test_without_a_gpu_24_gib_are_assumed_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,15 +155,17 @@ def test_other_sizes_are_refused(text: str) -> None:
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_the_report_keeps_to_its_width_and_encoding(width: int, encoding: str) -> None:
-    data = planned("qwen_7b_lora", "--vram", "8GiB")
+    recipe = load_recipe("qwen_7b_lora")
+    large = plan_memory(recipe, load_shape(recipe.model), vram_bytes=8 * 2**30)
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
     console = Console(file=stream, width=width, highlight=False)
-    plan_report(data, batch_size=64, why_not="the run is too large", next_step="popo-lite plan x", console=console)
+    plan_report(large, advice_for(large), ("--vram", "none counted"), "popo-lite plan x", console)
     stream.flush()
     text = raw.getvalue().decode(encoding)
-    lines = text.splitlines()
+    *lines, command = text.splitlines()
     assert max(map(len, lines)) <= width
+    assert command.startswith("  popo-lite plan x --set ")  # never folded: it is copied
     row = next(line for line in lines if line.startswith("base linears"))
     assert row.replace("|", " ").split()[2:] == ["3.14"] * 6
     assert sum("peak: " in line for line in lines) == 1

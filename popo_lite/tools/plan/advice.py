@@ -6,13 +6,13 @@ import json
 import shlex
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import impossible_combinations
+from popo_lite.tools.console.words import memory
 from popo_lite.tools.plan.shapes import load_shape
 from popo_lite.tools.plan.terms import engine_of
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, MemoryPlan, plan_memory
@@ -23,14 +23,12 @@ UTILIZATIONS = tuple(percent / 100 for percent in range(10, 91, 5))
 Values = Mapping[str, Any]  # recipe keys with new values, to be changed together
 
 
-@dataclass(frozen=True)
-class Advice:
+class Advice(NamedTuple):
     """Changes that make a run fit; none if it fits already.
 
-    Each change has `values`, keys to set together; `eases`, the phase that shrinks most among those that are too large
-    (or `SHORTFALL`) once all earlier changes are made; its `before_bytes` and `after_bytes`; and `peak_bytes`, the
-    run's peak after the change, which may be another phase's. If nothing helps, there are no changes, and
-    `smallest_vram_bytes` is the GPU that the run takes with every reduction.
+    Each change has `values`, keys to set together; `eases`, the phase (or `SHORTFALL`) whose excess then shrinks most;
+    its `before_bytes` and `after_bytes`; and `peak_bytes`, the run's peak after the change. If nothing helps, there are
+    no changes, and `smallest_vram_bytes` is the GPU that the run takes with every reduction.
     """
 
     changes: tuple[Mapping[str, Any], ...]
@@ -46,7 +44,7 @@ class Advice:
         """Return options to add to a command, or how much memory the run takes at least."""
         if self.smallest_vram_bytes is None:
             return _options(self.values)
-        return f"no setting makes it fit; with all that save memory it takes a GPU of {_gib(self.smallest_vram_bytes)}"
+        return f"no setting makes it fit; with every reduction it takes a GPU of {memory(self.smallest_vram_bytes)}"
 
 
 def advice_for(plan: MemoryPlan) -> Advice:
@@ -64,18 +62,16 @@ def advice_for(plan: MemoryPlan) -> Advice:
     for kind in tuple(chosen):
         without, changed = _choose(plan, [other for other in chosen if other != kind])
         chosen = without if changed.fits else chosen
-    # Weaken each reduction as far as the others allow, which may have become stronger since it was chosen.
+    # Weaken each reduction as far as the run still fits: those chosen later may have made its full strength needless.
     for kind, index in chosen.items():
         milder = (chosen | {kind: milder} for milder in range(index))
         chosen = next((tried for tried in milder if _apply(plan, tried).fits), chosen)
     changes = []
     for kind, index in chosen.items():
         values = _settings(plan.recipe, kind)[index]
-        after = plan.with_values(values)
-        gains = {key: (plan.excess[key] - after.excess[key], plan.needs[key] - after.needs[key])
-                 for key in plan.needs}  # fmt: skip
-        eases = max(gains, key=gains.__getitem__)
-        changes.append({"values": values, "eases": eases, "before_bytes": plan.needs[eases],
+        needs, excess, after = plan.needs, plan.excess, plan.with_values(values)
+        eases = max(needs, key=lambda key: (excess[key] - after.excess[key], needs[key] - after.needs[key]))
+        changes.append({"values": values, "eases": eases, "before_bytes": needs[eases],
                         "after_bytes": after.needs[eases], "peak_bytes": after.peak.total_bytes})  # fmt: skip
         plan = after
     return Advice(tuple(changes))
@@ -105,14 +101,14 @@ def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
 def why_not(plan: MemoryPlan) -> str:
     """Return in one sentence why a run does not fit."""
     if plan.peak.total_bytes > plan.vram_bytes:
-        beside = f" beside {_gib(plan.others_bytes)} of other processes" if plan.others_bytes else ""
+        beside = f" beside {memory(plan.others_bytes)} of other processes" if plan.others_bytes else ""
         return (
-            f"the run is planned to need {_gib(plan.peak.total_bytes - plan.others_bytes)}{beside} in the phase "
-            f"{plan.peak.name} ({plan.peak.moment}), and there are {_gib(plan.vram_bytes)}"
+            f"the run is planned to need {memory(plan.peak.total_bytes - plan.others_bytes)}{beside} in the phase "
+            f"{plan.peak.name} ({plan.peak.moment}), and there are {memory(plan.vram_bytes)}"
         )
     return (
-        f"the engine's share of {_gib(plan.vram_bytes)}, rollout.vllm.gpu_memory_utilization = "
-        f"{plan.recipe.rollout.vllm.gpu_memory_utilization}, lacks {_gib(plan.engine_shortfall_bytes)} to hold one "
+        f"the engine's share of {memory(plan.vram_bytes)}, rollout.vllm.gpu_memory_utilization = "
+        f"{plan.recipe.rollout.vllm.gpu_memory_utilization}, lacks {memory(plan.engine_shortfall_bytes)} to hold one "
         f"sequence of {plan.sequence_tokens:,} tokens"
     )
 
@@ -212,7 +208,3 @@ def _options(values: Values) -> str:
     """Return values as options; text needs no quotes of TOML's there."""
     words = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
     return " ".join(f"--set {shlex.quote(word)}" for word in words)
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"

@@ -8,8 +8,6 @@ import os
 import re
 import shlex
 import subprocess
-from dataclasses import asdict
-from typing import Any
 
 import click
 
@@ -36,7 +34,7 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
     command line has an error. See docs/memory.md.
     """
     from popo_lite.recipe_file import load_recipe
-    from popo_lite.tools.plan.advice import advice_for, why_not
+    from popo_lite.tools.plan.advice import advice_for
     from popo_lite.tools.plan.report import plan_report
     from popo_lite.tools.plan.shapes import load_shape
     from popo_lite.tools.plan.vram import plan_memory
@@ -59,19 +57,15 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
     except UserInputError as error:
         raise error.within(recipe) from error
     advice = advice_for(planned)
-    data: dict[str, Any] = {"recipe": recipe, "model": settings.model.id}
-    data |= {"vram_source": source, "others_source": others_source} | planned.as_json()
-    options = [f"{key}={json.dumps(value)}" for key, value in advice.values.items()]
-    data["advice"] = asdict(advice) | {"overrides": options}
     if as_json:
-        click.echo(json.dumps(data))
+        overridden = [f"{key}={json.dumps(value)}" for key, value in advice.values.items()]
+        given = {"recipe": recipe, "model": settings.model.id, "vram_source": source, "others_source": others_source}
+        click.echo(json.dumps(given | planned.as_json() | {"advice": advice._asdict() | {"overrides": overridden}}))
     else:
-        given = [("--vram", vram), ("--others", others), *(("--set", override) for override in overrides)]
-        words = [word for option, value in given if value is not None for word in (option, value)]
+        options = [("--vram", vram), ("--others", others), *(("--set", override) for override in overrides)]
+        words = [word for option, value in options if value is not None for word in (option, value)]
         command = shlex.join(["popo-lite", "plan", recipe, *words])
-        next_step = f"{command} {advice.next_step}" if advice.changes else advice.next_step
-        why = None if planned.fits else why_not(planned)
-        plan_report(data, batch_size=settings.rollout.max_num_seqs, why_not=why, next_step=next_step)
+        plan_report(planned, advice, (source, others_source), command)
     if not planned.fits:
         raise SystemExit(DOES_NOT_FIT)
 

@@ -6,10 +6,9 @@ The plan needs only the recipe and the model's shape. docs/memory.md explains ev
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from popo_lite.chunks import chunk_tokens
 from popo_lite.recipe import Recipe
@@ -20,34 +19,26 @@ from popo_lite.tools.plan.terms import Classes
 
 CUDA_CONTEXT_BYTES = 600 * 2**20  # assumed: with the kernels of torch, bitsandbytes and cuBLAS and their workspaces
 FRAGMENTATION_RATIO = 0.1  # assumed: memory that the allocator wastes, relative to temporary tensors
-LARGEST = 2**20  # upper limit of the search for the longest sequence and the largest batch
+SEARCHED = range(1, 2**20 + 1)  # numbers among which the longest sequence and the largest batch are searched
 EXPORT_ANSWERS = 16  # answers that `popo-lite export` samples at once to verify a merged model
 SHORTFALL = "engine shortfall"  # key in `needs` for what vLLM's share lacks for one sequence; other keys are phases
 NOT_TENSORS = ("CUDA context", "fragmentation", "other processes")
-# Classes that are allocated once and so fragment nothing.
-_PERMANENT = {"base linears", "embeddings", "LM head", "norms, biases", "16-bit model", "merged model", "adapters",
-              "predictor head"}  # fmt: skip
-
+PERMANENT = {"base linears", "embeddings", "LM head", "norms, biases", "16-bit model", "merged model", "adapters",
+             "predictor head"}  # allocated once, so they fragment nothing  # fmt: skip
 Moment = tuple[str, Classes]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """What is alive at the fullest `moment` of a phase: class -> bytes, none of them 0."""
+class Phase(NamedTuple):
+    """A phase at its fullest `moment`: `bytes` is what is alive by class, with no 0 among them.
+
+    `tensor_bytes` is what torch's allocator counts without vLLM: all but `NOT_TENSORS`.
+    """
 
     name: str
     moment: str
-    bytes_by_class: Classes
-
-    @property
-    def total_bytes(self) -> int:
-        """Return the sum of all classes."""
-        return sum(self.bytes_by_class.values())
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Return what torch's allocator counts without vLLM: no CUDA context, margin and other processes."""
-        return sum(size for name, size in self.bytes_by_class.items() if name not in NOT_TENSORS)
+    total_bytes: int
+    tensor_bytes: int
+    bytes: Classes
 
 
 def plan_memory(recipe: Recipe, shape: ModelShape, *, vram_bytes: int, others_bytes: int = 0) -> MemoryPlan:
@@ -60,26 +51,16 @@ def plan_memory(recipe: Recipe, shape: ModelShape, *, vram_bytes: int, others_by
     return MemoryPlan(recipe, shape, vram_bytes, others_bytes)
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
-    """Return the largest number up to `LARGEST` that fits, 0 if none does; smaller ones then fit too."""
-    return bisect_left(range(1, LARGEST + 1), True, key=lambda number: not fits(number))
-
-
 class MemoryPlan:
     """The plan of a recipe on a GPU of `vram_bytes`, or in host memory for a recipe on the CPU.
 
     `phases` are those of a run; `export` is a later command in a process of its own. `needs` holds the bytes of the
-    phases and `engine_shortfall_bytes`, how much vLLM's share is too small for one sequence; `excess` is by how much
-    each is too large.
+    phases and, as `SHORTFALL`, how much vLLM's share lacks for one sequence; `excess` is by how much each is too large.
     """
-
-    vllm_sequences: int | None
 
     def __init__(self, recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> None:
         self.recipe, self.shape, self.vram_bytes, self.others_bytes = recipe, shape, vram_bytes, others_bytes
-        self.on_gpu = recipe.train.device != "cpu"
-        self.device = "cuda" if self.on_gpu else "cpu"
-        self.engine = terms.engine_of(recipe)
+        self.on_gpu, self.engine = recipe.train.device != "cpu", terms.engine_of(recipe)
         self.layer = terms.LayerBytes(recipe, shape)
         self.size = terms.DTYPE_BYTES[recipe.model.dtype]
         adapters = terms.adapter_elements(shape, recipe.lora)
@@ -92,7 +73,7 @@ class MemoryPlan:
         }
         self.optimizer = {"optimizer state": terms.optimizer_bytes(adapters + predictor, recipe)}
         vllm = terms.vllm_bytes(recipe, shape, vram_bytes, on_gpu=self.on_gpu) if self.engine == "vllm" else None
-        states, self.engine_shortfall_bytes, self.vllm_sequences = vllm or ([Classes()] * 3, 0, None)
+        states, self.engine_shortfall_bytes, self.vllm_sequences = vllm or ([Classes()] * 3, 0, 0)
         self.sampling, self.training, self.swapping = states
         self.sequence_tokens, self.context_tokens = recipe.rollout.sequence_tokens, shape.context_tokens
         self.answers = recipe.data.prompts_per_step * recipe.rollout.num_generations
@@ -117,30 +98,28 @@ class MemoryPlan:
     def longest_sequence_tokens(self) -> int:
         """Return the longest prompt with answer that fits, 0 if none does. It may exceed the model's context."""
 
-        def fits(tokens: int) -> bool:
+        def overrun_bytes(tokens: int) -> int:
             answer = max(1, tokens - self.recipe.rollout.max_prompt_length)
             values = {"rollout.max_completion_length": answer, "train.tokens_per_microbatch": tokens}
-            return self.with_values(values).fits
+            return self.with_values(values).overrun_bytes
 
-        return _largest(fits)
+        return bisect_left(SEARCHED, 1, key=overrun_bytes)
 
     @cached_property
     def sequences_at_once(self) -> int | None:
         """Return how many answers of full length can be decoded together; None for a server."""
         if self.engine != "hf":
-            return self.vllm_sequences
-        return _largest(lambda batch: not self.with_values({"rollout.max_num_seqs": batch}).excess["rollout"])
+            return self.vllm_sequences if self.engine == "vllm" else None
+        batch = "rollout.max_num_seqs"
+        return bisect_left(SEARCHED, 1, key=lambda size: self.with_values({batch: size}).excess["rollout"])
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data with all sizes in bytes; the last phase is the export."""
-        keys = ("vram_bytes", "others_bytes", "device", "engine", "fits", "engine_shortfall_bytes", "sequence_tokens",
+        keys = ("vram_bytes", "others_bytes", "engine", "fits", "engine_shortfall_bytes", "sequence_tokens",
                 "longest_sequence_tokens", "context_tokens", "sequences_at_once")  # fmt: skip
-        data = {key: getattr(self, key) for key in keys}
+        data = {key: getattr(self, key) for key in keys} | {"device": "cuda" if self.on_gpu else "cpu"}
         data |= {"peak_bytes": self.peak.total_bytes, "peak_phase": self.peak.name}
-        shown = ("name", "moment", "total_bytes", "tensor_bytes")
-        phases = (*self.phases, self.export)
-        data["phases"] = [{key: getattr(p, key) for key in shown} | {"bytes": p.bytes_by_class} for p in phases]
-        return data
+        return data | {"phases": [phase._asdict() for phase in (*self.phases, self.export)]}
 
     def _phases(self) -> Iterator[Phase]:
         """Yield a run's phases in their order, then the export's, which compares a merged model with the policy."""
@@ -174,15 +153,16 @@ class MemoryPlan:
 
     def _phase(self, name: str, stays: Classes, moments: Iterable[Moment]) -> Phase:
         """Return the fullest moment of a phase; `stays` is alive in all of them."""
-        permanent, phases = _PERMANENT | self.sampling.keys(), []
+        permanent, phases = PERMANENT | self.sampling.keys(), []
         for moment, comes in moments:
             total = stays | {"other processes": self.others_bytes}
             total |= {key: total.get(key, 0) + size for key, size in comes.items()}
             if self.on_gpu:
                 temporary = sum(size for key, size in comes.items() if key not in permanent)
                 total |= {"fragmentation": round(FRAGMENTATION_RATIO * temporary), "CUDA context": CUDA_CONTEXT_BYTES}
-            classes = {key: size for key, size in total.items() if size}
-            phases.append(Phase(name=name, moment=moment, bytes_by_class=classes))
+            tensors = sum(size for key, size in total.items() if key not in NOT_TENSORS)
+            alive = {key: size for key, size in total.items() if size}
+            phases.append(Phase(name, moment, sum(total.values()), tensors, alive))
         return max(phases, key=lambda phase: phase.total_bytes)
 
     def _siamese(self) -> Iterator[Moment]:
@@ -213,10 +193,10 @@ class MemoryPlan:
         """Return the peak of the loss, forward and backward, without hidden states and head."""
         vocabulary, logits = self.shape.vocabulary, max(4, self.size)
         chunk = chunk_tokens(vocabulary, memory_bytes=self.recipe.train.logits_mib * 2**20, logits_bytes=logits)
-        sizes = {"vocabulary": vocabulary, "width": self.shape.width, "head_bytes": self.size, "logits_bytes": logits}
-        scaled = self.recipe.rollout.temperature != 1.0
-        size = terms.pass_bytes(tokens=self.tokens, chunk=chunk, on_gpu=self.on_gpu, scaled=scaled, **sizes)
-        return {"loss chunk": size}
+        return {"loss chunk": terms.pass_bytes(
+            tokens=self.tokens, chunk=chunk, vocabulary=vocabulary, width=self.shape.width, on_gpu=self.on_gpu,
+            head_bytes=self.size, logits_bytes=logits, scaled=self.recipe.rollout.temperature != 1.0,
+        )}  # fmt: skip
 
     def _update(self) -> Iterator[Moment]:
         """Yield the moments of the update.
