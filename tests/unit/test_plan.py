@@ -327,7 +327,7 @@ def test_a_run_that_does_not_fit_is_refused_with_options_to_copy(gpu: Callable[.
     with pytest.raises(UserInputError) as caught:
         refuse_without_room(recipe, pytest.fail)
     error = caught.value
-    assert "12.0 GiB" in error.what
+    assert "12.00 GiB" in error.what
     assert "in the phase load" in error.what
     assert error.next_step is not None
     refuse_without_room(recipe_of("7b", *shlex.split(error.next_step)[1::2]), pytest.fail)
@@ -338,7 +338,7 @@ def test_a_run_that_does_not_fit_is_refused_with_options_to_copy(gpu: Callable[.
 
 def test_what_others_hold_counts(gpu: Callable[..., None]) -> None:
     gpu(24, used=14)
-    with pytest.raises(UserInputError, match=r"beside 13\.4 GiB of other processes .* there are 24\.0 GiB"):
+    with pytest.raises(UserInputError, match=r"beside 13\.41 GiB of other processes .* there are 24\.00 GiB"):
         refuse_without_room(recipe_of("7b"), pytest.fail)
 
 

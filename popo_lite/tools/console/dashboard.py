@@ -19,6 +19,8 @@ from popo_lite.metrics import METRICS
 from popo_lite.tools.console import words
 from popo_lite.tools.console.views import GROUPS, RunState
 
+Rows = list[Sequence[RenderableType]]
+
 # Metrics, with what stands beside their values if the step has it.
 _LEARNING = {
     "loss": "",
@@ -39,6 +41,7 @@ _ANSWERS = {
 }
 _GROUP_LOOKS = (("█", "green", "all right"), ("▓", "cyan", "some"), ("░", "yellow", "none"), ("?", "red", "ungraded"))
 _LABEL, _RIGHT, _REST, _DIM = {"width": 15}, {"justify": "right"}, {"ratio": 1}, {"style": "dim"}
+_NAME = {**_LABEL, "style": "bold"}
 _TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # of the chart of the pass rate
 
 
@@ -53,10 +56,8 @@ def dashboard(state: RunState, console: Console) -> list[list[Segment]]:
         else:
             header.append(fact)
     # From top to bottom: the fewest lines that make sense, the most that are of use, and what draws so many.
-    sections: list[tuple[int, int, Callable[[int], RenderableType]]] = [
-        (1, len(header), lambda _: Group(*header)),
-        (3, 3, lambda _: _progress(state)),
-    ]
+    sections: list[tuple[int, int, Callable[[int], RenderableType]]] = [(1, len(header), lambda _: Group(*header))]
+    sections.append((3, 3, lambda _: _progress(state)))
     if state.records:
         figures, lines = _figures(state, width)
         sections.append((1, 1, lambda _: _prompts(state, width)))
@@ -120,7 +121,7 @@ def _progress(state: RunState) -> RenderableType:
     if stage_total := state.stage_total:
         ran = f"{state.stage_done / stage_total:4.0%}   {state.stage_done:,} of {stage_total:,}   {ran}"
     bars = _grid(
-        [{**_LABEL, "style": "bold"}, _REST, {"min_width": 33}],
+        [_NAME, _REST, {"min_width": 33}],
         [f"step {done}/{total}", ProgressBar(max(total, 1), done, complete_style="cyan"), far],
         [state.stage_name or "starting", ProgressBar(stage_total, state.stage_done, complete_style="green"), ran],
     )
@@ -138,7 +139,7 @@ def _prompts(state: RunState, width: int) -> RenderableType:
         start, end = (round(part * space / max(total, 1)) for part in (before, before + count))
         bar.append(mark * (end - start), style)
         before += count
-    return _grid([{**_LABEL, "style": "bold"}, _REST, {}], ["prompts", bar, legend])
+    return _grid([_NAME, _REST, {}], ["prompts", bar, legend])
 
 
 def _pass_rate(state: RunState, width: int, rows: int) -> RenderableType:
@@ -159,9 +160,7 @@ def _figures(state: RunState, width: int) -> tuple[RenderableType, int]:
     """Return learning on the left, answers and time on the right or below, and the lines that this takes."""
     record, wide = state.records[-1], width >= 76
     space = ((width - 3) // 2 if wide else width) - 40  # beside label, value and note
-    learning: list[Sequence[RenderableType]] = []
-    answers: list[Sequence[RenderableType]] = []
-    times: list[Sequence[RenderableType]] = []
+    learning, answers, times = Rows(), Rows(), Rows()
     for rows, metrics in ((learning, _LEARNING), (answers, _ANSWERS)):
         for name, note in metrics.items():
             label = f"  {METRICS[name].label}" if name.startswith("loss_") else METRICS[name].label
@@ -183,8 +182,8 @@ def _figures(state: RunState, width: int) -> tuple[RenderableType, int]:
     for name, took in sorted(stages.items(), key=lambda stage: -stage[1]):  # a small screen cuts the shortest off
         bar = ProgressBar(max(total, 1e-9), took, complete_style="cyan", finished_style="cyan")
         times.append((name, words.duration(took), bar, speeds.get(name, "")))
-    columns: list[dict[str, Any]] = [{**_DIM, **_LABEL}, {**_RIGHT, "min_width": 8}, {**_DIM, "min_width": 12},
-                                     {**_REST, "style": "dim cyan"}]  # fmt: skip
+    course = {**_REST, "style": "dim cyan"}
+    columns = ({**_DIM, **_LABEL}, {**_RIGHT, "min_width": 8}, {**_DIM, "min_width": 12}, course)
     left = (_rule("learning", f"learning rate {words.figure(record['learning_rate'])}"), _grid(columns, *learning))
     right = (
         _rule("answers", "of this step"),
@@ -209,8 +208,8 @@ def chart(
 ) -> list[str]:
     """Return columns over time, as lines from top to bottom. Without `low` and `high` the values' own range is drawn.
 
-    Each column is the mean of some values, or each value has several columns if `expected` values leave space for
-    that. The lowest value is a thin line and None a gap, so that 0 and "not measured" look different.
+    A column is the mean of some values, or a value has several columns if `expected` values leave space for that. The
+    lowest value is a thin line and None a gap, so that 0 and "not measured" look different.
     """
     each = max(width // max(expected, len(values), 1), 1)
     values = [value for value in values for _ in range(each)]

@@ -17,7 +17,7 @@ from rich.segment import Segment, SegmentLines
 
 from popo_lite.tools.console import words
 from popo_lite.tools.console.dashboard import dashboard
-from popo_lite.tools.console.views import RunState
+from popo_lite.tools.console.views import Clock, RunState
 
 # If terminal and program disagree about the width of a character, a line may be too long. With automatic wrapping
 # the whole screen would scroll by a line; without it the terminal clips the line.
@@ -25,14 +25,9 @@ _WRAP_OFF, _WRAP_ON = "\x1b[?7l", "\x1b[?7h"
 
 
 class LiveView(RunState):
-    """Draw on the terminal's alternate screen; closing brings back what was there before.
+    """Draw on the terminal's alternate screen. Closing brings back what was there, and writes messages below it."""
 
-    What other code printed meanwhile is written on closing, after the messages.
-    """
-
-    def __init__(
-        self, console: Console, *, refresh_seconds: float = 0.5, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, console: Console, *, refresh_seconds: float = 0.5, clock: Clock = time.monotonic) -> None:
         super().__init__(clock)
         self._console = console
         self._live = Live(get_renderable=self.render, console=console, refresh_per_second=1 / refresh_seconds,
@@ -68,18 +63,17 @@ class LiveView(RunState):
         took = words.duration(self.clock() - self.started)
         self._print(f"{self.title}: {self.steps_done} of {self.total_steps} steps, {took} in this session")
         self._print(*([self.step_line()] if self.records else []), *self.notices)
-        if self._other:
-            last = f", the last {len(self._other)}" if len(self._other) < self._other_count else ""
-            self._print(f"Other output during the run (lines: {self._other_count}{last}):")
-            self._print(*(f"  {line}" for line in self._other))
+        if other := self._other:
+            last = f", the last {len(other)}" if len(other) < self._other_count else ""
+            self._print(f"Other output during the run (lines: {self._other_count}{last}):", *(f"  {o}" for o in other))
 
     def render(self) -> SegmentLines:
         """Return the screen as it is now, at the size that the terminal has now."""
-        encoding = self._console.encoding
         with self.lock:
             lines = dashboard(self, self._console)
-        drawn = [[Segment(words.encodable(text, encoding), style) for text, style, _ in line] for line in lines]
-        return SegmentLines(drawn, new_lines=True)
+        encoding = self._console.encoding
+        lines = [[Segment(words.encodable(text, encoding), style) for text, style, _ in line] for line in lines]
+        return SegmentLines(lines, new_lines=True)
 
     def _catch(self, line: str) -> None:
         with self.lock:  # other threads print too

@@ -174,19 +174,17 @@ def _print_results(results: Mapping[str, Mapping[str, Any]], none: str, console:
     if not results:
         console.print(Text(none))
         return
-    columns, rows = ["", *results], []
+    columns, rows, both = ["", *results], [], len(results) > 1
     for (label, unit), values in measured(results.values()).items():
         rows.append([label, *(words.quantity(value, unit) for value in values)])
-        if len(values) > 1:
-            before, after = values[:2]
-            difference = ""
-            if before is not None and after is not None and unit in ("ratio", "tokens"):
-                difference = f"{100 * (after - before):+.1f}" if unit == "ratio" else f"{after - before:+,.1f}"
-            rows[-1].insert(3, difference)
-    if len(results) > 1:
+        if both:
+            known = None not in values[:2] and unit in ("ratio", "tokens")
+            factor = 100 if unit == "ratio" else 1
+            rows[-1].insert(3, f"{factor * (values[1] - values[0]):+,.1f}" if known else "")
+    if both:
         columns.insert(3, "difference")
     table("Held-out problems", columns, rows, console)
-    if len(results) > 1:
+    if both:
         first, second, *_ = results.values()
         problems = min(first["problems"], second["problems"])
         margin = 100 * noise(first["pass_at_1"], second["pass_at_1"], problems)

@@ -20,15 +20,16 @@ from popo_lite.metrics import METRICS, StepRecord
 from popo_lite.tools.console import words
 
 ViewMode = Literal["auto", "live", "plain", "silent"]
+Clock = Callable[[], float]  # returns seconds that only grow
 
 _LINE = ("pass_rate", "loss", "entropy", "entropy_over_start", "siamese_cosine", "completion_tokens_mean")
 GROUPS = ("groups_all_right", "groups_some_right", "groups_none_right", "groups_ungraded")
 
 
 class RunState(Callback):
-    """Remember what the run reported. `clock` returns seconds that only grow."""
+    """Remember what the run reported."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Clock = time.monotonic) -> None:
         self.clock = clock
         # Another thread draws; a signal handler may report in the middle of a report.
         self.lock = threading.RLock()
@@ -116,14 +117,9 @@ class RunState(Callback):
 
 
 class PlainView(RunState):
-    """Print a line for each step and message, and a sign of life after `heartbeat_seconds` without a line.
+    """Print a line for each step and message, no samples; after `heartbeat_seconds` without one, a sign of life."""
 
-    Samples are not printed. They are in the run folder's samples.jsonl.
-    """
-
-    def __init__(
-        self, stream: TextIO, *, heartbeat_seconds: float = 30.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, stream: TextIO, *, heartbeat_seconds: float = 30.0, clock: Clock = time.monotonic) -> None:
         super().__init__(clock)
         self._stream, self._heartbeat_seconds, self._printed = stream, heartbeat_seconds, clock()
         self._done = threading.Event()
@@ -175,20 +171,17 @@ class PlainView(RunState):
 
 
 def open_view(mode: ViewMode = "auto", stream: TextIO | None = None) -> Callback:
-    """Return the view for `stream` (default: standard output).
+    """Return the view for `stream`, by default standard output. Without a terminal `live` raises UserInputError.
 
     `auto` is live on a terminal that can move its cursor, and plain anywhere else. NO_COLOR removes the colours.
-    Raises UserInputError if `live` is chosen without such a terminal.
     """
     stream = stream or sys.stdout
     if mode == "silent":
         return Callback()
     can_move = stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
     if mode == "live" and not can_move:
-        raise UserInputError(
-            "the live view needs a terminal that can move its cursor, and standard output is not one",
-            next_step="choose the plain view or auto",
-        )
+        what = "the live view needs a terminal that can move its cursor, and standard output is not one"
+        raise UserInputError(what, next_step="choose the plain view or auto")
     if mode == "plain" or not can_move:
         return PlainView(stream)
     from rich.console import Console  # only the live view needs rich

@@ -18,8 +18,6 @@ from popo_lite.tools.plan.terms import engine_of
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, MemoryPlan, plan_memory
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
-UTILIZATIONS = tuple(percent / 100 for percent in range(10, 91, 5))
-
 Values = Mapping[str, Any]  # recipe keys with new values, to be changed together
 
 
@@ -135,8 +133,9 @@ def reductions(recipe: Recipe) -> dict[str, list[Values]]:
     """
     rollout, train, lora, engine = recipe.rollout, recipe.train, recipe.lora, engine_of(recipe)
     used, longest = rollout.vllm.gpu_memory_utilization, rollout.sequence_tokens
-    near = sorted(UTILIZATIONS, key=lambda value: (abs(value - used), value)) if engine == "vllm" else []
-    utilizations: list[Values] = [{"rollout.vllm.gpu_memory_utilization": value} for value in near]
+    shares = [percent / 100 for percent in range(10, 91, 5)] if engine == "vllm" else []
+    shares.sort(key=lambda share: (abs(share - used), share))
+    utilizations: list[Values] = [{"rollout.vllm.gpu_memory_utilization": share} for share in shares]
     batches: list[Values] = [{"rollout.max_num_seqs": size} for size in _halves(rollout.max_num_seqs, 1)]
     microbatches = [*_halves(train.tokens_per_microbatch, longest + 1), longest]
     optimizers = OPTIMIZERS[OPTIMIZERS.index(recipe.optimizer.name) + 1 :] if recipe.model.dtype != "float64" else ()
@@ -174,17 +173,13 @@ def _halves(value: int, least: int) -> list[int]:
 
 def _settings(recipe: Recipe, kind: str) -> list[Values]:
     """Return the settings of one kind that change the recipe to a valid one, with only the keys that change."""
-    found: list[Values] = []
-    for values in reductions(recipe)[kind]:
-        new = {name: value for name, value in values.items() if value != attrgetter(name)(recipe)}
-        if new and not any(impossible_combinations(recipe.with_values(new))):
-            found.append(new)
-    return found
+    settings = [{name: value for name, value in values.items() if value != attrgetter(name)(recipe)}
+                for values in reductions(recipe)[kind]]  # fmt: skip
+    return [new for new in settings if new and not any(impossible_combinations(recipe.with_values(new)))]
 
 
 def _apply(plan: MemoryPlan, chosen: Mapping[str, int]) -> MemoryPlan:
-    for kind, index in chosen.items():
-        # A reduction's settings depend on those before it.
+    for kind, index in chosen.items():  # a reduction's settings depend on those before it
         plan = plan.with_values(_settings(plan.recipe, kind)[index])
     return plan
 

@@ -15,9 +15,7 @@ from popo_lite.errors import UserInputError
 
 DEFAULT_VRAM_BYTES = 24 * 2**30
 NVIDIA_SMI_SECONDS = 5.0
-DOES_NOT_FIT = 1
 UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
-LARGEST_BYTES = 2**62
 
 
 @click.command(short_help="Say whether a recipe fits a GPU, and what to change.")
@@ -67,7 +65,7 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
         command = shlex.join(["popo-lite", "plan", recipe, *words])
         plan_report(planned, advice, (source, others_source), command)
     if not planned.fits:
-        raise SystemExit(DOES_NOT_FIT)
+        raise SystemExit(1)
 
 
 def installed_gpu() -> tuple[int, int] | None:
@@ -88,7 +86,7 @@ def parse_size(text: str, option: str = "--vram", *, least_bytes: int = 1) -> in
     """Return `24GiB`, `24 GB` or `512MiB` in bytes. Raises UserInputError for other text or a smaller size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
     size = float(match[1]) * UNITS.get(match[2], math.inf) if match is not None else math.inf
-    if not least_bytes <= size < LARGEST_BYTES:
+    if not least_bytes <= size < 2**62:
         raise UserInputError(
             f"{text!r} is no amount of memory", where=option, next_step="a number and a unit: MiB, GiB, MB, GB"
         )

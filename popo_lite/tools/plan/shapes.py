@@ -125,8 +125,7 @@ def load_shape(recipe: ModelRecipe) -> ModelShape:
         raise ModelError(
             f"{path} cannot be read: {reason}",
             where="model.id",
-            next_step="check the name and the network, or name a folder with the model's config.json; these need no "
-            f"network: {', '.join(KNOWN_CONFIGS)}",
+            next_step=f"check name and network, or name a local folder; known offline: {', '.join(KNOWN_CONFIGS)}",
         ) from error
     return shape_of(config, source=str(path))
 
@@ -149,11 +148,8 @@ def shape_of(config: Any, *, source: str = "config.json") -> ModelShape:
     if quantized is not None:
         # Such a checkpoint has neither the sizes nor the gradients of the base that is planned.
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-        fail(
-            f"quantization_config says that the checkpoint is quantised already ({method}); the plan is for a base in "
-            "16 or 32 bit, which the run itself quantises",
-            "set model.id to the model's unquantised checkpoint",
-        )
+        what = f"quantization_config: the checkpoint is quantised already ({method}), and the run quantises it itself"
+        fail(what, "set model.id to the model's unquantised checkpoint")
     config = {key: value for key, value in {**_DEFAULTS[kind], **config}.items() if value is not None}
     try:
         shape = ModelShape.model_validate(config)

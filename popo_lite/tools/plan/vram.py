@@ -61,8 +61,7 @@ class MemoryPlan:
     def __init__(self, recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> None:
         self.recipe, self.shape, self.vram_bytes, self.others_bytes = recipe, shape, vram_bytes, others_bytes
         self.on_gpu, self.engine = recipe.train.device != "cpu", terms.engine_of(recipe)
-        self.layer = terms.LayerBytes(recipe, shape)
-        self.size = terms.DTYPE_BYTES[recipe.model.dtype]
+        self.layer, self.size = terms.LayerBytes(recipe, shape), terms.DTYPE_BYTES[recipe.model.dtype]
         adapters = terms.adapter_elements(shape, recipe.lora)
         predictor = terms.predictor_elements(shape, recipe.siamese.head_width)
         self.trained_size = max(4, self.size)  # adapters and predictor head have at least float32
@@ -127,8 +126,7 @@ class MemoryPlan:
         # If the GPU is shared in turns, the optimizer's state is in host memory between updates.
         idle = trainer if self.on_gpu and self.recipe.rollout.vllm.enable_sleep_mode else trainer | self.optimizer
         load: list[Moment] = [("everything is loaded", {})]
-        if self.recipe.model.quantization == "nf4":
-            # transformers quantises one weight after the other.
+        if self.recipe.model.quantization == "nf4":  # transformers quantises one weight after the other
             load = [("the last weight is quantised", {"weight in 16 bit": self.layer.weight_bytes})]
         load += [("the engine has started", self.sampling)] if self.sampling else []
         yield self._phase("load", trainer, load)
