@@ -229,12 +229,9 @@ def chart(
 
 def _sample(sample: Mapping[str, Any], width: int, rows: int, console: Console) -> RenderableType:
     lines, left = [], rows - 1
-    right, wrong = (
-        "none among the answers to this" if text is None else text or "an answer without any text"
-        for text in (sample["right"], sample["wrong"])
-    )
-    texts = (("question", sample["question"], "bold"), ("✓ right", right, "bold green"), ("✗ wrong", wrong, "bold red"))
-    for index, (name, text, style) in enumerate(texts):
+    texts = (("question", "question", "bold"), ("✓ right", "right", "bold green"), ("✗ wrong", "wrong", "bold red"))
+    for index, (name, key, style) in enumerate(texts):
+        text = "none among the answers to this" if sample[key] is None else sample[key] or "an answer without any text"
         # Not wrapped whole: no screen shows more than 4,000 characters.
         text = words.clean(text if len(text) <= 4000 else f"{text[:2000]} … {text[-2000:]}")
         shown = fit(text, max(width - 16, 1), left // (3 - index), console)

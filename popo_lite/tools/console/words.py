@@ -11,7 +11,6 @@ from typing import Any
 from popo_lite.metrics import Unit
 
 ABSENT = "-"
-
 # Characters that the console draws with, and an ASCII substitute for each: one for one keeps columns aligned.
 _SUBSTITUTES = str.maketrans("━╸╺─█▇▆▅▄▃▂▁▓░…✓✗·×±\ufffd", "=  -#%*+=-:.+.~vx|x~?")
 

@@ -98,17 +98,13 @@ def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
 
 def why_not(plan: MemoryPlan) -> str:
     """Return in one sentence why a run does not fit."""
-    if plan.peak.total_bytes > plan.vram_bytes:
-        beside = f" beside {memory(plan.others_bytes)} of other processes" if plan.others_bytes else ""
-        return (
-            f"the run is planned to need {memory(plan.peak.total_bytes - plan.others_bytes)}{beside} in the phase "
-            f"{plan.peak.name} ({plan.peak.moment}), and there are {memory(plan.vram_bytes)}"
-        )
-    return (
-        f"the engine's share of {memory(plan.vram_bytes)}, rollout.vllm.gpu_memory_utilization = "
-        f"{plan.recipe.rollout.vllm.gpu_memory_utilization}, lacks {memory(plan.engine_shortfall_bytes)} to hold one "
-        f"sequence of {plan.sequence_tokens:,} tokens"
-    )
+    peak, total, share = plan.peak, memory(plan.vram_bytes), plan.recipe.rollout.vllm.gpu_memory_utilization
+    if peak.total_bytes > plan.vram_bytes:
+        need = memory(peak.total_bytes - plan.others_bytes)
+        need += f" beside {memory(plan.others_bytes)} of other processes" if plan.others_bytes else ""
+        return f"the run is planned to need {need} in the phase {peak.name} ({peak.moment}), and there are {total}"
+    lacks = f"lacks {memory(plan.engine_shortfall_bytes)} to hold one sequence of {plan.sequence_tokens:,} tokens"
+    return f"the engine's share of {total}, rollout.vllm.gpu_memory_utilization = {share}, {lacks}"
 
 
 def memory_advice(recipe: Recipe) -> str:

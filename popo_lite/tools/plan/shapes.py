@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from popo_lite.errors import ModelError
 from popo_lite.recipe import ModelRecipe, Positive
 
-KNOWN_CONFIGS: Mapping[str, dict[str, Any]] = json.loads(
-    Path(__file__).with_name("known_models.json").read_text(encoding="utf-8")
-)
+_KNOWN = Path(__file__).with_name("known_models.json")
+KNOWN_CONFIGS: Mapping[str, dict[str, Any]] = json.loads(_KNOWN.read_text(encoding="utf-8"))
 """Hub id -> what its config.json says about the architecture, in the names of transformers 5."""
 
 _DEFAULTS: Mapping[str, dict[str, Any]] = {

@@ -94,14 +94,14 @@ def optimizer_bytes(elements: Iterable[int], recipe: Recipe) -> int:
 class LayerBytes:
     """Memory of one decoder layer for the recipe's precision, attention, adapters and dropout.
 
-    In bytes per token: `boundary` is the layer's input. `saved` is what it keeps for the backward pass apart from that,
-    of which `input_norm` only if its input has a gradient. `recompute` is the peak while the layer runs again and then
-    backward, including `saved`; `inference` the peak without a graph. `mlp` is one activation of the MLP. `pair` is
-    what eager attention keeps for each pair of a token and a token of its sequence.
+    In bytes per token: `boundary` is the layer's input. `saved` is what it keeps besides for the backward pass, of
+    which `input_norm` only if its input has a gradient. `recompute` is the peak while it runs again and then backward,
+    `saved` included; `inference` the peak without a graph. `mlp` is one activation of the MLP. `pair` is what eager
+    attention keeps for each pair of a token and a token of its sequence.
 
-    In bytes: `casts_bytes` are autocast's 16-bit copies of the layer's adapters, of which `attention_casts_bytes` exist
-    before the attention scores and `input_casts_bytes` are kept only if its input has a gradient. `weight_bytes` is its
-    largest weight in `model.dtype`: a 4-bit weight is dequantised for each product.
+    In bytes: `casts_bytes` are autocast's 16-bit copies of the adapters, of which `attention_casts_bytes` exist before
+    the attention scores and `input_casts_bytes` are kept only if the layer's input has a gradient. `weight_bytes` is
+    the largest weight in `model.dtype`: a 4-bit weight is dequantised for each product.
     """
 
     def __init__(self, recipe: Recipe, shape: ModelShape) -> None:
@@ -138,9 +138,9 @@ class LayerBytes:
         eager = recipe.model.attn_implementation == "eager"
         self.pair = shape.heads * (6 if half else size) if eager else 0
         self.casts_bytes = size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if half else 0
-        self.input_casts_bytes = size * rank * sum(linear.inputs for linear in qkv) if half else 0
-        outputs = size * rank * sum(linear.outputs for linear in qkv) if half else 0
-        self.attention_casts_bytes = self.input_casts_bytes + outputs
+        cast = size * rank if half else 0
+        self.input_casts_bytes = cast * sum(linear.inputs for linear in qkv)
+        self.attention_casts_bytes = cast * sum(linear.inputs + linear.outputs for linear in qkv)
         self.weight_bytes = size * max(linear.inputs * linear.outputs for linear in shape.linears()) if packed else 0
 
     def recompute_bytes(self, tokens: int, sequence_tokens: int) -> int:
@@ -238,11 +238,10 @@ def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, Classes
     masks = MASK_BYTES * full + 2 * layer.boundary * batch
     # The cache grows layer by layer into a new tensor. Prompts of unequal length need a mask, and with a mask
     # attention repeats keys and values for every head.
-    growth = size * full * shape.kv_heads * shape.head_width
-    repeated = 2 * size * full * shape.heads * shape.head_width if shape.heads != shape.kv_heads else 0
-    grown = {"KV cache": kv * full + max(growth, repeated), "layer working set": masks}
+    heads = shape.heads if shape.heads == shape.kv_heads else 2 * shape.heads
+    grown = {"KV cache": kv * full + size * full * heads * shape.head_width, "layer working set": masks}
     yield "the full cache grows", grown | {"adapter copies": copies + layer.attention_casts_bytes}
+    cache = {"KV cache": kv * full}
     decode = masks + layer.inference_bytes(batch, recipe.rollout.sequence_tokens)
-    decoded = {"KV cache": kv * full, "layer working set": decode, "adapter copies": copies}
-    yield "a token of every answer in a layer", decoded
-    yield "tokens are drawn", {"KV cache": kv * full, "logits": DRAW_BYTES * batch * shape.vocabulary}
+    yield "a token of every answer in a layer", cache | {"layer working set": decode, "adapter copies": copies}
+    yield "tokens are drawn", cache | {"logits": DRAW_BYTES * batch * shape.vocabulary}
