@@ -25,25 +25,21 @@ def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
 
     Loads nothing, so a run finds out before its model is read.
     """
-    wanted = recipe.rollout.engine
-    if wanted == "server" and importlib.util.find_spec("openai") is None:
-        raise EngineError(
-            "rollouts from servers need the openai package",
-            where='rollout.engine = "server"',
-            next_step="pip install 'popo-lite[server]'",
-        )
-    if wanted in ("hf", "server"):
-        return wanted, f"{wanted} (chosen by the recipe)"
-    reason = vllm.why_not(recipe)
+    wanted, reason = recipe.rollout.engine, None
+    engine: Engine = "vllm" if wanted == "auto" else wanted
+    if engine == "vllm":
+        reason = vllm.why_not(recipe)
+    elif engine == "server" and importlib.util.find_spec("openai") is None:
+        reason = 'servers need the openai package: pip install "popo-lite[server]"'
     if reason is None:
-        return "vllm", "vllm (chosen by the recipe)" if wanted == "vllm" else "vllm (the fastest here)"
-    if wanted == "vllm":
-        raise EngineError(
-            reason,
-            where='rollout.engine = "vllm"',
-            next_step='--set rollout.engine="hf" samples from the trainer\'s own model',
-        )
-    return "hf", f"hf ({reason.partition(':')[0]})"
+        return engine, f"{engine} ({'the fastest here' if wanted == 'auto' else 'chosen by the recipe'})"
+    if wanted == "auto":
+        return "hf", f"hf ({reason.partition(':')[0]})"
+    raise EngineError(
+        reason,
+        where=f'rollout.engine = "{engine}"',
+        next_step='--set rollout.engine="hf" samples from the trainer\'s own model',
+    )
 
 
 def open_sampler(

@@ -7,14 +7,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Self
 
 from popo_lite.errors import EngineError, StalePolicyError
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
+from popo_lite.seeding import stream_seed
 from popo_lite.types import Completion, FinishReason, Prompt
 
 log = logging.getLogger(__name__)
+
+LEAST_LOGP = -9999
+"""What vLLM's server writes for minus infinity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +34,10 @@ class SamplingParams:
     top_p: float = 1.0
 
 
-class Request(NamedTuple):
-    """One completion to sample. `key` names its random stream: what else is in the batch does not change it."""
-
-    prompt: Prompt
-    key: tuple[int | str, ...]
-
-
+Requests = Sequence[tuple[Prompt, int]]
+"""Completions to sample: the prompt, and the seed of a random stream that nothing else in the batch changes."""
+Answers = Sequence[tuple[Sequence[int], Sequence[float]]]
+"""Token ids and their log-probs in nats. What ended an answer is its last token."""
 Progress = Callable[[int], None]
 """Called often with how many sequences have just ended, also if none has; may raise."""
 
@@ -91,19 +92,28 @@ class Sampler(ABC):
         if self.policy_version != policy_version:
             holds = "no policy" if self.policy_version is None else f"policy version {self.policy_version}"
             raise StalePolicyError(
-                f"the sampler holds {holds} and version {policy_version} was asked for; its rollouts would be another "
-                "policy's",
+                f"the sampler holds {holds}, and version {policy_version} was asked for",
                 next_step="this is a bug in the order of a step: sync the sampler after every update",
             )
         requests = [
-            Request(prompt, (*stream, prompt.problem.id, index))
+            (prompt, stream_seed(*stream, prompt.problem.id, index))
             for prompt in prompts
             for index in range(first_index, first_index + count)
         ]
-        completions = self._complete(requests, params, finished or (lambda _: None))
-        for request, completion in zip(requests, completions, strict=True):
-            if not all(map(math.isfinite, completion.sampler_logps)):
-                raise not_finite(f"problem {request.prompt.problem.id}")
+        answers = self._complete(requests, params, finished or (lambda _: None))
+        completions = []
+        for (prompt, _), (token_ids, logps) in zip(requests, answers, strict=True):
+            if not all(LEAST_LOGP < logp < math.inf for logp in logps):  # NaN is neither
+                raise not_finite(f"problem {prompt.problem.id}")
+            stopped = not self._policy.stop_ids.isdisjoint(token_ids[-1:])
+            completions.append(
+                Completion(
+                    token_ids=tuple(token_ids),
+                    sampler_logps=tuple(logps),
+                    finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+                    text=self._text(token_ids),
+                )
+            )
         return [completions[row * count : (row + 1) * count] for row in range(len(prompts))]
 
     @abstractmethod
@@ -121,17 +131,8 @@ class Sampler(ABC):
         """Start what the first `sync` needs."""
 
     @abstractmethod
-    def _complete(self, requests: Sequence[Request], params: SamplingParams, finished: Progress) -> list[Completion]:
-        """Return a completion for each request, in order."""
-
-    def _completion(self, token_ids: Sequence[int], logps: Sequence[float]) -> Completion:
-        """Return the completion of these tokens; it stopped if the last of them ends answers."""
-        return Completion(
-            token_ids=tuple(token_ids),
-            sampler_logps=tuple(logps),
-            finish_reason=FinishReason.STOP if token_ids[-1] in self._policy.stop_ids else FinishReason.LENGTH,
-            text=self._text(token_ids),
-        )
+    def _complete(self, requests: Requests, params: SamplingParams, finished: Progress) -> Answers:
+        """Return the answers to the requests, in order."""
 
     def __enter__(self) -> Self:
         return self

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from popo_lite.policy.memory import is_out_of_memory, release_memory
-from popo_lite.samplers.base import Progress, Request, Sampler, SamplingParams
-from popo_lite.seeding import stream_seed
-from popo_lite.types import Completion
+from popo_lite.samplers.base import Answers, Progress, Requests, Sampler, SamplingParams
 
 COMPACT_BELOW = 0.5
 """Finished sequences leave the batch when at most this fraction of it is still running."""
 
-
-@dataclass
-class _Sequence:
-    """A completion while it is decoded."""
-
-    request: Request
-    token_ids: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    stopped: bool = False
+Drawn = tuple[list[int], list[float]]
+"""Token ids and log-probs of an answer that is being decoded."""
 
 
 class HFSampler(Sampler):
@@ -42,39 +33,39 @@ class HFSampler(Sampler):
         self.policy_version = policy_version
 
     @torch.no_grad()
-    def _complete(self, requests: Sequence[Request], params: SamplingParams, finished: Progress) -> list[Completion]:
+    def _complete(self, requests: Requests, params: SamplingParams, finished: Progress) -> Answers:
         self._policy.model.eval()
-        sequences = [_Sequence(request) for request in requests]
+        answers: list[Drawn] = [([], []) for _ in requests]
         # Prompts of like length share a batch, which saves padding; the draws do not depend on it.
-        waiting = sorted(sequences, key=lambda sequence: len(sequence.request.prompt.token_ids))
+        waiting = sorted(range(len(requests)), key=lambda index: len(requests[index][0].token_ids))
         while waiting:
             batch = waiting[: self._batch_size]
             try:
-                self._decode(batch, params, finished)
+                self._decode([requests[i] for i in batch], [answers[i] for i in batch], params, finished)
                 del waiting[: len(batch)]
                 continue
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error) or len(batch) == 1:
                     raise
             # Decode the same sequences again, half as many at once; their answers do not change.
-            finished(-sum(sequence.stopped for sequence in batch))
-            for sequence in batch:
-                sequence.token_ids, sequence.logps, sequence.stopped = [], [], False
+            finished(-sum(not self._policy.stop_ids.isdisjoint(answers[i][0]) for i in batch))
+            for i in batch:
+                answers[i] = ([], [])
             release_memory()
             self._batch_size = (len(batch) + 1) // 2
             self._notify(
                 f"memory ran out while {len(batch)} sequences were sampled at once; {self._batch_size} at once from "
                 "now on"
             )
-        return [self._completion(sequence.token_ids, sequence.logps) for sequence in sequences]
+        return answers
 
-    def _decode(self, running: list[_Sequence], params: SamplingParams, finished: Progress) -> None:
-        """Fill in the sequences token by token."""
+    def _decode(self, requests: Requests, running: list[Drawn], params: SamplingParams, finished: Progress) -> None:
+        """Append token by token to `running`, the answers to `requests`."""
         device, head, limit = self._policy.device, self._policy.head, params.max_completion_length
-        hidden, cache, mask = self._prefill([sequence.request.prompt.token_ids for sequence in running])
-        # A sequence's random stream [limit] depends on its key alone.
-        streams = [np.random.Philox(key=stream_seed(*sequence.request.key)) for sequence in running]
-        uniforms = torch.from_numpy(np.stack([np.random.Generator(s).random(limit) for s in streams])).to(device)
+        hidden, cache, mask = self._prefill([prompt.token_ids for prompt, _ in requests])
+        # A sequence's random stream [limit] depends on its seed alone.
+        streams = [np.random.Generator(np.random.Philox(key=seed)).random(limit) for _, seed in requests]
+        uniforms = torch.from_numpy(np.stack(streams)).to(device)
         alive = list(range(len(running)))
         for position in range(limit):
             logp = torch.log_softmax(head.logits(hidden) * (head.temperature / params.temperature), dim=-1)
@@ -82,11 +73,10 @@ class HFSampler(Sampler):
             # One transfer a token; float64 holds every token id exactly.
             drawn_ids, drawn_logps = torch.stack([tokens.double(), logps.double()]).tolist()
             for row in alive:
-                sequence = running[row]
-                sequence.token_ids.append(int(drawn_ids[row]))
-                sequence.logps.append(drawn_logps[row])
-                sequence.stopped = sequence.token_ids[-1] in self._policy.stop_ids
-            before, alive = len(alive), [row for row in alive if not running[row].stopped]
+                token_ids, token_logps = running[row]
+                token_ids.append(int(drawn_ids[row]))
+                token_logps.append(drawn_logps[row])
+            before, alive = len(alive), [row for row in alive if running[row][0][-1] not in self._policy.stop_ids]
             finished(before - len(alive))
             if not alive or position + 1 == limit:
                 break
@@ -105,14 +95,12 @@ class HFSampler(Sampler):
             hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
         finished(len(alive))
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Any, Tensor]:
+    def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[Tensor, Any, Tensor]:
         """Run each distinct prompt once, repeat its cache for its samples: (hidden [B, D], cache, mask [B, T])."""
         row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-        width = max(map(len, prompts))
-        ids = torch.tensor(
-            [[self._policy.tokenizer.pad_token_id] * (width - len(prompt)) + [*prompt] for prompt in row_of]
-        )
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in row_of])
+        pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids = pad_left([torch.tensor(prompt) for prompt in row_of], padding_value=self._policy.tokenizer.pad_token_id)
+        mask = pad_left([torch.ones(len(prompt), dtype=torch.long) for prompt in row_of])
         ids, mask = ids.to(self._policy.device), mask.to(self._policy.device)
         output = self._policy.run_trunk(
             input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0), use_cache=True

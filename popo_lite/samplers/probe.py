@@ -30,8 +30,9 @@ LARGEST_LIMIT_NATS = 0.2
 """Largest limit, or twice the usual gap if the recipe chooses a sampler that is not quite the policy."""
 
 
+@torch.no_grad()
 def prove_adapter_in_use(
-    sampler: Sampler, policy: Policy, prompts: Sequence[Prompt], *, temperature: float, seed: int
+    recipe: Recipe, policy: Policy, sampler: Sampler, prompts: Sequence[Prompt]
 ) -> tuple[float, float, float]:
     """Sample with the policy's adapter and with a disturbed one, and score both with the trainer.
 
@@ -39,7 +40,8 @@ def prove_adapter_in_use(
     disturbed one if the sampler ignored it. Leaves policy and sampler as they were. Raises EngineError if the disturbed
     adapter does not change the sampler as it changes the trainer.
     """
-    params = SamplingParams(temperature=temperature, max_completion_length=PROBE_TOKENS)
+    seed = recipe.train.seed
+    params = SamplingParams(temperature=recipe.rollout.temperature, max_completion_length=PROBE_TOKENS)
 
     def sample(version: int) -> list[Completion]:
         sampler.sync(version)
@@ -56,9 +58,8 @@ def prove_adapter_in_use(
         with policy.model.disable_adapter():
             ignored = _gap(policy, prompts, answers)
     finally:
-        with torch.no_grad():
-            for parameter, weights in kept:
-                parameter.copy_(weights)
+        for parameter, weights in kept:
+            parameter.copy_(weights)
         sampler.sync(policy.version)
     if not probe_gap < LARGEST_RATIO * ignored:
         raise EngineError(
@@ -71,7 +72,6 @@ def prove_adapter_in_use(
     return policy_gap, probe_gap, ignored
 
 
-@torch.no_grad()
 def _disturb(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion], seed: int) -> None:
     """Add noise to the adapters, doubling it until the trainer's log-probs of `answers` change clearly."""
     source = torch.Generator().manual_seed(seed)
@@ -89,7 +89,6 @@ def _gap(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion
     return float((sampled - _score(policy, prompts, answers)).abs().mean())
 
 
-@torch.no_grad()
 def _score(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> Tensor:
     """Return the trainer's log-probs of all answers' tokens, one answer after another [N], on the host."""
     policy.model.eval()
@@ -107,27 +106,21 @@ class SamplerGuard:
 
     def __init__(self, recipe: Recipe, policy: Policy, sampler: Sampler) -> None:
         self._recipe, self._policy, self._sampler = recipe, policy, sampler
-        self._usual_gap = ROUNDING_NATS[policy.head.weight.dtype]
+        self._usual_gap = self._rounding = ROUNDING_NATS[policy.head.weight.dtype]
 
     def prove(self, prompts: Sequence[Prompt], notify: Callable[[str], None]) -> None:
         """Check that the engine samples from the adapter it is given. Raises EngineError if not."""
-        engine, rollout = self._sampler.engine, self._recipe.rollout
+        engine = self._sampler.engine
         if engine == "hf":
             return  # it has no weights of its own
-        policy_gap, probe_gap, ignored = prove_adapter_in_use(
-            self._sampler,
-            self._policy,
-            list({prompt.problem.id: prompt for prompt in prompts}.values()),
-            temperature=rollout.temperature,
-            seed=self._recipe.train.seed,
-        )
-        rounding = ROUNDING_NATS[self._policy.head.weight.dtype]
+        distinct = list({prompt.problem.id: prompt for prompt in prompts}.values())
+        policy_gap, probe_gap, ignored = prove_adapter_in_use(self._recipe, self._policy, self._sampler, distinct)
         # With the original base beside a quantised one the recipe asks for a sampler that is not quite the policy.
-        another_base = rollout.vllm.base == "bf16" and self._policy.quantized_modules > 0
-        if policy_gap > LARGEST_START * rounding and not another_base:
+        another_base = self._recipe.rollout.vllm.base == "bf16" and self._policy.quantized_modules > 0
+        if policy_gap > LARGEST_START * self._rounding and not another_base:
             raise EngineError(
                 f"log-probs of the {engine} sampler differ from the trainer's by {policy_gap:.3g} nats on average, "
-                f"and {rounding:.3g} is what rounding explains: it samples from another base",
+                f"and {self._rounding:.3g} is what rounding explains: it samples from another base",
                 where=f'rollout.engine = "{engine}"',
                 next_step='--set rollout.vllm.base="dequantized" serves the base that is trained; servers must too',
             )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import shlex
 import shutil
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,13 +18,10 @@ from popo_lite.errors import EngineError
 from popo_lite.policy.adapters import save_adapter
 from popo_lite.policy.load import model_source
 from popo_lite.recipe import Recipe
-from popo_lite.samplers.base import Progress, Request, Sampler, SamplingParams
-from popo_lite.samplers.server_client import ServerClient, ServerFault
+from popo_lite.samplers.base import Answers, Progress, Requests, Sampler, SamplingParams
+from popo_lite.samplers.server_client import Answer, ServerClient, ServerFault
 from popo_lite.samplers.vllm import engine_options
-from popo_lite.seeding import stream_seed
-from popo_lite.types import Completion
 
-TOKEN_VARIABLE = "POPO_SERVER_TOKEN"  # noqa: S105  # a name, not a token
 HEARTBEAT_SECONDS = 0.25
 """How often `finished` is called if nothing ends."""
 
@@ -47,8 +43,7 @@ class ServerSampler(Sampler):
         self._numbers = itertools.count(1)
         # The same path must lead there on every machine, so nothing but the home folder is resolved in it.
         self._folder = Path(server.shared_dir or ".").expanduser().absolute() / self._name
-        token = os.environ.get(TOKEN_VARIABLE, "").strip() or None
-        self._servers = [ServerClient(url, token=token) for url in server.base_urls]
+        self._servers = [ServerClient(url) for url in server.base_urls]
         self._runner = asyncio.Runner()
         self._closed = False
 
@@ -69,10 +64,8 @@ class ServerSampler(Sampler):
                 where=f'rollout.server.shared_dir = "{self._recipe.rollout.server.shared_dir}"',
                 next_step="name a folder that trainer and servers see under the same path",
             ) from error
-        self._on_each_server(lambda server: self._offer(server, name))
-        needed = 1 if self.swap_seconds else len(self._servers)
-        if len(self._usable()) < needed:
-            raise self._unusable()
+        self._runner.run(_together(self._offer(server, name) for server in self._servers))
+        self._usable(needed=1 if self.swap_seconds else len(self._servers))
         # A server reads an adapter again when its memory was needed, so only those of earlier versions go.
         for folder in former:
             shutil.rmtree(folder)
@@ -85,50 +78,41 @@ class ServerSampler(Sampler):
             return
         self._closed = True
         try:
-            self._on_each_server(ServerClient.close)
+            self._runner.run(_together(server.close() for server in self._servers))
         finally:
             self.policy_version = None
             shutil.rmtree(self._folder, ignore_errors=True)
             self._runner.close()
 
-    def _complete(self, requests: Sequence[Request], params: SamplingParams, finished: Progress) -> list[Completion]:
+    def _complete(self, requests: Requests, params: SamplingParams, finished: Progress) -> Answers:
         return self._runner.run(self._collect(requests, params, finished))
 
-    async def _collect(
-        self, requests: Sequence[Request], params: SamplingParams, finished: Progress
-    ) -> list[Completion]:
+    async def _collect(self, requests: Requests, params: SamplingParams, finished: Progress) -> Answers:
         """Return an answer to every request, in order. However it ends, no request is left under way.
 
         At most `rollout.max_num_seqs` requests at once go to each usable server, the next one to the least loaded.
         """
-        answers: dict[int, Completion] = {}
+        answers: dict[int | None, Answer] = {}
         waiting = deque(range(len(requests)))
         # The server of each task and the index of its request; a health check has none, and ends only with a fault.
-        running: dict[asyncio.Task[None], tuple[int | None, ServerClient]] = {
+        running: dict[asyncio.Task[Answer], tuple[int | None, ServerClient]] = {
             asyncio.create_task(server.watch()): (None, server) for server in self._usable()
         }
-
-        async def answer(index: int, server: ServerClient) -> None:
-            prompt, key = requests[index]
-            reply = await server.complete(
-                prompt.token_ids, params=params, seed=stream_seed(*key), stop_ids=self._policy.stop_ids
-            )
-            answers[index] = self._completion(reply.token_ids, reply.logps)
-
         try:
             while len(answers) < len(requests):
-                if not (usable := self._usable()):
-                    raise self._unusable()
+                usable = self._usable()
                 load = Counter(server for index, server in running.values() if index is not None)
                 while waiting and load[server := min(usable, key=load.__getitem__)] < self._recipe.rollout.max_num_seqs:
                     load[server] += 1
-                    following = waiting.popleft()
-                    running[asyncio.create_task(answer(following, server))] = (following, server)
+                    prompt, seed = requests[following := waiting.popleft()]
+                    answer = server.complete(prompt.token_ids, params, seed, self._policy.stop_ids)
+                    running[asyncio.create_task(answer)] = (following, server)
                 before = len(answers)
                 done, _ = await asyncio.wait(running, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                for index, server, task in [(*running.pop(task), task) for task in done]:
+                for task in done:
+                    index, server = running.pop(task)
                     try:
-                        task.result()
+                        answers[index] = task.result()
                     except (ServerFault, asyncio.CancelledError) as error:
                         # A server that was set aside has its reason already.
                         if isinstance(error, ServerFault) and server.adapter is not None:
@@ -143,14 +127,12 @@ class ServerSampler(Sampler):
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-        return [answers[index] for index in range(len(requests))]
+        return [(answers[index].token_ids, answers[index].logps) for index in range(len(requests))]
 
     async def _offer(self, server: ServerClient, name: str) -> None:
         """Load the adapter `name`; check the server first if it is new or was set aside."""
         try:
             if server.adapter is None:
-                if server.fault is not None:
-                    await server.check_health(attempts=1)  # most often it is still gone; a step must not wait for it
                 await server.connect(context_tokens=self._recipe.rollout.sequence_tokens)
             await server.load(name, self._folder / name)
         except ServerFault as fault:
@@ -166,25 +148,26 @@ class ServerSampler(Sampler):
             self._notify(f"server {server.url} is set aside: {fault}")
         server.adapter, server.fault = None, fault
 
-    def _usable(self) -> list[ServerClient]:
-        return [server for server in self._servers if server.adapter is not None]
+    def _usable(self, needed: int = 1) -> list[ServerClient]:
+        """Return the servers that hold the adapter.
 
-    def _unusable(self) -> EngineError:
-        """Return an error with the reason of every server set aside, and what helps the first of them."""
-        faults = {server: server.fault for server in self._servers if server.fault is not None}
-        first, fault = next(iter(faults.items()))
-        return EngineError(
-            f"{len(faults)} of {len(self._servers)} servers cannot be used: "
-            + "; ".join(f"{server.url}: {reason}" for server, reason in faults.items()),
-            where="rollout.server.base_urls",
-            next_step=fault.advice or f"start it (docs/servers.md): {serve_command(self._recipe, first.url)}",
-        )
+        If fewer than `needed` do, raises EngineError with the reasons of the others and what helps the first of them.
+        """
+        usable = [server for server in self._servers if server.adapter is not None]
+        if len(usable) < needed:
+            faults = {server: server.fault for server in self._servers if server.fault is not None}
+            first, fault = next(iter(faults.items()))
+            raise EngineError(
+                f"{len(faults)} of {len(self._servers)} servers cannot be used: "
+                + "; ".join(f"{server.url}: {reason}" for server, reason in faults.items()),
+                where="rollout.server.base_urls",
+                next_step=fault.advice or f"start it (docs/servers.md): {serve_command(self._recipe, first.url)}",
+            )
+        return usable
 
-    def _on_each_server(self, act: Callable[[ServerClient], Coroutine[Any, Any, None]]) -> None:
-        async def on_all() -> None:
-            await asyncio.gather(*map(act, self._servers))
 
-        self._runner.run(on_all())
+async def _together(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
+    await asyncio.gather(*calls)
 
 
 def serve_command(recipe: Recipe, url: str) -> str:

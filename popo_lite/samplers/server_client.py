@@ -55,20 +55,21 @@ class ServerClient:
     Every method raises ServerFault if the server cannot be used, after retries if these may help.
     """
 
-    def __init__(self, url: str, *, token: str | None) -> None:
+    def __init__(self, url: str) -> None:
         import httpx2
         import openai
 
         self.url = url.rstrip("/").removesuffix("/v1")
+        token = os.environ.get("POPO_SERVER_TOKEN", "").strip()
         self.adapter: str | None = None
         self.fault: ServerFault | None = None
         self._held: list[str] = []
         # Headers from the environment would replace the token, or send another service's keys to this server.
-        foreign = (line.partition(":")[0].strip() for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines())
-        self._headers: dict[str, Any] = dict.fromkeys(
-            ("OpenAI-Organization", "OpenAI-Project", *filter(None, foreign)), openai.Omit()
-        )
-        self._headers["Authorization"] = f"Bearer {token}" if token else openai.Omit()
+        foreign = [line.partition(":")[0] for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").lower().split("\n")]
+        self._headers: dict[str, Any] = {
+            name.strip(): openai.Omit() for name in ("openai-organization", "openai-project", *foreign)
+        }
+        self._headers["authorization"] = f"Bearer {token}" if token else openai.Omit()
         try:
             self._client = openai.AsyncOpenAI(
                 base_url=self.url,
@@ -89,7 +90,8 @@ class ServerClient:
 
     async def connect(self, *, context_tokens: int) -> None:
         """Check its health, its context of `context_tokens`, and that log-probs follow the sampling temperature."""
-        await self.check_health()
+        # A server that was set aside is most often still gone, and a step must not wait for it.
+        await self._ask("/health", attempts=ATTEMPTS if self.fault is None else 1)
         text = await self._ask("/v1/models")
         try:
             base = json.loads(text)["data"][0]  # adapters follow
@@ -103,7 +105,9 @@ class ServerClient:
             )
         spreads = []
         for temperature in (1.0, 0.5):
-            answer = await self._draw([1, 2, 3, 4], temperature, 1, model=name, seed=0, logprobs=5)
+            answer = await self._draw(
+                [1, 2, 3, 4], model=name, max_tokens=1, temperature=temperature, seed=0, logprobs=5
+            )
             likeliest = sorted(answer.top_logps.values(), reverse=True)[:5]  # it may add the sampled token
             if len(likeliest) < 2:
                 raise ServerFault("its answers lack the log-probs that were asked for")
@@ -114,24 +118,21 @@ class ServerClient:
                 "--logprobs-mode processed_logprobs"
             )
 
-    async def check_health(self, attempts: int = ATTEMPTS) -> None:
-        """Ask GET /health."""
-        await self._ask("/health", attempts=attempts)
-
     async def watch(self) -> Never:
         """Check its health regularly until it fails: requests to a host that is gone never end."""
         while True:
             await asyncio.sleep(HEALTH_EVERY_SECONDS)
-            await self.check_health()
+            await self._ask("/health")
 
     async def load(self, name: str, folder: Path) -> None:
         """Make the adapter in `folder` our only one on the server, under `name`, which must be new."""
-        body = {"lora_name": name, "lora_path": str(folder)}
         try:
-            await self._ask("/v1/load_lora_adapter", body, seconds=LOAD_SECONDS)
+            await self._ask(
+                "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, seconds=LOAD_SECONDS
+            )
         except ServerFault as fault:
             # 500 can mean an adapter that it cannot hold; a dying server does not pass the health check.
-            await self.check_health(attempts=1)
+            await self._ask("/health", attempts=1)
             reason, advice = f"it does not take the adapter: {fault}", fault.advice
             if "No adapter found" in reason:
                 reason = f"it finds no adapter at {folder}"
@@ -143,31 +144,21 @@ class ServerClient:
                 raise ServerFault(reason, advice=advice) from fault
         self._held.append(name)
         self.adapter = name
-        await self.unload(keep=name)
-
-    async def unload(self, *, keep: str | None = None, attempts: int = ATTEMPTS) -> None:
-        """Unload our adapters except `keep`."""
-        for name in [name for name in self._held if name != keep]:
-            try:
-                await self._ask("/v1/unload_lora_adapter", {"lora_name": name}, attempts=attempts)
-            except ServerFault as fault:
-                if fault.status != 404:  # it was restarted and does not know the adapter
-                    raise
-            self._held.remove(name)
+        await self._unload(self._held[:-1])
 
     async def complete(
-        self, prompt: Sequence[int], *, params: SamplingParams, seed: int, stop_ids: frozenset[int]
+        self, prompt: Sequence[int], params: SamplingParams, seed: int, stop_ids: frozenset[int]
     ) -> Answer:
         """Return a completion of `prompt` by the adapter. Raises EngineError if its log-probs are not finite."""
         limit = params.max_completion_length
         try:
             answer = await self._draw(
                 prompt,
-                params.temperature,
-                limit,
                 ANSWER_SECONDS,
-                top_p=params.top_p,
                 model=self.adapter,
+                max_tokens=limit,
+                temperature=params.temperature,
+                top_p=params.top_p,
                 seed=seed,
                 logprobs=0,  # the sampled token's own
                 stop_token_ids=sorted(stop_ids),
@@ -178,8 +169,6 @@ class ServerClient:
             if "not JSON compliant" in str(fault):  # JSON has no NaN
                 raise not_finite(self.url) from fault
             raise
-        if min(answer.logps) <= -9999:  # what vLLM writes for minus infinity
-            raise not_finite(self.url)
         if answer.finish_reason not in ("stop", "length"):
             raise ServerFault(f'it broke off an answer ("{answer.finish_reason}")')
         stops = [token in stop_ids for token in answer.token_ids]
@@ -194,27 +183,29 @@ class ServerClient:
         """Unload our adapters if it can be used, and close its connections."""
         try:
             if self.adapter is not None:
-                await self.unload(attempts=1)
+                await self._unload(self._held, attempts=1)
         except ServerFault as fault:
             log.info("server %s keeps its adapter: %s", self.url, fault)  # the run is over, nothing depends on it
         finally:
             await self._client.close()
 
-    async def _draw(
-        self, prompt: Sequence[int], temperature: float, tokens: int, seconds: float = SHORT_SECONDS, **options: Any
-    ) -> Answer:
-        """Sample up to `tokens` tokens. Every change to the distribution is switched off unless `options` name it."""
+    async def _unload(self, names: Sequence[str], attempts: int = ATTEMPTS) -> None:
+        for name in list(names):
+            try:
+                await self._ask("/v1/unload_lora_adapter", {"lora_name": name}, attempts=attempts)
+            except ServerFault as fault:
+                if fault.status != 404:  # it was restarted and does not know the adapter
+                    raise
+            self._held.remove(name)
+
+    async def _draw(self, prompt: Sequence[int], seconds: float = SHORT_SECONDS, **options: Any) -> Answer:
+        """Sample a completion. Every change to the distribution is switched off unless `options` name it."""
         body = {
             "prompt": list(prompt),
-            "max_tokens": tokens,
-            "temperature": temperature,
             # vLLM would take what is not set from the model's generation_config.json.
-            "top_p": 1.0,
+            **dict.fromkeys(("top_p", "repetition_penalty"), 1.0),
+            **dict.fromkeys(("min_p", "presence_penalty", "frequency_penalty"), 0.0),
             "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,  # else tokens with equal text share an entry
         }

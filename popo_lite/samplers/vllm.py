@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,7 @@ from popo_lite.policy.load import model_source, write_dequantized_base
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
-from popo_lite.samplers.base import Progress, Request, Sampler, SamplingParams
-from popo_lite.seeding import stream_seed
-from popo_lite.types import Completion
+from popo_lite.samplers.base import Answers, Progress, Requests, Sampler, SamplingParams
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM can be built for; a smaller adapter is padded."""
@@ -105,14 +102,9 @@ class VLLMSampler(Sampler):
         adapter = LoRARequest(f"policy-{version}-{number}", number, str(folder))
         try:
             save_adapter(self._policy.model, folder, base_id=self._recipe.model.id)
-            if not self._engine.add_lora(adapter):
-                raise EngineError(f"the vLLM engine refused adapter version {version}")
+            self._engine.add_lora(adapter)
             if self._adapter is not None:
                 self._engine.remove_lora(self._adapter.lora_int_id)
-            if (held := set(self._engine.list_loras())) != {number}:
-                raise EngineError(f"the vLLM engine holds the adapters {sorted(held)} after a swap to {number}")
-            if not self._engine.reset_prefix_cache():
-                raise EngineError("the vLLM engine did not reset its prefix cache, so it could answer from old weights")
         except (OSError, SafetensorError) as error:
             raise EngineError(
                 f"the adapter could not be handed to the vLLM engine: {error}",
@@ -121,29 +113,33 @@ class VLLMSampler(Sampler):
             ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        if (held := set(self._engine.list_loras())) != {number}:
+            raise EngineError(f"the vLLM engine holds the adapters {sorted(held)} after a swap to {number}")
+        if not self._engine.reset_prefix_cache():
+            raise EngineError("the vLLM engine did not reset its prefix cache, so it could answer from old weights")
         self._adapter = adapter
         self.swap_seconds.append(time.perf_counter() - start)
 
-    def _complete(self, requests: Sequence[Request], params: SamplingParams, finished: Progress) -> list[Completion]:
+    def _complete(self, requests: Requests, params: SamplingParams, finished: Progress) -> Answers:
         from vllm import SamplingParams as EngineParams
         from vllm.sampling_params import RequestOutputKind
 
-        if self._asleep and self.policy_version is not None:
-            self.sync(self.policy_version)
+        if self._asleep:
+            self.sync(self._policy.version)
         # Names are never used twice, so nothing that an earlier call left can be taken for an answer.
         named = {str(next(self._names)): request for request in requests}
-        completions: dict[str, Completion] = {}
+        answers: dict[str, tuple[list[int], list[float]]] = {}
         try:
-            for name, request in named.items():
+            for name, (prompt, seed) in named.items():
                 self._engine.add_request(
                     name,
-                    {"prompt_token_ids": list(request.prompt.token_ids)},
+                    {"prompt_token_ids": list(prompt.token_ids)},
                     EngineParams(
                         temperature=params.temperature,
                         top_p=params.top_p,
                         top_k=0,
                         max_tokens=params.max_completion_length,
-                        seed=stream_seed(*request.key),
+                        seed=seed,
                         stop_token_ids=sorted(self._policy.stop_ids),
                         logprobs=0,  # the sampled token's own
                         detokenize=False,
@@ -151,23 +147,22 @@ class VLLMSampler(Sampler):
                     ),
                     lora_request=self._adapter,
                 )
-            while len(completions) < len(named):
-                ended = [one for one in self._engine.step() if one.finished and one.request_id in named]
+            while len(answers) < len(named):
+                ended = [output for output in self._engine.step() if output.finished and output.request_id in named]
                 for output in ended:
                     (answer,) = output.outputs
-                    if answer.finish_reason not in ("stop", "length") or not answer.token_ids:
+                    if answer.finish_reason not in ("stop", "length"):
                         raise EngineError(
-                            f"the vLLM engine ended an answer of {len(answer.token_ids)} tokens for the reason "
-                            f"{answer.finish_reason!r}",
+                            f"the vLLM engine ended an answer for the reason {answer.finish_reason!r}",
                             next_step='resume; if it happens again, --set rollout.engine="hf" and please report it',
                         )
                     logps = [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
-                    completions[output.request_id] = self._completion(answer.token_ids, logps)
+                    answers[output.request_id] = (answer.token_ids, logps)
                 finished(len(ended))
         finally:
-            if left := named.keys() - completions.keys():  # an error, or `finished` raised
+            if left := named.keys() - answers.keys():  # an error, or `finished` raised
                 self._engine.abort_request(sorted(left))
-        return [completions[name] for name in named]
+        return [answers[name] for name in named]
 
 
 def why_not(recipe: Recipe) -> str | None:

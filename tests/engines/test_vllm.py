@@ -92,9 +92,7 @@ def test_twenty_moves_of_the_adapter_are_followed(setup):
 def test_the_probe_passes_and_leaves_everything_as_it_was(setup):
     policy, renderer, sampler = setup
     before = [parameter.detach().clone() for _, parameter in policy.adapter_parameters()]
-    policy_gap, probe_gap, ignored = prove_adapter_in_use(
-        sampler, policy, prompts_of(renderer)[:3], temperature=1.0, seed=0
-    )
+    policy_gap, probe_gap, ignored = prove_adapter_in_use(sampler._recipe, policy, sampler, prompts_of(renderer)[:3])
     assert policy_gap < 1e-5
     assert probe_gap < 1e-4
     assert ignored > 0.1
@@ -110,7 +108,7 @@ def test_the_probe_finds_an_ignored_adapter(setup, monkeypatch):
         sampler._engine, "add_request", lambda *args, lora_request, **options: add_request(*args, **options)
     )
     with pytest.raises(EngineError, match="does not sample from the adapter it is given"):
-        prove_adapter_in_use(sampler, policy, prompts_of(renderer)[:3], temperature=1.0, seed=0)
+        prove_adapter_in_use(sampler._recipe, policy, sampler, prompts_of(renderer)[:3])
 
 
 @pytest.mark.slow

@@ -513,11 +513,11 @@ def test_servers_receive_top_p(top_p):
         return httpx.Response(200, json={"choices": [choice]})
 
     async def complete():
-        client = ServerClient("http://server", token=None)
+        client = ServerClient("http://server")
         transport = httpx.AsyncClient(transport=httpx.MockTransport(answer))
         client._client = client._client.with_options(http_client=transport)
         params = SamplingParams(temperature=0.7, top_p=top_p, max_completion_length=8)
-        await client.complete([3], params=params, seed=0, stop_ids=frozenset({1}))
+        await client.complete([3], params, 0, frozenset({1}))
 
     asyncio.run(complete())
     assert asked[0]["top_p"] == top_p
