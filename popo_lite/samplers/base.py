@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Self
 
 from popo_lite.errors import EngineError, StalePolicyError
 from popo_lite.policy.policy import Policy
@@ -42,7 +42,7 @@ Progress = Callable[[int], None]
 """Called often with how many sequences have just ended, also if none has; may raise."""
 
 
-class Sampler(ABC):
+class Sampler(AbstractContextManager["Sampler"]):
     """Samples completions from one version of the policy. Every engine passes the suite in tests/contract.
 
     `policy_version` is that of the adapter it holds, None if none; `swap_seconds` are those of every adapter swap.
@@ -116,26 +116,28 @@ class Sampler(ABC):
             )
         return [completions[row * count : (row + 1) * count] for row in range(len(prompts))]
 
-    @abstractmethod
     def sync(self, policy_version: int) -> None:
         """Take over the trainer's current adapter, which is `policy_version`."""
+        self.policy_version = None  # until all of it is done, no version can be sampled
+        self._load(policy_version)
+        self.policy_version = policy_version
 
-    def sleep(self) -> None:  # noqa: B027  # most engines cannot
+    def sleep(self) -> None:
         """Give GPU memory back until the next `sync`, if the engine can."""
 
-    def close(self) -> None:  # noqa: B027  # most engines hold nothing
+    def close(self) -> None:
         """Give back what the engine holds."""
 
     @abstractmethod
     def _open(self) -> None:
         """Start what the first `sync` needs."""
 
+    def _load(self, version: int) -> None:
+        """Load the trainer's current adapter, which is `version`, if the engine has weights of its own."""
+
     @abstractmethod
     def _complete(self, requests: Requests, params: SamplingParams, finished: Progress) -> Answers:
         """Return the answers to the requests, in order."""
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

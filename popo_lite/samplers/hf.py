@@ -28,10 +28,6 @@ class HFSampler(Sampler):
     def _open(self) -> None:
         self._batch_size = self._recipe.rollout.max_num_seqs
 
-    def sync(self, policy_version: int) -> None:
-        """Note the version: the weights are shared, so nothing has to move."""
-        self.policy_version = policy_version
-
     @torch.no_grad()
     def _complete(self, requests: Requests, params: SamplingParams, finished: Progress) -> Answers:
         self._policy.model.eval()

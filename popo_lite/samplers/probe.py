@@ -30,91 +30,27 @@ LARGEST_LIMIT_NATS = 0.2
 """Largest limit, or twice the usual gap if the recipe chooses a sampler that is not quite the policy."""
 
 
-@torch.no_grad()
-def prove_adapter_in_use(
-    recipe: Recipe, policy: Policy, sampler: Sampler, prompts: Sequence[Prompt]
-) -> tuple[float, float, float]:
-    """Sample with the policy's adapter and with a disturbed one, and score both with the trainer.
-
-    Return the mean |sampler - trainer| log-prob, nats: with the policy's adapter, with the disturbed one, and with the
-    disturbed one if the sampler ignored it. Leaves policy and sampler as they were. Raises EngineError if the disturbed
-    adapter does not change the sampler as it changes the trainer.
-    """
-    seed = recipe.train.seed
-    params = SamplingParams(temperature=recipe.rollout.temperature, max_completion_length=PROBE_TOKENS)
-
-    def sample(version: int) -> list[Completion]:
-        sampler.sync(version)
-        groups = sampler.sample(prompts, count=1, params=params, policy_version=version, stream=("probe", seed))
-        return [answer for [answer] in groups]
-
-    answers = sample(policy.version)
-    policy_gap = _gap(policy, prompts, answers)
-    kept = [(parameter, parameter.detach().clone()) for _, parameter in policy.adapter_parameters()]
-    try:
-        _disturb(policy, prompts, answers, seed)
-        answers = sample(PROBE_VERSION)
-        probe_gap = _gap(policy, prompts, answers)
-        with policy.model.disable_adapter():
-            ignored = _gap(policy, prompts, answers)
-    finally:
-        for parameter, weights in kept:
-            parameter.copy_(weights)
-        sampler.sync(policy.version)
-    if not probe_gap < LARGEST_RATIO * ignored:
-        raise EngineError(
-            f"the {sampler.engine} sampler does not sample from the adapter it is given: log-probs of its own answers "
-            f"differ from the trainer's by {probe_gap:.3g} nats on average, and would by {ignored:.3g} if the adapter "
-            "were ignored",
-            where=f'rollout.engine = "{sampler.engine}"',
-            next_step='--set rollout.engine="hf" samples from the trainer\'s own model; please report this',
-        )
-    return policy_gap, probe_gap, ignored
-
-
-def _disturb(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion], seed: int) -> None:
-    """Add noise to the adapters, doubling it until the trainer's log-probs of `answers` change clearly."""
-    source = torch.Generator().manual_seed(seed)
-    noise = [(p, torch.randn(p.shape, generator=source).to(p)) for _, p in policy.adapter_parameters()]
-    before = _score(policy, prompts, answers)
-    for doubling in range(16):
-        for parameter, direction in noise:
-            parameter.add_(direction, alpha=1e-3 * 2**doubling)
-        if float((_score(policy, prompts, answers) - before).abs().mean()) > CLEAR_CHANGE_NATS:
-            return
-
-
-def _gap(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> float:
-    sampled = torch.tensor([logp for answer in answers for logp in answer.sampler_logps])
-    return float((sampled - _score(policy, prompts, answers)).abs().mean())
-
-
-def _score(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> Tensor:
-    """Return the trainer's log-probs of all answers' tokens, one answer after another [N], on the host."""
-    policy.model.eval()
-    parts = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor(prompt.token_ids + answer.token_ids, device=policy.device)
-        start = len(prompt.token_ids)
-        logps, _ = score(policy.hidden_states(ids, [len(ids)])[start - 1 : -1], ids[start:], policy.head)
-        parts.append(logps.float().cpu())
-    return torch.cat(parts)
-
-
 class SamplerGuard:
-    """Compares the gap between the sampler's and the trainer's log-probs with the usual one, and stops the run."""
+    """Checks that the sampler uses the adapter it is given, at the start and by the log-probs of every step."""
 
     def __init__(self, recipe: Recipe, policy: Policy, sampler: Sampler) -> None:
         self._recipe, self._policy, self._sampler = recipe, policy, sampler
         self._usual_gap = self._rounding = ROUNDING_NATS[policy.head.weight.dtype]
 
     def prove(self, prompts: Sequence[Prompt], notify: Callable[[str], None]) -> None:
-        """Check that the engine samples from the adapter it is given. Raises EngineError if not."""
+        """Raise EngineError if the engine does not sample from the adapter it is given, or from another base."""
         engine = self._sampler.engine
         if engine == "hf":
             return  # it has no weights of its own
-        distinct = list({prompt.problem.id: prompt for prompt in prompts}.values())
-        policy_gap, probe_gap, ignored = prove_adapter_in_use(self._recipe, self._policy, self._sampler, distinct)
+        policy_gap, probe_gap, ignored = self.measure(list({p.problem.id: p for p in prompts}.values()))
+        if not probe_gap < LARGEST_RATIO * ignored:
+            raise EngineError(
+                f"the {engine} sampler does not sample from the adapter it is given: log-probs of its own answers "
+                f"differ from the trainer's by {probe_gap:.3g} nats on average, and would by {ignored:.3g} if the "
+                "adapter were ignored",
+                where=f'rollout.engine = "{engine}"',
+                next_step='--set rollout.engine="hf" samples from the trainer\'s own model; please report this',
+            )
         # With the original base beside a quantised one the recipe asks for a sampler that is not quite the policy.
         another_base = self._recipe.rollout.vllm.base == "bf16" and self._policy.quantized_modules > 0
         if policy_gap > LARGEST_START * self._rounding and not another_base:
@@ -140,9 +76,66 @@ class SamplerGuard:
         if not gap_mean <= limit:  # NaN must fail, too
             raise EngineError(
                 f"log-probs of the {self._sampler.engine} sampler and of the trainer differ by {gap_mean:.3g} nats on "
-                f"average in this step; {usual:.3g} is usual here, and more than {limit:.3g} stops the run "
-                "(rollout.max_gap_multiple)",
+                f"average; {usual:.3g} is usual, and more than {limit:.3g} (rollout.max_gap_multiple) stops the run",
                 where=f"step {step}",
                 next_step="the sampler's adapter, cache or base is not the trainer's; resume, and if it happens again, "
                 'set rollout.engine="hf" and please report it',
             )
+
+    @torch.no_grad()
+    def measure(self, prompts: Sequence[Prompt]) -> tuple[float, float, float]:
+        """Sample with the policy's adapter and with a disturbed one, and score both with the trainer.
+
+        Return the mean |sampler - trainer| log-prob, nats: with the policy's adapter, with the disturbed one, and with
+        the disturbed one if the sampler ignored it. Leaves policy and sampler as they were.
+        """
+        policy, sampler, seed = self._policy, self._sampler, self._recipe.train.seed
+        temperature = self._recipe.rollout.temperature
+        params = SamplingParams(temperature=temperature, max_completion_length=PROBE_TOKENS)
+
+        def sample(version: int) -> list[Completion]:
+            sampler.sync(version)
+            groups = sampler.sample(prompts, count=1, params=params, policy_version=version, stream=("probe", seed))
+            return [answer for [answer] in groups]
+
+        def gap(answers: Sequence[Completion]) -> float:
+            sampled = torch.tensor([logp for answer in answers for logp in answer.sampler_logps])
+            return float((sampled - _score(policy, prompts, answers)).abs().mean())
+
+        answers = sample(policy.version)
+        policy_gap = gap(answers)
+        kept = [(parameter, parameter.detach().clone()) for _, parameter in policy.adapter_parameters()]
+        try:
+            _disturb(policy, prompts, answers, seed)
+            answers = sample(PROBE_VERSION)
+            probe_gap = gap(answers)
+            with policy.model.disable_adapter():
+                ignored = gap(answers)
+        finally:
+            for parameter, weights in kept:
+                parameter.copy_(weights)
+            sampler.sync(policy.version)
+        return policy_gap, probe_gap, ignored
+
+
+def _disturb(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion], seed: int) -> None:
+    """Add noise to the adapters, doubling it until the trainer's log-probs of `answers` change clearly."""
+    source = torch.Generator().manual_seed(seed)
+    noise = [(p, torch.randn(p.shape, generator=source).to(p)) for _, p in policy.adapter_parameters()]
+    before = _score(policy, prompts, answers)
+    for doubling in range(16):
+        for parameter, direction in noise:
+            parameter.add_(direction, alpha=1e-3 * 2**doubling)
+        if float((_score(policy, prompts, answers) - before).abs().mean()) > CLEAR_CHANGE_NATS:
+            return
+
+
+def _score(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> Tensor:
+    """Return the trainer's log-probs of all answers' tokens, one answer after another [N], on the host."""
+    policy.model.eval()
+    parts = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids, start = torch.tensor(prompt.token_ids + answer.token_ids, device=policy.device), len(prompt.token_ids)
+        logps, _ = score(policy.hidden_states(ids, [len(ids)])[start - 1 : -1], ids[start:], policy.head)
+        parts.append(logps.float().cpu())
+    return torch.cat(parts)

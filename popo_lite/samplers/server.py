@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import shlex
 import shutil
 import time
@@ -38,23 +37,18 @@ class ServerSampler(Sampler):
 
     def _open(self) -> None:
         server = self._recipe.rollout.server
-        # Prefix caches outlive adapters and know them by name and path, so neither is ever used twice, in no run.
-        self._name = f"popo-lite-{uuid.uuid4().hex[:12]}"
-        self._numbers = itertools.count(1)
         # The same path must lead there on every machine, so nothing but the home folder is resolved in it.
-        self._folder = Path(server.shared_dir or ".").expanduser().absolute() / self._name
+        self._folder = Path(server.shared_dir or ".").expanduser().absolute() / _new_name()
         self._servers = [ServerClient(url) for url in server.base_urls]
         self._runner = asyncio.Runner()
         self._closed = False
 
-    def sync(self, policy_version: int) -> None:
+    def _load(self, version: int) -> None:
         """Give every server the trainer's current adapter under a new name, also those that are back.
 
         Raises EngineError if no server has taken it.
         """
-        start = time.perf_counter()
-        self.policy_version = None  # until all of it is done, no version can be sampled
-        name = f"{self._name}-{next(self._numbers)}"
+        start, name = time.perf_counter(), f"{_new_name()}-{version}"
         former = sorted(self._folder.glob("*"))
         try:
             save_adapter(self._policy.model, self._folder / name, base_id=self._recipe.model.id)
@@ -69,7 +63,6 @@ class ServerSampler(Sampler):
         # A server reads an adapter again when its memory was needed, so only those of earlier versions go.
         for folder in former:
             shutil.rmtree(folder)
-        self.policy_version = policy_version
         self.swap_seconds.append(time.perf_counter() - start)
 
     def close(self) -> None:
@@ -164,6 +157,11 @@ class ServerSampler(Sampler):
                 next_step=fault.advice or f"start it (docs/servers.md): {serve_command(self._recipe, first.url)}",
             )
         return usable
+
+
+def _new_name() -> str:
+    """Return a name that no run has used: prefix caches outlive adapters and know them by name and path."""
+    return f"popo-lite-{uuid.uuid4().hex[:12]}"
 
 
 async def _together(calls: Iterable[Coroutine[Any, Any, None]]) -> None:

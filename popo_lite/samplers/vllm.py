@@ -62,18 +62,15 @@ class VLLMSampler(Sampler):
         )
         self._adapter: Any = None  # vLLM's LoRARequest; it goes with every request
 
-    def sync(self, policy_version: int) -> None:
-        """Swap the trainer's current adapter in; wake the engine if it sleeps."""
-        self.policy_version = None  # until all of it is done, no version can be sampled
+    def _load(self, version: int) -> None:
         # This order and no other: weights, the adapter into their memory, and the KV cache into what is left.
         if self._asleep:
             release_memory()  # the engine needs what torch has cached of the update
             self._engine.wake_up(tags=["weights"])
-        self._swap(policy_version)
+        self._swap(version)
         if self._asleep:
             self._engine.wake_up(tags=["kv_cache"])
             self._asleep = False
-        self.policy_version = policy_version
 
     def sleep(self) -> None:
         """Give weights and KV cache back to the GPU, the weights to host memory (level 1)."""

@@ -31,7 +31,7 @@ from popo_lite.policy.load import write_dequantized_base
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe_file import load_recipe
 from popo_lite.samplers import open_sampler, pick_engine
-from popo_lite.samplers.probe import prove_adapter_in_use
+from popo_lite.samplers.probe import SamplerGuard
 from popo_lite.samplers.vllm import MEMORY_BACKED, PREFIX
 from popo_lite.tasks.rendering import Renderer
 
@@ -92,7 +92,8 @@ def test_twenty_moves_of_the_adapter_are_followed(setup):
 def test_the_probe_passes_and_leaves_everything_as_it_was(setup):
     policy, renderer, sampler = setup
     before = [parameter.detach().clone() for _, parameter in policy.adapter_parameters()]
-    policy_gap, probe_gap, ignored = prove_adapter_in_use(sampler._recipe, policy, sampler, prompts_of(renderer)[:3])
+    guard = SamplerGuard(sampler._recipe, policy, sampler)
+    policy_gap, probe_gap, ignored = guard.measure(prompts_of(renderer)[:3])
     assert policy_gap < 1e-5
     assert probe_gap < 1e-4
     assert ignored > 0.1
@@ -108,7 +109,7 @@ def test_the_probe_finds_an_ignored_adapter(setup, monkeypatch):
         sampler._engine, "add_request", lambda *args, lora_request, **options: add_request(*args, **options)
     )
     with pytest.raises(EngineError, match="does not sample from the adapter it is given"):
-        prove_adapter_in_use(sampler._recipe, policy, sampler, prompts_of(renderer)[:3])
+        SamplerGuard(sampler._recipe, policy, sampler).prove(prompts_of(renderer)[:3], print)
 
 
 @pytest.mark.slow
