@@ -49,10 +49,7 @@ class HFSampler(Sampler):
                 answers[i] = ([], [])
             release_memory()
             self._batch_size = (len(batch) + 1) // 2
-            self._notify(
-                f"memory ran out while {len(batch)} sequences were sampled at once; {self._batch_size} at once from "
-                "now on"
-            )
+            self._notify(f"memory ran out with {len(batch)} sequences at once; {self._batch_size} at once from now on")
         return answers
 
     def _decode(self, requests: Requests, running: list[Drawn], params: SamplingParams, finished: Progress) -> None:

@@ -100,42 +100,36 @@ class SamplerGuard:
 
         def gap(answers: Sequence[Completion]) -> float:
             sampled = torch.tensor([logp for answer in answers for logp in answer.sampler_logps])
-            return float((sampled - _score(policy, prompts, answers)).abs().mean())
+            return float((sampled - self._score(prompts, answers)).abs().mean())
 
         answers = sample(policy.version)
-        policy_gap = gap(answers)
-        kept = [(parameter, parameter.detach().clone()) for _, parameter in policy.adapter_parameters()]
+        policy_gap, before = gap(answers), self._score(prompts, answers)
+        source = torch.Generator().manual_seed(seed)
+        parameters = [parameter for _, parameter in policy.adapter_parameters()]
+        kept = [parameter.detach().clone() for parameter in parameters]
         try:
-            _disturb(policy, prompts, answers, seed)
+            noise = [torch.randn(parameter.shape, generator=source).to(parameter) for parameter in parameters]
+            for doubling in range(16):  # until the trainer's log-probs of these answers change clearly
+                for parameter, direction in zip(parameters, noise, strict=True):
+                    parameter.add_(direction, alpha=1e-3 * 2**doubling)
+                if float((self._score(prompts, answers) - before).abs().mean()) > CLEAR_CHANGE_NATS:
+                    break
             answers = sample(PROBE_VERSION)
             probe_gap = gap(answers)
             with policy.model.disable_adapter():
                 ignored = gap(answers)
         finally:
-            for parameter, weights in kept:
+            for parameter, weights in zip(parameters, kept, strict=True):
                 parameter.copy_(weights)
             sampler.sync(policy.version)
         return policy_gap, probe_gap, ignored
 
-
-def _disturb(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion], seed: int) -> None:
-    """Add noise to the adapters, doubling it until the trainer's log-probs of `answers` change clearly."""
-    source = torch.Generator().manual_seed(seed)
-    noise = [(p, torch.randn(p.shape, generator=source).to(p)) for _, p in policy.adapter_parameters()]
-    before = _score(policy, prompts, answers)
-    for doubling in range(16):
-        for parameter, direction in noise:
-            parameter.add_(direction, alpha=1e-3 * 2**doubling)
-        if float((_score(policy, prompts, answers) - before).abs().mean()) > CLEAR_CHANGE_NATS:
-            return
-
-
-def _score(policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> Tensor:
-    """Return the trainer's log-probs of all answers' tokens, one answer after another [N], on the host."""
-    policy.model.eval()
-    parts = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids, start = torch.tensor(prompt.token_ids + answer.token_ids, device=policy.device), len(prompt.token_ids)
-        logps, _ = score(policy.hidden_states(ids, [len(ids)])[start - 1 : -1], ids[start:], policy.head)
-        parts.append(logps.float().cpu())
-    return torch.cat(parts)
+    def _score(self, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> Tensor:
+        """Return the trainer's log-probs of all answers' tokens, one answer after another [N], on the host."""
+        policy, parts = self._policy, []
+        policy.model.eval()
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids, start = torch.tensor(prompt.token_ids + answer.token_ids, device=policy.device), len(prompt.token_ids)
+            logps, _ = score(policy.hidden_states(ids, [len(ids)])[start - 1 : -1], ids[start:], policy.head)
+            parts.append(logps.float().cpu())
+        return torch.cat(parts)

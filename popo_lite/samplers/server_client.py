@@ -21,12 +21,7 @@ ATTEMPTS = 4
 """Attempts of every request, with growing waits between them."""
 SHORT_SECONDS = 10.0
 """Time limit to connect, and of requests that a healthy server answers at once."""
-LOAD_SECONDS = 300.0
-ANSWER_SECONDS = 3600.0
-"""Time limit of one completion, including the wait for its turn."""
 HEALTH_EVERY_SECONDS = 15.0
-IDLE_SECONDS = 2.0
-"""How long to keep an idle connection: less than the 5 s after which vLLM's web server closes it."""
 
 
 class ServerFault(Exception):  # noqa: N818  # about one server; the sampler decides whether it is an error
@@ -75,7 +70,8 @@ class ServerClient:
                 base_url=self.url,
                 api_key=token or "none",
                 http_client=openai.DefaultAsyncHttpxClient(
-                    limits=httpx2.Limits(max_connections=None, keepalive_expiry=IDLE_SECONDS),
+                    # vLLM's web server closes idle connections after 5 s; we must be first.
+                    limits=httpx2.Limits(max_connections=None, keepalive_expiry=2.0),
                     # No proxy, .netrc or other host may see prompts and token.
                     trust_env=False,
                     follow_redirects=False,
@@ -100,22 +96,18 @@ class ServerClient:
             raise ServerFault(f"its list of models is not one of vLLM 0.32: {text[:60]}") from error
         if context < context_tokens:
             raise ServerFault(
-                f"its context is {context} tokens, and prompt and answer may take {context_tokens}: it was "
-                "started with too small a --max-model-len"
+                f"its context is {context} tokens, and prompt and answer may take {context_tokens} (--max-model-len)"
             )
         spreads = []
         for temperature in (1.0, 0.5):
-            answer = await self._draw(
-                [1, 2, 3, 4], model=name, max_tokens=1, temperature=temperature, seed=0, logprobs=5
-            )
+            answer = await self._draw([1, 2, 3], model=name, max_tokens=1, temperature=temperature, seed=0, logprobs=5)
             likeliest = sorted(answer.top_logps.values(), reverse=True)[:5]  # it may add the sampled token
             if len(likeliest) < 2:
                 raise ServerFault("its answers lack the log-probs that were asked for")
             spreads.append(likeliest[0] - likeliest[-1])
         if spreads[1] < 1.5 * spreads[0]:  # half the temperature doubles the differences between log-probs
             raise ServerFault(
-                "its log-probs ignore the sampling temperature: it was started without "
-                "--logprobs-mode processed_logprobs"
+                "its log-probs ignore the temperature: it was started without --logprobs-mode processed_logprobs"
             )
 
     async def watch(self) -> Never:
@@ -126,10 +118,9 @@ class ServerClient:
 
     async def load(self, name: str, folder: Path) -> None:
         """Make the adapter in `folder` our only one on the server, under `name`, which must be new."""
+        body = {"lora_name": name, "lora_path": str(folder)}
         try:
-            await self._ask(
-                "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, seconds=LOAD_SECONDS
-            )
+            await self._ask("/v1/load_lora_adapter", body, seconds=300.0)
         except ServerFault as fault:
             # 500 can mean an adapter that it cannot hold; a dying server does not pass the health check.
             await self._ask("/health", attempts=1)
@@ -154,7 +145,7 @@ class ServerClient:
         try:
             answer = await self._draw(
                 prompt,
-                ANSWER_SECONDS,
+                3600.0,  # with the wait for its turn
                 model=self.adapter,
                 max_tokens=limit,
                 temperature=params.temperature,

@@ -157,7 +157,7 @@ def test_rollouts_are_the_same_with_fewer_at_once(tiny_recipe, monkeypatch):
     assert told == count == 24
     assert [[c.token_ids for c in group] for group in found] == [[c.token_ids for c in group] for group in expected]
     assert any(c.finish_reason is FinishReason.STOP for group in found for c in group)
-    assert view.messages == ["memory ran out while 24 sequences were sampled at once; 12 at once from now on"]
+    assert view.messages == ["memory ran out with 24 sequences at once; 12 at once from now on"]
 
 
 @pytest.mark.parametrize(
