@@ -169,9 +169,8 @@ class Trainer:
         self._check_prompts()
 
     def _open_sampler(self, stack: ExitStack) -> None:
-        self.sampler = stack.enter_context(
-            open_sampler(self.recipe, self.policy, text=self.renderer.text, notify=self.callback.message)
-        )
+        sampler = open_sampler(self.recipe, self.policy, text=self.renderer.text, notify=self.callback.message)
+        self.sampler = stack.enter_context(sampler)
 
     def __enter__(self) -> Self:
         return self
@@ -189,12 +188,8 @@ class Trainer:
                 self._restore()
             start_files(folder, self.recipe, self.policy.device)
             self._prove_sampler(self.callback.message)
-            self.callback.start(
-                title=folder.path.name,
-                facts=self._facts(),
-                total_steps=self.recipe.train.steps,
-                first_step=self.cursor.next_step,
-            )
+            steps, done = self.recipe.train.steps, self.cursor.next_step
+            self.callback.start(title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=done)
             try:
                 summary = self._train()
             except StopRequested:
@@ -299,47 +294,37 @@ class Trainer:
         seconds: dict[str, float],
     ) -> StepRecord:
         recipe, siamese = self.recipe, self.learner.siamese
-        sampled = rollout_metrics(
-            groups,
-            self.train_task,
-            recipe.objective.reward_threshold,
-            first_round=Budget.of(recipe.rollout).round_size,
-        )
-        learned: dict[str, Any] = (
-            {"trained_tokens": 0, "micro_batches": 0} if result is None or plan is None else result.metrics(plan)
-        )
+        threshold, first_round = recipe.objective.reward_threshold, Budget.of(recipe.rollout).round_size
+        sampled = rollout_metrics(groups, self.train_task, threshold, first_round=first_round)
+        learned: dict[str, Any] = {"trained_tokens": 0, "micro_batches": 0}
+        if result is not None and plan is not None:
+            learned = result.metrics(plan)
         if result is not None and self.cursor.start_entropy is None:
             self.cursor.start_entropy = result.entropy
         if result is not None and self.cursor.start_entropy:
             learned["entropy_over_start"] = result.entropy / self.cursor.start_entropy
         factor = learning_rate_factor(step, recipe.train.steps, recipe.optimizer)
         drift, bound = siamese.drift(), siamese.drift_bound()
-        tokens = {
-            "rollout": sampled["rollout_tokens"],
-            "siamese": 0 if plan is None else self.learner.siamese_tokens(plan),
-            "update": learned["trained_tokens"],
+        siamese_tokens = 0 if plan is None else self.learner.siamese_tokens(plan)
+        tokens = {"rollout": sampled["rollout_tokens"], "siamese": siamese_tokens, "update": learned["trained_tokens"]}
+        values = {
+            **sampled,
+            **learned,
+            "step": step,
+            "policy_version": self.policy.version,
+            "skipped_reason": skipped,
+            "prompts_skipped": choice.skipped,
+            "entropy_coef": self.cursor.entropy_coef,
+            "siamese_drift": drift,
+            "siamese_drift_over_bound": drift / bound if bound > 0 else None,
+            "learning_rate": recipe.optimizer.learning_rate * factor,
+            "head_learning_rate": recipe.optimizer.head_learning_rate * factor,
+            "microbatch_tokens": self.learner.micro_batches.budget_tokens,
+            "seconds": dict(seconds),
+            "tokens_per_second": {stage: count / max(seconds[stage], 1e-9) for stage, count in tokens.items() if count},
+            "peak_memory_bytes": peak_memory_bytes(self.policy.device),
         }
-        return make_record(
-            {
-                **sampled,
-                **learned,
-                "step": step,
-                "policy_version": self.policy.version,
-                "skipped_reason": skipped,
-                "prompts_skipped": choice.skipped,
-                "entropy_coef": self.cursor.entropy_coef,
-                "siamese_drift": drift,
-                "siamese_drift_over_bound": drift / bound if bound > 0 else None,
-                "learning_rate": recipe.optimizer.learning_rate * factor,
-                "head_learning_rate": recipe.optimizer.head_learning_rate * factor,
-                "microbatch_tokens": self.learner.micro_batches.budget_tokens,
-                "seconds": dict(seconds),
-                "tokens_per_second": {
-                    stage: count / max(seconds[stage], 1e-9) for stage, count in tokens.items() if count
-                },
-                "peak_memory_bytes": peak_memory_bytes(self.policy.device),
-            }
-        )
+        return make_record(values)
 
     def _move_cursor(
         self, record: StepRecord, choice: Choice, groups: Sequence[Group], result: UpdateResult | None
@@ -396,13 +381,8 @@ class Trainer:
     def _checkpoint(self) -> None:
         self.callback.stage("checkpoint")
         start = time.perf_counter()
-        folder = save_checkpoint(
-            self.folder.checkpoints,
-            self.learner,
-            self.cursor,
-            base_id=self.recipe.model.id,
-            keep=self.recipe.train.save_total_limit,
-        )
+        base_id, keep = self.recipe.model.id, self.recipe.train.save_total_limit
+        folder = save_checkpoint(self.folder.checkpoints, self.learner, self.cursor, base_id=base_id, keep=keep)
         self.cursor.add_seconds({"checkpoint": time.perf_counter() - start})
         self.callback.message(f"checkpoint: {folder}")
 
@@ -450,6 +430,7 @@ class Trainer:
         save_adapter(self.policy.model, self.folder.adapter, base_id=self.recipe.model.id)
         with self.learner.siamese.swapped():
             save_adapter(self.policy.model, self.folder.siamese, base_id=self.recipe.model.id)
+        sampler, records = self.sampler, read_lines(self.folder.metrics_path)
         summary = {
             "recipe": self.folder.path.name,
             "seed": self.recipe.train.seed,
@@ -462,9 +443,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.policy.device),
             "siamese_extra_bytes": self.learner.siamese.extra_bytes,
             "quantized_modules": self.policy.quantized_modules,
-            "sampler": sampler_summary(
-                self.sampler.engine, self.sampler.swap_seconds, read_lines(self.folder.metrics_path)
-            ),
+            "sampler": sampler_summary(sampler.engine, sampler.swap_seconds, records),
             "output": str(self.folder.path),
         }
         write_atomically(self.folder.summary_path, json.dumps(summary, indent=2) + "\n")

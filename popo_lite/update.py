@@ -118,8 +118,7 @@ class MicroBatches:
         notify: Callable[[str], None],
         memory_advice: Callable[[], str],
     ) -> None:
-        self.budget_tokens = budget_tokens
-        self._device = device
+        self.budget_tokens, self._device = budget_tokens, device
         self._notify, self._memory_advice = notify, memory_advice
 
     def run(self, rollouts: Sequence[Rollout], work: Callable[[MicroBatch], None], *, stage: str) -> int:
@@ -168,11 +167,8 @@ def build_optimizer(policy: Policy, recipe: OptimizerRecipe) -> torch.optim.Opti
     Each parameter group keeps its peak learning rate as `peak_lr`.
     """
     groups = []
-    adapters = [parameter for _, parameter in policy.adapter_parameters()]
-    for parameters, rate in (
-        (adapters, recipe.learning_rate),
-        (list(policy.predictor.parameters()), recipe.head_learning_rate),
-    ):
+    adapters, head = [parameter for _, parameter in policy.adapter_parameters()], list(policy.predictor.parameters())
+    for parameters, rate in ((adapters, recipe.learning_rate), (head, recipe.head_learning_rate)):
         for decay, is_matrix in ((recipe.weight_decay, True), (0.0, False)):
             members = [parameter for parameter in parameters if (parameter.ndim > 1) == is_matrix]
             if members:
@@ -217,19 +213,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 @dataclass(kw_only=True)
 class UpdateResult:
-    """What the micro-batches of a step added up to. `sums` holds metrics by name, `log_ratios` [N] policy - sampler."""
+    """Sums over a step's micro-batches: `sums` by metric, and policy - sampler log-probs, `log_ratios` [N]."""
 
     sums: dict[str, float] = field(default_factory=dict)
     log_ratios: list[Tensor] = field(default_factory=list)
     micro_batches: int = 0
     grad_norm: float = math.nan
     update_norm: float | None = None
-
-    def add(self, terms: dict[str, float], log_ratios: Tensor) -> None:
-        """Add a micro-batch's terms and log-ratios, both on the host."""
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.log_ratios.append(log_ratios)
 
     @property
     def entropy(self) -> float:
@@ -384,7 +374,9 @@ class Learner:
             finally:
                 for parameter in parameters:
                     parameter.grad = None
-            result.add(values, log_ratios)
+            for name, value in values.items():
+                result.sums[name] = result.sums.get(name, 0.0) + value
+            result.log_ratios.append(log_ratios)
             progress(len(batch.members))
 
         rollouts = [sequence.rollout for sequence in plan.sequences]
