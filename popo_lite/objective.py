@@ -1,4 +1,4 @@
-"""The objective: which rollouts a step trains on, their weights, and the loss of their tokens (docs/method.md).
+"""Select and weigh the rollouts that a step trains on, and compute the loss of their tokens (docs/method.md).
 
     popo    L = L_nll + entropy_coef * L_ent + similarity_coef * L_sim
     mixed   the same, with graded negatives of weight below 0 in L_nll
@@ -7,8 +7,9 @@
 
     L_nll = -sum_i w_i sum_t log pi(y_t) / divisor_i    over positives i of all prompts, w_i summing to 1 in a prompt
     L_ent = -(mean entropy over tokens)
-    L_sim = sum_i w_i (1 - cos(p_i, q_i)) / |P+|        p_i predicted from the answer's features, q_i by the siamese
+    L_sim = sum_i w_i (1 - cos(p_i, q_i)) / |P+|        p_i by the predictor head, q_i by the siamese, detached
 
+|P+| is the number of prompts with a positive; `_sequences` holds the divisors, by `objective.normalizer`.
 First `plan_step` looks at whole groups and fixes everything that couples sequences: weights or advantages, and
 divisors. Then `LOSSES[algorithm]` turns the log-probs and entropies of any tokens into their share of the loss, and
 `similarity_loss` the features of any sequences into theirs (`Learner` adds them up). The loss of a step is the plain
