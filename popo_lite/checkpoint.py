@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -50,8 +49,7 @@ class Cursor:
 
     def add_seconds(self, seconds: dict[str, float]) -> None:
         """Add times by stage."""
-        for stage, value in seconds.items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+        self.seconds |= {stage: self.seconds.get(stage, 0.0) + value for stage, value in seconds.items()}
 
 
 def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: str, keep: int) -> Path:
@@ -100,8 +98,16 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
         load_adapter_weights(policy.model, folder / "adapter")
         policy.predictor.load_state_dict(load_file(str(folder / "predictor.safetensors")))
         learner.siamese.load_state(load_file(str(folder / "siamese.safetensors")), **content["siamese"])
-        tensors = load_file(str(folder / "optimizer.safetensors"))
-        _restore_optimizer(learner.optimizer, {**tensors, **content["optimizer"]})
+        state: dict[int, dict[str, Any]] = {}
+        for path, value in {**load_file(str(folder / "optimizer.safetensors")), **content["optimizer"]}.items():
+            number, *keys, last = path.split("/")
+            target = state.setdefault(int(number), {})
+            for key in keys:
+                target = target.setdefault(key, {})
+            target[last] = value
+        # Parameter groups hold settings of the recipe, which is the same, so only the state is loaded.
+        groups = learner.optimizer.state_dict()["param_groups"]
+        learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
         policy.version = content["policy_version"]
         if missing := {entry.name for entry in fields(Cursor)} - content["cursor"].keys():
             raise KeyError(f"the cursor lacks {sorted(missing)}")
@@ -127,18 +133,6 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{path}/{key}" if path else str(key))
     else:
         yield path, value
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, leaves: dict[str, Any]) -> None:
-    state: dict[int, dict[str, Any]] = {}
-    for path, value in leaves.items():
-        number, *keys, last = path.split("/")
-        target = state.setdefault(int(number), {})
-        for key in keys:
-            target = target.setdefault(key, {})
-        target[last] = value
-    # Parameter groups hold settings of the recipe, which is the same, so only the state is loaded.
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _sync_to_disk(path: Path) -> None:

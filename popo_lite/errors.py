@@ -25,8 +25,7 @@ class PopoError(Exception):
 
     def within(self, place: str) -> PopoError:
         """Return the same error with `place`, such as a file, in front of `where`."""
-        where = f"{place}: {self.where}" if self.where else place
-        return type(self)(self.what, where=where, next_step=self.next_step)
+        return type(self)(self.what, where=f"{place}: {self.where}" if self.where else place, next_step=self.next_step)
 
     def __str__(self) -> str:
         message = f"{self.where}: {self.what}" if self.where else self.what

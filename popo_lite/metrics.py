@@ -1,7 +1,6 @@
 """Define every metric of a training step once: its name, label, unit and meaning; and compute some. Free of torch.
 
-A step's record is a plain mapping from these names to values, written as one line of metrics.jsonl. The live view,
-the plain log, comparisons and docs read this schema.
+A step's record, one line of metrics.jsonl, maps these names to values. Views, comparisons and docs read this schema.
 """
 
 from __future__ import annotations

@@ -64,10 +64,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         try:
             name, value = _read_override(override)
+            written[name] = ("--set ", value)
         except ValueError as error:
             errors.append(f"--set {error}")
-        else:
-            written[name] = ("--set ", value)
     algorithm = str(written.get("objective.algorithm", ("", "popo"))[1])
     if algorithm not in OBJECTIVES:  # which other keys [objective] may have is unknown then
         written = {n: s for n, s in written.items() if n == "objective.algorithm" or not n.startswith("objective.")}
@@ -117,8 +116,7 @@ def shipped_sweeps() -> dict[str, Path]:
 def find_recipe(source: str | Path) -> Path:
     """Return the file that `source` names: an existing file, else the shipped recipe of exactly that name.
 
-    A path such as `recipes/tiny_cpu.toml` that does not exist is refused although a recipe of that name is shipped: the
-    user meant that file and would not notice that another one ran.
+    A missing path such as `recipes/tiny_cpu.toml` is refused: the user would not notice that a shipped recipe ran.
     """
     path, name, shipped = Path(source), str(source).removesuffix(".toml"), shipped_recipes()
     if path.is_file() or name in shipped:

@@ -17,8 +17,7 @@ IMPOSSIBLE = {
     "model.backend=unsloth lora.init_from!=None": 'cannot start from an adapter; use "transformers"',
     "model.attn_implementation!=sdpa model.backend=unsloth": "unsloth chooses its attention itself; leave the key out",
     "model.double_quantization=False model.backend=unsloth": "unsloth always quantises the scales; leave the key out",
-    "train.offload_activations=True model.backend=unsloth":
-        "unsloth offloads its checkpoints itself; leave the key out",
+    "train.offload_activations=True model.backend=unsloth": "unsloth offloads its checkpoints itself; leave it out",
     "model.backend=unsloth train.device=cpu": 'needs a CUDA GPU; use "transformers" on a CPU',
     "model.backend=unsloth model.id=tiny": 'cannot load the model "tiny"; use "transformers"',
     "rollout.engine=vllm|server lora.dora=True": 'vLLM cannot serve DoRA adapters; use "hf"',
@@ -90,10 +89,7 @@ NOT_RENAMED = {
 
 
 def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
-    """Yield (keys, what is wrong and what to do) for all settings that cannot be used together.
-
-    The first key must change; the others conflict with it.
-    """
+    """Yield ([key that must change, keys it conflicts with], what is wrong and what to do) for every conflict."""
     for conditions, why in IMPOSSIBLE.items():
         if all(_holds(recipe, condition) for condition in conditions.split()):
             keys = [condition.partition("=")[0].rstrip("!") for condition in conditions.split()]
@@ -107,8 +103,7 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
     if not modules or "" in modules:
         yield ["lora.target_modules"], 'names no module; use "all-linear" or a list of names'
     if rollout.engine in ("vllm", "server") and recipe.lora.rank > 512:
-        why = 'vLLM serves adapters up to rank 512; use that, or rollout.engine = "hf"'
-        yield ["lora.rank", "rollout.engine"], why
+        yield ["lora.rank", "rollout.engine"], 'vLLM serves adapters up to rank 512; use that, or rollout.engine = "hf"'
     for key, limit, most in (
         ("round_size", "rollout.num_generations", rollout.num_generations),
         ("round_size", "rollout.adaptive.max_rollouts", adaptive.max_rollouts),

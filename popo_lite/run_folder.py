@@ -1,8 +1,4 @@
-"""Lay out the folder of a run and write to it; a file is replaced whole or not at all, also by a killed process.
-
-recipe.toml, environment.json, metrics.jsonl, samples.jsonl, evaluations.jsonl, checkpoints/, adapter/, siamese/,
-summary.json
-"""
+"""Lay out the folder of a run and write to it; a file is replaced whole or not at all, also by a killed process."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import json
 import os
 import platform
 import re
+import resource
 import sys
 from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
@@ -85,12 +82,9 @@ def find_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder
     """
     if output is None:
         parent, stem = Path(recipe.output.dir).expanduser(), f"{name}-seed{recipe.train.seed}"
-        unfinished = [
-            file.parent
-            for file in parent.glob("*/recipe.toml")
-            if re.fullmatch(rf"{re.escape(stem)}(-\d+)?", file.parent.name)
-            and not RunFolder(file.parent).summary_path.is_file()
-        ]
+        folders = [file.parent for file in parent.glob("*/recipe.toml")]
+        runs = [path for path in folders if re.fullmatch(rf"{re.escape(stem)}(-\d+)?", path.name)]
+        unfinished = [path for path in runs if not RunFolder(path).summary_path.is_file()]
         if not unfinished:
             what = f"no unfinished run of {name} with seed {recipe.train.seed} is in {parent}"
             next_step = "name its folder with --output, or omit --resume to start a run"
@@ -173,8 +167,6 @@ def peak_memory_bytes(device: torch.device) -> int:
         import torch
 
         return int(torch.cuda.max_memory_reserved(device))
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -14,6 +14,7 @@ from popo_lite.errors import UserInputError
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import find_run_folder, new_run_folder
 
+VIEWS = click.Choice(["auto", "live", "plain", "silent"])
 INTERRUPTED = 130
 """Exit code of a run that was stopped by Ctrl-C, as in shells."""
 
@@ -22,16 +23,10 @@ INTERRUPTED = 130
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--seed", type=click.IntRange(min=0), help="Same as --set train.seed=N.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run; default runs/<recipe>-seed<N>.")
-@click.option(
-    "--resume", is_flag=True, help="Continue the newest unfinished run of this recipe, or the one in --output."
-)
+@click.option("--resume", is_flag=True, help="Continue this recipe's newest unfinished run, or the one in --output.")
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
 @click.option(
-    "--view",
-    type=click.Choice(["auto", "live", "plain", "silent"]),
-    default="auto",
-    show_default=True,
-    help="Live view on a terminal, one plain line per step elsewhere.",
+    "--view", type=VIEWS, default="auto", show_default=True, help="Live view on a terminal, else one plain line a step."
 )
 @click.option("--ignore-plan", is_flag=True, help="Start although the memory plan says that the run does not fit.")
 @click.option("as_json", "--json", is_flag=True, help="Print the summary as JSON at the end and nothing else.")
@@ -69,11 +64,8 @@ def train(recipe: str, seed: int | None, output: Path | None, resume: bool, over
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             question = trainer.held_out[0].question if trainer.held_out else ""
     if result.summary is None:
-        click.echo(
-            f"stopped after {result.next_step} of {settings.train.steps} steps; saved. To continue:\n"
-            f"  {result.folder.resume_command}{' --ignore-plan' if ignore_plan else ''}",
-            err=as_json,
-        )
+        done = f"stopped after {result.next_step} of {settings.train.steps} steps; saved. To continue:"
+        click.echo(f"{done}\n  {result.folder.resume_command}{' --ignore-plan' if ignore_plan else ''}", err=as_json)
         raise SystemExit(INTERRUPTED)
     signal.signal(signal.SIGINT, default)
     if as_json:

@@ -25,9 +25,7 @@ def load_function(name: str) -> Callable[[str, Mapping[str, Any]], Reward]:
 
         return grade_math
 
-    def refusal(
-        reason: str, next_step: str = "correct the module or reward.function; see docs/rewards.md"
-    ) -> UserInputError:
+    def refusal(reason: str, next_step: str = "correct it or reward.function; see docs/rewards.md") -> UserInputError:
         return UserInputError(f'"{name}" cannot be used: {reason}', where="reward.function", next_step=next_step)
 
     module_name, _, attribute = name.partition(":")

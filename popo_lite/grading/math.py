@@ -1,7 +1,6 @@
 """Find the final mathematical answer and compare it exactly if that decides.
 
-Nothing here needs sympy, so the trainer's own process settles ordinary answers without a worker. The rest
-goes to `symbolic`.
+Nothing here needs sympy: the trainer's process settles ordinary answers itself, and leaves the rest to `symbolic`.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ def last_box(text: str) -> str | None:
     contents: list[int | None] = []  # for every open brace, where the content of its box starts, if it is a box
     last = (-1, -1)
     for token in _BOX_TOKENS.finditer(text):
-        if token.lastgroup == "box":
-            contents.append(token.end())
-        elif token.lastgroup == "open":
-            contents.append(None)
+        if token.lastgroup in ("box", "open"):
+            contents.append(token.end() if token.lastgroup == "box" else None)
         elif token.lastgroup == "close" and contents:
             start = contents.pop()
             if start is not None and start > last[0]:
@@ -78,8 +75,7 @@ def too_complex(expression: str) -> str | None:
     """Return why `expression` is too complex for the LaTeX parser, or None."""
     if len(expression) > MAX_BOX_CHARACTERS:
         return f"{len(expression):,} characters long; the limit is {MAX_BOX_CHARACTERS:,}"
-    steps = ((character in "([{") - (character in ")]}") for character in expression)
-    deepest = max(accumulate(steps), default=0)
+    deepest = max(accumulate((character in "([{") - (character in ")]}") for character in expression), default=0)
     return f"nested {deepest} deep; the limit is {MAX_NESTING}" if deepest > MAX_NESTING else None
 
 

@@ -1,7 +1,6 @@
 """Generate the built-in task: sums of whole numbers, a pure function of (seed, index).
 
-Whether a sum belongs to training or is held out depends on its two numbers alone, so no seed and no order of
-the numbers can bring a held-out sum into training.
+The two numbers alone decide whether a sum is held out, so no seed and no order can bring it into training.
 """
 
 from __future__ import annotations
@@ -45,10 +44,9 @@ class ArithmeticTask:
         """Return `count` distinct held-out sums, the same for every seed. Raises DataError if there are too few."""
         numbers = range(10 ** (self.digits - 1), 10**self.digits)
         # Small ranges are listed to know their size; large ones always hold enough.
+        available = len(numbers) ** 2 // (2 * HELD_OUT_ONE_IN)
         if self.digits <= 2:
             available = sum(is_held_out(a, b) for a in numbers for b in numbers)
-        else:
-            available = len(numbers) ** 2 // (2 * HELD_OUT_ONE_IN)
         if count > available:
             what = f"only {available} sums of {self.digits}-digit numbers are held out, {count} were asked for"
             next_step = f"set eval.problems to at most {available}, or raise data.digits"

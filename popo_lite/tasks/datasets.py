@@ -75,7 +75,11 @@ class DatasetTask:
                 raise DataError(what, next_step=f"correct these rows, or leave them out by {section}.filter")
         except DataError as error:
             raise error.within(f'{section}.dataset "{part.dataset}"') from error
-        self._own_ids = _own_ids(self._rows, columns)
+        self._own_ids: Sequence[int | str] | None = None
+        for ids in (column(self._rows, name) for name in ID_COLUMNS if name in columns):
+            if all(type(own) in (str, int) and own != "" for own in ids) and len({*map(str, ids)}) == len(ids):
+                self._own_ids = ids
+                break
         self._held_out: list[int] = []
         if section == "eval":
             self._held_out = sorted(self._training, key=lambda row: stream_seed("dataset/held-out row", self._id(row)))
@@ -253,14 +257,6 @@ def _column(wanted: Sequence[str], key: str, columns: Sequence[str]) -> str:
     raise DataError(f"has {what}; its columns are {there}", next_step=f"name one of them in {key}{likely}")
 
 
-def _own_ids(rows: Any, columns: Sequence[str]) -> Sequence[int | str] | None:
-    """Return the rows' own ids if each is text or a whole number and occurs once."""
-    for ids in (column(rows, name) for name in ID_COLUMNS if name in columns):
-        if all(type(own) in (str, int) and own != "" for own in ids) and len({*map(str, ids)}) == len(ids):
-            return ids
-    return None
-
-
 def _filtered(wanted: Mapping[str, Any], key: str, rows: Any, columns: Sequence[str]) -> list[int]:
     kept = list(range(len(rows)))
     for name, value in wanted.items():
@@ -342,8 +338,7 @@ def read_records(path: Path) -> Any:
             return Dataset.from_parquet(str(path))
         return _csv_records(path) if path.suffix == ".csv" else _json_records(path)
     except (OSError, ValueError, csv.Error, DatasetsError) as error:
-        next_step = "correct the file, or write it again"
-        raise DataError(f"cannot be read: {_one_line(error)}", next_step=next_step) from error
+        raise DataError(f"cannot be read: {_one_line(error)}", next_step="correct the file or rewrite it") from error
 
 
 def _fetch(hub_id: str, config: str | None, split: str, section: str) -> Any:
