@@ -96,10 +96,9 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
             yield keys, why.format(recipe=recipe)
     rollout, adaptive = recipe.rollout, recipe.rollout.adaptive
     modules = recipe.lora.target_modules if isinstance(recipe.lora.target_modules, tuple) else ("all-linear",)
-    heads = [name for name in modules if name.split(".")[-1] in ("lm_head", "embed_out", "output_layer")]
-    if heads:
-        why = f'"{heads[0]}" is the LM head, where the loss would ignore an adapter; leave it out'
-        yield ["lora.target_modules"], why
+    head = next((name for name in modules if name.split(".")[-1] in ("lm_head", "embed_out", "output_layer")), None)
+    if head:
+        yield ["lora.target_modules"], f'"{head}" is the LM head, where the loss would ignore an adapter; leave it out'
     if not modules or "" in modules:
         yield ["lora.target_modules"], 'names no module; use "all-linear" or a list of names'
     if rollout.engine in ("vllm", "server") and recipe.lora.rank > 512:

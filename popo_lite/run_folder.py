@@ -167,8 +167,7 @@ def peak_memory_bytes(device: torch.device) -> int:
         import torch
 
         return int(torch.cuda.max_memory_reserved(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -45,8 +45,7 @@ def grade_math(text: str, problem: Mapping[str, Any]) -> Reward:
         answer = next((item for item in found if isinstance(item, str)), None)
     if verify(gold, found, timeout_seconds=None, raise_on_error=True):
         return Reward(value=1.0, outcome=Outcome.CORRECT, answer=answer)
-    outcome = Outcome.INCORRECT if _holds_expression(found) else Outcome.UNPARSED
-    return Reward(value=0.0, outcome=outcome, answer=answer)
+    return Reward(value=0.0, outcome=Outcome.INCORRECT if _holds_expression(found) else Outcome.UNPARSED, answer=answer)
 
 
 @lru_cache(maxsize=1024)
