@@ -16,8 +16,7 @@ from popo_lite.recipe import Recipe
 PAPER_PRESET = {"samples": 128, "temperature": 0.7, "top_p": 0.95, "max_tokens": 4096, "system_prompt":
                 r"Please reason step by step, and put your final answer within \boxed{}."}  # fmt: skip
 """How the published evaluation sampled. Its k is 8, the default."""
-HELD_OUT = ("weights", "problems", "samples", "temperature", "seed", "engine")
-"""Options for held-out problems. Benchmarks take all options but `problems`."""
+HELD_OUT = ("weights", "problems", "samples", "temperature", "seed", "engine")  # options for held-out problems
 WEIGHTS = click.Choice(["base", "adapter", "siamese"])
 JINJA_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 POSITIVE = click.IntRange(min=1)
@@ -83,11 +82,9 @@ def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, as_j
         else:
             _benchmarks(model_or_run, benchmarks, as_json=as_json, **options)
     except EngineError as error:
-        if "--set rollout" not in (error.next_step or ""):
-            raise
-        # This command has no --set.
-        advice = "--engine hf samples from the loaded model itself, slower"
-        raise EngineError(error.what, where=error.where, next_step=advice) from error
+        if "--set rollout" in (error.next_step or ""):  # this command has no --set
+            error.next_step = "--engine hf samples from the loaded model itself, slower"
+        raise
 
 
 def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -97,12 +94,18 @@ def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...],
     from popo_lite.tools.console.output import progress
     from popo_lite.tools.sweep.folder import seeds_in
 
-    files = _files(options["data"], benchmark_names(benchmarks))
+    files: dict[str, Path | None] = dict.fromkeys(benchmark_names(benchmarks))  # None: from the Hub
+    for item in options["data"]:
+        name, _, file = item.partition("=")
+        if not file or files.get(name, "") is not None:
+            what = "names a benchmark twice" if files.get(name) else "is not NAME=FILE of a benchmark in --benchmarks"
+            first = next(iter(files))
+            raise UserInputError(what, where=f"--data {item}", next_step=f"for instance --data {first}={first}.jsonl")
+        files[name] = Path(file).expanduser()
     samples, k = options["samples"], pick_k(options["k"], options["samples"])
-    seeds = seeds_in(options["seeds"]) if options["seeds"] else [options["seed"]]
-    if not seeds:
-        where = f"--seeds {options['seeds']}"
-        raise UserInputError("is not a list of different whole numbers", where=where, next_step="--seeds 0,1,2")
+    written = options["seeds"] or str(options["seed"])
+    if not (seeds := seeds_in(written)):
+        raise UserInputError("needs different whole numbers", where=f"--seeds {written}", next_step="--seeds 0,1,2")
     path = Path(model_or_run).expanduser()
     is_run = (path / "recipe.toml").is_file()
     model = subject.open_run(path, weights) if is_run else subject.open_model(model_or_run, weights)
@@ -125,12 +128,13 @@ def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...],
 
 
 def with_options(recipe: Recipe, options: dict[str, Any]) -> Recipe:
-    """Return `recipe` with the command's options applied; None keeps the recipe's value."""
+    """Return `recipe` with the command's options applied; None keeps the recipe's value, "" removes it."""
     values = {
         "rollout.engine": options["engine"],
         "rollout.max_prompt_length": options["max_prompt_length"],
         "rollout.max_completion_length": options["max_tokens"],
         "eval.temperature": options["temperature"],
+        "data.system_prompt": options["system_prompt"],
         "reward.function": "math",
     }
     if file := options["chat_template"]:
@@ -139,10 +143,7 @@ def with_options(recipe: Recipe, options: dict[str, Any]) -> Recipe:
         except (OSError, UnicodeDecodeError) as error:
             what, where = f"cannot be read: {error}", f"--chat-template {file}"
             raise UserInputError(what, where=where, next_step="save the file as UTF-8") from error
-    values = {key: value for key, value in values.items() if value is not None}
-    if options["system_prompt"] is not None:
-        values["data.system_prompt"] = options["system_prompt"] or None
-    return recipe.with_values(values)
+    return recipe.with_values({key: value or None for key, value in values.items() if value is not None})
 
 
 def pick_k(k: int | None, samples: int) -> int:
@@ -151,16 +152,3 @@ def pick_k(k: int | None, samples: int) -> int:
         what = f"pass@{k} cannot be estimated from {samples} samples"
         raise UserInputError(what, where="--k", next_step=f"--samples {k}")
     return k or min(8, samples)
-
-
-def _files(data: tuple[str, ...], names: tuple[str, ...]) -> dict[str, Path | None]:
-    """Return the file of each benchmark, None for the Hub's."""
-    files: dict[str, Path | None] = dict.fromkeys(names)
-    for item in data:
-        name, _, file = item.partition("=")
-        if not file or files.get(name, "") is not None:
-            what = "names a benchmark twice" if files.get(name) else "is not NAME=FILE of a benchmark in --benchmarks"
-            next_step = f"for instance --data {names[0]}={names[0]}.jsonl"
-            raise UserInputError(what, where=f"--data {item}", next_step=next_step)
-        files[name] = Path(file).expanduser()
-    return files

@@ -1,7 +1,4 @@
-"""Read published benchmarks, check every row, and compare numbers within a tolerance.
-
-`docs/evaluation.md` says where each entry of the table is from, and which could not be confirmed.
-"""
+"""Read published benchmarks, check every row, and compare numbers within a tolerance."""
 
 from __future__ import annotations
 
@@ -50,8 +47,7 @@ def _final_answers(cell: object) -> str:
 
 def _result_line(cell: object) -> str:
     """Read the result from the last line of a GSM8K solution: `#### 1,200`."""
-    line = RESULT_LINE.search(read_text(cell))
-    if line is None:
+    if (line := RESULT_LINE.search(read_text(cell))) is None:
         raise CellError('does not end in a line "#### result"')
     return _number(line[1].replace("$", ""))
 
@@ -80,7 +76,7 @@ class Benchmark:
     tolerance_column: str | None = None
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {
+BENCHMARKS: Mapping[str, Benchmark] = {  # docs/evaluation.md: source of each entry, and which are not confirmed
     "math500": Benchmark("MATH-500", "HuggingFaceH4/MATH-500", None, "test", "problem", "answer", 500, read_text),
     "amc23": Benchmark("AMC23", "math-ai/amc23", None, "test", "question", "answer", 40, _number),
     "aime24": Benchmark("AIME24", "HuggingFaceH4/aime_2024", None, "train", "problem", "answer", 30, _integer),
@@ -92,8 +88,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "gsm8k": Benchmark("GSM8K", "openai/gsm8k", "main", "test", "question", "answer", 1319, _result_line),
 }  # fmt: skip
 
-PAPER = ("math500", "amc23", "aime24", "aime25", "olympiadbench")
-"""The benchmarks that POPO was published with, in its order."""
+PAPER = ("math500", "amc23", "aime24", "aime25", "olympiadbench")  # those that POPO was published with, in its order
 
 
 def benchmark_names(text: str) -> tuple[str, ...]:
@@ -117,7 +112,17 @@ def open_benchmark(name: str, file: Path | None = None, grader: Grader | None = 
     """
     benchmark = BENCHMARKS[name]
     try:
-        rows = _rows(benchmark, file)
+        hub = EvalRecipe(dataset=benchmark.hub_id, config=benchmark.config, split=benchmark.split)
+        table = read_records(file) if file else load_table(hub, "eval")[1]
+        rows = table if isinstance(table, list) else [(f"row {number}", row) for number, row in enumerate(table, 1)]
+        columns = list(dict.fromkeys(key for _, row in rows if isinstance(row, dict) for key in row))
+        if not rows:
+            raise DataError("holds no rows", next_step="name a file with at least one row")
+        for wanted in (benchmark.prompt_column, benchmark.answer_column):
+            if columns and wanted not in columns:
+                likely = nearest(wanted, columns)
+                next_step = f'rename "{likely}"' if likely else "rename the column that holds it"
+                raise DataError(f'has no column "{wanted}"; its columns are {", ".join(columns)}', next_step=next_step)
         read = {label: _problem(benchmark, f"{name}/{n}", row) for n, (label, row) in enumerate(rows, 1)}
         problems = [problem for problem in read.values() if isinstance(problem, Problem)]
         ungradable = check_references(problems, grader) if grader else {}
@@ -131,24 +136,6 @@ def open_benchmark(name: str, file: Path | None = None, grader: Grader | None = 
         local_copy = f"check the connection, or give a local copy of it with --data {name}=FILE"
         raise DataError(error.what, where=where, next_step=error.next_step if file else local_copy) from error
     return problems
-
-
-def _rows(benchmark: Benchmark, file: Path | None) -> Sequence[tuple[str, Any]]:
-    if file is None:
-        hub = EvalRecipe(dataset=benchmark.hub_id, config=benchmark.config, split=benchmark.split)
-        table = load_table(hub, "eval")[1]
-    else:
-        table = read_records(file)
-    records = table if isinstance(table, list) else [(f"row {number}", row) for number, row in enumerate(table, 1)]
-    columns = list(dict.fromkeys(key for _, row in records if isinstance(row, dict) for key in row))
-    if not records:
-        raise DataError("holds no rows", next_step="name a file with at least one row")
-    for wanted in (benchmark.prompt_column, benchmark.answer_column):
-        if columns and wanted not in columns:
-            likely = nearest(wanted, columns)
-            next_step = f'rename "{likely}"' if likely else "rename the column that holds it"
-            raise DataError(f'has no column "{wanted}"; its columns are {", ".join(columns)}', next_step=next_step)
-    return records
 
 
 def _problem(benchmark: Benchmark, problem_id: str, row: Mapping[str, Any] | str) -> Problem | str:
@@ -167,8 +154,7 @@ def _problem(benchmark: Benchmark, problem_id: str, row: Mapping[str, Any] | str
             return f'column "{column}" {error}'
     asked = filter(None, (cells.get(benchmark.context_column), cells[benchmark.prompt_column]))
     message = {"role": "user", "content": "\n".join(asked)}
-    tolerances = cells.get(benchmark.tolerance_column)
-    meta = {"tolerance": tolerances} if tolerances else {}
+    meta = {"tolerance": cells[benchmark.tolerance_column]} if benchmark.tolerance_column in cells else {}
     return Problem(id=problem_id, messages=(message,), answer=cells[benchmark.answer_column], meta=meta)
 
 
@@ -183,8 +169,7 @@ def check_references(problems: Sequence[Problem], grader: Grader) -> dict[str, s
     # An empty text is wrong whatever the reference is; if it gets no verdict, the reference is the reason.
     algebraic = [problem for problem in problems if plain_number(unwrap(problem.answer)) is None]
     rewards = grader.grade([("", problem) for problem in algebraic])
-    pairs = zip(algebraic, rewards, strict=True)
-    return errors | {problem.id: reward.detail for problem, reward in pairs if not reward.outcome.is_graded}
+    return errors | {p.id: r.detail for p, r in zip(algebraic, rewards, strict=True) if not r.outcome.is_graded}
 
 
 def within_tolerance(reward: Reward, problem: Problem) -> Reward:
@@ -198,8 +183,7 @@ def within_tolerance(reward: Reward, problem: Problem) -> Reward:
     if given is None or wanted is None or len(given) != len(wanted):
         return reward
     tolerances = [Fraction(text) for text in problem.meta["tolerance"]]
-    if len(tolerances) == 1:
-        tolerances *= len(wanted)
+    tolerances *= len(wanted) if len(tolerances) == 1 else 1
     # Matching each interval, in order of its upper end, with the least number in it finds a full match if there is one.
     rest = sorted(given)
     for high, low in sorted((x + off, x - off) for x, off in zip(wanted, tolerances, strict=True)):

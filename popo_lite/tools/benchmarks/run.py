@@ -26,10 +26,7 @@ from popo_lite.tools.work_folder import locked, refuse_foreign
 from popo_lite.types import Completion, FinishReason, Problem, Prompt
 
 KEY = ("weights", "seed", "benchmark", "problem")
-Key = tuple[Any, ...]
-"""The values of KEY: what identifies a line of `problems.jsonl`."""
-Settings = Mapping[str, Any]
-"""Everything that the answers depend on: the content of settings.json."""
+Key = tuple[Any, ...]  # the values of KEY, which identify a line of problems.jsonl
 CHUNK_BATCHES = 4  # of sequences: enough to keep an engine busy, few enough to lose little when killed
 
 
@@ -65,11 +62,10 @@ def prepare(name: str, problems: Sequence[Problem], renderer: Renderer, *, max_c
     fitting = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= renderer.max_prompt_length)
     rows, published, skipped = len(prompts), BENCHMARKS[name].problems, len(prompts) - len(fitting)
     if not fitting or (skipped and not skip_overlong):
-        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-        what = f"{skipped} of {rows} prompts are longer than {renderer.max_prompt_length} tokens, the longest, "
-        what += f"{longest.problem.id}, has {len(longest.token_ids)}"
-        next_step = f"--max-prompt-tokens {len(longest.token_ids)}, or skip them with --skip-overlong"
-        raise DataError(what, where=name, next_step=next_step)
+        size, longest = max(((len(p.token_ids), p.problem.id) for p in prompts), key=lambda pair: pair[0])
+        what = f"{skipped} of {rows} prompts are longer than {renderer.max_prompt_length} tokens, "
+        what += f"the longest, {longest}, has {size}"
+        raise DataError(what, where=name, next_step=f"--max-prompt-tokens {size}, or skip them with --skip-overlong")
     longest_prompt = max(len(prompt.token_ids) for prompt in fitting)
     limit = min(max_completion_length, context_tokens - longest_prompt)
     if limit < 1:
@@ -95,8 +91,8 @@ def prepare(name: str, problems: Sequence[Problem], renderer: Renderer, *, max_c
     return PreparedBenchmark(name, fitting, longest_prompt, limit, settings, contents)
 
 
-def settings_of(subject: Subject, prepared: Sequence[PreparedBenchmark], sampling: Settings) -> Settings:
-    """Return everything that the answers depend on; `sampling` holds `seeds`, `samples` and `top_p`."""
+def settings_of(subject: Subject, prepared: Sequence[PreparedBenchmark], sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that the answers depend on, for settings.json; `sampling` holds `seeds`, `samples` and `top_p`."""
     recipe = subject.recipe
     return {
         "model": subject.name,
@@ -132,7 +128,7 @@ class EvaluationFolder:
             refuse_foreign(self.path, "evaluation", {lock})
         return locked(lock, "another evaluation is running in this folder")
 
-    def start(self, settings: Settings) -> None:
+    def start(self, settings: Mapping[str, Any]) -> None:
         """Write the settings. Raises CheckpointError if the folder holds an evaluation with other settings."""
         if not self.settings_path.is_file():
             write_atomically(self.settings_path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
@@ -156,19 +152,14 @@ class EvaluationFolder:
         answers: dict[Key, Answers] = {}
         planned = set().union(*chunks)
         for number, line in enumerate(read_lines(self.answers_path), 1):
-            if (key := key_of(line)) not in planned or key in answers:
+            if (key := tuple(map(line.get, KEY))) not in planned or key in answers:
                 what = f"line {number} {'repeats another one' if key in answers else 'is not of this evaluation'}"
                 next_step = "the file was changed; restore it, or start again in another folder with --output"
                 raise CheckpointError(what, where=str(self.answers_path), next_step=next_step)
             answers[key] = line
         finished = {key for chunk in chunks if answers.keys() >= set(chunk) for key in chunk}
-        keep_lines(self.answers_path, lambda line: key_of(line) in finished)
+        keep_lines(self.answers_path, lambda line: tuple(map(line.get, KEY)) in finished)
         return {key: line for key, line in answers.items() if key in finished}
-
-
-def key_of(line: Mapping[str, Any]) -> Key:
-    """Return what identifies a line of the answers."""
-    return tuple(map(line.get, KEY))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -178,7 +169,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def plan_chunks(benchmarks: Sequence[PreparedBenchmark], settings: Settings) -> list[dict[Key, Prompt]]:
+def plan_chunks(benchmarks: Sequence[PreparedBenchmark], settings: Mapping[str, Any]) -> list[dict[Key, Prompt]]:
     """Return all prompts in order, in chunks that are sampled together: one benchmark, set of weights and seed each."""
     size = max(1, CHUNK_BATCHES * settings["max_num_seqs"] // settings["samples"])
     return [
@@ -191,7 +182,7 @@ def plan_chunks(benchmarks: Sequence[PreparedBenchmark], settings: Settings) -> 
 
 
 def answer_all(
-    subject: Subject, prepared: Sequence[PreparedBenchmark], folder: EvaluationFolder, settings: Settings, bar: Bar
+    subject: Subject, prepared: list[PreparedBenchmark], folder: EvaluationFolder, settings: Mapping[str, Any], bar: Bar
 ) -> list[Answers]:
     """Return all answers in order: those in `folder`, and the others, which are sampled and appended there."""
     chunks = plan_chunks(prepared, settings)

@@ -30,9 +30,8 @@ _PER_SAMPLE = ("answers", "outcomes", "tokens", "truncated")
 Answers = Mapping[str, Any]
 """All sampled answers to one problem, a line of `problems.jsonl`.
 
-`weights`, `seed`, `benchmark` and `problem` (its id) identify it; `reference` is the right answer. Lists with one entry
-per sample: `answers` (final answers in normal form, None if there is none), `outcomes`, `tokens` (of the completion)
-and `truncated`. `text` is the whole text of the first sample, for people to read.
+`weights`, `seed`, `benchmark` and `problem` (its id) identify it. `reference` is the right answer, `text` the whole
+first sample. Lists per sample: `answers` (in normal form, or None), `outcomes`, `tokens` (their number), `truncated`.
 """
 
 
@@ -68,21 +67,16 @@ def summarise(lines: Sequence[Answers], k: int) -> list[dict[str, Any]]:
 
 
 def _score(groups: Sequence[Sequence[Answers]], k: int) -> dict[str, Any]:
-    """Return scores averaged over the problems of each group, then over groups. All but the lengths are in [0, 1].
-
-    `average` is the mean over all samples of a problem (avg@n, an estimate of pass@1), then over problems.
-    `intervals` maps `average`, `pass@<k>` and `majority@<k>` to 95 % bootstrap intervals over problems.
-    """
+    """Return scores averaged over the problems of each group, then over groups, with intervals over problems."""
     scores = [[_problem_score(line, k) for line in group] for group in groups]
-    figures = {
-        "average": [[score["average"] for score in group] for group in scores],
-        f"pass@{k}": [[score["pass_at_k"][k] for score in group] for group in scores],
-        f"majority@{k}": [[score["majority_at_k"][k] for score in group] for group in scores],
-    }
     return {
         "samples_per_problem": len(groups[0][0]["answers"]),
         **_mean([_mean(group) for group in scores]),
-        "intervals": {name: bootstrap_interval(values) for name, values in figures.items()},
+        "intervals": {
+            "average": bootstrap_interval([[score["average"] for score in group] for group in scores]),
+            f"pass@{k}": bootstrap_interval([[score["pass_at_k"][k] for score in group] for group in scores]),
+            f"majority@{k}": bootstrap_interval([[score["majority_at_k"][k] for score in group] for group in scores]),
+        },
     }
 
 
@@ -111,9 +105,8 @@ def _mean(scores: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
 def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> float:
     """Return the share of consecutive blocks of k samples whose most frequent answer is right.
 
-    Answers are equal if their normal forms are; None does not vote. A tie goes to the answer sampled first, which is
-    right if its first sample in the block is. A block without answers is wrong. Samples after the last whole block
-    are not used.
+    None does not vote. A tie goes to the answer sampled first, which is right if its first sample in the block is.
+    A block without answers is wrong. Samples after the last whole block are not used.
     """
     wins = []
     for start in range(0, len(answers) - k + 1, k):
@@ -153,21 +146,17 @@ def refuse_ungraded(lines: Sequence[Answers], *, planned: int, limit: float) -> 
     for line in sorted(lines, key=_ungraded_ratio, reverse=True)[:3]:
         counts = ", ".join(f"{line['outcomes'].count(outcome)} {outcome}" for outcome in _UNGRADED)
         worst.append(f"{line['problem']} ({counts})")
-    raise GradingError(
-        f"{ratio:.0%} of the answers to {lines[0]['benchmark']} could not be graded, more than the {limit:.0%} "
-        f"(reward.max_ungraded_ratio) up to which scores are meaningful; most of them to {', '.join(worst)}",
-        where=f"weights {lines[0]['weights']}",
-        next_step="the last problems were not kept: rerun the command to sample and grade them again; for timeouts, "
-        "rerun it when the machine is less busy",
-    )
+    what = f"{ratio:.0%} of the answers to {lines[0]['benchmark']} could not be graded, more than the {limit:.0%} "
+    what += f"(reward.max_ungraded_ratio) up to which scores are meaningful; most of them to {', '.join(worst)}"
+    next_step = "rerun to sample the last problems, which were not kept, again; after timeouts, on a less busy machine"
+    raise GradingError(what, where=f"weights {lines[0]['weights']}", next_step=next_step)
 
 
 def _ungraded_ratio(line: Answers) -> float:
     return statistics.fmean(outcome in _UNGRADED for outcome in line["outcomes"])
 
 
-def benchmark_report(results: Sequence[Mapping[str, Any]], *, k: int, output: str,
-                     console: Console | None = None) -> None:  # fmt: skip
+def benchmark_report(results: Sequence[dict[str, Any]], k: int, output: str, console: Console | None = None) -> None:
     """Print a table with a row per benchmark and weights, and with several seeds a second table of each seed."""
     console = console or open_console(sys.stdout)
     titles = {AVERAGE: AVERAGE} | {name: benchmark.title for name, benchmark in BENCHMARKS.items()}

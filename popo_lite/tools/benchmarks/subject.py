@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import click
 import torch
@@ -29,8 +28,7 @@ from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import EvalResult, Prompt
 
 RUN_WEIGHTS = ("base", "adapter", "siamese")
-MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
-"""Files of a model's folder that can change its answers: weights, configuration and tokenizer."""
+MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")  # files that can change answers
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(description, total) -> a context manager; its value is called with each amount done."""
 
@@ -46,11 +44,8 @@ class Subject:
     @property
     def digests(self) -> dict[str, str]:
         """Return hashes that identify the state of local weights; empty for a Hub model."""
-        digests = {
-            name: hashlib.sha256((adapter / ADAPTER_FILE).read_bytes()).hexdigest()
-            for name, adapter in self.adapters.items()
-            if adapter
-        }
+        weights = {name: adapter / ADAPTER_FILE for name, adapter in self.adapters.items() if adapter}
+        digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in weights.items()}
         folder = Path(self.recipe.model.id).expanduser()
         if folder.is_dir():
             # Names, sizes and times only: hashing a whole model takes minutes.
@@ -101,9 +96,9 @@ def open_model(model: str, wanted: Sequence[str]) -> Subject:
         next_step = "to evaluate an adapter, name its run's folder; popo-lite export writes merged models"
         raise ModelError(what, where=model, next_step=next_step)
     name = str(folder.resolve()) if folder.is_dir() else model
-    dtype: Literal["bfloat16", "float32"] = "bfloat16" if pick_device("auto").type == "cuda" else "float32"
-    settings = ModelRecipe(id=name, quantization="none", dtype=dtype)
-    return Subject(name=name, recipe=Recipe(model=settings, objective=PopoObjective()), adapters={"model": None})
+    on_gpu = pick_device("auto").type == "cuda"
+    base = ModelRecipe(id=name, quantization="none", dtype="bfloat16" if on_gpu else "float32")
+    return Subject(name=name, recipe=Recipe(model=base, objective=PopoObjective()), adapters={"model": None})
 
 
 @contextmanager
@@ -159,8 +154,6 @@ def evaluate_run(run: Path, *, weights: Sequence[str] = (), problems: int | None
     with open_checked(recipe, policy, renderer, map(renderer.render, held_out)) as (sampler, grader):
         for name, adapter in subject.adapters.items():
             with active_adapter(adapter, policy, sampler), bar(f"{name}: answers", len(held_out) * samples) as progress:
-                result = evaluate(
-                    name, recipe, policy, sampler, renderer, grader, task, held_out, seed=seed, progress=progress
-                )
-                results.append(result)
+                results.append(evaluate(name, recipe, policy, sampler, renderer, grader, task, held_out,
+                                        seed=seed, progress=progress))  # fmt: skip
     return results
