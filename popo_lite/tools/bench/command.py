@@ -12,12 +12,11 @@ from popo_lite.errors import UserInputError
 from popo_lite.tools.plan.command import parse_size
 
 POSITIVE = click.IntRange(min=1)
-SIZES = {
+SIZES = {  # option -> the recipe's key that it overrides
     "prompts": "data.prompts_per_step",
     "prompt_tokens": "rollout.max_prompt_length",
     "completion_tokens": "rollout.max_completion_length",
 }
-"""Options, and the recipe's key that each overrides."""
 
 
 @click.command(short_help="Measure a recipe's step with random weights.")

@@ -32,8 +32,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measure `steps` steps of `recipe` after a warm-up; running out of memory is a result, too.
 
-    Raises UserInputError for more positives than rollouts, a sampler that would not serve random weights, a cap that
-    cannot be enforced, or a sequence longer than the model's context.
+    Raises UserInputError for too many positives, a sampler that would not serve random weights, a cap that cannot be
+    enforced, or a sequence longer than the model's context.
     """
     rollout, prompts = recipe.rollout, recipe.data.prompts_per_step
     answers = prompts * rollout.num_generations
@@ -122,9 +122,6 @@ def _estimate(recipe: Recipe, step_seconds: float, rollout_seconds: float) -> di
     }
 
 
-# --------------------------------------------------------------------------- the longest sequence
-
-
 def bench_longest(
     recipe: Recipe, *, memory_cap_bytes: int | None, notify: Callable[[str], None], resolution: int = 512
 ) -> dict[str, Any]:
@@ -163,19 +160,13 @@ def bench_longest(
 
 
 def longest(fits: Callable[[int], bool], *, last: int, step: int) -> int | None:
-    """Return the longest multiple of `step` up to `last` that `fits`, or None if `step` does not.
-
-    Doubles until one does not fit, then bisects; `fits` must be monotone.
-    """
+    """Return the longest multiple of `step` up to `last` that `fits` (monotone), or None: double, then bisect."""
     low, high = 0, step
     while high <= last and fits(high):
         low, high = high, 2 * high
     between = range(low + step, min(high, last + 1), step)
     low += step * bisect_left(between, True, key=lambda tokens: not fits(tokens))
     return low or None
-
-
-# --------------------------------------------------------------------------- memory
 
 
 def plan_here(recipe: Recipe, device: torch.device, cap_bytes: int | None) -> MemoryPlan | None:
@@ -188,12 +179,9 @@ def plan_here(recipe: Recipe, device: torch.device, cap_bytes: int | None) -> Me
 
 
 def peaks_beside_plan(meter: synthetic.Meter, plan: MemoryPlan | None) -> list[dict[str, Any]]:
-    """Return the peaks of every phase that was reached, beside the plan's (None for an unknown architecture).
-
-    None with vLLM for tensors: torch keeps counting what a sleeping engine has given back.
-    """
+    """Return the peaks of every phase that was reached, beside the plan's (None for an unknown architecture)."""
     planned = {phase.name: phase for phase in plan.phases} if plan else {}
-    counted = meter.engine != "vllm"
+    counted = meter.engine != "vllm"  # torch keeps counting what a sleeping engine has given back
     return [
         {
             "phase": name,
@@ -208,10 +196,9 @@ def peaks_beside_plan(meter: synthetic.Meter, plan: MemoryPlan | None) -> list[d
 
 
 def cap_memory(device: torch.device, cap_bytes: int) -> None:
-    """Let torch allocate no more on a GPU than a card of `cap_bytes` would have left for it.
+    """Limit torch to what a card of `cap_bytes` would leave it. Raises UserInputError if the GPU is smaller.
 
-    All that is in use outside torch's allocator counts against the cap, so call it before anything is loaded. Raises
-    UserInputError if the card is smaller.
+    All that is in use outside torch's allocator counts against the cap, so call it before anything is loaded.
     """
     torch.ones(8, 8, device=device).matmul(torch.ones(8, 8, device=device))  # make the context and load cuBLAS
     torch.cuda.synchronize(device)
@@ -223,15 +210,13 @@ def cap_memory(device: torch.device, cap_bytes: int) -> None:
 
 
 def tensors_beside_plan(learner: Learner, plan: MemoryPlan | None) -> list[dict[str, Any]]:
-    """Return the bytes of tensors that stay in memory, by kind, beside the plan's: the same on every machine.
-
-    As in the plan, paged optimizer state does not count: the driver keeps its pages in host memory.
-    """
+    """Return the bytes of tensors that stay in memory, by kind, beside the plan's: the same on every machine."""
     policy, planned = learner.policy, dict[str, int]()
     if plan is not None:
         planned = plan.policy | plan.optimizer | {"siamese average": plan.trained}
         planned["base"] = sum(base_bytes(plan.shape, plan.recipe.model).values())
     state = [part for parts in learner.optimizer.state.values() for part in parts.values() if isinstance(part, Tensor)]
+    # As in the plan, paged state does not count: the driver keeps its pages in host memory.
     counted = {
         "base": frozen_bytes(policy.model),
         "adapters": sum(parameter.nbytes for _, parameter in policy.adapter_parameters()),
@@ -243,10 +228,7 @@ def tensors_beside_plan(learner: Learner, plan: MemoryPlan | None) -> list[dict[
 
 
 def frozen_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's frozen parameters with their quantisation statistics.
-
-    What they share, such as NF4's table of values, counts once.
-    """
+    """Return the bytes of frozen parameters and their quantisation statistics; what they share counts once."""
     parts: list[Any] = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     states = [getattr(parameter, "quant_state", None) for parameter in parts]
     for state in states + [getattr(state, "state2", None) for state in states]:

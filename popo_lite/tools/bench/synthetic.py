@@ -48,14 +48,11 @@ class OutOfMemoryError(PopoError):
 class Meter(Callback):
     """Keep the records of all steps, and by phase the most memory on a GPU: (in tensors, on the card), bytes.
 
-    The card holds what torch reserved at its peak and all that is in use outside its allocator, such as the CUDA
-    context. Resident memory of a CPU says little, so nothing is measured there. As a context manager it turns running
-    out of memory into OutOfMemoryError.
+    The card holds what torch reserved at its peak and all that is in use outside its allocator. Resident memory of a
+    CPU says little and is not measured. As a context manager it turns running out of memory into OutOfMemoryError.
     """
 
-    def __init__(
-        self, device: torch.device, notify: Callable[[str], None] = lambda _: None, *, engine: str = "hf"
-    ) -> None:
+    def __init__(self, device: torch.device, notify: Callable[[str], Any] = lambda _: None, engine: str = "hf") -> None:
         self.device, self.notify, self.engine = device, notify, engine
         self.records: list[StepRecord] = []
         self.peaks: dict[str, tuple[int, int]] = {}
@@ -112,19 +109,13 @@ def outside_bytes(device: torch.device) -> int:
     return total - free - torch.cuda.memory_reserved(device)
 
 
-# --------------------------------------------------------------------------- the task and the trainer
-
-
 class BenchTrainer(Trainer):
-    """The trainer with random weights, prompts of random tokens, and fixed `rewards` for the answers of a step.
+    """Train random weights on prompts of random tokens, with fixed `rewards` for the answers of a step; write no file.
 
-    All prompts and answers are as long as the recipe allows; unless `sample`, the answers are random tokens too. No
-    step is written to a file.
+    All prompts and answers are as long as the recipe allows; unless `sample`, the answers are random tokens too.
     """
 
-    def __init__(
-        self, recipe: Recipe, policy: Policy, meter: Meter, *, rewards: Sequence[float], sample: bool = True
-    ) -> None:
+    def __init__(self, recipe: Recipe, policy: Policy, meter: Meter, rewards: list[float], sample: bool = True) -> None:
         self.policy, self.meter, self._sample = policy, meter, sample
         self._rewards = [Reward(value=r, outcome=Outcome.CORRECT if r else Outcome.INCORRECT) for r in rewards]
         self.folder: Any = SimpleNamespace(metrics_path=Path(os.devnull))
@@ -163,8 +154,7 @@ class BenchTrainer(Trainer):
             reason = record["skipped_reason"]
             if reason == nothing_to_learn(self.recipe.objective):  # random weights may also diverge: that is timed
                 what = f"nothing to learn from {record['positives']} positives: {reason}"
-                instead = "omit it: half of the rollouts are positive then"
-                raise UserInputError(what, where="--positives", next_step=instead)
+                raise UserInputError(what, where="--positives", next_step="omit it: half of the answers are right then")
             if step == 0:
                 self.meter.forget_step()
         self.meter.stage("end")
@@ -200,14 +190,11 @@ def random_answers(
     return [[answer(prompt, index) for index in range(count)] for prompt in prompts]
 
 
-# --------------------------------------------------------------------------- the model
-
-
 def random_policy(recipe: Recipe) -> Policy:
     """Return the policy that `load_policy` would, but over a random base and without stop ids.
 
-    Its tokenizer is that of the tiny model: random weights have no words of their own, and ids beyond its vocabulary
-    decode to nothing. The unsloth backend only builds models from files, so it reads the base from a temporary folder.
+    Its tokenizer is that of `tiny`, which decodes ids beyond its vocabulary to nothing. The unsloth backend only builds
+    models from files, so it reads the base from a temporary folder.
     """
     if recipe.model.backend == "unsloth":
         load.import_unsloth()  # before transformers
@@ -232,10 +219,9 @@ def random_policy(recipe: Recipe) -> Policy:
 def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> PreTrainedModel:
     """Return the base that `load_base` would, but with random weights: same modules, dtypes and bytes, all frozen.
 
-    It is built on the meta device and filled tensor by tensor on `device`. Each linear layer is quantised as soon as
-    it is filled, so no more than one layer exists in 16 bit. Every row of a matrix has unit norm on average, so
-    activations stay of order one through the layers, and logits as well: the output distribution is neither uniform
-    nor certain. `tiny` is built from its config like any other and is untaught here.
+    It is built on the meta device, then filled and quantised tensor by tensor on `device`: only one layer at a time is
+    in 16 bit. Every row of a matrix has unit norm on average, so activations and logits stay of order one, and the
+    output distribution is neither uniform nor certain. `tiny` is untaught here, too.
     """
     import bitsandbytes as bnb
     from accelerate import init_empty_weights
@@ -259,8 +245,7 @@ def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> 
         filled: Any = nn.Parameter(values)
         if isinstance(empty, bnb.nn.Params4bit):
             # What is attached to the parameter says how to quantise it; moving it to its device does so.
-            filled = bnb.nn.Params4bit(values, **vars(empty))
-            filled = filled.to(device)
+            filled = bnb.nn.Params4bit(values, **vars(empty)).to(device)
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, filled)
         del values  # before the next layer: two in 16 bit would be the peak

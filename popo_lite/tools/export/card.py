@@ -29,9 +29,8 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
     # Servers' addresses may hold a login, and their shared folder is a local path.
     public: dict[str, Any] = {"output": OutputRecipe(), "rollout.server": type(recipe.rollout.server)()}
     settings, system_prompt = flatten(recipe), recipe.data.system_prompt
-    for key in ("model.id", "lora.init_from", "data.dataset", "eval.dataset"):
-        if (source := settings.get(key)) is not None:
-            public[key] = known_as(source)
+    sources = ("model.id", "lora.init_from", "data.dataset", "eval.dataset")
+    public |= {key: known_as(settings[key]) for key in sources if settings.get(key) is not None}
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return environment.from_string(template).render(
         front_matter=_front_matter(recipe, dtype, results.get("siamese" if weights == "siamese" else "after", {})),

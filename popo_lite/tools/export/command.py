@@ -50,7 +50,16 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json
     folder = RunFolder(run)
     threads = folder.recipe().train.cpu_threads
     if repo_id is not None:
-        _check_repo_id(repo_id)
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not in __all__
+
+        try:
+            if "/" not in repo_id:
+                raise ValueError("it lacks the user or organisation")
+            validate_repo_id(repo_id)
+        except ValueError as error:
+            what, where = f"not the name of a repository: {error}", f"--push-to-hub {repo_id}"
+            next_step = "write it as user/name; `hf auth whoami` says who is logged in"
+            raise UserInputError(what, where=where, next_step=next_step) from error
 
     import torch
 
@@ -92,25 +101,10 @@ def _print_report(report: ExportReport, upload: dict[str, Any] | None) -> None:
     table("Files", ("file", "bytes"), [(name, f"{size:,}") for name, size in report.files.items()])
 
 
-def _check_repo_id(repo_id: str) -> None:
-    """Raise UserInputError if `repo_id` is not a `user/name` that the Hub takes."""
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, though not in __all__
-
-    try:
-        if "/" not in repo_id:
-            raise ValueError("it lacks the user or organisation")
-        validate_repo_id(repo_id)
-    except ValueError as error:
-        what, where = f"not the name of a repository: {error}", f"--push-to-hub {repo_id}"
-        next_step = "write it as user/name; `hf auth whoami` says who is logged in"
-        raise UserInputError(what, where=where, next_step=next_step) from error
-
-
 def _push(folder: Path, repo_id: str, private: bool) -> dict[str, Any]:
-    """Upload `folder` to `repo_id`, which is created if it does not exist; return where it is and who can see it.
+    """Upload `folder` to `repo_id` (created if missing), replacing earlier weights; return where and who can see it.
 
-    Weights of an earlier push are replaced. Raises ExportError if the Hub refuses or cannot be reached, or
-    if a private upload is requested and the repository is public. The folder is kept in any case.
+    Raises ExportError if the Hub refuses or cannot be reached, or for a private upload to a public repository.
     """
     from httpx import HTTPError
     from huggingface_hub import HfApi

@@ -1,7 +1,6 @@
 """Export a run folder to a folder that others can load; it appears only when it is complete and checked.
 
-An adapter is merged into its base in 16 or 32 bit, never into the 4-bit one: that would quantise the sum again and lose
-part of what was learned.
+An adapter is merged into its base in 16 or 32 bit: quantising the sum to 4 bits would lose part of what was learned.
 """
 
 from __future__ import annotations
@@ -38,10 +37,7 @@ UNMERGED_ANSWERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What lies in `folder`. `dtype` and `verification` belong to merged models.
-
-    `reused` is True if the folder existed already and was left unchanged.
-    """
+    """Describe an export. `dtype` and `verification` are None for an adapter; `reused` says that it existed before."""
 
     folder: Path
     what: str
@@ -99,9 +95,8 @@ def export_run(
         path = report.folder / REPORT_FILE
         earlier = json.loads(path.read_text(encoding="utf-8")) if reuse and path.is_file() else {}
         if report.content() != earlier | {"verification": None}:
-            what = "the folder is not empty, and no export is ever overwritten"
-            next_step = "remove it, or name another one with --output"
-            raise UserInputError(what, where=str(report.folder), next_step=next_step)
+            what, instead = "the folder is not empty", "remove it, or name another one with --output"
+            raise UserInputError(what, where=str(report.folder), next_step=instead)
         return replace(report, verification=earlier["verification"], reused=True)
 
     with _complete_folder(report.folder) as folder:
@@ -112,14 +107,15 @@ def export_run(
             shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
             config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
             config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
-            _write_json(folder / "adapter_config.json", config)
+            (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         else:
             verification = _export_merged(recipe, adapter, folder, report.dtype, prompts, progress)
             report = replace(report, verification=verification)
         summary = json.loads(run.summary_path.read_text(encoding="utf-8"))
         card = model_card(recipe, summary, weights=weights, dtype=report.dtype, verification=report.verification)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        _write_json(folder / REPORT_FILE, report.content())
+        content = json.dumps(report.content(), indent=2, allow_nan=False) + "\n"
+        (folder / REPORT_FILE).write_text(content, encoding="utf-8")
     return report
 
 
@@ -176,10 +172,7 @@ def load_unmerged(recipe: Recipe, adapter: Path, dtype: str) -> Any:
 
 
 def write_merged(adapted: Any, folder: Path, stop_ids: frozenset[int]) -> None:
-    """Merge the adapter in place; write weights, config and generation config, with the policy's stop tokens.
-
-    Raises ExportError if the sum is not finite.
-    """
+    """Merge the adapter in place and write the model with these stop ids. Raises ExportError if a sum is not finite."""
     try:
         model = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -196,10 +189,6 @@ def write_merged(adapted: Any, folder: Path, stop_ids: frozenset[int]) -> None:
         model.save_pretrained(str(folder), max_shard_size="5GB")
     except SafetensorError as error:
         raise OSError(errno.ENOSPC, str(error)) from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -25,8 +25,7 @@ REPORT_IT = "this is a bug: please report it with the model's name"
 BATCH = 16
 ROUNDING = {"float64": 1e-6, "float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}
 """Mean difference of log-probs in nats that rounding may make: ten times or more what was measured on small models."""
-WORST_OVER_MEAN = 50
-"""A single token may differ by so many times more."""
+WORST_OVER_MEAN = 50  # a single token may differ by so many times more
 
 
 class Trained(NamedTuple):
@@ -95,12 +94,10 @@ def ask_trained(policy: Policy, prompts: list[Tokens], limit: int, progress: Pro
 def compare(model: Any, trained: Trained, limit: int, progress: Progress) -> tuple[dict[str, Any], list[Tensor]]:
     """Compare `model` with the trained policy; return the figures and its log-probs of the policy's answers.
 
-    `greedy_agreement` is the share of prompts with the same greedy answer, token for token. `widest_parting` is the
-    largest gap that the merged model sees between its own token and the policy's at the first difference of two
-    answers. Differences of log-prob are per token, in nats. `adapter_difference` is what the adapter itself changes:
-    the scale for the others. If the two bases ("nf4" or a dtype) differ, the others are mostly the bases' own.
-
-    Raises ExportError if the model's answers end at other tokens than the policy's.
+    `greedy_agreement` is the share of prompts with the same greedy answer, `widest_parting` the largest gap between the
+    merged model's own token and the policy's when two answers first differ. Differences of log-prob are per token, in
+    nats; if the two bases ("nf4" or a dtype) differ, they are mostly the bases' own. `adapter_difference`, what the
+    adapter itself changes, is their scale. Raises ExportError if the model stops at other tokens than the policy.
     """
     found = model.generation_config.eos_token_id
     stops = [found] if isinstance(found, int) else sorted(found or ())
