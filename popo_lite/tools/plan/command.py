@@ -8,13 +8,12 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 
 import click
 
 from popo_lite.errors import UserInputError
 
-DEFAULT_VRAM_BYTES = 24 * 2**30
-NVIDIA_SMI_SECONDS = 5.0
 UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 
 
@@ -32,6 +31,7 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
     command line has an error. See docs/memory.md.
     """
     from popo_lite.recipe_file import load_recipe
+    from popo_lite.tools.console.output import open_console
     from popo_lite.tools.plan.advice import advice_for
     from popo_lite.tools.plan.report import plan_report
     from popo_lite.tools.plan.shapes import load_shape
@@ -39,7 +39,7 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
 
     settings = load_recipe(recipe, overrides)
     shape = load_shape(settings.model)
-    vram_bytes, others_bytes, source, others_source = DEFAULT_VRAM_BYTES, 0, "--vram", "none counted"
+    vram_bytes, others_bytes, source, others_source = 24 * 2**30, 0, "--vram", "none counted"
     if vram is not None:
         vram_bytes = parse_size(vram)
     elif settings.train.device == "cpu":
@@ -63,7 +63,7 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
         options = [("--vram", vram), ("--others", others), *(("--set", override) for override in overrides)]
         words = [word for option, value in options if value is not None for word in (option, value)]
         command = shlex.join(["popo-lite", "plan", recipe, *words])
-        plan_report(planned, advice, (source, others_source), command)
+        plan_report(planned, advice, (source, others_source), command, open_console(sys.stdout))
     if not planned.fits:
         raise SystemExit(1)
 
@@ -75,7 +75,7 @@ def installed_gpu() -> tuple[int, int] | None:
         return None
     query = ["nvidia-smi", "--query-gpu=memory.total,memory.used", "--format=csv,noheader,nounits", f"--id={visible}"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
         total, used = (int(mib) * 2**20 for mib in answer.stdout.splitlines()[0].split(","))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
@@ -87,7 +87,6 @@ def parse_size(text: str, option: str = "--vram", *, least_bytes: int = 1) -> in
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
     size = float(match[1]) * UNITS.get(match[2], math.inf) if match is not None else math.inf
     if not least_bytes <= size < 2**62:
-        raise UserInputError(
-            f"{text!r} is no amount of memory", where=option, next_step="a number and a unit: MiB, GiB, MB, GB"
-        )
+        next_step = "give a number and a unit: MiB, GiB, MB or GB"
+        raise UserInputError(f"{text!r} is no amount of memory", where=option, next_step=next_step)
     return round(size)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from popo_lite.tools.console.output import open_console, safe, table
+from popo_lite.tools.console.output import safe, table
 from popo_lite.tools.console.words import memory
 from popo_lite.tools.plan.advice import Advice, why_not
 from popo_lite.tools.plan.vram import NOT_TENSORS, SHORTFALL, MemoryPlan
 
 
-def plan_report(
-    plan: MemoryPlan, advice: Advice, sources: tuple[str, str], command: str, console: Console | None = None
-) -> None:
+def plan_report(plan: MemoryPlan, advice: Advice, sources: tuple[str, str], command: str, console: Console) -> None:
     """Print a plan. `sources` say where the sizes of the GPU and of other processes come from; `command` made it."""
-    console = console or open_console(sys.stdout)
     phases, vram, rows, bars = (*plan.phases, plan.export), plan.vram_bytes, [], []
     unit, size, places = ("GiB", 2**30, 2) if plan.peak.total_bytes >= 2**30 else ("MiB", 2**20, 1)
     for name in sorted(dict.fromkeys(name for phase in phases for name in phase.bytes), key=NOT_TENSORS.__contains__):
@@ -44,31 +40,25 @@ def plan_report(
         text += f" Other processes hold {memory(plan.others_bytes)} ({sources[1]})."
     verdict = Text(safe(head + text, console))
     verdict.stylize(style, 0, len(head))
-    lines = [*_remarks(plan)]
-    if not plan.fits:
-        lines.append("")
-        for change in advice.changes:
-            values = ", ".join(f"{key} = {json.dumps(value)}" for key, value in change["values"].items())
-            before, after = memory(change["before_bytes"]), memory(change["after_bytes"])
-            effect = f"phase {change['eases']} from {before} to {after}"
-            if change["eases"] == SHORTFALL:
-                effect = f"the engine's share lacks {after if change['after_bytes'] else 'nothing'}, before {before}"
-            lines.append(f"{values}: {effect}")
+    lines = [*_remarks(plan), *([] if plan.fits else [""])]
+    for change in advice.changes:
+        values = ", ".join(f"{key} = {json.dumps(value)}" for key, value in change["values"].items())
+        before, after = memory(change["before_bytes"]), memory(change["after_bytes"])
+        effect = f"phase {change['eases']} from {before} to {after}"
+        if change["eases"] == SHORTFALL:
+            effect = f"the engine's share lacks {after if change['after_bytes'] else 'nothing'}, before {before}"
+        lines.append(f"{values}: {effect}")
     console.print(verdict, *(Text(safe(line, console)) for line in lines), sep="\n")
     if not plan.fits:
         next_step = f"{command} {advice.next_step}" if advice.changes else advice.next_step
-        console.print(Text("Next", "bold"))
-        console.print(Text.assemble("  ", (safe(next_step, console), "cyan")), soft_wrap=True)
+        console.print(Text.assemble(("Next", "bold"), "\n  ", (safe(next_step, console), "cyan")), soft_wrap=True)
 
 
 def _remarks(plan: MemoryPlan) -> Iterator[str]:
-    longest, context, this = plan.longest_sequence_tokens, plan.context_tokens, plan.sequence_tokens
-    if longest >= context:
-        holds = f"the model's context (memory would hold {longest:,})"
-        yield f"Longest prompt with answer: {context:,} tokens, {holds}; this recipe's: {this:,}."
-    elif longest:
-        its = f"this recipe's: {this:,}; the model's context: {context:,}"
-        yield f"Longest prompt with answer that would fit: {longest:,} tokens; {its}."
+    if held := plan.longest_sequence_tokens:
+        limits = f"memory would hold {held:,}, the model's context {plan.context_tokens:,}"
+        longest = f"Longest prompt with answer: {min(held, plan.context_tokens):,} tokens ({limits})"
+        yield f"{longest}; this recipe's: {plan.sequence_tokens:,}."
     if (most := plan.sequences_at_once) is not None:
         batch = plan.recipe.rollout.max_num_seqs
         yield f"Sequences of full length that can be decoded at once: {most:,}; rollout.max_num_seqs: {batch:,}."
