@@ -246,8 +246,8 @@ def test_a_layer_takes_what_was_counted(
     recipe, tokens = tiny_recipe("lora.rank=8", *overrides), 384
     planned, counts = counted_layer(recipe, {"model_type": "qwen2", **config}, tmp_path, tokens)
     assert planned.saved * tokens + planned.casts_bytes == pytest.approx(counts[0], rel=0.02)
-    assert planned.recompute_bytes(tokens, tokens) == pytest.approx(counts[1], rel=0.02)
-    assert planned.inference_bytes(tokens, tokens) == pytest.approx(counts[2], rel=0.02)
+    assert planned.peak_bytes(tokens, tokens, backward=True) == pytest.approx(counts[1], rel=0.02)
+    assert planned.peak_bytes(tokens, tokens, backward=False) == pytest.approx(counts[2], rel=0.02)
 
 
 @pytest.mark.usefixtures("cuda_like_autocast")
@@ -258,7 +258,7 @@ def test_a_layer_of_the_other_architectures_does_too(
     recipe, tokens = tiny_recipe("lora.rank=8", "model.dtype=bfloat16"), 384
     planned, counts = counted_layer(recipe, {"model_type": kind, **WIDER}, tmp_path, tokens)
     assert planned.saved * tokens + planned.casts_bytes == pytest.approx(counts[0], rel=0.02)
-    assert planned.recompute_bytes(tokens, tokens) == pytest.approx(counts[1], rel=0.02)
+    assert planned.peak_bytes(tokens, tokens, backward=True) == pytest.approx(counts[1], rel=0.02)
 
 
 @pytest.mark.usefixtures("cuda_like_autocast")
@@ -270,8 +270,8 @@ def test_eager_attention_takes_the_square_and_the_plan_is_no_less(
     planned, counts = counted_layer(recipe, {"model_type": "qwen2", **SMALL}, tmp_path, tokens)
     saved = (planned.saved + planned.pair * tokens) * tokens + planned.casts_bytes
     assert saved == pytest.approx(counts[0], rel=0.1)
-    assert counts[1] <= planned.recompute_bytes(tokens, tokens)
-    assert counts[2] <= planned.inference_bytes(tokens, tokens)
+    assert counts[1] <= planned.peak_bytes(tokens, tokens, backward=True)
+    assert counts[2] <= planned.peak_bytes(tokens, tokens, backward=False)
 
 
 @pytest.mark.usefixtures("cuda_like_autocast")

@@ -108,10 +108,7 @@ def why_not(plan: MemoryPlan) -> str:
 
 
 def memory_advice(recipe: Recipe) -> str:
-    """Return what to change if even one sequence does not fit while the policy trains.
-
-    Each alternative is a line of options to add to a command.
-    """
+    """Return lines of alternative options to add if even one sequence does not fit while the policy trains."""
     lines = []
     for intro, *kinds in (
         ("resume with", "checkpointing", "offload", "logits"),
@@ -123,10 +120,7 @@ def memory_advice(recipe: Recipe) -> str:
 
 
 def reductions(recipe: Recipe) -> dict[str, list[Values]]:
-    """Return smaller settings than the recipe's own, the mildest first, by kind and in the order to try them.
-
-    A setting may hold keys that stay the same.
-    """
+    """Return smaller settings than the recipe's own by kind, in the order to try them, the mildest first."""
     rollout, train, lora, engine = recipe.rollout, recipe.train, recipe.lora, engine_of(recipe)
     used, longest = rollout.vllm.gpu_memory_utilization, rollout.sequence_tokens
     shares = [percent / 100 for percent in range(10, 91, 5)] if engine == "vllm" else []
@@ -182,8 +176,7 @@ def _apply(plan: MemoryPlan, chosen: Mapping[str, int]) -> MemoryPlan:
 
 def _choose(plan: MemoryPlan, kinds: Iterable[str]) -> tuple[dict[str, int], MemoryPlan]:
     """Apply reductions in turn until the run fits, each only as far as it helps: kind -> index of its setting."""
-    chosen: dict[str, int] = {}
-    best = plan
+    chosen, best = dict[str, int](), plan
     for kind in kinds:
         for index, values in enumerate(() if best.fits else _settings(plan.recipe, kind)):
             changed = plan.with_values(values)

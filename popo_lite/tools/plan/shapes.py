@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from popo_lite.errors import ModelError
 from popo_lite.recipe import ModelRecipe, Positive
 
-_KNOWN = Path(__file__).with_name("known_models.json")
-KNOWN_CONFIGS: Mapping[str, dict[str, Any]] = json.loads(_KNOWN.read_text(encoding="utf-8"))
+KNOWN_CONFIGS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("known_models.json").read_text("utf-8"))
 """Hub id -> what its config.json says about the architecture, in the names of transformers 5."""
 
 _DEFAULTS: Mapping[str, dict[str, Any]] = {
@@ -33,10 +32,8 @@ class Linear(NamedTuple):
     outputs: int
 
 
-class ModelShape(BaseModel):
+class ModelShape(BaseModel, frozen=True, strict=True):
     """A dense decoder-only model, read from a config.json. Widths are in elements."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
 
     model_type: str
     width: Positive = Field(alias="hidden_size")
@@ -66,21 +63,17 @@ class ModelShape(BaseModel):
 
 
 def parameter_counts(shape: ModelShape) -> dict[str, int]:
-    """Return the exact parameter counts by class of the model that transformers builds, without adapters.
-
-    A tied head is counted once, with the embeddings.
-    """
+    """Return the exact parameter counts of transformers' model by class; a tied head counts with the embeddings."""
     kind, linears, table = shape.model_type, shape.linears(), shape.vocabulary * shape.width
     norms = 2 * shape.width + (2 * shape.head_width if kind == "qwen3" else 0)
     attention = shape.attention_bias and kind in ("llama", "qwen3")
     biased = [*(linears[:3] if attention or kind == "qwen2" else ()), *(linears[3:4] if attention else ())]
     biased += linears[4:] if shape.mlp_bias and kind == "llama" else ()
-    biases = sum(linear.outputs for linear in biased)
     return {
         "base linears": shape.layers * sum(linear.inputs * linear.outputs for linear in linears),
         "embeddings": table,
         "LM head": 0 if shape.tied else table,
-        "norms, biases": shape.layers * (norms + biases) + shape.width,
+        "norms, biases": shape.layers * (norms + sum(linear.outputs for linear in biased)) + shape.width,
     }
 
 
@@ -94,22 +87,18 @@ def adapted_linears(shape: ModelShape, targets: str | tuple[str, ...]) -> list[L
     ends = ("",) if isinstance(targets, str) else tuple(f".{target}" for target in targets)  # text is "all-linear"
     for end in ends:
         if not any(name.endswith(end) for name, _ in names):
-            raise ModelError(
-                f"{end[1:]} is no linear layer of a {shape.model_type} model",
-                where=f"lora.target_modules = {list(targets)}",
-                next_step=f"linear layers here: {', '.join(linear.name.split('.')[-1] for linear in shape.linears())}",
-            )
+            what = f"{end[1:]} is no linear layer of a {shape.model_type} model"
+            here = f"linear layers here: {', '.join(linear.name.split('.')[-1] for linear in shape.linears())}"
+            raise ModelError(what, where=f"lora.target_modules = {list(targets)}", next_step=here)
     return [linear for name, linear in names if name.endswith(ends)]
 
 
 def load_shape(recipe: ModelRecipe) -> ModelShape:
     """Return the shape of `model.id`: `tiny`, a folder, a model known by name, or the Hub's config.json.
 
-    Only the last reads the Hub's cache and then the network, and never weights. Raises ModelError if the config cannot
-    be read or its architecture is not supported.
+    Only the last reads the Hub's cache, then the network. Raises ModelError if the config is unreadable or unsupported.
     """
-    tiny = Path(__file__).parents[2] / "policy" / "tiny"
-    folder = tiny if recipe.id == "tiny" else Path(recipe.id).expanduser()
+    folder = Path(__file__).parents[2] / "policy" / "tiny" if recipe.id == "tiny" else Path(recipe.id).expanduser()
     path, on_hub = folder / "config.json", not folder.is_dir()
     if on_hub and recipe.id in KNOWN_CONFIGS and recipe.revision is None:
         return shape_of(KNOWN_CONFIGS[recipe.id])
@@ -121,19 +110,13 @@ def load_shape(recipe: ModelRecipe) -> ModelShape:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(
-            f"{path} cannot be read: {reason}",
-            where="model.id",
-            next_step=f"check name and network, or name a local folder; known offline: {', '.join(KNOWN_CONFIGS)}",
-        ) from error
+        step = f"check name and network, or name a local folder; known offline: {', '.join(KNOWN_CONFIGS)}"
+        raise ModelError(f"{path} cannot be read: {reason}", where="model.id", next_step=step) from error
     return shape_of(config, source=str(path))
 
 
 def shape_of(config: Any, *, source: str = "config.json") -> ModelShape:
-    """Return the shape that the content of a config.json describes. `source` is the file's name in errors.
-
-    Raises ModelError for the first error in it, or an unsupported architecture.
-    """
+    """Return the shape that a config.json's content describes. Raises ModelError for the first error in `source`."""
 
     def fail(what: str, next_step: str = "use the config.json that the model came with") -> NoReturn:
         raise ModelError(what, where=source, next_step=next_step)

@@ -1,15 +1,14 @@
 """Compute the bytes of each term of the memory plan, without torch.
 
-The terms are the base, adapters, optimizer state, activations, the loss and the rollout engine. A layer's counts are of
-what torch keeps for transformers' layers with PEFT's adapters. tests/reference/test_plan_counts.py compares them with
-counted tensors, and docs/memory.md explains them.
+A layer's counts are of what torch keeps for transformers' layers with PEFT's adapters. docs/memory.md explains all
+terms, and tests/reference/test_plan_counts.py compares them with counted tensors.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
-from math import ceil
+from collections.abc import Iterator
+from math import ceil, inf
 
 from popo_lite.chunks import row_block, tile_rows
 from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
@@ -40,8 +39,8 @@ Classes = dict[str, int]
 def nf4_bytes(elements: int, *, double: bool) -> int:
     """Return the bytes of a weight in NF4: packed values, the table of levels, and a scale for every 64 values.
 
-    With `double` quantisation a scale takes 8 bits. Added to that are a float32 scale for every 256 scales, one float32
-    offset, and a table of the 256 values that a scale can have. Without it a scale is a float32.
+    A scale is a float32. With `double` quantisation it takes 8 bits; then there are also a float32 scale for every 256
+    scales, a float32 offset, and a table of the 256 values that a scale can have.
     """
     blocks = ceil(elements / NF4_BLOCK)
     scales = blocks + 4 * ceil(blocks / NF4_SCALE_BLOCK) + 4 + 4 * 256 if double else 4 * blocks
@@ -70,11 +69,10 @@ def adapter_elements(shape: ModelShape, recipe: LoraRecipe) -> list[int]:
 
 def predictor_elements(shape: ModelShape, head_width: int) -> list[int]:
     """Return the size of every tensor of Linear(D, H) - LayerNorm - ReLU - Linear(H, D)."""
-    matrix = shape.width * head_width
-    return [matrix, head_width, head_width, head_width, matrix, shape.width]
+    return [shape.width * head_width, head_width, head_width, head_width, head_width * shape.width, shape.width]
 
 
-def optimizer_bytes(elements: Iterable[int], recipe: Recipe) -> int:
+def optimizer_bytes(elements: list[int], recipe: Recipe) -> int:
     """Return the GPU bytes of the optimizer's two moments, after the first step, for trained tensors of these sizes.
 
     8-bit optimizers keep the state of tensors under 4,096 elements in 32 bits. The driver keeps paged state in host
@@ -82,13 +80,11 @@ def optimizer_bytes(elements: Iterable[int], recipe: Recipe) -> int:
     """
     if recipe.optimizer.name == "adamw":
         return 2 * max(4, DTYPE_BYTES[recipe.model.dtype]) * sum(elements)
-    paged, total = recipe.optimizer.name == "paged_adamw8bit", 0
-    for count in elements:
-        if count < EIGHT_BIT_FROM_ELEMENTS:
-            total += 8 * count
-        else:
-            total += 8 * ceil(count / EIGHT_BIT_BLOCK) + (0 if paged and count >= PAGED_FROM_ELEMENTS else 2 * count)
-    return total
+    small = sum(count for count in elements if count < EIGHT_BIT_FROM_ELEMENTS)
+    large = [count for count in elements if count >= EIGHT_BIT_FROM_ELEMENTS]
+    paged_from = PAGED_FROM_ELEMENTS if recipe.optimizer.name == "paged_adamw8bit" else inf
+    scales = sum(ceil(count / EIGHT_BIT_BLOCK) for count in large)
+    return 8 * (small + scales) + 2 * sum(count for count in large if count < paged_from)
 
 
 class LayerBytes:
@@ -135,26 +131,20 @@ class LayerBytes:
         # An adapter of down_proj frees its input before the gradients of gate and up exist together.
         self.recompute = self.saved + (2 if down else 3) * self.mlp + size * width + copies
         self.inference = (4 if gate_up else 3) * self.mlp + 2 * size * width + (4 * width if widened else 0)
-        eager = recipe.model.attn_implementation == "eager"
-        self.pair = shape.heads * (6 if half else size) if eager else 0
+        self.pair = shape.heads * (6 if half else size) if recipe.model.attn_implementation == "eager" else 0
         self.casts_bytes = size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if half else 0
         cast = size * rank if half else 0
         self.input_casts_bytes = cast * sum(linear.inputs for linear in qkv)
         self.attention_casts_bytes = cast * sum(linear.inputs + linear.outputs for linear in qkv)
         self.weight_bytes = size * max(linear.inputs * linear.outputs for linear in shape.linears()) if packed else 0
 
-    def recompute_bytes(self, tokens: int, sequence_tokens: int) -> int:
-        """Return the peak while the layer runs again and backward over sequences of that length."""
+    def peak_bytes(self, tokens: int, sequence_tokens: int, *, backward: bool) -> int:
+        """Return the layer's peak over sequences of that length: run again and backward, or without a graph."""
         # For eager attention, three times what it keeps is an upper bound.
-        return (self.recompute + 3 * self.pair * sequence_tokens) * tokens + self._fixed_bytes(tokens)
-
-    def inference_bytes(self, tokens: int, sequence_tokens: int) -> int:
-        """Return the peak without a graph."""
-        return (self.inference + 2 * self.pair * sequence_tokens) * tokens + self._fixed_bytes(tokens)
-
-    def _fixed_bytes(self, tokens: int) -> int:
+        per_token, pairs = (self.recompute, 3) if backward else (self.inference, 2)
         # The dequantised weight and the MLP's last activation, which the peak includes, never exist at the same time.
-        return self.casts_bytes + max(0, self.weight_bytes - self.mlp * tokens)
+        weight = max(0, self.weight_bytes - self.mlp * tokens)
+        return (per_token + pairs * self.pair * sequence_tokens) * tokens + self.casts_bytes + weight
 
 
 def pass_bytes(
@@ -230,7 +220,7 @@ def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, Classes
     width = recipe.rollout.max_prompt_length
     tokens = prompts * width
     rotations_and_mask = (2 * size * shape.head_width + width) * tokens
-    read = 2 * layer.boundary * tokens + layer.inference_bytes(tokens, width) + rotations_and_mask
+    read = 2 * layer.boundary * tokens + layer.peak_bytes(tokens, width, backward=False) + rotations_and_mask
     # Autocast keeps its copies of all layers' adapters until the trunk has run; `layer` includes its own.
     copies = (shape.layers - 1) * layer.casts_bytes
     yield "reading the prompts", {"KV cache": kv * tokens, "layer working set": read, "adapter copies": copies}
@@ -242,6 +232,6 @@ def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, Classes
     grown = {"KV cache": kv * full + size * full * heads * shape.head_width, "layer working set": masks}
     yield "the full cache grows", grown | {"adapter copies": copies + layer.attention_casts_bytes}
     cache = {"KV cache": kv * full}
-    decode = masks + layer.inference_bytes(batch, recipe.rollout.sequence_tokens)
+    decode = masks + layer.peak_bytes(batch, recipe.rollout.sequence_tokens, backward=False)
     yield "a token of every answer in a layer", cache | {"layer working set": decode, "adapter copies": copies}
     yield "tokens are drawn", cache | {"logits": DRAW_BYTES * batch * shape.vocabulary}

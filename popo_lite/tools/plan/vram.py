@@ -29,15 +29,12 @@ Moment = tuple[str, Classes]
 
 
 class Phase(NamedTuple):
-    """A phase at its fullest `moment`: `bytes` is what is alive by class, with no 0 among them.
-
-    `tensor_bytes` is what torch's allocator counts without vLLM: all but `NOT_TENSORS`.
-    """
+    """A phase at its fullest `moment`: `bytes` is what is alive by class, with no 0 among them."""
 
     name: str
     moment: str
     total_bytes: int
-    tensor_bytes: int
+    tensor_bytes: int  # what torch's allocator counts without vLLM: all but NOT_TENSORS
     bytes: Classes
 
 
@@ -65,11 +62,9 @@ class MemoryPlan:
         adapters = terms.adapter_elements(shape, recipe.lora)
         predictor = terms.predictor_elements(shape, recipe.siamese.head_width)
         self.trained_size = max(4, self.size)  # adapters and predictor head have at least float32
-        self.trained = self.trained_size * sum(adapters + predictor)
-        self.policy = terms.base_bytes(shape, recipe.model) | {
-            "adapters": self.trained_size * sum(adapters),
-            "predictor head": self.trained_size * sum(predictor),
-        }
+        trained = {"adapters": self.trained_size * sum(adapters), "predictor head": self.trained_size * sum(predictor)}
+        self.trained = sum(trained.values())
+        self.policy = terms.base_bytes(shape, recipe.model) | trained
         self.optimizer = {"optimizer state": terms.optimizer_bytes(adapters + predictor, recipe)}
         vllm = terms.vllm_bytes(recipe, shape, vram_bytes, on_gpu=self.on_gpu) if self.engine == "vllm" else None
         states, self.engine_shortfall_bytes, self.vllm_sequences = vllm or ([Classes()] * 3, 0, 0)
@@ -96,13 +91,10 @@ class MemoryPlan:
     @cached_property
     def longest_sequence_tokens(self) -> int:
         """Return the longest prompt with answer that fits, 0 if none does. It may exceed the model's context."""
-
-        def overrun_bytes(tokens: int) -> int:
-            answer = max(1, tokens - self.recipe.rollout.max_prompt_length)
-            values = {"rollout.max_completion_length": answer, "train.tokens_per_microbatch": tokens}
-            return self.with_values(values).overrun_bytes
-
-        return bisect_left(SEARCHED, 1, key=overrun_bytes)
+        prompt = self.recipe.rollout.max_prompt_length
+        return bisect_left(SEARCHED, 1, key=lambda tokens: self.with_values({
+            "rollout.max_completion_length": max(1, tokens - prompt), "train.tokens_per_microbatch": tokens,
+        }).overrun_bytes)  # fmt: skip
 
     @cached_property
     def sequences_at_once(self) -> int | None:
@@ -140,10 +132,8 @@ class MemoryPlan:
         yield self._phase("step", trainer | self.training, [("the optimizer's step", step)])
         moved = "the adapter enters the engine" if self.swapping else "nothing is moved"
         yield self._phase("swap", idle, [(moved, self.swapping)])
-        answers = {
-            "KV cache": EXPORT_ANSWERS * self.sequence_tokens * terms.kv_token_bytes(self.recipe, self.shape),
-            "logits": EXPORT_ANSWERS * self.shape.vocabulary * 12,
-        }
+        cache = EXPORT_ANSWERS * self.sequence_tokens * terms.kv_token_bytes(self.recipe, self.shape)
+        answers = {"KV cache": cache, "logits": EXPORT_ANSWERS * self.shape.vocabulary * 12}
         merged = sum(terms.base_bytes(self.shape, self.recipe.model, nf4=False).values())
         model = {"16-bit model" if self.size == 2 else "merged model": merged}
         moments = [("the policy answers", self.policy | answers), ("the merged model answers", model | answers)]
@@ -174,7 +164,7 @@ class MemoryPlan:
             return
         # The embeddings stay beside the layer's input until the trunk has run.
         hidden = {"hidden states": self._targets() + 2 * self.layer.boundary * self.tokens}
-        layer = self.layer.inference_bytes(self.pass_tokens, self.sequence_tokens)
+        layer = self.layer.peak_bytes(self.pass_tokens, self.sequence_tokens, backward=False)
         casts = self.layer.casts_bytes * (self.shape.layers - 1)
         yield "in a layer", hidden | {"layer working set": layer + casts}
         if scores:
@@ -204,7 +194,7 @@ class MemoryPlan:
         layer, layers, train = self.layer, self.shape.layers, self.recipe.train
         row = layer.boundary * self.tokens
         final_norm = {"final norm": layer.input_norm * self.tokens}
-        working = layer.recompute_bytes(self.pass_tokens, self.sequence_tokens)
+        working = layer.peak_bytes(self.pass_tokens, self.sequence_tokens, backward=True)
         if train.gradient_checkpointing:
             offloads = train.offload_activations or self.recipe.model.backend == "unsloth"
             kept = {"layer inputs": (2 if offloads else layers) * row}
