@@ -11,8 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from test_console_state import FACTS, HOSTILE, STEPS, play, record
 
-from popo_lite.tools.console.dashboard import share_height
-from popo_lite.tools.console.live import LiveView, caught_output
+from popo_lite.tools.console.live import LiveView, caught_output, share_height
 
 SIZES = [(80, 24), (100, 30), (140, 50)]
 

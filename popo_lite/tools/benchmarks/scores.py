@@ -170,7 +170,7 @@ def benchmark_report(results: Sequence[dict[str, Any]], k: int, output: str, con
         for value, (low, high) in zip(values, score["intervals"].values(), strict=True):
             row += [words.share(value), f"{100 * low:.1f} to {100 * high:.1f}"]
         row += [words.share(score["truncated_ratio"]), words.share(score["ungraded_ratio"])]
-        rows.append([*row, words.decimals(score["completion_tokens_mean"], 1)])
+        rows.append([*row, words.quantity(score["completion_tokens_mean"], "tokens")])
         each = next(iter(seeds.values()))["samples_per_problem"]
         seed_rows.append([*label, f"avg@{each}", *(words.share(seed["average"]) for seed in seeds.values())])
         seed_rows.append([*label, f"pass@{k}", *(words.share(seed["pass_at_k"][k]) for seed in seeds.values())])

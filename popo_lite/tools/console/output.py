@@ -45,10 +45,7 @@ def open_console(stream: TextIO) -> Console:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], console: Console | None = None) -> None:
-    """Print a title, a table and a blank line. Cells are text, never markup, or progress bars.
-
-    Columns of numbers are aligned right; long cells are folded.
-    """
+    """Print title, table, blank line. Cells are text (never markup) or bars; numbers align right, long cells fold."""
     console = console or open_console(sys.stdout)
     built = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     shown = [[c if isinstance(c, ProgressBar) else safe("" if c is None else str(c), console) for c in r] for r in rows]
@@ -115,14 +112,11 @@ def closing_report(summary: Mapping[str, Any], next_commands: Sequence[str], con
     console = console or open_console(sys.stdout)
     console.print()
     results = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name) is not None}
-    _print_results(results, "Nothing was measured on held-out problems.\n", console)
+    _print_results(results, console)
     stages, total = words.by_stage(summary["seconds"])
-    stages["other"] = total - sum(stages.values())
-    rows = [
-        (name, words.duration(seconds), f"{seconds / total:.0%}", ProgressBar(total, seconds, width=24))
-        for name, seconds in stages.items()
-        if name != "other" or seconds > 0.005 * total
-    ]
+    if (other := total - sum(stages.values())) > 0.005 * total:
+        stages["other"] = other
+    rows = [(k, words.duration(s), f"{s / total:.0%}", ProgressBar(total, s, width=24)) for k, s in stages.items()]
     table(f"Time: {words.duration(total)}", ("", "", "", ""), rows, console)
     facts = {
         "steps": f"{summary['steps']:,}",
@@ -142,8 +136,7 @@ def closing_report(summary: Mapping[str, Any], next_commands: Sequence[str], con
 
 def eval_report(results: Sequence[EvalResult], console: Console | None = None) -> None:
     """Print accuracy on held-out problems, with a column for each of the evaluated weights."""
-    by_weights = {result.weights: asdict(result) for result in results}
-    _print_results(by_weights, "Nothing was evaluated.", console or open_console(sys.stdout))
+    _print_results({result.weights: asdict(result) for result in results}, console or open_console(sys.stdout))
 
 
 def noise(first: float, second: float, problems: int) -> float:
@@ -158,21 +151,22 @@ def noise(first: float, second: float, problems: int) -> float:
 
 def measured(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, Unit], list[Any]]:
     """Return what is known by label and unit: a value, or None, for each of the results."""
-    figures = []
+    all_found = []
     for result in results:
         # JSON makes strings of the k, so pass@k of a summary that was read from its file needs int().
         rates = {1: result["pass_at_1"]} | {int(k): rate for k, rate in result["pass_at_k"].items()}
         found: dict[tuple[str, Unit], Any] = {(f"pass@{k}", "ratio"): rates[k] for k in sorted(rates)}
-        found |= {(words.spoken(name), "ratio"): value for name, value in result["task_figures"].items()}
+        figures = result["task_figures"].items()
+        found |= {(name.removesuffix("_ratio").replace("_", " "), "ratio"): value for name, value in figures}
         found |= {(label, unit): result[name] for label, name, unit in _MEASURES if result.get(name) is not None}
-        figures.append(found)
-    return {key: [found.get(key) for found in figures] for key in dict.fromkeys(chain(*figures))}
+        all_found.append(found)
+    return {key: [found.get(key) for found in all_found] for key in dict.fromkeys(chain(*all_found))}
 
 
-def _print_results(results: Mapping[str, Mapping[str, Any]], none: str, console: Console) -> None:
+def _print_results(results: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     """Print a column for each result; after the second, how it differs from the first."""
     if not results:
-        console.print(Text(none))
+        console.print("Nothing was measured on held-out problems.\n")
         return
     columns, rows, both = ["", *results], [], len(results) > 1
     for (label, unit), values in measured(results.values()).items():

@@ -19,7 +19,6 @@ from popo_lite.errors import UserInputError
 from popo_lite.metrics import METRICS, StepRecord
 from popo_lite.tools.console import words
 
-ViewMode = Literal["auto", "live", "plain", "silent"]
 Clock = Callable[[], float]  # returns seconds that only grow
 
 _LINE = ("pass_rate", "loss", "entropy", "entropy_over_start", "siamese_cosine", "completion_tokens_mean")
@@ -33,10 +32,9 @@ class RunState(Callback):
         self.clock = clock
         # Another thread draws; a signal handler may report in the middle of a report.
         self.lock = threading.RLock()
-        self.title, self.total_steps, self.first_step = "", 0, 0
+        self.title, self.total_steps, self.first_step, self.steps_done = "", 0, 0, 0  # done: with those before a resume
         self.facts: dict[str, str] = {}
-        self.started = clock()
-        self.stage_name, self.stage_done, self.stage_since = "", 0, 0.0
+        self.stage_name, self.stage_done, self.stage_since, self.started = "", 0, 0.0, clock()
         self.stage_total: int | None = None
         self.records: list[StepRecord] = []
         self.notices: list[str] = []
@@ -47,7 +45,8 @@ class RunState(Callback):
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
         """Remember the facts and start the clock."""
-        self.title, self.total_steps, self.first_step = words.clean(title), total_steps, first_step
+        self.title, self.total_steps = words.clean(title), total_steps
+        self.first_step = self.steps_done = first_step
         self.facts = {words.clean(key): words.clean(value) for key, value in facts.items()}
         self.started = self.clock()
 
@@ -69,6 +68,7 @@ class RunState(Callback):
                 self._step_ends.append(self.clock() - words.by_stage(record["seconds"])[1])
             self._step_ends.append(self.clock())
             self.records.append(record)
+            self.steps_done += 1
 
     def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Remember the answers."""
@@ -77,11 +77,6 @@ class RunState(Callback):
     def message(self, text: str) -> None:
         """Remember the notice and when it came."""
         self.notices += [f"{datetime.now():%H:%M:%S}  {words.clean(line)}" for line in text.splitlines()]
-
-    @property
-    def steps_done(self) -> int:
-        """Return the number of steps done, with those before a resume."""
-        return self.first_step + len(self.records)
 
     def pace(self) -> tuple[float | None, float | None]:
         """Return the median seconds between the ends of two recent steps, and the seconds left at this pace."""
@@ -170,7 +165,7 @@ class PlainView(RunState):
                 self._heart.start()  # with the first line: loading a model, before the run starts, takes time as well
 
 
-def open_view(mode: ViewMode = "auto", stream: TextIO | None = None) -> Callback:
+def open_view(mode: Literal["auto", "live", "plain", "silent"] = "auto", stream: TextIO | None = None) -> Callback:
     """Return the view for `stream`, by default standard output. Without a terminal `live` raises UserInputError.
 
     `auto` is live on a terminal that can move its cursor, and plain anywhere else. NO_COLOR removes the colours.

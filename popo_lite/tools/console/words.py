@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
+from unicodedata import category
 
 from popo_lite.metrics import Unit
 
@@ -18,13 +18,8 @@ _SUBSTITUTES = str.maketrans("━╸╺─█▇▆▅▄▃▂▁▓░…✓�
 def quantity(value: Any, unit: Unit) -> str:
     """Return a metric's value with its unit."""
     if unit in ("count", "tokens"):
-        return decimals(value, 0 if isinstance(value, int) else 1)
+        return ABSENT if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
     return {"ratio": share, "seconds": duration, "bytes": memory}.get(unit, figure)(value)
-
-
-def spoken(name: str) -> str:
-    """Return the name of a task's figure as words: step_by_step_ratio as "step by step"."""
-    return name.removesuffix("_ratio").replace("_", " ")
 
 
 def figure(value: float | None) -> str:
@@ -35,11 +30,6 @@ def figure(value: float | None) -> str:
     if size and (size < 1e-3 or size >= 1e5):
         return f"{value:.1e}"
     return f"{value:.4f}" if size < 10 else f"{value:.2f}" if size < 1000 else f"{value:.0f}"
-
-
-def decimals(value: float | None, places: int) -> str:
-    """Return a number with a fixed number of decimals."""
-    return ABSENT if value is None else f"{value:,.{places}f}"
 
 
 def share(value: float | None) -> str:
@@ -79,14 +69,11 @@ def by_stage(seconds: Mapping[str, float]) -> tuple[dict[str, float], float]:
 
 
 def clean(text: str) -> str:
-    """Return `text` on one line without escape sequences, direction overrides and lone surrogates, which models write.
-
-    White space becomes one blank, format characters vanish, other control characters become replacement marks.
-    """
-    kinds = ((character, unicodedata.category(character)) for character in " ".join(text.split()))
-    # Variation selectors change how wide the character before them is drawn.
-    kept = ((c, kind) for c, kind in kinds if kind != "Cf" and not "\ufe00" <= c <= "\ufe0f")
-    return "".join("\ufffd" if kind[0] == "C" else c for c, kind in kept)
+    """Return untrusted `text` on one line, without format characters, and with marks for other control characters."""
+    # Models write escape sequences, direction overrides and lone surrogates. Variation selectors change how wide the
+    # character before them is drawn.
+    kept = [c for c in " ".join(text.split()) if category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f"]
+    return "".join("\ufffd" if category(c)[0] == "C" else c for c in kept)
 
 
 def encodable(text: str, encoding: str) -> str:
