@@ -171,7 +171,7 @@ def summary(name: str) -> Table:
         rows.append((variant, rate, *(("", "1", "1") if variant == "popo" else compared)))
     columns = ("variant", "pass@1 at the end", "points above popo", "trained tokens, of popo's", "time, of popo's")
     title = f"{name.removeprefix('study_').replace('_', ' ')}, pass@1 at the start {statistics.fmean(starts):.1%}"
-    return Table(title, columns, rows)
+    return title, columns, rows
 
 
 def comparison(name: str, variants: Sequence[str] = ()) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def time_table(name: str) -> Table:
         shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         rows.append((variant, f"{statistics.median(by_seed.values()):.1f}", shown))
     columns = ("variant", "seconds, median", "of popo's with the same seed, median (least to most)")
-    return Table("Time of the training steps", columns, rows)
+    return "Time of the training steps", columns, rows
 
 
 def tokens_table(name: str) -> Table:
@@ -223,13 +223,14 @@ def tokens_table(name: str) -> Table:
         "GRPO that skips equal rewards / all",
         "POPO / GRPO that skips",
     )
-    return Table("Tokens to train on, of the rollouts of popo", columns, rows)
+    return "Tokens to train on, of the rollouts of popo", columns, rows
 
 
 def markdown(table: Table) -> str:
     """Return a table with its title as Markdown."""
-    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(row)} |" for row in rows), ""])
+    title, columns, rows = table
+    lines = [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
+    return "\n".join([f"**{title}**", "", *lines, ""])
 
 
 def _bounds(steps: int) -> Iterator[tuple[int, int]]:

@@ -15,23 +15,18 @@ from popo_lite.run_folder import is_leftover
 def refuse_foreign(path: Path, kind: str, own: Collection[Path]) -> None:
     """Raise UserInputError if `path` holds more than `own`, the files of a `kind` that was killed at its start."""
     if path.exists() and (not path.is_dir() or {each for each in path.iterdir() if not is_leftover(each)} - {*own}):
-        what = f"the folder is not empty and holds no {kind}"
-        raise UserInputError(what, where=f"--output {path}", next_step="name another folder")
+        raise UserInputError(f"is not empty and holds no {kind}", where=f"--output {path}", next_step="use another one")
 
 
 @contextmanager
 def locked(lock: Path, busy: str) -> Iterator[int]:
-    """Hold the lock file, after creating its folder; yield its descriptor, with which child processes keep the lock.
-
-    Raises UserInputError with the reason `busy` if another process holds it.
-    """
+    """Hold the lock file; yield its descriptor for child processes. Raises UserInputError `busy` if it is taken."""
     with writing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("w")
     with file:
         if not filelock.lock_descriptor(file.fileno(), blocking=False):
-            next_step = "wait for it, stop it, or name another folder with --output"
-            raise UserInputError(busy, where=str(lock.parent), next_step=next_step)
+            raise UserInputError(busy, where=str(lock.parent), next_step="wait for it, stop it, or change --output")
         yield file.fileno()
 
 

@@ -12,7 +12,7 @@ import pytest
 from popo_lite.errors import RecipeError
 from popo_lite.recipe import OBJECTIVES
 from popo_lite.recipe_file import load_recipe, shipped_folder, shipped_recipes, shipped_sweeps
-from popo_lite.tools.sweep.folder import dump_sweep, find_sweep, load_sweep
+from popo_lite.tools.sweep.folder import SweepFolder, load_sweep
 
 Write = Callable[[str], Path]
 
@@ -220,8 +220,9 @@ objective.entropy_coef = [0.0, 1e-3]
     )
     sweep = load_sweep(path, ["lora.rank = 8", "model.id=some one's"])
     assert sweep.shared == {"train.steps": 5, "lora.rank": 8, "model.id": "some one's"}
-    (tmp_path / "base.toml").write_text(sweep.base_path.read_text())
-    again = load_sweep(write(dump_sweep(sweep, "base.toml")))
+    folder = SweepFolder(tmp_path / "sweep")
+    folder.start_files(sweep)
+    again = load_sweep(folder.sweep_path)
     for part in ("shared", "base", "seeds", "variants"):
         assert getattr(again, part) == getattr(sweep, part), part
 
@@ -274,7 +275,7 @@ def test_group_sizes_are_swept_at_equal_rollouts() -> None:
 
 def test_an_unknown_sweep_names_the_nearest(write: Write) -> None:
     with pytest.raises(RecipeError, match="componets: no such sweep file; did you mean the shipped sweep components?"):
-        find_sweep("componets")
+        load_sweep("componets")
 
 
 def test_planning_and_comparing_need_no_torch() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-FAILED, INTERRUPTED = 1, 130
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 RATE = click.FloatRange(0, 1, min_open=True)
@@ -31,7 +30,6 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
     The same command continues a stopped sweep: finished runs are kept, an unfinished one is resumed, a failed one
     is retried. Variants and seeds may be added; other changes are refused. Ctrl-C stops the running processes after
     their step; a second one abandons the step and saves; a third kills them.
-
     A run that fails does not end the others; the exit code is 1 then. See docs/experiments.md.
     """
     from popo_lite.tools.console.output import table
@@ -75,17 +73,16 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
     same_command = shlex.join(["popo-lite", "sweep", str(folder.sweep_path), "--output", str(folder.path), *options])
     if interrupted:
         click.echo(f"stopped with {len(results)} of {len(runs)} runs done. To continue:\n  {same_command}", err=as_json)
-        raise SystemExit(INTERRUPTED)
+        raise SystemExit(130)  # 128 + SIGINT, as shells have it
     if failures:
         click.echo(f"To try again:\n  {same_command}", err=True)
-        raise SystemExit(FAILED)
+        raise SystemExit(1)
     click.echo(f"Next\n  popo-lite compare {shlex.quote(str(folder.path))}", err=as_json)
 
 
 @click.command(short_help="Compare runs and sweeps.")
 @click.argument("sources", metavar="RUN_OR_SWEEP...", nargs=-1, required=True, type=FOLDER)
-@click.option("--output", type=PATH, help="Folder for the page; default <SWEEP>/comparison for one sweep, else "
-              "comparison.")  # fmt: skip
+@click.option("--output", type=PATH, help="Folder of the page; default comparison, for one sweep <SWEEP>/comparison.")
 @click.option("--reach", type=RATE, default=0.8, show_default=True, help="Pass rate up to which costs are counted.")
 @click.option("as_json", "--json", is_flag=True, help="Print only the figures, as JSON.")
 def compare(sources: tuple[Path, ...], output: Path | None, reach: float, as_json: bool) -> None:
@@ -94,8 +91,7 @@ def compare(sources: tuple[Path, ...], output: Path | None, reach: float, as_jso
     The variants of a sweep's folder are groups; single runs whose recipes differ only in the seed form a group. The
     others are compared with the first group, paired by seed.
 
-    Writes comparison.png, comparison.html (one file, nothing else needed) and comparison.json. See
-    docs/experiments.md for the meaning of every figure.
+    Writes comparison.png, comparison.json and comparison.html, which needs no other file. See docs/experiments.md.
     """
     from popo_lite.run_folder import write_atomically
     from popo_lite.tools.sweep.compare import compare as compare_sources

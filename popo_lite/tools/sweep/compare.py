@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +24,12 @@ CONFIDENCE = 0.95
 RATIOS = ("pass_at_", "pass_rate", "effective_sample_ratio", "trained_ratio")
 SMOOTHING_STEPS = 5  # of the trailing mean in curves and for reaching a pass rate
 LAST_RATIO = 0.1  # of a run's steps: the part over which the figures of training are averaged
+# Metrics that are drawn step by step, averaged over the last steps, and summed over the run. Figures have their names.
 CURVES = ("pass_rate", "completion_tokens_mean", "sampled_entropy", "effective_sample_ratio", "siamese_drift",
           "trained_tokens")  # fmt: skip
-"""Metrics that are drawn step by step."""
 AVERAGED = ("pass_rate", "completion_tokens_mean", "unique_answers_mean", "sampled_entropy", "entropy",
             "effective_sample_ratio")  # fmt: skip
-"""Metrics averaged over the last steps; the figures have the same names."""
 TOTALS = ("rollout_tokens", "tokens_of_all", "tokens_of_positives", "tokens_of_mixed_groups", "trained_tokens")
-"""Metrics summed over the run; the figures have the same names."""
 
 Values = Sequence[float | None]
 Estimate = dict[str, Any]
@@ -69,8 +67,17 @@ def compare(sources: Sequence[Path], *, reach: float) -> dict[str, Any]:
             else:
                 left_out.append(f"{prefix}{run.name}: not finished")
     groups = {name: runs for name, runs in groups.items() if runs}
+    # Single runs are grouped by recipe, apart from BOOKKEEPING, and named after the settings that differ.
     single = [read_run(source, reach=reach) for source in sources if source not in sweeps]
-    groups |= _single_groups(single, taken=groups.keys())
+    recipes = [flatten(RunFolder(run.path).recipe()) for run in single]
+    keys = sorted(set().union(*recipes).difference(BOOKKEEPING))
+    differing = [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
+    alike: dict[str, list[RunFigures]] = {}
+    for one, recipe in zip(single, recipes, strict=True):
+        alike.setdefault(", ".join(named_values(recipe, differing)), []).append(one)
+    if len(alike) == 1 or not groups.keys().isdisjoint(alike) or any(len(name) > LONGEST_NAME for name in alike):
+        alike = {str(members[0].path): members for members in alike.values()}
+    groups |= alike
     if not groups:
         raise CheckpointError("no run has ended yet", where=", ".join(map(str, sources)))
     return {**comparison_of(groups, reach=reach), "left_out": left_out}
@@ -105,11 +112,9 @@ def comparison_of(groups: Mapping[str, Sequence[RunFigures]], *, reach: float) -
 
 
 def mean_interval(values: Sequence[float], *, least: float = -math.inf, most: float = math.inf) -> Estimate:
-    """Return the mean of one value or more with Student's t interval, clipped to `least` and `most`.
-
-    A single value has no interval. Equal values have none either: a few seeds that agree do not make the mean certain.
-    """
+    """Return the mean of one value or more with Student's t interval, clipped to `least` and `most`."""
     mean, count = statistics.fmean(values), len(values)
+    # A single value has no interval, and equal values have none: a few seeds that agree do not make the mean certain.
     if math.isclose(min(values), max(values), rel_tol=ROUNDING, abs_tol=ROUNDING):
         return {"mean": mean, "low": None, "high": None, "count": count}
     margin = t_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
@@ -136,32 +141,16 @@ def t_quantile(degrees: int) -> float:
 
 
 def _estimate(name: str, values: Values, problems: int) -> Estimate | None:
-    """Return the mean over the runs that have a figure or a step's value, with its interval; None if none has it.
-
-    Over seeds it is Student's t interval, clipped to the possible range. A single run's pass@1 has Wilson's interval
-    over problems, in which several answers to a problem count as one, so it is too wide rather than too narrow.
-    """
+    """Return the mean over the runs that have a figure or a step's value, with its interval; None if none has it."""
     known = [value for value in values if value is not None]
     if not known:
         return None
+    # Over problems, in which several answers to a problem count as one: too wide rather than too narrow.
     if name == "pass_at_1" and len(values) == 1:
         return ratio_interval(known[0], problems)
     found = mean_interval(known, least=0.0, most=1.0 if name.startswith(RATIOS) else math.inf)
     # If only the fast runs reached a pass rate, an interval over them would not describe the recipe.
     return {**found, "low": None, "high": None} if name.startswith("reach_") and len(known) < len(values) else found
-
-
-def _single_groups(runs: Sequence[RunFigures], taken: Set[str]) -> dict[str, list[RunFigures]]:
-    """Group runs by recipe, apart from BOOKKEEPING, under the settings that differ, or a path if these do not serve."""
-    recipes = [flatten(RunFolder(run.path).recipe()) for run in runs]
-    keys = sorted(set().union(*recipes).difference(BOOKKEEPING))
-    differing = [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
-    groups: dict[str, list[RunFigures]] = {}
-    for run, recipe in zip(runs, recipes, strict=True):
-        groups.setdefault(", ".join(named_values(recipe, differing)), []).append(run)
-    if len(groups) == 1 or not taken.isdisjoint(groups) or any(len(name) > LONGEST_NAME for name in groups):
-        return {str(members[0].path): members for members in groups.values()}
-    return groups
 
 
 def _refuse_repeated(items: Iterable[tuple[str, Path]]) -> None:
@@ -187,8 +176,7 @@ def read_run(path: Path, *, reach: float) -> RunFigures:
         by_step = {name: [line[name] for line in steps] for name in (*AVERAGED, *TOTALS, *CURVES, "seconds")}
     except KeyError as error:
         what = f"its steps lack the metric {error.args[0]}: another version of popo-lite wrote them"
-        next_step = "train the run again, or leave it out"
-        raise CheckpointError(what, where=str(run.metrics_path), next_step=next_step) from error
+        raise CheckpointError(what, where=str(run.metrics_path), next_step="train it again, or leave it out") from error
     by_step["seconds"] = [math.fsum(stages.values()) for stages in by_step["seconds"]]
     last = max(1, math.ceil(LAST_RATIO * len(steps)))
     means = {name: _mean(by_step[name][-last:]) for name in AVERAGED}

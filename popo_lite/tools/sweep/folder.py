@@ -1,8 +1,7 @@
-"""Read and write sweeps: the file that describes one, and the folder with its runs. Free of torch.
+"""Read and write sweeps: a file with a base recipe, seeds and variants, and a folder with the runs. Free of torch.
 
-A sweep file has a base recipe, seeds, and variants of the recipe. The folder has recipe.toml (a copy of the base),
-sweep.toml (the request, a sweep file itself), <variant>/seed-N/ (run folders), <variant>/seed-N.log, results.jsonl and
-failures.jsonl.
+The folder has recipe.toml (a copy of the base), sweep.toml (the request, a sweep file itself), <variant>/seed-N/ (run
+folders), <variant>/seed-N.log, results.jsonl and failures.jsonl.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 RESERVED = ("comparison", "failures.jsonl", "recipe.toml", "results.jsonl", "sweep.toml")  # names in a sweep's folder
 LONGEST_NAME = 200  # of a variant, which names a folder; most file systems end at 255
 MOST_CHANGES = 8  # differences that are listed when another sweep is refused
-HELP = "see docs/experiments.md for the form of the file"
+HELP = "see docs/experiments.md for the form of the file, and `popo-lite recipe show` for the keys"
 
 
 class Variant(NamedTuple):
@@ -56,7 +55,12 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = (), seeds: str | N
     `overrides` have the form of `--set` and change the base, so a variant's own settings win over them. `seeds`, such
     as "0-4" or "0,3", replaces the file's. Raises RecipeError with one line for every error of file, base and variants.
     """
-    path = find_sweep(source)
+    path, shipped = Path(source), shipped_sweeps()
+    if not path.is_file() and str(source) not in shipped:
+        what = "is a folder, not a sweep file" if path.is_dir() else "no such sweep file"
+        hint = f"; did you mean the shipped sweep {guess}?" if (guess := nearest(path.stem, shipped)) else ""
+        raise RecipeError(f"{source}: {what}{hint} (shipped: {', '.join(shipped)})", next_step=HELP)
+    path = path if path.is_file() else shipped[str(source)]
     written = read_toml(path, str(source))
     errors: list[str] = []
     for key in written.keys() - set(KEYS):
@@ -87,28 +91,8 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = (), seeds: str | N
             if variant := _load(base_path, as_options(shared | changes), place, errors, owner=place):
                 variants.append(Variant(name, changes, variant))
     if errors or not base:
-        next_step = f"{HELP}, and `popo-lite recipe show` for the keys"
-        raise RecipeError("\n".join(dict.fromkeys(errors)), next_step=next_step)
+        raise RecipeError("\n".join(dict.fromkeys(errors)), next_step=HELP)
     return Sweep(path.stem, base_path, shared, base, chosen_seeds, variants)
-
-
-def find_sweep(source: str | Path) -> Path:
-    """Return the file that `source` names: an existing file, else the shipped sweep of exactly that name."""
-    path, shipped = Path(source), shipped_sweeps()
-    if path.is_file() or str(source) in shipped:
-        return path if path.is_file() else shipped[str(source)]
-    what = "is a folder, not a sweep file" if path.is_dir() else "no such sweep file"
-    hint = f"; did you mean the shipped sweep {guess}?" if (guess := nearest(path.stem, shipped)) else ""
-    raise RecipeError(f"{source}: {what}{hint} (shipped: {', '.join(shipped)})", next_step=HELP)
-
-
-def dump_sweep(sweep: Sweep, recipe: str) -> str:
-    """Return the sweep as TOML over a copy of its base at `recipe`; a grid is written as the variants it stands for."""
-    tables = {"set": sweep.shared} | {f"variants.{to_toml(each.name)}": each.overrides for each in sweep.variants}
-    lines = [f"recipe = {to_toml(recipe)}", f"seeds = {to_toml(list(sweep.seeds))}"]
-    for name, settings in tables.items():
-        lines += ["", f"[{name}]", *(f"{to_toml(key)} = {to_toml(value)}" for key, value in settings.items())]
-    return "\n".join(lines) + "\n"
 
 
 def as_options(settings: Mapping[str, Any]) -> tuple[str, ...]:
@@ -119,10 +103,9 @@ def as_options(settings: Mapping[str, Any]) -> tuple[str, ...]:
 def named_values(settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """Return `key=value` of each of `keys`; with the section if two of them end alike."""
     ends = [key.rpartition(".")[2] for key in keys]
-    names = [end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)]
     values = [settings.get(key, "unset") for key in keys]
     shown = [value if isinstance(value, str) else to_toml(value) for value in values]
-    return [f"{name}={value}" for name, value in zip(names, shown, strict=True)]
+    return [f"{key if ends.count(end) > 1 else end}={value}" for key, end, value in zip(keys, ends, shown, strict=True)]
 
 
 def _load(path: Path, options: Sequence[str], place: str, errors: list[str], *, owner: str = "") -> Recipe | None:
@@ -130,9 +113,8 @@ def _load(path: Path, options: Sequence[str], place: str, errors: list[str], *, 
     try:
         return load_recipe(path, options)
     except RecipeError as error:
-        for line in error.what.split("\n"):
-            setting = line.removeprefix("--set ")
-            errors.append(f"{owner}{line}" if setting == line else f"{place}{setting}")
+        lines = error.what.split("\n")
+        errors += [place + line.removeprefix("--set ") if line.startswith("--set ") else owner + line for line in lines]
         return None
 
 
@@ -246,12 +228,16 @@ class SweepFolder:
         return [SweepRun(self.path, each, seed, sweep.shared) for seed in sweep.seeds for each in sweep.variants]
 
     def start_files(self, sweep: Sweep) -> None:
-        """Write recipe.toml and sweep.toml."""
+        """Write recipe.toml and sweep.toml; a grid is written as the variants that it stands for."""
         base = sweep.base_path.read_text(encoding="utf-8-sig")
+        tables = {"set": sweep.shared} | {f"variants.{to_toml(each.name)}": each.overrides for each in sweep.variants}
+        lines = [f"recipe = {to_toml(self.recipe_path.name)}", f"seeds = {to_toml(list(sweep.seeds))}"]
+        for name, settings in tables.items():
+            lines += ["", f"[{name}]", *(f"{to_toml(key)} = {to_toml(value)}" for key, value in settings.items())]
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.recipe_path, base)
-            write_atomically(self.sweep_path, dump_sweep(sweep, self.recipe_path.name))
+            write_atomically(self.sweep_path, "\n".join(lines) + "\n")
 
     def write_results(self, runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
         """Replace results.jsonl and return its lines."""
@@ -278,14 +264,11 @@ def refuse_other_sweep(folder: SweepFolder, sweep: Sweep) -> None:
     changes = [f"seeds: {', '.join(gone)} gone"] if gone else []
     recipes = {variant.name: variant.recipe for variant in sweep.variants}
     for name, _, recipe in before.variants:
-        found = ["gone"]
-        if now := recipes.get(name):
-            found = differences(flatten(recipe), flatten(now), may_change_on_resume(now) | {SEED})
+        now = recipes.get(name)
+        found = differences(flatten(recipe), flatten(now), may_change_on_resume(now) | {SEED}) if now else ["gone"]
         changes += [f"variant {name}: {each}" for each in found]
-    if len(changes) > MOST_CHANGES:
-        changes[MOST_CHANGES:] = [f"... and {len(changes) - MOST_CHANGES} more"]
+    changes[MOST_CHANGES:] = [f"... and {len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
     if changes:
         what = "\n".join(["the sweep differs from the one that was started here:", *changes])
-        next_step = ("name another folder with --output, or continue the old sweep with "
-                     f"popo-lite sweep {folder.sweep_path} --output {folder.path}")  # fmt: skip
+        next_step = f"change --output or resume the old one: popo-lite sweep {folder.sweep_path} --output {folder.path}"
         raise UserInputError(what, where=str(folder.sweep_path), next_step=next_step)

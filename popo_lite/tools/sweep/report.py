@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from rich.console import Console
@@ -30,7 +30,7 @@ STYLE: Any = {
     "font.family": "DejaVu Sans", "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "#DDDDDD", "lines.dashed_pattern": (5, 2), "lines.dotted_pattern": (1.5, 1.5),
-    "text.parse_math": False,  # a variant's name is not a formula
+    "lines.linewidth": 1.8, "text.parse_math": False,  # a variant's name is not a formula
 }  # fmt: skip
 UNITS = {"ratio": (" %", "%", 100, 1), "nats": (" nats", "nats", 1, 3), "tokens": ("", "tokens", 1, 1),
          "number": ("", "", 1, 3), "seconds": ("", "seconds", 1, 1),
@@ -47,14 +47,7 @@ TRAINING = ("pass_rate", "completion_tokens_mean", "unique_answers_mean", "sampl
             "sampled_entropy_over_start", "entropy", "effective_sample_ratio", "siamese_drift")  # fmt: skip
 COST = ("rollout_tokens", "trained_tokens", "trained_ratio", "seconds")
 REACH = ("reach_steps", "reach_seconds", "reach_rollout_tokens", "reach_trained_tokens")
-
-
-class Table(NamedTuple):
-    """Rows of `columns`; the first cell of each is the group's name."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, columns, rows that begin with the group's name
 
 
 def print_report(comparison: Mapping[str, Any], console: Console | None = None) -> None:
@@ -62,8 +55,7 @@ def print_report(comparison: Mapping[str, Any], console: Console | None = None) 
     console = console or open_console(sys.stdout)
     for each in tables(comparison):
         table(*each, console)
-    for note in _notes(comparison):
-        console.print(Text(safe(note, console)), soft_wrap=True)
+    console.print(*(Text(safe(note, console)) for note in _notes(comparison)), sep="\n", soft_wrap=True)
 
 
 def html_page(comparison: Mapping[str, Any], png: bytes) -> str:
@@ -93,12 +85,12 @@ def tables(comparison: Mapping[str, Any], shown: Set[str] | None = None) -> Iter
     ):
         keys = [key for key in figures if shown is None or key in shown]
         rows = [[group["name"], first, *_cells(group, keys, few)] for group, first in zip(groups, leads, strict=True)]
-        yield Table(title, ["variant", lead, *(_look(key)[1] for key in keys)], rows)
+        yield title, ["variant", lead, *(_look(key)[1] for key in keys)], rows
     if len(groups) > 1:
         keys = [key for key in (*final, *TRAINING[2:4], *COST[1:]) if shown is None or key in shown]
         rows = [[group["name"], *_cells(group, keys, " ({} of {} paired)", "differences")] for group in groups[1:]]
-        title = f"Difference from {groups[0]['name']}, paired by seed"
-        yield Table(title, ["variant", *(_look(key)[1] for key in keys)], rows)
+        columns = ["variant", *(_look(key)[1] for key in keys)]
+        yield f"Difference from {groups[0]['name']}, paired by seed", columns, rows
 
 
 def _cells(group: Mapping[str, Any], keys: Sequence[str], few: str, kind: str = "figures") -> Iterator[str]:
@@ -133,8 +125,7 @@ def _notes(comparison: Mapping[str, Any]) -> Iterator[str]:
     yield (f"A pass rate is reached when the mean of {comparison['smoothing_steps']} steps is. If only some runs reach "
            "it, time and tokens are means of those fast runs, without an interval.")  # fmt: skip
     if len(comparison["groups"]) > 1:
-        yield ("A difference whose interval excludes 0 is unlikely to be chance, but one interval in twenty does so by "
-               "chance alone.")  # fmt: skip
+        yield "A difference whose interval excludes 0 is unlikely to be chance, but one in twenty does so by chance."
     if comparison["left_out"]:
         yield f"Left out: {'; '.join(comparison['left_out'])}."
 
@@ -174,8 +165,7 @@ def _draw_curve(axis: Axes, key: str, unit: str, factor: float, groups: Sequence
         known += [value for value in mean if not math.isnan(value)]
         steps = range(1, len(mean) + 1)
         # The first group, with which the others are compared, lies on top.
-        axis.plot(steps, mean, label=group["name"], color=colour, linestyle=dash, linewidth=1.8,
-                  zorder=3 - 0.01 * index)  # fmt: skip
+        axis.plot(steps, mean, label=group["name"], color=colour, linestyle=dash, zorder=3 - 0.01 * index)
         if index == 0 or len(groups) <= len(COLOURS):  # more bands would hide the lines
             axis.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
     if known:
@@ -223,17 +213,16 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #ddd; }
 tbody th { font-weight: 600; } .wide { overflow-x: auto; }
 i { display: inline-block; width: 1.7em; margin-right: .5em; vertical-align: middle; }
-</style></head>
-<body>
+</style></head><body>
 <h1>{{ title }}</h1>
 <p>{{ runs }} runs. Lines are means over seeds, {{ bands }} 95 % intervals; diamonds are means, bars 95 % intervals,
 dots single runs. Curves of rates, lengths and entropies are trailing means of {{ smoothing_steps }} steps.</p>
 <img src="data:image/png;base64,{{ image }}" alt="{{ title }}">
-{% for table in tables %}
-<h2>{{ table.title }}</h2>
+{% for heading, columns, rows in tables %}
+<h2>{{ heading }}</h2>
 <div class="wide"><table>
-<thead><tr>{% for heading in table.columns %}<th>{{ heading }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in table.rows %}
+<thead><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in rows %}
 <tr><th><i style="border-top: .2em {{ lines[row[0]][1] }} {{ lines[row[0]][0] }}"></i>{{ row[0] }}</th>
 {% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}

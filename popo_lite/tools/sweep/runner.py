@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any, Literal
 
 from rich.console import Console
@@ -64,7 +63,7 @@ class SweepView(Progress):
 
     def message(self, text: str, style: str = "") -> None:
         """Print a line that stays."""
-        self.console.print(Text(f"{datetime.now():%H:%M:%S}  {safe(text, self.console)}", style), soft_wrap=True)
+        self.console.print(Text(f"{time.strftime('%H:%M:%S')}  {safe(text, self.console)}", style), soft_wrap=True)
 
 
 def execute(folder: SweepFolder, runs: Sequence[SweepRun], jobs: int, lock: int, watcher: SweepView,
@@ -138,8 +137,7 @@ class _Process:
             run.log_path.parent.mkdir(parents=True, exist_ok=True)
             log = run.log_path.open("ab")
         watcher.started(run.name, done=run.steps_saved, total=run.variant.recipe.train.steps)
-        self.run = run
-        self._started = time.monotonic()
+        self.run, self._started = run, time.monotonic()
         self._metrics_bytes: int | None = None
         with log:
             self._log_offset = log.tell()
@@ -152,10 +150,8 @@ class _Process:
         """Show the steps done if there are new ones."""
         path = self.run.folder.metrics_path
         before, self._metrics_bytes = self._metrics_bytes, path.stat().st_size if path.is_file() else 0
-        if before in (None, self._metrics_bytes):
-            return
         # The text after the last newline is a line that is still being written.
-        if lines := path.read_text(encoding="utf-8").split("\n")[:-1]:
+        if before not in (None, self._metrics_bytes) and (lines := path.read_text("utf-8").split("\n")[:-1]):
             watcher.advanced(self.run.name, done=len(lines), pass_rate=json.loads(lines[-1])["pass_rate"])
 
     def ended(self, folder: SweepFolder, watcher: SweepView, signals: int) -> dict[str, Any] | None:
@@ -169,15 +165,13 @@ class _Process:
         if code in STOPPED[signals]:
             watcher.ended(run.name, "stopped", "")
             return None
-        log = run.log_path.read_bytes()[self._log_offset :].decode("utf-8", "replace")
-        lines = [*filter(None, map(str.strip, log.split("\n")))]
-        errors = [index for index, line in enumerate(lines) if line.startswith("error ")]
+        log = "\n" + run.log_path.read_bytes()[self._log_offset :].decode("utf-8", "replace").strip()
+        _, found, message = log.rpartition("\nerror ")
         if code < 0:
             message = f"killed by {signal.Signals(-code).name}"
-        elif errors:
-            message = " ".join(" ".join(lines[errors[-1] :]).split()[1:])
-        else:
-            message = lines[-1] if lines else f"exit code {code}, and nothing was printed"
+        elif not found:
+            message = log.rpartition("\n")[2] or f"exit code {code}, and nothing was printed"
+        message = " ".join(message.split())
         failure = {"variant": run.variant.name, "seed": run.seed, "exit_code": code, "message": message,
                    "log": str(run.log_path)}  # fmt: skip
         with writing(folder.failures_path):
