@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self
 
 from popo_lite.metrics import StepRecord
 
 
-class Callback(AbstractContextManager["Callback"]):
+class Callback:
     """Receive the events of a run. Every method does nothing here: override those you need.
 
     Methods must return at once. `message` may come from a signal handler, in the middle of another call. A callback is
@@ -44,6 +44,9 @@ class Callback(AbstractContextManager["Callback"]):
 
     def close(self) -> None:
         """Clean up after the run, however it ended. May be called twice."""
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

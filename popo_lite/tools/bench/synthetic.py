@@ -245,7 +245,8 @@ def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> 
         filled: Any = nn.Parameter(values)
         if isinstance(empty, bnb.nn.Params4bit):
             # What is attached to the parameter says how to quantise it; moving it to its device does so.
-            filled = bnb.nn.Params4bit(values, **vars(empty)).to(device)
+            quantised: Any = bnb.nn.Params4bit(values, **vars(empty))
+            filled = quantised.to(device)
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, filled)
         del values  # before the next layer: two in 16 bit would be the peak

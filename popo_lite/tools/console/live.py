@@ -188,7 +188,7 @@ def dashboard(state: RunState, console: Console) -> list[list[Segment]]:
 
 def share_height(wanted: Sequence[Sequence[Any]], height: int) -> list[int]:
     """Return lines for each section: its fewest, or 0 if they do not fit, then up to its most; the first ones first."""
-    given = []
+    given: list[int] = []
     for fewest, *_ in wanted:
         given.append(fewest if fewest <= height - sum(given) else 0)
     for index, (_, most, *_) in enumerate(wanted):
