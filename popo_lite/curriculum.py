@@ -121,14 +121,9 @@ class Budget:
     def of(cls, recipe: RolloutRecipe) -> Budget:
         """Return the recipe's budget; a fixed one is a single round of G, however many positives it finds."""
         size, adaptive = recipe.num_generations, recipe.adaptive
-        if not adaptive.enabled:
-            return cls(round_size=size, positives_wanted=size, max_rollouts=size, mean_rollouts=size)
-        return cls(
-            round_size=adaptive.round_size,
-            positives_wanted=adaptive.positives_wanted,
-            max_rollouts=adaptive.max_rollouts,
-            mean_rollouts=size,
-        )
+        names = ("round_size", "positives_wanted", "max_rollouts")
+        limits = {name: getattr(adaptive, name) if adaptive.enabled else size for name in names}
+        return cls(**limits, mean_rollouts=size)
 
     def next_round(self, positives: Sequence[int | None], *, made: int, total: int) -> tuple[list[int], int]:
         """Return (prompts of the next round, rollouts for each of them); no prompts if sampling is over.
@@ -139,11 +134,7 @@ class Budget:
         spent.
         """
         count = min(self.round_size, self.max_rollouts - made)
-        unfinished = sorted(
-            (number, index)
-            for index, number in enumerate(positives)
-            if number is not None and number < self.positives_wanted
-        )
+        unfinished = sorted((n, i) for i, n in enumerate(positives) if n is not None and n < self.positives_wanted)
         affordable = (len(positives) * self.mean_rollouts - total) // count if count else 0
         return sorted(index for _, index in unfinished[:affordable]), count
 
@@ -166,10 +157,8 @@ def collect(
 
     Raises GradingError if more than `reward.max_ungraded_ratio` of the rollouts so far could not be graded.
     """
-    budget, threshold = Budget.of(recipe.rollout), recipe.objective.reward_threshold
-    params = SamplingParams(
-        temperature=recipe.rollout.temperature, max_completion_length=recipe.rollout.max_completion_length
-    )
+    budget, settings = Budget.of(recipe.rollout), recipe.rollout
+    params = SamplingParams(temperature=settings.temperature, max_completion_length=settings.max_completion_length)
     made: list[list[Rollout]] = [[] for _ in prompts]
     positives: list[int | None] = [0] * len(prompts)
     first = 0
@@ -188,21 +177,15 @@ def collect(
                 finished=progress,
             )
         with clock("grade"):
-            asked = [prompts[index] for index in going for _ in range(count)]
-            answers = [completion for group in completions for completion in group]
-            rewards = grader.grade([(a.text, p.problem) for p, a in zip(asked, answers, strict=True)])
-            for place, (prompt, answer, reward) in enumerate(zip(asked, answers, rewards, strict=True)):
+            pairs = [(index, answer) for index, group in zip(going, completions, strict=True) for answer in group]
+            rewards = grader.grade([(answer.text, prompts[index].problem) for index, answer in pairs])
+            for (index, answer), reward in zip(pairs, rewards, strict=True):
                 if recipe.reward.truncated == "wrong" and answer.finish_reason is FinishReason.LENGTH:
                     detail = "cut off at rollout.max_completion_length"
                     reward = replace(reward, value=0.0, outcome=Outcome.INCORRECT, detail=detail)
-                made[going[place // count]].append(
-                    Rollout(
-                        prompt=prompt,
-                        completion=answer,
-                        reward=reward,
-                        policy_version=policy_version,
-                        index=first + place % count,
-                    )
+                prompt, place = prompts[index], len(made[index])
+                made[index].append(
+                    Rollout(prompt=prompt, completion=answer, reward=reward, policy_version=policy_version, index=place)
                 )
             so_far = [rollout.reward for rollouts in made for rollout in rollouts]
             refuse_ungraded(so_far, recipe.reward.max_ungraded_ratio, f"step {step}")
@@ -210,4 +193,4 @@ def collect(
         # A prompt left out of this round has fewer rollouts than the others from now on, so it stays out.
         positives = [None] * len(prompts)
         for index in going:
-            positives[index] = sum(rollout.reward.value > threshold for rollout in made[index])
+            positives[index] = sum(rollout.reward.value > recipe.objective.reward_threshold for rollout in made[index])

@@ -76,10 +76,7 @@ def evaluate(
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Return an unbiased estimate of the chance that one of k answers is right (Chen et al. 2021).
-
-    1 - C(samples - right, k) / C(samples, k), from `right` right answers of `samples`.
-    """
+    """Estimate without bias the chance that one of k answers is right, from `right` of `samples` (Chen et al. 2021)."""
     if not 1 <= k <= samples or not 0 <= right <= samples:
         raise ValueError(f"pass@{k} needs 1 <= k <= samples and 0 <= right <= samples, not {right} of {samples}")
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)

@@ -35,11 +35,8 @@ def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
         return engine, f"{engine} ({'the fastest here' if wanted == 'auto' else 'chosen by the recipe'})"
     if wanted == "auto":
         return "hf", f"hf ({reason.partition(':')[0]})"
-    raise EngineError(
-        reason,
-        where=f'rollout.engine = "{engine}"',
-        next_step='--set rollout.engine="hf" samples from the trainer\'s own model',
-    )
+    next_step = '--set rollout.engine="hf" samples from the trainer\'s own model'
+    raise EngineError(reason, where=f'rollout.engine = "{engine}"', next_step=next_step)
 
 
 def open_sampler(

@@ -91,10 +91,9 @@ class Sampler(AbstractContextManager["Sampler"]):
         """
         if self.policy_version != policy_version:
             holds = "no policy" if self.policy_version is None else f"policy version {self.policy_version}"
-            raise StalePolicyError(
-                f"the sampler holds {holds}, and version {policy_version} was asked for",
-                next_step="this is a bug in the order of a step: sync the sampler after every update",
-            )
+            what = f"the sampler holds {holds}, and version {policy_version} was asked for"
+            next_step = "this is a bug in the order of a step: sync the sampler after every update"
+            raise StalePolicyError(what, next_step=next_step)
         requests = [
             (prompt, stream_seed(*stream, prompt.problem.id, index))
             for prompt in prompts
@@ -105,15 +104,9 @@ class Sampler(AbstractContextManager["Sampler"]):
         for (prompt, _), (token_ids, logps) in zip(requests, answers, strict=True):
             if not all(LEAST_LOGP < logp < math.inf for logp in logps):  # NaN is neither
                 raise not_finite(f"problem {prompt.problem.id}")
-            stopped = not self._policy.stop_ids.isdisjoint(token_ids[-1:])
-            completions.append(
-                Completion(
-                    token_ids=tuple(token_ids),
-                    sampler_logps=tuple(logps),
-                    finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
-                    text=self._text(token_ids),
-                )
-            )
+            reason = FinishReason.LENGTH if self._policy.stop_ids.isdisjoint(token_ids[-1:]) else FinishReason.STOP
+            ids, text = tuple(token_ids), self._text(token_ids)
+            completions.append(Completion(token_ids=ids, sampler_logps=tuple(logps), finish_reason=reason, text=text))
         return [completions[row * count : (row + 1) * count] for row in range(len(prompts))]
 
     def sync(self, policy_version: int) -> None:
@@ -145,9 +138,6 @@ class Sampler(AbstractContextManager["Sampler"]):
 
 def not_finite(where: str) -> EngineError:
     """Return the error of log-probs that are not finite."""
-    return EngineError(
-        "the model's log-probs are not finite, so its weights or activations are not either",
-        where=where,
-        next_step="go back to an earlier checkpoint with a lower optimizer.learning_rate; restart servers, "
-        "whose caches keep such values",
-    )
+    what = "the model's log-probs are not finite, so its weights or activations are not either"
+    next_step = "go back to an earlier checkpoint with a lower optimizer.learning_rate; restart servers, "
+    return EngineError(what, where=where, next_step=next_step + "whose caches keep such values")

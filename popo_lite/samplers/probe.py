@@ -39,27 +39,23 @@ class SamplerGuard:
 
     def prove(self, prompts: Sequence[Prompt], notify: Callable[[str], None]) -> None:
         """Raise EngineError if the engine does not sample from the adapter it is given, or from another base."""
-        engine = self._sampler.engine
+        engine, where = self._sampler.engine, f'rollout.engine = "{self._sampler.engine}"'
         if engine == "hf":
             return  # it has no weights of its own
         policy_gap, probe_gap, ignored = self.measure(list({p.problem.id: p for p in prompts}.values()))
         if not probe_gap < LARGEST_RATIO * ignored:
-            raise EngineError(
-                f"the {engine} sampler does not sample from the adapter it is given: log-probs of its own answers "
-                f"differ from the trainer's by {probe_gap:.3g} nats on average, and would by {ignored:.3g} if the "
-                "adapter were ignored",
-                where=f'rollout.engine = "{engine}"',
-                next_step='--set rollout.engine="hf" samples from the trainer\'s own model; please report this',
-            )
+            what = f"the {engine} sampler does not sample from the adapter it is given: log-probs of its own answers "
+            what += f"differ from the trainer's by {probe_gap:.3g} nats on average, and would by {ignored:.3g} "
+            what += "if the adapter were ignored"
+            next_step = '--set rollout.engine="hf" samples from the trainer\'s own model; please report this'
+            raise EngineError(what, where=where, next_step=next_step)
         # With the original base beside a quantised one the recipe asks for a sampler that is not quite the policy.
         another_base = self._recipe.rollout.vllm.base == "bf16" and self._policy.quantized_modules > 0
         if policy_gap > LARGEST_START * self._rounding and not another_base:
-            raise EngineError(
-                f"log-probs of the {engine} sampler differ from the trainer's by {policy_gap:.3g} nats on average, "
-                f"and {self._rounding:.3g} is what rounding explains: it samples from another base",
-                where=f'rollout.engine = "{engine}"',
-                next_step='--set rollout.vllm.base="dequantized" serves the base that is trained; servers must too',
-            )
+            what = f"log-probs of the {engine} sampler differ from the trainer's by {policy_gap:.3g} nats on average, "
+            what += f"and {self._rounding:.3g} is what rounding explains: it samples from another base"
+            next_step = '--set rollout.vllm.base="dequantized" serves the base that is trained; servers must too'
+            raise EngineError(what, where=where, next_step=next_step)
         self._usual_gap = max(self._usual_gap, policy_gap)
         notify(
             f"sampler proven: log-probs differ from the trainer's by {probe_gap:.2g} nats, and would by {ignored:.2g} "

@@ -44,20 +44,15 @@ class ServerSampler(Sampler):
         self._closed = False
 
     def _load(self, version: int) -> None:
-        """Give every server the trainer's current adapter under a new name, also those that are back.
-
-        Raises EngineError if no server has taken it.
-        """
+        """Give every server, also those that are back, the current adapter under a new name."""
         start, name = time.perf_counter(), f"{_new_name()}-{version}"
         former = sorted(self._folder.glob("*"))
         try:
             save_adapter(self._policy.model, self._folder / name, base_id=self._recipe.model.id)
         except OSError as error:
-            raise EngineError(
-                f"no adapter can be written: {error}",
-                where=f'rollout.server.shared_dir = "{self._recipe.rollout.server.shared_dir}"',
-                next_step="name a folder that trainer and servers see under the same path",
-            ) from error
+            where = f'rollout.server.shared_dir = "{self._recipe.rollout.server.shared_dir}"'
+            next_step = "name a folder that trainer and servers see under the same path"
+            raise EngineError(f"no adapter can be written: {error}", where=where, next_step=next_step) from error
         self._runner.run(_together(self._offer(server, name) for server in self._servers))
         self._usable(needed=1 if self.swap_seconds else len(self._servers))
         # A server reads an adapter again when its memory was needed, so only those of earlier versions go.
@@ -150,12 +145,10 @@ class ServerSampler(Sampler):
         if len(usable) < needed:
             faults = {server: server.fault for server in self._servers if server.fault is not None}
             first, fault = next(iter(faults.items()))
-            raise EngineError(
-                f"{len(faults)} of {len(self._servers)} servers cannot be used: "
-                + "; ".join(f"{server.url}: {reason}" for server, reason in faults.items()),
-                where="rollout.server.base_urls",
-                next_step=fault.advice or f"start it (docs/servers.md): {serve_command(self._recipe, first.url)}",
-            )
+            reasons = "; ".join(f"{server.url}: {reason}" for server, reason in faults.items())
+            what = f"{len(faults)} of {len(self._servers)} servers cannot be used: {reasons}"
+            next_step = fault.advice or f"start it (docs/servers.md): {serve_command(self._recipe, first.url)}"
+            raise EngineError(what, where="rollout.server.base_urls", next_step=next_step)
         return usable
 
 

@@ -78,11 +78,8 @@ class ServerClient:
                 ),
             )
         except httpx2.InvalidURL as error:
-            raise EngineError(
-                f"{url} is no URL: {error}",
-                where="rollout.server.base_urls",
-                next_step='for instance "http://127.0.0.1:8000"',
-            ) from error
+            where, next_step = "rollout.server.base_urls", 'for instance "http://127.0.0.1:8000"'
+            raise EngineError(f"{url} is no URL: {error}", where=where, next_step=next_step) from error
 
     async def connect(self, *, context_tokens: int) -> None:
         """Check its health, its context of `context_tokens`, and that log-probs follow the sampling temperature."""
@@ -217,11 +214,8 @@ class ServerClient:
         """POST `body`, or GET if there is none; return the text of the reply."""
         import openai
 
-        options: Any = {
-            "max_retries": attempts - 1,
-            "timeout": openai.Timeout(SHORT_SECONDS, read=seconds, pool=None),
-            "headers": self._headers,
-        }
+        timeout = openai.Timeout(SHORT_SECONDS, read=seconds, pool=None)
+        options: Any = {"max_retries": attempts - 1, "timeout": timeout, "headers": self._headers}
         request = f"GET {path}" if body is None else f"POST {path}"
         try:
             if body is None:
@@ -235,10 +229,8 @@ class ServerClient:
         except openai.APIStatusError as error:
             status = error.status_code
             if status in (401, 403):
-                raise ServerFault(
-                    f"it refuses the token with {status}",
-                    advice="set POPO_SERVER_TOKEN to the key that the server was started with",
-                ) from error
+                advice = "set POPO_SERVER_TOKEN to the key that the server was started with"
+                raise ServerFault(f"it refuses the token with {status}", advice=advice) from error
             message = error.body.get("message") if isinstance(error.body, dict) else None
             message = message or error.response.text[:200] or "no text"
             raise ServerFault(f"it answers {status} to {request}: {message}", status=status) from error

@@ -103,11 +103,9 @@ class VLLMSampler(Sampler):
             if self._adapter is not None:
                 self._engine.remove_lora(self._adapter.lora_int_id)
         except (OSError, SafetensorError) as error:
-            raise EngineError(
-                f"the adapter could not be handed to the vLLM engine: {error}",
-                where=self._folder.name,
-                next_step="free space there, or point TMPDIR at a folder with space",
-            ) from error
+            what = f"the adapter could not be handed to the vLLM engine: {error}"
+            next_step = "free space there, or point TMPDIR at a folder with space"
+            raise EngineError(what, where=self._folder.name, next_step=next_step) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if (held := set(self._engine.list_loras())) != {number}:
@@ -234,11 +232,9 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
             )
     except Exception as error:  # of any type: the reason and the settings to change are what helps
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EngineError(
-            f"the vLLM engine did not start: {reason}",
-            where='rollout.engine = "vllm"',
-            next_step="if memory is short lower rollout.vllm.gpu_memory_utilization, rollout.max_num_seqs or "
-            'rollout.max_completion_length, or --set rollout.engine="hf"',
-        ) from error
+        what, where = f"the vLLM engine did not start: {reason}", 'rollout.engine = "vllm"'
+        next_step = "if memory is short lower rollout.vllm.gpu_memory_utilization, rollout.max_num_seqs or "
+        next_step += 'rollout.max_completion_length, or --set rollout.engine="hf"'
+        raise EngineError(what, where=where, next_step=next_step) from error
     finally:
         torch.set_num_threads(threads)  # the engine changes it
