@@ -14,7 +14,7 @@ IMPOSSIBLE = {
         'needs a 16-bit model.dtype, not "{recipe.model.dtype}"; use "sdpa"',
     "model.attn_implementation=flash_attention_2 train.device=cpu": 'needs a CUDA GPU; use "sdpa" on a CPU',
     "model.dtype!=bfloat16 model.backend=unsloth": 'unsloth computes in 16 bit; use "bfloat16"',
-    "model.backend=unsloth lora.init_from!=None": 'cannot start from an adapter; use "transformers"',
+    "model.backend=unsloth lora.init_from!=<unset>": 'cannot start from an adapter; use "transformers"',
     "model.attn_implementation!=sdpa model.backend=unsloth": "unsloth chooses its attention itself; leave the key out",
     "model.double_quantization=False model.backend=unsloth": "unsloth always quantises the scales; leave the key out",
     "train.offload_activations=True model.backend=unsloth": "unsloth offloads its checkpoints itself; leave it out",
@@ -27,9 +27,9 @@ IMPOSSIBLE = {
     "rollout.vllm.base=nf4 model.double_quantization=False":
         'vLLM quantises the scales too; use "dequantized" without double quantisation',
     "rollout.server.base_urls=() rollout.engine=server": 'is required by rollout.engine = "server"',
-    "rollout.server.shared_dir=None| rollout.engine=server": 'is required by rollout.engine = "server"',
+    "rollout.server.shared_dir=<unset>| rollout.engine=server": 'is required by rollout.engine = "server"',
     "rollout.server.base_urls!=() rollout.engine!=server": 'is used only with rollout.engine = "server"',
-    "objective.entropy_coef=0.0 objective.target_entropy!=None":
+    "objective.entropy_coef=0.0 objective.target_entropy!=<unset>":
         "is multiplied up and down to reach the target entropy, and 0 stays 0; set a positive start",
     "objective.entropy_over=all objective.entropy_coef=0.0":
         "runs wrong answers through the model for an entropy bonus of 0; leave the key out, or set entropy_coef",
@@ -42,7 +42,7 @@ IMPOSSIBLE = {
 }  # fmt: skip
 """Values that cannot be used together -> what is wrong and what to do. The first key must change.
 
-`=a|b` is one of the values and `!=a` any other, both as `str` writes them."""
+`=a|b` is one of the values and `!=a` any other, both as `str` writes them; <unset> stands for None."""
 
 RENAMED = {
     "model.id": "model_name model_name_or_path model.name model.path", "model.dtype": "torch_dtype bf16 fp16",
@@ -142,7 +142,8 @@ def check_context(recipe: Recipe, context_tokens: int) -> None:
 def _holds(recipe: Recipe, condition: str) -> bool:
     key, _, values = condition.partition("=")
     try:
-        value = str(attrgetter(key.rstrip("!"))(recipe))
+        value = attrgetter(key.rstrip("!"))(recipe)
     except AttributeError:  # a key of another algorithm
         return False
-    return (value in values.split("|")) != key.endswith("!")
+    value = "<unset>" if value is None else value + 0.0 if isinstance(value, float) else value  # -0.0 is 0.0
+    return (str(value) in values.split("|")) != key.endswith("!")

@@ -276,6 +276,13 @@ def test_forbidden_combinations_name_keys_and_values_that_exist() -> None:
             assert set(values.split("|")) < set(map(str, choices)), condition
 
 
+def test_a_combination_takes_negative_zero_for_zero_and_a_text_none_for_a_text(write: Write) -> None:
+    path = write("[objective]\nentropy_coef = -0.0\ntarget_entropy = 0.3")
+    assert [error.partition(" is ")[0] for error in errors_of(path)] == ["x.toml: objective.entropy_coef = -0.0:"]
+    path = write('[model]\nbackend = "unsloth"\nid = "some/model"\n[lora]\ninit_from = "None"')
+    assert "cannot start from an adapter" in errors_of(path, "model.dtype=bfloat16")[0]
+
+
 def test_a_combination_names_the_override_that_brought_it_about(write: Write) -> None:
     path = write('[model]\nid = "some/model"\n[train]\ndevice = "cpu"')
     assert errors_of(path, "optimizer.name=paged_adamw8bit", "model.backend=unsloth") == [
