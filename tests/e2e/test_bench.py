@@ -96,6 +96,7 @@ def test_bench_json_holds_every_figure_and_nothing_else(command):
         (("--memory-cap", "plenty"), ["plenty", "--memory-cap", "GiB"]),
         (("--longest",), ["--longest", "CPU", "popo-lite plan tiny_cpu predicts"]),
         (("--positives", "17", "--prompts", "2"), ["17 positives", "2 x 8 = 16", "next --positives 16"]),
+        (("--completion-tokens", "3000", "--set", "rollout.max_completion_length=2000"), ["64 + 2000", "=960"]),
         (("--set", "objective.algorithm=grpo", *SMALL, "--positives", "16"),
          ["--positives", "16 positives", "no prompt had answers of different rewards"]),
     ],

@@ -287,6 +287,10 @@ def test_groups_of_like_named_sweeps_and_runs_can_be_told_apart(
     runs = [make_run("r4", "lora.rank=4"), make_run("r8", "lora.rank=8")]
     names = [group["name"] for group in compare([Path("one/sweep"), *runs], reach=0.8)["groups"]]
     assert names == ["rank=4", "no-entropy", *map(str, runs)]
+    # The path of a single run is the name of the sweep's variant.
+    run = make_run("no-entropy").relative_to(tmp_path)
+    names = [group["name"] for group in compare([Path("one/sweep"), run], reach=0.8)["groups"]]
+    assert names == ["rank=4", "no-entropy", str(run.resolve())]
 
 
 # Pages.

@@ -45,7 +45,8 @@ def bench(
     """
     from popo_lite.recipe_file import load_recipe
 
-    overrides += tuple(f"{SIZES[name]}={size}" for name, size in sizes.items() if size is not None)
+    # Before --set, so that a --set which an error advises takes effect.
+    overrides = (*(f"{SIZES[name]}={size}" for name, size in sizes.items() if size is not None), *overrides)
     settings = load_recipe(recipe, overrides)
 
     import torch

@@ -72,7 +72,8 @@ class RunState(Callback):
 
     def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Remember the answers."""
-        self._samples = deque(samples)
+        with self.lock:
+            self._samples = deque(samples)
 
     def message(self, text: str) -> None:
         """Remember the notice and when it came."""

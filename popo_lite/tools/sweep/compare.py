@@ -77,7 +77,7 @@ def compare(sources: Sequence[Path], *, reach: float) -> dict[str, Any]:
         alike.setdefault(", ".join(named_values(recipe, differing)), []).append(one)
     if len(alike) == 1 or not groups.keys().isdisjoint(alike) or any(len(name) > LONGEST_NAME for name in alike):
         alike = {str(members[0].path): members for members in alike.values()}
-    groups |= alike
+    groups |= {name if name not in groups else str(runs[0].path.resolve()): runs for name, runs in alike.items()}
     if not groups:
         raise CheckpointError("no run has ended yet", where=", ".join(map(str, sources)))
     return {**comparison_of(groups, reach=reach), "left_out": left_out}
