@@ -158,7 +158,9 @@ def _new_name() -> str:
 
 
 async def _together(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
-    await asyncio.gather(*calls)
+    for result in await asyncio.gather(*calls, return_exceptions=True):  # all have ended when an error is raised
+        if isinstance(result, BaseException):
+            raise result
 
 
 def serve_command(recipe: Recipe, url: str) -> str:

@@ -9,11 +9,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Never
+from urllib.parse import urlsplit
 
 from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from popo_lite.errors import EngineError
-from popo_lite.samplers.base import SamplingParams, not_finite
+from popo_lite.samplers.base import LEAST_LOGP, SamplingParams, not_finite
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class ServerClient:
         }
         self._headers["authorization"] = f"Bearer {token}" if token else openai.Omit()
         try:
+            urlsplit(url).port  # noqa: B018  # raises for a port out of range, which the client takes
             self._client = openai.AsyncOpenAI(
                 base_url=self.url,
                 api_key=token or "none",
@@ -77,7 +79,7 @@ class ServerClient:
                     follow_redirects=False,
                 ),
             )
-        except httpx2.InvalidURL as error:
+        except (ValueError, httpx2.InvalidURL) as error:
             where, next_step = "rollout.server.base_urls", 'for instance "http://127.0.0.1:8000"'
             raise EngineError(f"{url} is no URL: {error}", where=where, next_step=next_step) from error
 
@@ -159,6 +161,8 @@ class ServerClient:
             raise
         if answer.finish_reason not in ("stop", "length"):
             raise ServerFault(f'it broke off an answer ("{answer.finish_reason}")')
+        if not all(logp > LEAST_LOGP for logp in answer.logps):  # NaN is not
+            raise not_finite(self.url)
         stops = [token in stop_ids for token in answer.token_ids]
         if any(stops[:-1]) or not (stops[-1] or len(stops) == limit) or len(stops) > limit:
             raise ServerFault(

@@ -389,7 +389,10 @@ def _csv_records(path: Path) -> list[Record]:
     records: list[Record] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
-        header = next(filter(None, reader), [])
+        try:
+            header = next(filter(None, reader), [])
+        except csv.Error as error:
+            return [(f"line {reader.line_num}", str(error))]
         if len(set(header)) < len(header):
             return [(f"line {reader.line_num}", "names a column twice")]
         while True:

@@ -297,8 +297,9 @@ def test_a_redirect_is_not_followed(start, servers):
 
 
 def test_what_is_no_url_is_an_error(start):
-    with pytest.raises(EngineError, match="is no URL"):
-        start("http://127.0.0.1:port")
+    for port in ("port", "99999", "-1"):
+        with pytest.raises(EngineError, match="is no URL"):
+            start(f"http://127.0.0.1:{port}")
     with pytest.raises(EngineError, match="missing an 'http://'"):
         start("127.0.0.1:8000")
 
@@ -353,8 +354,9 @@ def test_a_server_that_fails_is_set_aside_with_its_reason_until_none_is_left(sta
 def test_log_probs_that_are_not_finite_end_the_run(start, servers, logp):
     servers[0].answer = sampling(lambda body: (200, completion([2, END], [-1.0, logp])))
     sampler, _ = start(servers[0].url)
-    with pytest.raises(EngineError, match="not finite"):
+    with pytest.raises(EngineError, match="not finite") as caught:
         sample(sampler)
+    assert caught.value.where == servers[0].url
 
 
 def test_a_server_that_is_back_gets_the_current_adapter_first(start, servers):

@@ -507,6 +507,7 @@ class TestRows:
             ("prompt,answer\nq,1\nq,1,2\n", "line 3: does not have the 2 cells of the header"),
             ("prompt,answer\nq\n", "line 2: does not have the 2 cells of the header"),
             ("prompt,prompt\nq,1\n", "line 1: names a column twice"),
+            ('"a"b,c\nq,1\n', "line 1: ',' expected after '\"'"),
             ('prompt,answer\n"q,1\n', "line 2: unexpected end of data"),
         ],
     )
