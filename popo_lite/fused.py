@@ -66,7 +66,7 @@ class Head:
 
     @property
     def rule(self) -> Rule:
-        """How z follows from the raw logits."""
+        """Settings that turn raw logits u into z."""
         return self.scale, self.softcap, self.temperature
 
     @property

@@ -13,8 +13,8 @@ from popo_lite.errors import EngineError
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if an allocation on the GPU failed: torch's own, the driver's, or a library's."""
-    told = ("CUDA" in str(error) and "out of memory" in str(error)) or "_STATUS_ALLOC_FAILED" in str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told)
+    out_of_memory = ("CUDA" in str(error) and "out of memory" in str(error)) or "_STATUS_ALLOC_FAILED" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and out_of_memory)
 
 
 @contextmanager

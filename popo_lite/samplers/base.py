@@ -17,9 +17,6 @@ from popo_lite.types import Completion, FinishReason, Prompt
 
 log = logging.getLogger(__name__)
 
-LEAST_LOGP = -9999
-"""What vLLM's server writes for minus infinity."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -102,7 +99,7 @@ class Sampler(AbstractContextManager["Sampler"]):
         answers = self._complete(requests, params, finished or (lambda _: None))
         completions = []
         for (prompt, _), (token_ids, logps) in zip(requests, answers, strict=True):
-            if not all(LEAST_LOGP < logp < math.inf for logp in logps):  # NaN is neither
+            if not all(map(math.isfinite, logps)):
                 raise not_finite(f"problem {prompt.problem.id}")
             reason = FinishReason.LENGTH if self._policy.stop_ids.isdisjoint(token_ids[-1:]) else FinishReason.STOP
             ids, text = tuple(token_ids), self._text(token_ids)

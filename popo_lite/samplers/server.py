@@ -18,7 +18,7 @@ from popo_lite.policy.adapters import save_adapter
 from popo_lite.policy.load import model_source
 from popo_lite.recipe import Recipe
 from popo_lite.samplers.base import Answers, Progress, Requests, Sampler, SamplingParams
-from popo_lite.samplers.server_client import Answer, ServerClient, ServerFault
+from popo_lite.samplers.server_client import Answer, ServerClient, ServerError
 from popo_lite.samplers.vllm import engine_options
 
 HEARTBEAT_SECONDS = 0.25
@@ -82,7 +82,7 @@ class ServerSampler(Sampler):
         """
         answers: dict[int | None, Answer] = {}
         waiting = deque(range(len(requests)))
-        # The server of each task and the index of its request; a health check has none, and ends only with a fault.
+        # Task -> (index of its request, server). A health check has no request, and ends only by an error.
         running: dict[asyncio.Task[Answer], tuple[int | None, ServerClient]] = {
             asyncio.create_task(server.watch()): (None, server) for server in self._usable()
         }
@@ -101,9 +101,9 @@ class ServerSampler(Sampler):
                     index, server = running.pop(task)
                     try:
                         answers[index] = task.result()
-                    except (ServerFault, asyncio.CancelledError) as error:
+                    except (ServerError, asyncio.CancelledError) as error:
                         # A server that was set aside has its reason already.
-                        if isinstance(error, ServerFault) and server.adapter is not None:
+                        if isinstance(error, ServerError) and server.adapter is not None:
                             self._set_aside(server, error)
                         if index is not None:
                             waiting.append(index)
@@ -123,18 +123,18 @@ class ServerSampler(Sampler):
             if server.adapter is None:
                 await server.connect(context_tokens=self._recipe.rollout.sequence_tokens)
             await server.load(name, self._folder / name)
-        except ServerFault as fault:
-            self._set_aside(server, fault)
+        except ServerError as error:
+            self._set_aside(server, error)
             return
-        if server.fault is not None:
-            server.fault = None
+        if server.error is not None:
+            server.error = None
             self._notify(f"server {server.url} is back")
 
-    def _set_aside(self, server: ServerClient, fault: ServerFault) -> None:
+    def _set_aside(self, server: ServerClient, error: ServerError) -> None:
         """Stop using `server` until it is back, and report a reason that is new. At the start an error reports it."""
-        if self.swap_seconds and str(server.fault) != str(fault):
-            self._notify(f"server {server.url} is set aside: {fault}")
-        server.adapter, server.fault = None, fault
+        if self.swap_seconds and str(server.error) != str(error):
+            self._notify(f"server {server.url} is set aside: {error}")
+        server.adapter, server.error = None, error
 
     def _usable(self, needed: int = 1) -> list[ServerClient]:
         """Return the servers that hold the adapter.
@@ -143,11 +143,11 @@ class ServerSampler(Sampler):
         """
         usable = [server for server in self._servers if server.adapter is not None]
         if len(usable) < needed:
-            faults = {server: server.fault for server in self._servers if server.fault is not None}
-            first, fault = next(iter(faults.items()))
-            reasons = "; ".join(f"{server.url}: {reason}" for server, reason in faults.items())
-            what = f"{len(faults)} of {len(self._servers)} servers cannot be used: {reasons}"
-            next_step = fault.advice or f"start it (docs/servers.md): {serve_command(self._recipe, first.url)}"
+            errors = {server: server.error for server in self._servers if server.error is not None}
+            first, error = next(iter(errors.items()))
+            reasons = "; ".join(f"{server.url}: {reason}" for server, reason in errors.items())
+            what = f"{len(errors)} of {len(self._servers)} servers cannot be used: {reasons}"
+            next_step = error.advice or f"start it (docs/servers.md): {serve_command(self._recipe, first.url)}"
             raise EngineError(what, where="rollout.server.base_urls", next_step=next_step)
         return usable
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from popo_lite.errors import EngineError
-from popo_lite.samplers.base import LEAST_LOGP, SamplingParams, not_finite
+from popo_lite.samplers.base import SamplingParams, not_finite
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ SHORT_SECONDS = 10.0
 HEALTH_EVERY_SECONDS = 15.0
 
 
-class ServerFault(Exception):  # noqa: N818  # about one server; the sampler decides whether it is an error
+class ServerError(Exception):
     """This server cannot be used now.
 
     `advice` is set if starting it again would not help, `status` if it refused a request.
@@ -46,9 +46,9 @@ class Answer(BaseModel):
 
 
 class ServerClient:
-    """One server. It answers with `adapter`, and cannot be used if that is None; `fault` says why.
+    """One server. It answers with `adapter`, and cannot be used if that is None; `error` says why.
 
-    Every method raises ServerFault if the server cannot be used, after retries if these may help.
+    Every method raises ServerError if the server cannot be used, after retries if these may help.
     """
 
     def __init__(self, url: str) -> None:
@@ -58,7 +58,7 @@ class ServerClient:
         self.url = url.rstrip("/").removesuffix("/v1")
         token = os.environ.get("POPO_SERVER_TOKEN", "").strip()
         self.adapter: str | None = None
-        self.fault: ServerFault | None = None
+        self.error: ServerError | None = None
         self._held: list[str] = []
         # Headers from the environment would replace the token, or send another service's keys to this server.
         foreign = [line.partition(":")[0] for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").lower().split("\n")]
@@ -86,15 +86,15 @@ class ServerClient:
     async def connect(self, *, context_tokens: int) -> None:
         """Check its health, its context of `context_tokens`, and that log-probs follow the sampling temperature."""
         # A server that was set aside is most often still gone, and a step must not wait for it.
-        await self._ask("/health", attempts=ATTEMPTS if self.fault is None else 1)
+        await self._ask("/health", attempts=ATTEMPTS if self.error is None else 1)
         text = await self._ask("/v1/models")
         try:
             base = json.loads(text)["data"][0]  # adapters follow
             name, context = str(base["id"]), int(base["max_model_len"])
         except (LookupError, TypeError, ValueError) as error:
-            raise ServerFault(f"its list of models is not one of vLLM 0.32: {text[:60]}") from error
+            raise ServerError(f"its list of models is not one of vLLM 0.32: {text[:60]}") from error
         if context < context_tokens:
-            raise ServerFault(
+            raise ServerError(
                 f"its context is {context} tokens, and prompt and answer may take {context_tokens} (--max-model-len)"
             )
         spreads = []
@@ -102,10 +102,10 @@ class ServerClient:
             answer = await self._draw([1, 2, 3], model=name, max_tokens=1, temperature=temperature, seed=0, logprobs=5)
             likeliest = sorted(answer.top_logps.values(), reverse=True)[:5]  # it may add the sampled token
             if len(likeliest) < 2:
-                raise ServerFault("its answers lack the log-probs that were asked for")
+                raise ServerError("its answers lack the log-probs that were asked for")
             spreads.append(likeliest[0] - likeliest[-1])
         if spreads[1] < 1.5 * spreads[0]:  # half the temperature doubles the differences between log-probs
-            raise ServerFault(
+            raise ServerError(
                 "its log-probs ignore the temperature: it was started without --logprobs-mode processed_logprobs"
             )
 
@@ -120,18 +120,18 @@ class ServerClient:
         body = {"lora_name": name, "lora_path": str(folder)}
         try:
             await self._ask("/v1/load_lora_adapter", body, seconds=300.0)
-        except ServerFault as fault:
+        except ServerError as error:
             # 500 can mean an adapter that it cannot hold; a dying server does not pass the health check.
             await self._ask("/health", attempts=1)
-            reason, advice = f"it does not take the adapter: {fault}", fault.advice
+            reason, advice = f"it does not take the adapter: {error}", error.advice
             if "No adapter found" in reason:
                 reason = f"it finds no adapter at {folder}"
                 advice = "rollout.server.shared_dir must be readable under the same path by trainer and servers"
-            elif fault.status == 404:
+            elif error.status == 404:
                 reason = "it takes no adapters: start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
             # The name is taken if an earlier attempt succeeded and its reply was lost.
             if "already been loaded" not in reason:
-                raise ServerFault(reason, advice=advice) from fault
+                raise ServerError(reason, advice=advice) from error
         self._held.append(name)
         self.adapter = name
         await self._unload(self._held[:-1])
@@ -153,19 +153,19 @@ class ServerClient:
                 logprobs=0,  # the sampled token's own
                 stop_token_ids=sorted(stop_ids),
             )
-        except ServerFault as fault:
-            if fault.status == 404:
-                raise ServerFault(f"it lost its adapter, as a server does that was restarted: {fault}") from fault
-            if "not JSON compliant" in str(fault):  # JSON has no NaN
-                raise not_finite(self.url) from fault
+        except ServerError as error:
+            if error.status == 404:
+                raise ServerError(f"it lost its adapter, as a server does that was restarted: {error}") from error
+            if "not JSON compliant" in str(error):  # JSON has no NaN
+                raise not_finite(self.url) from error
             raise
         if answer.finish_reason not in ("stop", "length"):
-            raise ServerFault(f'it broke off an answer ("{answer.finish_reason}")')
-        if not all(logp > LEAST_LOGP for logp in answer.logps):  # NaN is not
+            raise ServerError(f'it broke off an answer ("{answer.finish_reason}")')
+        if not all(logp > -9999 for logp in answer.logps):  # vLLM writes -9999 for minus infinity; NaN fails too
             raise not_finite(self.url)
         stops = [token in stop_ids for token in answer.token_ids]
         if any(stops[:-1]) or not (stops[-1] or len(stops) == limit) or len(stops) > limit:
-            raise ServerFault(
+            raise ServerError(
                 f"an answer of {len(stops)} tokens ends with token {answer.token_ids[-1]}, and answers end with one of "
                 f"{sorted(stop_ids)} or at {limit} tokens: the server has another idea of where they end"
             )
@@ -176,8 +176,8 @@ class ServerClient:
         try:
             if self.adapter is not None:
                 await self._unload(self._held, attempts=1)
-        except ServerFault as fault:
-            log.info("server %s keeps its adapter: %s", self.url, fault)  # the run is over, nothing depends on it
+        except ServerError as error:
+            log.info("server %s keeps its adapter: %s", self.url, error)  # the run is over, nothing depends on it
         finally:
             await self._client.close()
 
@@ -185,8 +185,8 @@ class ServerClient:
         for name in list(names):
             try:
                 await self._ask("/v1/unload_lora_adapter", {"lora_name": name}, attempts=attempts)
-            except ServerFault as fault:
-                if fault.status != 404:  # it was restarted and does not know the adapter
+            except ServerError as error:
+                if error.status != 404:  # it was restarted and does not know the adapter
                     raise
             self._held.remove(name)
 
@@ -207,9 +207,9 @@ class ServerClient:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or text[:60]
-            raise ServerFault(f"its answer is not one of vLLM 0.32 ({place}: {first['msg']})") from error
+            raise ServerError(f"its answer is not one of vLLM 0.32 ({place}: {first['msg']})") from error
         if not answer.token_ids or len(answer.token_ids) != len(answer.logps):
-            raise ServerFault(f"an answer of {len(answer.token_ids)} tokens came with {len(answer.logps)} log-probs")
+            raise ServerError(f"an answer of {len(answer.token_ids)} tokens came with {len(answer.logps)} log-probs")
         return answer
 
     async def _ask(
@@ -226,15 +226,15 @@ class ServerClient:
                 return await self._client.get(path, cast_to=str, options=options)
             return await self._client.post(path, cast_to=str, body=body, options=options)
         except openai.APITimeoutError as error:
-            raise ServerFault(f"no answer to {request}") from error
+            raise ServerError(f"no answer to {request}") from error
         except openai.APIConnectionError as error:
             # Without the request: a host that is gone has one reason, and is reported once.
-            raise ServerFault(f"no connection ({error.__cause__ or error})") from error
+            raise ServerError(f"no connection ({error.__cause__ or error})") from error
         except openai.APIStatusError as error:
             status = error.status_code
             if status in (401, 403):
                 advice = "set POPO_SERVER_TOKEN to the key that the server was started with"
-                raise ServerFault(f"it refuses the token with {status}", advice=advice) from error
+                raise ServerError(f"it refuses the token with {status}", advice=advice) from error
             message = error.body.get("message") if isinstance(error.body, dict) else None
             message = message or error.response.text[:200] or "no text"
-            raise ServerFault(f"it answers {status} to {request}: {message}", status=status) from error
+            raise ServerError(f"it answers {status} to {request}: {message}", status=status) from error

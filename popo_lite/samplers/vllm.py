@@ -51,7 +51,6 @@ class VLLMSampler(Sampler):
         self._asleep = False
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self._engine = _start_engine(policy, self._recipe)
         self._can_sleep = vllm.enable_sleep_mode and policy.device.type == "cuda"
         self._names, self._adapter_ids = itertools.count(), itertools.count(1)
         # Containers often have only 64 MB of shared memory.
@@ -61,6 +60,7 @@ class VLLMSampler(Sampler):
             prefix=f"{PREFIX}{os.getpid()}-", dir=MEMORY_BACKED if in_memory else None, ignore_cleanup_errors=True
         )
         self._adapter: Any = None  # vLLM's LoRARequest; it goes with every request
+        self._engine = _start_engine(policy, self._recipe)  # last: nothing after it can leave it running
 
     def _load(self, version: int) -> None:
         # This order and no other: weights, the adapter into their memory, and the KV cache into what is left.
@@ -81,8 +81,10 @@ class VLLMSampler(Sampler):
 
     def close(self) -> None:
         """Shut the engine down and delete all files."""
-        self._folder.cleanup()
-        self._engine.engine_core.shutdown()
+        try:
+            self._folder.cleanup()
+        finally:
+            self._engine.engine_core.shutdown()
 
     def _swap(self, version: int) -> None:
         """Make the trainer's current weights, which are `version`, the only adapter in the engine.
