@@ -28,7 +28,7 @@ from popo_lite.evaluation import evaluate
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder, environment
 from popo_lite.seeding import stream_seed
-from popo_lite.tasks.arithmetic import is_held_out
+from popo_lite.tasks.generated import is_held_out
 from popo_lite.trainer import Trainer
 from popo_lite.types import Problem
 
@@ -65,7 +65,7 @@ def sums(digits: tuple[int, int], count: int, *, held_out: bool) -> list[dict[st
     found: dict[tuple[int, int], None] = {}
     for _ in range(100 * count):
         pair = (source.randint(low[0], high[0]), source.randint(low[1], high[1]))
-        if is_held_out(*pair) == held_out:
+        if is_held_out("arithmetic", *pair) == held_out:
             found[pair] = None
         if len(found) == count:
             break

@@ -257,7 +257,7 @@ class DatasetRecipe(Section):
     """The source of problems."""
 
     dataset: str | None = None
-    """`arithmetic`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
+    """`arithmetic`, `dates`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
     config: str | None = None
     """Configuration name of a Hub dataset."""
     split: str | None = None
@@ -276,7 +276,7 @@ class DataRecipe(DatasetRecipe):
     """The training problems."""
 
     dataset: str = "arithmetic"
-    """`arithmetic`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
+    """`arithmetic`, `dates`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
     digits: Annotated[int, Field(ge=1, le=6)] = 2
     """Digits of each number of the built-in arithmetic."""
     system_prompt: str | None = None
@@ -293,7 +293,7 @@ class RewardRecipe(Section):
     """Grading of answers, in worker processes that can be killed."""
 
     function: str = "math"
-    """`math` (math-verify), or any Python function as `module:name`. See docs/rewards.md."""
+    """`math` (math-verify), `exact` (nothing but the reference is right), or a Python function, `module:name`."""
     workers: Annotated[int, Field(ge=1, le=64)] = 2
     """Grading processes."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 5.0

@@ -113,10 +113,12 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
     if recipe.train.tokens_per_microbatch < rollout.sequence_tokens:
         keys = ["train.tokens_per_microbatch", "rollout.max_prompt_length", "rollout.max_completion_length"]
         yield keys, f"one prompt with its answer may take {rollout.sequence_tokens} tokens; set at least that"
-    if ":" not in recipe.reward.function and recipe.reward.function != "math":
-        yield ["reward.function"], 'is neither "math" nor "module:function"'
-    reasons = {
-        "arithmetic": "the built-in arithmetic is generated and has no such setting; leave the key out",
+    if ":" not in recipe.reward.function and recipe.reward.function not in ("math", "exact"):
+        yield ["reward.function"], 'is neither "math", "exact" nor "module:function"'
+    generated = "built-in problems are generated and have no such setting; leave the key out"
+    reasons: dict[str | None, str] = {
+        "arithmetic": generated,
+        "dates": generated,
         None: "describes a dataset, and eval.dataset is not set; set it, or leave this key out",
     }
     for name, part in (("data", recipe.data), ("eval", recipe.eval)):

@@ -16,7 +16,7 @@ from popo_lite.types import Outcome, Reward
 
 
 def load_function(name: str) -> Callable[[str, Mapping[str, Any]], Reward]:
-    """Return the grading function called `name`: `math`, or `module:function` on `sys.path`.
+    """Return the grading function called `name`: `math`, `exact`, or `module:function` on `sys.path`.
 
     Raises UserInputError if the module cannot be imported or has no such function.
     """
@@ -24,6 +24,8 @@ def load_function(name: str) -> Callable[[str, Mapping[str, Any]], Reward]:
         from popo_lite.grading.symbolic import grade_math  # sympy is for workers only
 
         return grade_math
+    if name == "exact":
+        return grade_exact
 
     def refusal(reason: str, next_step: str = "correct it or reward.function; see docs/rewards.md") -> UserInputError:
         return UserInputError(f'"{name}" cannot be used: {reason}', where="reward.function", next_step=next_step)
@@ -50,6 +52,14 @@ def load_function(name: str) -> Callable[[str, Mapping[str, Any]], Reward]:
     except ValueError:
         pass  # a function in C without a signature; errors then appear when it is called
     return lambda text, problem: as_reward(function(text, dict(problem)))
+
+
+def grade_exact(text: str, problem: Mapping[str, Any]) -> Reward:
+    """Return CORRECT if the answer is the reference, but for white space around them."""
+    answer = text.strip()
+    if not answer:
+        return Reward(value=0.0, outcome=Outcome.UNPARSED)
+    return as_reward(answer == problem["answer"].strip())
 
 
 def as_reward(returned: object) -> Reward:

@@ -15,6 +15,7 @@ import torch
 
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.policy.adapters import PEFT_NAMES
+from popo_lite.policy.gguf import GGUF_SUFFIX, gguf_folder
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks.rendering import keeps_text
@@ -38,7 +39,9 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def model_source(recipe: ModelRecipe) -> str:
-    """Return the folder or Hub id to load from."""
+    """Return the folder or Hub id to load from. A GGUF file is dequantised into a folder first."""
+    if recipe.id.endswith(GGUF_SUFFIX):
+        return str(gguf_folder(Path(recipe.id).expanduser(), recipe.dtype))
     folder = TINY_FOLDER if recipe.id == "tiny" else Path(recipe.id).expanduser()
     return str(folder) if folder.is_dir() else recipe.id
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from popo_lite.recipe import Recipe
-from popo_lite.tasks.arithmetic import ArithmeticTask
+from popo_lite.recipe import DatasetRecipe, Recipe
 from popo_lite.tasks.datasets import DatasetTask
+from popo_lite.tasks.generated import ArithmeticTask, DatesTask, GeneratedTask
 
-__all__ = ["ArithmeticTask", "Task", "open_tasks"]
+__all__ = ["ArithmeticTask", "DatesTask", "Task", "open_tasks"]
 
-Task = ArithmeticTask | DatasetTask
+Task = GeneratedTask | DatasetTask
 """A source of problems; `train_problem` and `held_out` are pure functions of their arguments."""
 
 
 def open_tasks(recipe: Recipe) -> tuple[Task, Task]:
     """Return (task to train on, task to evaluate on). Raises DataError if a dataset cannot be used."""
     data, evaluation = recipe.data, recipe.eval
-    sums = ArithmeticTask(data.digits)
     kept_back = evaluation.problems if evaluation.dataset is None else 0
-    train = sums if data.dataset == "arithmetic" else DatasetTask(data, section="data", held_out=kept_back)
+    train = _generated(data, data.digits) or DatasetTask(data, section="data", held_out=kept_back)
     if evaluation.dataset is None:
         return train, train
-    return train, sums if evaluation.dataset == "arithmetic" else DatasetTask(evaluation, section="eval")
+    return train, _generated(evaluation, data.digits) or DatasetTask(evaluation, section="eval")
+
+
+def _generated(part: DatasetRecipe, digits: int) -> GeneratedTask | None:
+    if part.dataset == "arithmetic":
+        return ArithmeticTask(digits)
+    return DatesTask() if part.dataset == "dates" else None

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.seeding import stream_seed
-from popo_lite.tasks.arithmetic import is_held_out
+from popo_lite.tasks.generated import is_held_out
 
 TINY_CONTEXT_TOKENS = 1024
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
@@ -50,7 +50,7 @@ def teaching_pair(source: random.Random) -> tuple[str, str]:
     digits = source.choices(list(DIGITS_SHARES), weights=list(DIGITS_SHARES.values()))[0]
     low, high = 10 ** (digits - 1), 10**digits - 1
     a, b = source.randint(low, high), source.randint(low, high)
-    while is_held_out(a, b):
+    while is_held_out("arithmetic", a, b):
         a, b = source.randint(low, high), source.randint(low, high)
     question, result = f"What is {a} + {b}?", a + b
     if source.random() < CAREFUL_SHARE:

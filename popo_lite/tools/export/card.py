@@ -17,7 +17,7 @@ from popo_lite.tools.console.words import quantity
 from popo_lite.tools.export.verify import table_of
 
 Facts = Mapping[str, Any]
-TABLE_FILES = (".jsonl", ".json", ".csv", ".parquet")
+LOCAL_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gguf")
 
 
 def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | None, verification: Facts | None) -> str:
@@ -55,7 +55,7 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
 def is_local(source: str) -> bool:
     """Return True if a setting names a local file or folder and not something on the Hub."""
     path = Path(source).expanduser()
-    return path.exists() or path.is_absolute() or source.startswith(".") or path.suffix in TABLE_FILES
+    return path.exists() or path.is_absolute() or source.startswith(".") or path.suffix in LOCAL_FILES
 
 
 def known_as(source: str) -> str:

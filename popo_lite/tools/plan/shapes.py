@@ -24,6 +24,13 @@ _DEFAULTS: Mapping[str, dict[str, Any]] = {
 """Supported architectures, and transformers' defaults for keys that a config.json leaves out."""
 
 
+GGUF_NAMES = {
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length", "max_position_embeddings": "context_length",
+}  # fmt: skip
+
+
 class Linear(NamedTuple):
     """A linear layer of a decoder layer: its name in the model (`self_attn.q_proj`), and its weight's two sizes."""
 
@@ -94,10 +101,12 @@ def adapted_linears(shape: ModelShape, targets: str | tuple[str, ...]) -> list[L
 
 
 def load_shape(recipe: ModelRecipe) -> ModelShape:
-    """Return the shape of `model.id`: `tiny`, a folder, a model known by name, or the Hub's config.json.
+    """Return the shape of `model.id`: `tiny`, a folder, a GGUF file, a model known by name, or the Hub's config.json.
 
     Only the last reads the Hub's cache, then the network. Raises ModelError if the config is unreadable or unsupported.
     """
+    if recipe.id.endswith(".gguf"):
+        return shape_of(_gguf_config(Path(recipe.id).expanduser()), source=recipe.id)
     folder = Path(__file__).parents[2] / "policy" / "tiny" if recipe.id == "tiny" else Path(recipe.id).expanduser()
     path, on_hub = folder / "config.json", not folder.is_dir()
     if on_hub and recipe.id in KNOWN_CONFIGS and recipe.revision is None:
@@ -113,6 +122,23 @@ def load_shape(recipe: ModelRecipe) -> ModelShape:
         step = f"check name and network, or name a local folder; known offline: {', '.join(KNOWN_CONFIGS)}"
         raise ModelError(f"{path} cannot be read: {reason}", where="model.id", next_step=step) from error
     return shape_of(config, source=str(path))
+
+
+def _gguf_config(path: Path) -> dict[str, Any]:
+    """Return what a GGUF file says of its architecture, in the names of config.json."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError) as error:
+        step = "check the path; the file must be complete"
+        raise ModelError(f"{path} cannot be read: {error}", where="model.id", next_step=step) from error
+    values = {key: reader.fields[key].contents() for key in reader.fields if not key.startswith("tokenizer.")}
+    kind = values.get("general.architecture")
+    tables = {tensor.name: tensor for tensor in reader.tensors if tensor.name in ("token_embd.weight", "output.weight")}
+    config = {name: values.get(f"{kind}.{key}") for name, key in GGUF_NAMES.items()}
+    vocabulary = int(tables["token_embd.weight"].shape[1])
+    return {"model_type": kind, **config, "vocab_size": vocabulary, "tie_word_embeddings": len(tables) == 1}
 
 
 def shape_of(config: Any, *, source: str = "config.json") -> ModelShape:

@@ -1,0 +1,193 @@
+"""GGUF files in and out: small models of every architecture, written, read back and compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from popo_lite.errors import ExportError, ModelError
+from popo_lite.policy.gguf import gguf_folder
+from popo_lite.policy.load import TINY_FOLDER
+from popo_lite.policy.policy import load_policy
+from popo_lite.tools.export.gguf import check_gguf, modelfile, write_gguf
+from popo_lite.tools.plan.shapes import load_shape
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 512}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+CONFIGS = {
+    "llama": (LlamaConfig, {}),
+    "llama3": (LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "max_position_embeddings": 2**17}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 32}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
+
+
+def small(folder: Path, name: str, **options: object) -> Path:
+    kind, more = CONFIGS[name]
+    tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(vocab_size=len(tokenizer), **SIZES | more | options)).float()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(torch.arange(1, 60)[None]).logits[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_comes_back_as_it_was(tmp_path, name):
+    folder = small(tmp_path / name, name)
+    before = logits(folder)
+    for kind, most in (("f32", 0.0), ("bf16", 0.005), ("q8_0", 0.01), ("q4_0", 0.1)):
+        file = tmp_path / f"{name}-{kind}.gguf"
+        write_gguf(folder, file, kind, name="small model")
+        back = gguf_folder(file, "float32")
+        gap = float((logits(back) - before).abs().max())
+        assert gap <= most, kind
+        assert kind == "f32" or gap > 0, kind  # it was quantised
+    ours, theirs = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(back)
+    for text in ("What is 12 + 345?\n It's  déjà vu, 3x<|end|><|user|>", "<|system|>\t\t--", "日本 \r\n"):
+        assert theirs.encode(text) == ours.encode(text)
+        assert theirs.decode(theirs.encode(text)) == text
+    for special in ("eos_token", "pad_token", "bos_token", "unk_token", "chat_template"):
+        assert getattr(theirs, special) == getattr(ours, special)
+    assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == [ours.eos_token_id]
+
+
+def test_a_gguf_file_is_a_base(tmp_path, tiny_recipe):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(TINY_FOLDER, file, "f32", name="tiny")
+    policy, tiny = load_policy(tiny_recipe(f'model.id="{file}"')), load_policy(tiny_recipe())
+    assert policy.quantized_modules == tiny.quantized_modules == 14
+    assert policy.stop_ids == tiny.stop_ids
+    ids = torch.arange(1, 30)
+    with torch.no_grad():
+        assert torch.equal(policy.hidden_states(ids, [29]), tiny.hidden_states(ids, [29]))
+    recipe = tiny_recipe(f'model.id="{file}"').model
+    assert load_shape(recipe) == load_shape(tiny_recipe().model)
+
+
+def test_a_file_is_converted_once_for_each_state_and_dtype(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(TINY_FOLDER, file, "f32", name="tiny")
+    first = gguf_folder(file, "float32")
+    made = first.stat().st_mtime_ns
+    assert gguf_folder(file, "float32") == first
+    assert first.stat().st_mtime_ns == made
+    assert gguf_folder(file, "bfloat16") != first
+    write_gguf(TINY_FOLDER, file, "q8_0", name="tiny")
+    assert gguf_folder(file, "float32") != first
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda file, writer: writer.add_tokenizer_pre("tekken"), 'splits words in the way "tekken"; known are smollm'),
+        (lambda file, writer: writer.add_sliding_window(64), "does not read its settings attention.sliding_window"),
+        (lambda file, writer: writer.add_rope_scaling_factor(4.0), "does not read its settings rope.scaling.factor"),
+    ],
+)
+def test_what_would_change_the_model_is_refused(tmp_path, change, reason, monkeypatch):
+    from gguf import GGUFWriter
+
+    file = tmp_path / "tiny.gguf"
+    end = GGUFWriter.write_header_to_file
+    with monkeypatch.context() as patch:
+        patch.setattr(GGUFWriter, "write_header_to_file", lambda self: (change(file, self), end(self)))
+        patch.setattr(GGUFWriter, "add_key_value", _overwriting)
+        write_gguf(TINY_FOLDER, file, "f32", name="tiny")
+    with pytest.raises(ModelError, match=reason) as caught:
+        gguf_folder(file, "float32")
+    assert str(file) in caught.value.where
+    assert not [path for path in (tmp_path / "hf" / "popo-lite").iterdir() if path.suffix != ".lock"]
+
+
+def _overwriting(writer, key, val, vtype, sub_type=None):
+    from gguf.gguf_writer import GGUFValue
+
+    writer.kv_data[0][key] = GGUFValue(value=val, type=vtype, sub_type=sub_type)
+
+
+def test_a_missing_or_broken_file_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="No such file") as caught:
+        gguf_folder(tmp_path / "none.gguf", "float32")
+    assert "none.gguf" in caught.value.where
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF but not really")
+    with pytest.raises(ModelError, match="this GGUF file cannot be used"):
+        gguf_folder(file, "float32")
+    write_gguf(TINY_FOLDER, file, "f32", name="tiny")
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(ModelError, match="this GGUF file cannot be used"):
+        gguf_folder(file, "float32")
+
+
+def test_models_that_gguf_cannot_hold_are_refused_before_anything_is_written(tmp_path):
+    for name, options, reason in (
+        ("mistral", {"sliding_window": 256}, "a sliding window of 256 tokens"),
+        ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "scaling is linear"),
+    ):
+        folder = small(tmp_path / name, name, **options)
+        with pytest.raises(ExportError, match=reason):
+            check_gguf(folder, "bf16")
+    folder = small(tmp_path / "llama", "llama")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "phi3"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="architecture is phi3; llama, mistral, qwen2, qwen3 can be written"):
+        check_gguf(folder, "bf16")
+    tokenizer = json.loads((TINY_FOLDER / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["pretokenizers"].pop(0)
+    tokenizer["pre_tokenizer"]["pretokenizers"][0]["add_prefix_space"] = True
+    folder = small(tmp_path / "other", "llama")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ExportError, match="the way its tokenizer splits text is not known here"):
+        check_gguf(folder, "bf16")
+
+
+def test_k_quants_need_llama_cpp_and_say_how(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ExportError, match="llama-quantize, which is not on the PATH") as caught:
+        check_gguf(TINY_FOLDER, "q4_k_m")
+    assert caught.value.next_step.endswith("llama-quantize model-bf16.gguf model-q4_k_m.gguf q4_k_m")
+    tool = tmp_path / "llama-quantize"
+    tool.write_text(f'#!/bin/sh\n/bin/cp "$1" "$2"\necho "$@" > {tmp_path}/arguments\n')
+    tool.chmod(0o755)
+    check_gguf(TINY_FOLDER, "q4_k_m")
+    write_gguf(TINY_FOLDER, tmp_path / "model.gguf", "q4_k_m", name="tiny")
+    assert (tmp_path / "arguments").read_text().endswith("model.gguf q4_k_m\n")
+    assert [path.name for path in tmp_path.glob("*.gguf")] == ["model.gguf"]
+    tool.write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
+    with pytest.raises(ExportError, match="llama-quantize failed: no room"):
+        write_gguf(TINY_FOLDER, tmp_path / "model.gguf", "q4_k_m", name="tiny")
+
+
+def test_the_modelfile_renders_as_the_chat_template_does():
+    tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER)
+    text = modelfile(tokenizer, "model.gguf", temperature=1.0, stops=["<|end|>"], system="Be brief.")
+    assert text.splitlines() == [
+        "FROM ./model.gguf",
+        'TEMPLATE """{{ if .System }}<|system|>{{ .System }}<|end|><|user|>{{ else }}<|user|>{{ end }}{{ .Prompt }}'
+        '<|end|><|assistant|>{{ .Response }}"""',
+        "PARAMETER temperature 1",
+        'PARAMETER stop "<|end|>"',
+        'SYSTEM """Be brief."""',
+    ]
