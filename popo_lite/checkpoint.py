@@ -33,7 +33,8 @@ class Cursor:
     Only the trainer changes it. `evaluated` is the last step after which held-out problems were evaluated, `before` the
     evaluation before the first step. `next_problem` is the position in the stream of problems; `history` is empty
     unless known problems are skipped. `totals` sums metrics over all steps, `seconds` times by stage. `lowered_budget`
-    is (the recipe's tokens_per_microbatch, what it was lowered to when memory ran out), or empty.
+    is (the recipe's tokens_per_microbatch, what it was lowered to when memory ran out), or empty. `start_shapes` counts
+    the first step's answers by shape, `shape_steps` the steps in which a shape took over (`shapes`).
     """
 
     next_step: int = 0
@@ -42,6 +43,8 @@ class Cursor:
     history: History = field(default_factory=dict)
     entropy_coef: float = 0.0
     start_entropy: float | None = None
+    start_shapes: dict[str, int] = field(default_factory=dict)
+    shape_steps: dict[str, int] = field(default_factory=dict)
     totals: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     before: dict[str, Any] | None = None

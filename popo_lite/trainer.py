@@ -45,6 +45,7 @@ from popo_lite.run_folder import (
 from popo_lite.samplers import open_sampler, pick_engine
 from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.seeding import stream_seed
+from popo_lite.shapes import count_takeover, shape_metrics, start_shapes, takeover_message
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import EvalResult, Group
@@ -296,6 +297,7 @@ class Trainer:
         recipe, siamese = self.recipe, self.learner.siamese
         threshold, first_round = recipe.objective.reward_threshold, Budget.of(recipe.rollout).round_size
         sampled = rollout_metrics(groups, self.train_task, threshold, first_round=first_round)
+        self.cursor.start_shapes = self.cursor.start_shapes or start_shapes(groups, first_round)
         learned: dict[str, Any] = {"trained_tokens": 0, "micro_batches": 0}
         if result is not None and plan is not None:
             learned = result.metrics(plan)
@@ -309,6 +311,7 @@ class Trainer:
         tokens = {"rollout": sampled["rollout_tokens"], "siamese": siamese_tokens, "update": learned["trained_tokens"]}
         values = {
             **sampled,
+            **shape_metrics(groups, threshold, self.cursor.start_shapes),
             **learned,
             "step": step,
             "policy_version": self.policy.version,
@@ -331,6 +334,7 @@ class Trainer:
     ) -> None:
         cursor, recipe = self.cursor, self.recipe
         cursor.history = remember(cursor.history, groups, recipe, cursor.next_step)
+        cursor.shape_steps = count_takeover(cursor.shape_steps, record)
         cursor.next_step += 1
         cursor.next_problem = choice.next_problem
         if result is not None:
@@ -345,6 +349,8 @@ class Trainer:
         self.callback.step(record)
         threshold, count = self.recipe.objective.reward_threshold, max(self.recipe.output.samples_per_step, 1)
         self.callback.samples(sample_views(record["step"], groups, threshold, count))
+        if text := takeover_message(record, groups, threshold, self.cursor.shape_steps):
+            self.callback.message(text)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped_reason"] else 0
         if self._skipped_in_a_row and self._skipped_in_a_row % ADVISE_AFTER == 0:
             advice = (

@@ -72,6 +72,7 @@ def test_live_shows_the_run_at_every_common_size(width, height):
         r"cosine +0\.9987 to siamese",
         r"drift +0\.0123 4% of bound",
         r"mean tokens +143\.2 2% truncated",
+        r"same shape +62\.5% start 2%",
         r"peak 3\.00 GiB",
         r"rollout +8\.2 s [━╸╺]+ +4,210 tok/s",
         r"update +3\.1 s [━╸╺]+ +3,870 tok/s",

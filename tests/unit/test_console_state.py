@@ -38,6 +38,9 @@ def record(step: int, **changes) -> dict:
         "pass_rate": 0.11 + 0.01 * step,
         "prompts_with_positive_ratio": 0.6,
         "unique_answers_mean": 3.2,
+        "top_shape": "_ is larger than _.",
+        "top_shape_ratio": 0.625,
+        "top_shape_start_ratio": 0.02,
         "task_figures": {},
         "truncated_ratio": 0.023,
         "completion_tokens_mean": 143.25,
@@ -85,6 +88,7 @@ def skipped(step: int) -> dict:
             *("loss", "loss_policy", "loss_similarity", "loss_entropy", "entropy", "entropy_over_start", "grad_norm"),
             *("effective_sample_size", "effective_sample_ratio", "siamese_cosine", "siamese_drift_over_bound"),
             *("logp_gap_mean", "logp_gap_p99", "logp_gap_max", "logp_k3", "update_norm", "positive_tokens_mean"),
+            *("top_shape", "top_shape_ratio", "top_shape_start_ratio"),
         )
     )
     reason = "none of its 32 prompts has a right answer"

@@ -46,6 +46,7 @@ _ANSWERS = {
     "completion_tokens_mean": "{truncated_ratio:.0%} truncated",
     "positives": "of {rollouts:,}",
     "unique_answers_mean": "per prompt",
+    "top_shape_ratio": "start {top_shape_start_ratio:.0%}",
 }
 _GROUP_LOOKS = (("█", "green", "all right"), ("▓", "cyan", "some"), ("░", "yellow", "none"), ("?", "red", "ungraded"))
 _LABEL, _RIGHT, _REST, _DIM = {"width": 15}, {"justify": "right"}, {"ratio": 1}, {"style": "dim"}
