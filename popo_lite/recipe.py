@@ -257,7 +257,7 @@ class DatasetRecipe(Section):
     """The source of problems."""
 
     dataset: str | None = None
-    """`arithmetic`, `dates`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
+    """`arithmetic`, `comparison`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
     config: str | None = None
     """Configuration name of a Hub dataset."""
     split: str | None = None
@@ -276,7 +276,7 @@ class DataRecipe(DatasetRecipe):
     """The training problems."""
 
     dataset: str = "arithmetic"
-    """`arithmetic`, `dates`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
+    """`arithmetic`, `comparison`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
     digits: Annotated[int, Field(ge=1, le=6)] = 2
     """Digits of each number of the built-in arithmetic."""
     system_prompt: str | None = None

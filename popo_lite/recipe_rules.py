@@ -118,7 +118,7 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
     generated = "built-in problems are generated and have no such setting; leave the key out"
     reasons: dict[str | None, str] = {
         "arithmetic": generated,
-        "dates": generated,
+        "comparison": generated,
         None: "describes a dataset, and eval.dataset is not set; set it, or leave this key out",
     }
     for name, part in (("data", recipe.data), ("eval", recipe.eval)):

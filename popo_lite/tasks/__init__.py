@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from popo_lite.recipe import DatasetRecipe, Recipe
 from popo_lite.tasks.datasets import DatasetTask
-from popo_lite.tasks.generated import ArithmeticTask, DatesTask, GeneratedTask
+from popo_lite.tasks.generated import ArithmeticTask, ComparisonTask, GeneratedTask
 
-__all__ = ["ArithmeticTask", "DatesTask", "Task", "open_tasks"]
+__all__ = ["ArithmeticTask", "ComparisonTask", "Task", "open_tasks"]
 
 Task = GeneratedTask | DatasetTask
 """A source of problems; `train_problem` and `held_out` are pure functions of their arguments."""
@@ -25,4 +25,4 @@ def open_tasks(recipe: Recipe) -> tuple[Task, Task]:
 def _generated(part: DatasetRecipe, digits: int) -> GeneratedTask | None:
     if part.dataset == "arithmetic":
         return ArithmeticTask(digits)
-    return DatesTask() if part.dataset == "dates" else None
+    return ComparisonTask() if part.dataset == "comparison" else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date, timedelta
 
 from popo_lite.errors import DataError
 from popo_lite.seeding import stream_seed
@@ -96,41 +95,29 @@ class ArithmeticTask(GeneratedTask):
         return {"step_by_step_ratio": worked / len(texts)} if texts else {}
 
 
-class DatesTask(GeneratedTask):
-    """Dates as people write them, to be written as ISO 8601 has them. The answer is the date and nothing else."""
+class ComparisonTask(GeneratedTask):
+    """Which of two numbers is larger: 38 or 83, 9.11 or 9.9? The answer is the number and nothing else."""
 
-    name = "dates"
-    first, days = date(1950, 1, 1), 27_000
-    available = 2_000
+    name = "comparison"
+    available = 1500
+    examples = (
+        {"role": "system", "content": "You reply with the larger number."},
+        {"role": "user", "content": "3.45 or 3.6?"},
+        {"role": "assistant", "content": "3.6"},
+        {"role": "user", "content": "52 or 17?"},
+        {"role": "assistant", "content": "52"},
+    )
 
     def draw(self, source: random.Random) -> tuple[tuple[int, ...], Problem]:
-        """Return the number of a day, and its date in one of the written forms."""
-        number, form = source.randrange(self.days), source.randrange(3)
-        return (number,), self._problem(self.first + timedelta(days=number), form)
-
-    def longest_candidates(self) -> list[Problem]:
-        """Return the longest day of every month in every form."""
-        return [self._problem(date(1999, month, 22), form) for month in range(1, 13) for form in range(3)]
-
-    def _problem(self, day: date, form: int) -> Problem:
-        ending = "th" if 11 <= day.day <= 13 else {1: "st", 2: "nd", 3: "rd"}.get(day.day % 10, "th")
-        month = MONTHS[day.month - 1]
-        written = (
-            f"{month} {day.day}, {day.year}",
-            f"{day.day} {month} {day.year}",
-            f"the {day.day}{ending} of {month}, {day.year}",
-        )[form]
-        messages = (*EXAMPLES, {"role": "user", "content": written})
-        return Problem(id=f"dates/{written}", messages=messages, answer=day.isoformat())
-
-
-# Not strftime's, which follow the locale.
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-          "November", "December")  # fmt: skip
-EXAMPLES = (
-    {"role": "system", "content": "You write dates as YYYY-MM-DD."},
-    {"role": "user", "content": "March 5, 1999"},
-    {"role": "assistant", "content": "1999-03-05"},
-    {"role": "user", "content": "24 December 2010"},
-    {"role": "assistant", "content": "2010-12-24"},
-)
+        """Return two numbers in hundredths, and the problem: two digits each, or one and two decimals."""
+        if source.random() < 0.5:
+            pair = tuple(100 * number for number in source.sample(range(10, 100), 2))
+        else:
+            whole, tenth = source.randint(1, 9), source.randint(1, 9)
+            others = [n for n in range(11, 100) if n % 10 and n // 10 != tenth]
+            pair = (100 * whole + 10 * tenth, 100 * whole + source.choice(others))
+            pair = pair if source.random() < 0.5 else pair[::-1]
+        first, second = (f"{number / 100:g}" for number in pair)
+        question = {"role": "user", "content": f"{first} or {second}?"}
+        answer = first if pair[0] > pair[1] else second
+        return pair, Problem(id=f"{self.name}/{first},{second}", messages=(*self.examples, question), answer=answer)

@@ -147,7 +147,7 @@ def errors_of(source: str | Path, *overrides: str) -> list[str]:
         ),
         (
             "[data]\nlimit = 100",
-            "data.limit = 100: the built-in arithmetic is generated and has no such setting; leave the key out",
+            "data.limit = 100: built-in problems are generated and have no such setting; leave the key out",
         ),
         (
             '[eval]\nsplit = "test"',
