@@ -72,6 +72,7 @@ def evaluate(
         completion_tokens_mean=statistics.fmean(len(completion.token_ids) for completion in flat),
         rollout_tokens=sum(len(completion.token_ids) for completion in flat),
         seconds=time.perf_counter() - start,
+        pass_rates=tuple(count / samples_per_problem for count in right),
     )
 
 

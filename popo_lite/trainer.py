@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
 
@@ -217,7 +217,7 @@ class Trainer:
         """Run all evaluations and steps that are left; return the summary, or None if interrupted."""
         steps, stop = self.recipe.train.steps, self.interrupts
         if self.cursor.before is None and self.held_out and not stop.requested:
-            self.cursor.before = asdict(self._evaluate("before"))
+            self.cursor.before = self._evaluate("before").summary()
         if self.cursor.next_step and not stop.requested:
             self._after_step()  # what an interrupt may have left undone
         while self.cursor.next_step < steps and not stop.requested:
@@ -225,7 +225,7 @@ class Trainer:
             self._after_step()
         if stop.requested:
             return None
-        return self._finish(asdict(self._evaluate("after")) if self.held_out else None)
+        return self._finish(self._evaluate("after").summary() if self.held_out else None)
 
     def train_step(self, step: int) -> None:
         """Do one step: problems, rollouts, rewards, weights, siamese targets, gradients, optimizer, record, sync."""
@@ -426,7 +426,7 @@ class Trainer:
             seed=recipe.train.seed,
             progress=self._advance,
         )
-        append_line(self.folder.evaluations_path, {"when": when, "step": self.cursor.next_step, **asdict(result)})
+        append_line(self.folder.evaluations_path, {"when": when, "step": self.cursor.next_step, **result.summary()})
         self.cursor.add_seconds({"evaluate": result.seconds})
         self.callback.message(f"{when}: pass@1 {result.pass_at_1:.1%} of {result.problems} held-out problems")
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -129,7 +129,10 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Sampled accuracy on held-out problems. `pass_at_k` maps k to the unbiased estimate."""
+    """Sampled accuracy on held-out problems. `pass_at_k` maps k to the unbiased estimate.
+
+    `pass_rates` holds the share of right answers to each problem, for paired comparisons.
+    """
 
     weights: str
     problems: int
@@ -142,6 +145,11 @@ class EvalResult:
     completion_tokens_mean: float
     rollout_tokens: int
     seconds: float
+    pass_rates: tuple[float, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a run's files keep: all but the pass rates, which would be most of summary.json."""
+        return {key: value for key, value in asdict(self).items() if key != "pass_rates"}
 
 
 def count_outcomes(rewards: Sequence[Reward]) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Tables, closing report, errors and one-off progress, on terminals and in files."""
 
+import dataclasses
 import io
 import re
 
@@ -13,6 +14,7 @@ from popo_lite.tools.console.output import (
     eval_report,
     noise,
     open_console,
+    paired_interval,
     print_error,
     progress,
     table,
@@ -62,6 +64,7 @@ def result(weights: str, rate: float, problems: int = 200) -> EvalResult:
         completion_tokens_mean=120.25,
         rollout_tokens=123_456,
         seconds=61.0,
+        pass_rates=(rate,) * problems,
     )
 
 
@@ -166,10 +169,30 @@ def test_eval_report_has_a_column_for_each_of_the_weights():
     assert not any(row[0] == "step by step" for row in found)
 
 
-def test_eval_report_judges_by_the_smaller_number_of_problems():
-    text = printed(lambda console: eval_report([result("base", 0.3), result("adapter", 0.5, problems=100)], console))
-    assert "With 100 problems" in text
-    assert ["problems", "200", "100"] in rows(text)
+def test_eval_report_pairs_the_problems():
+    first, second = result("base", 0.5, problems=4), result("adapter", 1.0, problems=4)
+    text = printed(lambda console: eval_report([first, second], console))
+    # By hand: the mean of six is 2 / 6, the mean of squares (4 * 0.25 + 1) / 6.
+    low, high = (1 / 3 + sign * 1.96 * ((1 / 3 - 1 / 9) / 6) ** 0.5 for sign in (-1, 1))
+    line = f"adapter - base: +50.0 points, 95% interval {100 * low:+.1f} to {100 * high:+.1f}, so it may be chance"
+    assert f"pass@1, {line} (4 problems, same draws)." in text
+    many = [dataclasses.replace(one, pass_rates=one.pass_rates * 25) for one in (first, second)]
+    assert "chance" not in printed(lambda console: eval_report(many, console))
+    assert "95%" not in printed(lambda console: eval_report([first], console))
+
+
+def test_paired_interval_is_agresti_and_mins():
+    # Their form for single answers: (c - b) / N +- 1.96 sqrt(b + c - (b - c)^2 / N) / N with half a problem added to
+    # each of the four cells, N = n + 2.
+    first, second = [1] * 12 + [0] * 30 + [1] * 40 + [0] * 18, [0] * 12 + [1] * 30 + [1] * 40 + [0] * 18
+    b, c, n = 12.5, 30.5, 102
+    middle, margin = (c - b) / n, 1.96 * (b + c - (b - c) ** 2 / n) ** 0.5 / n
+    assert paired_interval(first, second) == pytest.approx((middle - margin, middle + margin), rel=1e-12)
+    low, high = paired_interval([1.0] * 200, [1.0] * 200)
+    assert -low == high == pytest.approx(1.96 / 202)
+    assert paired_interval([0.25, 0.5], [0.5, 1.0]) == pytest.approx(
+        (0.1875 - 1.96 * ((1.3125 / 4 - 0.1875**2) / 4) ** 0.5, 0.1875 + 1.96 * ((1.3125 / 4 - 0.1875**2) / 4) ** 0.5)
+    )
 
 
 def test_noise_is_the_error_of_a_difference():

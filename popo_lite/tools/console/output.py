@@ -112,7 +112,13 @@ def closing_report(summary: Mapping[str, Any], next_commands: Sequence[str], con
     console = console or open_console(sys.stdout)
     console.print()
     results = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name) is not None}
-    _print_results(results, console)
+    text = ""
+    if len(results) > 1:
+        first, second, *_ = results.values()
+        problems = min(first["problems"], second["problems"])
+        margin = 100 * noise(first["pass_at_1"], second["pass_at_1"], problems)
+        text = f"With {problems:,} problems, a difference of pass@1 within ±{margin:.1f} points may be chance (95%).\n"
+    _print_results(results, text, console)
     stages, total = words.by_stage(summary["seconds"])
     if (other := total - sum(stages.values())) > 0.005 * total:
         stages["other"] = other
@@ -136,7 +142,33 @@ def closing_report(summary: Mapping[str, Any], next_commands: Sequence[str], con
 
 def eval_report(results: Sequence[EvalResult], console: Console | None = None) -> None:
     """Print accuracy on held-out problems, with a column for each of the evaluated weights."""
-    _print_results({result.weights: asdict(result) for result in results}, console or open_console(sys.stdout))
+    text = ""
+    if len(results) > 1:
+        first, second, *_ = results
+        low, high = paired_interval(first.pass_rates, second.pass_rates)
+        gap = points(second.pass_at_1 - first.pass_at_1, low, high)
+        chance = ", so it may be chance" if low <= 0 <= high else ""
+        text = f"pass@1, {second.weights} - {first.weights}: {gap}{chance} ({first.problems:,} problems, same draws).\n"
+    _print_results({result.weights: asdict(result) for result in results}, text, console or open_console(sys.stdout))
+
+
+def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of second - first, two pass rates of each problem (Agresti and Min 2005).
+
+    Half a problem of each outcome of a pair of answers is added (n + 2, sum of squares + 1), so that a few problems
+    without a difference are not taken for certainty.
+    """
+    differences = [after - before for before, after in zip(first, second, strict=True)]
+    count = len(differences) + 2
+    mean = sum(differences) / count
+    variance = (sum(gap * gap for gap in differences) + 1) / count - mean * mean
+    margin = 1.96 * math.sqrt(variance / count)
+    return mean - margin, mean + margin
+
+
+def points(gap: float, low: float, high: float) -> str:
+    """Return a difference of two pass rates and its interval for people to read."""
+    return f"{100 * gap:+.1f} points, 95% interval {100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def noise(first: float, second: float, problems: int) -> float:
@@ -163,8 +195,8 @@ def measured(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, Unit], lis
     return {key: [found.get(key) for found in all_found] for key in dict.fromkeys(chain(*all_found))}
 
 
-def _print_results(results: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """Print a column for each result; after the second, how it differs from the first."""
+def _print_results(results: Mapping[str, Mapping[str, Any]], below: str, console: Console) -> None:
+    """Print a column for each result; after the second, how it differs from the first; then the text `below`."""
     if not results:
         console.print("Nothing was measured on held-out problems.\n")
         return
@@ -178,9 +210,5 @@ def _print_results(results: Mapping[str, Mapping[str, Any]], console: Console) -
     if both:
         columns.insert(3, "difference")
     table("Held-out problems", columns, rows, console)
-    if both:
-        first, second, *_ = results.values()
-        problems = min(first["problems"], second["problems"])
-        margin = 100 * noise(first["pass_at_1"], second["pass_at_1"], problems)
-        text = f"With {problems:,} problems, a difference of pass@1 within ±{margin:.1f} points may be chance (95%).\n"
-        console.print(Text(words.encodable(text, console.encoding)))
+    if below:
+        console.print(Text(words.encodable(below, console.encoding)))
