@@ -76,12 +76,19 @@ def evaluate(
 
 
 def export(
-    run: str | Path, *, what: str = "merged", weights: str = "policy", output: str | Path | None = None
+    run: str | Path,
+    *,
+    what: str = "merged",
+    weights: str = "policy",
+    base: str = "trained",
+    output: str | Path | None = None,
 ) -> ExportReport:
     """Write a run's model as a folder that transformers loads, check it against the trained policy, and describe it.
 
-    `what` is "merged" or "adapter", `weights` "policy" or "siamese"; `output` is by default RUN/export/WHAT-WEIGHTS.
+    `what` is "merged" or "adapter", `weights` "policy" or "siamese". `base` is what to merge into: "trained", the base
+    as it was trained on (dequantised), or "original". `output` is by default RUN/export/WHAT-WEIGHTS.
     """
     from popo_lite.tools.export.pipeline import export_run
 
-    return export_run(RunFolder(Path(run)), what=what, weights=weights, output=None if output is None else Path(output))
+    folder = None if output is None else Path(output)
+    return export_run(RunFolder(Path(run)), what=what, weights=weights, base=base, output=folder)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
+from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from popo_lite.cli import main
 from popo_lite.errors import CheckpointError, ExportError, UserInputError
 from popo_lite.policy.adapters import ADAPTER_FILE, save_adapter
 from popo_lite.policy.load import TINY_FOLDER
@@ -65,12 +69,33 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
-def expected_weights(adapter: Path) -> dict[str, Tensor]:
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run on an unquantised base, which no test changes."""
+    return finished_run(tmp_path_factory.mktemp("plain") / "run", PLAIN)
+
+
+@pytest.fixture(scope="module")
+def nf4_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run on an NF4 base, which no test changes."""
+    return finished_run(tmp_path_factory.mktemp("nf4") / "run")
+
+
+def dequantized_weights(dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of `tiny` after NF4 with nested scales, by bitsandbytes alone, as a run computes with them."""
+    functional, weights = bitsandbytes.functional, weights_of(TINY_FOLDER)
+    for name in (name for name in weights if "_proj" in name and name.endswith(".weight")):
+        packed = functional.quantize_4bit(weights[name].to(dtype), quant_type="nf4", compress_statistics=True)
+        weights[name] = functional.dequantize_4bit(*packed).double()
+    return weights
+
+
+def expected_weights(adapter: Path, base: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Merged weights from the files alone, in float64: W + s B A, or DoRA's m (W + s B A) / ||W + s B A||."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     tensors = {name: tensor.double() for name, tensor in load_file(adapter / ADAPTER_FILE).items()}
-    merged = weights_of(TINY_FOLDER)
+    merged = weights_of(TINY_FOLDER) if base is None else dict(base)
     for name in [name for name in tensors if name.endswith("lora_A.weight")]:
         module = name.removesuffix(".lora_A.weight")
         target = module.removeprefix("base_model.model.") + ".weight"
@@ -86,9 +111,9 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> f
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
-def test_a_merged_model_answers_as_the_trained_policy(tmp_path: Path) -> None:
-    run = finished_run(tmp_path / "run", PLAIN)
-    report = export_run(run, prompts=8)
+def test_a_merged_model_answers_as_the_trained_policy(tmp_path: Path, plain_run: RunFolder) -> None:
+    run = plain_run
+    report = export_run(run, output=tmp_path / "model", prompts=8, problems=0)
 
     recipe = run.recipe()
     policy = load_trained_policy(recipe, run.adapter)
@@ -98,7 +123,7 @@ def test_a_merged_model_answers_as_the_trained_policy(tmp_path: Path) -> None:
     assert not any("lora" in name for name in model.state_dict())
     assert model.dtype == torch.float32
     # By transformers' own generate: none of this goes through the code that verified the export.
-    held_out = open_tasks(recipe)[1].held_out(200)
+    held_out = open_tasks(recipe)[1].held_out(40)
     same = 0
     for problem in held_out:
         ids = tokenizer.apply_chat_template(
@@ -109,16 +134,17 @@ def test_a_merged_model_answers_as_the_trained_policy(tmp_path: Path) -> None:
         ours = model.generate(**prompt, do_sample=False, max_new_tokens=64)
         theirs = policy.model.generate(**prompt, do_sample=False, max_new_tokens=64)
         same += ours.tolist() == theirs.tolist()
-    assert same / len(held_out) >= 0.99
+    assert same == len(held_out)
 
 
 @pytest.mark.parametrize("adapter", ["lora.dropout=0.1", "lora.rslora=true", "lora.dora=true"])
 def test_every_kind_of_adapter_merges_to_rounding(tmp_path: Path, adapter: str) -> None:
     run = finished_run(tmp_path / "run", PLAIN, adapter)
-    report = export_run(run)
+    report = export_run(run, problems=0)
     assert largest_difference(weights_of(report.folder), expected_weights(run.adapter)) < 1e-6
     found = report.verification
     assert found is not None
+    assert found["pass_at_1"] is None
     assert found["prompts"] == 32
     assert found["tokens"] > 32
     assert found["greedy_agreement"] == 1.0
@@ -127,24 +153,105 @@ def test_every_kind_of_adapter_merges_to_rounding(tmp_path: Path, adapter: str) 
     assert found["adapter_difference"] > 0.02
 
 
-def test_a_policy_trained_in_nf4_is_merged_into_the_wide_base_and_its_distance_reported(tmp_path: Path) -> None:
-    run = finished_run(tmp_path / "run")
-    report = export_run(run)
-    assert largest_difference(weights_of(report.folder), expected_weights(run.adapter)) < 1e-6
+def test_an_nf4_run_is_merged_into_the_base_that_it_was_trained_on(tmp_path: Path, nf4_run: RunFolder) -> None:
+    report = export_run(nf4_run, output=tmp_path / "model", prompts=8, problems=16)
+    expected = expected_weights(nf4_run.adapter, dequantized_weights(torch.float32))
+    assert largest_difference(weights_of(report.folder), expected) < 1e-6
+    assert traces(report.folder) == set(report.files)  # no temporary folder is left
     found = report.verification
     assert found is not None
-    assert (found["trained_base"], found["merged_base"]) == ("nf4", "float32")
-    assert 1e-3 < found["mean_difference"] < 0.1
-    assert found["mean_difference"] < found["worst_difference"]
+    assert (report.merged_into, found["trained_base"], found["merged_base"]) == ("trained", "nf4", "trained")
+    assert found["greedy_agreement"] == 1
+    assert found["mean_difference"] < 1e-5
+    rates, other = found["pass_at_1"], found["other_base"]
+    assert (rates["problems"], rates["trained"]) == (16, rates["merged"])
+    assert rates["difference_low"] < 0 < rates["difference_high"]
+    assert other["merged_base"] == "original"
+    assert 1e-3 < other["mean_difference"] < 0.1
+    assert other["pass_at_1"]["trained"] == rates["trained"]
     card = (report.folder / "README.md").read_text()
-    assert "trained on the 4-bit (NF4) base" in card
-    assert f"| {found['greedy_agreement']:.1%} |" in card
-    assert f"| {found['mean_difference']:.2g} |" in card
+    assert "merged into the base (NF4, dequantised) in float32" in card
+    assert "| trained base | original base (not kept) |" in card
+    assert f"| {found['mean_difference']:.2g} | {other['mean_difference']:.2g} |" in card
+    assert "keeps more" not in card
+
+
+def test_the_original_weights_can_still_be_merged_into(
+    tmp_path: Path, nf4_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "OTHER_BASE_BYTES", 2**10)  # as for a large model
+    written: list[Path] = []
+    monkeypatch.setattr(pipeline, "write_dequantized_base", lambda _, folder: written.append(folder))
+    report = export_run(nf4_run, base="original", output=tmp_path / "model", prompts=8, problems=0)
+    assert largest_difference(weights_of(report.folder), expected_weights(nf4_run.adapter)) < 1e-6
+    found = report.verification
+    assert found is not None
+    assert (report.merged_into, found["merged_base"]) == ("original", "original")
+    assert "other_base" not in found
+    assert written == []
+    assert 1e-3 < found["mean_difference"] < 0.1
+    assert "merged into the base (original weights, not NF4)" in (report.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("adapter", ["lora.dora=false", "lora.dora=true"])
+def test_sixteen_bit_weights_are_rounded_once(tmp_path: Path, adapter: str) -> None:
+    run = finished_run(tmp_path / "run", "model.dtype=bfloat16", adapter)
+    report = export_run(run, prompts=2, problems=0)
+    expected = expected_weights(run.adapter, dequantized_weights(torch.bfloat16))
+    merged = weights_of(report.folder)
+    different = total = 0
+    for name, tensor in expected.items():
+        different += int((tensor.to(torch.bfloat16) != merged[name].to(torch.bfloat16)).sum())
+        total += tensor.numel()
+    assert different / total < 1e-4  # only where float32's own rounding decides
+
+
+def test_without_quantisation_both_bases_are_the_same(tmp_path: Path, plain_run: RunFolder) -> None:
+    trained, original = (
+        export_run(plain_run, base=base, output=tmp_path / base, prompts=2, problems=4)
+        for base in ("trained", "original")
+    )
+    for file in trained.folder.iterdir():
+        assert file.read_bytes() == (original.folder / file.name).read_bytes()
+    assert trained.merged_into == original.merged_into == "trained"
+    assert trained.verification is not None
+    assert "other_base" not in trained.verification
+    assert "merged into the base (float32) in float32" in (trained.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("base", "dtype", "better"),
+    [
+        ("original", "bfloat16", "--dtype bfloat16 --base trained --output {}-trained"),
+        ("trained", "bfloat16", "--dtype float32 --output {}-float32"),
+        ("trained", "float32", "--what adapter --output {}-adapter"),
+    ],
+)
+def test_a_loss_beyond_chance_is_said_with_what_to_do(
+    tmp_path: Path, nf4_run: RunFolder, monkeypatch: pytest.MonkeyPatch, base: str, dtype: str, better: str
+) -> None:
+    monkeypatch.setattr(pipeline, "OTHER_BASE_BYTES", 0)
+    measure = pipeline._measure
+
+    def measure_worse(name: str, *arguments: Any) -> Any:
+        result = measure(name, *arguments)
+        rates = (1.0,) * 8 if name == "trained policy" else (1.0, 1.0, *[0.0] * 6)
+        return dataclasses.replace(result, pass_at_1=sum(rates) / 8, pass_rates=rates)
+
+    monkeypatch.setattr(pipeline, "_measure", measure_worse)
+    folder = tmp_path / "model"
+    options = ["--base", base, "--dtype", dtype, "--prompts", "2", "--problems", "8", "--output", str(folder)]
+    done = CliRunner().invoke(main, ["export", str(nf4_run.path), *options])
+    assert done.exit_code == 0, done.output
+    assert "lost pass@1 by more than chance: -75.0 points" in done.output
+    assert f"popo-lite export {nf4_run.path} --weights policy {better.format(folder)}\n" in done.output
+    options_alone = better.removeprefix("--dtype bfloat16 ").partition(" --output")[0]
+    assert f"`popo-lite export RUN {options_alone}`" in (folder / "README.md").read_text()
 
 
 def test_sixteen_bit_answers_may_part_at_near_ties(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", PLAIN, "model.dtype=bfloat16")
-    report = export_run(run, prompts=200)
+    report = export_run(run, prompts=100, problems=0)
     found = report.verification
     assert found is not None
     assert report.dtype == "bfloat16"
@@ -157,15 +264,15 @@ def test_sixteen_bit_answers_may_part_at_near_ties(tmp_path: Path) -> None:
 def test_precision(tmp_path: Path, base: str, dtype: torch.dtype) -> None:
     run = finished_run(tmp_path / "run", base)
     name = str(dtype).removeprefix("torch.")
-    report = export_run(run, dtype=name, prompts=4)
+    report = export_run(run, dtype=name, prompts=4, problems=0)
     assert {tensor.dtype for tensor in load_file(report.folder / "model.safetensors").values()} == {dtype}
     assert AutoModelForCausalLM.from_pretrained(report.folder).dtype == dtype
-    assert f"merged into the base in {name}" in (report.folder / "README.md").read_text()
+    assert f") in {name}." in (report.folder / "README.md").read_text()
 
 
 def test_siamese_weights(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", PLAIN)
-    policy, siamese = export_run(run, prompts=4), export_run(run, weights="siamese", prompts=4)
+    policy, siamese = export_run(run, prompts=4, problems=0), export_run(run, weights="siamese", prompts=4, problems=0)
     assert (policy.folder, siamese.folder) == (
         run.path / "export" / "merged-policy",
         run.path / "export" / "merged-siamese",
@@ -202,7 +309,7 @@ def local_base(tmp_path: Path) -> Path:
 
 
 def test_stop_tokens_and_sampling_settings_of_the_base_are_kept(tmp_path: Path, local_base: Path) -> None:
-    report = export_run(finished_run(tmp_path / "run", f"model.id={local_base}", PLAIN), prompts=4)
+    report = export_run(finished_run(tmp_path / "run", f"model.id={local_base}", PLAIN), prompts=4, problems=0)
     found = GenerationConfig.from_pretrained(report.folder)
     assert (found.eos_token_id, found.pad_token_id) == ([1, 4], 0)
     assert (found.temperature, found.top_p, found.do_sample) == (0.7, 0.8, True)
@@ -212,7 +319,7 @@ def test_stop_tokens_and_sampling_settings_of_the_base_are_kept(tmp_path: Path, 
 def test_no_local_path_leaves_the_machine(tmp_path: Path, local_base: Path, what: str) -> None:
     overrides = (f"model.id={local_base}", f"output.dir={tmp_path}", "eval.problems=0", PLAIN)
     run = finished_run(tmp_path / "run", *overrides)
-    report = export_run(run, what=what, prompts=4)
+    report = export_run(run, what=what, prompts=4, problems=0)
     for name in report.files:
         assert str(tmp_path).encode() not in (report.folder / name).read_bytes(), name
     card = (report.folder / "README.md").read_text()
@@ -232,14 +339,14 @@ def test_no_local_path_leaves_the_machine(tmp_path: Path, local_base: Path, what
 def test_the_chat_template_of_the_recipe_is_exported(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}<|assistant|>"
     run = finished_run(tmp_path / "run", PLAIN, f'data.chat_template="{template}"', "data.system_prompt=Add.")
-    report = export_run(run, prompts=4)
+    report = export_run(run, prompts=4, problems=0)
     tokenizer = AutoTokenizer.from_pretrained(report.folder)
     assert tokenizer.chat_template == template
     assert "{'role': 'system', 'content': 'Add.'}" in (report.folder / "README.md").read_text()
 
 
 def test_the_card_tells_what_the_run_came_to(tmp_path: Path) -> None:
-    report = export_run(finished_run(tmp_path / "run", PLAIN), prompts=4)
+    report = export_run(finished_run(tmp_path / "run", PLAIN), prompts=4, problems=0)
     card = ModelCard.load(report.folder / "README.md")
     assert card.data.base_model is None
     assert card.data.license is None
@@ -276,45 +383,40 @@ def traces(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("base", [PLAIN, "model.quantization=nf4"])
-def test_a_wrong_merge_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
-    run = finished_run(tmp_path / "run", base)
-    before = traces(tmp_path)
-
-    def merge_leaving_one_layer_out(model: Any, *arguments: Any) -> None:
+@pytest.mark.parametrize("base", ["trained", "original"])
+def test_a_wrong_merge_is_found_out(
+    tmp_path: Path, nf4_run: RunFolder, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    def merge_leaving_one_layer_out(model: Any, dtype: str) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("layers.1.self_attn.o_proj.lora_B.default.weight"):
                 parameter.data.zero_()
-        write_merged(model, *arguments)
+        return merge(model, dtype)
 
-    write_merged = pipeline.write_merged
-    monkeypatch.setattr(pipeline, "write_merged", merge_leaving_one_layer_out)
+    merge = pipeline.merge
+    monkeypatch.setattr(pipeline, "merge", merge_leaving_one_layer_out)
     with pytest.raises(ExportError, match="the merged model is not the trained policy"):
-        export_run(run, prompts=8)
-    assert traces(tmp_path) == before
+        export_run(nf4_run, base=base, output=tmp_path / "model", prompts=8, problems=0)
+    assert traces(tmp_path) == set()
 
 
 def test_an_adapter_that_changes_between_the_two_loads_is_found_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, plain_run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = finished_run(tmp_path / "run", PLAIN)
     load_unmerged = pipeline.load_unmerged
-
-    def load_another(recipe: Any, adapter: Path, dtype: str) -> Any:
-        shutil.copyfile(run.siamese / ADAPTER_FILE, adapter / ADAPTER_FILE)
-        return load_unmerged(recipe, adapter, dtype)
-
-    monkeypatch.setattr(pipeline, "load_unmerged", load_another)
+    monkeypatch.setattr(
+        pipeline, "load_unmerged", lambda recipe, model, _: load_unmerged(recipe, model, plain_run.siamese)
+    )
     with pytest.raises(ExportError, match="the merged model is not the trained policy"):
-        export_run(run, prompts=8)
+        export_run(plain_run, output=tmp_path / "model", prompts=8, problems=0)
 
 
 def test_other_stop_tokens_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = finished_run(tmp_path / "run", PLAIN)
-    write_merged = pipeline.write_merged
-    monkeypatch.setattr(pipeline, "write_merged", lambda model, folder, _: write_merged(model, folder, frozenset({2})))
+    write = pipeline.write_model
+    monkeypatch.setattr(pipeline, "write_model", lambda *arguments: write(*arguments[:3], frozenset({2})))
     with pytest.raises(ExportError, match=r"stops at the tokens \[2\], the trained policy at \[1\]"):
-        export_run(run, prompts=4)
+        export_run(run, prompts=4, problems=0)
 
 
 def test_another_chat_template_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +430,7 @@ def test_another_chat_template_is_found_out(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_with_another_template)
     with pytest.raises(ExportError, match="makes other tokens of a prompt"):
-        export_run(run, prompts=4)
+        export_run(run, prompts=4, problems=0)
 
 
 def test_a_broken_adapter_is_not_worth_exporting(tmp_path: Path) -> None:
@@ -337,19 +439,28 @@ def test_a_broken_adapter_is_not_worth_exporting(tmp_path: Path) -> None:
     first = sorted(tensors)[0]
     save_file({**tensors, first: tensors[first] * float("nan")}, run.adapter / ADAPTER_FILE)
     with pytest.raises(ExportError, match="not finite"):
-        export_run(run, prompts=4)
+        export_run(run, prompts=4, problems=0)
     assert not (run.path / "export").exists()
 
 
-def test_a_quantised_base_cannot_be_merged_into_but_its_adapter_exported(tmp_path: Path) -> None:
+def test_a_base_stored_in_4_bits_is_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "tiny-4bit"
     policy = load_policy(load_recipe("tiny_cpu"))
     policy.model.unload().save_pretrained(base)
     policy.tokenizer.save_pretrained(base)
     run = finished_run(tmp_path / "run", f"model.id={base}")
+    report = export_run(run, prompts=4, problems=0)
+    expected = expected_weights(run.adapter, dequantized_weights(torch.float32))
+    assert largest_difference(weights_of(report.folder), expected) < 1e-6
+    assert report.verification is not None
+    assert "other_base" not in report.verification
     with pytest.raises(ExportError, match="stored quantised") as caught:
-        export_run(run, prompts=4)
+        export_run(run, base="original", output=tmp_path / "original", prompts=4, problems=0)
     assert "--what adapter" in str(caught.value)
+    # What is no 4-bit format of bitsandbytes cannot be dequantised.
+    monkeypatch.setattr(pipeline, "load_trained_policy", lambda *_: dataclasses.replace(policy, quantized_modules=0))
+    with pytest.raises(ExportError, match="stored quantised"):
+        export_run(run, output=tmp_path / "gptq", prompts=4, problems=0)
     assert ADAPTER_FILE in export_run(run, what="adapter").files
 
 
@@ -375,23 +486,23 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="not empty"):
         export_run(run, output=full / "mine.txt")
     with pytest.raises(ExportError, match="could not be written: Not a directory"):
-        export_run(run, output=full / "mine.txt" / "deeper", prompts=4)
+        export_run(run, output=full / "mine.txt" / "deeper", prompts=4, problems=0)
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "model.safetensors" in export_run(run, output=empty, prompts=4).files
+    assert "model.safetensors" in export_run(run, output=empty, prompts=4, problems=0).files
 
 
 def test_an_earlier_export_is_reused_only_for_the_same_thing(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", PLAIN)
-    first = export_run(run, prompts=4)
+    first = export_run(run, prompts=4, problems=0)
     card = first.folder / "README.md"
     card.write_text(card.read_text() + "\nA line of my own.\n")
-    again = export_run(run, prompts=4, reuse=True)
+    again = export_run(run, prompts=4, problems=0, reuse=True)
     assert again.reused
     assert (again.verification, again.files) == (first.verification, first.files)
     assert "A line of my own." in card.read_text()
     with pytest.raises(UserInputError, match="not empty"):
-        export_run(run, dtype="bfloat16", prompts=4, reuse=True)
+        export_run(run, dtype="bfloat16", prompts=4, problems=0, reuse=True)
     shutil.copyfile(run.siamese / ADAPTER_FILE, run.adapter / ADAPTER_FILE)
     with pytest.raises(UserInputError, match="not empty"):
-        export_run(run, prompts=4, reuse=True)
+        export_run(run, prompts=4, problems=0, reuse=True)

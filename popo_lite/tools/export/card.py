@@ -14,7 +14,7 @@ from popo_lite.recipe import OutputRecipe, Recipe
 from popo_lite.recipe_file import dump_recipe, flatten
 from popo_lite.tools.console.output import measured
 from popo_lite.tools.console.words import quantity
-from popo_lite.tools.export.verify import table_of
+from popo_lite.tools.export.verify import base_of, loss_of, remedy, table_of
 
 Facts = Mapping[str, Any]
 LOCAL_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gguf")
@@ -47,7 +47,10 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
         # How long the measurement took says nothing about the model.
         rows=[[label, *(quantity(v, unit) for v in values)] for (label, unit), values in figures if unit != "seconds"],
         verified=verification,
-        verified_rows=table_of(verification) if verification else (),
+        verified_table=table_of(verification) if verification else (),
+        merged_into=base_of(verification) if verification else None,
+        loss=loss_of(verification),
+        remedy=remedy(verification["merged_base"], dtype) if verification and dtype else None,
         recipe=dump_recipe(recipe.with_values(public)).strip(),
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,10 @@ WEIGHT_FILES = ["model*.safetensors*", "adapter_model.safetensors", "adapter_con
 WHAT = click.Choice(["merged", "adapter"])
 WEIGHTS = click.Choice(["policy", "siamese"])
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
+BASES = click.Choice(["trained", "original"])
+BASE_HELP = "Merge into the base as trained on (dequantised NF4), or into the original weights, which loses quality."
 PROMPTS_HELP = "Prompts on which a merged model is compared with the trained one, at most eval.problems."
+PROBLEMS_HELP = "Held-out problems for pass@1 beside the policy's, 0 for none; default as in the run's recipe."
 
 
 @click.command(context_settings={"show_default": True})
@@ -28,7 +33,9 @@ PROMPTS_HELP = "Prompts on which a merged model is compared with the trained one
 @click.option("--weights", type=WEIGHTS, default="policy", help="The trained adapter, or its running average.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to make; default RUN/export/<what>-<weights>.")
 @click.option("--dtype", type=DTYPES, help="Precision of a merged model; default as in the run's recipe.")
+@click.option("--base", type=BASES, default="trained", help=BASE_HELP)
 @click.option("--prompts", type=click.IntRange(min=1), default=32, help=PROMPTS_HELP)
+@click.option("--problems", type=click.IntRange(min=0), help=PROBLEMS_HELP)
 @click.option("--push-to-hub", "repo_id", metavar="USER/NAME", help="Upload the folder to the Hugging Face Hub.")
 @click.option("--private", is_flag=True, help="Upload to a private repository.")
 @click.option("--dry-run", is_flag=True, help="Show what --push-to-hub would upload, without network.")
@@ -36,9 +43,9 @@ PROMPTS_HELP = "Prompts on which a merged model is compared with the trained one
 def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Turn RUN, a folder that `popo-lite train` left, into a model that others can load.
 
-    A merged model is loaded again and compared with the trained policy on real prompts. With --push-to-hub, an
-    export of the same adapter that is in the folder already is uploaded with your edits of its card, README.md.
-    Only the card's line `model_id = ...` is changed, to USER/NAME.
+    A merged model is loaded again and compared with the trained policy on real prompts and in pass@1. With
+    --push-to-hub, an export of the same adapter that is in the folder already is uploaded with your edits of its card,
+    README.md. Only the card's line `model_id = ...` is changed, to USER/NAME.
     """
     if repo_id is None and (private or dry_run):
         raise click.UsageError(f"{'--private' if private else '--dry-run'} goes with --push-to-hub USER/NAME")
@@ -62,9 +69,11 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json
             raise UserInputError(what, where=where, next_step=next_step) from error
 
     import torch
+    from rich.text import Text
 
-    from popo_lite.tools.console.output import progress
+    from popo_lite.tools.console.output import open_console, progress
     from popo_lite.tools.export.pipeline import export_run
+    from popo_lite.tools.export.verify import loss_of
 
     if threads:
         torch.set_num_threads(threads)
@@ -82,6 +91,10 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json
         click.echo(json.dumps({**content, "upload": upload, "dry_run": planned}, allow_nan=False))
         return
     _print_report(report, upload)
+    if loss := loss_of(report.verification):
+        console = open_console(sys.stdout)
+        console.print(Text(f"{loss} To keep more:", "bold red"))
+        console.print(Text(f"  {_remedy_command(run, report)}\n", "cyan"), soft_wrap=True)
     if planned is not None:
         visibility = "private" if private else "public"
         click.echo(f"Would be uploaded to {repo_id}, {visibility}. Its card, README.md:\n\n{planned['card']}")
@@ -89,16 +102,33 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json
 
 def _print_report(report: ExportReport, upload: dict[str, Any] | None) -> None:
     from popo_lite.tools.console.output import table
-    from popo_lite.tools.export.verify import table_of
+    from popo_lite.tools.export.verify import base_of, table_of
 
-    facts = {"folder": report.folder, "what": report.what, "weights": report.weights, "base": report.base}
-    facts |= {"precision": report.dtype} if report.dtype else {}
+    facts: dict[str, Any] = {
+        "folder": report.folder,
+        "what": report.what,
+        "weights": report.weights,
+        "base": report.base,
+    }
+    if report.verification is not None:
+        facts |= {"merged into": base_of(report.verification), "precision": report.dtype}
     facts |= {"repository": upload["url"], "visibility": "private" if upload["private"] else "public"} if upload else {}
     title = "Reused, as it was exported before" if report.reused else "Exported"
     table(title, ("", "this export"), list(facts.items()))
     if report.verification is not None:
-        table("Merged against trained", ("measure", "figure"), table_of(report.verification))
+        table("Merged against trained", *table_of(report.verification))
     table("Files", ("file", "bytes"), [(name, f"{size:,}") for name, size in report.files.items()])
+
+
+def _remedy_command(run: Path, report: ExportReport) -> str:
+    """Return the command of an export that keeps more, in a folder of its own."""
+    from popo_lite.tools.export.verify import remedy
+
+    better = remedy(str(report.merged_into), str(report.dtype))
+    command = ["popo-lite", "export", str(run), "--weights", report.weights]
+    command += ["--dtype", str(report.dtype)] if better == "--base trained" else []
+    command += [*better.split(), "--output", f"{report.folder}-{better.split()[-1]}"]
+    return shlex.join(command)
 
 
 def _push(folder: Path, repo_id: str, private: bool) -> dict[str, Any]:

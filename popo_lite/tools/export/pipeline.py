@@ -1,6 +1,7 @@
 """Export a run folder to a folder that others can load; it appears only when it is complete and checked.
 
-An adapter is merged into its base in 16 or 32 bit: quantising the sum to 4 bits would lose part of what was learned.
+An adapter is merged into the base that it was trained on. If that was quantised, the adapter also learned to correct
+the rounding of its weights, and would shift the original weights by as much.
 """
 
 from __future__ import annotations
@@ -13,37 +14,51 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from torch import Tensor
 
 from popo_lite.errors import ExportError, UserInputError
+from popo_lite.evaluation import evaluate, fitting
+from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, adapter_folder
-from popo_lite.policy.load import load_base, load_tokenizer, pick_device
+from popo_lite.policy.load import load_config, load_tokenizer, write_dequantized_base
 from popo_lite.policy.memory import release_memory
-from popo_lite.policy.policy import load_trained_policy
-from popo_lite.recipe import Recipe
+from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
+from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
 from popo_lite.run_folder import RunFolder
-from popo_lite.tasks import open_tasks
+from popo_lite.samplers.hf import HFSampler
+from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.export import verify
 from popo_lite.tools.export.card import is_local, known_as, model_card
+from popo_lite.tools.export.merge import BASES, load_unmerged, merge, write_model
+from popo_lite.types import EvalResult, Problem
 
 NOT_WRITABLE = (errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 REPORT_FILE = "export.json"
 UNMERGED_ANSWERS = 4
-"""Answers on which the merge itself is checked, on the CPU, where the policy was trained on another base."""
+"""Answers on which the merge itself is checked, on the CPU, if the policy was trained on another base."""
+OTHER_BASE_BYTES = 2**30
+"""Size of the written weights up to which an export also measures a merge into the other base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """Describe an export. `dtype` and `verification` are None for an adapter; `reused` says that it existed before."""
+    """Describe an export. `reused` says that it existed before.
+
+    `dtype`, `merged_into` and `verification` are None for an adapter. `merged_into` is "trained" or "original"; the two
+    are the same for a base that was not quantised, which counts as "trained".
+    """
 
     folder: Path
     what: str
     weights: str
     base: str
     dtype: str | None
+    merged_into: str | None
     adapter_sha256: str
     verification: dict[str, Any] | None = None
     reused: bool = False
@@ -65,23 +80,35 @@ def export_run(
     what: str = "merged",
     weights: str = "policy",
     output: Path | None = None,
+    base: str = "trained",
     dtype: str | None = None,
     prompts: int = 32,
+    problems: int | None = None,
     reuse: bool = False,
     progress: verify.Progress = lambda *_: nullcontext(lambda _: None),
 ) -> ExportReport:
     """Write the run's model to `output` (default `RUN/export/<what>-<weights>`) and describe it in a model card.
 
     `what` is "merged" or "adapter", `weights` "policy" or "siamese", `dtype` the precision of a merged model (default:
-    the recipe's). A merged model is loaded again and compared with the trained policy on `prompts` prompts of the
-    run's task, at most `eval.problems`. With `reuse`, an earlier export of the same adapter in `output` is returned.
+    the recipe's). `base` is what the adapter is merged into: the "trained" base, dequantised, or the "original"
+    weights. A merged model is loaded again and compared with the trained policy: greedily on `prompts` prompts of the
+    run's task, at most `eval.problems`, and in pass@1 on `problems` held-out problems (default: `eval.problems`).
+    With `reuse`, an earlier export of the same adapter in `output` is returned.
 
-    Raises CheckpointError for a run that has not ended, UserInputError for an unknown `what` or `weights` or if
+    Raises CheckpointError for a run that has not ended, UserInputError for an unknown `what`, `weights` or `base` or if
     `output` is not empty, and ExportError if the merged model is not the trained policy; nothing is left behind then.
     """
-    if what not in ("merged", "adapter"):
-        raise UserInputError(f'there is no export "{what}"', where="what", next_step='use "merged" or "adapter"')
+    for key, value, known in (("what", what, ("merged", "adapter")), ("base", base, BASES)):
+        if value not in known:
+            next_step = f'use "{known[0]}" or "{known[1]}"'
+            raise UserInputError(f'there is no {key} "{value}"', where=key, next_step=next_step)
     recipe = run.recipe()
+    merged_into = None
+    if what == "merged":
+        stored = is_stored_quantized(recipe.model)
+        if stored and base == "original":
+            raise _stored_quantized(recipe.model)
+        merged_into = base if recipe.model.quantization != "none" or stored else "trained"
     adapter = adapter_folder(run.trained_adapter(weights), key="run folder")
     report = ExportReport(
         folder=output if output is not None else run.path / "export" / f"{what}-{weights}",
@@ -89,6 +116,7 @@ def export_run(
         weights=weights,
         base=known_as(recipe.model.id),
         dtype=(dtype or recipe.model.dtype) if what == "merged" else None,
+        merged_into=merged_into,
         adapter_sha256=hashlib.sha256((adapter / ADAPTER_FILE).read_bytes()).hexdigest(),
     )
     if report.folder.is_file() or (report.folder.is_dir() and any(report.folder.iterdir())):
@@ -100,16 +128,14 @@ def export_run(
         return replace(report, verification=earlier["verification"], reused=True)
 
     with _complete_folder(report.folder) as folder:
-        tokenizer: Any = load_tokenizer(recipe.model)
-        tokenizer.chat_template = recipe.data.chat_template or tokenizer.chat_template
-        tokenizer.save_pretrained(str(folder))
         if report.dtype is None:
+            save_tokenizer(recipe, folder)
             shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
             config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
             config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
             (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         else:
-            verification = _export_merged(recipe, adapter, folder, report.dtype, prompts, progress)
+            verification = _export_merged(recipe, adapter, folder, report, prompts, problems, progress)
             report = replace(report, verification=verification)
         summary = json.loads(run.summary_path.read_text(encoding="utf-8"))
         card = model_card(recipe, summary, weights=weights, dtype=report.dtype, verification=report.verification)
@@ -120,75 +146,163 @@ def export_run(
 
 
 def _export_merged(
-    recipe: Recipe, adapter: Path, folder: Path, dtype: str, prompts: int, progress: verify.Progress
+    recipe: Recipe,
+    adapter: Path,
+    folder: Path,
+    report: ExportReport,
+    prompts: int,
+    problems: int | None,
+    progress: verify.Progress,
 ) -> dict[str, Any]:
-    """Write the merged model beside its tokenizer and compare it with the policy. Only one model is in memory."""
+    """Write the merged model and compare it with the policy. Only one model is in memory."""
     # Without what only training needs. unsloth's adapters are PEFT's, and are compared as plain transformers runs them.
     device = "cpu" if recipe.train.device == "cpu" else "auto"
     plain = {"model.backend": "transformers", "train.device": device, "train.gradient_checkpointing": False}
-    recipe = recipe.with_values(plain)
-    train, held_out = open_tasks(recipe)
-    problems = held_out.held_out(min(prompts, recipe.eval.problems))
-    problems = problems or [train.train_problem(recipe.train.seed, index) for index in range(prompts)]
-    with progress("loading the trained policy", None):
-        policy = load_trained_policy(recipe, adapter)
+    recipe = recipe.with_values(plain | {"train.packing": False, "eval.samples_per_problem": 1})
+    with Grader(recipe.reward) as grader, TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        scratch = Path(temporary)
+        with progress("loading the trained policy", None):
+            policy = load_trained_policy(recipe, adapter)
+        generation = policy.model.get_base_model().generation_config  # _ask replaces it
+        bases = _bases(recipe.model, policy, report, scratch / "base")
+        if policy.quantized_modules and "trained" in bases:
+            write_dequantized_base(policy, scratch / "base")
+        check = _ask(recipe, policy, prompts, problems, grader, progress)
+        del policy
+        release_memory()
+        found: list[dict[str, Any]] = []
+        for name, base in bases.items():
+            target = scratch / "merged" if found else folder
+            with progress(f"merging into the {name} base on the CPU", None):
+                unmerged = _merge(check, base, adapter, target, str(report.dtype), generation)
+            figures, logps = check.compare(target, str(report.dtype))
+            if not found:  # the one that is kept
+                _refuse_other_model(name, figures, str(report.dtype), recipe.model.dtype, unmerged, logps)
+            found.append(figures | {"merged_base": name})
+    return found[0] | ({"other_base": found[1]} if found[1:] else {})
+
+
+def _bases(model: ModelRecipe, policy: Policy, report: ExportReport, dequantized: Path) -> dict[str, ModelRecipe]:
+    """Return the base to merge into by name and, if the base was quantised and is small, after it the other one."""
+    base: Any = policy.model.get_base_model()
+    if not policy.quantized_modules:
+        if getattr(base.config, "quantization_config", None) is not None:  # in a way that is not bitsandbytes' 4 bits
+            raise _stored_quantized(model)
+        return {"trained": model}
+    bases = {
+        "trained": model.with_values({"id": str(dequantized), "revision": None, "quantization": "none"}),
+        "original": model.with_values({"quantization": "none", "dtype": report.dtype}),
+    }
+    wanted = str(report.merged_into)
+    size = base.num_parameters() * getattr(torch, str(report.dtype)).itemsize
+    if size > OTHER_BASE_BYTES or is_stored_quantized(model):
+        return {wanted: bases[wanted]}
+    return {wanted: bases.pop(wanted)} | bases
+
+
+def is_stored_quantized(model: ModelRecipe) -> bool:
+    """Return True if the base's own files are quantised."""
+    return getattr(load_config(model), "quantization_config", None) is not None
+
+
+def _stored_quantized(model: ModelRecipe) -> ExportError:
+    what = f"{model.id} is stored quantised, so there is no 16-bit base to merge into"
+    next_step = "export the adapter (--what adapter), or train on the base that it was quantised from"
+    return ExportError(what, where="model.id", next_step=next_step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Check:
+    """What merged models are compared with: the trained policy's answers, and its pass@1 if it is measured."""
+
+    recipe: Recipe
+    task: Task
+    asked: list[Problem]
+    trained: verify.Trained
+    held_out: list[Problem]
+    result: EvalResult | None
+    grader: Grader
+    progress: verify.Progress
+
+    def compare(self, folder: Path, dtype: str) -> tuple[dict[str, Any], list[Tensor]]:
+        """Load the model in `folder`; return the figures and its log-probs of the policy's answers."""
+        written = {"id": str(folder), "revision": None, "quantization": "none", "dtype": dtype}
+        values = {"model": self.recipe.model.with_values(written), "data.chat_template": None, "lora": LoraRecipe()}
+        recipe = self.recipe.with_values(values)
+        renderer = Renderer(recipe, load_tokenizer(recipe.model))
+        for problem, prompt in zip(self.asked, self.trained.prompts, strict=True):
+            if renderer.token_ids(problem) != prompt:
+                what = "the exported tokenizer makes other tokens of a prompt than the trained policy's"
+                raise ExportError(what, where=f"problem {problem.id}", next_step=verify.REPORT_IT)
+        policy = load_policy(recipe)
+        policy.model.eval()
+        base: Any = policy.model.get_base_model()
+        with policy.model.disable_adapter():
+            found, logps = verify.compare(base, self.trained, recipe.rollout.max_completion_length, self.progress)
+            found["pass_at_1"] = None
+            if self.result is not None:
+                name, held_out = "merged model", self.held_out
+                result = _measure(name, recipe, policy, self.task, held_out, self.grader, self.progress)
+                found["pass_at_1"] = verify.pass_rates(self.result, result)
+        del policy, base
+        release_memory()
+        return found, logps
+
+
+def _ask(
+    recipe: Recipe, policy: Policy, prompts: int, problems: int | None, grader: Grader, progress: verify.Progress
+) -> _Check:
+    """Let the trained policy answer: greedily, and once to each held-out problem."""
+    train, task = open_tasks(recipe)
+    asked = task.held_out(min(prompts, recipe.eval.problems))
+    asked = asked or [train.train_problem(recipe.train.seed, index) for index in range(prompts)]
     renderer, limit = Renderer(recipe, policy.tokenizer), recipe.rollout.max_completion_length
-    trained = verify.ask_trained(policy, list(map(renderer.token_ids, problems)), limit, progress)
-    del policy
-    release_memory()
-    same_base = recipe.model.quantization == "none" and recipe.model.dtype == dtype
-    checked = slice(0 if same_base else UNMERGED_ANSWERS)
-    with progress("merging on the CPU", None):
-        model = load_unmerged(recipe, adapter, dtype)
-        unmerged = verify.log_probs(model.get_base_model(), trained.prompts[checked], trained.answers[checked])
-        write_merged(model, folder, trained.stop_ids)
-    del model
-    release_memory()
-    written = recipe.model.with_values({"id": str(folder), "revision": None, "quantization": "none", "dtype": dtype})
-    renderer = Renderer(recipe.with_values({"data.chat_template": None}), load_tokenizer(written))
-    for problem, prompt in zip(problems, trained.prompts, strict=True):
-        if renderer.token_ids(problem) != prompt:
-            what = "the exported tokenizer makes other tokens of a prompt than the trained policy's"
-            raise ExportError(what, where=f"problem {problem.id}", next_step=verify.REPORT_IT)
-    found, logps = verify.compare(load_base(written, pick_device(device)), trained, limit, progress)
-    figures: Any = (found[key] for key in ("mean_difference", "worst_difference", "widest_parting"))
-    # On other base weights than the trained ones a difference is expected. Compare the merge with the same base and
-    # an unmerged adapter instead.
-    verify.refuse_beyond_rounding(dtype, *(figures if same_base else verify.differences(unmerged, logps[checked])))
-    return found
+    trained = verify.ask_trained(policy, list(map(renderer.token_ids, asked)), limit, progress)
+    held_out = fitting(task.held_out(recipe.eval.problems if problems is None else problems), renderer, recipe)
+    result = _measure("trained policy", recipe, policy, task, held_out, grader, progress) if held_out else None
+    return _Check(recipe=recipe, task=task, asked=asked, trained=trained, held_out=held_out, result=result,
+                  grader=grader, progress=progress)  # fmt: skip
 
 
-def load_unmerged(recipe: Recipe, adapter: Path, dtype: str) -> Any:
-    """Return the base in `dtype` with an unmerged adapter, on the CPU. Raises ExportError if it is stored quantised."""
-    plain = {"model.quantization": "none", "model.dtype": dtype, "train.device": "cpu", "train.packing": False}
-    if recipe.model.attn_implementation == "flash_attention_2":
-        plain["model.attn_implementation"] = "sdpa"
-    model = load_trained_policy(recipe.with_values(plain), adapter).model
-    if getattr(model.config, "quantization_config", None) is not None:
-        what = f"{recipe.model.id} is stored quantised, so there is no 16-bit base to merge into"
-        next_step = "export the adapter (--what adapter), or train on the base that it was quantised from"
-        raise ExportError(what, where="model.id", next_step=next_step)
-    return model
+def _measure(name: str, recipe: Recipe, policy: Policy, task: Task, problems: list[Problem], grader: Grader,
+             progress: verify.Progress) -> EvalResult:  # fmt: skip
+    """Return the accuracy on `problems`, one answer each. The draws depend on the recipe's seed and the problem."""
+    renderer, seed = Renderer(recipe, policy.tokenizer), recipe.train.seed
+    with (
+        HFSampler(policy, recipe, text=renderer.text) as sampler,
+        progress(f"pass@1 of the {name}", len(problems)) as done,
+    ):
+        return evaluate(name, recipe, policy, sampler, renderer, grader, task, problems, seed=seed, progress=done)
 
 
-def write_merged(adapted: Any, folder: Path, stop_ids: frozenset[int]) -> None:
-    """Merge the adapter in place and write the model with these stop ids. Raises ExportError if a sum is not finite."""
-    try:
-        model = adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        next_step = "try --dtype float32, or --weights siamese if training diverged at its end"
-        raise ExportError(f"the adapter cannot be merged: {error}", next_step=next_step) from error
-    config = model.generation_config
-    config.eos_token_id = sorted(stop_ids) if len(stop_ids) > 1 else min(stop_ids)
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        # Some bases name a temperature and not do_sample. transformers reads such a file and refuses to write it.
-        config.do_sample = True
-    try:
-        model.save_pretrained(str(folder), max_shard_size="5GB")
-    except SafetensorError as error:
-        raise OSError(errno.ENOSPC, str(error)) from error
+def _merge(check: _Check, base: ModelRecipe, adapter: Path, folder: Path, dtype: str, generation: Any) -> list[Tensor]:
+    """Write the merged model and its tokenizer; return the log-probs of a few answers before the merge."""
+    trained, checked = check.trained, slice(UNMERGED_ANSWERS)
+    adapted = load_unmerged(check.recipe, base, adapter)
+    unmerged = verify.log_probs(adapted.get_base_model(), trained.prompts[checked], trained.answers[checked])
+    save_tokenizer(check.recipe, folder)
+    write_model(merge(adapted, dtype), folder, generation, trained.stop_ids)
+    return unmerged
+
+
+def _refuse_other_model(
+    base: str, figures: dict[str, Any], dtype: str, trained_dtype: str, unmerged: list[Tensor], logps: list[Tensor]
+) -> None:
+    """Raise ExportError if merging changed more than rounding explains."""
+    if base == "trained":
+        coarser = max(dtype, trained_dtype, key=lambda name: verify.ROUNDING[name])
+        differences = (figures[key] for key in ("mean_difference", "worst_difference", "widest_parting"))
+        verify.refuse_beyond_rounding(coarser, *differences)
+    else:
+        # From the policy, other base weights differ. Compare with the same base and an unmerged adapter instead.
+        verify.refuse_beyond_rounding(dtype, *verify.differences(unmerged, logps[:UNMERGED_ANSWERS]))
+
+
+def save_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """Write the tokenizer with the chat template of the training."""
+    tokenizer: Any = load_tokenizer(recipe.model)
+    tokenizer.chat_template = recipe.data.chat_template or tokenizer.chat_template
+    tokenizer.save_pretrained(str(folder))
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from popo_lite.errors import ExportError
 from popo_lite.fused import score
 from popo_lite.policy.policy import Policy, head_of
+from popo_lite.tools.console.output import paired_interval, points
+from popo_lite.types import EvalResult
 
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 """(description, total) -> a context manager; its value is called with each amount done: `console.output.progress`."""
@@ -96,8 +98,8 @@ def compare(model: Any, trained: Trained, limit: int, progress: Progress) -> tup
 
     `greedy_agreement` is the share of prompts with the same greedy answer, `widest_parting` the largest gap between the
     merged model's own token and the policy's when two answers first differ. Differences of log-prob are per token, in
-    nats; if the two bases ("nf4" or a dtype) differ, they are mostly the bases' own. `adapter_difference`, what the
-    adapter itself changes, is their scale. Raises ExportError if the model stops at other tokens than the policy.
+    nats; if the two bases differ, they are mostly the bases' own. `adapter_difference`, what the adapter itself
+    changes, is their scale. Raises ExportError if the model stops at other tokens than the policy.
     """
     found = model.generation_config.eos_token_id
     stops = [found] if isinstance(found, int) else sorted(found or ())
@@ -112,7 +114,6 @@ def compare(model: Any, trained: Trained, limit: int, progress: Progress) -> tup
     mean, worst = differences(trained.logps, logps)
     figures = {
         **trained.facts,
-        "merged_base": str(model.dtype).removeprefix("torch."),
         "prompts": len(answers),
         "tokens": sum(map(len, trained.logps)),
         "greedy_agreement": 1 - len(partings) / len(answers),
@@ -135,6 +136,32 @@ def differences(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[floa
     return float(gaps.mean()), float(gaps.max())
 
 
+def pass_rates(trained: EvalResult, merged: EvalResult) -> dict[str, Any]:
+    """Return the pass@1 of the trained policy and of a merged model, with the interval of their paired difference."""
+    low, high = paired_interval(trained.pass_rates, merged.pass_rates)
+    rates = {"trained": trained.pass_at_1, "merged": merged.pass_at_1}
+    return {"problems": trained.problems, **rates, "difference_low": low, "difference_high": high}
+
+
+def loss_of(found: Mapping[str, Any] | None) -> str | None:
+    """Return one sentence if the merged model's pass@1 is lower than the policy's by more than chance, else None."""
+    rates = (found or {}).get("pass_at_1")
+    if rates is None or rates["difference_high"] >= 0:
+        return None
+    return f"Merging lost pass@1 by more than chance: {_gap(rates)} on {rates['problems']:,} problems."
+
+
+def remedy(merged_base: str, dtype: str) -> str:
+    """Return the options of an export that keeps more of what was learned."""
+    if merged_base == "original":
+        return "--base trained"
+    return "--dtype float32" if dtype in ("float16", "bfloat16") else "--what adapter"
+
+
+def _gap(rates: Mapping[str, Any]) -> str:
+    return points(rates["merged"] - rates["trained"], rates["difference_low"], rates["difference_high"])
+
+
 def refuse_beyond_rounding(dtype: str, mean: float, worst: float, gap: float = 0.0) -> None:
     """Raise ExportError if the figures cannot come from rounding to `dtype`. NaN is refused too."""
     allowed, at_worst = ROUNDING[dtype], WORST_OVER_MEAN * ROUNDING[dtype]
@@ -147,14 +174,32 @@ def refuse_beyond_rounding(dtype: str, mean: float, worst: float, gap: float = 0
         )
 
 
-def table_of(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (measure, figure) of a comparison for people to read."""
-    rows = {
-        "base, when trained and when merged": "{trained_base}, {merged_base}",
-        "prompts, answer tokens": "{prompts:,}, {tokens:,}",
-        "same greedy answer": "{greedy_agreement:.1%}",
-        "log-prob per token, mean difference": "{mean_difference:.2g}",
-        "log-prob per token, worst difference": "{worst_difference:.2g}",
-        "for scale: mean difference that the adapter makes": "{adapter_difference:.2g}",
+def table_of(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of a comparison for people to read, with a column for another base if there is one."""
+    every = {f"{found['merged_base']} base" if "other_base" in found else "": found}
+    if other := found.get("other_base"):
+        every[f"{other['merged_base']} base (not kept)"] = other
+    measures: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "base": base_of,
+        "prompts, answer tokens": lambda found: "{prompts:,}, {tokens:,}".format(**found),
+        "same greedy answer": lambda found: "{greedy_agreement:.1%}".format(**found),
+        "log-prob per token, mean difference": lambda found: "{mean_difference:.2g}".format(**found),
+        "log-prob per token, worst difference": lambda found: "{worst_difference:.2g}".format(**found),
+        "for scale: mean difference that the adapter makes": lambda found: "{adapter_difference:.2g}".format(**found),
     }
-    return [(measure, figure.format(**found)) for measure, figure in rows.items()]
+    if found["pass_at_1"] is not None:
+        measures |= {
+            "pass@1 of the trained policy": lambda found: "{trained:.1%}".format(**found["pass_at_1"]),
+            "pass@1 of the merged model": lambda found: "{merged:.1%}".format(**found["pass_at_1"]),
+            "difference": lambda found: _gap(found["pass_at_1"]),
+            "problems": lambda found: "{problems:,}".format(**found["pass_at_1"]),
+        }
+    rows = [[measure, *(figure(found) for found in every.values())] for measure, figure in measures.items()]
+    return ["", *every], rows
+
+
+def base_of(found: Mapping[str, Any]) -> str:
+    """Return the base that the adapter was merged into for people to read."""
+    if found["trained_base"] != "nf4":
+        return str(found["trained_base"])
+    return "NF4, dequantised" if found["merged_base"] == "trained" else "original weights, not NF4"
