@@ -64,15 +64,23 @@ def load_trainer(
 
 
 def evaluate(
-    run: str | Path, *, weights: Sequence[str] = (), problems: int | None = None, samples: int = 8
+    run: str | Path,
+    *others: str | Path,
+    task: str | Path | None = None,
+    weights: Sequence[str] = (),
+    problems: int | None = None,
+    samples: int = 8,
 ) -> list[EvalResult]:
-    """Return the accuracy of a run's weights on its held-out problems, `samples` answers to each.
+    """Return the accuracy of runs and models on a run's held-out problems, `samples` answers to each, the same draws.
 
-    `weights` are some of "base", "adapter" and "siamese" (default: all). `problems` defaults to the recipe's number.
+    `run` and `others` are runs, folders of models, or Hub ids. A run is measured in its `weights`, some of "base",
+    "adapter" and "siamese" (default: all). `task` is the run or recipe whose problems are asked, by default the first
+    run. `problems` defaults to the recipe's number.
     """
-    from popo_lite.tools.benchmarks.subject import evaluate_run
+    from popo_lite.tools.benchmarks.subject import evaluate_models
 
-    return evaluate_run(Path(run), weights=weights, problems=problems, samples=samples)
+    names, asked = [str(model) for model in (run, *others)], None if task is None else str(task)
+    return evaluate_models(names, task=asked, weights=weights, problems=problems, samples=samples)
 
 
 def export(

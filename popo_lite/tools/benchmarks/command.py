@@ -16,7 +16,7 @@ from popo_lite.recipe import Recipe
 PAPER_PRESET = {"samples": 128, "temperature": 0.7, "top_p": 0.95, "max_tokens": 4096, "system_prompt":
                 r"Please reason step by step, and put your final answer within \boxed{}."}  # fmt: skip
 """How the published evaluation sampled. Its k is 8, the default."""
-HELD_OUT = ("weights", "problems", "samples", "temperature", "seed", "engine")  # options for held-out problems
+HELD_OUT = ("task", "weights", "problems", "samples", "temperature", "seed", "engine")  # options for held-out problems
 WEIGHTS = click.Choice(["base", "adapter", "siamese"])
 JINJA_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 POSITIVE = click.IntRange(min=1)
@@ -29,8 +29,10 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
 
 @click.command("eval", short_help="Measure a run or any model, on held-out problems or benchmarks.",
                context_settings={"show_default": True})  # fmt: skip
-@click.argument("model_or_run")
-@click.option("--weights", type=WEIGHTS, multiple=True, help="Weights of a run; may be repeated. Default: all three.")
+@click.argument("models", metavar="MODEL_OR_RUN...", nargs=-1, required=True)
+@click.option("--task", metavar="RUN_OR_RECIPE", help="Whose held-out problems, prompts, reward and sampling are used; "
+              "default: the first run, or the run of an exported model.")  # fmt: skip
+@click.option("--weights", type=WEIGHTS, multiple=True, help="Weights of runs; may be repeated. Default: all three.")
 @click.option("--problems", type=POSITIVE, help="Held-out problems; default as in the run's recipe.")
 @click.option("--samples", type=POSITIVE, default=8, help="Sampled answers per problem.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Default as in the run's recipe.")
@@ -52,35 +54,41 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
 @click.option("--chat-template", type=JINJA_FILE, help="Jinja file, for a model without one.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for answers and results, also to resume in.")
 @click.pass_context
-def eval_(ctx: click.Context, /, model_or_run: str, benchmarks: str | None, as_json: bool, **options: Any) -> None:
-    """Measure MODEL_OR_RUN.
+def eval_(
+    ctx: click.Context, /, models: tuple[str, ...], benchmarks: str | None, as_json: bool, **options: Any
+) -> None:
+    """Measure runs and models on a run's held-out problems, or one of them on benchmarks.
 
-    A run, the folder that `popo-lite train` wrote, is measured on its held-out problems: base, trained adapter and
-    siamese on the same random draws. With --benchmarks it, an exported model or any model of the Hub is measured on
-    published benchmarks. Answers are kept: the same command resumes a killed evaluation.
+    Each MODEL_OR_RUN is a run, the folder that `popo-lite train` wrote (measured as base, trained adapter and siamese),
+    a model's folder, such as an export, or a Hub id. All answer the same problems on the same random draws. With
+    --benchmarks one of them is measured on published benchmarks. Answers are kept: the same command resumes a killed
+    evaluation.
     """
     given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
     options_given = {param.name: param.opts[0] for param in given}
-    for name, rival in {"problems": "benchmarks", "seed": "seeds"}.items():
+    for name, rival in {"problems": "benchmarks", "task": "benchmarks", "seed": "seeds"}.items():
         if name in options_given and ctx.params[rival] is not None:
             raise UserInputError(f"does not go with --{rival}", where=f"--{name}", next_step="leave one of the two out")
-    wrong = [option for name, option in options_given.items() if name not in (*HELD_OUT, "model_or_run", "as_json")]
+    wrong = [option for name, option in options_given.items() if name not in (*HELD_OUT, "models", "as_json")]
     if benchmarks is None and wrong:
         next_step = "add for instance --benchmarks paper, or leave it out"
         raise UserInputError("is for benchmarks, and none is named", where=wrong[0], next_step=next_step)
+    if benchmarks is not None and models[1:]:
+        what, next_step = "benchmarks are measured on one model at a time", f"popo-lite eval {models[0]} --benchmarks"
+        raise UserInputError(what, where=models[1], next_step=f"{next_step} {benchmarks}, then the others")
     try:
         if benchmarks is None:
-            from popo_lite.tools.benchmarks.subject import evaluate_run, no_bar
+            from popo_lite.tools.benchmarks.subject import evaluate_models, no_bar
             from popo_lite.tools.console.output import eval_report, progress
 
-            path, used = Path(model_or_run), {name: options[name] for name in HELD_OUT}
-            results = evaluate_run(path, **used, bar=no_bar if as_json else progress)
+            used = {name: options[name] for name in HELD_OUT}
+            results = evaluate_models(models, **used, bar=no_bar if as_json else progress)
             if as_json:
-                click.echo(json.dumps({"run": str(path), "results": [asdict(result) for result in results]}))
+                click.echo(json.dumps({"models": models, "results": [asdict(result) for result in results]}))
             else:
                 eval_report(results)
         else:
-            _benchmarks(model_or_run, benchmarks, as_json=as_json, **options)
+            _benchmarks(models[0], benchmarks, as_json=as_json, **options)
     except EngineError as error:
         if "--set rollout" in (error.next_step or ""):  # this command has no --set
             error.next_step = "--engine hf samples from the loaded model itself, slower"

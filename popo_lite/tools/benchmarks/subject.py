@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,15 +19,17 @@ from popo_lite.errors import ModelError, UserInputError
 from popo_lite.evaluation import evaluate, fitting
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, empty_adapter, load_adapter_weights
-from popo_lite.policy.load import pick_device
+from popo_lite.policy.load import load_tokenizer, pick_device
+from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
+from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.samplers import Sampler, open_sampler
 from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
-from popo_lite.tasks import open_tasks
+from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.types import EvalResult, Prompt
+from popo_lite.types import EvalResult, Problem, Prompt
 
 RUN_WEIGHTS = ("base", "adapter", "siamese")
 MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")  # files that can change answers
@@ -82,8 +86,10 @@ def open_run(path: Path, wanted: Sequence[str]) -> Subject:
     return Subject(name=path.resolve().name, recipe=recipe, adapters=adapters)
 
 
-def open_model(model: str, wanted: Sequence[str]) -> Subject:
+def open_model(model: str, wanted: Sequence[str], device: str = "auto") -> Subject:
     """Return a model by folder, such as an export, or by Hub id: bfloat16 on a GPU, float32 on a CPU.
+
+    `device` is as in `train.device`.
 
     Raises UserInputError if `wanted` names weights that only a run has, and ModelError for an adapter's folder.
     """
@@ -96,7 +102,7 @@ def open_model(model: str, wanted: Sequence[str]) -> Subject:
         next_step = "to evaluate an adapter, name its run's folder; popo-lite export writes merged models"
         raise ModelError(what, where=model, next_step=next_step)
     name = str(folder.resolve()) if folder.is_dir() else model
-    on_gpu = pick_device("auto").type == "cuda"
+    on_gpu = pick_device(device).type == "cuda"
     base = ModelRecipe(id=name, quantization="none", dtype="bfloat16" if on_gpu else "float32")
     return Subject(name=name, recipe=Recipe(model=base, objective=PopoObjective()), adapters={"model": None})
 
@@ -132,28 +138,81 @@ def no_bar(_description: str, _total: int) -> AbstractContextManager[Callable[[i
     return nullcontext(lambda _: None)
 
 
-def evaluate_run(run: Path, *, weights: Sequence[str] = (), problems: int | None = None, samples: int = 8,
-                 temperature: float | None = None, seed: int = 0, engine: str | None = None,
-                 bar: Bar = no_bar) -> list[EvalResult]:  # fmt: skip
-    """Return a result for each of the run's `weights` ("base", "adapter", "siamese"; default: all), on the same draws.
+def task_recipe(models: Sequence[str], task: str | None) -> Recipe:
+    """Return the recipe whose problems, prompts, reward and sampling are used: that of a run, or a recipe's own.
 
-    `problems`, `temperature` and `engine` default to those of the run's recipe; `samples` is per problem.
+    Without `task`: that of the first run in `models`, else of the first run whose export/ holds one of them.
     """
-    subject = open_run(run, weights)
+    if task is not None:
+        folder = Path(task).expanduser()
+        return RunFolder(folder).recipe() if folder.is_dir() else load_recipe(task)
+    paths = [Path(model).expanduser().resolve() for model in models]
+    exporting = (parent.parent for path in paths for parent in path.parents if parent.name == "export")
+    for path in (*paths, *exporting):
+        if (path / "recipe.toml").is_file():
+            return RunFolder(path).recipe()
+    what = "is not the folder of a run (recipe.toml is missing) or of a run's export, so there are no problems to ask"
+    next_step = "add --task with a run's folder or a recipe, for instance --task tiny_cpu; or add --benchmarks paper"
+    raise UserInputError(what, where=models[0], next_step=next_step)
+
+
+def open_subjects(models: Sequence[str], weights: Sequence[str], recipe: Recipe) -> list[Subject]:
+    """Return a subject for each run, model folder or Hub id, all with unlike weights' names, to ask by `recipe`."""
+    if repeated := sorted({model for model in models if models.count(model) > 1}):
+        raise UserInputError("is named twice", where=repeated[0], next_step="name every run and model once")
+    runs = [model for model in models if (Path(model).expanduser() / "recipe.toml").is_file()]
+    subjects = []
+    for model in models:
+        if model in runs:
+            subject = open_run(Path(model).expanduser(), weights)
+        else:
+            subject = open_model(model, () if runs else weights, recipe.train.device)
+            path = Path(model).expanduser()
+            subject = replace(subject, adapters={path.resolve().name if path.exists() else model: None})
+        parts = {"model": subject.recipe.model, "lora": subject.recipe.lora}
+        subjects.append(replace(subject, recipe=recipe.with_values(parts)))
+    names = Counter(name for subject in subjects for name in subject.adapters)
+    for index, (model, subject) in enumerate(zip(models, subjects, strict=True)):
+        full = {name: f"{model} {name}" if model in runs else model for name in subject.adapters}
+        adapters = {full[name] if names[name] > 1 else name: adapter for name, adapter in subject.adapters.items()}
+        subjects[index] = replace(subject, adapters=adapters)
+    return subjects
+
+
+def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: Sequence[str] = (),
+                    problems: int | None = None, samples: int = 8, temperature: float | None = None, seed: int = 0,
+                    engine: str | None = None, bar: Bar = no_bar) -> list[EvalResult]:  # fmt: skip
+    """Return a result for each of a run's `weights` (default: all) and for each other model, on the same draws.
+
+    `task` is a run or recipe: see `task_recipe`. `problems`, `temperature` and `engine` default to its own; `samples`
+    is per problem. One model is in memory at a time.
+    """
     values = {"rollout.engine": engine, "eval.temperature": temperature, "eval.samples_per_problem": samples}
-    recipe = subject.recipe.with_values({key: value for key, value in values.items() if value is not None})
+    recipe = task_recipe(models, task).with_values({key: value for key, value in values.items() if value is not None})
+    subjects = open_subjects(models, weights, recipe)
     count = problems or recipe.eval.problems
     if count < 1:
-        what, next_step = "this run's recipe has no held-out problems", f"popo-lite eval {run} --problems 200"
+        command = shlex.join(["popo-lite", "eval", *models, *([] if task is None else ["--task", task])])
+        what, next_step = "this recipe has no held-out problems", f"{command} --problems 200"
         raise UserInputError(what, where="eval.problems = 0", next_step=next_step)
-    task = open_tasks(recipe)[1]
+    asked = open_tasks(recipe)[1]
+    held_out = asked.held_out(count)
+    for subject in subjects:  # a prompt that is too long for one of them is skipped for all
+        held_out = fitting(held_out, Renderer(subject.recipe, load_tokenizer(subject.recipe.model)), recipe)
+    return [result for subject in subjects for result in _answer(subject, asked, held_out, seed, bar)]
+
+
+def _answer(subject: Subject, task: Task, problems: Sequence[Problem], seed: int, bar: Bar) -> list[EvalResult]:
+    """Load the subject and return a result for each set of its weights."""
+    recipe, results = subject.recipe, []
     policy = subject.load(recipe)
     renderer = Renderer(recipe, policy.tokenizer)
-    held_out = fitting(task.held_out(count), renderer, recipe)
-    results = []
-    with open_checked(recipe, policy, renderer, map(renderer.render, held_out)) as (sampler, grader):
+    total = len(problems) * recipe.eval.samples_per_problem
+    with open_checked(recipe, policy, renderer, map(renderer.render, problems)) as (sampler, grader):
         for name, adapter in subject.adapters.items():
-            with active_adapter(adapter, policy, sampler), bar(f"{name}: answers", len(held_out) * samples) as progress:
-                results.append(evaluate(name, recipe, policy, sampler, renderer, grader, task, held_out,
+            with active_adapter(adapter, policy, sampler), bar(f"{name}: answers", total) as progress:
+                results.append(evaluate(name, recipe, policy, sampler, renderer, grader, task, problems,
                                         seed=seed, progress=progress))  # fmt: skip
+    del policy, renderer, sampler, grader
+    release_memory()
     return results
