@@ -281,6 +281,7 @@ def test_mistakes_are_refused_before_anything_is_loaded(run: Path, tmp_path: Pat
     assert "--push-to-hub" in popo_lite("export", str(run), "--private", code=2).stderr
     assert "--push-to-hub" in popo_lite("export", str(run), "--dry-run", code=2).stderr
     assert "--dtype" in popo_lite("export", str(run), "--what", "adapter", "--dtype", "float16", code=2).stderr
+    assert "--base" in popo_lite("export", str(run), "--what", "adapter", "--base", "original", code=2).stderr
     for name in ("no-user", "some body/name", "a/b/c"):
         refused = popo_lite("export", str(run), "--push-to-hub", name, code=2).stderr
         assert "not the name of a repository" in refused

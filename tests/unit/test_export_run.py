@@ -261,7 +261,10 @@ def test_an_adapter_is_exported_as_it_was_trained(tmp_path: Path) -> None:
     assert config == json.loads((run.adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"
     assert {"README.md", "export.json", "tokenizer.json", "chat_template.jinja"} <= report.files.keys()
-    assert ModelCard.load(report.folder / "README.md").data.library_name == "peft"
+    card = ModelCard.load(report.folder / "README.md")
+    assert card.data.library_name == "peft"
+    assert "It belongs to the base in NF4" in card.text
+    assert "bnb_4bit_compute_dtype=torch.float32" in card.text
 
 
 # --------------------------------------------------------------------------------------------- a base of one's own

@@ -61,8 +61,8 @@ def eval_(
 
     Each MODEL_OR_RUN is a run, the folder that `popo-lite train` wrote (measured as base, trained adapter and siamese),
     a model's folder, such as an export, or a Hub id. All answer the same problems on the same random draws. With
-    --benchmarks one of them is measured on published benchmarks. Answers are kept: the same command resumes a killed
-    evaluation.
+    --benchmarks one of them is measured on published benchmarks; answers are kept, so the same command resumes a
+    killed evaluation.
     """
     given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
     options_given = {param.name: param.opts[0] for param in given}

@@ -51,6 +51,10 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json
         raise click.UsageError(f"{'--private' if private else '--dry-run'} goes with --push-to-hub USER/NAME")
     if options["what"] == "adapter" and options["dtype"] is not None:
         raise click.UsageError("--dtype is for merged models; an adapter is copied as it was trained")
+    if options["what"] == "adapter" and options["base"] != "trained":
+        raise click.UsageError(
+            "--base original is for merged models; an adapter is loaded on the base it was trained on"
+        )
 
     from popo_lite.run_folder import RunFolder
 

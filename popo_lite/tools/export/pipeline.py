@@ -98,17 +98,11 @@ def export_run(
     Raises CheckpointError for a run that has not ended, UserInputError for an unknown `what`, `weights` or `base` or if
     `output` is not empty, and ExportError if the merged model is not the trained policy; nothing is left behind then.
     """
-    for key, value, known in (("what", what, ("merged", "adapter")), ("base", base, BASES)):
-        if value not in known:
-            next_step = f'use "{known[0]}" or "{known[1]}"'
-            raise UserInputError(f'there is no {key} "{value}"', where=key, next_step=next_step)
+    if what not in ("merged", "adapter"):
+        raise UserInputError(f'there is no export "{what}"', where="what", next_step='use "merged" or "adapter"')
+    if base not in BASES:
+        raise UserInputError(f'there is no base "{base}"', where="base", next_step='use "trained" or "original"')
     recipe = run.recipe()
-    merged_into = None
-    if what == "merged":
-        stored = is_stored_quantized(recipe.model)
-        if stored and base == "original":
-            raise _stored_quantized(recipe.model)
-        merged_into = base if recipe.model.quantization != "none" or stored else "trained"
     adapter = adapter_folder(run.trained_adapter(weights), key="run folder")
     report = ExportReport(
         folder=output if output is not None else run.path / "export" / f"{what}-{weights}",
@@ -116,7 +110,7 @@ def export_run(
         weights=weights,
         base=known_as(recipe.model.id),
         dtype=(dtype or recipe.model.dtype) if what == "merged" else None,
-        merged_into=merged_into,
+        merged_into=_merged_into(base, recipe.model) if what == "merged" else None,
         adapter_sha256=hashlib.sha256((adapter / ADAPTER_FILE).read_bytes()).hexdigest(),
     )
     if report.folder.is_file() or (report.folder.is_dir() and any(report.folder.iterdir())):
@@ -129,11 +123,7 @@ def export_run(
 
     with _complete_folder(report.folder) as folder:
         if report.dtype is None:
-            save_tokenizer(recipe, folder)
-            shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
-            config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-            config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
-            (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            _copy_adapter(recipe, adapter, folder)
         else:
             verification = _export_merged(recipe, adapter, folder, report, prompts, problems, progress)
             report = replace(report, verification=verification)
@@ -143,6 +133,22 @@ def export_run(
         content = json.dumps(report.content(), indent=2, allow_nan=False) + "\n"
         (folder / REPORT_FILE).write_text(content, encoding="utf-8")
     return report
+
+
+def _copy_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:
+    save_tokenizer(recipe, folder)
+    shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _merged_into(base: str, model: ModelRecipe) -> str:
+    """Return `base`, or "trained" if there is only one. Raises ExportError if there is no original one."""
+    stored = is_stored_quantized(model)
+    if stored and base == "original":
+        raise _stored_quantized(model)
+    return base if stored or model.quantization != "none" else "trained"
 
 
 def _export_merged(

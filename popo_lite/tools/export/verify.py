@@ -189,7 +189,7 @@ def table_of(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     }
     if found["pass_at_1"] is not None:
         measures |= {
-            "pass@1 of the trained policy": lambda found: "{trained:.1%}".format(**found["pass_at_1"]),
+            "pass@1 before the merge": lambda found: "{trained:.1%}".format(**found["pass_at_1"]),
             "pass@1 of the merged model": lambda found: "{merged:.1%}".format(**found["pass_at_1"]),
             "difference": lambda found: _gap(found["pass_at_1"]),
             "problems": lambda found: "{problems:,}".format(**found["pass_at_1"]),
