@@ -59,14 +59,15 @@ def gguf_folder(path: Path, dtype: str) -> Path:
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             try:
-                _convert(path, partial, dtype)
+                convert_gguf(path, partial, dtype)
                 partial.replace(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def _convert(path: Path, folder: Path, dtype: str) -> None:
+def convert_gguf(path: Path, folder: Path, dtype: str) -> None:
+    """Write the file's weights in `dtype`, its config and tokenizer to `folder`. Raises ModelError as `gguf_folder`."""
     import torch
     from gguf import GGUFReader
     from huggingface_hub import save_torch_state_dict

@@ -219,6 +219,36 @@ def test_a_loss_beyond_chance_is_said_with_what_to_do(
     assert f"`popo-lite export RUN {options_alone}`" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_0"])
+def test_a_gguf_file_is_checked_by_reading_it_back(tmp_path: Path, nf4_run: RunFolder, kind: str) -> None:
+    report = export_run(nf4_run, output=tmp_path / "out", gguf=kind, prompts=16, problems=40)
+    assert set(report.files) == {f"model-{kind}.gguf", "Modelfile", "README.md", "export.json"}
+    found = report.verification
+    assert found is not None
+    assert found["mean_difference"] <= {"f32": 1e-5, "bf16": 0.02, "q8_0": 0.05, "q4_0": 1.0}[kind]
+    assert found["greedy_agreement"] >= {"f32": 1.0, "bf16": 0.8, "q8_0": 0.7, "q4_0": 0.0}[kind]
+    assert found["pass_at_1"]["problems"] == 40
+    card = (report.folder / "README.md").read_text()
+    assert f"llama-cli --model model-{kind}.gguf" in card
+    assert "library_name: gguf" in card
+    assert "from_pretrained" not in card
+    # The file is a model for everything else, too: `popo-lite eval FILE --task RUN`.
+    recipe = load_recipe("tiny_cpu", [f'model.id="{report.folder / f"model-{kind}.gguf"}"', PLAIN])
+    assert load_policy(recipe).stop_ids == load_policy(load_recipe("tiny_cpu")).stop_ids
+
+
+def test_gguf_of_a_model_or_type_that_cannot_be_written_leaves_nothing(tmp_path: Path, nf4_run: RunFolder) -> None:
+    with pytest.raises(UserInputError, match='GGUF has no weights of the type "q9"'):
+        export_run(nf4_run, output=tmp_path / "out", gguf="q9")
+    with pytest.raises(ExportError, match="llama-quantize, which is not on the PATH"):
+        export_run(nf4_run, output=tmp_path / "out", gguf="q4_k_m")
+    assert not [*tmp_path.iterdir()]
+    result = CliRunner().invoke(main, ["export", str(nf4_run.path), "--what", "adapter", "--gguf", "q8_0"])
+    assert result.exit_code == 2
+    assert "--gguf is for merged models" in result.output
+
+
+
 def test_sixteen_bit_answers_may_part_at_near_ties(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", PLAIN, "model.dtype=bfloat16")
     report = export_run(run, prompts=100, problems=0)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from popo_lite.errors import ExportError, ModelError
 from popo_lite.policy.gguf import gguf_folder
@@ -45,6 +54,10 @@ def small(folder: Path, name: str, **options: object) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return AutoConfig.from_pretrained(folder).to_dict()
 
 
 @torch.no_grad()
@@ -148,30 +161,31 @@ def test_models_that_gguf_cannot_hold_are_refused_before_anything_is_written(tmp
     ):
         folder = small(tmp_path / name, name, **options)
         with pytest.raises(ExportError, match=reason):
-            check_gguf(folder, "bf16")
+            check_gguf(config_of(folder), folder, "bf16")
     folder = small(tmp_path / "llama", "llama")
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "phi3"}
-    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match="architecture is phi3; llama, mistral, qwen2, qwen3 can be written"):
-        check_gguf(folder, "bf16")
+        check_gguf(config_of(folder) | {"model_type": "phi3"}, folder, "bf16")
     tokenizer = json.loads((TINY_FOLDER / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"]["pretokenizers"].pop(0)
     tokenizer["pre_tokenizer"]["pretokenizers"][0]["add_prefix_space"] = True
     folder = small(tmp_path / "other", "llama")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ExportError, match="the way its tokenizer splits text is not known here"):
-        check_gguf(folder, "bf16")
+        check_gguf(config_of(folder), folder, "bf16")
+    (folder / "tokenizer.json").unlink()  # a slow tokenizer
+    with pytest.raises(ExportError, match="the way its tokenizer splits text is not known here"):
+        check_gguf(config_of(folder), folder, "bf16")
 
 
 def test_k_quants_need_llama_cpp_and_say_how(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ExportError, match="llama-quantize, which is not on the PATH") as caught:
-        check_gguf(TINY_FOLDER, "q4_k_m")
+        check_gguf(config_of(TINY_FOLDER), TINY_FOLDER, "q4_k_m")
     assert caught.value.next_step.endswith("llama-quantize model-bf16.gguf model-q4_k_m.gguf q4_k_m")
     tool = tmp_path / "llama-quantize"
     tool.write_text(f'#!/bin/sh\n/bin/cp "$1" "$2"\necho "$@" > {tmp_path}/arguments\n')
     tool.chmod(0o755)
-    check_gguf(TINY_FOLDER, "q4_k_m")
+    check_gguf(config_of(TINY_FOLDER), TINY_FOLDER, "q4_k_m")
     write_gguf(TINY_FOLDER, tmp_path / "model.gguf", "q4_k_m", name="tiny")
     assert (tmp_path / "arguments").read_text().endswith("model.gguf q4_k_m\n")
     assert [path.name for path in tmp_path.glob("*.gguf")] == ["model.gguf"]
@@ -180,9 +194,9 @@ def test_k_quants_need_llama_cpp_and_say_how(tmp_path, monkeypatch):
         write_gguf(TINY_FOLDER, tmp_path / "model.gguf", "q4_k_m", name="tiny")
 
 
-def test_the_modelfile_renders_as_the_chat_template_does():
+def test_the_modelfile_renders_as_the_chat_template_does(tiny_recipe):
     tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER)
-    text = modelfile(tokenizer, "model.gguf", temperature=1.0, stops=["<|end|>"], system="Be brief.")
+    text = modelfile(tokenizer, "model.gguf", tiny_recipe('data.system_prompt="Be brief."'))
     assert text.splitlines() == [
         "FROM ./model.gguf",
         'TEMPLATE """{{ if .System }}<|system|>{{ .System }}<|end|><|user|>{{ else }}<|user|>{{ end }}{{ .Prompt }}'

@@ -20,7 +20,8 @@ Facts = Mapping[str, Any]
 LOCAL_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gguf")
 
 
-def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | None, verification: Facts | None) -> str:
+def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | None, gguf: str | None,
+               verification: Facts | None) -> str:  # fmt: skip
     """Return the README.md of an export. `summary` is the run's summary.json, `dtype` is None for an adapter."""
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # noqa: S701 - not HTML
@@ -33,7 +34,11 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
     public |= {key: known_as(settings[key]) for key in sources if settings.get(key) is not None}
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return environment.from_string(template).render(
-        front_matter=_front_matter(recipe, dtype, results.get("siamese" if weights == "siamese" else "after", {})),
+        front_matter=_front_matter(
+            recipe,
+            "gguf" if gguf else "transformers" if dtype else "peft",
+            results.get("siamese" if weights == "siamese" else "after", {}),
+        ),
         model=recipe.model,
         known_as=known_as(recipe.model.id),
         on_hub=recipe.model.id != "tiny" and not is_local(recipe.model.id),
@@ -41,6 +46,7 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
         summary=summary,
         weights=weights,
         dtype=dtype,
+        gguf=gguf,
         messages=[*system, {"role": "user", "content": "What is 17 + 25?"}],
         max_tokens=recipe.rollout.max_completion_length,
         results=results,
@@ -50,7 +56,7 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
         verified_table=table_of(verification) if verification else (),
         merged_into=base_of(verification) if verification else None,
         loss=loss_of(verification),
-        remedy=remedy(verification["merged_base"], dtype) if verification and dtype else None,
+        remedy=remedy(verification["merged_base"], dtype, gguf) if verification and dtype else None,
         recipe=dump_recipe(recipe.with_values(public)).strip(),
     )
 
@@ -66,7 +72,7 @@ def known_as(source: str) -> str:
     return Path(source).expanduser().name if is_local(source) else source
 
 
-def _front_matter(recipe: Recipe, dtype: str | None, result: Facts) -> str:
+def _front_matter(recipe: Recipe, library: str, result: Facts) -> str:
     """Return the card's YAML. The licence is the one that the base's own card names; unknown if it cannot be read."""
     from httpx import HTTPError
     from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
@@ -86,7 +92,7 @@ def _front_matter(recipe: Recipe, dtype: str | None, result: Facts) -> str:
     results = [EvalResult(**task, metric_type=f"pass@{k}", metric_value=rate) for k, rate in rates] or None
     data = ModelCardData(
         base_model=None if recipe.model.id == "tiny" or is_local(recipe.model.id) else recipe.model.id,
-        library_name="peft" if dtype is None else "transformers",
+        library_name=library,
         pipeline_tag="text-generation",
         tags=[recipe.objective.algorithm, "popo-lite", "rlvr", "reinforcement-learning", "lora"],
         model_name=known_as(recipe.model.id).rpartition("/")[2] if results else None,

@@ -16,10 +16,12 @@ from popo_lite.errors import ExportError, UserInputError
 if TYPE_CHECKING:
     from popo_lite.tools.export.pipeline import ExportReport
 
-WEIGHT_FILES = ["model*.safetensors*", "adapter_model.safetensors", "adapter_config.json"]
+WEIGHT_FILES = ["model*.safetensors*", "adapter_model.safetensors", "adapter_config.json", "*.gguf"]
 """What an earlier push may have left behind; an adapter beside a merged model would be applied twice on loading."""
 WHAT = click.Choice(["merged", "adapter"])
 WEIGHTS = click.Choice(["policy", "siamese"])
+GGUF = click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
+                     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k"])  # fmt: skip
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 BASES = click.Choice(["trained", "original"])
 BASE_HELP = "Merge into the base as trained on (dequantised NF4), or into the original weights, which loses quality."
@@ -31,9 +33,14 @@ PROBLEMS_HELP = "Held-out problems for pass@1 beside the policy's, 0 for none; d
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 @click.option("--what", type=WHAT, default="merged", help="A whole model, which loads without PEFT, or the adapter.")
 @click.option("--weights", type=WEIGHTS, default="policy", help="The trained adapter, or its running average.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder to make; default RUN/export/<what>-<weights>.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder to make; default RUN/export/<gguf or what>-<weights>."
+)
 @click.option("--dtype", type=DTYPES, help="Precision of a merged model; default as in the run's recipe.")
 @click.option("--base", type=BASES, default="trained", help=BASE_HELP)
+@click.option(
+    "--gguf", type=GGUF, help="Write one GGUF file for llama.cpp, with weights of this type, and a Modelfile."
+)
 @click.option("--prompts", type=click.IntRange(min=1), default=32, help=PROMPTS_HELP)
 @click.option("--problems", type=click.IntRange(min=0), help=PROBLEMS_HELP)
 @click.option("--push-to-hub", "repo_id", metavar="USER/NAME", help="Upload the folder to the Hugging Face Hub.")
@@ -51,6 +58,8 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json
         raise click.UsageError(f"{'--private' if private else '--dry-run'} goes with --push-to-hub USER/NAME")
     if options["what"] == "adapter" and options["dtype"] is not None:
         raise click.UsageError("--dtype is for merged models; an adapter is copied as it was trained")
+    if options["what"] == "adapter" and options["gguf"] is not None:
+        raise click.UsageError("--gguf is for merged models; a GGUF file of an adapter alone would not be checked")
     if options["what"] == "adapter" and options["base"] != "trained":
         raise click.UsageError(
             "--base original is for merged models; an adapter is loaded on the base it was trained on"
@@ -115,7 +124,7 @@ def _print_report(report: ExportReport, upload: dict[str, Any] | None) -> None:
         "base": report.base,
     }
     if report.verification is not None:
-        facts |= {"merged into": base_of(report.verification), "precision": report.dtype}
+        facts |= {"merged into": base_of(report.verification), "precision": report.gguf or report.dtype}
     facts |= {"repository": upload["url"], "visibility": "private" if upload["private"] else "public"} if upload else {}
     title = "Reused, as it was exported before" if report.reused else "Exported"
     table(title, ("", "this export"), list(facts.items()))
@@ -128,9 +137,10 @@ def _remedy_command(run: Path, report: ExportReport) -> str:
     """Return the command of an export that keeps more, in a folder of its own."""
     from popo_lite.tools.export.verify import remedy
 
-    better = remedy(str(report.merged_into), str(report.dtype))
+    better = remedy(str(report.merged_into), str(report.dtype), report.gguf)
     command = ["popo-lite", "export", str(run), "--weights", report.weights]
-    command += ["--dtype", str(report.dtype)] if better == "--base trained" else []
+    if better == "--base trained":
+        command += ["--dtype", str(report.dtype), *(["--gguf", report.gguf] if report.gguf else [])]
     command += [*better.split(), "--output", f"{report.folder}-{better.split()[-1]}"]
     return shlex.join(command)
 

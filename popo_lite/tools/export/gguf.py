@@ -24,20 +24,25 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
     from torch import Tensor
 
+    from popo_lite.recipe import Recipe
+
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """transformers' `model_type` -> GGUF's architecture, for dense models that transformers can read back."""
-OWN_KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+EXACT_KINDS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+"""Types that round every weight by itself, and torch's names for them."""
 K_KINDS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
 """Written by llama.cpp's own `llama-quantize`, which must be on the PATH."""
+BLOCK_KINDS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", *K_KINDS)
+"""Types that share a scale within a block, so that what was learned may suffer."""
+GGUF_KINDS = (*EXACT_KINDS, *BLOCK_KINDS)
 NORMAL, UNUSED = 1, 5  # token types
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
 
 
-def check_gguf(folder: Path, kind: str) -> None:
-    """Raise ExportError if the model in `folder` (config and tokenizer) cannot be written as a GGUF file of `kind`."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def check_gguf(config: dict[str, Any], folder: Path, kind: str) -> None:
+    """Raise ExportError if a model with this config, and the tokenizer in `folder`, cannot be written as `kind`."""
     _architecture(config)
-    _splitter(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    _splitter(folder)
     if kind in K_KINDS and shutil.which("llama-quantize") is None:
         what = f"{kind} is written by llama.cpp's llama-quantize, which is not on the PATH"
         step = (
@@ -142,8 +147,10 @@ def _write_settings(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_vocab_size(config["vocab_size"])
 
 
-def _splitter(tokenizer: dict[str, Any]) -> str:
-    """Return llama.cpp's name for how a tokenizer.json splits text. Raises ExportError for another tokenizer."""
+def _splitter(folder: Path) -> str:
+    """Return llama.cpp's name for how the tokenizer splits text. Raises ExportError for another tokenizer."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"model": {"type": None}}
 
     def essence(part: dict[str, Any]) -> list[Any]:
         steps = part["pretokenizers"] if part["type"] == "Sequence" else [part]
@@ -178,7 +185,7 @@ def _write_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     for added in content["added_tokens"]:
         tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_splitter(content))
+    writer.add_tokenizer_pre(_splitter(folder))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     merges = content["model"]["merges"]
@@ -198,8 +205,9 @@ def _write_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     writer.add_chat_template(tokenizer.chat_template)
 
 
-def modelfile(tokenizer: Any, weights: str, *, temperature: float, stops: list[str], system: str | None) -> str:
+def modelfile(tokenizer: Any, weights: str, recipe: Recipe) -> str:
     """Return an Ollama Modelfile. Ollama renders Go templates, so the chat template is written as one."""
+    temperature, system = recipe.eval.temperature, recipe.data.system_prompt
     turn, question, answer = {"role": "user", "content": "<<P>>"}, "{{ .Prompt }}", "{{ .Response }}"
 
     def render(messages: list[dict[str, str]], **options: Any) -> str:
@@ -215,5 +223,5 @@ def modelfile(tokenizer: Any, weights: str, *, temperature: float, stops: list[s
         told = told.replace("<<S>>", "{{ .System }}")
         before = f"{{{{ if .System }}}}{told}{{{{ else }}}}{before}{{{{ end }}}}"
     lines = [f"FROM ./{weights}", f'TEMPLATE """{before}{question}{after}{answer}"""']
-    lines += [f"PARAMETER temperature {temperature:g}", *(f'PARAMETER stop "{stop}"' for stop in stops)]
+    lines += [f"PARAMETER temperature {temperature:g}", f'PARAMETER stop "{tokenizer.eos_token}"']
     return "\n".join([*lines, *([f'SYSTEM """{system}"""'] if system else [])]) + "\n"

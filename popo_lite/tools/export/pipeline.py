@@ -24,6 +24,7 @@ from popo_lite.errors import ExportError, UserInputError
 from popo_lite.evaluation import evaluate, fitting
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, adapter_folder
+from popo_lite.policy.gguf import convert_gguf
 from popo_lite.policy.load import load_config, load_tokenizer, write_dequantized_base
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
@@ -34,6 +35,7 @@ from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.export import verify
 from popo_lite.tools.export.card import is_local, known_as, model_card
+from popo_lite.tools.export.gguf import BLOCK_KINDS, EXACT_KINDS, GGUF_KINDS, check_gguf, modelfile, write_gguf
 from popo_lite.tools.export.merge import BASES, load_unmerged, merge, write_model
 from popo_lite.types import EvalResult, Problem
 
@@ -50,7 +52,7 @@ class ExportReport:
     """Describe an export. `reused` says that it existed before.
 
     `dtype`, `merged_into` and `verification` are None for an adapter. `merged_into` is "trained" or "original"; the two
-    are the same for a base that was not quantised, which counts as "trained".
+    are the same for a base that was not quantised, which counts as "trained". `gguf` is None for safetensors.
     """
 
     folder: Path
@@ -60,6 +62,7 @@ class ExportReport:
     dtype: str | None
     merged_into: str | None
     adapter_sha256: str
+    gguf: str | None = None
     verification: dict[str, Any] | None = None
     reused: bool = False
 
@@ -82,17 +85,19 @@ def export_run(
     output: Path | None = None,
     base: str = "trained",
     dtype: str | None = None,
+    gguf: str | None = None,
     prompts: int = 32,
     problems: int | None = None,
     reuse: bool = False,
     progress: verify.Progress = lambda *_: nullcontext(lambda _: None),
 ) -> ExportReport:
-    """Write the run's model to `output` (default `RUN/export/<what>-<weights>`) and describe it in a model card.
+    """Write the run's model to `output` (default `RUN/export/<gguf or what>-<weights>`) and describe it in its card.
 
     `what` is "merged" or "adapter", `weights` "policy" or "siamese", `dtype` the precision of a merged model (default:
     the recipe's). `base` is what the adapter is merged into: the "trained" base, dequantised, or the "original"
-    weights. A merged model is loaded again and compared with the trained policy: greedily on `prompts` prompts of the
-    run's task, at most `eval.problems`, and in pass@1 on `problems` held-out problems (default: `eval.problems`).
+    weights. `gguf` is the type of the weights in a GGUF file ("bf16", "q8_0", ...), written instead of safetensors.
+    A merged model is loaded again and compared with the trained policy: greedily on `prompts` prompts of the run's
+    task, at most `eval.problems`, and in pass@1 on `problems` held-out problems (default: `eval.problems`).
     With `reuse`, an earlier export of the same adapter in `output` is returned.
 
     Raises CheckpointError for a run that has not ended, UserInputError for an unknown `what`, `weights` or `base` or if
@@ -100,13 +105,17 @@ def export_run(
     """
     if what not in ("merged", "adapter"):
         raise UserInputError(f'there is no export "{what}"', where="what", next_step='use "merged" or "adapter"')
+    if gguf is not None and gguf not in GGUF_KINDS:
+        next_step = f"use one of {', '.join(GGUF_KINDS)}"
+        raise UserInputError(f'GGUF has no weights of the type "{gguf}" here', where="gguf", next_step=next_step)
     if base not in BASES:
         raise UserInputError(f'there is no base "{base}"', where="base", next_step='use "trained" or "original"')
     recipe = run.recipe()
     adapter = adapter_folder(run.trained_adapter(weights), key="run folder")
     report = ExportReport(
-        folder=output if output is not None else run.path / "export" / f"{what}-{weights}",
+        folder=output if output is not None else run.path / "export" / f"{gguf or what}-{weights}",
         what=what,
+        gguf=gguf,
         weights=weights,
         base=known_as(recipe.model.id),
         dtype=(dtype or recipe.model.dtype) if what == "merged" else None,
@@ -128,7 +137,9 @@ def export_run(
             verification = _export_merged(recipe, adapter, folder, report, prompts, problems, progress)
             report = replace(report, verification=verification)
         summary = json.loads(run.summary_path.read_text(encoding="utf-8"))
-        card = model_card(recipe, summary, weights=weights, dtype=report.dtype, verification=report.verification)
+        card = model_card(
+            recipe, summary, weights=weights, dtype=report.dtype, gguf=gguf, verification=report.verification
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         content = json.dumps(report.content(), indent=2, allow_nan=False) + "\n"
         (folder / REPORT_FILE).write_text(content, encoding="utf-8")
@@ -167,6 +178,9 @@ def _export_merged(
     recipe = recipe.with_values(plain | {"train.packing": False, "eval.samples_per_problem": 1})
     with Grader(recipe.reward) as grader, TemporaryDirectory(dir=folder, prefix=".") as temporary:
         scratch = Path(temporary)
+        if report.gguf:
+            save_tokenizer(recipe, scratch)
+            check_gguf(load_config(recipe.model).to_dict(), scratch, report.gguf)
         with progress("loading the trained policy", None):
             policy = load_trained_policy(recipe, adapter)
         generation = policy.model.get_base_model().generation_config  # _ask replaces it
@@ -177,13 +191,18 @@ def _export_merged(
         del policy
         release_memory()
         found: list[dict[str, Any]] = []
+        dtype = str(report.dtype)
         for name, base in bases.items():
-            target = scratch / "merged" if found else folder
+            target = scratch / "merged" if found or report.gguf else folder
             with progress(f"merging into the {name} base on the CPU", None):
-                unmerged = _merge(check, base, adapter, target, str(report.dtype), generation)
-            figures, logps = check.compare(target, str(report.dtype))
-            if not found:  # the one that is kept
-                _refuse_other_model(name, figures, str(report.dtype), recipe.model.dtype, unmerged, logps)
+                unmerged = _merge(check, base, adapter, target, dtype, generation)
+            if report.gguf:
+                with progress(f"writing and reading the {report.gguf} file", None):
+                    target = _through_gguf(recipe, report, target, folder, scratch / "read")
+            figures, logps = check.compare(target, dtype)
+            if not found and report.gguf not in BLOCK_KINDS:  # the one that is kept, if only rounding changes it
+                stored = EXACT_KINDS.get(report.gguf or "", dtype)
+                _refuse_other_model(name, figures, verify.coarser(stored, dtype), recipe.model.dtype, unmerged, logps)
             found.append(figures | {"merged_base": name})
     return found[0] | ({"other_base": found[1]} if found[1:] else {})
 
@@ -201,9 +220,19 @@ def _bases(model: ModelRecipe, policy: Policy, report: ExportReport, dequantized
     }
     wanted = str(report.merged_into)
     size = base.num_parameters() * getattr(torch, str(report.dtype)).itemsize
-    if size > OTHER_BASE_BYTES or is_stored_quantized(model):
+    if report.gguf or size > OTHER_BASE_BYTES or is_stored_quantized(model):
         return {wanted: bases[wanted]}
     return {wanted: bases.pop(wanted)} | bases
+
+
+def _through_gguf(recipe: Recipe, report: ExportReport, merged: Path, folder: Path, read: Path) -> Path:
+    """Write the model in `merged` to `folder` as a GGUF file with a Modelfile; return `read`, made from that file."""
+    file = folder / f"model-{report.gguf}.gguf"
+    write_gguf(merged, file, str(report.gguf), name=f"{report.base}, {recipe.objective.algorithm}")
+    text = modelfile(load_tokenizer(recipe.model.with_values({"id": str(merged), "revision": None})), file.name, recipe)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    convert_gguf(file, read, str(report.dtype))
+    return read
 
 
 def is_stored_quantized(model: ModelRecipe) -> bool:
@@ -296,7 +325,7 @@ def _refuse_other_model(
 ) -> None:
     """Raise ExportError if merging changed more than rounding explains."""
     if base == "trained":
-        coarser = max(dtype, trained_dtype, key=lambda name: verify.ROUNDING[name])
+        coarser = verify.coarser(dtype, trained_dtype)
         differences = (figures[key] for key in ("mean_difference", "worst_difference", "widest_parting"))
         verify.refuse_beyond_rounding(coarser, *differences)
     else:

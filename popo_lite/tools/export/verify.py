@@ -151,10 +151,12 @@ def loss_of(found: Mapping[str, Any] | None) -> str | None:
     return f"Merging lost pass@1 by more than chance: {_gap(rates)} on {rates['problems']:,} problems."
 
 
-def remedy(merged_base: str, dtype: str) -> str:
+def remedy(merged_base: str, dtype: str, gguf: str | None) -> str:
     """Return the options of an export that keeps more of what was learned."""
     if merged_base == "original":
         return "--base trained"
+    if gguf not in (None, "f32"):
+        return f"--gguf {'f32' if gguf in ('bf16', 'f16') else 'bf16' if gguf == 'q8_0' else 'q8_0'}"
     return "--dtype float32" if dtype in ("float16", "bfloat16") else "--what adapter"
 
 
@@ -172,6 +174,11 @@ def refuse_beyond_rounding(dtype: str, mean: float, worst: float, gap: float = 0
             f"{allowed:g} in the mean and {at_worst:g} at worst. Nothing was kept",
             next_step="export the adapter instead (--what adapter), and please report the model's name",
         )
+
+
+def coarser(*dtypes: str) -> str:
+    """Return the dtype that rounds most."""
+    return max(dtypes, key=lambda name: ROUNDING[name])
 
 
 def table_of(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
