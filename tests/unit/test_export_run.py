@@ -248,7 +248,6 @@ def test_gguf_of_a_model_or_type_that_cannot_be_written_leaves_nothing(tmp_path:
     assert "--gguf is for merged models" in result.output
 
 
-
 def test_sixteen_bit_answers_may_part_at_near_ties(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", PLAIN, "model.dtype=bfloat16")
     report = export_run(run, prompts=100, problems=0)
