@@ -3,6 +3,7 @@
 # make test-vllm                              the tests that need vLLM, with its CPU build
 # make test-real                              the tests on a real model, SmolLM2-135M, on the CPU
 # make study                                  docs/study.md again: some two hours on two cores; goes on where it stopped
+# make study-real                             its part on SmolLM2-135M
 # make check                                  format, lint, types, import contracts
 
 RECIPE ?= recipes/tiny_cpu.toml
@@ -17,22 +18,25 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo '[gpu]')
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: train test test-vllm test-real study check docs clean
+.PHONY: train test test-vllm test-real study study-real check docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/popo-lite train $(RECIPE) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-vllm: $(VENV)/.installed-vllm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m vllm $(ARGS)
 
 test-real: $(VENV)/.installed-real
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real $(ARGS)
 
 study: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study.py --jobs 2 $(ARGS)
+
+study-real: $(VENV)/.installed-real
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/study.py --real --jobs 2 $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

