@@ -197,7 +197,7 @@ PROBLEMS = int(os.environ.get("POPO_SERVED_PROBLEMS", "24"))
 
 @pytest.mark.vllm
 def test_a_merged_model_behind_vllm_answers_as_the_policy(run: RunFolder, policy: Policy, tmp_path: Path) -> None:
-    """Asked by OpenAI's client, as its users will: the chat template, the stop token and the weights are in the folder."""
+    """Asked by OpenAI's client: chat template, stop token and weights are in the folder."""
     pytest.importorskip("vllm")
     from openai import OpenAI
 
