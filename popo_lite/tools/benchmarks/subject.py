@@ -32,7 +32,7 @@ from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import EvalResult, Problem, Prompt
 
 RUN_WEIGHTS = ("base", "adapter", "siamese")
-MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")  # files that can change answers
+MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".gguf")  # files that can change answers
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(description, total) -> a context manager; its value is called with each amount done."""
 
@@ -50,10 +50,11 @@ class Subject:
         """Return hashes that identify the state of local weights; empty for a Hub model."""
         weights = {name: adapter / ADAPTER_FILE for name, adapter in self.adapters.items() if adapter}
         digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in weights.items()}
-        folder = Path(self.recipe.model.id).expanduser()
-        if folder.is_dir():
+        source = Path(self.recipe.model.id).expanduser()
+        if source.exists():
             # Names, sizes and times only: hashing a whole model takes minutes.
-            files = [(file.name, file.stat()) for file in folder.iterdir() if file.suffix in MODEL_SUFFIXES]
+            every = source.iterdir() if source.is_dir() else [source]
+            files = [(file.name, file.stat()) for file in every if file.suffix in MODEL_SUFFIXES]
             states = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
             digests["files"] = hashlib.sha256(repr(states).encode()).hexdigest()
         return digests
