@@ -1,18 +1,20 @@
 """Read a GGUF file: dequantise it once into a folder that transformers loads, with the tokenizer of llama.cpp.
 
 transformers reads the weights. It is not trusted with the rest: version 5.17 takes the file's BOS for its EOS, splits
-text as GPT-2 does whatever the file asks for, and drops settings that it does not know without a word.
+text as GPT-2 does whatever the file asks for, and silently drops unknown settings.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from popo_lite.errors import ModelError
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 GGUF_SUFFIX = ".gguf"
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """Special tokens in transformers' names and in GGUF's."""
+STOPS = ("eos", "eot", "eom")
+"""Tokens that end an answer, in GGUF's names."""
 CONTROL, USER_DEFINED = 3, 4  # token types
 SPLITTERS = ("smollm", "starcoder", "gpt-2", "qwen2", "deepseek-r1-qwen", "llama-bpe")
 """Known values of `tokenizer.ggml.pre`: how text is split into words before BPE."""
@@ -34,15 +38,16 @@ CL100K = (
 ROPE_TENSOR = "rope_freqs.weight"
 LLAMA3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}  # fmt: skip
-"""Rotary scaling of Llama 3.1 (factor 8) and 3.2 (factor 32). A GGUF file holds only what comes of it."""
+"""Rotary scaling of Llama 3.1 (factor 8) and 3.2 (factor 32). A GGUF file stores only the resulting factors."""
+LLAMA3_FACTORS = (8.0, 32.0)
 READ_ELSEWHERE = {"attention.key_length", "attention.value_length", "rope.dimension_count", "vocab_size"}
-"""Settings that say what the shapes of the weights say too."""
+"""Settings that are implied by the weights' shapes or checked here."""
 
 
 def gguf_folder(path: Path, dtype: str) -> Path:
     """Return a folder with the file's weights in `dtype`, config and tokenizer; made once, in the Hub's cache folder.
 
-    Raises ModelError if the file cannot be read, or not without changing the model.
+    Raises ModelError if the file cannot be read, or if reading it would change the model.
     """
     from huggingface_hub.constants import HF_HOME
 
@@ -50,19 +55,27 @@ def gguf_folder(path: Path, dtype: str) -> Path:
         stat = path.stat()
     except OSError as error:
         raise ModelError(f"{error.strerror}", where=f'model.id = "{path}"', next_step="check the path") from error
-    identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {dtype}"
+    versions = [metadata.version(package) for package in ("popo-lite", "transformers")]
+    identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {dtype} {versions}"
     cache = Path(HF_HOME) / "popo-lite"
-    folder = cache / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            partial = folder.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-            try:
-                convert_gguf(path, partial, dtype)
-                partial.replace(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+    name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    folder, partial = cache / name, cache / f"{name}.partial"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{name}.lock"):
+            if not folder.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                try:
+                    convert_gguf(path, partial, dtype)
+                    partial.replace(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        what, next_step = (
+            f"the dequantised model cannot be written: {error}",
+            "set HF_HOME to a folder with enough space",
+        )
+        raise ModelError(what, where=str(cache), next_step=next_step) from error
     return folder
 
 
@@ -71,26 +84,27 @@ def convert_gguf(path: Path, folder: Path, dtype: str) -> None:
     import torch
     from gguf import GGUFReader
     from huggingface_hub import save_torch_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, modeling_gguf_pytorch_utils
 
+    # Its progress bar cannot be switched off, and would disturb a terminal view.
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = lambda tensors, **_: tensors
     source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
         reader = GGUFReader(path)
         tokenizer = read_tokenizer(reader)
         config: Any = AutoConfig.from_pretrained(str(path.parent), **source)
         _complete_config(config, reader)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), config=config, dtype=getattr(torch, dtype), **source
-        )
-        _refuse_unread(reader, model)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, ImportError) as error:
+        options = {"config": config, "dtype": getattr(torch, dtype), "output_loading_info": True}
+        model, loading = AutoModelForCausalLM.from_pretrained(str(path.parent), **options, **source)
+        _refuse_unread(reader, model, loading["missing_keys"])
+    except (ValueError, TypeError, LookupError, NotImplementedError, RuntimeError, OSError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        next_step = "name the model's folder or Hub id with *.safetensors that the file was made from"
+        next_step = "check that the file is complete, or name the folder or Hub id that it was made from"
         where = f'model.id = "{path}"'
         raise ModelError(f"this GGUF file cannot be used: {reason}", where=where, next_step=next_step) from error
     vars(model.config).pop("quantization_config", None)
     model.config.save_pretrained(str(folder))  # makes the folder
-    stops = {field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
+    stops = {field(reader, f"tokenizer.ggml.{name}_token_id") for name in STOPS} - {None}
     GenerationConfig(eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id).save_pretrained(str(folder))
     save_torch_state_dict(model.state_dict(), str(folder))
     tokenizer.save_pretrained(str(folder))
@@ -103,12 +117,15 @@ def _complete_config(config: Any, reader: GGUFReader) -> None:
     kind = field(reader, "general.architecture")
     if width := field(reader, f"{kind}.attention.key_length"):
         config.head_dim = width
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if (rotary := field(reader, f"{kind}.rope.dimension_count") or width) != width:
+        raise ValueError(f"it rotates {rotary} of a head's {width} dimensions, which transformers does not read")
     config.bos_token_id = config.eos_token_id = None  # they are the tokenizer's and generation's
     if factors := [tensor.data for tensor in reader.tensors if tensor.name == ROPE_TENSOR]:
         theta = config.rope_parameters["rope_theta"]
-        for factor in (8.0, 32.0):
+        for factor in LLAMA3_FACTORS:
             scaling = LLAMA3_ROPE | {"factor": factor}
-            if np.allclose(llama3_factors(scaling, theta, config.head_dim), factors[0], rtol=1e-3):
+            if np.allclose(llama3_factors(scaling, theta, width), factors[0], rtol=1e-3):
                 config.rope_parameters = {**scaling, "rope_theta": theta}
                 return
         raise ValueError(f"its rotary frequencies ({ROPE_TENSOR}) are scaled in an unknown way")
@@ -124,11 +141,15 @@ def llama3_factors(rope: Mapping[str, Any], theta: float, width: int) -> Any:
     return (1.0 / ((1.0 - smooth) / rope["factor"] + smooth)).astype(np.float32)
 
 
-def _refuse_unread(reader: GGUFReader, model: Any) -> None:
-    """Raise ValueError if transformers left out a tensor or a setting of the file."""
+def _refuse_unread(reader: GGUFReader, model: Any, missing: Collection[str]) -> None:
+    """Raise ValueError if a tensor or setting of the file was not read, or if tensors of the model are missing."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
+    if (field(reader, "split.count") or 1) > 1:
+        raise ValueError("it is one of several files; llama.cpp's llama-gguf-split --merge joins them")
+    if missing:
+        raise ValueError(f"it lacks the tensors {', '.join(sorted(missing)[:5])}")
     architecture = field(reader, "general.architecture")
     known: Any = GGUF_CONFIG_MAPPING[{"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}.get(architecture, architecture)]
     names = [key.partition(".")[2] for key in reader.fields if key.startswith(f"{architecture}.")]
@@ -149,7 +170,7 @@ def field(reader: GGUFReader, key: str) -> Any:
 
 def read_tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
     """Return the tokenizer that the file describes. Raises ValueError if it is of an unknown kind."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
     kind, words = (field(reader, f"tokenizer.ggml.{name}") for name in ("model", "pre"))
@@ -171,6 +192,9 @@ def read_tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
     if ids["eos_token"] is None:
         raise ValueError("its tokenizer names no EOS token")
     names = {name: tokens[index] for name, index in ids.items() if index is not None}
+    if field(reader, "tokenizer.ggml.add_bos_token"):
+        bos = (names["bos_token"], ids["bos_token"])
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     template = field(reader, "tokenizer.chat_template")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -22,6 +24,7 @@ from popo_lite.errors import ExportError, ModelError
 from popo_lite.policy.gguf import gguf_folder
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.policy.policy import load_policy
+from popo_lite.recipe_file import load_recipe
 from popo_lite.tools.export.gguf import check_gguf, modelfile, write_gguf
 from popo_lite.tools.plan.shapes import load_shape
 
@@ -117,6 +120,9 @@ def test_a_file_is_converted_once_for_each_state_and_dtype(tmp_path):
         (lambda file, writer: writer.add_tokenizer_pre("tekken"), 'splits words in the way "tekken"; known are smollm'),
         (lambda file, writer: writer.add_sliding_window(64), "does not read its settings attention.sliding_window"),
         (lambda file, writer: writer.add_rope_scaling_factor(4.0), "does not read its settings rope.scaling.factor"),
+        (lambda file, writer: writer.add_rope_dimension_count(8), "it rotates 8 of a head's 32 dimensions"),
+        (lambda file, writer: writer.add_uint16("split.count", 2), "it is one of several files"),
+        (lambda file, writer: writer.add_pad_token_id(99999), "list index out of range"),
     ],
 )
 def test_what_would_change_the_model_is_refused(tmp_path, change, reason, monkeypatch):
@@ -140,6 +146,62 @@ def _overwriting(writer, key, val, vtype, sub_type=None):
     writer.kv_data[0][key] = GGUFValue(value=val, type=vtype, sub_type=sub_type)
 
 
+@pytest.mark.parametrize("lost", ["blk.1.ffn_up.weight", "token_embd.weight", "output.weight"])
+def test_a_file_without_a_tensor_is_refused(tmp_path, lost, monkeypatch):
+    """transformers would fill the tensor with random numbers. Without a head, embeddings and head are one."""
+    from gguf import GGUFWriter
+
+    folder, write = small(tmp_path / "llama", "llama"), GGUFWriter.add_tensor
+    with monkeypatch.context() as patch:
+        patch.setattr(GGUFWriter, "add_tensor", lambda self, name, *a, **k: name == lost or write(self, name, *a, **k))
+        write_gguf(folder, tmp_path / "part.gguf", "f32", name="part")
+    if lost == "output.weight":
+        assert load_shape_of(tmp_path / "part.gguf").tied
+        return
+    with pytest.raises(ModelError, match="cannot be used: it lacks the tensors|cannot be used: 'token_embd.weight'"):
+        gguf_folder(tmp_path / "part.gguf", "float32")
+
+
+def load_shape_of(file: Path):
+    from popo_lite.recipe import ModelRecipe
+
+    return load_shape(ModelRecipe(id=str(file)))
+
+
+def test_three_stop_tokens_and_bos_go_through_a_file(tmp_path):
+    folder = small(tmp_path / "llama", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"bos_token": "<|user|>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).encode("7")[0] == tokenizer.bos_token_id
+    for stops, reason in (([1, 3, 4], None), ([1, 3, 4, 5], "it has 4 tokens that end an answer, and GGUF holds 3")):
+        GenerationConfig(eos_token_id=stops).save_pretrained(folder)
+        if reason:
+            with pytest.raises(ExportError, match=reason):
+                write_gguf(folder, tmp_path / "model.gguf", "f32", name="stops")
+            continue
+        write_gguf(folder, tmp_path / "model.gguf", "f32", name="stops")
+        back = gguf_folder(tmp_path / "model.gguf", "float32")
+        assert GenerationConfig.from_pretrained(back).eos_token_id == stops
+        assert AutoTokenizer.from_pretrained(back).encode("7 + 5") == tokenizer.encode("7 + 5")
+    recipe = load_recipe("tiny_cpu")
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }};{% endfor %}"
+    lines = modelfile(tokenizer, "model.gguf", recipe, stops).splitlines()
+    assert lines[1].startswith('TEMPLATE """{{ if .System }}{{ .System }};{{ else }}{{ end }}{{ .Prompt }};')
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    write_gguf(TINY_FOLDER, tmp_path / "tiny.gguf", "f32", name="tiny")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="the dequantised model cannot be written") as caught:
+        gguf_folder(tmp_path / "tiny.gguf", "float32")
+    assert "HF_HOME" in caught.value.next_step
+
+
 def test_a_missing_or_broken_file_is_refused(tmp_path):
     with pytest.raises(ModelError, match="No such file") as caught:
         gguf_folder(tmp_path / "none.gguf", "float32")
@@ -148,16 +210,26 @@ def test_a_missing_or_broken_file_is_refused(tmp_path):
     file.write_bytes(b"GGUF but not really")
     with pytest.raises(ModelError, match="this GGUF file cannot be used"):
         gguf_folder(file, "float32")
-    write_gguf(TINY_FOLDER, file, "f32", name="tiny")
-    file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(ModelError, match="this GGUF file cannot be used"):
-        gguf_folder(file, "float32")
+    for size in (4, -5000):
+        write_gguf(TINY_FOLDER, file, "f32", name="tiny")
+        file.write_bytes(file.read_bytes()[:size])
+        with pytest.raises(ModelError, match="this GGUF file cannot be used"):
+            gguf_folder(file, "float32")
+        with pytest.raises(ModelError, match="cannot be read"):
+            load_shape_of(file)
 
 
 def test_models_that_gguf_cannot_hold_are_refused_before_anything_is_written(tmp_path):
     for name, options, reason in (
         ("mistral", {"sliding_window": 256}, "a sliding window of 256 tokens"),
         ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "scaling is linear"),
+        (
+            "llama",
+            {"rope_parameters": LLAMA3 | {"factor": 16.0}},
+            "scaling is llama3 with settings other than Llama 3's",
+        ),
+        ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
+        ("llama", {"attention_bias": True}, "its linear layers have biases"),
     ):
         folder = small(tmp_path / name, name, **options)
         with pytest.raises(ExportError, match=reason):
@@ -170,10 +242,18 @@ def test_models_that_gguf_cannot_hold_are_refused_before_anything_is_written(tmp
     tokenizer["pre_tokenizer"]["pretokenizers"][0]["add_prefix_space"] = True
     folder = small(tmp_path / "other", "llama")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ExportError, match="the way its tokenizer splits text is not known here"):
+    with pytest.raises(ExportError, match="no known name for the way its tokenizer splits text"):
         check_gguf(config_of(folder), folder, "bf16")
+    for change in (
+        {"normalizer": {"type": "Lowercase"}},
+        {"model": json.loads((TINY_FOLDER / "tokenizer.json").read_text())["model"] | {"ignore_merges": True}},
+    ):
+        tokenizer = json.loads((TINY_FOLDER / "tokenizer.json").read_text()) | change
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        with pytest.raises(ExportError, match="the way its tokenizer splits text"):
+            check_gguf(config_of(folder), folder, "bf16")
     (folder / "tokenizer.json").unlink()  # a slow tokenizer
-    with pytest.raises(ExportError, match="the way its tokenizer splits text is not known here"):
+    with pytest.raises(ExportError, match="no known name for the way its tokenizer splits text"):
         check_gguf(config_of(folder), folder, "bf16")
 
 
@@ -196,12 +276,13 @@ def test_k_quants_need_llama_cpp_and_say_how(tmp_path, monkeypatch):
 
 def test_the_modelfile_renders_as_the_chat_template_does(tiny_recipe):
     tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER)
-    text = modelfile(tokenizer, "model.gguf", tiny_recipe('data.system_prompt="Be brief."'))
+    text = modelfile(tokenizer, "model.gguf", tiny_recipe('data.system_prompt="Be brief."'), {1, 4})
     assert text.splitlines() == [
         "FROM ./model.gguf",
         'TEMPLATE """{{ if .System }}<|system|>{{ .System }}<|end|><|user|>{{ else }}<|user|>{{ end }}{{ .Prompt }}'
         '<|end|><|assistant|>{{ .Response }}"""',
         "PARAMETER temperature 1",
         'PARAMETER stop "<|end|>"',
+        f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(4)}"',
         'SYSTEM """Be brief."""',
     ]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from popo_lite.errors import ExportError
 from popo_lite.policy.gguf import (
     CONTROL,
+    LLAMA3_FACTORS,
+    LLAMA3_ROPE,
     ROPE_TENSOR,
     SPECIAL,
     SPLITTERS,
+    STOPS,
     USER_DEFINED,
     llama3_factors,
     word_splitter,
@@ -35,6 +38,8 @@ K_KINDS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
 BLOCK_KINDS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", *K_KINDS)
 """Types that share a scale within a block, so that what was learned may suffer."""
 GGUF_KINDS = (*EXACT_KINDS, *BLOCK_KINDS)
+EMPTY = ({"type": "Sequence", "normalizers": []},)
+"""Normalizers that do nothing."""
 NORMAL, UNUSED = 1, 5  # token types
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
 
@@ -81,7 +86,7 @@ def write_gguf(folder: Path, target: Path, kind: str, *, name: str) -> None:
             continue
         theirs = names.get_name(base)
         if theirs is None:
-            raise ExportError(f"GGUF has no name for the tensor {its_name}", where=f"--gguf {kind}")
+            raise _refusal(f"GGUF has no name for its tensor {its_name}")
         values = tensor.float().numpy()
         if architecture == "llama" and theirs.endswith(("attn_q", "attn_k")):
             heads = config["num_attention_heads" if theirs.endswith("q") else "num_key_value_heads"]
@@ -114,18 +119,26 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _architecture(config: dict[str, Any]) -> str:
     """Return GGUF's name of the architecture. Raises ExportError for one that could not be written and read exactly."""
     kind, rope = config["model_type"], config.get("rope_parameters") or {}
-    windowed = config.get("sliding_window") and config.get("use_sliding_window", True)
-    reason = None
+    reason, scaling = None, rope.get("rope_type")
     if kind not in ARCHITECTURES:
         reason = f"its architecture is {kind}; {', '.join(ARCHITECTURES)} can be written"
-    elif windowed:
+    elif config.get("sliding_window") and config.get("use_sliding_window", True):
         reason = f"it has a sliding window of {config['sliding_window']} tokens"
-    elif rope.get("rope_type") not in ("default", "llama3") or (rope["rope_type"] == "llama3" and kind != "llama"):
-        reason = f"its rotary scaling is {rope.get('rope_type')}"
+    elif config.get("hidden_act", "silu") != "silu":
+        reason = f"its activation is {config['hidden_act']}"
+    elif config.get("attention_bias") or config.get("mlp_bias"):
+        reason = "its linear layers have biases"
+    elif scaling != "default" and not (kind == "llama" and any(LLAMA3_ROPE | {"factor": factor} == {
+        key: value for key, value in rope.items() if key != "rope_theta"} for factor in LLAMA3_FACTORS)):  # fmt: skip
+        reason = f"its rotary scaling is {scaling} with settings other than Llama 3's"
     if reason:
-        step = "export without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py, unchecked"
-        raise ExportError(f"this model cannot be written as GGUF: {reason}", where="--gguf", next_step=step)
+        raise _refusal(reason)
     return ARCHITECTURES[kind]
+
+
+def _refusal(reason: str) -> ExportError:
+    step = "export without --gguf; llama.cpp's convert_hf_to_gguf.py may convert the folder, which is not checked here"
+    return ExportError(f"this model cannot be written as GGUF: {reason}", where="--gguf", next_step=step)
 
 
 def _head_dim(config: dict[str, Any]) -> int:
@@ -163,15 +176,12 @@ def _splitter(folder: Path) -> str:
         for name in SPLITTERS:
             empty = Tokenizer(models.BPE())
             empty.pre_tokenizer = word_splitter(name)
-            normalizes = (tokenizer["normalizer"] or {}).get("type") == "NFC"
             same = essence(json.loads(empty.to_str())["pre_tokenizer"]) == essence(tokenizer["pre_tokenizer"])
-            if same and normalizes == (name == "qwen2"):
+            normalizer = {"type": "NFC"} if name == "qwen2" else None
+            merges = bool(tokenizer["model"].get("ignore_merges")) == (name == "llama-bpe")
+            if same and merges and tokenizer["normalizer"] in (normalizer, *EMPTY[: normalizer is None]):
                 return name
-    what = (
-        "this model cannot be written as GGUF: llama.cpp's name for the way its tokenizer splits text is not known here"
-    )
-    step = "export without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py, unchecked"
-    raise ExportError(what, where="--gguf", next_step=step)
+    raise _refusal("llama.cpp has no known name for the way its tokenizer splits text")
 
 
 def _write_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
@@ -179,6 +189,8 @@ def _write_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
 
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    if (most := max(added["id"] for added in content["added_tokens"])) >= size:
+        raise _refusal(f"its tokenizer has the token {most}, and its vocabulary {size:,}")
     tokens, types = [f"[PAD{index}]" for index in range(size)], [UNUSED] * size
     for token, index in content["model"]["vocab"].items():
         tokens[index], types[index] = token, NORMAL
@@ -193,10 +205,12 @@ def _write_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     ids = {theirs: getattr(tokenizer, f"{ours}_id") for ours, theirs in SPECIAL.items()}
     stops = GenerationConfig.from_pretrained(str(folder)).eos_token_id
     stops = [stops] if isinstance(stops, int) else list(stops)
-    # llama.cpp ends an answer at both; programs that know only one take EOS.
+    # Programs that know only one take EOS.
     ids["eos"] = ids["eos"] if ids["eos"] in stops else stops[0]
-    if others := [stop for stop in stops if stop != ids["eos"]]:
-        ids["eot"] = others[0]
+    others = [stop for stop in stops if stop != ids["eos"]]
+    if len(others) > len(STOPS) - 1:
+        raise _refusal(f"it has {len(stops)} tokens that end an answer, and GGUF holds {len(STOPS)}")
+    ids |= zip(STOPS[1:], others, strict=False)
     for name, index in ids.items():
         if index is not None:
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
@@ -205,7 +219,7 @@ def _write_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     writer.add_chat_template(tokenizer.chat_template)
 
 
-def modelfile(tokenizer: Any, weights: str, recipe: Recipe) -> str:
+def modelfile(tokenizer: Any, weights: str, recipe: Recipe, stop_ids: Collection[int]) -> str:
     """Return an Ollama Modelfile. Ollama renders Go templates, so the chat template is written as one."""
     temperature, system = recipe.eval.temperature, recipe.data.system_prompt
     turn, question, answer = {"role": "user", "content": "<<P>>"}, "{{ .Prompt }}", "{{ .Response }}"
@@ -214,14 +228,19 @@ def modelfile(tokenizer: Any, weights: str, recipe: Recipe) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     plain = render([turn], add_generation_prompt=True)
-    before, _, after = plain.partition("<<P>>")
     try:
-        told = render([{"role": "system", "content": "<<S>>"}, turn], add_generation_prompt=True).partition("<<P>>")[0]
+        told = render([{"role": "system", "content": "<<S>>"}, turn], add_generation_prompt=True)
     except Exception:  # the template has no system role, and may say so in any way
         told = ""
+    if tokenizer.bos_token and tokenizer.encode("a")[0] == tokenizer.bos_token_id:  # llama.cpp adds it itself
+        plain, told = (text.removeprefix(tokenizer.bos_token) for text in (plain, told))
+    (before, _, after), told = plain.partition("<<P>>"), told.partition("<<P>>")[0]
     if "<<S>>" in told:
         told = told.replace("<<S>>", "{{ .System }}")
         before = f"{{{{ if .System }}}}{told}{{{{ else }}}}{before}{{{{ end }}}}"
     lines = [f"FROM ./{weights}", f'TEMPLATE """{before}{question}{after}{answer}"""']
-    lines += [f"PARAMETER temperature {temperature:g}", f'PARAMETER stop "{tokenizer.eos_token}"']
+    stops = tokenizer.convert_ids_to_tokens(sorted(stop_ids))
+    lines += [f"PARAMETER temperature {temperature:g}", *(f'PARAMETER stop "{stop}"' for stop in stops)]
+    if system and '"""' in system:
+        raise _refusal('data.system_prompt holds """, which no Modelfile can')
     return "\n".join([*lines, *([f'SYSTEM """{system}"""'] if system else [])]) + "\n"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popo_lite.errors import ExportError, UserInputError
+from popo_lite.errors import ExportError, ModelError, UserInputError
 from popo_lite.evaluation import evaluate, fitting
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, adapter_folder
@@ -198,7 +198,7 @@ def _export_merged(
                 unmerged = _merge(check, base, adapter, target, dtype, generation)
             if report.gguf:
                 with progress(f"writing and reading the {report.gguf} file", None):
-                    target = _through_gguf(recipe, report, target, folder, scratch / "read")
+                    target = _through_gguf(check, report, target, folder, scratch / "read")
             figures, logps = check.compare(target, dtype)
             if not found and report.gguf not in BLOCK_KINDS:  # the one that is kept, if only rounding changes it
                 stored = EXACT_KINDS.get(report.gguf or "", dtype)
@@ -225,13 +225,17 @@ def _bases(model: ModelRecipe, policy: Policy, report: ExportReport, dequantized
     return {wanted: bases.pop(wanted)} | bases
 
 
-def _through_gguf(recipe: Recipe, report: ExportReport, merged: Path, folder: Path, read: Path) -> Path:
+def _through_gguf(check: _Check, report: ExportReport, merged: Path, folder: Path, read: Path) -> Path:
     """Write the model in `merged` to `folder` as a GGUF file with a Modelfile; return `read`, made from that file."""
-    file = folder / f"model-{report.gguf}.gguf"
+    recipe, file = check.recipe, folder / f"model-{report.gguf}.gguf"
     write_gguf(merged, file, str(report.gguf), name=f"{report.base}, {recipe.objective.algorithm}")
-    text = modelfile(load_tokenizer(recipe.model.with_values({"id": str(merged), "revision": None})), file.name, recipe)
+    tokenizer = load_tokenizer(recipe.model.with_values({"id": str(merged), "revision": None}))
+    text = modelfile(tokenizer, file.name, recipe, check.trained.stop_ids)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    convert_gguf(file, read, str(report.dtype))
+    try:
+        convert_gguf(file, read, str(report.dtype))
+    except ModelError as error:
+        raise ExportError(f"the written file cannot be read: {error.what}", next_step=verify.REPORT_IT) from error
     return read
 
 

@@ -130,14 +130,14 @@ def _gguf_config(path: Path) -> dict[str, Any]:
 
     try:
         reader = GGUFReader(path)
-    except (OSError, ValueError) as error:
+        tables = {t.name: t for t in reader.tensors if t.name in ("token_embd.weight", "output.weight")}
+        vocabulary = int(tables["token_embd.weight"].shape[1])
+    except (OSError, ValueError, LookupError) as error:
         step = "check the path; the file must be complete"
         raise ModelError(f"{path} cannot be read: {error}", where="model.id", next_step=step) from error
     values = {key: reader.fields[key].contents() for key in reader.fields if not key.startswith("tokenizer.")}
     kind = values.get("general.architecture")
-    tables = {tensor.name: tensor for tensor in reader.tensors if tensor.name in ("token_embd.weight", "output.weight")}
     config = {name: values.get(f"{kind}.{key}") for name, key in GGUF_NAMES.items()}
-    vocabulary = int(tables["token_embd.weight"].shape[1])
     return {"model_type": kind, **config, "vocab_size": vocabulary, "tie_word_embeddings": len(tables) == 1}
 
 
