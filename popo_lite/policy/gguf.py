@@ -94,8 +94,9 @@ def convert_gguf(path: Path, folder: Path, dtype: str) -> None:
         tokenizer = read_tokenizer(reader)
         config: Any = AutoConfig.from_pretrained(str(path.parent), **source)
         _complete_config(config, reader)
-        options = {"config": config, "dtype": getattr(torch, dtype), "output_loading_info": True}
-        model, loading = AutoModelForCausalLM.from_pretrained(str(path.parent), **options, **source)
+        source |= {"config": config, "dtype": getattr(torch, dtype), "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), **source)
+        model, loading = loaded
         _refuse_unread(reader, model, loading["missing_keys"])
     except (ValueError, TypeError, LookupError, NotImplementedError, RuntimeError, OSError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
