@@ -5,6 +5,7 @@ What a problem asks alone decides whether it is held out, so no seed and no orde
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 
@@ -42,11 +43,15 @@ class GeneratedTask:
             next_step = f"set eval.problems to at most {self.available}"
             raise DataError(what, where="eval.problems", next_step=next_step)
         source = random.Random(stream_seed(f"{self.name}/held-out", *self.settings))  # noqa: S311
-        chosen: dict[str, Problem] = {}
+        chosen: dict[object, Problem] = {}
         while len(chosen) < count:
             problem = self._draw(source, held_out=True)
-            chosen[problem.id] = problem
+            chosen.setdefault(self.identity(problem), problem)
         return list(chosen.values())
+
+    def identity(self, problem: Problem) -> object:
+        """Return what is equal for two problems that count as one of those held out."""
+        return problem.id
 
     def longest_candidates(self) -> list[Problem]:
         """Return problems, one of which is as long as any."""
@@ -99,7 +104,7 @@ class ComparisonTask(GeneratedTask):
     """Which of two numbers is larger: 38 or 83, 9.11 or 9.9? The answer is the number and nothing else."""
 
     name = "comparison"
-    available = 1500
+    available = 945  # pairs in either order; test_comparison.py counts them
     examples = (
         {"role": "system", "content": "You reply with the larger number."},
         {"role": "user", "content": "3.45 or 3.6?"},
@@ -119,3 +124,12 @@ class ComparisonTask(GeneratedTask):
         question = {"role": "user", "content": f"{first} or {second}?"}
         answer = first if pair[0] > pair[1] else second
         return pair, Problem(id=f"{self.name}/{first},{second}", messages=(*self.examples, question), answer=answer)
+
+    def identity(self, problem: Problem) -> object:
+        """Return the pair of numbers without its order."""
+        return frozenset(problem.id.removeprefix(f"{self.name}/").split(","))
+
+    def longest_candidates(self) -> list[Problem]:
+        """Return a problem with decimals. All of these have the same number of characters."""
+        problems = (self.train_problem(0, index) for index in itertools.count())
+        return [next(problem for problem in problems if "." in problem.answer)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -47,6 +48,9 @@ def test_held_out_problems_are_distinct_and_counted():
     task = ArithmeticTask(2)
     assert len({problem.id for problem in task.held_out(500)}) == 500
     assert task.held_out(500)[:200] == task.held_out(200)
+    # Recorded results belong to these problems.
+    asked = [problem.id for problem in (*task.held_out(500), *(task.train_problem(1, index) for index in range(500)))]
+    assert hashlib.sha256(repr(asked).encode()).hexdigest().startswith("93798486da1c2170c4226f4173155a62")
     with pytest.raises(DataError, match="held out, 5000 were asked for"):
         task.held_out(5000)
 
