@@ -29,6 +29,8 @@ IMPOSSIBLE = {
     "rollout.server.base_urls=() rollout.engine=server": 'is required by rollout.engine = "server"',
     "rollout.server.shared_dir=<unset>| rollout.engine=server": 'is required by rollout.engine = "server"',
     "rollout.server.base_urls!=() rollout.engine!=server": 'is used only with rollout.engine = "server"',
+    "data.digits!=2 data.dataset!=arithmetic eval.dataset!=arithmetic":
+        'is for the dataset "arithmetic" alone; leave the key out',
     "objective.entropy_coef=0.0 objective.target_entropy!=<unset>":
         "is multiplied up and down to reach the target entropy, and 0 stays 0; set a positive start",
     "objective.entropy_over=all objective.entropy_coef=0.0":

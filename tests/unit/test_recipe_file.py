@@ -283,6 +283,14 @@ def test_a_combination_takes_negative_zero_for_zero_and_a_text_none_for_a_text(w
     assert "cannot start from an adapter" in errors_of(path, "model.dtype=bfloat16")[0]
 
 
+def test_digits_are_refused_without_arithmetic(write: Write) -> None:
+    for dataset in ("comparison", "gsm8k", "mine.jsonl"):
+        path = write(f'[data]\ndataset = "{dataset}"\ndigits = 3')
+        refused = 'x.toml: data.digits = 3: is for the dataset "arithmetic" alone; leave the key out'
+        assert errors_of(path) == [refused]
+        assert load_recipe(path, ["eval.dataset=arithmetic"]).data.digits == 3
+
+
 def test_a_combination_names_the_override_that_brought_it_about(write: Write) -> None:
     path = write('[model]\nid = "some/model"\n[train]\ndevice = "cpu"')
     assert errors_of(path, "optimizer.name=paged_adamw8bit", "model.backend=unsloth") == [
@@ -440,6 +448,7 @@ def random_recipe(source: random.Random, algorithm: str) -> Recipe:
         for key, field in keys_of(keys).items()
     }
     drawn["objective.algorithm"] = algorithm
+    drawn["data.dataset"] = source.choice([drawn["data.dataset"], "arithmetic"])  # the only one with data.digits
     while True:
         tables: dict[str, Any] = {}
         for name, value in drawn.items():
