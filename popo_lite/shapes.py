@@ -44,7 +44,8 @@ def start_shapes(groups: Sequence[Group], first_round: int) -> dict[str, int]:
 def shape_metrics(groups: Sequence[Group], threshold: float, start: Mapping[str, int]) -> dict[str, Any]:
     """Return the metrics of the positives' most frequent shape, of those that answers to several prompts share.
 
-    Answers to a single prompt may well be equal, so what only they share says nothing.
+    Answers to a single prompt may well be equal, so what only they share says nothing. Without `start`, the shapes of
+    the first step, the share at the start is unknown.
     """
     found = _positives_by_shape(groups, threshold)
     shared = [shape for shape, rollouts in found.items() if len({r.prompt.problem.id for r in rollouts}) > 1]
@@ -52,12 +53,15 @@ def shape_metrics(groups: Sequence[Group], threshold: float, start: Mapping[str,
     return {
         "top_shape": top,
         "top_shape_ratio": (0 if top is None else len(found[top])) / sum(map(len, found.values())) if found else None,
-        "top_shape_start_ratio": None if top is None else start.get(top, 0) / max(sum(start.values()), 1),
+        "top_shape_start_ratio": start.get(top, 0) / sum(start.values()) if top is not None and start else None,
     }
 
 
 def count_takeover(steps: Mapping[str, int], record: StepRecord) -> dict[str, int]:
-    """Return in how many steps each shape that was rare at the start took over, with the step of `record`."""
+    """Return `steps`, the number of steps in which each shape took over, with the step of `record` counted.
+
+    A shape that was frequent at the start never takes over.
+    """
     shape = record["top_shape"]
     return {**steps, shape: steps.get(shape, 0) + 1} if _takes_over(record) else dict(steps)
 
@@ -83,7 +87,7 @@ def takeover_message(
 
 
 def _takes_over(record: StepRecord) -> bool:
-    if record["top_shape"] is None or record["top_shape_start_ratio"] > RARE:
+    if record["top_shape_start_ratio"] is None or record["top_shape_start_ratio"] > RARE:
         return False
     # As long as few answers are right, a shape can have most of them and still be as rare as at the start.
     common = record["top_shape_ratio"] * record["positives"] > RARE * record["rollouts"]

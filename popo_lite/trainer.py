@@ -297,7 +297,8 @@ class Trainer:
         recipe, siamese = self.recipe, self.learner.siamese
         threshold, first_round = recipe.objective.reward_threshold, Budget.of(recipe.rollout).round_size
         sampled = rollout_metrics(groups, self.train_task, threshold, first_round=first_round)
-        self.cursor.start_shapes = self.cursor.start_shapes or start_shapes(groups, first_round)
+        if step == 0:
+            self.cursor.start_shapes = start_shapes(groups, first_round)
         learned: dict[str, Any] = {"trained_tokens": 0, "micro_batches": 0}
         if result is not None and plan is not None:
             learned = result.metrics(plan)

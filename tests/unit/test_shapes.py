@@ -140,6 +140,29 @@ def test_what_one_prompt_repeats_is_no_shape_and_no_positives_give_none():
     assert count_takeover({}, shape_metrics(alone, 0.5, {})) == {}
 
 
+def test_without_the_shapes_of_the_start_none_takes_over():
+    copied = made_up(0, 1.0, COPY)
+    counts = {"step": 9, "positives": 32, "rollouts": 32}
+    record = {**counts, **shape_metrics(copied, 0.5, {})}
+    assert (record["top_shape"], record["top_shape_start_ratio"]) == ("_ is larger than _.", None)
+    assert count_takeover({}, record) == {}
+    assert takeover_message(record, copied, 0.5, {}) is None
+    assert count_takeover({}, {**counts, **shape_metrics(copied, 0.5, {"other": 1})}) == {record["top_shape"]: 1}
+
+
+def test_only_the_first_step_counts_as_the_start(tiny_recipe, tmp_path):
+    recipe = tiny_recipe("eval.problems=0", "train.steps=3", "data.prompts_per_step=4", "rollout.num_generations=2")
+    with Trainer(recipe, Callback()) as trainer:
+        trainer.folder = RunFolder(tmp_path)
+        trainer.train_step(1)
+        assert trainer.cursor.start_shapes == {}
+        trainer.train_step(0)
+        start = dict(trainer.cursor.start_shapes)
+        assert sum(start.values()) == 8
+        trainer.train_step(1)
+        assert trainer.cursor.start_shapes == start
+
+
 class Heard(Callback):
     def __init__(self):
         self.messages = []
