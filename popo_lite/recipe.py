@@ -41,7 +41,7 @@ class ModelRecipe(Section):
     """The base model. It stays frozen; only LoRA adapters and the predictor head are trained."""
 
     id: str = "tiny"
-    """`tiny` (ships with the package), a folder, or a Hub model id such as `Qwen/Qwen2.5-Math-1.5B`."""
+    """`tiny` (ships with the package), a folder, a `.gguf` file, or a Hub id such as `Qwen/Qwen2.5-Math-1.5B`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     backend: Literal["transformers", "unsloth"] = "transformers"
@@ -293,7 +293,8 @@ class RewardRecipe(Section):
     """Grading of answers, in worker processes that can be killed."""
 
     function: str = "math"
-    """`math` (math-verify), `exact` (nothing but the reference is right), or a Python function, `module:name`."""
+    """`math` (math-verify), `exact` (nothing but the reference is right), or a Python function, `module:name`: see
+    docs/rewards.md."""
     workers: Annotated[int, Field(ge=1, le=64)] = 2
     """Grading processes."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
