@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
+from popo_lite.errors import DataError
 from popo_lite.grading import Grader, refuse_ungraded, ungraded_ratio
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
@@ -14,6 +15,17 @@ from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.tasks import Task
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import EvalResult, FinishReason, Problem
+
+
+def held_out(task: Task, recipe: Recipe, problems: int | None) -> list[Problem]:
+    """Return `problems` held-out problems, by default as many as the recipe says. Raises DataError for too many."""
+    if problems is None:
+        return task.held_out(recipe.eval.problems)
+    try:
+        return task.held_out(problems)
+    except DataError as error:
+        next_step = (error.next_step or "").replace("set eval.problems to", "ask for")
+        raise DataError(error.what, where=f"--problems {problems}", next_step=next_step) from error
 
 
 def fitting(problems: Sequence[Problem], renderer: Renderer, recipe: Recipe) -> list[Problem]:

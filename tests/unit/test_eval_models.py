@@ -13,8 +13,9 @@ import popo_lite
 from popo_lite.cli import main
 from popo_lite.errors import CheckpointError, UserInputError
 from popo_lite.policy.load import TINY_FOLDER
+from popo_lite.recipe_file import dump_recipe, load_recipe
 from popo_lite.run_folder import RunFolder
-from popo_lite.tools.benchmarks.subject import open_subjects, task_recipe
+from popo_lite.tools.benchmarks.subject import Subject, open_subjects, task_recipe
 from popo_lite.tools.export.pipeline import export_run
 from popo_lite.types import EvalResult
 
@@ -76,11 +77,14 @@ def test_columns_have_unlike_names(run: RunFolder, tmp_path: Path) -> None:
     assert {subject.recipe.data.system_prompt for subject in subjects} == {"Add."}
 
 
-def test_a_file_may_be_named(run: RunFolder, tmp_path: Path) -> None:
+def test_a_file_may_be_named(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "model.gguf"
     file.touch()
-    (subject,) = open_subjects([str(file)], (), run.recipe())
-    assert list(subject.adapters) == ["model.gguf"]
+    monkeypatch.chdir(tmp_path)
+    for name in (str(file), "model.gguf"):
+        (subject,) = open_subjects([name], (), run.recipe())
+        assert list(subject.adapters) == ["model.gguf"]
+        assert subject.name == subject.recipe.model.id == str(file.resolve())
 
 
 def test_the_command_prints_one_table(run: RunFolder) -> None:
@@ -107,9 +111,37 @@ def test_what_cannot_be_asked_is_refused(run: RunFolder, tmp_path: Path) -> None
         open_subjects(["tiny"], ["base"], run.recipe())
     for arguments, message in (
         (("tiny", str(run.path), "--benchmarks", "paper"), "one model at a time"),
+        (("tiny", "my model", "--benchmarks", "paper"), " && popo-lite eval 'my model' --benchmarks paper"),
         (("tiny", "--task", "tiny_cpu", "--benchmarks", "paper"), "does not go with --benchmarks"),
         (("tiny", "--task", "tiny_cp"), "tiny_cpu"),
     ):
         done = CliRunner().invoke(main, ["eval", *arguments])
         assert done.exit_code == 2, done.output
         assert message in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("limit", "overlong", "problems", "message"),
+    [
+        (14, "error", 4, "its prompt has 16 tokens, the limit is rollout.max_prompt_length = 14"),
+        (14, "skip", 4, "every prompt is longer than rollout.max_prompt_length = 14"),
+        (64, "error", 0, "problems = 0: must be at least 1"),
+        (64, "error", 99999, "--problems 99999: only"),
+    ],
+)
+def test_what_cannot_be_asked_of_one_model_is_refused_before_any_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, overlong: str, problems: int, message: str
+) -> None:
+    """The second model's template makes longer prompts than the first one's."""
+    monkeypatch.setattr(Subject, "load", lambda *_: pytest.fail("a model was loaded"))
+    longer = tmp_path / "longer"
+    shutil.copytree(TINY_FOLDER, longer)
+    (longer / "chat_template.jinja").write_text("{% for m in messages %}1 + 1 {{ m.content }}{% endfor %}<|assistant|>")
+    task = tmp_path / "task.toml"
+    overrides = [f"rollout.max_prompt_length={limit}", f"data.overlong_prompts={overlong}"]
+    task.write_text(dump_recipe(load_recipe("tiny_cpu", overrides)))
+    with pytest.raises(UserInputError) as caught:
+        popo_lite.evaluate("tiny", longer, task=task, problems=problems)
+    assert message in str(caught.value)
+    assert ("longer" in str(caught.value.where)) == (limit == 14)
+    assert "--set" not in str(caught.value)

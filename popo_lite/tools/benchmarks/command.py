@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,9 @@ def eval_(
     """Measure runs and models on a run's held-out problems, or one of them on benchmarks.
 
     Each MODEL_OR_RUN is a run, the folder that `popo-lite train` wrote (measured as base, trained adapter and siamese),
-    a model's folder, such as an export, or a Hub id. All answer the same problems on the same random draws. With
-    --benchmarks one of them is measured on published benchmarks; answers are kept, so the same command resumes a
-    killed evaluation.
+    a model's folder, such as an export, a GGUF file, or a Hub id. All answer the same problems on the same random
+    draws. With --benchmarks one of them is measured on published benchmarks; answers are kept, so the same command
+    resumes a killed evaluation.
     """
     given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
     options_given = {param.name: param.opts[0] for param in given}
@@ -74,8 +75,9 @@ def eval_(
         next_step = "add for instance --benchmarks paper, or leave it out"
         raise UserInputError("is for benchmarks, and none is named", where=wrong[0], next_step=next_step)
     if benchmarks is not None and models[1:]:
-        what, next_step = "benchmarks are measured on one model at a time", f"popo-lite eval {models[0]} --benchmarks"
-        raise UserInputError(what, where=models[1], next_step=f"{next_step} {benchmarks}, then the others")
+        commands = [shlex.join(["popo-lite", "eval", model, "--benchmarks", benchmarks]) for model in models]
+        what = "benchmarks are measured on one model at a time"
+        raise UserInputError(what, where=models[1], next_step=" && ".join(commands))
     try:
         if benchmarks is None:
             from popo_lite.tools.benchmarks.subject import evaluate_models, no_bar

@@ -15,8 +15,8 @@ from pathlib import Path
 import click
 import torch
 
-from popo_lite.errors import ModelError, UserInputError
-from popo_lite.evaluation import evaluate, fitting
+from popo_lite.errors import DataError, ModelError, UserInputError
+from popo_lite.evaluation import evaluate, fitting, held_out
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, empty_adapter, load_adapter_weights
 from popo_lite.policy.load import load_tokenizer, pick_device
@@ -88,7 +88,7 @@ def open_run(path: Path, wanted: Sequence[str]) -> Subject:
 
 
 def open_model(model: str, wanted: Sequence[str], device: str = "auto") -> Subject:
-    """Return a model by folder, such as an export, or by Hub id: bfloat16 on a GPU, float32 on a CPU.
+    """Return a model by folder, such as an export, GGUF file or Hub id: bfloat16 on a GPU, float32 on a CPU.
 
     `device` is as in `train.device`.
 
@@ -102,7 +102,7 @@ def open_model(model: str, wanted: Sequence[str], device: str = "auto") -> Subje
         what = "holds neither a run (recipe.toml) nor a model (config.json)"
         next_step = "to evaluate an adapter, name its run's folder; popo-lite export writes merged models"
         raise ModelError(what, where=model, next_step=next_step)
-    name = str(folder.resolve()) if folder.is_dir() else model
+    name = str(folder.resolve()) if folder.exists() else model
     on_gpu = pick_device(device).type == "cuda"
     base = ModelRecipe(id=name, quantization="none", dtype="bfloat16" if on_gpu else "float32")
     return Subject(name=name, recipe=Recipe(model=base, objective=PopoObjective()), adapters={"model": None})
@@ -191,16 +191,33 @@ def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: 
     values = {"rollout.engine": engine, "eval.temperature": temperature, "eval.samples_per_problem": samples}
     recipe = task_recipe(models, task).with_values({key: value for key, value in values.items() if value is not None})
     subjects = open_subjects(models, weights, recipe)
-    count = problems or recipe.eval.problems
-    if count < 1:
+    if problems is not None and problems < 1:
+        raise UserInputError("must be at least 1", where=f"problems = {problems}", next_step="leave it out")
+    if problems is None and recipe.eval.problems < 1:
         command = shlex.join(["popo-lite", "eval", *models, *([] if task is None else ["--task", task])])
         what, next_step = "this recipe has no held-out problems", f"{command} --problems 200"
         raise UserInputError(what, where="eval.problems = 0", next_step=next_step)
     asked = open_tasks(recipe)[1]
-    held_out = asked.held_out(count)
+    chosen = _askable(subjects, held_out(asked, recipe, problems), recipe)
+    return [result for subject in subjects for result in _answer(subject, asked, chosen, seed, bar)]
+
+
+def _askable(subjects: Sequence[Subject], problems: Sequence[Problem], recipe: Recipe) -> list[Problem]:
+    """Return the problems whose prompts fit all subjects, before any is loaded. Raises DataError as the recipe asks."""
+    chosen, next_step = list(problems), "give --task a recipe with a larger rollout.max_prompt_length"
     for subject in subjects:  # a prompt that is too long for one of them is skipped for all
-        held_out = fitting(held_out, Renderer(subject.recipe, load_tokenizer(subject.recipe.model)), recipe)
-    return [result for subject in subjects for result in _answer(subject, asked, held_out, seed, bar)]
+        renderer = Renderer(subject.recipe, load_tokenizer(subject.recipe.model))
+        chosen = fitting(chosen, renderer, recipe)
+        try:
+            for problem in chosen:
+                renderer.render(problem)
+        except DataError as error:
+            advice = f'{next_step}, or with data.overlong_prompts = "skip"'
+            raise DataError(error.what, where=f"{subject.name}, {error.where}", next_step=advice) from error
+        if not chosen:
+            what = f"every prompt is longer than rollout.max_prompt_length = {recipe.rollout.max_prompt_length}"
+            raise UserInputError(what, where=subject.name, next_step=next_step)
+    return chosen
 
 
 def _answer(subject: Subject, task: Task, problems: Sequence[Problem], seed: int, bar: Bar) -> list[EvalResult]:
