@@ -305,6 +305,19 @@ def local_base(tmp_path: Path) -> Path:
     folder = tmp_path / "secret-place" / "my-model"
     shutil.copytree(TINY_FOLDER, folder)
     generation = {"eos_token_id": [1, 4], "pad_token_id": 0, "temperature": 0.7, "top_p": 0.8}
+def test_the_example_of_an_adapter_reads_a_base_that_is_a_gguf_file(
+    tmp_path: Path, nf4_run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = export_run(nf4_run, output=tmp_path / "merged", gguf="f32", prompts=2, problems=0)
+    file = merged.folder / "model-f32.gguf"
+    report = export_run(finished_run(tmp_path / "run", f"model.id={file}"), what="adapter")
+    code = (report.folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert 'from_pretrained(gguf_folder(Path("path/to/model-f32.gguf"), "float32"), quantization_config=nf4' in code
+    code = code.replace("path/to/this/folder", str(report.folder)).replace("path/to/model-f32.gguf", str(file))
+    exec(code, {})  # noqa: S102 - the card's own
+    assert "\\boxed{" in capsys.readouterr().out
+
+
     (folder / "generation_config.json").write_text(json.dumps(generation))
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n# Mine\n")
     return folder

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from popo_lite.policy.gguf import GGUF_SUFFIX
 from popo_lite.policy.load import model_source
 from popo_lite.recipe import OutputRecipe, Recipe
 from popo_lite.recipe_file import dump_recipe, flatten
@@ -20,8 +21,8 @@ Facts = Mapping[str, Any]
 LOCAL_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gguf")
 
 
-def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | None, gguf: str | None,
-               verification: Facts | None) -> str:  # fmt: skip
+def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | None, verification: Facts | None,
+               gguf: str | None = None) -> str:  # fmt: skip
     """Return the README.md of an export. `summary` is the run's summary.json, `dtype` is None for an adapter."""
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # noqa: S701 - not HTML
@@ -41,6 +42,7 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
         ),
         model=recipe.model,
         known_as=known_as(recipe.model.id),
+        base_file=recipe.model.id.endswith(GGUF_SUFFIX),
         on_hub=recipe.model.id != "tiny" and not is_local(recipe.model.id),
         algorithm=recipe.objective.algorithm,
         summary=summary,
