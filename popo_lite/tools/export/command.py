@@ -16,7 +16,8 @@ from popo_lite.errors import ExportError, UserInputError
 if TYPE_CHECKING:
     from popo_lite.tools.export.pipeline import ExportReport
 
-WEIGHT_FILES = ["model*.safetensors*", "adapter_model.safetensors", "adapter_config.json", "*.gguf"]
+WEIGHT_FILES = ["model*.safetensors*", "adapter_model.safetensors", "adapter_config.json", "*.gguf", "Modelfile",
+                "config.json", "generation_config.json"]  # fmt: skip
 """What an earlier push may have left behind; an adapter beside a merged model would be applied twice on loading."""
 WHAT = click.Choice(["merged", "adapter"])
 WEIGHTS = click.Choice(["policy", "siamese"])
