@@ -190,7 +190,7 @@ def test_without_quantisation_both_bases_are_the_same(tmp_path: Path, plain_run:
 
 
 @pytest.mark.parametrize(
-    ("base", "dtype", "better"),
+    ("options", "better"),
     [
         ("original", "bfloat16", "--dtype bfloat16 --base trained --output {}-trained"),
         ("trained", "bfloat16", "--dtype float32 --output {}-float32"),
@@ -198,7 +198,7 @@ def test_without_quantisation_both_bases_are_the_same(tmp_path: Path, plain_run:
     ],
 )
 def test_a_loss_beyond_chance_is_said_with_what_to_do(
-    tmp_path: Path, nf4_run: RunFolder, monkeypatch: pytest.MonkeyPatch, base: str, dtype: str, better: str
+    tmp_path: Path, nf4_run: RunFolder, monkeypatch: pytest.MonkeyPatch, options: str, better: str
 ) -> None:
     monkeypatch.setattr(pipeline, "OTHER_BASE_BYTES", 0)
     measure = pipeline._measure
@@ -210,13 +210,13 @@ def test_a_loss_beyond_chance_is_said_with_what_to_do(
 
     monkeypatch.setattr(pipeline, "_measure", measure_worse)
     folder = tmp_path / "model"
-    options = ["--base", base, "--dtype", dtype, "--prompts", "2", "--problems", "8", "--output", str(folder)]
-    done = CliRunner().invoke(main, ["export", str(nf4_run.path), *options])
+    size = ["--prompts", "2", "--problems", "8", "--output", str(folder)]
+    done = CliRunner().invoke(main, ["export", str(nf4_run.path), *options.split(), *size])
     assert done.exit_code == 0, done.output
     assert "lost pass@1 by more than chance: -75.0 points" in done.output
-    assert f"popo-lite export {nf4_run.path} --weights policy {better.format(folder)}\n" in done.output
-    options_alone = better.removeprefix("--dtype bfloat16 ").partition(" --output")[0]
-    assert f"`popo-lite export RUN {options_alone}`" in (folder / "README.md").read_text()
+    output = f"{folder}-{better.split()[-1]}"
+    assert f"popo-lite export {nf4_run.path} --weights policy {better} --output {output}\n" in done.output
+    assert f"`popo-lite export RUN {better}`" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_0"])
@@ -225,8 +225,11 @@ def test_a_gguf_file_is_checked_by_reading_it_back(tmp_path: Path, nf4_run: RunF
     assert set(report.files) == {f"model-{kind}.gguf", "Modelfile", "README.md", "export.json"}
     found = report.verification
     assert found is not None
-    assert found["mean_difference"] <= {"f32": 1e-5, "bf16": 0.02, "q8_0": 0.05, "q4_0": 1.0}[kind]
-    assert found["greedy_agreement"] >= {"f32": 1.0, "bf16": 0.8, "q8_0": 0.7, "q4_0": 0.0}[kind]
+    # Half and twice of what was measured. 4 bits change half as much as the adapter.
+    low, high = {"f32": (0, 1e-5), "bf16": (1e-4, 6e-4), "q8_0": (6e-4, 2.4e-3), "q4_0": (0.007, 0.03)}[kind]
+    assert low <= found["mean_difference"] <= high
+    assert found["worst_difference"] <= 20 * high
+    assert found["greedy_agreement"] >= {"f32": 1.0, "bf16": 0.9, "q8_0": 0.9, "q4_0": 0.6}[kind]
     assert found["pass_at_1"]["problems"] == 40
     card = (report.folder / "README.md").read_text()
     assert f"llama-cli --model model-{kind}.gguf" in card

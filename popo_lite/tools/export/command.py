@@ -26,6 +26,7 @@ GGUF = click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 BASES = click.Choice(["trained", "original"])
 BASE_HELP = "Merge into the base as trained on (dequantised NF4), or into the original weights, which loses quality."
+DTYPE_HELP = "Precision of a merged model; default as in the run's recipe, float32 with --gguf."
 PROMPTS_HELP = "Prompts on which a merged model is compared with the trained one, at most eval.problems."
 PROBLEMS_HELP = "Held-out problems for pass@1 beside the policy's, 0 for none; default as in the run's recipe."
 
@@ -37,7 +38,7 @@ PROBLEMS_HELP = "Held-out problems for pass@1 beside the policy's, 0 for none; d
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder to make; default RUN/export/<gguf or what>-<weights>."
 )
-@click.option("--dtype", type=DTYPES, help="Precision of a merged model; default as in the run's recipe.")
+@click.option("--dtype", type=DTYPES, help=DTYPE_HELP)
 @click.option("--base", type=BASES, default="trained", help=BASE_HELP)
 @click.option(
     "--gguf", type=GGUF, help="Write one GGUF file for llama.cpp, with weights of this type, and a Modelfile."
@@ -53,7 +54,7 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json
 
     A merged model is loaded again and compared with the trained policy on real prompts and in pass@1. With
     --push-to-hub, an export of the same adapter that is in the folder already is uploaded with your edits of its card,
-    README.md. Only the card's line `model_id = ...` is changed, to USER/NAME.
+    README.md. Only the card's line `model_id = ...`, which a GGUF file's card lacks, is changed, to USER/NAME.
     """
     if repo_id is None and (private or dry_run):
         raise click.UsageError(f"{'--private' if private else '--dry-run'} goes with --push-to-hub USER/NAME")
@@ -139,11 +140,8 @@ def _remedy_command(run: Path, report: ExportReport) -> str:
     from popo_lite.tools.export.verify import remedy
 
     better = remedy(str(report.merged_into), str(report.dtype), report.gguf)
-    command = ["popo-lite", "export", str(run), "--weights", report.weights]
-    if better == "--base trained":
-        command += ["--dtype", str(report.dtype), *(["--gguf", report.gguf] if report.gguf else [])]
-    command += [*better.split(), "--output", f"{report.folder}-{better.split()[-1]}"]
-    return shlex.join(command)
+    command = ["popo-lite", "export", str(run), "--weights", report.weights, *better.split()]
+    return shlex.join([*command, "--output", f"{report.folder}-{better.split()[-1]}"])
 
 
 def _push(folder: Path, repo_id: str, private: bool) -> dict[str, Any]:

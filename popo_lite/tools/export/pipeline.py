@@ -94,8 +94,9 @@ def export_run(
     """Write the run's model to `output` (default `RUN/export/<gguf or what>-<weights>`) and describe it in its card.
 
     `what` is "merged" or "adapter", `weights` "policy" or "siamese", `dtype` the precision of a merged model (default:
-    the recipe's). `base` is what the adapter is merged into: the "trained" base, dequantised, or the "original"
-    weights. `gguf` is the type of the weights in a GGUF file ("bf16", "q8_0", ...), written instead of safetensors.
+    the recipe's, for a GGUF file "float32"). `base` is what the adapter is merged into: the "trained" base,
+    dequantised, or the "original" weights. `gguf` is the type of the weights in a GGUF file ("bf16", "q8_0", ...),
+    written instead of safetensors.
     A merged model is loaded again and compared with the trained policy: greedily on `prompts` prompts of the run's
     task, at most `eval.problems`, and in pass@1 on `problems` held-out problems (default: `eval.problems`).
     With `reuse`, an earlier export of the same adapter in `output` is returned.
@@ -118,7 +119,7 @@ def export_run(
         gguf=gguf,
         weights=weights,
         base=known_as(recipe.model.id),
-        dtype=(dtype or recipe.model.dtype) if what == "merged" else None,
+        dtype=(dtype or ("float32" if gguf else recipe.model.dtype)) if what == "merged" else None,
         merged_into=_merged_into(base, recipe.model) if what == "merged" else None,
         adapter_sha256=hashlib.sha256((adapter / ADAPTER_FILE).read_bytes()).hexdigest(),
     )

@@ -152,12 +152,15 @@ def loss_of(found: Mapping[str, Any] | None) -> str | None:
 
 
 def remedy(merged_base: str, dtype: str, gguf: str | None) -> str:
-    """Return the options of an export that keeps more of what was learned."""
+    """Return the options of an export that keeps more of what was learned. The last one is what changes."""
+    file = f"--gguf {gguf} " if gguf else ""
     if merged_base == "original":
-        return "--base trained"
+        return f"--dtype {dtype} {file}--base trained"
+    if gguf in ("f16", "bf16"):
+        return "--gguf f32"  # without --dtype: a merge in 16 bit would be rounded all the same
     if gguf not in (None, "f32"):
-        return f"--gguf {'f32' if gguf in ('bf16', 'f16') else 'bf16' if gguf == 'q8_0' else 'q8_0'}"
-    return "--dtype float32" if dtype in ("float16", "bfloat16") else "--what adapter"
+        return f"--dtype {dtype} --gguf {'bf16' if gguf == 'q8_0' else 'q8_0'}"
+    return f"{file}--dtype float32" if dtype in ("float16", "bfloat16") else "--what adapter"
 
 
 def _gap(rates: Mapping[str, Any]) -> str:
