@@ -70,17 +70,22 @@ def evaluate(
     weights: Sequence[str] = (),
     problems: int | None = None,
     samples: int = 8,
+    temperature: float | None = None,
+    seed: int = 0,
+    engine: str | None = None,
 ) -> list[EvalResult]:
     """Return the accuracy of runs and models on a run's held-out problems, `samples` answers to each, the same draws.
 
-    `run` and `others` are runs, folders of models, or Hub ids. A run is measured in its `weights`, some of "base",
-    "adapter" and "siamese" (default: all). `task` is the run or recipe whose problems are asked, by default the first
-    run. `problems` defaults to the recipe's number.
+    `run` and `others` are runs, folders of models, GGUF files, or Hub ids. A run is measured in its `weights`, some of
+    "base", "adapter" and "siamese" (default: all). `task` is the run or recipe whose problems are asked, by default the
+    first run. `problems`, `temperature` and `engine` ("auto", "hf", "vllm" or "server") default to its own. `seed` is
+    that of the sampled answers.
     """
     from popo_lite.tools.benchmarks.subject import evaluate_models
 
     names, asked = [str(model) for model in (run, *others)], None if task is None else str(task)
-    return evaluate_models(names, task=asked, weights=weights, problems=problems, samples=samples)
+    return evaluate_models(names, task=asked, weights=weights, problems=problems, samples=samples,
+                           temperature=temperature, seed=seed, engine=engine)  # fmt: skip
 
 
 def export(
@@ -90,13 +95,21 @@ def export(
     weights: str = "policy",
     base: str = "trained",
     output: str | Path | None = None,
+    dtype: str | None = None,
+    gguf: str | None = None,
+    prompts: int = 32,
+    problems: int | None = None,
 ) -> ExportReport:
     """Write a run's model as a folder that transformers loads, check it against the trained policy, and describe it.
 
     `what` is "merged" or "adapter", `weights` "policy" or "siamese". `base` is what to merge into: "trained", the base
-    as it was trained on (dequantised), or "original". `output` is by default RUN/export/WHAT-WEIGHTS.
+    as it was trained on (dequantised), or "original". `output` is by default RUN/export/WHAT-WEIGHTS. `gguf` is the
+    type of weights in a GGUF file, such as "q8_0", which is written instead. `dtype` is the precision of the merge, by
+    default the recipe's, for a GGUF file "float32". `prompts` and `problems` (default: the recipe's number, 0 for none)
+    are what a merged model is checked on.
     """
     from popo_lite.tools.export.pipeline import export_run
 
     folder = None if output is None else Path(output)
-    return export_run(RunFolder(Path(run)), what=what, weights=weights, base=base, output=folder)
+    return export_run(RunFolder(Path(run)), what=what, weights=weights, base=base, output=folder, dtype=dtype,
+                      gguf=gguf, prompts=prompts, problems=problems)  # fmt: skip

@@ -65,7 +65,7 @@ def test_train_evaluate_and_export_as_functions(tmp_path):
         popo_lite.export(result.folder.path, weights="siamse")
     with pytest.raises(UserInputError, match='there is no export "mergd"') as refused:
         popo_lite.export(result.folder.path, what="mergd")
-    assert refused.value.next_step == 'use "merged" or "adapter"'
+    assert refused.value.next_step == "use one of merged, adapter"
     assert not (result.folder.path / "export").exists()
     with pytest.raises(popo_lite.PopoError, match="the run has ended"):
         popo_lite.train(recipe, output=result.folder.path, resume=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+import popo_lite
 from popo_lite.cli import main
 from popo_lite.errors import CheckpointError, ExportError, UserInputError
 from popo_lite.policy.adapters import ADAPTER_FILE
@@ -28,6 +30,7 @@ from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.benchmarks import subject
 from popo_lite.tools.export import pipeline
 from popo_lite.tools.export.card import model_card
 from popo_lite.tools.export.pipeline import export_run
@@ -192,9 +195,15 @@ def test_without_quantisation_both_bases_are_the_same(tmp_path: Path, plain_run:
 @pytest.mark.parametrize(
     ("options", "better"),
     [
-        ("original", "bfloat16", "--dtype bfloat16 --base trained --output {}-trained"),
-        ("trained", "bfloat16", "--dtype float32 --output {}-float32"),
-        ("trained", "float32", "--what adapter --output {}-adapter"),
+        ("--base original --dtype bfloat16", "--dtype bfloat16 --base trained"),
+        ("--dtype bfloat16", "--dtype float32"),
+        ("--dtype float32", "--what adapter"),
+        ("--base original --gguf q4_0", "--dtype float32 --gguf q4_0 --base trained"),
+        ("--gguf q4_0 --dtype bfloat16", "--dtype bfloat16 --gguf q8_0"),
+        ("--gguf q8_0", "--dtype float32 --gguf bf16"),
+        ("--gguf bf16 --dtype bfloat16", "--gguf f32"),
+        ("--gguf f32 --dtype bfloat16", "--gguf f32 --dtype float32"),
+        ("--gguf f32", "--what adapter"),
     ],
 )
 def test_a_loss_beyond_chance_is_said_with_what_to_do(
@@ -241,14 +250,11 @@ def test_a_gguf_file_is_checked_by_reading_it_back(tmp_path: Path, nf4_run: RunF
 
 
 def test_gguf_of_a_model_or_type_that_cannot_be_written_leaves_nothing(tmp_path: Path, nf4_run: RunFolder) -> None:
-    with pytest.raises(UserInputError, match='GGUF has no weights of the type "q9"'):
+    with pytest.raises(UserInputError, match='there is no GGUF type "q9"'):
         export_run(nf4_run, output=tmp_path / "out", gguf="q9")
     with pytest.raises(ExportError, match="llama-quantize, which is not on the PATH"):
         export_run(nf4_run, output=tmp_path / "out", gguf="q4_k_m")
     assert not [*tmp_path.iterdir()]
-    result = CliRunner().invoke(main, ["export", str(nf4_run.path), "--what", "adapter", "--gguf", "q8_0"])
-    assert result.exit_code == 2
-    assert "--gguf is for merged models" in result.output
 
 
 def test_sixteen_bit_answers_may_part_at_near_ties(tmp_path: Path) -> None:
@@ -299,15 +305,6 @@ def test_an_adapter_is_exported_as_it_was_trained(tmp_path: Path) -> None:
     assert "bnb_4bit_compute_dtype=torch.float32" in card.text
 
 
-# --------------------------------------------------------------------------------------------- a base of one's own
-
-
-@pytest.fixture
-def local_base(tmp_path: Path) -> Path:
-    """The model `tiny` as somebody's own: two stop tokens, sampling settings as some bases have them, a licence."""
-    folder = tmp_path / "secret-place" / "my-model"
-    shutil.copytree(TINY_FOLDER, folder)
-    generation = {"eos_token_id": [1, 4], "pad_token_id": 0, "temperature": 0.7, "top_p": 0.8}
 def test_the_example_of_an_adapter_reads_a_base_that_is_a_gguf_file(
     tmp_path: Path, nf4_run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,6 +318,15 @@ def test_the_example_of_an_adapter_reads_a_base_that_is_a_gguf_file(
     assert "\\boxed{" in capsys.readouterr().out
 
 
+# --------------------------------------------------------------------------------------------- a base of one's own
+
+
+@pytest.fixture
+def local_base(tmp_path: Path) -> Path:
+    """The model `tiny` as somebody's own: two stop tokens, sampling settings as some bases have them, a licence."""
+    folder = tmp_path / "secret-place" / "my-model"
+    shutil.copytree(TINY_FOLDER, folder)
+    generation = {"eos_token_id": [1, 4], "pad_token_id": 0, "temperature": 0.7, "top_p": 0.8}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n# Mine\n")
     return folder
@@ -399,6 +405,39 @@ def test_the_card_names_the_algorithm_and_no_server(tmp_path: Path) -> None:
 
 def traces(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_options_that_cannot_be_met_are_refused_before_anything_is_loaded(
+    nf4_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "load_trained_policy", lambda *_: pytest.fail("a model was loaded"))
+    options: dict[str, Any]
+    for options, message in (
+        ({"dtype": "int8"}, 'there is no precision "int8"'),
+        ({"base": "mine"}, 'there is no base "mine"'),
+        ({"prompts": 0}, "prompts = 0, problems = None: is too small"),
+        ({"what": "adapter", "dtype": "float16"}, "--dtype is for merged models"),
+        ({"what": "adapter", "gguf": "q8_0"}, "--gguf is for merged models"),
+        ({"what": "adapter", "base": "original"}, "--base original is for merged models"),
+        ({"problems": 99999}, "--problems 99999: only .* problems of arithmetic are held out"),
+    ):
+        with pytest.raises(UserInputError) as caught:
+            export_run(nf4_run, **options)
+        assert re.search(message, str(caught.value)), caught.value
+        assert "eval.problems" not in str(caught.value)
+    assert not (nf4_run.path / "export").exists()
+
+
+def test_the_library_takes_the_options_of_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(pipeline, "export_run", lambda _, **options: given.append(options))
+    monkeypatch.setattr(subject, "evaluate_models", lambda _, **options: given.append(options))
+    wanted = {"gguf": "q8_0", "dtype": "float32", "base": "original", "prompts": 2, "problems": 3}
+    popo_lite.export("run", **wanted)  # type: ignore[arg-type]
+    sampling = {"temperature": 0.5, "seed": 4, "engine": "hf", "problems": 3}
+    popo_lite.evaluate("run", **sampling)  # type: ignore[arg-type]
+    assert wanted.items() <= given[0].items()
+    assert sampling.items() <= given[1].items()
 
 
 @pytest.mark.parametrize("base", ["trained", "original"])

@@ -58,30 +58,13 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json
     """
     if repo_id is None and (private or dry_run):
         raise click.UsageError(f"{'--private' if private else '--dry-run'} goes with --push-to-hub USER/NAME")
-    if options["what"] == "adapter" and options["dtype"] is not None:
-        raise click.UsageError("--dtype is for merged models; an adapter is copied as it was trained")
-    if options["what"] == "adapter" and options["gguf"] is not None:
-        raise click.UsageError("--gguf is for merged models; a GGUF file of an adapter alone would not be checked")
-    if options["what"] == "adapter" and options["base"] != "trained":
-        raise click.UsageError(
-            "--base original is for merged models; an adapter is loaded on the base it was trained on"
-        )
 
     from popo_lite.run_folder import RunFolder
 
     folder = RunFolder(run)
     threads = folder.recipe().train.cpu_threads
     if repo_id is not None:
-        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not in __all__
-
-        try:
-            if "/" not in repo_id:
-                raise ValueError("it lacks the user or organisation")
-            validate_repo_id(repo_id)
-        except ValueError as error:
-            what, where = f"not the name of a repository: {error}", f"--push-to-hub {repo_id}"
-            next_step = "write it as user/name; `hf auth whoami` says who is logged in"
-            raise UserInputError(what, where=where, next_step=next_step) from error
+        _check_repo_id(repo_id)
 
     import torch
     from rich.text import Text
@@ -113,6 +96,20 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json
     if planned is not None:
         visibility = "private" if private else "public"
         click.echo(f"Would be uploaded to {repo_id}, {visibility}. Its card, README.md:\n\n{planned['card']}")
+
+
+def _check_repo_id(repo_id: str) -> None:
+    """Raise UserInputError for what cannot be the name of a repository."""
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not in __all__
+
+    try:
+        if "/" not in repo_id:
+            raise ValueError("it lacks the user or organisation")
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        what, where = f"not the name of a repository: {error}", f"--push-to-hub {repo_id}"
+        next_step = "write it as user/name; `hf auth whoami` says who is logged in"
+        raise UserInputError(what, where=where, next_step=next_step) from error
 
 
 def _print_report(report: ExportReport, upload: dict[str, Any] | None) -> None:

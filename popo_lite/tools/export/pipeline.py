@@ -15,13 +15,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from popo_lite.errors import ExportError, ModelError, UserInputError
-from popo_lite.evaluation import evaluate, fitting
+from popo_lite.evaluation import evaluate, fitting, held_out
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, adapter_folder
 from popo_lite.policy.gguf import convert_gguf
@@ -101,16 +101,11 @@ def export_run(
     task, at most `eval.problems`, and in pass@1 on `problems` held-out problems (default: `eval.problems`).
     With `reuse`, an earlier export of the same adapter in `output` is returned.
 
-    Raises CheckpointError for a run that has not ended, UserInputError for an unknown `what`, `weights` or `base` or if
-    `output` is not empty, and ExportError if the merged model is not the trained policy; nothing is left behind then.
+    Raises CheckpointError for a run that has not ended, UserInputError for an unknown option or one that does not go
+    with `what`, or if `output` is not empty, and ExportError if the merged model is not the trained policy; nothing is
+    left behind then.
     """
-    if what not in ("merged", "adapter"):
-        raise UserInputError(f'there is no export "{what}"', where="what", next_step='use "merged" or "adapter"')
-    if gguf is not None and gguf not in GGUF_KINDS:
-        next_step = f"use one of {', '.join(GGUF_KINDS)}"
-        raise UserInputError(f'GGUF has no weights of the type "{gguf}" here', where="gguf", next_step=next_step)
-    if base not in BASES:
-        raise UserInputError(f'there is no base "{base}"', where="base", next_step='use "trained" or "original"')
+    _check_options(what, base, dtype, gguf, prompts, problems)
     recipe = run.recipe()
     adapter = adapter_folder(run.trained_adapter(weights), key="run folder")
     report = ExportReport(
@@ -124,13 +119,7 @@ def export_run(
         adapter_sha256=hashlib.sha256((adapter / ADAPTER_FILE).read_bytes()).hexdigest(),
     )
     if report.folder.is_file() or (report.folder.is_dir() and any(report.folder.iterdir())):
-        path = report.folder / REPORT_FILE
-        earlier = json.loads(path.read_text(encoding="utf-8")) if reuse and path.is_file() else {}
-        if report.content() != earlier | {"verification": None}:
-            what, instead = "the folder is not empty", "remove it, or name another one with --output"
-            raise UserInputError(what, where=str(report.folder), next_step=instead)
-        return replace(report, verification=earlier["verification"], reused=True)
-
+        return _earlier(report, reuse)
     with _complete_folder(report.folder) as folder:
         if report.dtype is None:
             _copy_adapter(recipe, adapter, folder)
@@ -145,6 +134,43 @@ def export_run(
         content = json.dumps(report.content(), indent=2, allow_nan=False) + "\n"
         (folder / REPORT_FILE).write_text(content, encoding="utf-8")
     return report
+
+
+def _check_options(
+    what: str, base: str, dtype: str | None, gguf: str | None, prompts: int, problems: int | None
+) -> None:
+    """Raise UserInputError for an unknown value, or one that does not go with `what`."""
+    if prompts < 1 or (problems or 0) < 0:
+        where = f"prompts = {prompts}, problems = {problems}"
+        raise UserInputError("is too small", where=where, next_step="use at least 1 prompt and 0 problems")
+    for name, noun, value, known in (
+        ("what", "export", what, ("merged", "adapter")),
+        ("base", "base", base, BASES),
+        ("dtype", "precision", dtype or "float32", verify.ROUNDING),
+        ("gguf", "GGUF type", gguf or "f32", GGUF_KINDS),
+    ):
+        if value not in known:
+            next_step = f"use one of {', '.join(known)}"
+            raise UserInputError(f'there is no {noun} "{value}"', where=name, next_step=next_step)
+    merged_only = {
+        "dtype": (dtype, "an adapter is copied as it was trained"),
+        "gguf": (gguf, "a GGUF file of an adapter alone would not be checked"),
+        "base original": (base == "original", "an adapter is loaded on the base that it was trained on"),
+    }
+    for name, (given, why) in merged_only.items():
+        if what == "adapter" and given:
+            error = f"--{name} is for merged models; {why}"
+            raise UserInputError(error, where="--what adapter", next_step=f"leave --{name} out")
+
+
+def _earlier(report: ExportReport, reuse: bool) -> ExportReport:
+    """Return the export that is in the folder. Raises UserInputError if it is another one or may not be reused."""
+    path = report.folder / REPORT_FILE
+    earlier = json.loads(path.read_text(encoding="utf-8")) if reuse and path.is_file() else {}
+    if report.content() != earlier | {"verification": None}:
+        what, instead = "the folder is not empty", "remove it, or name another one with --output"
+        raise UserInputError(what, where=str(report.folder), next_step=instead)
+    return replace(report, verification=earlier["verification"], reused=True)
 
 
 def _copy_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:
@@ -177,6 +203,7 @@ def _export_merged(
     device = "cpu" if recipe.train.device == "cpu" else "auto"
     plain = {"model.backend": "transformers", "train.device": device, "train.gradient_checkpointing": False}
     recipe = recipe.with_values(plain | {"train.packing": False, "eval.samples_per_problem": 1})
+    questions = _questions(recipe, prompts, problems)
     with Grader(recipe.reward) as grader, TemporaryDirectory(dir=folder, prefix=".") as temporary:
         scratch = Path(temporary)
         if report.gguf:
@@ -188,7 +215,7 @@ def _export_merged(
         bases = _bases(recipe.model, policy, report, scratch / "base")
         if policy.quantized_modules and "trained" in bases:
             write_dequantized_base(policy, scratch / "base")
-        check = _ask(recipe, policy, prompts, problems, grader, progress)
+        check = _ask(recipe, policy, questions, grader, progress)
         del policy
         release_memory()
         found: list[dict[str, Any]] = []
@@ -253,7 +280,7 @@ def _stored_quantized(model: ModelRecipe) -> ExportError:
 
 @dataclass(frozen=True, kw_only=True)
 class _Check:
-    """What merged models are compared with: the trained policy's answers, and its pass@1 if it is measured."""
+    """Hold the trained policy's answers, and its pass@1 if it is measured, to compare merged models with."""
 
     recipe: Recipe
     task: Task
@@ -281,26 +308,38 @@ class _Check:
             found, logps = verify.compare(base, self.trained, recipe.rollout.max_completion_length, self.progress)
             found["pass_at_1"] = None
             if self.result is not None:
-                name, held_out = "merged model", self.held_out
-                result = _measure(name, recipe, policy, self.task, held_out, self.grader, self.progress)
+                name, problems = "merged model", self.held_out
+                result = _measure(name, recipe, policy, self.task, problems, self.grader, self.progress)
                 found["pass_at_1"] = verify.pass_rates(self.result, result)
         del policy, base
         release_memory()
         return found, logps
 
 
-def _ask(
-    recipe: Recipe, policy: Policy, prompts: int, problems: int | None, grader: Grader, progress: verify.Progress
-) -> _Check:
-    """Let the trained policy answer: greedily, and once to each held-out problem."""
+class _Questions(NamedTuple):
+    """Problems of the run's task: to answer greedily, and to measure pass@1 on."""
+
+    task: Task
+    asked: list[Problem]
+    held_out: list[Problem]
+
+
+def _questions(recipe: Recipe, prompts: int, problems: int | None) -> _Questions:
+    """Return the problems. Raises DataError if fewer than `problems` are held out."""
     train, task = open_tasks(recipe)
     asked = task.held_out(min(prompts, recipe.eval.problems))
     asked = asked or [train.train_problem(recipe.train.seed, index) for index in range(prompts)]
+    return _Questions(task, asked, held_out(task, recipe, problems))
+
+
+def _ask(recipe: Recipe, policy: Policy, questions: _Questions, grader: Grader, progress: verify.Progress) -> _Check:
+    """Let the trained policy answer: greedily, and once to each held-out problem."""
+    task, asked, problems = questions
     renderer, limit = Renderer(recipe, policy.tokenizer), recipe.rollout.max_completion_length
     trained = verify.ask_trained(policy, list(map(renderer.token_ids, asked)), limit, progress)
-    held_out = fitting(task.held_out(recipe.eval.problems if problems is None else problems), renderer, recipe)
-    result = _measure("trained policy", recipe, policy, task, held_out, grader, progress) if held_out else None
-    return _Check(recipe=recipe, task=task, asked=asked, trained=trained, held_out=held_out, result=result,
+    problems = fitting(problems, renderer, recipe)
+    result = _measure("trained policy", recipe, policy, task, problems, grader, progress) if problems else None
+    return _Check(recipe=recipe, task=task, asked=asked, trained=trained, held_out=problems, result=result,
                   grader=grader, progress=progress)  # fmt: skip
 
 
