@@ -109,6 +109,8 @@ class ComparisonTask(GeneratedTask):
         {"role": "system", "content": "You reply with the larger number."},
         {"role": "user", "content": "3.45 or 3.6?"},
         {"role": "assistant", "content": "3.6"},
+        {"role": "user", "content": "52 or 17?"},
+        {"role": "assistant", "content": "52"},
     )
 
     def draw(self, source: random.Random) -> tuple[tuple[int, ...], Problem]:

@@ -80,7 +80,8 @@ def test_the_model_is_what_its_makers_say(policy: Policy, recipe: Recipe) -> Non
     problem = open_tasks(recipe)[0].held_out(1)[0]
     assert policy.tokenizer.decode(renderer.token_ids(problem)) == (
         "<|im_start|>system\nYou reply with the larger number.<|im_end|>\n<|im_start|>user\n3.45 or 3.6?<|im_end|>\n"
-        f"<|im_start|>assistant\n3.6<|im_end|>\n<|im_start|>user\n{problem.question}<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>assistant\n3.6<|im_end|>\n<|im_start|>user\n52 or 17?<|im_end|>\n<|im_start|>assistant\n"
+        f"52<|im_end|>\n<|im_start|>user\n{problem.question}<|im_end|>\n<|im_start|>assistant\n"
     )
 
 

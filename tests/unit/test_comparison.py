@@ -45,7 +45,7 @@ def test_a_pair_is_held_out_in_either_order():
         for i in range(2000)
     }
     assert not held_out & trained
-    assert not held_out & {frozenset(("3.45", "3.6"))}  # the example
+    assert not held_out & {frozenset(("3.45", "3.6")), frozenset(("52", "17"))}  # the examples
     with pytest.raises(DataError, match="only 945 problems of comparison are held out, 946 were asked for"):
         task.held_out(946)
 
