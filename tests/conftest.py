@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and output would be folded
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network; read when huggingface_hub is imported
 
 from popo_lite.recipe import Recipe
