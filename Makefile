@@ -27,10 +27,10 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-vllm: $(VENV)/.installed-vllm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m vllm $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm $(ARGS)
 
 test-real: $(VENV)/.installed-real
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'real and not vllm' $(ARGS)
 
 study: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study.py --jobs 2 $(ARGS)
