@@ -71,10 +71,8 @@ def gguf_folder(path: Path, dtype: str) -> Path:
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        what, next_step = (
-            f"the dequantised model cannot be written: {error}",
-            "set HF_HOME to a folder with enough space",
-        )
+        what = f"the dequantised model cannot be written: {error}"
+        next_step = "set HF_HOME to a folder with enough space"
         raise ModelError(what, where=str(cache), next_step=next_step) from error
     return folder
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 from popo_lite.errors import DataError
@@ -21,16 +22,16 @@ def is_held_out(task: str, *asked: int) -> bool:
     return stream_seed(f"{task}/split", *sorted(asked)) % HELD_OUT_ONE_IN == 0
 
 
-class GeneratedTask:
+class GeneratedTask(ABC):
     """Problems drawn without end; `available` of them are held out at least. A subclass draws one."""
 
     name: str
     available: int
     settings: tuple[int, ...] = ()
 
+    @abstractmethod
     def draw(self, source: random.Random) -> tuple[tuple[int, ...], Problem]:
         """Return the numbers that a problem asks about, and the problem."""
-        raise NotImplementedError
 
     def train_problem(self, seed: int, index: int) -> Problem:
         """Return the `index`-th training problem of `seed`, drawn uniformly from those not held out."""
@@ -101,7 +102,7 @@ class ArithmeticTask(GeneratedTask):
 
 
 class ComparisonTask(GeneratedTask):
-    """Which of two numbers is larger: 38 or 83, 9.11 or 9.9? The answer is the number and nothing else."""
+    """Comparisons of two numbers, such as "38 or 83?" and "9.11 or 9.9?". The answer is the larger one."""
 
     name = "comparison"
     available = 945  # pairs in either order; test_comparison.py counts them

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from popo_lite.errors import ExportError
 from popo_lite.policy.gguf import (
     CONTROL,
@@ -38,8 +40,6 @@ K_KINDS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
 BLOCK_KINDS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", *K_KINDS)
 """Types that share a scale within a block, so that what was learned may suffer."""
 GGUF_KINDS = (*EXACT_KINDS, *BLOCK_KINDS)
-EMPTY = ({"type": "Sequence", "normalizers": []},)
-"""Normalizers that do nothing."""
 NORMAL, UNUSED = 1, 5  # token types
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
 
@@ -177,9 +177,9 @@ def _splitter(folder: Path) -> str:
             empty = Tokenizer(models.BPE())
             empty.pre_tokenizer = word_splitter(name)
             same = essence(json.loads(empty.to_str())["pre_tokenizer"]) == essence(tokenizer["pre_tokenizer"])
-            normalizer = {"type": "NFC"} if name == "qwen2" else None
             merges = bool(tokenizer["model"].get("ignore_merges")) == (name == "llama-bpe")
-            if same and merges and tokenizer["normalizer"] in (normalizer, *EMPTY[: normalizer is None]):
+            normalizers = ({"type": "NFC"},) if name == "qwen2" else (None, {"type": "Sequence", "normalizers": []})
+            if same and merges and tokenizer["normalizer"] in normalizers:
                 return name
     raise _refusal("llama.cpp has no known name for the way its tokenizer splits text")
 
@@ -227,17 +227,18 @@ def modelfile(tokenizer: Any, weights: str, recipe: Recipe, stop_ids: Collection
     def render(messages: list[dict[str, str]], **options: Any) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
-    plain = render([turn], add_generation_prompt=True)
+    without = render([turn], add_generation_prompt=True)
     try:
-        told = render([{"role": "system", "content": "<<S>>"}, turn], add_generation_prompt=True)
-    except Exception:  # the template has no system role, and may say so in any way
-        told = ""
+        with_system = render([{"role": "system", "content": "<<S>>"}, turn], add_generation_prompt=True)
+    except TemplateError:  # the template has no system role
+        with_system = ""
     if tokenizer.bos_token and tokenizer.encode("a")[0] == tokenizer.bos_token_id:  # llama.cpp adds it itself
-        plain, told = (text.removeprefix(tokenizer.bos_token) for text in (plain, told))
-    (before, _, after), told = plain.partition("<<P>>"), told.partition("<<P>>")[0]
-    if "<<S>>" in told:
-        told = told.replace("<<S>>", "{{ .System }}")
-        before = f"{{{{ if .System }}}}{told}{{{{ else }}}}{before}{{{{ end }}}}"
+        without = without.removeprefix(tokenizer.bos_token)
+        with_system = with_system.removeprefix(tokenizer.bos_token)
+    before, _, after = without.partition("<<P>>")
+    if "<<S>>" in with_system:
+        system_before = with_system.partition("<<P>>")[0].replace("<<S>>", "{{ .System }}")
+        before = f"{{{{ if .System }}}}{system_before}{{{{ else }}}}{before}{{{{ end }}}}"
     lines = [f"FROM ./{weights}", f'TEMPLATE """{before}{question}{after}{answer}"""']
     stops = tokenizer.convert_ids_to_tokens(sorted(stop_ids))
     lines += [f"PARAMETER temperature {temperature:g}", *(f'PARAMETER stop "{stop}"' for stop in stops)]
