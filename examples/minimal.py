@@ -55,7 +55,7 @@ def forward(policy: Policy, rollout: Rollout) -> tuple[torch.Tensor, torch.Tenso
     """Return the hidden states [N, D] that predict the answer, and the mean feature [1, D] of the answer."""
     start = len(rollout.prompt.token_ids)
     ids = torch.tensor(rollout.prompt.token_ids + rollout.completion.token_ids, device=policy.device)
-    hidden = policy.hidden_states(ids, [len(ids)])
+    hidden = policy.hidden_states(ids, [[len(ids)]])
     return hidden[start - 1 : -1], hidden[start:].float().mean(dim=0, keepdim=True)
 
 

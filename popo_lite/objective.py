@@ -175,8 +175,8 @@ class StepPlan:
         return [index for index, sequence in enumerate(self.sequences) if sequence.weight > 0]
 
     @property
-    def trained_tokens(self) -> int:
-        """Prompt and completion tokens that the update forwards."""
+    def sequence_tokens(self) -> int:
+        """Prompt and completion tokens of all sequences, before prompts are shared."""
         return sum(sequence.rollout.tokens for sequence in self.sequences)
 
 

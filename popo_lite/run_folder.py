@@ -115,7 +115,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Set[
 def may_change_on_resume(recipe: Recipe) -> set[str]:
     """Return the settings that change speed, bookkeeping and rounding, but not what is learned."""
     # Dropout masks depend on how the step is split and packed.
-    splitting = set() if recipe.lora.dropout else {"train.tokens_per_microbatch", "train.packing"}
+    splitting = (
+        set() if recipe.lora.dropout else {"train.tokens_per_microbatch", "train.packing", "train.shared_prefix"}
+    )
     return splitting | {
         "output.dir", "output.samples_per_step", "reward.workers", "rollout.max_num_seqs",
         "rollout.vllm.gpu_memory_utilization", "train.compile_loss", "train.cpu_threads",

@@ -54,7 +54,7 @@ from popo_lite.update import Learner, UpdateResult, learning_rate_factor
 ADVISE_AFTER = 5
 """Give advice after this many steps in a row that changed nothing."""
 
-TOTALS = ("prompts_skipped", "prompts_with_positive", "rollouts", "rollout_tokens", "trained_tokens")
+TOTALS = ("prompts_skipped", "prompts_with_positive", "rollouts", "rollout_tokens", "trained_tokens", "shared_tokens")
 """Metrics whose sum over all steps is part of the summary."""
 
 
@@ -299,7 +299,7 @@ class Trainer:
         sampled = rollout_metrics(groups, self.train_task, threshold, first_round=first_round)
         if step == 0:
             self.cursor.start_shapes = start_shapes(groups, first_round)
-        learned: dict[str, Any] = {"trained_tokens": 0, "micro_batches": 0}
+        learned: dict[str, Any] = {"trained_tokens": 0, "shared_tokens": 0, "micro_batches": 0}
         if result is not None and plan is not None:
             learned = result.metrics(plan)
         if result is not None and self.cursor.start_entropy is None:
@@ -308,8 +308,9 @@ class Trainer:
             learned["entropy_over_start"] = result.entropy / self.cursor.start_entropy
         factor = learning_rate_factor(step, recipe.train.steps, recipe.optimizer)
         drift, bound = siamese.drift(), siamese.drift_bound()
-        siamese_tokens = 0 if plan is None else self.learner.siamese_tokens(plan)
-        tokens = {"rollout": sampled["rollout_tokens"], "siamese": siamese_tokens, "update": learned["trained_tokens"]}
+        forwarded = self.learner.micro_batches.tokens
+        before_update = forwarded["siamese"] + forwarded["reference"]  # of which an objective needs one at most
+        tokens = {"rollout": sampled["rollout_tokens"], "siamese": before_update, "update": learned["trained_tokens"]}
         values = {
             **sampled,
             **shape_metrics(groups, threshold, self.cursor.start_shapes),

@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,83 +32,123 @@ from popo_lite.types import Group, Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """B sequences one after another in a row of T tokens, without padding, with N completion tokens in all.
+    """B sequences in a row of T tokens without padding, with N completion tokens in all; a shared prompt is there once.
 
-    `members` are the sequences' positions in the list that was split; `lengths` are in tokens. `input_ids` [T];
-    `predicting` [N] are the positions whose hidden states predict the completion tokens `targets` [N]; `completions`
-    holds (start, end) of each completion; `sequence_of_token` [N] indexes the B sequences; `sampler_logps` [N].
+    `members` are the sequences' positions in the list that was split. `row` holds (prompt, *answers), in tokens, for
+    each prompt of `input_ids` [T]. `targets` [N] are the completion tokens, `lengths` how many of each sequence,
+    `sequence_of_token` [N] indexes the B sequences; `sampler_logps` [N].
     """
 
     members: tuple[int, ...]
     input_ids: Tensor
-    lengths: tuple[int, ...]
-    predicting: Tensor
+    row: tuple[tuple[int, ...], ...]
     targets: Tensor
-    completions: tuple[tuple[int, int], ...]
+    lengths: tuple[int, ...]
     sequence_of_token: Tensor
     sampler_logps: Tensor
+
+    def predicting(self, hidden: Tensor) -> Tensor:
+        """Return [N, D]: of `hidden` [T, D] the states that predict the completion tokens.
+
+        By slices, because gathering a prompt's last state for several answers has no deterministic gradient on a GPU.
+        """
+        states: list[Tensor] = []
+        for prompt, answers in self._split(hidden):
+            last = prompt[-1:]
+            for answer in answers:
+                states += [last, answer[:-1]]
+        return torch.cat(states)
 
     def mean_features(self, hidden: Tensor) -> Tensor:
         """Return [B, D]: the mean of `hidden` [T, D] over each completion's own tokens, in at least float32."""
         # `mean` sums in float32 without a float32 copy of the whole row.
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        sizes: list[int] = []
-        for length, (start, end) in zip(self.lengths, self.completions, strict=True):
-            sizes += [length - (end - start), end - start]
-        return torch.stack([part.mean(dim=0, dtype=dtype) for part in hidden.split(sizes)[1::2]])
+        return torch.stack([answer.mean(dim=0, dtype=dtype) for _, many in self._split(hidden) for answer in many])
 
     def by_sequence(self, values: Tensor) -> tuple[Tensor, ...]:
         """Split [N] values of completion tokens by sequence."""
-        return tuple(values.split([end - start for start, end in self.completions]))
+        return tuple(values.split(self.lengths))
+
+    def _split(self, hidden: Tensor) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        parts = iter(hidden.split([length for block in self.row for length in block]))
+        for block in self.row:
+            prompt, *answers = itertools.islice(parts, len(block))
+            yield prompt, answers
 
 
-def pack(rollouts: Sequence[Rollout], members: Sequence[int], *, budget_tokens: int) -> list[tuple[int, ...]]:
+def by_prompt(rollouts: Sequence[Rollout], members: Sequence[int], *, shared_prefix: bool) -> list[list[int]]:
+    """Group `members` of `rollouts` by what is computed together: a prompt's answers, or with nothing shared each."""
+    groups: dict[object, list[int]] = {}
+    for index in members:
+        groups.setdefault(rollouts[index].prompt.token_ids if shared_prefix else index, []).append(index)
+    return list(groups.values())
+
+
+def forwarded_tokens(rollouts: Sequence[Rollout], members: Sequence[int], *, shared_prefix: bool) -> int:
+    """Return how many tokens one row of `members` has."""
+    groups = by_prompt(rollouts, members, shared_prefix=shared_prefix)
+    prompts = sum(len(rollouts[group[0]].prompt.token_ids) for group in groups)
+    return prompts + sum(len(rollouts[index].completion.token_ids) for index in members)
+
+
+def pack(
+    rollouts: Sequence[Rollout], members: Sequence[int], *, budget_tokens: int, shared_prefix: bool
+) -> list[tuple[int, ...]]:
     """Pack `members` of `rollouts` into micro-batches of at most `budget_tokens`: first fit, longest first.
 
-    A sequence that is longer than the budget goes alone: recipes in which that can happen are refused, but the budget
-    may have been lowered since.
+    The answers to a prompt stay together if they fit; else each part repeats the prompt. A sequence that is longer than
+    the budget goes alone: recipes in which that can happen are refused, but the budget may have been lowered since.
     """
-    batches: list[list[int]] = []
-    free: list[int] = []
-    for index in sorted(members, key=lambda index: (-rollouts[index].tokens, index)):
-        tokens = rollouts[index].tokens
-        place = next((place for place, left in enumerate(free) if left >= tokens), None)
-        if place is None:
-            batches.append([index])
-            free.append(budget_tokens - tokens)
-        else:
-            batches[place].append(index)
-            free[place] -= tokens
-    return [tuple(batch) for batch in batches]
+    parts: list[tuple[int, list[int]]] = []
+    for group in by_prompt(rollouts, members, shared_prefix=shared_prefix):
+        prompt = len(rollouts[group[0]].prompt.token_ids)
+        answers = [(len(rollouts[index].completion.token_ids), [index]) for index in group]
+        parts += [(prompt + tokens, part) for tokens, part in _first_fit(answers, budget_tokens - prompt)]
+    return [tuple(batch) for _, batch in _first_fit(parts, budget_tokens)]
 
 
-def collate(rollouts: Sequence[Rollout], members: Sequence[int], *, device: torch.device) -> MicroBatch:
+def _first_fit(parts: Sequence[tuple[int, list[int]]], budget: int) -> list[tuple[int, list[int]]]:
+    """Join parts, each (tokens, members), as long as they have at most `budget` tokens together."""
+    joined: list[tuple[int, list[int]]] = []
+    for tokens, members in sorted(parts, key=lambda part: (-part[0], part[1])):
+        place = next((place for place, (taken, _) in enumerate(joined) if taken + tokens <= budget), len(joined))
+        taken, before = joined[place] if place < len(joined) else (0, [])
+        joined[place : place + 1] = [(taken + tokens, before + members)]
+    return joined
+
+
+def collate(
+    rollouts: Sequence[Rollout], members: Sequence[int], *, device: torch.device, shared_prefix: bool
+) -> MicroBatch:
     """Build the tensors of the micro-batch of `members`, which index `rollouts`."""
-    chosen = [rollouts[index] for index in members]
-    lengths = tuple(rollout.tokens for rollout in chosen)
-    ends = tuple(itertools.accumulate(lengths))
-    counts = [len(rollout.completion.token_ids) for rollout in chosen]
-    completions = tuple((end - count, end) for end, count in zip(ends, counts, strict=True))
-    ids = torch.tensor([token for r in chosen for token in r.prompt.token_ids + r.completion.token_ids], device=device)
-    answering = torch.cat([torch.arange(start, end, device=device) for start, end in completions])
+    ids: list[int] = []
+    row: list[tuple[int, ...]] = []
+    order: list[int] = []
+    for group in by_prompt(rollouts, members, shared_prefix=shared_prefix):
+        parts = [rollouts[group[0]].prompt.token_ids, *(rollouts[index].completion.token_ids for index in group)]
+        ids += itertools.chain.from_iterable(parts)
+        row.append(tuple(map(len, parts)))
+        order += group
+    completions = [rollouts[index].completion for index in order]
+    lengths = tuple(len(completion.token_ids) for completion in completions)
     return MicroBatch(
-        members=tuple(members),
-        input_ids=ids,
+        members=tuple(order),
+        input_ids=torch.tensor(ids, device=device),
+        row=tuple(row),
+        targets=torch.tensor([token for one in completions for token in one.token_ids], device=device),
         lengths=lengths,
-        predicting=answering - 1,
-        targets=ids[answering],
-        completions=completions,
-        sequence_of_token=torch.arange(len(chosen), device=device).repeat_interleave(
-            torch.tensor(counts, device=device)
+        sequence_of_token=torch.arange(len(order), device=device).repeat_interleave(
+            torch.tensor(lengths, device=device)
         ),
-        sampler_logps=torch.tensor([logp for r in chosen for logp in r.completion.sampler_logps], device=device),
+        sampler_logps=torch.tensor([logp for one in completions for logp in one.sampler_logps], device=device),
     )
 
 
 class MicroBatches:
     """Splits rollouts into micro-batches of at most `budget_tokens`, which is lowered when GPU memory runs out.
 
-    `memory_advice` returns what else would let a single sequence fit; it ends the error about one that does not.
+    `tokens` counts, by stage, what was forwarded since it was cleared. With `shared_prefix` a prompt is forwarded once
+    for all its answers in a micro-batch. `memory_advice` returns what else would let a single sequence fit; it ends the error about one that does not.
     """
 
     def __init__(
@@ -115,10 +156,12 @@ class MicroBatches:
         budget_tokens: int,
         device: torch.device,
         *,
+        shared_prefix: bool,
         notify: Callable[[str], None],
         memory_advice: Callable[[], str],
     ) -> None:
-        self.budget_tokens, self._device = budget_tokens, device
+        self.budget_tokens, self._device, self._shared_prefix = budget_tokens, device, shared_prefix
+        self.tokens: Counter[str] = Counter()
         self._notify, self._memory_advice = notify, memory_advice
 
     def run(self, rollouts: Sequence[Rollout], work: Callable[[MicroBatch], None], *, stage: str) -> int:
@@ -127,34 +170,36 @@ class MicroBatches:
         If `work` runs out of memory it must leave nothing behind: its micro-batch is split and tried again, and the
         budget stays lowered. Raises EngineError if a single sequence does not fit.
         """
-        waiting = pack(rollouts, range(len(rollouts)), budget_tokens=self.budget_tokens)
+        shared = self._shared_prefix
+        waiting = pack(rollouts, range(len(rollouts)), budget_tokens=self.budget_tokens, shared_prefix=shared)
         done = 0
         while waiting:
+            tokens = forwarded_tokens(rollouts, waiting[0], shared_prefix=shared)
             try:
-                work(collate(rollouts, waiting[0], device=self._device))
+                work(collate(rollouts, waiting[0], device=self._device, shared_prefix=shared))
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
             else:
                 waiting.pop(0)
                 done += 1
+                self.tokens[stage] += tokens
                 continue
             # Outside the except block: the caught error would keep the failed attempt's tensors alive.
             release_memory()
-            failed = sum(rollouts[member].tokens for member in waiting[0])
             if len(waiting[0]) == 1:
                 raise EngineError(
-                    f"the GPU ran out of memory in the {stage} pass of a single sequence of {failed} tokens",
+                    f"the GPU ran out of memory in the {stage} pass of a single sequence of {tokens} tokens",
                     where=f"problem {rollouts[waiting[0][0]].prompt.problem.id}",
                     next_step=self._memory_advice(),
                 )
-            self.budget_tokens = (failed + 1) // 2
+            self.budget_tokens = (tokens + 1) // 2
             self._notify(
-                f"memory ran out in the {stage} pass of {failed:,} tokens; the step goes on, with micro-batches of at "
+                f"memory ran out in the {stage} pass of {tokens:,} tokens; the step goes on, with micro-batches of at "
                 f"most {self.budget_tokens:,} from now on"
             )
             left = [member for batch in waiting for member in batch]
-            waiting = pack(rollouts, left, budget_tokens=self.budget_tokens)
+            waiting = pack(rollouts, left, budget_tokens=self.budget_tokens, shared_prefix=shared)
         return done
 
 
@@ -213,11 +258,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 @dataclass(kw_only=True)
 class UpdateResult:
-    """Sums over a step's micro-batches: `sums` by metric, and policy - sampler log-probs, `log_ratios` [N]."""
+    """Sums over a step's micro-batches: `sums` by metric, and policy - sampler log-probs, `log_ratios` [N].
+
+    `tokens` were forwarded in `micro_batches` passes.
+    """
 
     sums: dict[str, float] = field(default_factory=dict)
     log_ratios: list[Tensor] = field(default_factory=list)
     micro_batches: int = 0
+    tokens: int = 0
     grad_norm: float = math.nan
     update_norm: float | None = None
 
@@ -250,7 +299,8 @@ class UpdateResult:
             "logp_k3": float((ratios.exp() - 1 - ratios).mean()),
             "grad_norm": self.grad_norm,
             "update_norm": self.update_norm,
-            "trained_tokens": plan.trained_tokens,
+            "trained_tokens": self.tokens,
+            "shared_tokens": plan.sequence_tokens - self.tokens,
             "micro_batches": self.micro_batches,
         }
 
@@ -275,7 +325,11 @@ class Learner:
         self.siamese = Siamese(policy.trainable_parameters(), recipe.siamese.tau)
         self.optimizer = build_optimizer(policy, recipe.optimizer)
         self.micro_batches = MicroBatches(
-            recipe.train.tokens_per_microbatch, policy.device, notify=notify, memory_advice=memory_advice
+            recipe.train.tokens_per_microbatch,
+            policy.device,
+            shared_prefix=policy.shared_prefix,
+            notify=notify,
+            memory_advice=memory_advice,
         )
         self._chunk = chunk_tokens(policy.head.weight.shape[0], memory_bytes=recipe.train.logits_mib * 2**20)
         self._compile_rows = recipe.train.compile_loss and policy.device.type == "cuda"
@@ -284,6 +338,7 @@ class Learner:
 
     def plan(self, groups: Sequence[Group]) -> StepPlan | None:
         """Return what the step trains on, with log-probs for the weights from the sampler or a no-grad pass."""
+        self.micro_batches.tokens.clear()
         objective = self.recipe.objective
         from_trainer = (
             isinstance(objective, PopoObjective)
@@ -314,7 +369,7 @@ class Learner:
         self.policy.model.eval()
 
         def fill(batch: MicroBatch) -> None:
-            features = batch.mean_features(self.policy.hidden_states(batch.input_ids, batch.lengths))
+            features = batch.mean_features(self.policy.hidden_states(batch.input_ids, batch.row))
             if objective.target == "predictor":
                 features = self.policy.predictor(features)
             noise = torch.stack([self._noise(step, rollouts[member], features) for member in batch.members])
@@ -324,12 +379,6 @@ class Learner:
         with self.siamese.swapped():
             self.micro_batches.run(rollouts, fill, stage="siamese")
         return targets
-
-    def siamese_tokens(self, plan: StepPlan) -> int:
-        """Return how many tokens the passes before the update forward: positives by the siamese, or all by the base."""
-        if self.recipe.objective.needs_siamese_pass:
-            return sum(plan.sequences[index].rollout.tokens for index in plan.positives)
-        return plan.trained_tokens if self.recipe.objective.needs_reference_pass else 0
 
     def reference_logps(self, plan: StepPlan) -> list[Tensor] | None:
         """Return each sequence's log-probs under the base without adapter, or None without a KL term."""
@@ -381,6 +430,7 @@ class Learner:
 
         rollouts = [sequence.rollout for sequence in plan.sequences]
         result.micro_batches = self.micro_batches.run(rollouts, accumulate, stage="update")
+        result.tokens = self.micro_batches.tokens["update"]
         for parameter, total in zip(parameters, sums, strict=True):
             parameter.grad = total
         result.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.max_grad_norm))
@@ -397,7 +447,7 @@ class Learner:
         """Return a micro-batch's share of the loss and of its terms by metric, and policy - sampler log-probs [N]."""
         objective, head = self.recipe.objective, self.policy.head
         sequences = [plan.sequences[member] for member in batch.members]
-        hidden = self.policy.hidden_states(batch.input_ids, batch.lengths)
+        hidden = self.policy.hidden_states(batch.input_ids, batch.row)
 
         def of_sequences(values: Sequence[float]) -> Tensor:
             return hidden.new_tensor(values, dtype=head.compute_dtype)
@@ -416,7 +466,7 @@ class Learner:
         )
         loss_of_tokens = LOSSES[objective.algorithm]
         output = fused_loss(
-            hidden.index_select(0, batch.predicting),
+            batch.predicting(hidden),
             batch.targets,
             head,
             lambda logps, entropies, part: loss_of_tokens(logps, entropies, tokens.at(part), objective, entropy_coef),
@@ -480,7 +530,7 @@ class Learner:
         scored: list[tuple[MicroBatch, Tensor]] = []
 
         def add(batch: MicroBatch) -> None:
-            hidden = self.policy.hidden_states(batch.input_ids, batch.lengths)[batch.predicting]
+            hidden = batch.predicting(self.policy.hidden_states(batch.input_ids, batch.row))
             logps, _ = score(
                 hidden, batch.targets, self.policy.head, chunk=self._chunk, compile_rows=self._compile_rows
             )

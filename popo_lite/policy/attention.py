@@ -1,8 +1,7 @@
-"""Attention over packed rows: several sequences in one row, each attending only to itself.
+"""Attention over packed rows: several sequences in one row, each attending only to itself, a shared prompt once.
 
-The mask of such a row is block-diagonal and causal, and would take T x T bytes for T tokens. Models get the row's block
-boundaries in its place: transformers passes a 4D mask unchanged to every attention layer, also when a checkpointed
-layer is recomputed.
+The mask of such a row would take T x T bytes for T tokens. Models get the row's layout in its place: transformers passes
+a 4D mask unchanged to every attention layer, also when a checkpointed layer is recomputed.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,14 +21,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "popo_packed"
-"""The implementation's name in transformers' registry. Without boundaries it is transformers' SDPA."""
+"""The implementation's name in transformers' registry. Without a layout it is transformers' SDPA."""
 
 VARLEN_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """False before torch 2.12: fewer key and value heads than query heads must be repeated there."""
 
+Row = Sequence[Sequence[int]]
+"""The lengths in a packed row, block by block: (14, 5, 7) is a prompt of 14 tokens with two answers to it, of 5 and 7
+tokens. Each answer sees the prompt and itself. (12,) is a sequence of its own."""
+
 
 def enable_packing(model: PreTrainedModel) -> None:
-    """Make `model`, loaded with SDPA attention, accept boundaries in place of a mask."""
+    """Make `model`, loaded with SDPA attention, accept a layout in place of a mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -37,18 +41,31 @@ def enable_packing(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
 
 
-def boundaries(lengths: Sequence[int]) -> Tensor:
-    """Return where a row's sequences begin and end, shaped like a mask: int32 [1, 1, 1, B + 1], on the host."""
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)[None, None, None]
+def layout(row: Row) -> Tensor:
+    """Return the segments of a row, shaped like a mask: int32 [1, 1, S, 2], on the host.
+
+    A segment is a part of the row whose tokens are computed in one call: its length, and the number of the segment that
+    it continues, or -1. A prompt with a single answer is one segment.
+    """
+    segments: list[tuple[int, int]] = []
+    for prompt, *answers in row:
+        if len(answers) < 2:
+            segments.append((prompt + sum(answers), -1))
+        else:
+            segments += [(prompt, -1), *((answer, len(segments)) for answer in answers)]
+    return torch.tensor(segments, dtype=torch.int32)[None, None]
 
 
-def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Return position ids [1, T] that count every sequence of a row from 0."""
-    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+def positions(row: Row, device: torch.device) -> Tensor:
+    """Return position ids [1, T]: every prompt counts from 0, and each of its answers goes on from the prompt's end."""
+    spans = []
+    for prompt, *answers in row:
+        spans += [(0, prompt), *((prompt, prompt + answer) for answer in answers)]
+    return torch.cat([torch.arange(*span, device=device) for span in spans])[None]
 
 
 def kernel_of(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
-    """Return the attention for packed rows: "varlen" (FlashAttention over unequal lengths) or "sdpa" for each sequence.
+    """Return the attention for packed rows: "varlen" (FlashAttention over unequal lengths) or "sdpa" for each segment.
 
     FlashAttention needs 16-bit operands, a GPU of compute capability 8.0, and a head width that is a multiple of 8 up
     to 256.
@@ -69,18 +86,62 @@ def _attention(
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale, dropout = options.get("scaling"), options.get("dropout", 0.0)
-    edges, groups_heads = attention_mask.flatten(), query.shape[1] != key.shape[1]
-    lengths = edges.diff().tolist()
+    segments: list[tuple[int, int]] = attention_mask[0, 0].tolist()
     if not dropout and kernel_of(query.device, query.dtype, query.shape[-1]) == "varlen":
-        parts = [part[0].transpose(0, 1) for part in (query, key, value)]  # [T, H, d]
-        extra: dict[str, Any] = {"enable_gqa": groups_heads} if VARLEN_GROUPS_HEADS else {}
-        if groups_heads and not VARLEN_GROUPS_HEADS:
-            parts[1:] = [part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in parts[1:]]
-        (q, k, v), edges, longest = parts, edges.to(query.device, non_blocking=True), max(lengths)
-        output = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=(-1, 0), **extra)
-        return cast("Tensor", output)[None], None
-    outputs = [
-        scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=groups_heads)
-        for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
-    ]
+        return _varlen(query, key, value, segments, scale), None
+    if query.device.type == "cuda":
+        # There only FlashAttention groups heads; the other kernel without a T x T matrix wants them repeated.
+        key, value = (_repeated(part, query.shape[1]) for part in (key, value))
+    grouped = query.shape[1] != key.shape[1]
+    lengths = [length for length, _ in segments]
+    queries = query.split(lengths, dim=2)
+    outputs = []
+    for q, k, v in zip(queries, *(_seen(part, segments) for part in (key, value)), strict=True):
+        # A segment's last token sees all: a lower-right mask. Nothing precedes a segment that continues none.
+        whole = q.shape[2] == k.shape[2]
+        outputs.append(
+            scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if whole else causal_lower_right(q.shape[2], k.shape[2]),
+                dropout_p=dropout,
+                is_causal=whole,
+                scale=scale,
+                enable_gqa=grouped,
+            )
+        )
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
+
+
+def _seen(part: Tensor, segments: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return what each segment sees of `part`, the keys or values [1, H_kv, T, d]: its prompt's in front of its own."""
+    own = part.split([length for length, _ in segments], dim=2)
+    return [
+        mine if prompt < 0 else torch.cat([own[prompt], mine], dim=2)
+        for mine, (_, prompt) in zip(own, segments, strict=True)
+    ]
+
+
+def _repeated(part: Tensor, heads: int) -> Tensor:
+    """Return keys or values [1, H_kv, T, d] with a copy for each of `heads` query heads."""
+    return part if part.shape[1] == heads else part.repeat_interleave(heads // part.shape[1], dim=1)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[tuple[int, int]], scale: Any) -> Tensor:
+    """Return [1, T, H, d] by one call of FlashAttention: fewer queries than keys are aligned at the end there."""
+    heads, grouped = query.shape[1], query.shape[1] != key.shape[1]
+    lengths = [length for length, _ in segments]
+    seen = [length if prompt < 0 else lengths[prompt] + length for length, prompt in segments]
+    if seen != lengths:
+        key, value = (torch.cat(_seen(part, segments), dim=2) for part in (key, value))
+    extra: dict[str, Any] = {"enable_gqa": grouped} if VARLEN_GROUPS_HEADS else {}
+    if not VARLEN_GROUPS_HEADS:
+        key, value = (_repeated(part, heads) for part in (key, value))
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, H, d]
+    edges = torch.tensor([[0, *itertools.accumulate(counts)] for counts in (lengths, seen)], dtype=torch.int32)
+    of_queries, of_keys = edges.to(query.device, non_blocking=True)
+    output = varlen_attn(
+        q, k, v, of_queries, of_keys, max(lengths), max(seen), scale=scale, window_size=(-1, 0), **extra
+    )
+    return cast("Tensor", output)[None]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from popo_lite.errors import ModelError
 from popo_lite.fused import Head
 from popo_lite.policy.adapters import adapter_folder, add_adapters, load_adapter_weights
-from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions
+from popo_lite.policy.attention import Row, enable_packing, kernel_of, layout, positions
 from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device
 from popo_lite.policy.siamese import PredictorHead
 from popo_lite.recipe import Recipe
@@ -32,7 +33,8 @@ class Policy:
     """The model that is trained. `version` counts optimizer steps; a sampler must have the same version to be used.
 
     `packing` is the attention that keeps the sequences of a packed row apart ("varlen", "sdpa", "flash_attention_2"),
-    or "off". `offload` keeps the inputs of checkpointed layers in host memory.
+    or "off"; `shared_prefix` whether the answers to a prompt can share its tokens. `offload` keeps the inputs of
+    checkpointed layers in host memory.
     """
 
     model: PeftModel
@@ -43,6 +45,7 @@ class Policy:
     stop_ids: frozenset[int]
     quantized_modules: int
     packing: str = "off"
+    shared_prefix: bool = False
     offload: bool = False
     version: int = 0
 
@@ -51,20 +54,25 @@ class Policy:
         """The decoder without its LM head, with the adapters."""
         return cast("PreTrainedModel", self.model.get_base_model()).base_model
 
-    def hidden_states(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return the states [T, D] after the final norm of sequences of `lengths`, concatenated in `input_ids` [T].
+    def hidden_states(self, input_ids: Tensor, row: Row) -> Tensor:
+        """Return the states [T, D] after the final norm of the sequences in `input_ids` [T], whose lengths `row` gives.
 
-        Each sequence attends only to itself: in one packed forward pass if `packing` is on, else in one pass each.
+        Each sequence attends only to itself and its prompt: in one packed forward pass if `packing` is on, else in one
+        pass each. Raises ValueError if answers share a prompt and `shared_prefix` is off.
         """
-        if self.packing == "off" and len(lengths) > 1:
-            return torch.cat([self.hidden_states(part, [len(part)]) for part in input_ids.split(list(lengths))])
+        lengths = [sum(block) for block in row]
+        if not self.shared_prefix and any(len(block) > 2 for block in row):
+            raise ValueError("answers share a prompt, and the policy's attention cannot keep them apart")
+        if self.packing == "off" and len(row) > 1:
+            return torch.cat([self.hidden_states(part, [[len(part)]]) for part in input_ids.split(lengths)])
         options: dict[str, Any] = {}
-        if len(lengths) > 1:
-            options = {"attention_mask": boundaries(lengths), "position_ids": positions(lengths, self.device)}
+        if len(row) > 1 or len(row[0]) > 2:
+            options = {"attention_mask": layout(row), "position_ids": positions(row, self.device)}
         if options and self.packing == "flash_attention_2":
-            edges, longest = options.pop("attention_mask").flatten().to(self.device), max(lengths)
+            options["attention_mask"] = None
+            edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
             options |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), edges)
-            options |= dict.fromkeys(("max_length_q", "max_length_k"), longest)
+            options |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
         saving: AbstractContextManager[Any] = nullcontext()
         if self.offload and torch.is_grad_enabled():
             # Gradient checkpointing saves each layer's input through these hooks, which keep it in host memory.
@@ -166,7 +174,7 @@ def check_logits(policy: Policy) -> None:
     policy.model.eval()
     with policy.precision():
         expected = policy.model(input_ids=ids[None]).logits[0]
-    ours = policy.head.logits(policy.hidden_states(ids, [len(ids)])) * policy.head.temperature
+    ours = policy.head.logits(policy.hidden_states(ids, [[len(ids)]])) * policy.head.temperature
     # The model may round its logits to the head's precision, which changes them by at most half an eps. Ours are exact.
     eps = max(torch.finfo(dtype).eps for dtype in (expected.dtype, policy.head.weight.dtype))
     tolerance = 2 * eps * float(expected.abs().max().clamp(min=1.0))
@@ -182,43 +190,54 @@ def check_logits(policy: Policy) -> None:
 def _pack(policy: Policy, recipe: Recipe) -> None:
     """Turn packing on, unless a window is shorter than the sequences. Raises ModelError if sequences see each other.
 
-    Some models apply their window only by the mask, so boundaries in place of the mask would turn it off.
+    Some models apply their window only by the mask, so a layout in place of the mask would turn it off.
     A model may read its mask in its own way. So a packed row must be much closer to its sequences run one at a time
-    than a row whose sequences see each other is.
+    than a row whose sequences see each other is; then the same with a prompt that two answers share.
     """
     base: Any = policy.model.get_base_model()
     windows = [getattr(base.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if any(window and window < recipe.rollout.sequence_tokens for window in windows):
         return
-    lengths = (5, 17, 9)
-    ids = torch.arange(1, sum(lengths) + 1, device=policy.device)
+    # A prompt of 8 tokens with answers of 9 and 4, between two sequences: once in a row of their own, once shared.
+    row = [(5,), (8, 9), (8, 4), (6,)]
+    ids = torch.arange(1, 41, device=policy.device)
+    ids[22:30] = ids[5:13]
+    shared_row, once = [(5,), (8, 9, 4), (6,)], torch.tensor([*range(22), *range(30, 40)], device=policy.device)
     policy.model.eval()
-    alone = policy.hidden_states(ids, lengths)
+    alone = policy.hidden_states(ids, row)
     if not bool(alone.isfinite().all()):  # nothing can be compared if the weights are not finite
         return
     # Compare channel by channel: the rounding of a channel with large values would hide differences in the others.
     scale = alone.float().abs().amax(dim=0).clamp(min=1e-6)
 
-    def distance(states: Tensor) -> float:
-        return float(((states - alone).float() / scale)[lengths[0] :].square().mean().sqrt())
+    def distance(states: Tensor, expected: Tensor = alone) -> float:
+        return float(((states - expected).float() / scale)[5:].square().mean().sqrt())
 
-    leaking = {"position_ids": positions(lengths, policy.device), "attention_mask": torch.ones_like(ids)[None]}
+    leaking = {"position_ids": positions(row, policy.device), "attention_mask": torch.ones_like(ids)[None]}
     leak = distance(policy.run_trunk(input_ids=ids[None], **leaking).last_hidden_state[0])
+    # Rounding differs by kernel and adds up over layers.
+    limit = min(256 * torch.finfo(alone.dtype).eps, leak / 8)
+
+    def check(key: str, states: Callable[[], Tensor], expected: Tensor, instead: str) -> None:
+        try:
+            gap = distance(states(), expected)
+            reason = f"the distance is {gap:.2g}, and {leak:.2g} if they see each other"
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            gap, reason = float("inf"), str(error).strip().partition("\n")[0]
+        if not gap <= limit:
+            what = f"{type(base).__name__} does not keep the sequences of a packed row apart: {reason}"
+            raise ModelError(what, where=f"{key} = true", next_step=f"--set {key}=false {instead}")
+
     policy.packing = recipe.model.attn_implementation
     if policy.packing == "sdpa":
         enable_packing(base)
         width = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
         policy.packing = kernel_of(policy.device, alone.dtype, width)
-    try:
-        gap = distance(policy.hidden_states(ids, lengths))
-        reason = f"the distance is {gap:.2g}, and {leak:.2g} if they see each other"
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        gap, reason = float("inf"), str(error).strip().partition("\n")[0]
-    # Rounding differs by kernel and adds up over layers.
-    if not gap <= min(256 * torch.finfo(alone.dtype).eps, leak / 8):
-        what = f"{type(base).__name__} does not keep the sequences of a packed row apart: {reason}"
-        next_step = "--set train.packing=false runs one sequence at a time"
-        raise ModelError(what, where="train.packing = true", next_step=next_step)
+    check("train.packing", lambda: policy.hidden_states(ids, row), alone, "runs one sequence at a time")
+    policy.shared_prefix = recipe.train.shared_prefix and policy.packing != "flash_attention_2"
+    if policy.shared_prefix:
+        shared = partial(policy.hidden_states, ids[once], shared_row)
+        check("train.shared_prefix", shared, alone[once], "computes a prompt again for each of its answers")
 
 
 def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> frozenset[int]:

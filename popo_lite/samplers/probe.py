@@ -126,6 +126,6 @@ class SamplerGuard:
         policy.model.eval()
         for prompt, answer in zip(prompts, answers, strict=True):
             ids, start = torch.tensor(prompt.token_ids + answer.token_ids, device=policy.device), len(prompt.token_ids)
-            logps, _ = score(policy.hidden_states(ids, [len(ids)])[start - 1 : -1], ids[start:], policy.head)
+            logps, _ = score(policy.hidden_states(ids, [[len(ids)]])[start - 1 : -1], ids[start:], policy.head)
             parts.append(logps.float().cpu())
         return torch.cat(parts)

@@ -61,7 +61,7 @@ def draw(setup, prompts, *, count=4, temperature=1.0, limit=40, stream=("test", 
 def scored(policy, prompt, completion, temperature):
     """The trainer's log-probs of the completion's tokens."""
     tokens = torch.tensor([prompt.token_ids + completion.token_ids])
-    hidden = policy.hidden_states(tokens[0], [tokens.shape[1]])[len(prompt.token_ids) - 1 : -1]
+    hidden = policy.hidden_states(tokens[0], [[tokens.shape[1]]])[len(prompt.token_ids) - 1 : -1]
     head = dataclasses.replace(policy.head, temperature=temperature)
     return score(hidden, torch.tensor(completion.token_ids), head)[0]
 
@@ -152,7 +152,7 @@ def test_frequencies_are_the_policys(setup):
     draws = [one.token_ids[0] for one in draw(setup, [prompt], count=1600, limit=1)[0]]
     with torch.no_grad():
         tokens = torch.tensor([prompt.token_ids])
-        z = policy.head.logits(policy.hidden_states(tokens[0], [tokens.shape[1]])[-1:])
+        z = policy.head.logits(policy.hidden_states(tokens[0], [[tokens.shape[1]]])[-1:])
     probabilities = torch.softmax(z[0], dim=0)
     for token, probability in enumerate(probabilities.tolist()):
         error = math.sqrt(probability * (1 - probability) / len(draws))
@@ -165,7 +165,7 @@ def test_a_nucleus_holds_the_likeliest_tokens_and_nothing_else(setup):
     prompt = prompts_of(renderer)[0]
     with torch.no_grad():
         tokens = torch.tensor([prompt.token_ids])
-        z = policy.head.logits(policy.hidden_states(tokens[0], [tokens.shape[1]])[-1:])
+        z = policy.head.logits(policy.hidden_states(tokens[0], [[tokens.shape[1]]])[-1:])
     whole = torch.log_softmax(z[0] / 2, dim=0)  # flat enough to have a tail
     ordered = whole.exp().sort(descending=True)
     inside = int((ordered.values.cumsum(0) < 0.8).sum()) + 1

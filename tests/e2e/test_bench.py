@@ -71,7 +71,7 @@ def test_bench_json_holds_every_figure_and_nothing_else(command):
     stages = {stage["stage"]: stage for stage in found["stages"]}
     assert list(stages) == list(measure.STAGES)
     assert stages["rollout"]["tokens"] == 2 * 8 * 8  # no answer ended early
-    assert stages["update"]["tokens"] == 3 * 16
+    assert stages["update"]["tokens"] == 2 * 8 + 3 * 8  # each prompt once
     for stage in ("rollout", "siamese", "update"):
         assert stages[stage]["tokens_per_second"] == pytest.approx(stages[stage]["tokens"] / stages[stage]["seconds"])
     assert found["step_seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
@@ -223,9 +223,9 @@ def test_tokens_are_those_that_the_step_forwards(monkeypatch, tiny_recipe, overr
     forwarded, by_step = [], []
     hidden_states, plan_update, apply_update = Policy.hidden_states, Learner.plan, Learner.apply
 
-    def counting(policy, input_ids, lengths):
+    def counting(policy, input_ids, row):
         forwarded.append(len(input_ids))
-        return hidden_states(policy, input_ids, lengths)
+        return hidden_states(policy, input_ids, row)
 
     def plan(*arguments):
         forwarded.clear()  # what was forwarded while the model was loaded
@@ -243,11 +243,12 @@ def test_tokens_are_those_that_the_step_forwards(monkeypatch, tiny_recipe, overr
     monkeypatch.setattr(Learner, "apply", apply)
     found = run_bench(recipe, positives=3)
     stages = {stage["stage"]: stage for stage in found["stages"]}
-    assert stages["update"]["tokens"] == 16 * update
+    tokens = {None: 0, 3: 2 * 8 + 3 * 8, 16: 2 * 8 + 16 * 8}  # by answers: each of two prompts once
+    assert stages["update"]["tokens"] == tokens[update]
     assert ("siamese" in stages) == (siamese is not None)
     if siamese is not None:
-        assert stages["siamese"]["tokens"] == 16 * siamese
-    assert by_step == [16 * ((siamese or 0) + update)] * 2
+        assert stages["siamese"]["tokens"] == tokens[siamese]
+    assert by_step == [tokens[siamese] + tokens[update]] * 2
 
 
 def test_an_error_that_is_not_about_memory_keeps_its_traceback(monkeypatch, tiny_recipe):

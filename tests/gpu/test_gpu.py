@@ -91,7 +91,8 @@ def test_varlen_attention_equals_length_by_length(heads, monkeypatch):
 
     assert attention.kernel_of(torch.device("cuda"), torch.bfloat16, 64) == "varlen"
     torch.manual_seed(0)
-    lengths = (3, 200, 1, 77, 130)
+    row = [(3,), (200, 1, 77), (130, 40)]
+    lengths = [sum(block) for block in row]
     shapes = [(1, heads[0], sum(lengths), 64), *[(1, heads[1], sum(lengths), 64)] * 2]
     parts = [torch.randn(shape, device="cuda") for shape in shapes]
     direction = torch.randn(1, sum(lengths), heads[0], 64, device="cuda")
@@ -99,7 +100,7 @@ def test_varlen_attention_equals_length_by_length(heads, monkeypatch):
     def run(dtype, kernel):
         monkeypatch.setattr(attention, "kernel_of", lambda *_: kernel)
         inputs = [part.to(dtype).requires_grad_() for part in parts]
-        mask = attention.boundaries(lengths)
+        mask = attention.layout(row)
         output, _ = attention._attention(torch.nn.Identity(), *inputs, mask, scaling=0.1)
         grads = torch.autograd.grad((output * direction.to(dtype)).sum(), inputs)
         return [tensor.double() for tensor in (output, *grads)]
@@ -124,10 +125,10 @@ def test_checkpoints_on_the_host_take_less_of_the_gpu_and_change_no_gradient(tin
             )
         )
         policy.model.train()
-        lengths = [4096] * 8
-        ids = torch.randint(5, 300, (sum(lengths),), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+        row = [(4096,)] * 8
+        ids = torch.randint(5, 300, (8 * 4096,), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
         torch.cuda.reset_peak_memory_stats()
-        policy.hidden_states(ids, lengths).float().square().mean().backward()
+        policy.hidden_states(ids, row).float().square().mean().backward()
         return torch.cuda.max_memory_allocated(), [p.grad for _, p in policy.adapter_parameters()]
 
     (kept, expected), (offloaded, found) = run("false"), run("true")

@@ -22,6 +22,7 @@ def phi(tmp_path_factory):
             intermediate_size=96,
             num_hidden_layers=2,
             num_attention_heads=4,
+            num_key_value_heads=2,
             max_position_embeddings=512,
             eos_token_id=1,
             pad_token_id=0,

@@ -49,11 +49,21 @@ def test_one_batch_of_all_equals_one_at_a_time(trainer, variant):
         assert_same(found, expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS[:3])
-def test_packed_equals_unpacked(trainer, variant):
-    packed, alone = trainer(*variant), trainer(*variant, "train.packing=false")
-    groups = groups_of(packed)
-    assert_same(update(packed, groups), update(alone, groups))
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "more", [(), ("train.gradient_checkpointing=true", "train.offload_activations=true", "train.device=auto")]
+)
+def test_a_shared_prompt_changes_nothing(trainer, variant, more):
+    """Against whole sequences in a row, and against one sequence at a time."""
+    shared, whole, alone = (
+        trainer(*variant, *more, *flag) for flag in ((), ("train.shared_prefix=false",), ("train.packing=false",))
+    )
+    groups = groups_of(shared)
+    found, *expected = (update(one, groups) for one in (shared, whole, alone))
+    tokens = [one.learner.micro_batches.tokens["update"] for one in (shared, whole, alone)]
+    assert tokens[0] < tokens[1] == tokens[2]
+    for other in expected:
+        assert_same(found, other)
 
 
 def test_eight_answers_of_one_prompt_in_one_row_equal_one_row_each(trainer):

@@ -90,7 +90,7 @@ def test_it_knows_something(policy: Policy) -> None:
     text = "The capital of France is Paris, and the capital of Germany is Berlin."
     ids = torch.tensor(policy.tokenizer.encode(text))
     with policy.model.disable_adapter(), torch.no_grad():
-        logps = policy.head.logits(policy.hidden_states(ids, [len(ids)])).log_softmax(-1)
+        logps = policy.head.logits(policy.hidden_states(ids, [[len(ids)]])).log_softmax(-1)
     assert float(logps[:-1].gather(-1, ids[1:, None]).mean()) > -3.0  # nats a token; at random it would be -10.8
 
 
@@ -120,7 +120,7 @@ def test_right_answers_become_likelier(run: RunFolder, policy: Policy, recipe: R
         for problem, text in sorted(positives):
             prompt = renderer.token_ids(questions[problem])
             ids = torch.tensor([*prompt, *policy.tokenizer.encode(text), policy.tokenizer.eos_token_id])
-            states = policy.hidden_states(ids, [len(ids)])[len(prompt) - 1 : -1]
+            states = policy.hidden_states(ids, [[len(ids)]])[len(prompt) - 1 : -1]
             total.append(policy.head.logits(states).log_softmax(-1).gather(-1, ids[len(prompt) :, None]).sum())
         return float(torch.stack(total).mean())
 

@@ -29,7 +29,7 @@ def rollouts_of(policy):
             tokens = torch.randint(5, 300, (LONGEST - 3 * index - number,)).tolist()
             ids = torch.tensor([*prompt.token_ids, *tokens])
             with torch.no_grad():
-                z = policy.head.logits(policy.hidden_states(ids, [len(ids)])[len(prompt.token_ids) - 1 : -1])
+                z = policy.head.logits(policy.hidden_states(ids, [[len(ids)]])[len(prompt.token_ids) - 1 : -1])
             logps = torch.log_softmax(z, dim=-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
             answers.append((tuple(tokens), tuple((logps + 0.4 * torch.randn(len(tokens))).tolist())))
         found.append((prompt, answers))
@@ -170,4 +170,4 @@ def test_loss_and_gradient_are_trls(tiny_recipe, tmp_path, loss_type, scaling, c
     scale = max(float(p.grad.abs().max()) for _, p in policy.adapter_parameters())
     assert scale > 1e-4
     for name, parameter in policy.adapter_parameters():
-        torch.testing.assert_close(ours[name] / scale, parameter.grad / scale, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(ours[name] / scale, parameter.grad / scale, rtol=1e-4, atol=5e-6)

@@ -329,7 +329,7 @@ def test_a_pass_without_a_graph_takes_what_was_planned(tiny_recipe: Callable[...
     policy.model.eval()
     ids = torch.arange(tokens) % 64 + 5
     with LiveStorages() as live, torch.no_grad():
-        policy.hidden_states(ids, [tokens])
+        policy.hidden_states(ids, [[tokens]])
     planned = planned_classes(recipe, "siamese")
     assert planned["hidden states"] + planned["layer working set"] == pytest.approx(live.peak, rel=0.02)
 
@@ -432,7 +432,7 @@ def kept_by_a_pass(policy: Policy, tokens: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = policy.hidden_states(ids, [tokens])
+        hidden = policy.hidden_states(ids, [[tokens]])
     hook.remove()
     skipped = known | set(rotary) | {hidden.untyped_storage().data_ptr()}
     return nbytes(tensor for key, tensor in saved.items() if key not in skipped and tensor.is_floating_point())
@@ -469,7 +469,7 @@ def test_without_packing_each_sequence_keeps_copies_of_the_adapters(
     policy = load_policy(recipe)
     policy.model.train()
     with LiveStorages() as live:
-        hidden = policy.hidden_states(torch.arange(sequences * tokens) % 64 + 5, [tokens] * sequences)
+        hidden = policy.hidden_states(torch.arange(sequences * tokens) % 64 + 5, [[tokens]] * sequences)
         alive = live.now - nbytes([hidden])
     planned, shape = planned_classes(recipe, "update"), load_shape(recipe.model)
     final_norm = LayerBytes(recipe, shape).input_norm * tokens * sequences

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from popo_lite.errors import ModelError
-from popo_lite.policy.attention import boundaries, enable_packing, kernel_of, positions
+from popo_lite.policy.attention import enable_packing, kernel_of, layout, positions
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.policy.policy import load_policy
 
@@ -28,7 +28,7 @@ CONFIGS = {
     "mistral, a window of 60": transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=60),
     "phi": transformers.PhiConfig(**SIZES),
 }
-LENGTHS = (1, 9, 30, 2, 8, 17, 5, 3)
+ROW = ((1,), (9,), (30,), (2, 6), (17,), (5, 3))
 
 
 def build(name, dtype=torch.float64):
@@ -39,20 +39,32 @@ def build(name, dtype=torch.float64):
     return model.eval()
 
 
-def rows(lengths):
+def ids_of(row):
     torch.manual_seed(3)
-    return torch.randint(5, 300, (sum(lengths),))
+    return torch.randint(5, 300, (sum(map(sum, row)),))
+
+
+def one_at_a_time(model, ids, row):
+    """The states of a row's tokens, each sequence in a pass of its own: its prompt's tokens are its first answer's."""
+    states = []
+    parts = iter(ids.split([length for block in row for length in block]))
+    for block in row:
+        prompt, *answers = (next(parts) for _ in block)
+        sequences = [torch.cat([prompt, answer]) for answer in answers] or [prompt]
+        alone = [model(input_ids=one[None]).last_hidden_state[0] for one in sequences]
+        states += [alone[0][: len(prompt)], *(one[len(prompt) :] for one in alone if answers)]
+    return torch.cat(states)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("lengths", [LENGTHS, (12,), (7, 7, 7)])
+@pytest.mark.parametrize("row", [ROW, ((12,),), ((7,), (7,), (7,)), ((9, 4, 4, 1, 12), (3,), (1, 5, 2), (6, 7))])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packed_equals_one_at_a_time_forward_and_backward(name, lengths, checkpointing):
+def test_packed_equals_one_at_a_time_forward_and_backward(name, row, checkpointing):
     model = build(name)
     # Llama's and Qwen's norms and rotary angles pass through float32 whatever the model's dtype.
     tolerance = {"rtol": 1e-9, "atol": 1e-9} if name == "phi" else {"rtol": 1e-4, "atol": 2e-5}
-    ids = rows(lengths)
-    alone = torch.cat([model.model(input_ids=part[None]).last_hidden_state[0] for part in ids.split(lengths)])
+    ids = ids_of(row)
+    alone = one_at_a_time(model.model, ids, row)
     direction = torch.randn(alone.shape, dtype=alone.dtype)
     weights = [p for p in model.model.parameters() if p.requires_grad]
     expected = torch.autograd.grad((alone * direction).sum(), weights)
@@ -62,8 +74,8 @@ def test_packed_equals_one_at_a_time_forward_and_backward(name, lengths, checkpo
         model.train()
     packed = model.model(
         input_ids=ids[None],
-        attention_mask=boundaries(lengths),
-        position_ids=positions(lengths, ids.device),
+        attention_mask=layout(row),
+        position_ids=positions(row, ids.device),
         use_cache=False,
     ).last_hidden_state[0]
     torch.testing.assert_close(packed, alone, **tolerance)
@@ -76,14 +88,14 @@ def test_a_sequence_does_not_see_its_neighbours():
     """To the last bit, whatever comes before and after it."""
     model = build("qwen2", torch.float32)
     enable_packing(model)
-    lengths = (10, 12, 9)
-    ids = rows(lengths)
+    row = ((10,), (12,), (4, 3, 2))
+    ids = ids_of(row)
     other = ids.clone()
     other[:10], other[22:] = 7, 9
 
     def middle(tokens):
         return model.model(
-            input_ids=tokens[None], attention_mask=boundaries(lengths), position_ids=positions(lengths, ids.device)
+            input_ids=tokens[None], attention_mask=layout(row), position_ids=positions(row, ids.device)
         ).last_hidden_state[0, 10:22]
 
     assert torch.equal(middle(ids), middle(other))
@@ -91,11 +103,11 @@ def test_a_sequence_does_not_see_its_neighbours():
     assert not torch.allclose(middle(ids), middle(other), atol=1e-2)
 
 
-def test_without_boundaries_it_is_transformers_sdpa():
+def test_without_a_layout_it_is_transformers_sdpa():
     """Left-padded batches, as generation has them, with a cache."""
     plain, packing = build("qwen2", torch.float32), build("qwen2", torch.float32)
     enable_packing(packing)
-    ids = rows((24,)).reshape(3, 8)
+    ids = ids_of(((24,),)).reshape(3, 8)
     mask = torch.ones_like(ids)
     mask[0, :3] = mask[2, :5] = 0
     for found, expected in zip(*(model.generate(
@@ -120,14 +132,14 @@ def test_a_policy_in_bfloat16_packs_within_its_rounding(tiny_recipe):
     packed, alone = (
         load_policy(tiny_recipe('model.dtype="bfloat16"', f"train.packing={flag}")) for flag in ("true", "false")
     )
-    ids, lengths = rows(LENGTHS), LENGTHS
-    found, expected = (policy.hidden_states(ids, lengths).float() for policy in (packed, alone))
+    ids = ids_of(ROW)
+    found, expected = (policy.hidden_states(ids, ROW).float() for policy in (packed, alone))
     assert float(((found - expected).norm() / expected.norm()).detach()) < 1e-2
 
 
 @pytest.mark.parametrize("kind", [transformers.MistralConfig, transformers.PhimoeConfig])
 def test_a_window_shorter_than_the_sequences_is_not_packed(tiny_recipe, tmp_path, kind):
-    """PhiMoE windows by its mask alone, which the boundaries of a packed row would replace."""
+    """PhiMoE windows by its mask alone, which the layout of a packed row would replace."""
     for window, packing in ((127, "off"), (128, "sdpa")):
         folder = tmp_path / str(window)
         torch.manual_seed(0)
@@ -138,18 +150,39 @@ def test_a_window_shorter_than_the_sequences_is_not_packed(tiny_recipe, tmp_path
             tiny_recipe(f'model.id="{folder}"', 'model.quantization="none"', 'lora.target_modules=["q_proj"]')
         )
         assert policy.packing == packing
-        lengths = (60, 128, 70)
-        ids = rows(lengths)
-        expected = torch.cat([policy.trunk(input_ids=part[None]).last_hidden_state[0] for part in ids.split(lengths)])
-        torch.testing.assert_close(policy.hidden_states(ids, lengths), expected, rtol=1e-4, atol=1e-4)
+        assert policy.shared_prefix == (packing != "off")
+        row = ((60,), (100, 28), (70,))
+        ids = ids_of(row)
+        expected = one_at_a_time(policy.trunk, ids, row)
+        torch.testing.assert_close(policy.hidden_states(ids, row), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "leak"), [("float32", "all"), ("float32", "one token"), ("bfloat16", "all")])
-def test_a_row_that_leaks_is_refused_despite_an_outlier_channel(tiny_recipe, monkeypatch, leak, dtype):
+def answers_in_one(row):
+    return [(block[0], sum(block[1:])) if len(block) > 2 else block for block in row]
+
+
+LEAKS = {
+    "all": lambda row: [(sum(map(sum, row)),)],
+    "one token": lambda row: [(row[0][0] - 1,), (row[1][0] + 1, *row[1][1:]), *row[2:]],
+    "an answer to the next": answers_in_one,
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "leak", "key"),
+    [
+        ("float32", "all", "packing"),
+        ("float32", "one token", "packing"),
+        ("bfloat16", "all", "packing"),
+        ("float32", "an answer to the next", "shared_prefix"),
+        ("bfloat16", "an answer to the next", "shared_prefix"),
+    ],
+)
+def test_a_row_that_leaks_is_refused_despite_an_outlier_channel(tiny_recipe, monkeypatch, dtype, leak, key):
     """Real models have channels of values so large that a bound by the largest value would accept anything."""
     from popo_lite.policy import policy as module
 
-    load, apart = module.load_base, module.boundaries
+    load, apart = module.load_base, module.layout
 
     def with_outlier(*args):
         base = load(*args)
@@ -159,13 +192,12 @@ def test_a_row_that_leaks_is_refused_despite_an_outlier_channel(tiny_recipe, mon
     monkeypatch.setattr(module, "load_base", with_outlier)
     recipe = tiny_recipe(f'model.dtype="{dtype}"', 'model.quantization="none"')
     load_policy(recipe)
-    monkeypatch.setattr(
-        module,
-        "boundaries",
-        lambda lengths: apart((sum(lengths),) if leak == "all" else (lengths[0] - 1, lengths[1] + 1, *lengths[2:])),
-    )
-    with pytest.raises(ModelError, match="does not keep the sequences of a packed row apart"):
+    monkeypatch.setattr(module, "layout", lambda row: apart(LEAKS[leak](row)))
+    with pytest.raises(ModelError, match="does not keep the sequences of a packed row apart") as caught:
         load_policy(recipe)
+    assert caught.value.where == f"train.{key} = true"
+    option = caught.value.next_step.split()[1]
+    load_policy(recipe.with_values({option.partition("=")[0]: False}))
 
 
 def test_a_model_with_a_mask_of_its_own_is_refused_and_runs_unpacked(tiny_recipe, tmp_path):
@@ -180,11 +212,11 @@ def test_a_model_with_a_mask_of_its_own_is_refused_and_runs_unpacked(tiny_recipe
         load_policy(tiny_recipe(*overrides))
     assert caught.value.next_step == "--set train.packing=false runs one sequence at a time"
     policy = load_policy(tiny_recipe(*overrides, "train.packing=false"))
-    lengths = (4, 7)
-    ids = rows(lengths)
-    found = policy.hidden_states(ids, lengths)
-    expected = torch.cat([policy.trunk(input_ids=part[None]).last_hidden_state[0] for part in ids.split(lengths)])
-    assert torch.equal(found, expected)
+    row = ((4,), (5, 2))
+    ids = ids_of(row)
+    assert torch.equal(policy.hidden_states(ids, row), one_at_a_time(policy.trunk, ids, row))
+    with pytest.raises(ValueError, match="answers share a prompt"):
+        policy.hidden_states(ids, ((4, 5, 2),))
 
 
 def test_checkpoints_on_the_host_are_the_layers_inputs_and_change_nothing(tiny_recipe, monkeypatch):
@@ -203,9 +235,8 @@ def test_checkpoints_on_the_host_are_the_layers_inputs_and_change_nothing(tiny_r
         self.pack_hook = count
 
     def gradients(policy):
-        ids, lengths = rows(LENGTHS), LENGTHS
         policy.model.train()
-        policy.hidden_states(ids, lengths).square().sum().backward()
+        policy.hidden_states(ids_of(ROW), ROW).square().sum().backward()
         return [p.grad.clone() for _, p in policy.adapter_parameters()]
 
     plain = load_policy(tiny_recipe("train.gradient_checkpointing=true"))
@@ -221,7 +252,7 @@ def test_checkpoints_on_the_host_are_the_layers_inputs_and_change_nothing(tiny_r
     monkeypatch.setattr(torch.autograd.graph.save_on_cpu, "__init__", counting)
     found = gradients(offloaded)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    width = (1, sum(LENGTHS), 128)
+    width = (1, len(ids_of(ROW)), 128)
     layers = offloaded.trunk.config.num_hidden_layers
     assert layers <= kept.count(width) <= layers + 3  # and the final norm's
     assert sum(shape[-1] > 128 for shape in kept) == 0  # nothing from inside a layer

@@ -109,6 +109,7 @@ def line(step: int, rate: float, seed: int, factor: float) -> dict[str, Any]:
         "tokens_of_positives": 0 if skipped else 400,
         "tokens_of_mixed_groups": 0 if skipped else 1000,
         "trained_tokens": 0 if skipped else int(400 * factor),
+        "shared_tokens": 0,
         "seconds": {"rollout": 1.5, "update": 0.5},
     }
 

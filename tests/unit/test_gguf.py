@@ -97,7 +97,7 @@ def test_a_gguf_file_is_a_base(tmp_path, tiny_recipe):
     assert policy.stop_ids == tiny.stop_ids
     ids = torch.arange(1, 30)
     with torch.no_grad():
-        assert torch.equal(policy.hidden_states(ids, [29]), tiny.hidden_states(ids, [29]))
+        assert torch.equal(policy.hidden_states(ids, [[29]]), tiny.hidden_states(ids, [[29]]))
     recipe = tiny_recipe(f'model.id="{file}"').model
     assert load_shape(recipe) == load_shape(tiny_recipe().model)
 

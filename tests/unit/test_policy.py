@@ -28,7 +28,7 @@ def ids(batch=4, width=12):
 
 def states(policy, tokens):
     """[B, T, D] of sequences that are all T long."""
-    return policy.hidden_states(tokens.flatten(), [tokens.shape[1]] * len(tokens)).unflatten(0, tokens.shape)
+    return policy.hidden_states(tokens.flatten(), [[tokens.shape[1]]] * len(tokens)).unflatten(0, tokens.shape)
 
 
 def loss_gradients(policy):

@@ -38,6 +38,7 @@ from popo_lite.update import (
     Learner,
     build_optimizer,
     collate,
+    forwarded_tokens,
     learning_rate_factor,
     move_state,
     pack,
@@ -91,34 +92,52 @@ def test_a_completion_needs_a_log_prob_for_every_token():
 
 def test_micro_batches_hold_everything_once_and_keep_the_budget():
     rollouts = [rollout(5, answer) for answer in (1, 30, 7, 8, 22, 2, 15, 40)]
-    batches = pack(rollouts, range(8), budget_tokens=90)
+    batches = pack(rollouts, range(8), budget_tokens=90, shared_prefix=False)
     assert sorted(itertools.chain(*batches)) == list(range(8))
     assert all(sum(rollouts[i].tokens for i in batch) <= 90 for batch in batches)
     assert len(batches) == 2  # 165 tokens, and no padding
-    assert pack(rollouts, [3, 1], budget_tokens=90) == [(1, 3)]
+    assert pack(rollouts, [3, 1], budget_tokens=90, shared_prefix=False) == [(1, 3)]
+
+
+def test_answers_to_a_prompt_share_it_and_are_parted_only_if_they_must_be():
+    rollouts = [rollout(prompt, answer) for prompt, answer in ((5, 8), (6, 30), (5, 9), (6, 4), (5, 2))]
+
+    def packed(budget):
+        batches = pack(rollouts, range(5), budget_tokens=budget, shared_prefix=True)
+        return batches, [forwarded_tokens(rollouts, batch, shared_prefix=True) for batch in batches]
+
+    assert packed(64) == ([(1, 3, 2, 0, 4)], [64])  # 5 + 8 + 9 + 2 and 6 + 30 + 4, where whole sequences take 80
+    assert packed(40) == ([(1, 3), (2, 0, 4)], [40, 24])
+    assert packed(36) == ([(1,), (2, 0, 4, 3)], [36, 34])  # one prompt is repeated
+    assert packed(16) == ([(1,), (2, 4), (0,), (3,)], [36, 16, 13, 10])
 
 
 def test_a_sequence_beyond_a_lowered_budget_goes_alone():
     rollouts = [rollout(5, answer) for answer in (40, 1, 2)]
-    assert pack(rollouts, range(3), budget_tokens=20) == [(0,), (2, 1)]
+    assert pack(rollouts, range(3), budget_tokens=20, shared_prefix=False) == [(0,), (2, 1)]
+    assert pack(rollouts, range(3), budget_tokens=20, shared_prefix=True) == [(0,), (2, 1)]
 
 
 def test_collate_points_at_the_right_positions():
-    rollouts = [rollout(3, 2), rollout(2, 4)]
-    batch = collate(rollouts, (1, 0), device=torch.device("cpu"))
-    assert batch.input_ids.tolist() == [10, 11, 50, 51, 52, 53, 10, 11, 12, 50, 51]
-    assert batch.lengths == (6, 5)
-    assert batch.completions == ((2, 6), (9, 11))
-    assert batch.targets.tolist() == [50, 51, 52, 53, 50, 51]
-    assert batch.input_ids[batch.predicting].tolist() == [11, 50, 51, 52, 12, 50]
-    assert batch.sequence_of_token.tolist() == [0, 0, 0, 0, 1, 1]
-    hidden = torch.arange(11.0)[:, None]
-    assert batch.mean_features(hidden).tolist() == [[(2 + 3 + 4 + 5) / 4], [(9 + 10) / 2]]
-    assert [part.tolist() for part in batch.by_sequence(torch.arange(6.0))] == [[0, 1, 2, 3], [4, 5]]
+    rollouts = [rollout(3, 2), rollout(2, 4), rollout(3, 1)]
+    batch = collate(rollouts, (1, 0, 2), device=torch.device("cpu"), shared_prefix=True)
+    assert batch.members == (1, 0, 2)
+    assert batch.input_ids.tolist() == [10, 11, 50, 51, 52, 53, 10, 11, 12, 50, 51, 50]
+    assert batch.row == ((2, 4), (3, 2, 1))
+    assert batch.lengths == (4, 2, 1)
+    assert batch.targets.tolist() == [50, 51, 52, 53, 50, 51, 50]
+    assert batch.predicting(batch.input_ids[:, None]).flatten().tolist() == [11, 50, 51, 52, 12, 50, 12]
+    assert batch.sequence_of_token.tolist() == [0, 0, 0, 0, 1, 1, 2]
+    hidden = torch.arange(12.0)[:, None]
+    assert batch.mean_features(hidden).tolist() == [[(2 + 3 + 4 + 5) / 4], [(9 + 10) / 2], [11]]
+    assert [part.tolist() for part in batch.by_sequence(torch.arange(7.0))] == [[0, 1, 2, 3], [4, 5], [6]]
+    apart = collate(rollouts, (0, 2), device=torch.device("cpu"), shared_prefix=False)
+    assert apart.row == ((3, 2), (3, 1))
+    assert apart.input_ids.tolist() == [10, 11, 12, 50, 51, 10, 11, 12, 50]
 
 
 def test_features_of_16_bit_states_are_summed_in_float32():
-    batch = collate([rollout(3, 300)], (0,), device=torch.device("cpu"))
+    batch = collate([rollout(3, 300)], (0,), device=torch.device("cpu"), shared_prefix=True)
     hidden = torch.rand(303, 4).bfloat16()
     found = batch.mean_features(hidden)
     assert found.dtype is torch.float32

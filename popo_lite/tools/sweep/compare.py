@@ -29,7 +29,8 @@ CURVES = ("pass_rate", "completion_tokens_mean", "sampled_entropy", "effective_s
           "trained_tokens")  # fmt: skip
 AVERAGED = ("pass_rate", "completion_tokens_mean", "unique_answers_mean", "sampled_entropy", "entropy",
             "effective_sample_ratio")  # fmt: skip
-TOTALS = ("rollout_tokens", "tokens_of_all", "tokens_of_positives", "tokens_of_mixed_groups", "trained_tokens")
+TOTALS = ("rollout_tokens", "tokens_of_all", "tokens_of_positives", "tokens_of_mixed_groups", "trained_tokens",
+          "shared_tokens")  # fmt: skip
 
 Values = Sequence[float | None]
 Estimate = dict[str, Any]
@@ -191,7 +192,7 @@ def read_run(path: Path, *, reach: float) -> RunFigures:
         "pass_at_1": after.get("pass_at_1"),
         **{f"pass_at_{k}": rate for k, rate in (after.get("pass_at_k") or {}).items() if k != "1"},
         "held_out_tokens": after.get("completion_tokens_mean"),
-        **means, **totals, "trained_ratio": totals["trained_tokens"] / totals["tokens_of_all"],
+        **means, **totals, "trained_ratio": (totals["trained_tokens"] + totals["shared_tokens"]) / totals["tokens_of_all"],
         "sampled_entropy_over_start": entropy / start if entropy is not None and start else None,
         "siamese_drift": by_step["siamese_drift"][-1],
         **{f"reach_{name}": None if end is None else cost for name, cost in {"steps": end, **costs}.items()},
