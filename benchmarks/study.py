@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def main() -> None:
     for name in (REAL,) if arguments.real else SWEEPS:
         if not arguments.only_write:
             train(name, arguments.runs / name, arguments.jobs, real_model() if arguments.real else ())
-            store(name, arguments.runs / name)
+            store(name, arguments.runs / name, arguments.jobs)
         plot(name)
     write_atomically(PAGE, written(PAGE.read_text(encoding="utf-8")))
 
@@ -109,10 +110,14 @@ def train(name: str, folder: Path, jobs: int, options: Sequence[str] = ()) -> No
         sys.exit(code)
 
 
-def store(name: str, folder: Path) -> None:
+def store(name: str, folder: Path, jobs: int) -> None:
     """Write the figures of every run of a sweep, one file per seed."""
     lines: dict[int, list[str]] = {}
-    for run in SweepFolder(folder).runs(load(name)):
+    runs = list(SweepFolder(folder).runs(load(name)))
+    if name == REAL:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda run: exports(run.folder.path), runs))
+    for run in runs:
         found = read_run(run.folder.path, reach=REACH)
         steps = read_lines(run.folder.metrics_path)
         line = {

@@ -148,7 +148,8 @@ class MicroBatches:
     """Splits rollouts into micro-batches of at most `budget_tokens`, which is lowered when GPU memory runs out.
 
     `tokens` counts, by stage, what was forwarded since it was cleared. With `shared_prefix` a prompt is forwarded once
-    for all its answers in a micro-batch. `memory_advice` returns what else would let a single sequence fit; it ends the error about one that does not.
+    for all its answers in a micro-batch. `memory_advice` returns what else would let a single sequence fit; it ends the
+    error about one that does not.
     """
 
     def __init__(

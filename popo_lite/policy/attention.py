@@ -1,7 +1,7 @@
 """Attention over packed rows: several sequences in one row, each attending only to itself, a shared prompt once.
 
-The mask of such a row would take T x T bytes for T tokens. Models get the row's layout in its place: transformers passes
-a 4D mask unchanged to every attention layer, also when a checkpointed layer is recomputed.
+The mask of such a row would take T x T bytes for T tokens. Models get the row's layout in its place: transformers
+passes a 4D mask unchanged to every attention layer, also when a checkpointed layer is recomputed.
 """
 
 from __future__ import annotations
