@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -95,21 +94,15 @@ def _attention(
     grouped = query.shape[1] != key.shape[1]
     lengths = [length for length, _ in segments]
     queries = query.split(lengths, dim=2)
+    # For the longest answer to the longest prompt. The others use its upper rows, without its first columns.
+    prompt = max(lengths[number] if number >= 0 else 0 for _, number in segments)
+    mask = _answers_mask(query, max((length for length, number in segments if number >= 0), default=0), prompt)
     outputs = []
     for q, k, v in zip(queries, *(_seen(part, segments) for part in (key, value)), strict=True):
-        # A segment's last token sees all: a lower-right mask. Nothing precedes a segment that continues none.
-        whole = q.shape[2] == k.shape[2]
+        own, before = q.shape[2], k.shape[2] - q.shape[2]
+        visible = {"attn_mask": mask[:own, prompt - before : prompt + own]} if before else {"is_causal": True}
         outputs.append(
-            scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=None if whole else causal_lower_right(q.shape[2], k.shape[2]),
-                dropout_p=dropout,
-                is_causal=whole,
-                scale=scale,
-                enable_gqa=grouped,
-            )
+            scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=grouped, **visible)
         )
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
 
@@ -121,6 +114,11 @@ def _seen(part: Tensor, segments: Sequence[tuple[int, int]]) -> list[Tensor]:
         mine if prompt < 0 else torch.cat([own[prompt], mine], dim=2)
         for mine, (_, prompt) in zip(own, segments, strict=True)
     ]
+
+
+def _answers_mask(like: Tensor, answer: int, prompt: int) -> Tensor:
+    """Return what is added to the scores of an answer's tokens: [answer, prompt + answer], causal, all of the prompt."""
+    return like.new_full((answer, prompt + answer), float("-inf")).triu(prompt + 1)
 
 
 def _repeated(part: Tensor, heads: int) -> Tensor:

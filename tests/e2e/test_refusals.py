@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_a_recipe_that_is_not_there(command):
     assert "tiny_cpu" in done.stderr
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_vllm_is_refused_before_anything_is_loaded(command):
     done = command("train", "tiny_cpu", "--set", "rollout.engine=vllm")
     assert done.returncode != 0

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from popo_lite.policy.adapters import add_adapters
+from popo_lite.policy.attention import enable_packing, layout, positions
 from popo_lite.policy.load import load_base
 from popo_lite.policy.policy import Policy, load_policy
 from popo_lite.policy.siamese import Siamese
@@ -187,13 +188,17 @@ def counted_layer(recipe: Recipe, config: dict[str, Any], folder: Path, tokens: 
     model_recipe = recipe.model.model_copy(update={"id": str(folder)})
     model: Any = add_adapters(load_base(model_recipe, torch.device("cpu")), recipe.lora, 0)
     decoder = model.get_base_model().model
+    mask = None
+    if recipe.model.attn_implementation == "sdpa":
+        enable_packing(model.get_base_model())
+        mask = layout([(tokens,)])
     layer = decoder.layers[1].train()
     hidden = torch.randn(1, tokens, built.hidden_size, dtype=dtype, requires_grad=True)
     rotary = decoder.rotary_emb(hidden, torch.arange(tokens)[None])
 
     def forward() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            result: torch.Tensor = layer(hidden, position_embeddings=rotary, attention_mask=None)
+            result: torch.Tensor = layer(hidden, position_embeddings=rotary, attention_mask=mask)
         return result
 
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), hidden, *rotary)}
@@ -278,10 +283,17 @@ def test_eager_attention_takes_the_square_and_the_plan_is_no_less(
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("block", [(256, 256), (128, 96, 96, 96, 96)])
 def test_the_update_of_a_whole_trunk_takes_what_was_planned(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path, quantization: str, dtype: str, checkpointing: str
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    quantization: str,
+    dtype: str,
+    checkpointing: str,
+    block: tuple[int, ...],
 ) -> None:
-    tokens = 512
+    prompt, *answers = block
+    tokens = sum(block)
     config = {"model_type": "qwen2", **WIDER, "vocab_size": 64, "num_hidden_layers": 4}
     recipe = tiny_recipe(
         "lora.rank=2",
@@ -289,10 +301,10 @@ def test_the_update_of_a_whole_trunk_takes_what_was_planned(
         f"model.quantization={quantization}",
         f"train.gradient_checkpointing={checkpointing}",
         f"train.tokens_per_microbatch={tokens}",
-        f"rollout.max_prompt_length={tokens // 2}",
-        f"rollout.max_completion_length={tokens // 2}",
+        f"rollout.max_prompt_length={prompt}",
+        f"rollout.max_completion_length={answers[0]}",
         "data.prompts_per_step=1",
-        "rollout.num_generations=2",
+        f"rollout.num_generations={max(2, len(answers))}",
     )
     torch.manual_seed(0)
     wanted = getattr(torch, dtype)
@@ -301,13 +313,15 @@ def test_the_update_of_a_whole_trunk_takes_what_was_planned(
     model: Any = add_adapters(base, recipe.lora, 0)
     if recipe.train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_packing(base)
+    shared = {"attention_mask": layout([block]), "position_ids": positions([block], torch.device("cpu"))}
     trunk = model.train().get_base_model().model
     ids = torch.randint(0, 64, (1, tokens))
     # The gradient is made before, and stands for the hidden states, which are alive instead.
     gradient = torch.randn(1, tokens, WIDER["hidden_size"], dtype=wanted)
     with LiveStorages() as live:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = trunk(input_ids=ids, use_cache=False, **shared).last_hidden_state
         hidden.backward(gradient)
     plan = plan_memory(recipe, shape_of(config), vram_bytes=2**34)
     update = next(phase for phase in plan.phases if phase.name == "update")
@@ -432,7 +446,7 @@ def kept_by_a_pass(policy: Policy, tokens: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = policy.hidden_states(ids, [[tokens]])
+        hidden = policy.hidden_states(ids, [[tokens // 2]] * 2)
     hook.remove()
     skipped = known | set(rotary) | {hidden.untyped_storage().data_ptr()}
     return nbytes(tensor for key, tensor in saved.items() if key not in skipped and tensor.is_floating_point())

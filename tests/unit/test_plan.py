@@ -87,7 +87,10 @@ def test_without_packing_layers_run_over_one_sequence_and_checkpoints_stay_those
 
 def test_a_micro_batch_holds_no_more_than_a_step_has() -> None:
     few = recipe_of("1_5b", "data.prompts_per_step=1", "rollout.num_generations=2")
-    assert in_phase(few, "update")["layer inputs"] == 28 * 2 * 1536 * 1536 * 2
+    both = 512 + 1024  # tokens of a prompt and an answer
+    assert in_phase(few, "update")["layer inputs"] == 28 * 2 * 1536 * (both + 1024)  # the prompt once
+    apart = few.with_values({"train.shared_prefix": False})
+    assert in_phase(apart, "update")["layer inputs"] == 28 * 2 * 1536 * 2 * both
 
 
 def test_without_checkpointing_every_layer_keeps_its_activations() -> None:

@@ -87,13 +87,46 @@ def optimizer_bytes(elements: list[int], recipe: Recipe) -> int:
     return 8 * (small + scales) + 2 * sum(count for count in large if count < paged_from)
 
 
+def packs(recipe: Recipe) -> bool:
+    """Whether sequences share a forward pass. A window shorter than the sequences, which a plan ignores, forbids it."""
+    model = recipe.model
+    return recipe.train.packing and model.backend == "transformers" and model.attn_implementation != "eager"
+
+
+def uses_varlen(recipe: Recipe) -> bool:
+    """Whether packed rows take FlashAttention (policy/attention.py), on a GPU of compute capability 8.0 or more."""
+    return recipe.train.device != "cpu" and DTYPE_BYTES[recipe.model.dtype] == 2
+
+
+def copied_tokens(recipe: Recipe, tokens: int) -> int:
+    """Return for how many more tokens attention keeps keys and values where answers share a prompt.
+
+    A micro-batch of `tokens` holds prompts and answers of full length. Every answer gets a copy of its prompt's; without
+    FlashAttention it also gets one of its own, because the originals stay for the prompt.
+    """
+    rollout = recipe.rollout
+    if not shares_prefix(recipe):
+        return 0
+    full, rest = divmod(tokens, rollout.max_prompt_length + rollout.num_generations * rollout.max_completion_length)
+    left = max(0, rest - rollout.max_prompt_length) // rollout.max_completion_length
+    answers = full * rollout.num_generations + (left if left > 1 else 0)  # a single answer is one with its prompt
+    return answers * (rollout.max_prompt_length if uses_varlen(recipe) else rollout.sequence_tokens)
+
+
+def shares_prefix(recipe: Recipe) -> bool:
+    """Whether a prompt is computed once for several answers in a micro-batch."""
+    apart = recipe.model.attn_implementation == "flash_attention_2" or recipe.rollout.num_generations == 1
+    return recipe.train.shared_prefix and packs(recipe) and not apart
+
+
 class LayerBytes:
     """Memory of one decoder layer for the recipe's precision, attention, adapters and dropout.
 
     In bytes per token: `boundary` is the layer's input. `saved` is what it keeps besides for the backward pass, of
     which `input_norm` only if its input has a gradient. `recompute` is the peak while it runs again and then backward,
     `saved` included; `inference` the peak without a graph. `mlp` is one activation of the MLP. `pair` is what eager
-    attention keeps for each pair of a token and a token of its sequence.
+    attention keeps for each pair of a token and a token of its sequence. `keys` are a token's keys and values as
+    attention reads them.
 
     In bytes: `casts_bytes` are autocast's 16-bit copies of the adapters, of which `attention_casts_bytes` exist before
     the attention scores and `input_casts_bytes` are kept only if the layer's input has a gradient. `weight_bytes` is
@@ -117,6 +150,11 @@ class LayerBytes:
         self.saved += 2 * size * heads * shape.head_width + 4 * shape.heads
         if shape.model_type == "qwen3":  # each head's queries and keys are normalised
             self.saved += 4 * heads * shape.head_width + 4 * heads
+        # Without FlashAttention keys and values are repeated for every query head on a GPU.
+        apart = packs(recipe) and not uses_varlen(recipe)
+        repeated = apart and recipe.train.device != "cpu"
+        self.keys = 2 * size * shape.head_width * (shape.heads if repeated else shape.kv_heads)
+        self.saved += self.keys - 2 * size * shape.head_width * shape.kv_heads
         # The inputs that the adapters keep, apart from the attention's output, and what they take in the backward pass.
         every = sum(linear.inputs for linear in adapted.values())
         if recipe.lora.dropout:
@@ -127,6 +165,8 @@ class LayerBytes:
             inputs, copies = size * every, self.mlp + 8 * width  # each adapter keeps a 16-bit copy
         else:
             inputs, copies = size * sum(group[0].inputs for group in (qkv, gate_up, down) if group), 0
+            # Attention keeps its outputs for the sequences of a row, and the adapter of o_proj what joins them.
+            inputs += size * shape.heads * shape.head_width if apart and "o_proj" in adapted else 0
         self.saved += 3 * self.mlp + size * rank * len(adapted) + inputs  # gate, its activation, and up; inner products
         # An adapter of down_proj frees its input before the gradients of gate and up exist together.
         self.recompute = self.saved + (2 if down else 3) * self.mlp + size * width + copies
@@ -138,13 +178,17 @@ class LayerBytes:
         self.attention_casts_bytes = cast * sum(linear.inputs + linear.outputs for linear in qkv)
         self.weight_bytes = size * max(linear.inputs * linear.outputs for linear in shape.linears()) if packed else 0
 
-    def peak_bytes(self, tokens: int, sequence_tokens: int, *, backward: bool) -> int:
-        """Return the layer's peak over sequences of that length: run again and backward, or without a graph."""
+    def peak_bytes(self, tokens: int, sequence_tokens: int, *, backward: bool, copies: int = 0) -> int:
+        """Return the layer's peak over sequences of that length: run again and backward, or without a graph.
+
+        For the backward pass attention keeps keys and values of `copies` more tokens (`copied_tokens`).
+        """
         # For eager attention, three times what it keeps is an upper bound.
         per_token, pairs = (self.recompute, 3) if backward else (self.inference, 2)
         # The dequantised weight and the MLP's last activation, which the peak includes, never exist at the same time.
         weight = max(0, self.weight_bytes - self.mlp * tokens)
-        return (per_token + pairs * self.pair * sequence_tokens) * tokens + self.casts_bytes + weight
+        kept = self.keys * copies if backward else 0
+        return (per_token + pairs * self.pair * sequence_tokens) * tokens + kept + self.casts_bytes + weight
 
 
 def pass_bytes(

@@ -72,11 +72,12 @@ class MemoryPlan:
         self.sequence_tokens, self.context_tokens = recipe.rollout.sequence_tokens, shape.context_tokens
         self.answers = recipe.data.prompts_per_step * recipe.rollout.num_generations
         least = max(recipe.train.tokens_per_microbatch, self.sequence_tokens)
-        self.tokens = min(least, self.answers * self.sequence_tokens)
-        eager = recipe.model.attn_implementation == "eager"
-        packed = recipe.train.packing and recipe.model.backend == "transformers" and not eager
+        repeated = self.answers - recipe.data.prompts_per_step if terms.shares_prefix(recipe) else 0
+        all_tokens = self.answers * self.sequence_tokens - repeated * recipe.rollout.max_prompt_length
+        self.tokens = min(least, all_tokens)
         # Without packing the sequences of a micro-batch pass one after the other, and each leaves its checkpoints.
-        self.pass_tokens = self.tokens if packed else self.sequence_tokens
+        self.pass_tokens = self.tokens if terms.packs(recipe) else self.sequence_tokens
+        self.copied_tokens = terms.copied_tokens(recipe, self.tokens)
         *self.phases, self.export = self._phases()
         self.peak = max(self.phases, key=lambda phase: phase.total_bytes)
         self.needs = {SHORTFALL: self.engine_shortfall_bytes} | {phase.name: phase.total_bytes for phase in self.phases}
@@ -194,13 +195,14 @@ class MemoryPlan:
         layer, layers, train = self.layer, self.shape.layers, self.recipe.train
         row = layer.boundary * self.tokens
         final_norm = {"final norm": layer.input_norm * self.tokens}
-        working = layer.peak_bytes(self.pass_tokens, self.sequence_tokens, backward=True)
+        copies = self.copied_tokens
+        working = layer.peak_bytes(self.pass_tokens, self.sequence_tokens, backward=True, copies=copies)
         if train.gradient_checkpointing:
             offloads = train.offload_activations or self.recipe.model.backend == "unsloth"
             kept = {"layer inputs": (2 if offloads else layers) * row}
         else:
             saved = layer.saved + layer.pair * self.sequence_tokens
-            working -= saved * self.pass_tokens
+            working -= saved * self.pass_tokens + layer.keys * copies
             # A float32 model's norms need no wider copy of their input, so that layers keep the input itself.
             inputs = (layers - 1) * row if self.size == 4 else 0
             # The first layer's input has no gradient: its norm keeps nothing of it, nor do the layers that read it.
@@ -208,6 +210,7 @@ class MemoryPlan:
             # Each pass under autocast makes its own copies of the adapters, which its graph keeps.
             casts = self.tokens // self.pass_tokens * (layers * layer.casts_bytes - layer.input_casts_bytes)
             kept = {"layer inputs": inputs, "layer activations": (layers * saved - first) * self.tokens + casts}
+            kept["layer activations"] += layers * layer.keys * copies
         kept["gradients"] = 2 * self.trained
         yield "in the LM head", kept | final_norm | {"hidden states": self._targets() + 2 * row} | self._loss()
         kept["hidden states"] = self._targets() + row
