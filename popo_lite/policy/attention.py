@@ -117,7 +117,7 @@ def _seen(part: Tensor, segments: Sequence[tuple[int, int]]) -> list[Tensor]:
 
 
 def _answers_mask(like: Tensor, answer: int, prompt: int) -> Tensor:
-    """Return what is added to the scores of an answer's tokens: [answer, prompt + answer], causal, all of the prompt."""
+    """Return what is added to the scores of an answer's tokens: [answer, prompt + answer], causal after the prompt."""
     return like.new_full((answer, prompt + answer), float("-inf")).triu(prompt + 1)
 
 

@@ -101,8 +101,8 @@ def uses_varlen(recipe: Recipe) -> bool:
 def copied_tokens(recipe: Recipe, tokens: int) -> int:
     """Return for how many more tokens attention keeps keys and values where answers share a prompt.
 
-    A micro-batch of `tokens` holds prompts and answers of full length. Every answer gets a copy of its prompt's; without
-    FlashAttention it also gets one of its own, because the originals stay for the prompt.
+    A micro-batch of `tokens` holds prompts and answers of full length. Every answer gets a copy of its prompt's;
+    without FlashAttention it also gets one of its own, because the originals stay for the prompt.
     """
     rollout = recipe.rollout
     if not shares_prefix(recipe):
