@@ -2,6 +2,7 @@
 # make test                                   the tests, without a GPU
 # make test-vllm                              the tests that need vLLM, with its CPU build
 # make test-real                              the tests on a real model, SmolLM2-135M, on the CPU
+# make test-engines                           both, and those that need both
 # make study                                  docs/study.md again: some two hours on two cores; goes on where it stopped
 # make study-real                             its part on SmolLM2-135M
 # make check                                  format, lint, types, import contracts
@@ -10,6 +11,7 @@ RECIPE ?= recipes/tiny_cpu.toml
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The first interpreter that really runs and is one we support.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -18,19 +20,22 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo '[gpu]')
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: train test test-vllm test-real study study-real check docs clean
+.PHONY: train test test-vllm test-real test-engines study study-real check docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/popo-lite train $(RECIPE) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-vllm: $(VENV)/.installed-vllm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm $(ARGS)
+	$(PYTEST) -m 'vllm and not real' $(ARGS)
 
 test-real: $(VENV)/.installed-real
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'real and not vllm' $(ARGS)
+	$(PYTEST) -m 'real and not vllm' $(ARGS)
+
+test-engines: $(VENV)/.installed-vllm $(VENV)/.installed-real
+	$(PYTEST) -m 'vllm or real' $(ARGS)
 
 study: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study.py --jobs 2 $(ARGS)

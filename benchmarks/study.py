@@ -309,7 +309,7 @@ def _bounds(steps: int) -> Iterator[tuple[int, int]]:
 def _summed(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the mean pass rate and the total tokens of steps or parts."""
     rate = statistics.fmean(line["pass_rate"] for line in lines)
-    return {"pass_rate": rate, **{key: sum(line[key] for line in lines) for key in TOTALS}}
+    return {"pass_rate": rate, **{key: sum(line[key] for line in lines) for key in TOTALS if key in lines[0]}}
 
 
 def _rounded(value: float | None) -> float | None:
