@@ -50,7 +50,7 @@ class MicroBatch:
     def predicting(self, hidden: Tensor) -> Tensor:
         """Return [N, D]: of `hidden` [T, D] the states that predict the completion tokens.
 
-        By slices, because gathering a prompt's last state for several answers has no deterministic gradient on a GPU.
+        By slices: the gradient of an index that repeats a prompt's last state adds in no fixed order.
         """
         states: list[Tensor] = []
         for prompt, answers in self._split(hidden):
@@ -77,34 +77,28 @@ class MicroBatch:
 
 
 def by_prompt(rollouts: Sequence[Rollout], members: Sequence[int], *, shared_prefix: bool) -> list[list[int]]:
-    """Group `members` of `rollouts` by what is computed together: a prompt's answers, or with nothing shared each."""
+    """Group `members` of `rollouts` by what is computed together: a prompt's answers, or each alone."""
     groups: dict[object, list[int]] = {}
     for index in members:
         groups.setdefault(rollouts[index].prompt.token_ids if shared_prefix else index, []).append(index)
     return list(groups.values())
 
 
-def forwarded_tokens(rollouts: Sequence[Rollout], members: Sequence[int], *, shared_prefix: bool) -> int:
-    """Return how many tokens one row of `members` has."""
-    groups = by_prompt(rollouts, members, shared_prefix=shared_prefix)
-    prompts = sum(len(rollouts[group[0]].prompt.token_ids) for group in groups)
-    return prompts + sum(len(rollouts[index].completion.token_ids) for index in members)
-
-
 def pack(
     rollouts: Sequence[Rollout], members: Sequence[int], *, budget_tokens: int, shared_prefix: bool
-) -> list[tuple[int, ...]]:
-    """Pack `members` of `rollouts` into micro-batches of at most `budget_tokens`: first fit, longest first.
+) -> list[tuple[int, list[int]]]:
+    """Pack `members` of `rollouts` into micro-batches, (tokens, members), of at most `budget_tokens` each.
 
-    The answers to a prompt stay together if they fit; else each part repeats the prompt. A sequence that is longer than
-    the budget goes alone: recipes in which that can happen are refused, but the budget may have been lowered since.
+    First fit, longest first. The answers to a prompt stay together if they fit; else each part repeats the prompt. A
+    sequence that is longer than the budget goes alone: recipes in which that can happen are refused, but the budget may
+    have been lowered since.
     """
     parts: list[tuple[int, list[int]]] = []
     for group in by_prompt(rollouts, members, shared_prefix=shared_prefix):
         prompt = len(rollouts[group[0]].prompt.token_ids)
         answers = [(len(rollouts[index].completion.token_ids), [index]) for index in group]
         parts += [(prompt + tokens, part) for tokens, part in _first_fit(answers, budget_tokens - prompt)]
-    return [tuple(batch) for _, batch in _first_fit(parts, budget_tokens)]
+    return _first_fit(parts, budget_tokens)
 
 
 def _first_fit(parts: Sequence[tuple[int, list[int]]], budget: int) -> list[tuple[int, list[int]]]:
@@ -175,9 +169,9 @@ class MicroBatches:
         waiting = pack(rollouts, range(len(rollouts)), budget_tokens=self.budget_tokens, shared_prefix=shared)
         done = 0
         while waiting:
-            tokens = forwarded_tokens(rollouts, waiting[0], shared_prefix=shared)
+            tokens, members = waiting[0]
             try:
-                work(collate(rollouts, waiting[0], device=self._device, shared_prefix=shared))
+                work(collate(rollouts, members, device=self._device, shared_prefix=shared))
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
@@ -188,10 +182,10 @@ class MicroBatches:
                 continue
             # Outside the except block: the caught error would keep the failed attempt's tensors alive.
             release_memory()
-            if len(waiting[0]) == 1:
+            if len(members) == 1:
                 raise EngineError(
                     f"the GPU ran out of memory in the {stage} pass of a single sequence of {tokens} tokens",
-                    where=f"problem {rollouts[waiting[0][0]].prompt.problem.id}",
+                    where=f"problem {rollouts[members[0]].prompt.problem.id}",
                     next_step=self._memory_advice(),
                 )
             self.budget_tokens = (tokens + 1) // 2
@@ -199,7 +193,7 @@ class MicroBatches:
                 f"memory ran out in the {stage} pass of {tokens:,} tokens; the step goes on, with micro-batches of at "
                 f"most {self.budget_tokens:,} from now on"
             )
-            left = [member for batch in waiting for member in batch]
+            left = [member for _, batch in waiting for member in batch]
             waiting = pack(rollouts, left, budget_tokens=self.budget_tokens, shared_prefix=shared)
         return done
 

@@ -64,7 +64,7 @@ def positions(row: Row, device: torch.device) -> Tensor:
 
 
 def kernel_of(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
-    """Return the attention for packed rows: "varlen" (FlashAttention over unequal lengths) or "sdpa" for each segment.
+    """Return the attention for packed rows: "varlen" (FlashAttention over unequal lengths) or "sdpa" for like segments.
 
     FlashAttention needs 16-bit operands, a GPU of compute capability 8.0, and a head width that is a multiple of 8 up
     to 256.
@@ -91,34 +91,37 @@ def _attention(
     if query.device.type == "cuda":
         # There only FlashAttention groups heads; the other kernel without a T x T matrix wants them repeated.
         key, value = (_repeated(part, query.shape[1]) for part in (key, value))
-    grouped = query.shape[1] != key.shape[1]
     lengths = [length for length, _ in segments]
-    queries = query.split(lengths, dim=2)
-    # For the longest answer to the longest prompt. The others use its upper rows, without its first columns.
-    prompt = max(lengths[number] if number >= 0 else 0 for _, number in segments)
-    mask = _answers_mask(query, max((length for length, number in segments if number >= 0), default=0), prompt)
-    outputs = []
-    for q, k, v in zip(queries, *(_seen(part, segments) for part in (key, value)), strict=True):
-        own, before = q.shape[2], k.shape[2] - q.shape[2]
-        visible = {"attn_mask": mask[:own, prompt - before : prompt + own]} if before else {"is_causal": True}
-        outputs.append(
-            scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=grouped, **visible)
-        )
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
-
-
-def _seen(part: Tensor, segments: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Return what each segment sees of `part`, the keys or values [1, H_kv, T, d]: its prompt's in front of its own."""
-    own = part.split([length for length, _ in segments], dim=2)
-    return [
-        mine if prompt < 0 else torch.cat([own[prompt], mine], dim=2)
-        for mine, (_, prompt) in zip(own, segments, strict=True)
-    ]
+    queries, keys, values = (part[0].split(lengths, dim=1) for part in (query, key, value))  # [heads, length, d] each
+    alike: dict[tuple[int, int], list[int]] = {}  # segments by their own length and that of their prompt
+    for number, (length, prompt) in enumerate(segments):
+        alike.setdefault((length, lengths[prompt] if prompt >= 0 else 0), []).append(number)
+    outputs: list[Tensor] = [query] * len(segments)
+    for (own, before), members in alike.items():
+        q = torch.stack([queries[number] for number in members])
+        k, v = (torch.stack([part[number] for number in members]) for part in (keys, values))
+        if before:
+            prompts = [segments[number][1] for number in members]
+            k = torch.cat([torch.stack([keys[prompt] for prompt in prompts]), k], dim=2)
+            v = torch.cat([torch.stack([values[prompt] for prompt in prompts]), v], dim=2)
+        visible = {"attn_mask": _answers_mask(q, own, before)} if before else {"is_causal": True}
+        gqa = q.shape[1] != k.shape[1]
+        found = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=gqa, **visible)
+        for number, output in zip(members, found, strict=True):
+            outputs[number] = output
+    return torch.cat([output.transpose(0, 1) for output in outputs])[None], None
 
 
 def _answers_mask(like: Tensor, answer: int, prompt: int) -> Tensor:
     """Return what is added to the scores of an answer's tokens: [answer, prompt + answer], causal after the prompt."""
     return like.new_full((answer, prompt + answer), float("-inf")).triu(prompt + 1)
+
+
+def _seen(part: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
+    """Return what the segments see of `part`, the keys or values [1, H_kv, T, d], in a row: prompts before answers."""
+    own = part.split([length for length, _ in segments], dim=2)
+    parts = [[mine] if prompt < 0 else [own[prompt], mine] for mine, (_, prompt) in zip(own, segments, strict=True)]
+    return torch.cat(list(itertools.chain.from_iterable(parts)), dim=2)
 
 
 def _repeated(part: Tensor, heads: int) -> Tensor:
@@ -132,7 +135,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[tuple[
     lengths = [length for length, _ in segments]
     seen = [length if prompt < 0 else lengths[prompt] + length for length, prompt in segments]
     if seen != lengths:
-        key, value = (torch.cat(_seen(part, segments), dim=2) for part in (key, value))
+        key, value = (_seen(part, segments) for part in (key, value))
     extra: dict[str, Any] = {"enable_gqa": grouped} if VARLEN_GROUPS_HEADS else {}
     if not VARLEN_GROUPS_HEADS:
         key, value = (_repeated(part, heads) for part in (key, value))

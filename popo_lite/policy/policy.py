@@ -19,6 +19,7 @@ from popo_lite.fused import Head
 from popo_lite.policy.adapters import adapter_folder, add_adapters, load_adapter_weights
 from popo_lite.policy.attention import Row, enable_packing, kernel_of, layout, positions
 from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device
+from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.siamese import PredictorHead
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import check_context
@@ -68,9 +69,10 @@ class Policy:
             return torch.cat([self.hidden_states(part, [[len(part)]]) for part in input_ids.split(lengths)])
         options: dict[str, Any] = {}
         if len(row) > 1 or len(row[0]) > 2:
-            options = {"attention_mask": layout(row), "position_ids": positions(row, self.device)}
+            options["position_ids"] = positions(row, self.device)
+            if self.packing != "flash_attention_2":
+                options["attention_mask"] = layout(row)
         if options and self.packing == "flash_attention_2":
-            options["attention_mask"] = None
             edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
             options |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), edges)
             options |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
@@ -224,6 +226,8 @@ def _pack(policy: Policy, recipe: Recipe) -> None:
             gap = distance(states(), expected)
             reason = f"the distance is {gap:.2g}, and {leak:.2g} if they see each other"
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             gap, reason = float("inf"), str(error).strip().partition("\n")[0]
         if not gap <= limit:
             what = f"{type(base).__name__} does not keep the sequences of a packed row apart: {reason}"

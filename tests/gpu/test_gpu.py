@@ -91,7 +91,7 @@ def test_varlen_attention_equals_length_by_length(heads, monkeypatch):
 
     assert attention.kernel_of(torch.device("cuda"), torch.bfloat16, 64) == "varlen"
     torch.manual_seed(0)
-    row = [(3,), (200, 1, 77), (130, 40)]
+    row = [(3,), (200, 1, 77), (130, 40), (51, 13, 13, 77)]
     lengths = [sum(block) for block in row]
     shapes = [(1, heads[0], sum(lengths), 64), *[(1, heads[1], sum(lengths), 64)] * 2]
     parts = [torch.randn(shape, device="cuda") for shape in shapes]

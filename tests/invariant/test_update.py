@@ -61,7 +61,10 @@ def test_a_shared_prompt_changes_nothing(trainer, variant, more):
     groups = groups_of(shared)
     found, *expected = (update(one, groups) for one in (shared, whole, alone))
     tokens = [one.learner.micro_batches.tokens["update"] for one in (shared, whole, alone)]
-    assert tokens[0] < tokens[1] == tokens[2]
+    plan = shared.learner.plan(groups)
+    prompts = {s.rollout.prompt.token_ids: len(s.rollout.prompt.token_ids) for s in plan.sequences}
+    assert tokens[0] == sum(prompts.values()) + sum(len(s.rollout.completion.token_ids) for s in plan.sequences)
+    assert tokens[1] == tokens[2] == plan.sequence_tokens
     for other in expected:
         assert_same(found, other)
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -38,7 +39,6 @@ from popo_lite.update import (
     Learner,
     build_optimizer,
     collate,
-    forwarded_tokens,
     learning_rate_factor,
     move_state,
     pack,
@@ -92,30 +92,30 @@ def test_a_completion_needs_a_log_prob_for_every_token():
 
 def test_micro_batches_hold_everything_once_and_keep_the_budget():
     rollouts = [rollout(5, answer) for answer in (1, 30, 7, 8, 22, 2, 15, 40)]
-    batches = pack(rollouts, range(8), budget_tokens=90, shared_prefix=False)
+    packed = pack(rollouts, range(8), budget_tokens=90, shared_prefix=False)
+    batches = [members for _, members in packed]
     assert sorted(itertools.chain(*batches)) == list(range(8))
     assert all(sum(rollouts[i].tokens for i in batch) <= 90 for batch in batches)
     assert len(batches) == 2  # 165 tokens, and no padding
-    assert pack(rollouts, [3, 1], budget_tokens=90, shared_prefix=False) == [(1, 3)]
+    assert sum(tokens for tokens, _ in packed) == sum(one.tokens for one in rollouts)
+    assert pack(rollouts, [3, 1], budget_tokens=90, shared_prefix=False) == [(48, [1, 3])]
 
 
 def test_answers_to_a_prompt_share_it_and_are_parted_only_if_they_must_be():
     rollouts = [rollout(prompt, answer) for prompt, answer in ((5, 8), (6, 30), (5, 9), (6, 4), (5, 2))]
 
-    def packed(budget):
-        batches = pack(rollouts, range(5), budget_tokens=budget, shared_prefix=True)
-        return batches, [forwarded_tokens(rollouts, batch, shared_prefix=True) for batch in batches]
-
-    assert packed(64) == ([(1, 3, 2, 0, 4)], [64])  # 5 + 8 + 9 + 2 and 6 + 30 + 4, where whole sequences take 80
-    assert packed(40) == ([(1, 3), (2, 0, 4)], [40, 24])
-    assert packed(36) == ([(1,), (2, 0, 4, 3)], [36, 34])  # one prompt is repeated
-    assert packed(16) == ([(1,), (2, 4), (0,), (3,)], [36, 16, 13, 10])
+    packed = partial(pack, rollouts, range(5), shared_prefix=True)
+    whole = [(64, [1, 3, 2, 0, 4])]  # 5 + 8 + 9 + 2 and 6 + 30 + 4, where whole sequences take 80
+    assert packed(budget_tokens=64) == whole
+    assert packed(budget_tokens=40) == [(40, [1, 3]), (24, [2, 0, 4])]
+    assert packed(budget_tokens=36) == [(36, [1]), (34, [2, 0, 4, 3])]  # one prompt is repeated
+    assert packed(budget_tokens=16) == [(36, [1]), (16, [2, 4]), (13, [0]), (10, [3])]
 
 
 def test_a_sequence_beyond_a_lowered_budget_goes_alone():
     rollouts = [rollout(5, answer) for answer in (40, 1, 2)]
-    assert pack(rollouts, range(3), budget_tokens=20, shared_prefix=False) == [(0,), (2, 1)]
-    assert pack(rollouts, range(3), budget_tokens=20, shared_prefix=True) == [(0,), (2, 1)]
+    assert pack(rollouts, range(3), budget_tokens=20, shared_prefix=False) == [(45, [0]), (13, [2, 1])]
+    assert pack(rollouts, range(3), budget_tokens=20, shared_prefix=True) == [(45, [0]), (8, [2, 1])]
 
 
 def test_collate_points_at_the_right_positions():

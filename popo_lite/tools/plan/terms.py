@@ -99,10 +99,9 @@ def uses_varlen(recipe: Recipe) -> bool:
 
 
 def copied_tokens(recipe: Recipe, tokens: int) -> int:
-    """Return for how many more tokens attention keeps keys and values where answers share a prompt.
+    """Return of how many tokens attention keeps copies of keys and values: each answer that shares a prompt copies its.
 
-    A micro-batch of `tokens` holds prompts and answers of full length. Every answer gets a copy of its prompt's;
-    without FlashAttention it also gets one of its own, because the originals stay for the prompt.
+    A micro-batch of `tokens` is taken to hold answers of full length. More and shorter ones make more copies.
     """
     rollout = recipe.rollout
     if not shares_prefix(recipe):
@@ -110,7 +109,7 @@ def copied_tokens(recipe: Recipe, tokens: int) -> int:
     full, rest = divmod(tokens, rollout.max_prompt_length + rollout.num_generations * rollout.max_completion_length)
     left = max(0, rest - rollout.max_prompt_length) // rollout.max_completion_length
     answers = full * rollout.num_generations + (left if left > 1 else 0)  # a single answer is one with its prompt
-    return answers * (rollout.max_prompt_length if uses_varlen(recipe) else rollout.sequence_tokens)
+    return answers * rollout.max_prompt_length
 
 
 def shares_prefix(recipe: Recipe) -> bool:
@@ -125,7 +124,7 @@ class LayerBytes:
     In bytes per token: `boundary` is the layer's input. `saved` is what it keeps besides for the backward pass, of
     which `input_norm` only if its input has a gradient. `recompute` is the peak while it runs again and then backward,
     `saved` included; `inference` the peak without a graph. `mlp` is one activation of the MLP. `pair` is what eager
-    attention keeps for each pair of a token and a token of its sequence. `keys` are a token's keys and values as
+    attention keeps for each pair of a token and a token of its sequence. `kv` are a token's keys and values as
     attention reads them.
 
     In bytes: `casts_bytes` are autocast's 16-bit copies of the adapters, of which `attention_casts_bytes` exist before
@@ -153,8 +152,8 @@ class LayerBytes:
         # Without FlashAttention keys and values are repeated for every query head on a GPU.
         apart = packs(recipe) and not uses_varlen(recipe)
         repeated = apart and recipe.train.device != "cpu"
-        self.keys = 2 * size * shape.head_width * (shape.heads if repeated else shape.kv_heads)
-        self.saved += self.keys - 2 * size * shape.head_width * shape.kv_heads
+        self.kv = 2 * size * shape.head_width * (shape.heads if repeated else shape.kv_heads)
+        self.saved += self.kv - 2 * size * shape.head_width * shape.kv_heads
         # The inputs that the adapters keep, apart from the attention's output, and what they take in the backward pass.
         every = sum(linear.inputs for linear in adapted.values())
         if recipe.lora.dropout:
@@ -187,7 +186,7 @@ class LayerBytes:
         per_token, pairs = (self.recompute, 3) if backward else (self.inference, 2)
         # The dequantised weight and the MLP's last activation, which the peak includes, never exist at the same time.
         weight = max(0, self.weight_bytes - self.mlp * tokens)
-        kept = self.keys * copies if backward else 0
+        kept = self.kv * copies if backward else 0
         return (per_token + pairs * self.pair * sequence_tokens) * tokens + kept + self.casts_bytes + weight
 
 

@@ -202,7 +202,7 @@ class MemoryPlan:
             kept = {"layer inputs": (2 if offloads else layers) * row}
         else:
             saved = layer.saved + layer.pair * self.sequence_tokens
-            working -= saved * self.pass_tokens + layer.keys * copies
+            working -= saved * self.pass_tokens + layer.kv * copies
             # A float32 model's norms need no wider copy of their input, so that layers keep the input itself.
             inputs = (layers - 1) * row if self.size == 4 else 0
             # The first layer's input has no gradient: its norm keeps nothing of it, nor do the layers that read it.
@@ -210,7 +210,7 @@ class MemoryPlan:
             # Each pass under autocast makes its own copies of the adapters, which its graph keeps.
             casts = self.tokens // self.pass_tokens * (layers * layer.casts_bytes - layer.input_casts_bytes)
             kept = {"layer inputs": inputs, "layer activations": (layers * saved - first) * self.tokens + casts}
-            kept["layer activations"] += layers * layer.keys * copies
+            kept["layer activations"] += layers * layer.kv * copies
         kept["gradients"] = 2 * self.trained
         yield "in the LM head", kept | final_norm | {"hidden states": self._targets() + 2 * row} | self._loss()
         kept["hidden states"] = self._targets() + row
