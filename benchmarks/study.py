@@ -4,8 +4,8 @@ Trains the shipped sweeps study_* with `popo-lite sweep` in runs/; started again
 figures of every run are stored in benchmarks/results/study_*/seed-N.jsonl, one line per variant. The tables of
 docs/study.md and the plots in docs/study/ are written from these files alone.
 
-`--real` trains SmolLM2-135M-Instruct instead (the weights that `make test-real` installs, or the Hub's), exports every
-run in several ways, and measures what is left of its pass@1. `--only-write` trains nothing and writes the page from the
+`--real` trains SmolLM2-135M-Instruct instead (the weights that `make test-real` installs, or the Hub's), exports popo's
+runs in several ways, and measures what is left of their pass@1. `--only-write` trains nothing and writes the page from the
 stored files.
 """
 
@@ -114,9 +114,9 @@ def store(name: str, folder: Path, jobs: int) -> None:
     """Write the figures of every run of a sweep, one file per seed."""
     lines: dict[int, list[str]] = {}
     runs = list(SweepFolder(folder).runs(load(name)))
-    if name == REAL:
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda run: exports(run.folder.path), runs))
+    exported = [run for run in runs if name == REAL and run.variant.name == "popo"]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda run: exports(run.folder.path), exported))
     for run in runs:
         found = read_run(run.folder.path, reach=REACH)
         steps = read_lines(run.folder.metrics_path)
@@ -131,7 +131,7 @@ def store(name: str, folder: Path, jobs: int) -> None:
             "curves": {key: [_rounded(value) for value in curve] for key, curve in found.curves.items()},
             "environment": json.loads((run.folder.path / "environment.json").read_text(encoding="utf-8")),
         }
-        if name == REAL:
+        if run in exported:
             line["exports"] = exports(run.folder.path)
         lines.setdefault(run.seed, []).append(json.dumps(line) + "\n")
     (RESULTS / name).mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ def written(page: str) -> str:
 
 def sections(name: str) -> Iterator[Table]:
     """Yield the tables of a sweep."""
-    yield from tables(comparison(name), SHOWN)
+    yield from tables(comparison(name), SHOWN | ({"pass_at_8"} if name == REAL else set()))
     if name in DIFFICULTIES:
         yield time_table(name)
         yield tokens_table(name)
@@ -253,10 +253,10 @@ def time_table(name: str) -> Table:
 
 
 def exports_table() -> Table:
-    """Return the pass@1 that is left in exports of the real model, over all variants and seeds."""
+    """Return the pass@1 that is left in exports of popo's runs of the real model."""
     points: dict[str, list[float]] = {}
     rates: dict[str, list[float]] = {}
-    for line in stored(REAL):
+    for line in (line for line in stored(REAL) if "exports" in line):
         policy = line["exports"][0]["pass_at_1"]
         for name, result in zip(("policy", *EXPORTS), line["exports"], strict=True):
             rates.setdefault(name, []).append(result["pass_at_1"])
