@@ -5,8 +5,8 @@ figures of every run are stored in benchmarks/results/study_*/seed-N.jsonl, one 
 docs/study.md and the plots in docs/study/ are written from these files alone.
 
 `--real` trains SmolLM2-135M-Instruct instead (the weights that `make test-real` installs, or the Hub's), exports popo's
-runs in several ways, and measures what is left of their pass@1. `--only-write` trains nothing and writes the page from the
-stored files.
+runs in several ways, and measures what is left of their pass@1. `--only-write` trains nothing and writes the page from
+the stored files.
 """
 
 from __future__ import annotations
