@@ -68,11 +68,12 @@ class Policy:
         if self.packing == "off" and len(row) > 1:
             return torch.cat([self.hidden_states(part, [[len(part)]]) for part in input_ids.split(lengths)])
         options: dict[str, Any] = {}
-        if len(row) > 1 or len(row[0]) > 2:
+        if self.packing != "off":
             options["position_ids"] = positions(row, self.device)
-            if self.packing != "flash_attention_2":
-                options["attention_mask"] = layout(row)
-        if options and self.packing == "flash_attention_2":
+        if self.packing in ("sdpa", "varlen"):
+            # For a single sequence too: transformers' SDPA would take a kernel with T x T scores in float32 on a GPU.
+            options["attention_mask"] = layout(row)
+        elif options:
             edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
             options |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), edges)
             options |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
