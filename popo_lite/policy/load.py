@@ -16,6 +16,7 @@ import torch
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.policy.adapters import PEFT_NAMES
 from popo_lite.policy.gguf import GGUF_SUFFIX, gguf_folder
+from popo_lite.policy.memory import prefer_expandable_segments
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks.rendering import keeps_text
@@ -35,7 +36,10 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         next_step = 'set train.device to "auto", or install a CUDA build of torch'
         raise UserInputError("no CUDA GPU is visible to torch", where='train.device = "cuda"', next_step=next_step)
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    prefer_expandable_segments()
+    return torch.device("cuda")
 
 
 def model_source(recipe: ModelRecipe) -> str:

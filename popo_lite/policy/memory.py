@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +28,16 @@ def memory_named(doing: str, next_step: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise EngineError(f"the GPU ran out of memory {doing}", next_step=next_step) from error
+
+
+def prefer_expandable_segments() -> None:
+    """Let torch's allocator on a GPU grow its segments, which wastes less of them, unless the user has configured it.
+
+    Torch reads the variable at its first allocation. vLLM's sleep mode turns the setting off for its own memory.
+    """
+    variables = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform == "linux" and not any(os.environ.get(name) for name in variables):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def release_memory() -> None:

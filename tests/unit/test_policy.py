@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import bitsandbytes as bnb
 import pytest
@@ -11,7 +14,7 @@ import torch
 from popo_lite.errors import ModelError, PopoError, UserInputError
 from popo_lite.fused import fused_loss
 from popo_lite.policy.adapters import adapter_folder, load_adapter_weights, save_adapter
-from popo_lite.policy.load import import_unsloth, load_base
+from popo_lite.policy.load import import_unsloth, load_base, pick_device
 from popo_lite.policy.policy import check_logits, load_policy, load_trained_policy, stop_ids_of
 from popo_lite.policy.siamese import Siamese
 
@@ -319,3 +322,27 @@ def test_a_run_can_be_loaded_without_the_adapter_it_started_from(policy, tiny_re
     trained = load_trained_policy(tiny_recipe('lora.init_from="/gone"'), tmp_path / "adapter")
     for (_, ours), (_, theirs) in zip(policy.adapter_parameters(), trained.adapter_parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("set_before", "expected"),
+    [({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None)],
+)
+def test_a_gpus_segments_can_grow_unless_the_user_configured_the_allocator(monkeypatch, set_before, expected):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in set_before.items():
+        monkeypatch.setenv(name, value)
+    pick_device("cpu")
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pick_device("auto")
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+
+
+def test_torch_reads_the_allocators_setting_after_its_import():
+    code = "import torch, os; from popo_lite.policy.memory import prefer_expandable_segments as prefer; prefer();"
+    code += "print(torch._C._accelerator_getAllocatorSettings())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "expandable_segments:True"
