@@ -27,6 +27,15 @@ CONFIGS = {
     "llama": transformers.LlamaConfig(**SIZES, num_key_value_heads=4),
     "mistral, a window of 60": transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=60),
     "phi": transformers.PhiConfig(**SIZES),
+    "qwen3": transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32),
+    "phi3": transformers.Phi3Config(**SIZES, num_key_value_heads=2),
+    "granite": transformers.GraniteConfig(**SIZES, num_key_value_heads=2, attention_multiplier=0.2),
+    "olmo2": transformers.Olmo2Config(**SIZES, num_key_value_heads=2),
+    "smollm3, a layer without positions": transformers.SmolLM3Config(
+        **SIZES, num_key_value_heads=2, no_rope_layers=[1, 0]
+    ),
+    "starcoder2": transformers.Starcoder2Config(**SIZES, num_key_value_heads=2),
+    "cohere": transformers.CohereConfig(**SIZES, num_key_value_heads=2),
 }
 ROW = ((1,), (9,), (30,), (2, 6), (17,), (5, 3))
 
