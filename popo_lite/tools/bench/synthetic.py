@@ -190,10 +190,12 @@ def random_answers(
     return [[answer(prompt, index) for index in range(count)] for prompt in prompts]
 
 
-def random_policy(recipe: Recipe) -> Policy:
+def random_policy(recipe: Recipe, *, layers: int | None = None) -> Policy:
     """Return the policy that `load_policy` would, but over a random base and without stop ids.
 
-    Its tokenizer is that of `tiny`, which decodes ids beyond its vocabulary to nothing. The unsloth backend only builds
+    With `layers` the base has only so many, which the unsloth backend does not support.
+
+    The tokenizer is that of `tiny`, which decodes ids beyond its vocabulary to nothing. The unsloth backend only builds
     models from files, so it reads the base from a temporary folder.
     """
     if recipe.model.backend == "unsloth":
@@ -207,7 +209,7 @@ def random_policy(recipe: Recipe) -> Policy:
             release_memory()
             policy = load_policy(recipe.with_values({"model.id": folder, "model.revision": None}))
     else:
-        base = random_base(recipe.model, device)
+        base = random_base(recipe.model, device, layers=layers)
         adapted = add_adapters(base, recipe.lora, recipe.train.seed)
         if recipe.train.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -216,7 +218,9 @@ def random_policy(recipe: Recipe) -> Policy:
     return policy
 
 
-def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> PreTrainedModel:
+def random_base(
+    recipe: ModelRecipe, device: torch.device, *, seed: int = 0, layers: int | None = None
+) -> PreTrainedModel:
     """Return the base that `load_base` would, but with random weights: same modules, dtypes and bytes, all frozen.
 
     It is built on the meta device, then filled and quantised tensor by tensor on `device`: only one layer at a time is
@@ -231,7 +235,7 @@ def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> 
     dtype: torch.dtype = getattr(torch, recipe.dtype)
     with init_empty_weights(include_buffers=False):
         settings = {"attn_implementation": recipe.attn_implementation, "trust_remote_code": recipe.trust_remote_code}
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(architecture(recipe), dtype=dtype, **settings)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(architecture(recipe, layers), dtype=dtype, **settings)
     quantizer: Any = None
     if recipe.quantization == "nf4":
         quantizer = AutoHfQuantizer.from_config(load.nf4_config(recipe), pre_quantized=False)
@@ -251,8 +255,9 @@ def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> 
         setattr(model.get_submodule(module), attribute, filled)
         del values  # before the next layer: two in 16 bit would be the peak
     model.tie_weights()
-    for buffer in model.buffers():
-        buffer.data = buffer.to(device)
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, buffer.to(device))
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
@@ -261,9 +266,17 @@ def random_base(recipe: ModelRecipe, device: torch.device, *, seed: int = 0) -> 
     return model
 
 
-def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
-    """Return the model's config: of a shape known by name without asking anyone, else as `load_config` finds it."""
+def architecture(recipe: ModelRecipe, layers: int | None = None) -> PreTrainedConfig:
+    """Return the model's config: of a shape known by name without asking anyone, else as `load_config` finds it.
+
+    With `layers` it is that of a model with only so many of its layers.
+    """
     from transformers import AutoConfig
 
     known = KNOWN_CONFIGS.get(recipe.id) if recipe.revision is None else None
-    return load.load_config(recipe) if known is None else AutoConfig.for_model(**known)
+    config = load.load_config(recipe) if known is None else AutoConfig.for_model(**known)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if kinds := getattr(config, "layer_types", None):
+            config.layer_types = kinds[:layers]
+    return config
