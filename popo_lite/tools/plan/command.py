@@ -9,10 +9,12 @@ import re
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 import click
 
-from popo_lite.errors import UserInputError
+from popo_lite.errors import ModelError, UserInputError
+from popo_lite.tools.simulate import Simulator, refuse
 
 UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 
@@ -22,23 +24,39 @@ UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 @click.option("--vram", metavar="SIZE", help="Memory of the GPU, e.g. 24GiB; default: nvidia-smi's figure, else 24GiB.")
 @click.option("--others", metavar="SIZE", help="Part that other processes hold; default: nvidia-smi's, 0 with --vram.")
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
+@click.option(
+    "--simulate", is_flag=True, help="Also run a step of the trainer on a simulated GPU, and count its memory."
+)
 @click.option("as_json", "--json", is_flag=True, help="Print the plan as one JSON object, sizes in bytes.")
-def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def plan(
+    recipe: str, vram: str | None, others: str | None, overrides: tuple[str, ...], simulate: bool, as_json: bool
+) -> None:
     """Plan the memory of RECIPE phase by phase: a TOML file, or the name of a shipped recipe.
 
     Nothing is loaded, and only the config.json of a model that is not known by name is downloaded. If the run does not
     fit, the smallest changes that make it fit are printed. Exit code 0: it fits; 1: it does not; 2: the recipe or the
     command line has an error. See docs/memory.md.
+
+    With --simulate the trainer's code runs at real size without a GPU and without weights. That takes some 20 seconds,
+    and also works for architectures that the plan does not know.
     """
     from popo_lite.recipe_file import load_recipe
     from popo_lite.tools.console.output import open_console
     from popo_lite.tools.plan.advice import advice_for
     from popo_lite.tools.plan.report import plan_report
     from popo_lite.tools.plan.shapes import load_shape
+    from popo_lite.tools.plan.simulation import Simulation, simulation_report
     from popo_lite.tools.plan.vram import plan_memory
 
     settings = load_recipe(recipe, overrides)
-    shape = load_shape(settings.model)
+    if simulate:
+        refuse(settings)
+    try:
+        shape = load_shape(settings.model)
+    except ModelError:
+        if not simulate:
+            raise
+        shape = None
     vram_bytes, others_bytes, source, others_source = 24 * 2**30, 0, "--vram", "none counted"
     if vram is not None:
         vram_bytes = parse_size(vram)
@@ -50,21 +68,32 @@ def plan(recipe: str, vram: str | None, others: str | None, overrides: tuple[str
         source = "assumed: nvidia-smi reports no GPU"
     if others is not None:
         others_bytes, others_source = parse_size(others, "--others", least_bytes=0), "--others"
+    data: dict[str, Any] = {"recipe": recipe, "model": settings.model.id, "vram_source": source}
+    data |= {"others_source": others_source}
+    console, fits = open_console(sys.stdout), True
     try:
-        planned = plan_memory(settings, shape, vram_bytes=vram_bytes, others_bytes=others_bytes)
+        if shape is not None:
+            planned = plan_memory(settings, shape, vram_bytes=vram_bytes, others_bytes=others_bytes)
+            fits, advice = planned.fits, advice_for(planned)
+            overridden = [f"{key}={json.dumps(value)}" for key, value in advice.values.items()]
+            data |= planned.as_json() | {"advice": advice._asdict() | {"overrides": overridden}}
+            if not as_json:
+                options = [("--vram", vram), ("--others", others), *(("--set", override) for override in overrides)]
+                words = [word for option, value in options if value is not None for word in (option, value)]
+                command = shlex.join(["popo-lite", "plan", recipe, *words])
+                plan_report(planned, advice, (source, others_source), command, console)
+        if simulate:
+            with Simulator() as simulator:
+                found = Simulation.of(settings, shape, simulator, vram_bytes=vram_bytes, others_bytes=others_bytes)
+            fits = fits and found.fits
+            data["simulation"] = found.as_json()
+            if not as_json:
+                simulation_report(found, console)
     except UserInputError as error:
         raise error.within(recipe) from error
-    advice = advice_for(planned)
     if as_json:
-        overridden = [f"{key}={json.dumps(value)}" for key, value in advice.values.items()]
-        given = {"recipe": recipe, "model": settings.model.id, "vram_source": source, "others_source": others_source}
-        click.echo(json.dumps(given | planned.as_json() | {"advice": advice._asdict() | {"overrides": overridden}}))
-    else:
-        options = [("--vram", vram), ("--others", others), *(("--set", override) for override in overrides)]
-        words = [word for option, value in options if value is not None for word in (option, value)]
-        command = shlex.join(["popo-lite", "plan", recipe, *words])
-        plan_report(planned, advice, (source, others_source), command, open_console(sys.stdout))
-    if not planned.fits:
+        click.echo(json.dumps(data))
+    if not fits:
         raise SystemExit(1)
 
 

@@ -53,19 +53,22 @@ def simulate(
     for depth in depths:
         device.reset(vram_bytes=vram_bytes, capability=(capability[0], capability[1]), enforce=enforce)
         traces.append(_trace(device, recipe, lengths, layers=depth if len(depths) > 1 else None))
-    result = {"phases": {name: _peak(traces, name, depths, layers) for name in PHASES if name in traces[0].reserved}}
-    fullest = max(phase["allocated_bytes"] for phase in result["phases"].values())
-    # Segments are not linear in the number of layers, so what they waste is taken relative to the tensors.
-    shown = max(level for name in PHASES for level, _ in traces[-1].levels(name).values())
-    smallest = {"default": False, "expandable": True}
-    waste = {
-        name: smallest_capacity(traces[-1].events, expandable=flag) / shown if not enforce else 0.0
-        for name, flag in smallest.items()
+    result: dict[str, Any] = {
+        "phases": {name: _peak(traces, name, depths, layers) for name in PHASES if name in traces[0].reserved}
     }
-    return result | traces[-1].facts | {
-        "smallest_bytes": {name: round(fullest * ratio) for name, ratio in waste.items()},
-        "depths": list(depths), "layers": layers, "seconds": time.perf_counter() - start,
-    }  # fmt: skip
+    # Segments are not linear in the number of layers: what they waste is taken from the deepest model that was run.
+    last = traces[-1]
+    shown = max(level for name in PHASES for level, _ in last.levels(name).values())
+    added = max(phase["allocated_bytes"] for phase in result["phases"].values()) - shown
+    for name, phase in result["phases"].items():
+        phase["reserved_bytes"] = last.reserved[name] + added
+    if not enforce:
+        sizes = {"default": False, "expandable": True}
+        result["smallest_bytes"] = {
+            name: smallest_capacity(last.events, expandable=flag) + added for name, flag in sizes.items()
+        }
+    about = {"depths": list(depths), "layers": layers, "seconds": time.perf_counter() - start}
+    return result | last.facts | about
 
 
 def two_micro_batches(recipe: Recipe) -> tuple[Recipe, list[int]]:
@@ -232,6 +235,5 @@ def _peak(traces: Sequence[_Trace], phase: str, depths: Sequence[int], layers: i
     return {
         "allocated_bytes": highest[top],
         "requested_bytes": by_place.total(),
-        "reserved_bytes": at_full_depth([trace.reserved[phase] for trace in traces]),
         "holders": by_place.most_common(HOLDERS),
     }
