@@ -64,13 +64,15 @@ def test_phases_add_up_and_hold_the_base_throughout() -> None:
     assert plan.peak.total_bytes == max(phase.total_bytes for phase in plan.phases)
 
 
-def test_the_update_holds_each_layers_input_and_two_sets_of_gradients() -> None:
+def test_the_update_holds_each_layers_input_and_two_sets_of_gradients_as_far_as_they_exist() -> None:
     update = in_phase(recipe_of("1_5b"), "update")
     assert update["layer inputs"] == 28 * 8192 * 1536 * 2
-    assert update["gradients"] == 2 * (update["adapters"] + update["predictor head"])
+    # The top layer's backward pass has none for the adapters of the other 27 layers yet.
+    assert update["gradients"] == 2 * (update["adapters"] + update["predictor head"]) - update["adapters"] * 27 // 28
     assert update["siamese average"] == update["adapters"] + update["predictor head"]
     offloaded = in_phase(recipe_of("1_5b", "train.offload_activations=true"), "update")
-    assert offloaded["layer inputs"] == 2 * 8192 * 1536 * 2
+    assert offloaded["layer inputs"] == 8192 * 1536 * 2
+    assert offloaded["gradients"] == 2 * (update["adapters"] + update["predictor head"])
 
 
 def test_a_micro_batch_is_at_least_one_longest_sequence() -> None:

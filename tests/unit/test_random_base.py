@@ -116,7 +116,7 @@ def test_what_is_written_loads_to_the_same_base(tmp_path):
     assert tensors(read) == tensors(made)
 
 
-def test_only_the_bench_can_load_random_weights():
+def test_only_bench_and_simulation_can_load_random_weights():
     root = Path(popo_lite.__file__).parent
     users = {
         file.relative_to(root).as_posix()
@@ -126,4 +126,4 @@ def test_only_the_bench_can_load_random_weights():
         or (isinstance(node, ast.Import) and any("bench.synthetic" in name.name for name in node.names))
         or (isinstance(node, ast.ImportFrom) and any(name.name in NAMES for name in node.names))
     }
-    assert users == {"tools/bench/measure.py"}
+    assert users == {"tools/bench/measure.py", "tools/simulate/run.py"}

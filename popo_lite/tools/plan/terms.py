@@ -13,7 +13,7 @@ from math import ceil, inf
 from popo_lite.chunks import row_block, tile_rows
 from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
 from popo_lite.recipe_rules import impossible_combinations
-from popo_lite.tools.plan.shapes import ModelShape, adapted_linears, parameter_counts
+from popo_lite.tools.plan.shapes import Linear, ModelShape, adapted_linears, parameter_counts
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -94,8 +94,11 @@ def packs(recipe: Recipe) -> bool:
 
 
 def uses_varlen(recipe: Recipe) -> bool:
-    """Whether packed rows take FlashAttention (policy/attention.py), on a GPU of compute capability 8.0 or more."""
-    return recipe.train.device != "cpu" and DTYPE_BYTES[recipe.model.dtype] == 2
+    """Whether packed rows take FlashAttention (policy/attention.py), on a GPU of compute capability 8.0 or more.
+
+    With DoRA queries and keys are float32.
+    """
+    return recipe.train.device != "cpu" and DTYPE_BYTES[recipe.model.dtype] == 2 and not recipe.lora.dora
 
 
 def copied_tokens(recipe: Recipe, tokens: int) -> int:
@@ -176,18 +179,47 @@ class LayerBytes:
         self.input_casts_bytes = cast * sum(linear.inputs for linear in qkv)
         self.attention_casts_bytes = cast * sum(linear.inputs + linear.outputs for linear in qkv)
         self.weight_bytes = size * max(linear.inputs * linear.outputs for linear in shape.linears()) if packed else 0
+        self.identity = self.identity_bytes = 0
+        if recipe.lora.dora:
+            self._widen_for_dora(shape, list(adapted.values()), size, rank)
+
+    def _widen_for_dora(self, shape: ModelShape, adapted: list[Linear], size: int, rank: int) -> None:
+        """Count DoRA as PEFT computes it: in float32, and with an identity matrix as large as a layer's input squared.
+
+        Its magnitudes are float32, so all activations are. Each adapter keeps a 16-bit copy of its input, its own
+        output, and the base's, which is as wide as its input.
+        """
+        wide, mlp = max(4, size) * shape.width, max(4, size) * shape.mlp_width
+        heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_width
+        kept = size * sum(linear.inputs + linear.outputs + rank for linear in adapted)
+        kept += max(4, size) * sum(linear.outputs for linear in adapted)
+        self.boundary = wide
+        self.input_norm = wide + 4
+        self.saved = 2 * self.input_norm + size * heads + 4 * shape.heads + 3 * mlp + kept
+        self.saved += self.kv - 2 * size * shape.head_width * shape.kv_heads
+        self.recompute = self.saved + 3 * mlp
+        self.inference = 4 * mlp + size * 3 * shape.mlp_width + 2 * wide
+        # The widest layer's weight and the adapters' product, in float32.
+        self.weight_bytes = 2 * max(4, size) * max(linear.inputs * linear.outputs for linear in adapted)
+        self.identity = mlp  # its input beside it
+        self.identity_bytes = (4 + size if size == 2 else size) * max(linear.inputs for linear in adapted) ** 2
 
     def peak_bytes(self, tokens: int, sequence_tokens: int, *, backward: bool, copies: int = 0) -> int:
         """Return the layer's peak over sequences of that length: run again and backward, or without a graph.
 
         For the backward pass attention keeps keys and values of `copies` more tokens (`copied_tokens`).
         """
-        # For eager attention, three times what it keeps is an upper bound.
-        per_token, pairs = (self.recompute, 3) if backward else (self.inference, 2)
+        per_token, pairs = (self.recompute, 1) if backward else (self.inference, 2)
         # The dequantised weight and the MLP's last activation, which the peak includes, never exist at the same time.
-        weight = max(0, self.weight_bytes - self.mlp * tokens)
+        weight = self.weight_bytes if self.identity_bytes else max(0, self.weight_bytes - self.mlp * tokens)
         kept = self.kv * copies if backward else 0
-        return (per_token + pairs * self.pair * sequence_tokens) * tokens + kept + self.casts_bytes + weight
+        total = (per_token + pairs * self.pair * sequence_tokens) * tokens + weight
+        if backward and self.pair:
+            # Eager attention takes up to three times what it keeps. Its backward pass comes after the MLP's.
+            total = max(total, (self.saved - 3 * self.mlp + 3 * self.pair * sequence_tokens) * tokens)
+        if self.identity_bytes:
+            total = max(total, ((self.saved if backward else 0) + self.identity) * tokens + self.identity_bytes)
+        return total + kept + self.casts_bytes
 
 
 def pass_bytes(
@@ -197,8 +229,9 @@ def pass_bytes(
     """Return an upper bound for the memory of the fused loss, without hidden states, targets and head.
 
     It adds the chunk's logits, a row block's temporaries (two more if logits are scaled, capped or divided by a
-    temperature: `scaled`), the gradient [N, D] twice, because it is multiplied by the incoming one, and eight numbers
-    per token. `head_bytes` is the size of one weight of the head, `logits_bytes` that of one logit.
+    temperature: `scaled`), the gradient [N, D], and eight numbers per token. In the end the gradient is multiplied by
+    the incoming one, which takes another [N, D]. `head_bytes` is the size of one weight of the head, `logits_bytes`
+    that of one logit.
     """
     chunk = min(chunk, tokens)
     rows = min(row_block(vocabulary, on_gpu=on_gpu, logits_bytes=logits_bytes), chunk)
@@ -207,8 +240,9 @@ def pass_bytes(
     columns = min(tile_rows(width), vocabulary)
     # On a CPU: the widened tile of the head, the widened hidden states, and their product twice.
     products = 0 if on_gpu else columns * width * 4 + chunk * (width + 2 * columns) * 4
-    held = 2 * tokens * width * head_bytes + 8 * tokens * logits_bytes
-    return chunk * vocabulary * logits_bytes + max(temporaries, products) + held
+    gradient = tokens * width * head_bytes
+    walking = chunk * vocabulary * logits_bytes + max(temporaries, products)
+    return max(walking, gradient) + gradient + 8 * tokens * logits_bytes
 
 
 def engine_of(recipe: Recipe) -> str:

@@ -65,7 +65,11 @@ class MemoryPlan:
         trained = {"adapters": self.trained_size * sum(adapters), "predictor head": self.trained_size * sum(predictor)}
         self.trained = sum(trained.values())
         self.policy = terms.base_bytes(shape, recipe.model) | trained
-        self.optimizer = {"optimizer state": terms.optimizer_bytes(adapters + predictor, recipe)}
+        # Without a similarity term the predictor head has no gradient, and the optimizer no state for it.
+        similar = recipe.objective.needs_siamese_pass
+        self.learned = self.trained if similar else trained["adapters"]
+        elements = adapters + predictor if similar else adapters
+        self.optimizer = {"optimizer state": terms.optimizer_bytes(elements, recipe)}
         vllm = terms.vllm_bytes(recipe, shape, vram_bytes, on_gpu=self.on_gpu) if self.engine == "vllm" else None
         states, self.engine_shortfall_bytes, self.vllm_sequences = vllm or ([Classes()] * 3, 0, 0)
         self.sampling, self.training, self.swapping = states
@@ -121,6 +125,8 @@ class MemoryPlan:
         load: list[Moment] = [("everything is loaded", {})]
         if self.recipe.model.quantization == "nf4":  # transformers quantises one weight after the other
             load = [("the last weight is quantised", {"weight in 16 bit": self.layer.weight_bytes})]
+        if self.layer.identity_bytes:
+            load += [("DoRA is tried", {"layer working set": self.layer.identity_bytes})]
         load += [("the engine has started", self.sampling)] if self.sampling else []
         yield self._phase("load", trainer, load)
         sampled = ("answers are sampled" if self.sampling else "servers sample elsewhere", self.sampling)
@@ -129,7 +135,7 @@ class MemoryPlan:
         yield self._phase("siamese", idle | self.training, self._siamese())
         yield self._phase("update", idle | self.training, self._update())
         # A copy of the weights from before the step becomes their difference.
-        step = {"gradients": self.trained} | self.optimizer | {"weight copies": self.trained}
+        step = {"gradients": self.learned} | self.optimizer | {"weight copies": self.trained}
         yield self._phase("step", trainer | self.training, [("the optimizer's step", step)])
         moved = "the adapter enters the engine" if self.swapping else "nothing is moved"
         yield self._phase("swap", idle, [(moved, self.swapping)])
@@ -211,9 +217,17 @@ class MemoryPlan:
             casts = self.tokens // self.pass_tokens * (layers * layer.casts_bytes - layer.input_casts_bytes)
             kept = {"layer inputs": inputs, "layer activations": (layers * saved - first) * self.tokens + casts}
             kept["layer activations"] += layers * layer.kv * copies
-        kept["gradients"] = 2 * self.trained
+        # Micro-batches' sum, and what the current one has so far: all gradients when it ends.
+        kept["gradients"] = self.learned
         yield "in the LM head", kept | final_norm | {"hidden states": self._targets() + 2 * row} | self._loss()
         kept["hidden states"] = self._targets() + row
         if train.gradient_checkpointing:
             yield "the last layer has run", kept | final_norm | {"adapter copies": layers * layer.casts_bytes}
-        yield "the top layer's backward pass", kept | {"layer working set": working}
+        # One sequence at a time, all adapters have gradients after the first.
+        others = self.policy["adapters"] * (layers - 1) // layers if self.pass_tokens == self.tokens else 0
+        top = kept | {"gradients": 2 * self.learned - others}
+        yield "the top layer's backward pass", top | {"layer working set": working}
+        # By then the layers above have freed what they kept.
+        below = {"gradients": 2 * self.learned, "hidden states": self._targets() + row, "layer inputs": row}
+        whole = layer.peak_bytes(self.pass_tokens, self.sequence_tokens, backward=True, copies=copies)
+        yield "the bottom layer's backward pass", below | {"layer working set": whole}
