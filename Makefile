@@ -1,5 +1,6 @@
 # make train [RECIPE=recipes/tiny_cpu.toml]   install what is needed into .venv, then train
 # make test                                   the tests, without a GPU
+# make test-fakegpu                           the trainer on a simulated GPU: minutes
 # make test-vllm                              the tests that need vLLM, with its CPU build
 # make test-real                              the tests on a real model, SmolLM2-135M, on the CPU
 # make test-engines                           both, and those that need both
@@ -20,13 +21,16 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo '[gpu]')
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: train test test-vllm test-real test-engines study study-real check docs clean
+.PHONY: train test test-fakegpu test-vllm test-real test-engines study study-real check docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/popo-lite train $(RECIPE) $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(ARGS)
+
+test-fakegpu: $(VENV)/.installed-dev
+	$(PYTEST) -n 0 -m fakegpu $(ARGS)
 
 test-vllm: $(VENV)/.installed-vllm
 	$(PYTEST) -m 'vllm and not real' $(ARGS)

@@ -23,7 +23,8 @@ class Simulator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # closes its input, at which it ends
+        self._process.kill()  # every job is answered, or its answer is not wanted any more
+        self._process.communicate()
 
     def run(self, recipe: Recipe, **options: Any) -> dict[str, Any]:
         """Return the result of `popo_lite.tools.simulate.run.simulate`; `options` are its keywords.
