@@ -141,7 +141,8 @@ def test_a_few_layers_say_what_all_take(simulator: Simulator, tmp_path: Path, ov
 
 def test_layers_that_differ_are_all_run(simulator: Simulator, tmp_path: Path) -> None:
     kinds = ["sliding_attention", "full_attention"] * 3
-    folder = folder_of(tmp_path, model_type="qwen3", num_hidden_layers=6, head_dim=64, layer_types=kinds)
+    folder = folder_of(tmp_path, model_type="qwen3", num_hidden_layers=6, head_dim=64, layer_types=kinds,
+                       use_sliding_window=True, sliding_window=256)  # fmt: skip
     recipe = recipe_of(folder)
     assert simulator.run(recipe, extrapolate=True)["depths"] == [6]
 

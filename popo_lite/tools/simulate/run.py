@@ -53,9 +53,8 @@ def simulate(
     for depth in depths:
         device.reset(vram_bytes=vram_bytes, capability=(capability[0], capability[1]), enforce=enforce)
         traces.append(_trace(device, recipe, lengths, layers=depth if len(depths) > 1 else None))
-    result: dict[str, Any] = {
-        "phases": {name: _peak(traces, name, depths, layers) for name in PHASES if name in traces[0].reserved}
-    }
+    busy = [name for name in PHASES if traces[0].levels(name)]  # without a similarity term siamese is not
+    result: dict[str, Any] = {"phases": {name: _peak(traces, name, depths, layers) for name in busy}}
     # Segments are not linear in the number of layers: what they waste is taken from the deepest model that was run.
     last = traces[-1]
     shown = max(level for name in PHASES for level, _ in last.levels(name).values())
