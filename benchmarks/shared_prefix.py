@@ -27,7 +27,6 @@ CASES = {
     "tiny_cpu, 14 + 23": ("tiny_cpu", (32, 8, 14, 23)),
     "tiny_cpu, 512 + 256": ("tiny_cpu", (1, 8, 512, 256)),
     "smollm2_135m, 75 + 5": ("smollm2_135m", (8, 8, 75, 5)),
-    "smollm2_135m, 512 + 256": ("smollm2_135m", (1, 8, 512, 256)),
 }
 """Recipe, and how many prompts of how many answers, of how many tokens each."""
 SIZES = (
