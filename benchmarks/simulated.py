@@ -4,7 +4,7 @@
     python benchmarks/simulated.py qwen_7b_lora DoRA    only these
     python benchmarks/simulated.py --every-layer        without leaving out layers that are alike
 
-A line is written when its simulation ends, and is not simulated again: remove the file to start anew.
+Cases that the file already holds are skipped: remove it to start anew.
 """
 
 from __future__ import annotations

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,186 +15,14 @@ import torch
 from torch import Tensor
 
 from popo_lite.chunks import chunk_tokens
-from popo_lite.errors import EngineError
 from popo_lite.fused import fused_loss, refuse_without_compiler, score
+from popo_lite.micro_batches import MicroBatch, MicroBatches
 from popo_lite.objective import LOSSES, StepPlan, Tokens, noisy_target, plan_step, similarity_loss
-from popo_lite.policy.memory import is_out_of_memory, release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.policy.siamese import Siamese
 from popo_lite.recipe import GrpoObjective, OptimizerRecipe, PopoObjective, Recipe
 from popo_lite.seeding import stream_seed
 from popo_lite.types import Group, Rollout
-
-# --------------------------------------------------------------------------- micro-batches
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """B sequences in a row of T tokens without padding, with N completion tokens in all; a shared prompt is there once.
-
-    `members` are the sequences' positions in the list that was split. `row` holds (prompt, *answers), in tokens, for
-    each prompt of `input_ids` [T]. `targets` [N] are the completion tokens, `lengths` how many of each sequence,
-    `sequence_of_token` [N] indexes the B sequences; `sampler_logps` [N].
-    """
-
-    members: tuple[int, ...]
-    input_ids: Tensor
-    row: tuple[tuple[int, ...], ...]
-    targets: Tensor
-    lengths: tuple[int, ...]
-    sequence_of_token: Tensor
-    sampler_logps: Tensor
-
-    def predicting(self, hidden: Tensor) -> Tensor:
-        """Return [N, D]: of `hidden` [T, D] the states that predict the completion tokens.
-
-        By slices: the gradient of an index that repeats a prompt's last state adds in no fixed order.
-        """
-        states: list[Tensor] = []
-        for prompt, answers in self._split(hidden):
-            last = prompt[-1:]
-            for answer in answers:
-                states += [last, answer[:-1]]
-        return torch.cat(states)
-
-    def mean_features(self, hidden: Tensor) -> Tensor:
-        """Return [B, D]: the mean of `hidden` [T, D] over each completion's own tokens, in at least float32."""
-        # `mean` sums in float32 without a float32 copy of the whole row.
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        return torch.stack([answer.mean(dim=0, dtype=dtype) for _, many in self._split(hidden) for answer in many])
-
-    def by_sequence(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Split [N] values of completion tokens by sequence."""
-        return tuple(values.split(self.lengths))
-
-    def _split(self, hidden: Tensor) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-        parts = iter(hidden.split([length for block in self.row for length in block]))
-        for block in self.row:
-            prompt, *answers = itertools.islice(parts, len(block))
-            yield prompt, answers
-
-
-def by_prompt(rollouts: Sequence[Rollout], members: Sequence[int], *, shared_prefix: bool) -> list[list[int]]:
-    """Group `members` of `rollouts` by what is computed together: a prompt's answers, or each alone."""
-    groups: dict[object, list[int]] = {}
-    for index in members:
-        groups.setdefault(rollouts[index].prompt.token_ids if shared_prefix else index, []).append(index)
-    return list(groups.values())
-
-
-def pack(
-    rollouts: Sequence[Rollout], members: Sequence[int], *, budget_tokens: int, shared_prefix: bool
-) -> list[tuple[int, list[int]]]:
-    """Pack `members` of `rollouts` into micro-batches, (tokens, members), of at most `budget_tokens` each.
-
-    First fit, longest first. The answers to a prompt stay together if they fit; else each part repeats the prompt. A
-    sequence that is longer than the budget goes alone: recipes in which that can happen are refused, but the budget may
-    have been lowered since.
-    """
-    parts: list[tuple[int, list[int]]] = []
-    for group in by_prompt(rollouts, members, shared_prefix=shared_prefix):
-        prompt = len(rollouts[group[0]].prompt.token_ids)
-        answers = [(len(rollouts[index].completion.token_ids), [index]) for index in group]
-        parts += [(prompt + tokens, part) for tokens, part in _first_fit(answers, budget_tokens - prompt)]
-    return _first_fit(parts, budget_tokens)
-
-
-def _first_fit(parts: Sequence[tuple[int, list[int]]], budget: int) -> list[tuple[int, list[int]]]:
-    """Join parts, each (tokens, members), as long as they have at most `budget` tokens together."""
-    joined: list[tuple[int, list[int]]] = []
-    for tokens, members in sorted(parts, key=lambda part: (-part[0], part[1])):
-        place = next((place for place, (taken, _) in enumerate(joined) if taken + tokens <= budget), len(joined))
-        taken, before = joined[place] if place < len(joined) else (0, [])
-        joined[place : place + 1] = [(taken + tokens, before + members)]
-    return joined
-
-
-def collate(
-    rollouts: Sequence[Rollout], members: Sequence[int], *, device: torch.device, shared_prefix: bool
-) -> MicroBatch:
-    """Build the tensors of the micro-batch of `members`, which index `rollouts`."""
-    ids: list[int] = []
-    row: list[tuple[int, ...]] = []
-    order: list[int] = []
-    for group in by_prompt(rollouts, members, shared_prefix=shared_prefix):
-        parts = [rollouts[group[0]].prompt.token_ids, *(rollouts[index].completion.token_ids for index in group)]
-        ids += itertools.chain.from_iterable(parts)
-        row.append(tuple(map(len, parts)))
-        order += group
-    completions = [rollouts[index].completion for index in order]
-    lengths = tuple(len(completion.token_ids) for completion in completions)
-    return MicroBatch(
-        members=tuple(order),
-        input_ids=torch.tensor(ids, device=device),
-        row=tuple(row),
-        targets=torch.tensor([token for one in completions for token in one.token_ids], device=device),
-        lengths=lengths,
-        sequence_of_token=torch.arange(len(order), device=device).repeat_interleave(
-            torch.tensor(lengths, device=device)
-        ),
-        sampler_logps=torch.tensor([logp for one in completions for logp in one.sampler_logps], device=device),
-    )
-
-
-class MicroBatches:
-    """Splits rollouts into micro-batches of at most `budget_tokens`, which is lowered when GPU memory runs out.
-
-    `tokens` counts, by stage, what was forwarded since it was cleared. With `shared_prefix` a prompt is forwarded once
-    for all its answers in a micro-batch. `memory_advice` returns what else would let a single sequence fit; it ends the
-    error about one that does not.
-    """
-
-    def __init__(
-        self,
-        budget_tokens: int,
-        device: torch.device,
-        *,
-        shared_prefix: bool,
-        notify: Callable[[str], None],
-        memory_advice: Callable[[], str],
-    ) -> None:
-        self.budget_tokens, self._device, self._shared_prefix = budget_tokens, device, shared_prefix
-        self.tokens: Counter[str] = Counter()
-        self._notify, self._memory_advice = notify, memory_advice
-
-    def run(self, rollouts: Sequence[Rollout], work: Callable[[MicroBatch], None], *, stage: str) -> int:
-        """Call `work` with micro-batches that hold every rollout once; return how many there were.
-
-        If `work` runs out of memory it must leave nothing behind: its micro-batch is split and tried again, and the
-        budget stays lowered. Raises EngineError if a single sequence does not fit.
-        """
-        shared = self._shared_prefix
-        waiting = pack(rollouts, range(len(rollouts)), budget_tokens=self.budget_tokens, shared_prefix=shared)
-        done = 0
-        while waiting:
-            tokens, members = waiting[0]
-            try:
-                work(collate(rollouts, members, device=self._device, shared_prefix=shared))
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not is_out_of_memory(error):
-                    raise
-            else:
-                waiting.pop(0)
-                done += 1
-                self.tokens[stage] += tokens
-                continue
-            # Outside the except block: the caught error would keep the failed attempt's tensors alive.
-            release_memory()
-            if len(members) == 1:
-                raise EngineError(
-                    f"the GPU ran out of memory in the {stage} pass of a single sequence of {tokens} tokens",
-                    where=f"problem {rollouts[members[0]].prompt.problem.id}",
-                    next_step=self._memory_advice(),
-                )
-            self.budget_tokens = (tokens + 1) // 2
-            self._notify(
-                f"memory ran out in the {stage} pass of {tokens:,} tokens; the step goes on, with micro-batches of at "
-                f"most {self.budget_tokens:,} from now on"
-            )
-            left = [member for _, batch in waiting for member in batch]
-            waiting = pack(rollouts, left, budget_tokens=self.budget_tokens, shared_prefix=shared)
-        return done
-
 
 # --------------------------------------------------------------------------- optimizer
 

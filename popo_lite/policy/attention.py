@@ -43,8 +43,8 @@ def enable_packing(model: PreTrainedModel) -> None:
 def layout(row: Row) -> Tensor:
     """Return the segments of a row, shaped like a mask: int32 [1, 1, S, 2], on the host.
 
-    A segment is a part of the row whose tokens are computed in one call: its length, and the number of the segment that
-    it continues, or -1. A prompt with a single answer is one segment.
+    A segment is a whole sequence, a prompt that answers share, or such an answer. Each has its length, and the number
+    of the segment that it continues, or -1.
     """
     segments: list[tuple[int, int]] = []
     for prompt, *answers in row:
@@ -130,7 +130,7 @@ def _repeated(part: Tensor, heads: int) -> Tensor:
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[tuple[int, int]], scale: Any) -> Tensor:
-    """Return [1, T, H, d] by one call of FlashAttention: fewer queries than keys are aligned at the end there."""
+    """Return [1, T, H, d] by one call of FlashAttention, in which a segment's last query sees all its keys."""
     heads, grouped = query.shape[1], query.shape[1] != key.shape[1]
     lengths = [length for length, _ in segments]
     seen = [length if prompt < 0 else lengths[prompt] + length for length, prompt in segments]

@@ -97,6 +97,12 @@ def test_a_setting_takes_what_the_plan_says(simulator: Simulator, narrow: Path, 
     hold_against_plan(found, recipe)
 
 
+def test_float32_takes_no_more_on_an_older_card(simulator: Simulator, narrow: Path) -> None:
+    """Compute capability 7.5 has no FlashAttention, and its other kernel without T x T scores groups no heads."""
+    recipe = recipe_of(narrow, *SETTINGS["float32"])
+    hold_against_plan(simulator.run(recipe, capability=(7, 5)), recipe)
+
+
 def hold_against_plan(found: dict[str, Any], recipe: Recipe) -> None:
     """In the fullest phase the plan is never below the simulation, and at most 4 % above it."""
     alone = recipe.with_values({"rollout.engine": "hf", "train.device": "cuda"})

@@ -305,6 +305,7 @@ def test_the_update_of_a_whole_trunk_takes_what_was_planned(
         f"rollout.max_completion_length={answers[0]}",
         "data.prompts_per_step=1",
         f"rollout.num_generations={max(2, len(answers))}",
+        f"train.shared_prefix={str(len(answers) > 1).lower()}",
     )
     torch.manual_seed(0)
     wanted = getattr(torch, dtype)
@@ -455,7 +456,10 @@ def kept_by_a_pass(policy: Policy, tokens: int) -> int:
 def test_the_tiny_models_activations_take_what_was_planned(tiny_recipe: Callable[..., Recipe]) -> None:
     tokens = 512
     recipe = tiny_recipe(
-        f"train.tokens_per_microbatch={tokens}", "rollout.max_prompt_length=256", "rollout.max_completion_length=256"
+        f"train.tokens_per_microbatch={tokens}",
+        "rollout.max_prompt_length=256",
+        "rollout.max_completion_length=256",
+        "train.shared_prefix=false",
     )
     planned = planned_classes(recipe, "update")
     shape = load_shape(recipe.model)

@@ -22,6 +22,7 @@ from popo_lite.checkpoint import (
 from popo_lite.curriculum import Seen
 from popo_lite.errors import CheckpointError, PopoError, UserInputError
 from popo_lite.evaluation import pass_at_k
+from popo_lite.micro_batches import collate, pack
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe import OptimizerRecipe
 from popo_lite.run_folder import (
@@ -35,15 +36,7 @@ from popo_lite.run_folder import (
 )
 from popo_lite.trainer import Interrupts, StopRequested
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
-from popo_lite.update import (
-    Learner,
-    build_optimizer,
-    collate,
-    learning_rate_factor,
-    move_state,
-    pack,
-    set_learning_rate,
-)
+from popo_lite.update import Learner, build_optimizer, learning_rate_factor, move_state, set_learning_rate
 
 CURSOR = Cursor(
     next_step=3,

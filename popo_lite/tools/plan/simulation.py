@@ -21,7 +21,7 @@ class Simulation(NamedTuple):
     """A simulated step: what `simulate` returned, and each phase's planned tensors (none for an unknown architecture).
 
     `smallest_bytes` are those of the smallest card that holds the trainer, with torch's default segments and with
-    expandable ones.
+    expandable ones, which a run has on Linux.
     """
 
     found: dict[str, Any]
@@ -37,7 +37,7 @@ class Simulation(NamedTuple):
         found = simulator.run(recipe, vram_bytes=vram_bytes, extrapolate=True)
         planned = {} if shape is None else trainer_bytes(recipe, shape)
         smallest = {name: size + CUDA_CONTEXT_BYTES + others_bytes for name, size in found["smallest_bytes"].items()}
-        return cls(found, planned, smallest, smallest["default"] <= vram_bytes)
+        return cls(found, planned, smallest, smallest["expandable"] <= vram_bytes)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data with all sizes in bytes."""
@@ -69,6 +69,6 @@ def simulation_report(simulation: Simulation, console: Console) -> None:
     holders = [[memory(size), place] for place, size in phases[fullest]["holders"][:SHOWN]]
     table(f"Allocated at the peak of {fullest}", ["memory", "function, operator"], holders, console)
     default, expandable = (memory(simulation.smallest_bytes[name]) for name in ("default", "expandable"))
-    text = f"Smallest GPU for the trainer alone: about {default}, or {expandable} with "
-    text += "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
+    text = f"Smallest GPU for the trainer alone: about {expandable}; {default} without expandable segments, which "
+    text += "popo-lite turns on on Linux."
     console.print(Text(safe(text, console)))

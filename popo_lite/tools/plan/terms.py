@@ -88,37 +88,39 @@ def optimizer_bytes(elements: list[int], recipe: Recipe) -> int:
 
 
 def packs(recipe: Recipe) -> bool:
-    """Whether sequences share a forward pass. A window shorter than the sequences, which a plan ignores, forbids it."""
+    """Return True if several sequences share a forward pass.
+
+    The plan does not know that a window shorter than the sequences forbids it.
+    """
     model = recipe.model
     return recipe.train.packing and model.backend == "transformers" and model.attn_implementation != "eager"
 
 
 def uses_varlen(recipe: Recipe) -> bool:
-    """Whether packed rows take FlashAttention (policy/attention.py), on a GPU of compute capability 8.0 or more.
+    """Return True if packed rows take FlashAttention. The GPU is taken to have compute capability 8.0 or more.
 
-    With DoRA queries and keys are float32.
+    With DoRA queries and keys are float32, for which FlashAttention has no kernel.
     """
     return recipe.train.device != "cpu" and DTYPE_BYTES[recipe.model.dtype] == 2 and not recipe.lora.dora
 
 
 def copied_tokens(recipe: Recipe, tokens: int) -> int:
-    """Return of how many tokens attention keeps copies of keys and values: each answer that shares a prompt copies its.
+    """Return how many tokens' keys and values attention keeps as copies: an answer that shares a prompt copies its.
 
-    A micro-batch of `tokens` is taken to hold answers of full length. More and shorter ones make more copies.
+    In a micro-batch of `tokens`, answers of full length are followed by a prompt with as many answers as fit what is
+    left, however short. More prompts with short answers would make more copies.
     """
     rollout = recipe.rollout
     if not shares_prefix(recipe):
         return 0
     full, rest = divmod(tokens, rollout.max_prompt_length + rollout.num_generations * rollout.max_completion_length)
-    left = max(0, rest - rollout.max_prompt_length) // rollout.max_completion_length
-    answers = full * rollout.num_generations + (left if left > 1 else 0)  # a single answer is one with its prompt
-    return answers * rollout.max_prompt_length
+    left = min(rollout.num_generations, max(0, rest - rollout.max_prompt_length))
+    return (full * rollout.num_generations + left) * rollout.max_prompt_length
 
 
 def shares_prefix(recipe: Recipe) -> bool:
-    """Whether a prompt is computed once for several answers in a micro-batch."""
-    apart = recipe.model.attn_implementation == "flash_attention_2" or recipe.rollout.num_generations == 1
-    return recipe.train.shared_prefix and packs(recipe) and not apart
+    """Return True if a prompt is computed once for several answers in a micro-batch."""
+    return recipe.train.shared_prefix and packs(recipe) and recipe.model.attn_implementation != "flash_attention_2"
 
 
 class LayerBytes:

@@ -31,7 +31,6 @@ class Block:
     address: int
     size: int
     small: bool
-    requested: int = 0
     used: bool = False
     previous: Block | None = None
     next: Block | None = None
@@ -51,12 +50,12 @@ class CachingAllocator:
         self._free: dict[bool, list[Block]] = {True: [], False: []}
         self._last: dict[bool, Block | None] = {True: None, False: None}  # of each pool's expandable segment
         self._next_address = 1 << 30
-        self.requested = self.allocated = self.reserved = 0
+        self.allocated = self.reserved = 0
         self.reset_peaks()
 
     def reset_peaks(self) -> None:
         """Start the peaks again from what is in use."""
-        self.peak_requested, self.peak_allocated, self.peak_reserved = self.requested, self.allocated, self.reserved
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
     def allocate(self, size_bytes: int) -> Block:
         """Return a block of at least `size_bytes`. Raises CapacityError if it does not fit."""
@@ -72,17 +71,14 @@ class CachingAllocator:
             insort(self._free[small], rest)
             if self._last[small] is block:
                 self._last[small] = rest
-        block.used, block.requested = True, size_bytes
+        block.used = True
         self.allocated += block.size
-        self.requested += size_bytes
         self.peak_allocated = max(self.peak_allocated, self.allocated)
-        self.peak_requested = max(self.peak_requested, self.requested)
         return block
 
     def free(self, block: Block) -> None:
         """Return `block` to its pool and merge it with free neighbours."""
         self.allocated -= block.size
-        self.requested -= block.requested
         block.used = False
         for other in (block.previous, block.next):
             if other is None or other.used:
@@ -138,8 +134,8 @@ class CachingAllocator:
         page = SMALL_SEGMENT if small else LARGE_SEGMENT
         last = self._last[small]
         free = last.size if last is not None and not last.used else 0
-        self._reserve(-(-(size - free) // page) * page)
         added = -(-(size - free) // page) * page
+        self._reserve(added)
         if last is not None and not last.used:
             self._take(last)
             last.size += added

@@ -21,13 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES
 from popo_lite.tools.simulate import hooks, kernels
 from popo_lite.tools.simulate.allocator import EMPTY_CACHE, CachingAllocator, CapacityError, Event
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
 MOST_VALUES, MOST_FLOATS = 2**22, 8  # tensors up to these sizes have a twin with values
-CONTEXT_BYTES = 600 * 2**20  # in use outside torch's allocator, as in the plan
 CUBLAS_WORKSPACE_BYTES = {9: 32 * 2**20}  # by the major compute capability; each thread that multiplies has one
 OTHER_WORKSPACE_BYTES = 8_519_680
 WORKSPACE = "cuBLAS workspace"
@@ -81,7 +81,7 @@ class SimulatedDevice(TorchDispatchMode):
         self._workspaces.clear()
         self._live.clear()  # with the references that would free them
         self.vram_bytes, self.capability = vram_bytes, capability
-        self.allocator = CachingAllocator(vram_bytes - CONTEXT_BYTES if enforce else None)
+        self.allocator = CachingAllocator(vram_bytes - CUDA_CONTEXT_BYTES if enforce else None)
         self.events: list[Event] = []
         self.places: list[str] = []
 
@@ -219,7 +219,7 @@ class SimulatedDevice(TorchDispatchMode):
             module.reset_peak_memory_stats = lambda *_: self.allocator.reset_peaks()
             module.empty_cache = self._empty_cache
             module.mem_get_info = lambda *_: (
-                self.vram_bytes - CONTEXT_BYTES - self.allocator.reserved,
+                self.vram_bytes - CUDA_CONTEXT_BYTES - self.allocator.reserved,
                 self.vram_bytes,
             )
         state = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""What CUDA kernels allocate, where torch's fake kernels allocate less, and which of them a CUDA build would choose."""
+"""Stand-ins for CUDA kernels: they allocate what the real ones do, and SDPA chooses among them as a CUDA build does."""
 
 from __future__ import annotations
 

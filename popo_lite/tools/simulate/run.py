@@ -19,8 +19,9 @@ from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.recipe_rules import check_context
 from popo_lite.tools.bench import synthetic
 from popo_lite.tools.plan.terms import shares_prefix
+from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES
 from popo_lite.tools.simulate.allocator import BLOCK, EMPTY_CACHE, Event, smallest_capacity
-from popo_lite.tools.simulate.device import CONTEXT_BYTES, WORKSPACE, SimulatedDevice
+from popo_lite.tools.simulate.device import WORKSPACE, SimulatedDevice
 from popo_lite.types import Completion
 
 PHASES = ("load", "siamese", "update", "step")
@@ -128,7 +129,6 @@ class _Trainer(synthetic.BenchTrainer):
     def _open_sampler(self, stack: ExitStack) -> None:
         super()._open_sampler(stack)
         sample = self.sampler.sample
-
         lengths = iter([[1] * len(self._lengths), self._lengths])
 
         def shortened(*args: Any, **options: Any) -> list[list[Completion]]:
@@ -196,7 +196,7 @@ def _trace(device: SimulatedDevice, recipe: Recipe, lengths: Sequence[int], laye
             del trainer
     finally:
         release_memory()
-    reserved = {name: card - CONTEXT_BYTES for name, (_, card) in recorder.peaks.items()}
+    reserved = {name: card - CUDA_CONTEXT_BYTES for name, (_, card) in recorder.peaks.items()}
     return _Trace(device.events, device.places, recorder.starts, reserved, facts)
 
 
