@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import json_lines
 
+from helpers import json_lines
 from popo_lite.cli import main
 from popo_lite.grading import Grader
 from popo_lite.policy.load import TINY_FOLDER

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import json_lines
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from helpers import json_lines
 from popo_lite.callbacks import Callback
 from popo_lite.errors import ModelError
 from popo_lite.policy.load import load_tokenizer

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import json_lines
 
+from helpers import json_lines
 from popo_lite.tools.sweep.compare import compare
 from popo_lite.tools.sweep.report import tables
 

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import json_lines
 
+from helpers import json_lines
 from popo_lite.errors import UserInputError
 from popo_lite.tools.sweep.folder import SweepFolder
 

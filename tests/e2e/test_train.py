@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import json_lines
 from safetensors.numpy import load_file
+
+from helpers import json_lines
 
 SMALL = (
     "--set", "train.steps=6", "--set", "train.save_steps=2", "--set", "data.prompts_per_step=8",

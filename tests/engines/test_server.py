@@ -14,6 +14,7 @@ import time
 import httpx
 import pytest
 import torch
+
 from contract import test_samplers as contract
 from contract.test_samplers import (  # noqa: F401  # the suite, run here with this module's `setup`
     LOGP_TOLERANCE,
@@ -31,7 +32,6 @@ from contract.test_samplers import (  # noqa: F401  # the suite, run here with t
     test_streams_differ_by_seed_step_and_sample,
     test_weights_in_use_are_the_latest,
 )
-
 from popo_lite.errors import EngineError
 from popo_lite.policy.load import write_dequantized_base
 from popo_lite.policy.policy import load_policy

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from updates import trainer_of
 
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.trainer import Trainer
+from updates import trainer_of
 
 
 @pytest.fixture(scope="module")

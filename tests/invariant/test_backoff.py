@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from updates import assert_same, groups_of, trainer_of, update
 
 from popo_lite import update as update_module
 from popo_lite.callbacks import Callback
@@ -15,6 +14,7 @@ from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.run_folder import RunFolder, refuse_other_recipe
 from popo_lite.samplers import SamplingParams
 from popo_lite.types import FinishReason
+from updates import assert_same, groups_of, trainer_of, update
 
 
 def out_of_memory():

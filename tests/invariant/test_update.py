@@ -11,11 +11,11 @@ import math
 
 import pytest
 import torch
-from updates import assert_same, backward, groups_of, update
 
 from popo_lite.callbacks import Callback
 from popo_lite.trainer import StageClock, Trainer
 from popo_lite.types import Completion, Group, Rollout
+from updates import assert_same, backward, groups_of, update
 
 VARIANTS = [
     (),

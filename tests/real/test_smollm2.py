@@ -17,9 +17,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from helpers import json_lines
 from safetensors.torch import load_file
 
+from helpers import json_lines
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from runs import finished_run
 
 import popo_lite
 from popo_lite.cli import main
@@ -18,6 +17,7 @@ from popo_lite.run_folder import RunFolder
 from popo_lite.tools.benchmarks.subject import Subject, open_subjects, task_recipe
 from popo_lite.tools.export.pipeline import export_run
 from popo_lite.types import EvalResult
+from runs import finished_run
 
 SIZE = {"problems": 12, "samples": 2}
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
-from runs import SUMMARY, finished_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -34,6 +33,7 @@ from popo_lite.tools.benchmarks import subject
 from popo_lite.tools.export import pipeline
 from popo_lite.tools.export.card import model_card
 from popo_lite.tools.export.pipeline import export_run
+from runs import SUMMARY, finished_run
 
 PLAIN = "model.quantization=none"
 

@@ -11,8 +11,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import json_lines
 
+from helpers import json_lines
 from popo_lite.checkpoint import (
     Cursor,
     checkpoint_folders,
