@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,28 +144,38 @@ class MicroBatches:
         self.tokens: Counter[str] = Counter()
         self._notify, self._memory_advice = notify, memory_advice
 
-    def run(self, rollouts: Sequence[Rollout], work: Callable[[MicroBatch], None], *, stage: str) -> int:
+    def run(
+        self,
+        rollouts: Sequence[Rollout],
+        work: Callable[[MicroBatch], None],
+        *,
+        stage: str,
+        restart: Callable[[int], None] | None = None,
+    ) -> int:
         """Call `work` with micro-batches that hold every rollout once; return how many there were.
 
-        If `work` runs out of memory it must leave nothing behind: its micro-batch is split and tried again, and the
-        budget stays lowered. Raises EngineError if a single sequence does not fit.
+        If `work` runs out of memory the budget is lowered, for good, and what is not done is split again. If `work` may
+        leave something behind then, `restart` must undo all that was done: it gets the number of sequences that were
+        done before, and all are done again. Raises EngineError if a single sequence does not fit.
         """
-        shared = self._shared_prefix
-        waiting = pack(rollouts, range(len(rollouts)), budget_tokens=self.budget_tokens, shared_prefix=shared)
-        done = 0
+        left, micro_batches, forwarded = set(range(len(rollouts))), 0, 0
+        waiting = self._pack(rollouts, left)
         while waiting:
             tokens, members = waiting[0]
             try:
-                work(collate(rollouts, members, device=self._device, shared_prefix=shared))
+                work(collate(rollouts, members, device=self._device, shared_prefix=self._shared_prefix))
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
             else:
                 waiting.pop(0)
-                done += 1
-                self.tokens[stage] += tokens
+                left.difference_update(members)
+                micro_batches, forwarded = micro_batches + 1, forwarded + tokens
                 continue
             # Outside the except block: the caught error would keep the failed attempt's tensors alive.
+            if restart is not None:
+                restart(len(rollouts) - len(left))
+                left, micro_batches, forwarded = set(range(len(rollouts))), 0, 0
             release_memory()
             if len(members) == 1:
                 raise EngineError(
@@ -178,6 +188,10 @@ class MicroBatches:
                 f"memory ran out in the {stage} pass of {tokens:,} tokens; the step goes on, with micro-batches of at "
                 f"most {self.budget_tokens:,} from now on"
             )
-            left = [member for _, batch in waiting for member in batch]
-            waiting = pack(rollouts, left, budget_tokens=self.budget_tokens, shared_prefix=shared)
-        return done
+            waiting = self._pack(rollouts, left)
+        self.tokens[stage] += forwarded
+        return micro_batches
+
+    def _pack(self, rollouts: Sequence[Rollout], members: Iterable[int]) -> list[tuple[int, list[int]]]:
+        shared = self._shared_prefix
+        return pack(rollouts, sorted(members), budget_tokens=self.budget_tokens, shared_prefix=shared)

@@ -223,37 +223,32 @@ class Learner:
     ) -> UpdateResult:
         """Leave the step's clipped gradients in the parameters: the sum over micro-batches, however they are split.
 
-        `progress` gets the number of sequences that are done, and may raise.
+        `progress` gets the number of sequences that are done, a negative one if they are done again, and may raise.
         """
         result = UpdateResult()
-        parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
-        sums: list[Tensor | None] = [None] * len(parameters)
+        self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.train()
 
         def accumulate(batch: MicroBatch) -> None:
-            try:
-                terms, log_ratios = self._loss(plan, batch, targets, reference_logps, entropy_coef)
-                terms["loss"].backward()
-                values, log_ratios = _to_host(terms, log_ratios)
-                # From here on nothing allocates. The step's sums are separate from this micro-batch's gradients, so one
-                # that ran out of memory anywhere above has added nothing.
-                for index, parameter in enumerate(parameters):
-                    if parameter.grad is not None:
-                        before = sums[index]
-                        sums[index] = parameter.grad if before is None else before.add_(parameter.grad)
-            finally:
-                for parameter in parameters:
-                    parameter.grad = None
+            terms, log_ratios = self._loss(plan, batch, targets, reference_logps, entropy_coef)
+            terms["loss"].backward()
+            values, log_ratios = _to_host(terms, log_ratios)
             for name, value in values.items():
                 result.sums[name] = result.sums.get(name, 0.0) + value
             result.log_ratios.append(log_ratios)
             progress(len(batch.members))
 
+        def restart(done: int) -> None:
+            # What ran out of memory may have added part of its gradients to the step's: a second set costs too much.
+            self.optimizer.zero_grad(set_to_none=True)
+            result.sums.clear()
+            result.log_ratios.clear()
+            progress(-done)
+
         rollouts = [sequence.rollout for sequence in plan.sequences]
-        result.micro_batches = self.micro_batches.run(rollouts, accumulate, stage="update")
+        result.micro_batches = self.micro_batches.run(rollouts, accumulate, stage="update", restart=restart)
         result.tokens = self.micro_batches.tokens["update"]
-        for parameter, total in zip(parameters, sums, strict=True):
-            parameter.grad = total
+        parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
         result.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.max_grad_norm))
         return result
 

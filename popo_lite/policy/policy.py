@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from popo_lite.errors import ModelError
 from popo_lite.fused import Head
+from popo_lite.policy.activations import checkpoint_layers
 from popo_lite.policy.adapters import adapter_folder, add_adapters, load_adapter_weights
 from popo_lite.policy.attention import Row, enable_packing, kernel_of, layout, positions
 from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device
@@ -118,7 +119,7 @@ def load_policy(recipe: Recipe) -> Policy:
     base = load_base(recipe.model, device)
     model = add_adapters(base, recipe.lora, recipe.train.seed)
     if recipe.train.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(base)
     return wrap_policy(model, tokenizer, recipe, device)
 
 

@@ -24,6 +24,7 @@ from popo_lite.errors import PopoError, UserInputError
 from popo_lite.metrics import StepRecord
 from popo_lite.objective import nothing_to_learn
 from popo_lite.policy import load
+from popo_lite.policy.activations import checkpoint_layers
 from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.memory import is_out_of_memory, release_memory
 from popo_lite.policy.policy import Policy, load_policy, wrap_policy
@@ -212,7 +213,7 @@ def random_policy(recipe: Recipe, *, layers: int | None = None) -> Policy:
         base = random_base(recipe.model, device, layers=layers)
         adapted = add_adapters(base, recipe.lora, recipe.train.seed)
         if recipe.train.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(base)
         policy = wrap_policy(adapted, tokenizer, recipe, device)
     policy.stop_ids = frozenset()
     return policy
