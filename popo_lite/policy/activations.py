@@ -1,7 +1,8 @@
-"""The MLP of a checkpointed layer over tiles of its tokens: the memory of one tile, whatever the sequence's length.
+"""Less memory for what a layer keeps for its backward pass: checkpoints, tiles of its tokens, and host memory.
 
-An MLP computes each token for itself, and its activations are the widest of a layer. The idea is that of ALST (arXiv
-2506.13996). Here no product is computed more often than by plain checkpointing: see `_Input`.
+MLPs and norms compute each token for itself, and their activations are the widest of a layer. In tiles they take the
+memory of one tile, however long the sequence is, an idea of ALST (arXiv 2506.13996). Here nothing is computed more
+often than by checkpointing alone: see `_Input`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TILE_TOKENS = 2048
-"""Tokens that an MLP computes at once. At fewer, dequantising NF4 weights for each tile would take noticeable time."""
+"""Tokens of a tile. NF4 weights are dequantised for each, which would take noticeable time with smaller ones."""
 
 PARTS = re.compile(r"mlp|feed_forward|.*norm")
 """Names of modules in transformers' decoders that compute each token for itself."""
@@ -31,6 +32,8 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     token for itself.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Only reentrant checkpoints need it: the embeddings would get a gradient that nothing uses, and stay alive.
+    model.disable_input_require_grads()
     hidden = cast("Tensor", model.get_input_embeddings().weight)[None, 1:9]
     for name, module in model.named_modules():
         drops = any(isinstance(part, nn.Dropout) and part.p for part in module.modules())
@@ -64,16 +67,19 @@ def _tiled(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[
     return run
 
 
+def tiles(tokens: int) -> list[tuple[int, int]]:
+    """Return (start, length) of each tile of `tokens` tokens."""
+    return [(start, min(TILE_TOKENS, tokens - start)) for start in range(0, tokens, TILE_TOKENS)]
+
+
 def _in_tiles(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     output: Tensor | None = None
-    start = 0
-    for tile in hidden.split(TILE_TOKENS, dim=-2):
-        part = forward(tile)
+    for tile in tiles(hidden.shape[-2]):
+        part = forward(hidden.narrow(-2, *tile))
         if output is None:
             output = part.new_empty((*hidden.shape[:-1], part.shape[-1]))
-        output.narrow(-2, start, part.shape[-2]).copy_(part)
-        start += part.shape[-2]
-    assert output is not None  # noqa: S101  # a split has at least one part
+        output.narrow(-2, *tile).copy_(part)
+    assert output is not None  # noqa: S101
     return output
 
 
@@ -108,16 +114,72 @@ class _Tiles(torch.autograd.Function):
         wants_input = ctx.needs_input_grad[2]
         of_input = torch.empty_like(hidden) if wants_input else None
         of_trained: list[Tensor | None] = [None] * len(ctx.trained)
-        for start in range(0, hidden.shape[-2], TILE_TOKENS):
-            part = -2, start, min(TILE_TOKENS, hidden.shape[-2] - start)
-            tile = hidden.narrow(*part).detach().requires_grad_(wants_input)
+        for part in tiles(hidden.shape[-2]):
+            tile = hidden.narrow(-2, *part).detach().requires_grad_(wants_input)
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
                 output = ctx.mlp(tile)
             inputs = [tile, *ctx.trained] if wants_input else ctx.trained
-            found = torch.autograd.grad(output, inputs, gradient.narrow(*part), allow_unused=True)
+            found = torch.autograd.grad(output, inputs, gradient.narrow(-2, *part), allow_unused=True)
             if of_input is not None:
-                of_input.narrow(*part).copy_(found[0])
+                of_input.narrow(-2, *part).copy_(found[0])
             for index, new in enumerate(found[wants_input:]):
                 before = of_trained[index]
                 of_trained[index] = new if before is None else before if new is None else before.add_(new)
         return None, None, of_input, *of_trained
+
+
+class Offload(torch.autograd.graph.saved_tensors_hooks):
+    """Keep saved tensors of `elements` elements, the layers' inputs, in host memory until the backward pass.
+
+    For one forward and one backward pass. Copies run beside the computation, on a stream of their own: into host memory
+    while the next layer runs, and back while the layer above is in its backward pass. Two layers' inputs are on the
+    device at a time. No memory is freed before the main stream, which may reuse it, has waited for its copy:
+    `record_stream` would keep it until the GPU has caught up with Python, and so many layers' at once.
+    """
+
+    def __init__(self, device: torch.device, elements: int) -> None:
+        self._device, self._elements = device, elements
+        self._streams: Any = torch.get_device_module(device)
+        self._copies = self._streams.Stream()
+        self._saved: list[Tensor | None] = []  # in host memory
+        self._leaving: tuple[Tensor, Any] | None = None  # on the device, with the event of its copy
+        self._fetched: dict[int, tuple[Tensor, Any]] = {}
+        super().__init__(self._pack, self._unpack)
+
+    def __del__(self) -> None:
+        # A pass that failed may leave copies behind. What they read and write is freed after this.
+        self._streams.current_stream().wait_stream(self._copies)
+
+    def _pack(self, tensor: Tensor) -> Tensor | int:
+        if tensor.numel() != self._elements:
+            return tensor
+        if self._leaving is not None:
+            self._streams.current_stream().wait_event(self._leaving[1])
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._device.type == "cuda")
+        self._leaving = tensor, self._copy(tensor, host)
+        self._saved.append(host)
+        return len(self._saved) - 1
+
+    def _unpack(self, packed: Tensor | int) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        self._fetch(packed)
+        tensor, event = self._fetched.pop(packed)
+        self._streams.current_stream().wait_event(event)
+        self._saved[packed] = self._leaving = None
+        if packed:
+            self._fetch(packed - 1)
+        return tensor
+
+    def _fetch(self, index: int) -> None:
+        host = self._saved[index]
+        if host is not None and index not in self._fetched:
+            tensor = torch.empty_like(host, device=self._device)
+            self._fetched[index] = tensor, self._copy(host, tensor)
+
+    def _copy(self, source: Tensor, target: Tensor) -> Any:
+        """Start a copy once the main stream's work so far is done; return the event of its end."""
+        self._copies.wait_stream(self._streams.current_stream())
+        with self._streams.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+        return self._copies.record_event()

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from popo_lite.policy import activations
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES
 from popo_lite.tools.simulate import hooks, kernels
 from popo_lite.tools.simulate.allocator import EMPTY_CACHE, CachingAllocator, CapacityError, Event
@@ -189,6 +190,8 @@ class SimulatedDevice(TorchDispatchMode):
         fake.tolist = _tolist
         fake.data_ptr = lambda tensor: tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.itemsize
         fake.numpy = lambda tensor, **_: torch.zeros(tensor.shape).numpy()
+        every = activations.tiles  # those between the second and the last tile take the same memory
+        activations.tiles = lambda tokens: every(tokens)[:2] + every(tokens)[2:][-1:]
         torch.Generator = _Generator  # type: ignore[misc]
         nn.Module._apply = _apply  # type: ignore[method-assign]
         with self:
@@ -201,11 +204,13 @@ class SimulatedDevice(TorchDispatchMode):
             "is_bf16_supported": True, "get_device_name": "simulated GPU", "is_current_stream_capturing": False,
             "_is_in_bad_fork": False, "_is_compiled": True,
             **dict.fromkeys(("synchronize", "_lazy_init", "init", "set_device", "manual_seed", "manual_seed_all",
-                             "ipc_collect", "current_stream", "set_rng_state")),
+                             "ipc_collect", "set_rng_state")),
         }  # fmt: skip
         cuda: Any = torch.cuda
         for name, answer in answers.items():
             setattr(cuda, name, lambda *_, answer=answer, **__: answer)
+        for name in ("Stream", "stream", "current_stream"):  # those of torch.cpu do nothing
+            setattr(cuda, name, getattr(torch.cpu, name))
         cuda.get_device_capability = lambda *_: self.capability
         cuda.get_device_properties = lambda *_: SimpleNamespace(
             name="simulated GPU", total_memory=self.vram_bytes, major=self.capability[0], minor=self.capability[1],
