@@ -9,6 +9,7 @@ from __future__ import annotations
 ROW_BLOCK_BYTES_CPU = 2 * 2**20
 ROW_BLOCK_BYTES_GPU = 32 * 2**20
 TILE_BYTES = 4 * 2**20
+TILE_TOKENS = 2048  # that an MLP computes at once; with fewer, dequantising NF4 weights for each tile would cost time
 
 GEMM_MULTIPLES = (64, 8)
 """Matrix products are fast at multiples of these numbers of tokens; the first is best."""

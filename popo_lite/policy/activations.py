@@ -8,18 +8,18 @@ often than by checkpointing alone: see `_Input`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from popo_lite.chunks import TILE_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TILE_TOKENS = 2048
-"""Tokens of a tile. NF4 weights are dequantised for each, which would take noticeable time with smaller ones."""
 
 PARTS = re.compile(r"mlp|feed_forward|.*norm")
 """Names of modules in transformers' decoders that compute each token for itself."""
@@ -28,16 +28,15 @@ PARTS = re.compile(r"mlp|feed_forward|.*norm")
 def checkpoint_layers(model: PreTrainedModel) -> None:
     """Keep only the layers' inputs for the backward pass, and compute MLPs and norms in tiles of TILE_TOKENS.
 
-    Left out are modules with dropout, which would draw again in the backward pass, and those that do not compute each
-    token for itself.
+    Left out are modules that do not compute each token for itself.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # Only reentrant checkpoints need it: the embeddings would get a gradient that nothing uses, and stay alive.
     model.disable_input_require_grads()
+    model.eval()  # nothing is dropped while modules are tried
     hidden = cast("Tensor", model.get_input_embeddings().weight)[None, 1:9]
     for name, module in model.named_modules():
-        drops = any(isinstance(part, nn.Dropout) and part.p for part in module.modules())
-        if PARTS.fullmatch(name.rpartition(".")[2]) and not drops and _computes_tokens_apart(module, hidden):
+        if PARTS.fullmatch(name.rpartition(".")[2]) and _computes_tokens_apart(module, hidden):
             module.forward = _tiled(module, module.forward)
 
 
@@ -104,6 +103,7 @@ class _Tiles(torch.autograd.Function):
         kind = hidden.device.type
         ctx.mlp, ctx.saved, ctx.trained = forward, saved, trained
         ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        ctx.random = torch.get_rng_state(), *get_device_states(hidden)  # dropout draws the same in the backward pass
         return _in_tiles(forward, hidden)
 
     @staticmethod
@@ -111,21 +111,37 @@ class _Tiles(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (hidden,) = ctx.saved.saved_tensors
         ctx.saved = None  # no engine frees it
-        wants_input = ctx.needs_input_grad[2]
-        of_input = torch.empty_like(hidden) if wants_input else None
-        of_trained: list[Tensor | None] = [None] * len(ctx.trained)
-        for part in tiles(hidden.shape[-2]):
-            tile = hidden.narrow(-2, *part).detach().requires_grad_(wants_input)
-            with torch.enable_grad(), torch.autocast(*ctx.autocast):
-                output = ctx.mlp(tile)
-            inputs = [tile, *ctx.trained] if wants_input else ctx.trained
-            found = torch.autograd.grad(output, inputs, gradient.narrow(-2, *part), allow_unused=True)
-            if of_input is not None:
-                of_input.narrow(-2, *part).copy_(found[0])
-            for index, new in enumerate(found[wants_input:]):
-                before = of_trained[index]
-                of_trained[index] = new if before is None else before if new is None else before.add_(new)
-        return None, None, of_input, *of_trained
+        host_state, devices, states = ctx.random
+        with torch.random.fork_rng(devices, device_type=hidden.device.type), torch.autocast(*ctx.autocast):
+            torch.set_rng_state(host_state)
+            set_device_states(devices, states)
+            return None, None, *_gradients(ctx.mlp, hidden, ctx.needs_input_grad[2], ctx.trained, gradient)
+
+
+def _gradients(
+    forward: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    wants_input: bool,
+    trained: Sequence[Tensor],
+    gradient: Tensor,
+) -> Iterator[Tensor | None]:
+    """Yield the gradients of `hidden`, if it is wanted, and of the `trained` weights."""
+    of_input = torch.empty_like(hidden) if wants_input else None
+    of_trained: list[Tensor | None] = [None] * len(trained)
+    for part in tiles(hidden.shape[-2]):
+        tile = hidden.narrow(-2, *part).detach().requires_grad_(wants_input)
+        with torch.enable_grad():
+            output = forward(tile)
+        inputs = [tile, *trained] if wants_input else trained
+        found = torch.autograd.grad(output, inputs, gradient.narrow(-2, *part), allow_unused=True)
+        if of_input is not None:
+            of_input.narrow(-2, *part).copy_(found[0])
+        for index, new in enumerate(found[wants_input:]):
+            before = of_trained[index]
+            of_trained[index] = new if before is None else before if new is None else before.add_(new)
+    yield of_input
+    yield from of_trained
+
 
 
 class Offload(torch.autograd.graph.saved_tensors_hooks):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -104,7 +105,7 @@ def _attention(
             prompts = [segments[number][1] for number in members]
             k = torch.cat([torch.stack([keys[prompt] for prompt in prompts]), k], dim=2)
             v = torch.cat([torch.stack([values[prompt] for prompt in prompts]), v], dim=2)
-        visible = {"attn_mask": _answers_mask(q, own, before)} if before else {"is_causal": True}
+        visible = {"attn_mask": _answers_mask(q, before)} if before else {"is_causal": True}
         gqa = q.shape[1] != k.shape[1]
         found = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=gqa, **visible)
         for number, output in zip(members, found, strict=True):
@@ -112,9 +113,15 @@ def _attention(
     return torch.cat([output.transpose(0, 1) for output in outputs])[None], None
 
 
-def _answers_mask(like: Tensor, answer: int, prompt: int) -> Tensor:
-    """Return what is added to the scores of an answer's tokens: [answer, prompt + answer], causal after the prompt."""
-    return like.new_full((answer, prompt + answer), float("-inf")).triu(prompt + 1)
+def _answers_mask(query: Tensor, prompt: int) -> Tensor:
+    """Return the mask of answers [N, H, answer, d] that see a prompt before themselves.
+
+    On a GPU kernels know it by name: as a matrix it would grow with the square of the answer.
+    """
+    answer = query.shape[2]
+    if query.device.type == "cuda":
+        return causal_lower_right(answer, prompt + answer)
+    return query.new_full((answer, prompt + answer), float("-inf")).triu(prompt + 1)
 
 
 def _seen(part: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:

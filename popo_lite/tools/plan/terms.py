@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 from math import ceil, inf
 
-from popo_lite.chunks import row_block, tile_rows
+from popo_lite.chunks import TILE_TOKENS, row_block, tile_rows
 from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
 from popo_lite.recipe_rules import impossible_combinations
 from popo_lite.tools.plan.shapes import Linear, ModelShape, adapted_linears, parameter_counts
@@ -127,8 +127,7 @@ class LayerBytes:
     """Memory of one decoder layer for the recipe's precision, attention, adapters and dropout.
 
     In bytes per token: `boundary` is the layer's input. `saved` is what it keeps besides for the backward pass, of
-    which `input_norm` only if its input has a gradient. `recompute` is the peak while it runs again and then backward,
-    `saved` included; `inference` the peak without a graph. `mlp` is one activation of the MLP. `pair` is what eager
+    which `input_norm` only if its input has a gradient. `mlp` is one activation of the MLP. `pair` is what eager
     attention keeps for each pair of a token and a token of its sequence. `kv` are a token's keys and values as
     attention reads them.
 
@@ -140,46 +139,67 @@ class LayerBytes:
     def __init__(self, recipe: Recipe, shape: ModelShape) -> None:
         size, packed, rank = DTYPE_BYTES[recipe.model.dtype], recipe.model.quantization == "nf4", recipe.lora.rank
         width, heads, half = shape.width, shape.heads + shape.kv_heads, size == 2
+        queries = size * shape.heads * shape.head_width
         # PEFT casts the input of a layer that is not 4-bit to float32 before autocast casts it to 16 bits again.
         widened = half and not packed
         adapted = {linear.name.split(".")[-1]: linear for linear in adapted_linears(shape, recipe.lora.target_modules)}
         # Layers of one group have the same input.
-        names = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
-        qkv, gate_up, down = ([adapted[name] for name in group if name in adapted] for group in names)
+        names = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",), ("o_proj",))
+        qkv, gate_up, down, out = ([adapted[name] for name in group if name in adapted] for group in names)
         self.boundary, self.mlp = size * width, size * shape.mlp_width
+        self.tiled = recipe.train.gradient_checkpointing and recipe.model.backend == "transformers"
         # A norm keeps a float32 copy of its input and one number per token. In a float32 model the input is that copy.
         self.input_norm = 4 * width + 4
-        self.saved = 2 * self.input_norm - (4 * width if size == 4 else 0)
         # Queries, keys, values, the attention's output and its log-sums.
-        self.saved += 2 * size * heads * shape.head_width + 4 * shape.heads
+        attention = 2 * size * heads * shape.head_width + 4 * shape.heads
         if shape.model_type == "qwen3":  # each head's queries and keys are normalised
-            self.saved += 4 * heads * shape.head_width + 4 * heads
+            attention += 4 * heads * shape.head_width + 4 * heads
         # Without FlashAttention keys and values are repeated for every query head on a GPU.
         apart = packs(recipe) and not uses_varlen(recipe)
         repeated = apart and recipe.train.device != "cpu"
         self.kv = 2 * size * shape.head_width * (shape.heads if repeated else shape.kv_heads)
-        self.saved += self.kv - 2 * size * shape.head_width * shape.kv_heads
+        attention += self.kv - 2 * size * shape.head_width * shape.kv_heads
+        attention += size * rank * len(qkv + out)  # inner products of the adapters
+        mlp = 3 * self.mlp + size * rank * len(gate_up + down)  # gate, its activation, and up
         # The inputs that the adapters keep, apart from the attention's output, and what they take in the backward pass.
-        every = sum(linear.inputs for linear in adapted.values())
-        if recipe.lora.dropout:
-            # Each adapter keeps its input after dropout, and a mask, which has one byte per element on a GPU.
-            inputs = (size + (1 if recipe.train.device != "cpu" else size)) * every
-            copies = (4 if half else 3) * size * width - self.mlp
-        elif widened:
-            inputs, copies = size * every, self.mlp + 8 * width  # each adapter keeps a 16-bit copy
+        copies = 0
+        if recipe.lora.dropout or widened:
+            # Each adapter keeps a copy of its input: in 16 bits, or after dropout, with a mask, which has one byte per
+            # element on a GPU.
+            each = size + (0 if not recipe.lora.dropout else 1 if recipe.train.device != "cpu" else size)
+            attention += each * sum(linear.inputs for linear in qkv + out)
+            mlp += each * sum(linear.inputs for linear in gate_up + down)
+            copies = (4 if half else 3) * size * width - self.mlp if recipe.lora.dropout else self.mlp + 8 * width
         else:
-            inputs, copies = size * sum(group[0].inputs for group in (qkv, gate_up, down) if group), 0
+            attention += size * width if qkv else 0
+            mlp += size * sum(group[0].inputs for group in (gate_up, down) if group)
             # Attention keeps its outputs for the sequences of a row, and the adapter of o_proj what joins them.
-            inputs += size * shape.heads * shape.head_width if apart and "o_proj" in adapted else 0
-        self.saved += 3 * self.mlp + size * rank * len(adapted) + inputs  # gate, its activation, and up; inner products
+            attention += queries if apart and out else 0
+        self.saved = 2 * self.input_norm - (4 * width if size == 4 else 0) + attention + mlp
         # An adapter of down_proj frees its input before the gradients of gate and up exist together.
-        self.recompute = self.saved + (2 if down else 3) * self.mlp + size * width + copies
-        self.inference = (4 if gate_up else 3) * self.mlp + 2 * size * width + (4 * width if widened else 0)
+        working = (2 if down else 3) * self.mlp + size * width + copies
+        self._recompute, self._mlp_backward, self._attention = self.saved + working, mlp + working, attention
+        # The gradients of the attention's output, its operands, and what goes around it; FlashAttention sums those of
+        # queries in float32, and writes those of keys and values for every query head.
+        grouped = shape.heads != shape.kv_heads
+        flash = 4 * shape.heads * shape.head_width + (2 * queries if grouped else 0)
+        self._attention_backward = 2 * queries + 2 * size * shape.head_width * shape.kv_heads
+        self._attention_backward += flash if not apart else 2 * queries
+        self._copies_backward = 2 * queries if grouped and not apart else 0
+        extra = 4 * width if widened else 0
+        self._inference = (4 if gate_up else 3) * self.mlp + 2 * size * width + extra
+        # The norm's output, queries, keys and values, the attention's output, and the products of o_proj's adapter.
+        self._attention_inference = size * width * (4 if out else 2) + 2 * queries + self.kv + extra
+        if repeated:  # keys and values before and after they are repeated and joined, and queries twice
+            reading = size * (width + shape.kv_heads * shape.head_width) + 7 * queries
+            self._attention_inference = max(self._attention_inference, reading)
         self.pair = shape.heads * (6 if half else size) if recipe.model.attn_implementation == "eager" else 0
         self.casts_bytes = size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if half else 0
         cast = size * rank if half else 0
         self.input_casts_bytes = cast * sum(linear.inputs for linear in qkv)
         self.attention_casts_bytes = cast * sum(linear.inputs + linear.outputs for linear in qkv)
+        # While a tile adds its gradients to those of the tiles before.
+        self._gradients_bytes = 2 * max(4, size) * rank * sum(one.inputs + one.outputs for one in gate_up + down)
         self.weight_bytes = size * max(linear.inputs * linear.outputs for linear in shape.linears()) if packed else 0
         self.identity = self.identity_bytes = 0
         if recipe.lora.dora:
@@ -193,14 +213,22 @@ class LayerBytes:
         """
         wide, mlp = max(4, size) * shape.width, max(4, size) * shape.mlp_width
         heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_width
-        kept = size * sum(linear.inputs + linear.outputs + rank for linear in adapted)
-        kept += max(4, size) * sum(linear.outputs for linear in adapted)
+
+        def kept(linears: list[Linear]) -> int:
+            each = size * sum(linear.inputs + linear.outputs + rank for linear in linears)
+            return each + max(4, size) * sum(linear.outputs for linear in linears)
+
+        of_mlp = [linear for linear in adapted if linear.name.startswith("mlp.")]
         self.boundary = wide
         self.input_norm = wide + 4
-        self.saved = 2 * self.input_norm + size * heads + 4 * shape.heads + 3 * mlp + kept
-        self.saved += self.kv - 2 * size * shape.head_width * shape.kv_heads
-        self.recompute = self.saved + 3 * mlp
-        self.inference = 4 * mlp + size * 3 * shape.mlp_width + 2 * wide
+        attention = size * heads + 4 * shape.heads + kept([linear for linear in adapted if linear not in of_mlp])
+        attention += self.kv - 2 * size * shape.head_width * shape.kv_heads
+        self.saved = 2 * self.input_norm + attention + 3 * mlp + kept(of_mlp)
+        self._recompute, self._mlp_backward = self.saved + 3 * mlp, 6 * mlp + kept(of_mlp)
+        self._attention = attention + wide
+        self._attention_backward *= max(4, size) // size
+        self._inference = 4 * mlp + size * 3 * shape.mlp_width + 2 * wide
+        self._attention_inference *= max(4, size) // size
         # The widest layer's weight and the adapters' product, in float32.
         self.weight_bytes = 2 * max(4, size) * max(linear.inputs * linear.outputs for linear in adapted)
         self.identity = mlp  # its input beside it
@@ -211,16 +239,29 @@ class LayerBytes:
 
         For the backward pass attention keeps keys and values of `copies` more tokens (`copied_tokens`).
         """
-        per_token, pairs = (self.recompute, 1) if backward else (self.inference, 2)
-        # The dequantised weight and the MLP's last activation, which the peak includes, never exist at the same time.
-        weight = self.weight_bytes if self.identity_bytes else max(0, self.weight_bytes - self.mlp * tokens)
         kept = self.kv * copies if backward else 0
-        total = (per_token + pairs * self.pair * sequence_tokens) * tokens + weight
-        if backward and self.pair:
-            # Eager attention takes up to three times what it keeps. Its backward pass comes after the MLP's.
-            total = max(total, (self.saved - 3 * self.mlp + 3 * self.pair * sequence_tokens) * tokens)
+        tile = TILE_TOKENS if self.tiled else tokens
+        if tokens > tile:
+            # Norms keep their input, the layer's own apart.
+            tiled = self.boundary + (self._attention + 3 * self.boundary if backward else 2 * self.boundary)
+            total = tiled * tokens + (self._mlp_backward if backward else self._inference) * tile
+            total += self._gradients_bytes if backward else 0
+            attention = self._attention + self.boundary + self._attention_backward + 3 * self.pair * sequence_tokens
+            if not backward:
+                attention = self._attention_inference + 2 * self.pair * sequence_tokens
+            working = attention * tokens + (self._copies_backward * copies if backward else 0)
+            total = max(total, working)
+        else:
+            per_token, pairs = (self._recompute, 1) if backward else (self._inference, 2)
+            total = (per_token + pairs * self.pair * sequence_tokens) * tokens
+            if backward and self.pair:
+                # Eager attention takes up to three times what it keeps. Its backward pass comes after the MLP's.
+                total = max(total, (self.saved - 3 * self.mlp + 3 * self.pair * sequence_tokens) * tokens)
+        # The dequantised weight and the MLP's last activation, which the peak includes, never exist at the same time.
+        total += self.weight_bytes if self.identity_bytes else max(0, self.weight_bytes - self.mlp * min(tokens, tile))
         if self.identity_bytes:
-            total = max(total, ((self.saved if backward else 0) + self.identity) * tokens + self.identity_bytes)
+            before = self.saved if tile == tokens else self._attention + 2 * self.boundary
+            total = max(total, (before if backward else 0) * tokens + self.identity * tile + self.identity_bytes)
         return total + kept + self.casts_bytes
 
 

@@ -149,11 +149,16 @@ def attention_kernels(capability: Callable[[], tuple[int, int]]) -> Kernels:
 
     for name in ("torch.nn.functional", "popo_lite.policy.attention"):  # the latter has imported it by name
         vars(import_module(name))["scaled_dot_product_attention"] = attend
+    # A mask by its name, which is a class of tensor that no fake tensor can be.
+    vars(import_module("popo_lite.policy.attention"))["causal_lower_right"] = lambda *_: _LOWER_RIGHT
     return {
         torch.ops.torch_attn._varlen_attn.default: _varlen_forward,
         torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward,
         aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     }
+
+
+_LOWER_RIGHT: Any = object()
 
 
 def _check(condition: bool, what: str) -> None:
@@ -229,11 +234,13 @@ def _sdpa(
         query, key, value = (part.to(narrow) for part in (query, key, value))
         mask = mask.to(narrow) if mask is not None and mask.is_floating_point() else mask
     _check(query.dtype == key.dtype == value.dtype, "query, key and value must have the same dtype")
+    lower_right: bool = mask is _LOWER_RIGHT
+    mask, causal = (None, True) if lower_right else (mask, causal)
     _check(mask is None or mask.dtype in (torch.bool, query.dtype), "attn_mask must be bool or of the query's dtype")
     width, ampere = query.shape[-1], capability >= (8, 0)
     half = query.dtype == torch.float16 or (query.dtype == torch.bfloat16 and ampere)
     alike = query.shape[1] == key.shape[1]
-    aligned = not causal or query.shape[2] == key.shape[2]
+    aligned = not causal or lower_right or query.shape[2] == key.shape[2]
     if half and ampere and mask is None and width <= 256 and (alike or grouped) and aligned:
         parts = [functional.pad(part, (0, -width % 8)) if width % 8 else part for part in (query, key, value)]
         scale = width**-0.5 if scale is None else scale
@@ -245,6 +252,7 @@ def _sdpa(
         efficient: Any = aten._scaled_dot_product_efficient_attention
         found: Tensor = efficient(query, key, value, bias, graph, dropout, causal, scale=scale)[0]
         return found
+    _check(not lower_right, "torch would write out this mask")
     written: Tensor = real(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped)
     return written
 
