@@ -7,7 +7,6 @@ allocation in a model of torch's caching allocator from its creation to its coll
 from __future__ import annotations
 
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -64,9 +63,8 @@ class SimulatedDevice(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fake = _DriverlessMode(allow_non_fake_inputs=True)
-        self._lock = threading.RLock()  # autograd's threads allocate, too
         self._live: dict[int, Any] = {}  # a storage's address -> its block, its key, and a reference that frees it
-        self._workspaces: dict[int, Tensor] = {}
+        self._workspaces: dict[bool, Tensor] = {}
         self._kernels: dict[Any, Callable[..., Any]] = {}
         self.allocator = CachingAllocator()
         self.reset()
@@ -142,36 +140,34 @@ class SimulatedDevice(TorchDispatchMode):
     def _track(self, tensor: FakeTensor, func: Any) -> None:
         storage = tensor.untyped_storage()
         address, size = storage._cdata, storage.nbytes()
-        with self._lock:
-            if address in self._live or not size:
-                return
-            try:
-                block = self.allocator.allocate(size)
-            except CapacityError as error:
-                what = f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB on the simulated GPU"
-                raise torch.OutOfMemoryError(what) from error
-            key = len(self.places)
-            self._live[address] = block, key, weakref.ref(storage, partial(self._free, address))
-            self.events.append((key, size))
-            self.places.append(_place(func))
+        if address in self._live or not size:
+            return
+        try:
+            block = self.allocator.allocate(size)
+        except CapacityError as error:
+            what = f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB on the simulated GPU"
+            raise torch.OutOfMemoryError(what) from error
+        key = len(self.places)
+        self._live[address] = block, key, weakref.ref(storage, partial(self._free, address))
+        self.events.append((key, size))
+        self.places.append(_place(func))
 
     def _free(self, address: int, _: Any) -> None:
-        with self._lock:
-            block, key, _ = self._live.pop(address)
-            self.allocator.free(block)
-            self.events.append((key, -1))
+        block, key, _ = self._live.pop(address)
+        self.allocator.free(block)
+        self.events.append((key, -1))
 
     def _empty_cache(self) -> None:
         self.events.append((EMPTY_CACHE, 0))
         self.allocator.empty_cache()
 
     def _take_workspace(self) -> None:
-        """Allocate cuBLAS's workspace at a thread's first product, as torch does."""
-        thread = threading.get_ident()
-        if thread not in self._workspaces:
+        """Allocate cuBLAS's workspace at a thread's first product, as torch does: backward passes have their own."""
+        backward = torch._C._current_graph_task_id() >= 0
+        if backward not in self._workspaces:
             size = CUBLAS_WORKSPACE_BYTES.get(self.capability[0], OTHER_WORKSPACE_BYTES)
             with self:
-                self._workspaces[thread] = torch.empty(size, dtype=torch.uint8, device=CUDA)
+                self._workspaces[backward] = torch.empty(size, dtype=torch.uint8, device=CUDA)
             self.places[-1] = WORKSPACE
 
     # ------------------------------------------------------------------ the process
@@ -194,6 +190,7 @@ class SimulatedDevice(TorchDispatchMode):
         activations.tiles = lambda tokens: every(tokens)[:2] + every(tokens)[2:][-1:]
         torch.Generator = _Generator  # type: ignore[misc]
         nn.Module._apply = _apply  # type: ignore[method-assign]
+        torch.autograd.set_multithreading_enabled(False)  # coverage and profilers do not see autograd's threads
         with self:
             yield
 
