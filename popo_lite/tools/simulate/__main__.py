@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -26,7 +25,6 @@ def main() -> None:
 
     device = SimulatedDevice()
     with device.installed():
-        gc.freeze()  # a run collects often, and would look at all modules each time
         for line in sys.stdin:
             job = json.loads(line)
             answer: dict[str, Any]

@@ -35,8 +35,10 @@ class Block:
     previous: Block | None = None
     next: Block | None = None
 
-    def __lt__(self, other: Block) -> bool:
-        return (self.size, self.address) < (other.size, other.address)
+    @property
+    def entry(self) -> tuple[int, int, Block]:
+        """Return the block's entry in its pool's list, which is sorted by size, then address."""
+        return self.size, self.address, self
 
 
 class CachingAllocator:
@@ -47,7 +49,7 @@ class CachingAllocator:
 
     def __init__(self, capacity: int | None = None, *, expandable: bool = False) -> None:
         self.capacity, self._expandable = capacity, expandable
-        self._free: dict[bool, list[Block]] = {True: [], False: []}
+        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
         self._last: dict[bool, Block | None] = {True: None, False: None}  # of each pool's expandable segment
         self._next_address = 1 << 30
         self.allocated = self.reserved = 0
@@ -68,7 +70,7 @@ class CachingAllocator:
             if rest.next is not None:
                 rest.next.previous = rest
             block.next, block.size = rest, size
-            insort(self._free[small], rest)
+            insort(self._free[small], rest.entry)
             if self._last[small] is block:
                 self._last[small] = rest
         block.used = True
@@ -92,7 +94,7 @@ class CachingAllocator:
             if self._last[block.small] is second:
                 self._last[block.small] = first
             block = first
-        insort(self._free[block.small], block)
+        insort(self._free[block.small], block.entry)
 
     def empty_cache(self) -> None:
         """Return to the driver what no tensor uses: free segments, or free pages at the end of an expandable one."""
@@ -106,22 +108,22 @@ class CachingAllocator:
                     last.size -= returned
                     self.reserved -= returned
                     if last.size:
-                        insort(blocks, last)
+                        insort(blocks, last.entry)
                     else:
                         self._last[small] = last.previous
                         if last.previous is not None:
                             last.previous.next = None
             else:
-                self.reserved -= sum(block.size for block in blocks if block.previous is block.next is None)
-                blocks[:] = [block for block in blocks if not block.previous is block.next is None]
+                self.reserved -= sum(size for size, _, block in blocks if block.previous is block.next is None)
+                blocks[:] = [entry for entry in blocks if not entry[2].previous is entry[2].next is None]
 
     def _take(self, block: Block) -> None:
-        del self._free[block.small][bisect_left(self._free[block.small], block)]
+        del self._free[block.small][bisect_left(self._free[block.small], block.entry)]
 
     def _best_fit(self, small: bool, size: int) -> Block | None:
         blocks = self._free[small]
-        index = bisect_left(blocks, Block(0, size, small))
-        return blocks.pop(index) if index < len(blocks) else None
+        index = bisect_left(blocks, (size,))
+        return blocks.pop(index)[2] if index < len(blocks) else None
 
     def _grow(self, small: bool, size: int) -> Block:
         if not self._expandable:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_map
 
 from popo_lite.policy import activations
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES
@@ -92,6 +92,8 @@ class SimulatedDevice(TorchDispatchMode):
         on_cuda = device is not None and torch.device(device).type == "cuda"
         if not on_cuda and not kwargs.get("pin_memory") and not any(issubclass(kind, FakeTensor) for kind in types):
             return func(*args, **kwargs)
+        if func is torch.ops.prim.device.default:  # most of all calls
+            return args[0].fake_device
         if func is aten._local_scalar_dense.default:
             return _scalar(args[0])
         if func is aten.is_pinned.default:
@@ -101,9 +103,11 @@ class SimulatedDevice(TorchDispatchMode):
         if func in PRODUCTS:
             self._take_workspace()
         kernel = self._kernels.get(func)
-        if kernel is not None and any(isinstance(t, FakeTensor) and t.is_cuda for t in tree_iter((args, kwargs))):
-            with self, torch.no_grad():
-                return kernel(*args, **kwargs)
+        if kernel is not None:
+            given = (tensor for tensor in _leaves(*args, *kwargs.values()) if isinstance(tensor, FakeTensor))
+            if any(tensor.is_cuda for tensor in given):
+                with self, torch.no_grad():
+                    return kernel(*args, **kwargs)
         if on_cuda:
             kwargs = {**kwargs, "device": CUDA}
         if kwargs.get("pin_memory"):
@@ -111,9 +115,8 @@ class SimulatedDevice(TorchDispatchMode):
         by_mask = func in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
         if by_mask or func in (aten.nonzero.default, aten.repeat_interleave.Tensor):
             return self._shaped_by_values(func, args, kwargs)
-        with self._fake:
-            result = func(*args, **kwargs)
-        made = [tensor for tensor in tree_iter(result) if isinstance(tensor, FakeTensor)]
+        result = self._fake.dispatch(func, types, args, kwargs)
+        made = [tensor for tensor in _leaves(result) if isinstance(tensor, FakeTensor)]
         for tensor in made:
             if tensor.fake_device.type == "cuda":
                 self._track(tensor, func)
@@ -175,6 +178,8 @@ class SimulatedDevice(TorchDispatchMode):
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Make this the process's CUDA device. The process keeps what this changes."""
+        # bitsandbytes would compile kernels for CPUs, which imports torch's inductor.
+        torch.compile = lambda function=None, **_: function or (lambda given: given)  # type: ignore[assignment]
         import bitsandbytes  # noqa: F401  # before `is_available` answers yes: it would look for its CUDA library
 
         hooks.install()
@@ -242,21 +247,30 @@ def _update_twins(func: Any, args: Any, kwargs: Any, made: list[FakeTensor]) -> 
     changes = func._schema.is_mutable
     if not made and not changes:
         return
-    given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+    given = [t for t in _leaves(*args, *kwargs.values()) if isinstance(t, Tensor)]
     known = not any(isinstance(t, FakeTensor) and getattr(t, "_twin", None) is None for t in given)
     small = not any(t.numel() > (MOST_FLOATS if t.is_floating_point() else MOST_VALUES) or t.is_complex() for t in made)
     if known and small and "set_" not in str(func):
         found = func(*tree_map(_twin, args), **tree_map(_twin, kwargs))
-        for tensor, twin in zip(made, (t for t in tree_iter(found) if isinstance(t, Tensor)), strict=True):
+        for tensor, twin in zip(made, (t for t in _leaves(found) if isinstance(t, Tensor)), strict=True):
             tensor._twin = twin  # type: ignore[attr-defined]
         return
     forgotten = list(made)
     if changes:
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                forgotten += [tensor for tensor in tree_iter(value) if isinstance(tensor, FakeTensor)]
+                forgotten += [tensor for tensor in _leaves(value) if isinstance(tensor, FakeTensor)]
     for tensor in forgotten:
         tensor._twin = None  # type: ignore[attr-defined]
+
+
+def _leaves(*values: Any) -> Iterator[Any]:
+    """Yield an operator's arguments or results and the elements of lists among them; torch's `tree_iter` is slow."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
 
 
 def _twin(value: Any) -> Any:

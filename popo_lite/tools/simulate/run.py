@@ -187,6 +187,8 @@ class _Trace:
 
 
 def _trace(device: SimulatedDevice, recipe: Recipe, lengths: Sequence[int], layers: int | None) -> _Trace:
+    gc.collect()
+    gc.freeze()  # a run collects often, and would look at all modules each time
     recorder, facts = _Recorder(device), dict[str, Any]()
     try:
         with recorder, _Trainer(recipe, recorder, lengths, layers) as trainer:
