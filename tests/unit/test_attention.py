@@ -11,6 +11,7 @@ from popo_lite.policy.activations import Offload
 from popo_lite.policy.attention import enable_packing, kernel_of, layout, positions
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.policy.policy import load_policy
+from popo_lite.tools.plan.terms import uses_varlen
 
 SIZES = {
     "vocab_size": 320,
@@ -130,6 +131,15 @@ def test_the_kernel_fits_device_and_dtype():
     assert kernel_of(torch.device("cpu"), torch.bfloat16, 128) == "sdpa"
     if torch.cuda.is_available():
         assert kernel_of(torch.device("cuda"), torch.float32, 128) == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_plan_expects_the_kernel_that_packed_rows_take(tiny_recipe, monkeypatch, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    recipe = tiny_recipe('train.device="cuda"', f"model.dtype={dtype}")
+    for width in (4, 8, 100, 128, 256, 264):
+        kernel = kernel_of(torch.device("cuda"), getattr(torch, dtype), width)
+        assert uses_varlen(recipe, width) == (kernel == "varlen"), width
 
 
 def test_the_policy_packs_if_it_can(tiny_recipe):

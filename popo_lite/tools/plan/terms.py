@@ -96,12 +96,13 @@ def packs(recipe: Recipe) -> bool:
     return recipe.train.packing and model.backend == "transformers" and model.attn_implementation != "eager"
 
 
-def uses_varlen(recipe: Recipe) -> bool:
-    """Return True if packed rows take FlashAttention. The GPU is taken to have compute capability 8.0 or more.
+def uses_varlen(recipe: Recipe, head_width: int) -> bool:
+    """Return True if packed rows take FlashAttention: `policy.attention.kernel_of` for compute capability 8.0 or more.
 
     With DoRA queries and keys are float32, for which FlashAttention has no kernel.
     """
-    return recipe.train.device != "cpu" and DTYPE_BYTES[recipe.model.dtype] == 2 and not recipe.lora.dora
+    fits = DTYPE_BYTES[recipe.model.dtype] == 2 and head_width in range(8, 257, 8)
+    return recipe.train.device != "cpu" and fits and not recipe.lora.dora
 
 
 def copied_tokens(recipe: Recipe, tokens: int) -> int:
@@ -155,7 +156,7 @@ class LayerBytes:
         if shape.model_type == "qwen3":  # each head's queries and keys are normalised
             attention += 4 * heads * shape.head_width + 4 * heads
         # Without FlashAttention keys and values are repeated for every query head on a GPU.
-        apart = packs(recipe) and not uses_varlen(recipe)
+        apart = packs(recipe) and not uses_varlen(recipe, shape.head_width)
         repeated = apart and recipe.train.device != "cpu"
         self.kv = 2 * size * shape.head_width * (shape.heads if repeated else shape.kv_heads)
         attention += self.kv - 2 * size * shape.head_width * shape.kv_heads
