@@ -1,17 +1,23 @@
-"""Test `popo-lite plan --simulate` without a simulation: what it refuses, and what it prints of a result."""
+"""Test what `popo-lite plan --simulate` and `train` make of a simulation's result, without a simulation."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
-from popo_lite.errors import UserInputError
+from popo_lite.errors import EngineError, UserInputError
 from popo_lite.recipe_file import load_recipe
-from popo_lite.tools.plan import command
-from popo_lite.tools.simulate import refuse
+from popo_lite.tools.plan import advice, command
+from popo_lite.tools.plan.advice import refuse_without_room
+from popo_lite.tools.simulate import Simulator, refuse
 
 GIB = 2**30
 PHASE = {
@@ -25,13 +31,19 @@ FOUND = {"phases": {"load": PHASE | {"allocated_bytes": GIB}, "update": PHASE},
 
 
 class FakeSimulator:
+    error: Exception | None = None
+    options: dict[str, Any]
+
     def __enter__(self) -> FakeSimulator:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
-    def run(self, *_: Any, **__: Any) -> dict[str, Any]:
+    def run(self, *_: Any, **options: Any) -> dict[str, Any]:
+        FakeSimulator.options = options
+        if self.error is not None:
+            raise self.error
         return json.loads(json.dumps(FOUND))
 
 
@@ -58,7 +70,15 @@ def test_what_cannot_be_simulated_is_refused_before_a_model_is_looked_for(overri
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "Simulator", FakeSimulator)
+    for module in (advice, command):
+        monkeypatch.setattr(module, "Simulator", FakeSimulator)
+
+
+@pytest.fixture
+def gemma(tmp_path: Path) -> tuple[str, ...]:
+    """Overrides with a model of an architecture that the plan does not know."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text"}))
+    return (f'model.id="{tmp_path}"',)
 
 
 @pytest.mark.usefixtures("simulated")
@@ -75,9 +95,8 @@ def test_simulated_peaks_stand_beside_planned_ones():
 
 
 @pytest.mark.usefixtures("simulated")
-def test_an_architecture_unknown_to_the_plan_is_judged_by_simulation_alone(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text"}))
-    of_folder = ("qwen_1_5b_lora", "--set", f'model.id="{tmp_path}"')
+def test_an_architecture_unknown_to_the_plan_is_judged_by_simulation_alone(gemma):
+    of_folder = ("qwen_1_5b_lora", "--set", *gemma)
     assert CliRunner().invoke(command.plan, of_folder).exit_code != 0
     shown = invoke(*of_folder, "--vram", "24GiB")
     assert shown.exit_code == 0
@@ -85,3 +104,66 @@ def test_an_architecture_unknown_to_the_plan_is_judged_by_simulation_alone(tmp_p
     assert "7.00 GiB" in shown.stdout
     assert invoke(*of_folder, "--vram", "8GiB").exit_code == 0  # with expandable segments
     assert invoke(*of_folder, "--vram", "7GiB").exit_code == 1
+
+
+# ---------------------------------------------------------------------- before a run
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch, simulated: None, gemma: tuple[str, ...]) -> Callable[..., list[str]]:
+    """`starts(GiB, used GiB, overrides)`: what a run of that architecture says before it loads, on such a card."""
+
+    def start(total: float, used: float = 0, *overrides: str) -> list[str]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (round((total - used) * GIB), round(total * GIB)))
+        messages: list[str] = []
+        refuse_without_room(load_recipe("qwen_1_5b_lora", (*gemma, *overrides)), messages.append)
+        return messages
+
+    return start
+
+
+def test_a_run_of_an_unknown_architecture_is_simulated(starts):
+    begins, ends = starts(8)
+    assert "'gemma3_text'" in begins
+    assert "20 seconds" in begins
+    assert "without rollouts, needs 7.59 GiB, and there are 8.00 GiB" in ends
+    assert FakeSimulator.options["capability"] == (7, 5)
+
+
+def test_a_run_that_does_not_fit_by_simulation_is_refused(starts):
+    with pytest.raises(UserInputError, match=r"needs 7\.59 GiB, and there are 7\.00 GiB") as caught:
+        starts(7)
+    assert caught.value.where == "phase update"
+    options = caught.value.next_step.partition(": ")[2].split(", ")
+    assert "--set train.offload_activations=true" in options
+    for option in options:
+        load_recipe("qwen_1_5b_lora", shlex.split(option)[1::2])
+    with pytest.raises(UserInputError, match=r"needs 7\.59 GiB beside 1\.41 GiB of other processes"):
+        starts(8, used=2)
+
+
+@pytest.mark.parametrize(
+    "error", [EngineError("its process ended"), RuntimeError("Traceback:\n  a line\nKeyError: its process ended\n")]
+)
+def test_a_run_goes_on_unplanned_if_the_simulation_fails(starts, monkeypatch, error):
+    monkeypatch.setattr(FakeSimulator, "error", error)
+    last = starts(7)[-1]
+    assert last.startswith("no memory plan: model_type is 'gemma3_text'")
+    assert last.endswith("its process ended")
+    assert "a line" not in last
+
+
+def test_a_run_that_cannot_be_simulated_goes_on_at_once(starts):
+    [said] = starts(7, 0, 'model.backend="unsloth"')
+    assert said.startswith("no memory plan")
+
+
+def test_the_simulation_sees_no_real_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = subprocess.Popen
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started(["env"], **options))
+    with Simulator() as simulator:
+        seen = simulator._process.stdout.read()
+    assert "CUDA_VISIBLE_DEVICES=\n" in seen

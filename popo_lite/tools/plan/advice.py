@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from popo_lite.errors import ModelError, UserInputError
+from popo_lite.errors import ModelError, PopoError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import impossible_combinations
 from popo_lite.tools.console.words import memory
-from popo_lite.tools.plan.shapes import load_shape
+from popo_lite.tools.plan.shapes import UnknownArchitectureError, load_shape
+from popo_lite.tools.plan.simulation import Simulation
 from popo_lite.tools.plan.terms import engine_of
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, MemoryPlan, plan_memory
+from popo_lite.tools.simulate import Simulator, refuse
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 Values = Mapping[str, Any]  # recipe keys with new values, to be changed together
@@ -78,7 +80,8 @@ def advice_for(plan: MemoryPlan) -> Advice:
 def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
     """Raise UserInputError, with what to change, if the plan says that a run does not fit this machine's GPU.
 
-    A run on the CPU is not checked. For an architecture that cannot be planned, `notify` gets a message.
+    A run on the CPU is not checked. For an architecture that the plan does not know a step is simulated. If that fails
+    too, or the config cannot be read, `notify` gets a message and the run is not checked.
     """
     import torch  # not above: `popo-lite plan` must not wait for it
 
@@ -89,11 +92,40 @@ def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
     others = max(0, total - free - CUDA_CONTEXT_BYTES)
     try:
         plan = plan_memory(recipe, load_shape(recipe.model), vram_bytes=total, others_bytes=others)
+    except UnknownArchitectureError as error:
+        capability = torch.cuda.get_device_capability()
+        _refuse_by_simulation(recipe, notify, error.what, total, others, capability)
+        return
     except ModelError as error:
         notify(f"no memory plan: {error.what}")
         return
     if not plan.fits:
         raise UserInputError(why_not(plan), where=f"phase {plan.peak.name}", next_step=advice_for(plan).next_step)
+
+
+def _refuse_by_simulation(
+    recipe: Recipe, notify: Callable[[str], None], why: str, total: int, others: int, capability: tuple[int, int]
+) -> None:
+    """Raise UserInputError if a simulated step of the trainer, without rollouts, does not fit the GPU."""
+    try:
+        refuse(recipe)
+        notify(f"{why}; simulating a step instead, which takes some 20 seconds")
+        with Simulator() as simulator:
+            found = Simulation.of(recipe, None, simulator, vram_bytes=total, others_bytes=others, capability=capability)
+    except (PopoError, RuntimeError) as error:
+        reason = error.what if isinstance(error, PopoError) else str(error).strip().splitlines()[-1]
+        notify(f"no memory plan: {why}, and the simulation failed: {reason}")
+        return
+    need = memory(found.smallest_bytes["expandable"] - others)
+    need += f" beside {memory(others)} of other processes" if others else ""
+    what = f"the trainer, simulated without rollouts, needs {need}, and there are {memory(total)}"
+    if found.fits:
+        notify(what)
+        return
+    kinds = ("microbatch", "logits", "checkpointing", "optimizer", "offload", "base", "rank", "answers")
+    options = [_options(values) for kind in kinds for values in _settings(recipe, kind)[:1]]
+    next_step = f"check with popo-lite plan --simulate what is enough of: {', '.join(options)}"
+    raise UserInputError(what, where=f"phase {found.fullest}", next_step=next_step)
 
 
 def why_not(plan: MemoryPlan) -> str:

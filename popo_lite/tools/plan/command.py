@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from popo_lite.errors import ModelError, UserInputError
+from popo_lite.errors import UserInputError
 from popo_lite.tools.simulate import Simulator, refuse
 
 UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
@@ -44,7 +44,7 @@ def plan(
     from popo_lite.tools.console.output import open_console
     from popo_lite.tools.plan.advice import advice_for
     from popo_lite.tools.plan.report import plan_report
-    from popo_lite.tools.plan.shapes import load_shape
+    from popo_lite.tools.plan.shapes import UnknownArchitectureError, load_shape
     from popo_lite.tools.plan.simulation import Simulation, simulation_report
     from popo_lite.tools.plan.vram import plan_memory
 
@@ -53,7 +53,7 @@ def plan(
         refuse(settings)
     try:
         shape = load_shape(settings.model)
-    except ModelError:
+    except UnknownArchitectureError:
         if not simulate:
             raise
         shape = None

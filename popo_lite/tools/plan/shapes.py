@@ -31,6 +31,10 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
+class UnknownArchitectureError(ModelError):
+    """Raised for an architecture that can only be simulated."""
+
+
 class Linear(NamedTuple):
     """A linear layer of a decoder layer: its name in the model (`self_attn.q_proj`), and its weight's two sizes."""
 
@@ -150,14 +154,15 @@ def shape_of(config: Any, *, source: str = "config.json") -> ModelShape:
     if not isinstance(config, Mapping):
         fail(f"the file holds a {type(config).__name__}, and should hold an object")
     kind, quantized = config.get("model_type"), config.get("quantization_config")
-    if not isinstance(kind, str) or kind not in _DEFAULTS:
-        known = f"it knows {', '.join(_DEFAULTS)}; popo-lite bench measures instead of planning"
-        fail(f"model_type is {kind!r}, an architecture that the memory plan does not know", known)
     if quantized is not None:
         # Such a checkpoint has neither the sizes nor the gradients of the base that is planned.
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
         what = f"quantization_config: the checkpoint is quantised already ({method}), and the run quantises it itself"
         fail(what, "set model.id to the model's unquantised checkpoint")
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
+        step = f"use popo-lite plan --simulate, or one of {', '.join(_DEFAULTS)}"
+        what = f"model_type is {kind!r}, an architecture that the memory plan does not know"
+        raise UnknownArchitectureError(what, where=source, next_step=step)
     config = {key: value for key, value in {**_DEFAULTS[kind], **config}.items() if value is not None}
     try:
         shape = ModelShape.model_validate(config)

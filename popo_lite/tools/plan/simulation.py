@@ -31,13 +31,20 @@ class Simulation(NamedTuple):
 
     @classmethod
     def of(
-        cls, recipe: Recipe, shape: ModelShape | None, simulator: Simulator, *, vram_bytes: int, others_bytes: int = 0
-    ) -> Self:
+        cls, recipe: Recipe, shape: ModelShape | None, simulator: Simulator, *, vram_bytes: int, others_bytes: int = 0,
+        capability: tuple[int, int] = (8, 9),
+    ) -> Self:  # fmt: skip
         """Simulate a step of the trainer."""
-        found = simulator.run(recipe, vram_bytes=vram_bytes, extrapolate=True)
+        found = simulator.run(recipe, vram_bytes=vram_bytes, capability=capability, extrapolate=True)
         planned = {} if shape is None else trainer_bytes(recipe, shape)
         smallest = {name: size + CUDA_CONTEXT_BYTES + others_bytes for name, size in found["smallest_bytes"].items()}
         return cls(found, planned, smallest, smallest["expandable"] <= vram_bytes)
+
+    @property
+    def fullest(self) -> str:
+        """Return the phase with the highest peak of tensors."""
+        phases: dict[str, Any] = self.found["phases"]
+        return max(phases, key=lambda name: phases[name]["allocated_bytes"])
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data with all sizes in bytes."""
@@ -65,9 +72,8 @@ def simulation_report(simulation: Simulation, console: Console) -> None:
     console.print()
     heads = ["", "requested", "allocated", "planned", "reserved"]
     table("The trainer alone, simulated on a GPU: peaks of tensors", heads, rows, console)
-    fullest = max(phases, key=lambda name: phases[name]["allocated_bytes"])
-    holders = [[memory(size), place] for place, size in phases[fullest]["holders"][:SHOWN]]
-    table(f"Allocated at the peak of {fullest}", ["memory", "function, operator"], holders, console)
+    holders = [[memory(size), place] for place, size in phases[simulation.fullest]["holders"][:SHOWN]]
+    table(f"Allocated at the peak of {simulation.fullest}", ["memory", "function, operator"], holders, console)
     default, expandable = (memory(simulation.smallest_bytes[name]) for name in ("default", "expandable"))
     text = f"Smallest GPU for the trainer alone: about {expandable}; {default} without expandable segments, which "
     text += "popo-lite turns on on Linux."

@@ -6,6 +6,7 @@ The simulated device changes torch for its whole process, so it has a process of
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any, Self
@@ -19,11 +20,13 @@ class Simulator:
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-P", "-m", __name__]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        no_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # the hooks would mix a real one with the simulated one
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, env=no_gpu, stdin=pipe, stdout=pipe, text=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # every job is answered, or its answer is not wanted any more
+        self._process.terminate()  # every job is answered, or its answer is not wanted any more
         self._process.communicate()
 
     def run(self, recipe: Recipe, **options: Any) -> dict[str, Any]:
