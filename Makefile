@@ -1,6 +1,6 @@
 # make train [RECIPE=recipes/tiny_cpu.toml]   install what is needed into .venv, then train
-# make test                                   the tests, without a GPU
-# make test-fakegpu                           the trainer on a simulated GPU: minutes
+# make test                                   the tests, without a GPU; a few of them on a simulated one
+# make test-fakegpu                           all tests of the trainer on a simulated GPU: minutes
 # make test-vllm                              the tests that need vLLM, with its CPU build
 # make test-real                              the tests on a real model, SmolLM2-135M, on the CPU
 # make test-engines                           both, and those that need both

@@ -1,20 +1,24 @@
 """The trainer's own code on a simulated GPU: every setting with a CUDA path of its own, and memory against the plan.
 
-All tests of this file share one process with one simulated device.
+All tests of this file share one process with one simulated device. Those that are not slow run in `make test`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from popo_lite.errors import PopoError
+from popo_lite.errors import PopoError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
+from popo_lite.tools.plan import advice
+from popo_lite.tools.plan.advice import refuse_without_room
 from popo_lite.tools.plan.shapes import load_shape
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, plan_memory
 from popo_lite.tools.simulate import Simulator
@@ -90,7 +94,16 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+# In each another kernel computes attention: FlashAttention over packed rows, SDPA's FlashAttention, no kernel, and the
+# memory-efficient one.
+KERNELS = ("as it is", "one sequence at a time", "eager", "float32")
+
+
+def slow_unless(sampled: tuple[str, ...], names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in sampled else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", slow_unless(KERNELS, SETTINGS))
 def test_a_setting_takes_what_the_plan_says(simulator: Simulator, narrow: Path, name: str) -> None:
     recipe = recipe_of(narrow, *SETTINGS[name])
     found = simulator.run(recipe)
@@ -98,6 +111,7 @@ def test_a_setting_takes_what_the_plan_says(simulator: Simulator, narrow: Path, 
     hold_against_plan(found, recipe)
 
 
+@pytest.mark.slow
 def test_float32_takes_no_more_on_an_older_card(simulator: Simulator, narrow: Path) -> None:
     """Compute capability 7.5 has no FlashAttention, and its other kernel without T x T scores groups no heads."""
     recipe = recipe_of(narrow, *SETTINGS["float32"])
@@ -137,6 +151,7 @@ def test_a_card_too_small_for_one_sequence_is_an_error(simulator: Simulator, nar
         simulator.run(recipe_of(narrow), vram_bytes=CUDA_CONTEXT_BYTES + 90 * 2**20, enforce=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), ("train.gradient_checkpointing=false",)])
 def test_a_few_layers_say_what_all_take(simulator: Simulator, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     recipe = recipe_of(folder_of(tmp_path, num_hidden_layers=8), *overrides)
@@ -146,6 +161,7 @@ def test_a_few_layers_say_what_all_take(simulator: Simulator, tmp_path: Path, ov
         assert few["phases"][name]["allocated_bytes"] == pytest.approx(phase["allocated_bytes"], rel=0.001)
 
 
+@pytest.mark.slow
 def test_layers_that_differ_are_all_run(simulator: Simulator, tmp_path: Path) -> None:
     kinds = ["sliding_attention", "full_attention"] * 3
     folder = folder_of(tmp_path, model_type="qwen3", num_hidden_layers=6, head_dim=64, layer_types=kinds,
@@ -157,7 +173,19 @@ def test_layers_that_differ_are_all_run(simulator: Simulator, tmp_path: Path) ->
 # ---------------------------------------------------------------------- shipped recipes
 
 
-@pytest.mark.parametrize("name", ["qwen_1_5b_lora", "r1_distill_7b_grpo"])
+def test_a_run_of_an_architecture_without_a_plan_is_refused_by_simulation(
+    simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advice, "Simulator", lambda: nullcontext(simulator))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**29, 2**29))
+    recipe = recipe_of(folder_of(tmp_path, model_type="olmo2"))
+    with pytest.raises(UserInputError, match=r"simulated without rollouts, needs \d.*, and there are 512\.0 MiB"):
+        refuse_without_room(recipe, print)
+
+
+@pytest.mark.parametrize("name", slow_unless(("qwen_1_5b_lora",), ["qwen_1_5b_lora", "r1_distill_7b_grpo"]))
 def test_a_shipped_recipe_takes_what_the_plan_says(simulator: Simulator, name: str) -> None:
     recipe = load_recipe(ROOT / "recipes" / f"{name}.toml")
     hold_against_plan(simulator.run(recipe, extrapolate=True), recipe)
