@@ -1,6 +1,7 @@
 # make train [RECIPE=recipes/tiny_cpu.toml]   install what is needed into .venv, then train
 # make test                                   the tests, without a GPU; a few of them on a simulated one
 # make test-fakegpu                           all tests of the trainer on a simulated GPU: minutes
+# make cuda-branches                          the same with coverage: which lines for CUDA none of them runs
 # make test-vllm                              the tests that need vLLM, with its CPU build
 # make test-real                              the tests on a real model, SmolLM2-135M, on the CPU
 # make test-engines                           both, and those that need both
@@ -21,7 +22,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo '[gpu]')
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: train test test-fakegpu test-vllm test-real test-engines study study-real check docs clean
+.PHONY: train test test-fakegpu cuda-branches test-vllm test-real test-engines study study-real check docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/popo-lite train $(RECIPE) $(ARGS)
@@ -31,6 +32,12 @@ test: $(VENV)/.installed-dev
 
 test-fakegpu: $(VENV)/.installed-dev
 	$(PYTEST) -n 0 -m fakegpu $(ARGS)
+
+cuda-branches: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 0 -m fakegpu $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage json --quiet
+	$(BIN)/python benchmarks/cuda_branches.py coverage.json
 
 test-vllm: $(VENV)/.installed-vllm
 	$(PYTEST) -m 'vllm and not real' $(ARGS)

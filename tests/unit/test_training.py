@@ -8,6 +8,7 @@ import os
 import signal
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from popo_lite.recipe import OptimizerRecipe
 from popo_lite.run_folder import (
     RunFolder,
     append_line,
+    environment,
     find_run_folder,
     keep_lines,
     new_run_folder,
@@ -336,3 +338,14 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(samples, right):
 def test_pass_at_k_refuses_nonsense(samples, right, k):
     with pytest.raises(ValueError, match="pass@"):
         pass_at_k(samples, right, k)
+
+
+def test_a_run_on_a_gpu_names_it(monkeypatch):
+    card = SimpleNamespace(name="a card", total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert environment(torch.device("cuda"))["gpu"] == {
+        "name": "a card",
+        "memory_bytes": 24 * 2**30,
+        "cuda": torch.version.cuda,
+    }
+    assert environment(torch.device("cpu"))["gpu"] is None

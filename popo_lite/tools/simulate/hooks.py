@@ -2,6 +2,9 @@
 
 Fake tensors need a device guard for "cuda", which a CPU build lacks, and autograd asks torch's CUDA hooks whether a GPU
 exists. Nothing here calls a driver. It cannot be undone, so it belongs in a process of its own.
+
+A CUDA build must see no GPU (`CUDA_VISIBLE_DEVICES=""`): only then does torch replace its real guard by one that does
+nothing, and bitsandbytes leave its CUDA kernels to the simulation.
 """
 
 from __future__ import annotations
