@@ -60,8 +60,8 @@ def _tiled(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[
         if not torch.is_grad_enabled():
             return _in_tiles(forward, hidden)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        saved = _Input.apply(hidden, hidden.new_empty(0, requires_grad=True))
-        return _Tiles.apply(forward, saved.grad_fn, hidden, *trained)
+        saved: Any = _Input.apply(hidden, hidden.new_empty(0, requires_grad=True))  # type: ignore[no-untyped-call]
+        return cast("Tensor", _Tiles.apply(forward, saved.grad_fn, hidden, *trained))  # type: ignore[no-untyped-call]
 
     return run
 
@@ -141,7 +141,6 @@ def _gradients(
             of_trained[index] = new if before is None else before if new is None else before.add_(new)
     yield of_input
     yield from of_trained
-
 
 
 class Offload(torch.autograd.graph.saved_tensors_hooks):

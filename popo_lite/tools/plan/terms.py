@@ -191,10 +191,16 @@ class LayerBytes:
         self._inference = (4 if gate_up else 3) * self.mlp + 2 * size * width + extra
         # The norm's output, queries, keys and values, the attention's output, and the products of o_proj's adapter.
         self._attention_inference = size * width * (4 if out else 2) + 2 * queries + self.kv + extra
-        if repeated:  # keys and values before and after they are repeated and joined, and queries twice
-            reading = size * (width + shape.kv_heads * shape.head_width) + 7 * queries
+        if repeated:  # keys and values before and after they are repeated and joined; queries and outputs twice
+            reading = size * (width + 2 * shape.kv_heads * shape.head_width) + 8 * queries
             self._attention_inference = max(self._attention_inference, reading)
-        self.pair = shape.heads * (6 if half else size) if recipe.model.attn_implementation == "eager" else 0
+        eager = shape.heads if recipe.model.attn_implementation == "eager" else 0
+        self.pair = eager * (6 if half else size)  # float32 scores, and their 16-bit copy
+        # Gradients of both and of the scores before the softmax; without a graph scores before and after it.
+        self._pair_backward, self._pair_inference = (
+            eager * (14 if half else 3 * size),
+            eager * (8 if half else 2 * size),
+        )
         self.casts_bytes = size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if half else 0
         cast = size * rank if half else 0
         self.input_casts_bytes = cast * sum(linear.inputs for linear in qkv)
@@ -235,29 +241,32 @@ class LayerBytes:
         self.identity = mlp  # its input beside it
         self.identity_bytes = (4 + size if size == 2 else size) * max(linear.inputs for linear in adapted) ** 2
 
+    def norm_bytes(self, tokens: int) -> int:
+        """Return the bytes per token that a norm of `tokens` tokens keeps."""
+        return self.boundary if self.tiled and tokens > TILE_TOKENS else self.input_norm
+
     def peak_bytes(self, tokens: int, sequence_tokens: int, *, backward: bool, copies: int = 0) -> int:
         """Return the layer's peak over sequences of that length: run again and backward, or without a graph.
 
         For the backward pass attention keeps keys and values of `copies` more tokens (`copied_tokens`).
         """
-        kept = self.kv * copies if backward else 0
         tile = TILE_TOKENS if self.tiled else tokens
-        if tokens > tile:
-            # Norms keep their input, the layer's own apart.
-            tiled = self.boundary + (self._attention + 3 * self.boundary if backward else 2 * self.boundary)
-            total = tiled * tokens + (self._mlp_backward if backward else self._inference) * tile
-            total += self._gradients_bytes if backward else 0
-            attention = self._attention + self.boundary + self._attention_backward + 3 * self.pair * sequence_tokens
-            if not backward:
-                attention = self._attention_inference + 2 * self.pair * sequence_tokens
-            working = attention * tokens + (self._copies_backward * copies if backward else 0)
-            total = max(total, working)
+        scores = self.pair * sequence_tokens
+        if tokens > tile and backward:
+            # Around the MLP's tiles: its norm's input and output, and the gradient of that.
+            total = (self._attention + scores + 3 * self.boundary) * tokens
+            total += (self._mlp_backward + self.boundary) * tile + self._gradients_bytes
+            working = (self._attention + self._attention_backward) * tokens + self._copies_backward * copies
+        elif backward:
+            total = (self._recompute + scores) * tokens
+            working = (self.saved - 3 * self.mlp) * tokens  # its backward pass comes after the MLP's
         else:
-            per_token, pairs = (self._recompute, 1) if backward else (self._inference, 2)
-            total = (per_token + pairs * self.pair * sequence_tokens) * tokens
-            if backward and self.pair:
-                # Eager attention takes up to three times what it keeps. Its backward pass comes after the MLP's.
-                total = max(total, (self.saved - 3 * self.mlp + 3 * self.pair * sequence_tokens) * tokens)
+            # Around tiles: the norm's input and output, and the MLP's.
+            total = self._inference * tokens if tokens <= tile else 3 * self.boundary * tokens + self._inference * tile
+            working = self._attention_inference * tokens if tokens > tile or self.pair else 0
+        working += (self._pair_backward if backward else self._pair_inference) * sequence_tokens * tokens
+        total = max(total, working)
+        kept = self.kv * copies if backward else 0
         # The dequantised weight and the MLP's last activation, which the peak includes, never exist at the same time.
         total += self.weight_bytes if self.identity_bytes else max(0, self.weight_bytes - self.mlp * min(tokens, tile))
         if self.identity_bytes:

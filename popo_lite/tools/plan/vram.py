@@ -197,7 +197,7 @@ class MemoryPlan:
         """Yield the moments of the update."""
         layer, layers, train = self.layer, self.shape.layers, self.recipe.train
         row = layer.boundary * self.tokens
-        final_norm = {"final norm": layer.boundary * self.tokens if layer.tiled else layer.input_norm * self.tokens}
+        final_norm = {"final norm": layer.norm_bytes(self.pass_tokens) * self.tokens}
         copies = self.copied_tokens
         working = layer.peak_bytes(self.pass_tokens, self.sequence_tokens, backward=True, copies=copies)
         if train.gradient_checkpointing:
@@ -215,47 +215,6 @@ class MemoryPlan:
             kept = {"layer inputs": inputs, "layer activations": (layers * saved - first) * self.tokens + casts}
             kept["layer activations"] += layers * layer.kv * copies
         kept["gradients"] = self.learned  # all have one after the first micro-batch
-        yield "in the LM head", hidden | self._loss()
-
-    def _targets(self) -> int:
-        """Return the bytes of what a step's update needs: siamese targets, the base's log-probs, and rotations."""
-        objective = self.recipe.objective
-        per_answer = self.shape.width if objective.needs_siamese_pass else 0
-        per_answer += self.recipe.rollout.max_completion_length if objective.needs_reference_pass else 0
-        return self.trained_size * self.answers * per_answer + 2 * self.size * self.shape.head_width * self.tokens
-
-    def _loss(self) -> Classes:
-        """Return the peak of the loss, forward and backward, without hidden states and head."""
-        vocabulary, logits = self.shape.vocabulary, max(4, self.size)
-        chunk = chunk_tokens(vocabulary, memory_bytes=self.recipe.train.logits_mib * 2**20, logits_bytes=logits)
-        return {"loss chunk": terms.pass_bytes(
-            tokens=self.tokens, chunk=chunk, vocabulary=vocabulary, width=self.shape.width, on_gpu=self.on_gpu,
-            head_bytes=self.size, logits_bytes=logits, scaled=self.recipe.rollout.temperature != 1.0,
-        )}  # fmt: skip
-
-    def _update(self) -> Iterator[Moment]:
-        """Yield the moments of the update."""
-        layer, layers, train = self.layer, self.shape.layers, self.recipe.train
-        row = layer.boundary * self.tokens
-        final_norm = {"final norm": layer.boundary * self.tokens if layer.tiled else layer.input_norm * self.tokens}
-        copies = self.copied_tokens
-        working = layer.peak_bytes(self.pass_tokens, self.sequence_tokens, backward=True, copies=copies)
-        if train.gradient_checkpointing:
-            offloads = train.offload_activations or self.recipe.model.backend == "unsloth"
-            kept = {"layer inputs": (2 if offloads else layers) * row}
-        else:
-            saved = layer.saved + layer.pair * self.sequence_tokens
-            working -= saved * self.pass_tokens + layer.kv * copies
-            # A float32 model's norms need no wider copy of their input, so that layers keep the input itself.
-            inputs = (layers - 1) * row if self.size == 4 else 0
-            # The first layer's input has no gradient: its norm keeps nothing of it, nor do the layers that read it.
-            first = layer.input_norm - (4 * self.shape.width if self.size == 4 else 0)
-            # Each pass under autocast makes its own copies of the adapters, which its graph keeps.
-            casts = self.tokens // self.pass_tokens * (layers * layer.casts_bytes - layer.input_casts_bytes)
-            kept = {"layer inputs": inputs, "layer activations": (layers * saved - first) * self.tokens + casts}
-            kept["layer activations"] += layers * layer.kv * copies
-        # Micro-batches' sum, and what the current one has so far: all gradients when it ends.
-        kept["gradients"] = self.learned
         yield "in the LM head", kept | final_norm | {"hidden states": self._targets() + 2 * row} | self._loss()
         kept["hidden states"] = self._targets() + row
         if train.gradient_checkpointing:

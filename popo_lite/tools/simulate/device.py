@@ -63,7 +63,10 @@ class SimulatedDevice(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fake = _DriverlessMode(allow_non_fake_inputs=True)
-        self._live: dict[int, Any] = {}  # a storage's address -> its block, its key, and a reference that frees it
+        self._live: dict[
+            int, Any
+        ] = {}  # a storage's address -> its block, its key, and a reference that tells when it dies
+        self._dead: list[int] = []  # addresses of storages that are not in use any more, and not freed yet
         self._workspaces: dict[bool, Tensor] = {}
         self._kernels: dict[Any, Callable[..., Any]] = {}
         self.allocator = CachingAllocator()
@@ -79,6 +82,7 @@ class SimulatedDevice(TorchDispatchMode):
         """Become another card, which is empty: tensors that are still alive on this one no longer count."""
         self._workspaces.clear()
         self._live.clear()  # with the references that would free them
+        self._dead.clear()
         self.vram_bytes, self.capability = vram_bytes, capability
         self.allocator = CachingAllocator(vram_bytes - CUDA_CONTEXT_BYTES if enforce else None)
         self.events: list[Event] = []
@@ -141,6 +145,7 @@ class SimulatedDevice(TorchDispatchMode):
     # ------------------------------------------------------------------ memory
 
     def _track(self, tensor: FakeTensor, func: Any) -> None:
+        self._free_dead()
         storage = tensor.untyped_storage()
         address, size = storage._cdata, storage.nbytes()
         if address in self._live or not size:
@@ -151,16 +156,23 @@ class SimulatedDevice(TorchDispatchMode):
             what = f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB on the simulated GPU"
             raise torch.OutOfMemoryError(what) from error
         key = len(self.places)
-        self._live[address] = block, key, weakref.ref(storage, partial(self._free, address))
+        self._live[address] = block, key, weakref.ref(storage, partial(self._died, address))
         self.events.append((key, size))
         self.places.append(_place(func))
 
-    def _free(self, address: int, _: Any) -> None:
-        block, key, _ = self._live.pop(address)
-        self.allocator.free(block)
-        self.events.append((key, -1))
+    def _died(self, address: int, _: Any) -> None:
+        # Python's collector calls this at any time: while a block is being allocated, too.
+        self._dead.append(address)
+
+    def _free_dead(self) -> CachingAllocator:
+        while self._dead:
+            block, key, _ = self._live.pop(self._dead.pop(0))
+            self.allocator.free(block)
+            self.events.append((key, -1))
+        return self.allocator
 
     def _empty_cache(self) -> None:
+        self._free_dead()
         self.events.append((EMPTY_CACHE, 0))
         self.allocator.empty_cache()
 
@@ -219,14 +231,14 @@ class SimulatedDevice(TorchDispatchMode):
             multi_processor_count=128, gcnArchName="", warp_size=32,
         )  # fmt: skip
         for module in (cuda, cuda.memory):
-            module.memory_allocated = lambda *_: self.allocator.allocated
-            module.max_memory_allocated = lambda *_: self.allocator.peak_allocated
-            module.memory_reserved = lambda *_: self.allocator.reserved
-            module.max_memory_reserved = lambda *_: self.allocator.peak_reserved
-            module.reset_peak_memory_stats = lambda *_: self.allocator.reset_peaks()
+            module.memory_allocated = lambda *_: self._free_dead().allocated
+            module.max_memory_allocated = lambda *_: self._free_dead().peak_allocated
+            module.memory_reserved = lambda *_: self._free_dead().reserved
+            module.max_memory_reserved = lambda *_: self._free_dead().peak_reserved
+            module.reset_peak_memory_stats = lambda *_: self._free_dead().reset_peaks()
             module.empty_cache = self._empty_cache
             module.mem_get_info = lambda *_: (
-                self.vram_bytes - CUDA_CONTEXT_BYTES - self.allocator.reserved,
+                self.vram_bytes - CUDA_CONTEXT_BYTES - self._free_dead().reserved,
                 self.vram_bytes,
             )
         state = torch.get_rng_state()

@@ -229,13 +229,13 @@ def _sdpa(
     dropout: float, causal: bool, scale: float | None, grouped: bool,
 ) -> Tensor:  # fmt: skip
     """Attend by the kernel that torch chooses: FlashAttention, memory-efficient, or the one that writes T x T."""
+    lower_right = mask is _LOWER_RIGHT
+    mask, causal = (None, True) if lower_right else (mask, causal)
     if torch.is_autocast_enabled("cuda"):  # attention is on autocast's list
         narrow = torch.get_autocast_dtype("cuda")
         query, key, value = (part.to(narrow) for part in (query, key, value))
         mask = mask.to(narrow) if mask is not None and mask.is_floating_point() else mask
     _check(query.dtype == key.dtype == value.dtype, "query, key and value must have the same dtype")
-    lower_right: bool = mask is _LOWER_RIGHT
-    mask, causal = (None, True) if lower_right else (mask, causal)
     _check(mask is None or mask.dtype in (torch.bool, query.dtype), "attn_mask must be bool or of the query's dtype")
     width, ampere = query.shape[-1], capability >= (8, 0)
     half = query.dtype == torch.float16 or (query.dtype == torch.bfloat16 and ampere)
