@@ -1,7 +1,7 @@
 # make train [RECIPE=recipes/tiny_cpu.toml]   install what is needed into .venv, then train
 # make test                                   the tests, without a GPU; a few of them on a simulated one
 # make test-fakegpu                           all tests of the trainer on a simulated GPU: minutes
-# make cuda-branches                          the same with coverage: which lines for CUDA none of them runs
+# make cuda-branches                          both with coverage: which lines for CUDA no test runs
 # make test-vllm                              the tests that need vLLM, with its CPU build
 # make test-real                              the tests on a real model, SmolLM2-135M, on the CPU
 # make test-engines                           both, and those that need both
@@ -34,7 +34,7 @@ test-fakegpu: $(VENV)/.installed-dev
 	$(PYTEST) -n 0 -m fakegpu $(ARGS)
 
 cuda-branches: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 0 -m fakegpu $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile -m 'not gpu and not vllm and not real' $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage json --quiet
 	$(BIN)/python benchmarks/cuda_branches.py coverage.json

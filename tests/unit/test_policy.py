@@ -346,3 +346,9 @@ def test_torch_reads_the_allocators_setting_after_its_import():
     code += "print(torch._C._accelerator_getAllocatorSettings())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "expandable_segments:True"
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserInputError, match="no CUDA GPU is visible"):
+        pick_device("cuda")
