@@ -21,6 +21,7 @@ from popo_lite.policy.adapters import adapter_folder, add_adapters, load_adapter
 from popo_lite.policy.attention import Row, enable_packing, kernel_of, layout, positions
 from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device
 from popo_lite.policy.memory import is_out_of_memory
+from popo_lite.policy.merged import merge_adapters
 from popo_lite.policy.siamese import PredictorHead
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import check_context
@@ -141,6 +142,8 @@ def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Re
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
+    if device.type == "cpu":
+        merge_adapters(model)
     head = head_of(base, temperature=recipe.rollout.temperature)
     torch.manual_seed(stream_seed("predictor", recipe.train.seed))
     policy = Policy(

@@ -1,4 +1,4 @@
-"""Sampling from the trainer's own model: slow and simple, without a second copy of anything, on every machine."""
+"""Sampling from the trainer's own model: slow and simple, on every machine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from popo_lite.policy.memory import is_out_of_memory, release_memory
+from popo_lite.policy.merged import kept_weights
 from popo_lite.samplers.base import Answers, Progress, Requests, Sampler, SamplingParams
 
 COMPACT_BELOW = 0.5
@@ -31,6 +32,11 @@ class HFSampler(Sampler):
     @torch.no_grad()
     def _complete(self, requests: Requests, params: SamplingParams, finished: Progress) -> Answers:
         self._policy.model.eval()
+        with kept_weights(self._policy.model):
+            return self._decode_all(requests, params, finished)
+
+    def _decode_all(self, requests: Requests, params: SamplingParams, finished: Progress) -> Answers:
+        """Decode all requests, in smaller batches from now on if memory runs out."""
         answers: list[Drawn] = [([], []) for _ in requests]
         # Prompts of like length share a batch, which saves padding; the draws do not depend on it.
         waiting = sorted(range(len(requests)), key=lambda index: len(requests[index][0].token_ids))
