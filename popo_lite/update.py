@@ -186,7 +186,8 @@ class Learner:
         targets = next(self.policy.predictor.parameters()).new_zeros(
             len(plan.sequences), self.policy.head.weight.shape[1]
         )
-        rollouts = [plan.sequences[index].rollout for index in plan.positives]
+        positives = plan.positives
+        rollouts = [plan.sequences[index].rollout for index in positives]
         self.policy.model.eval()
 
         def fill(batch: MicroBatch) -> None:
@@ -194,7 +195,7 @@ class Learner:
             if objective.target == "predictor":
                 features = self.policy.predictor(features)
             noise = torch.stack([self._noise(step, rollouts[member], features) for member in batch.members])
-            rows = [plan.positives[member] for member in batch.members]
+            rows = [positives[member] for member in batch.members]
             targets[rows] = noisy_target(features, noise, objective.noise_sigma)
 
         with self.siamese.swapped():
