@@ -98,7 +98,7 @@ def _attention(
     for number, (length, prompt) in enumerate(segments):
         alike.setdefault((length, lengths[prompt] if prompt >= 0 else 0), []).append(number)
     outputs: list[Tensor] = [query] * len(segments)
-    for (own, before), members in alike.items():
+    for (_, before), members in alike.items():
         q = torch.stack([queries[number] for number in members])
         k, v = (torch.stack([part[number] for number in members]) for part in (keys, values))
         if before:

@@ -199,7 +199,7 @@ class LayerBytes:
         # Gradients of both and of the scores before the softmax; without a graph scores before and after it.
         self._pair_backward, self._pair_inference = (
             eager * (14 if half else 3 * size),
-            eager * (8 if half else 2 * size),
+            eager * (10 if half else 2 * size),
         )
         self.casts_bytes = size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if half else 0
         cast = size * rank if half else 0

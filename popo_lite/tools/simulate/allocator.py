@@ -131,8 +131,9 @@ class CachingAllocator:
             if size >= HUGE_FROM:
                 segment = -(-size // HUGE_MULTIPLE) * HUGE_MULTIPLE
             self._reserve(segment)
-            self._next_address += 2 * segment  # segments never touch
-            return Block(self._next_address, segment, small)
+            address = self._next_address
+            self._next_address += segment + BLOCK  # segments never touch
+            return Block(address, segment, small)
         page = SMALL_SEGMENT if small else LARGE_SEGMENT
         last = self._last[small]
         free = last.size if last is not None and not last.used else 0

@@ -351,12 +351,14 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
 
 
 def _place(func: Any) -> str:
-    """Return where an allocation is made: the innermost function of the model, PEFT or this package."""
+    """Return where an allocation is made: the innermost function of the model, PEFT or this package, or autograd."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         path = code.co_filename
         if ("/popo_lite/" in path and "/tools/simulate/" not in path) or "/transformers/" in path or "/peft/" in path:
             return f"{code.co_qualname}, {func._schema.name.partition('::')[2]}"
+        if code.co_name == "_engine_run_backward":
+            break
         frame = frame.f_back
     return f"backward pass, {func._schema.name.partition('::')[2]}"
