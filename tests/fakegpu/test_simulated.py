@@ -119,12 +119,12 @@ def test_float32_takes_no_more_on_an_older_card(simulator: Simulator, narrow: Pa
 
 
 def hold_against_plan(found: dict[str, Any], recipe: Recipe) -> None:
-    """In the fullest phase the plan is never below the simulation, and at most 4 % above it."""
+    """In the fullest phase the plan is never below the simulation, and at most 3 % above it."""
     alone = recipe.with_values({"rollout.engine": "hf", "train.device": "cuda"})
     planned = {p.name: p.tensor_bytes for p in plan_memory(alone, load_shape(recipe.model), vram_bytes=2**40).phases}
     ratios = {name: planned[name] / phase["allocated_bytes"] for name, phase in found["phases"].items()}
     fullest = max(found["phases"], key=lambda name: found["phases"][name]["allocated_bytes"])
-    assert 1 - ROUNDING <= ratios[fullest] <= 1.04, ratios
+    assert 1 - ROUNDING <= ratios[fullest] <= 1.03, ratios
     # DoRA keeps 2 % more between the passes than is planned.
     assert min(ratios.values()) >= 0.98, ratios
 

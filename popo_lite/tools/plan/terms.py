@@ -232,7 +232,7 @@ class LayerBytes:
         attention += self.kv - 2 * size * shape.head_width * shape.kv_heads
         self.saved = 2 * self.input_norm + attention + 3 * mlp + kept(of_mlp)
         self._recompute, self._mlp_backward = self.saved + 3 * mlp, 6 * mlp + kept(of_mlp)
-        self._attention = attention + wide
+        self._attention = attention
         self._attention_backward *= max(4, size) // size
         self._inference = 4 * mlp + size * 3 * shape.mlp_width + 2 * wide
         self._attention_inference *= max(4, size) // size
