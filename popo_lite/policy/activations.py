@@ -1,14 +1,15 @@
 """Less memory for what a layer keeps for its backward pass: checkpoints, tiles of its tokens, and host memory.
 
 MLPs and norms compute each token for itself, and their activations are the widest of a layer. In tiles they take the
-memory of one tile, however long the sequence is, an idea of ALST (arXiv 2506.13996). Here nothing is computed more
-often than by checkpointing alone: see `_Input`.
+memory of one tile, however long the sequence is, an idea of ALST (arXiv 2506.13996). Here an MLP is computed no more
+often than by checkpointing alone, unless a norm follows it: see `_Input`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from popo_lite.chunks import TILE_TOKENS
+from popo_lite.policy.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +46,9 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 def _computes_tokens_apart(module: nn.Module, hidden: Tensor) -> bool:
     try:
         whole = module(hidden)
-    except RuntimeError:  # the module has another width: a norm of each head's queries
+    except (RuntimeError, TypeError) as error:  # it has another width, as norms of heads, or takes more than one tensor
+        if is_out_of_memory(error):
+            raise
         return False
     if not isinstance(whole, Tensor):
         return False
@@ -52,11 +56,11 @@ def _computes_tokens_apart(module: nn.Module, hidden: Tensor) -> bool:
     return float(gap.float().norm()) <= 0.05 * float(whole.float().norm())
 
 
-def _tiled(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def run(hidden: Tensor) -> Tensor:
-        """Return `forward(hidden)` for `hidden` [..., T, D]."""
-        if hidden.shape[-2] <= TILE_TOKENS:
-            return forward(hidden)
+def _tiled(module: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(hidden: Tensor, *others: Any, **options: Any) -> Tensor:
+        """Return `forward(hidden)` for `hidden` [..., T, D]; with more arguments it is computed whole."""
+        if hidden.shape[-2] <= TILE_TOKENS or others or options:
+            return forward(hidden, *others, **options)
         if not torch.is_grad_enabled():
             return _in_tiles(forward, hidden)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -74,7 +78,7 @@ def tiles(tokens: int) -> list[tuple[int, int]]:
 def _in_tiles(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     output: Tensor | None = None
     for tile in tiles(hidden.shape[-2]):
-        part = forward(hidden.narrow(-2, *tile))
+        part = forward(hidden.narrow(-2, *tile).clone())  # some routers change their input in place
         if output is None:
             output = part.new_empty((*hidden.shape[:-1], part.shape[-1]))
         output.narrow(-2, *tile).copy_(part)
@@ -85,8 +89,8 @@ def _in_tiles(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
 class _Input(torch.autograd.Function):
     """Save an MLP's input, and return nothing of use.
 
-    It is the last tensor that a checkpointed layer saves. A layer that is computed again for its backward pass stops
-    once it has saved that, before the MLP: its tiles alone compute the MLP again.
+    It is the last tensor that a checkpointed layer saves if no norm follows the MLP. A layer that is computed again for
+    its backward pass stops once it has saved that, before the MLP: its tiles alone compute the MLP again.
     """
 
     @staticmethod
@@ -110,7 +114,7 @@ class _Tiles(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (hidden,) = ctx.saved.saved_tensors
-        ctx.saved = None  # no engine frees it
+        ctx.saved = None  # autograd does not free it
         host_state, devices, states = ctx.random
         with torch.random.fork_rng(devices, device_type=hidden.device.type), torch.autocast(*ctx.autocast):
             torch.set_rng_state(host_state)
@@ -131,7 +135,7 @@ def _gradients(
     for part in tiles(hidden.shape[-2]):
         tile = hidden.narrow(-2, *part).detach().requires_grad_(wants_input)
         with torch.enable_grad():
-            output = forward(tile)
+            output = forward(tile.clone())
         inputs = [tile, *trained] if wants_input else trained
         found = torch.autograd.grad(output, inputs, gradient.narrow(-2, *part), allow_unused=True)
         if of_input is not None:
@@ -143,44 +147,55 @@ def _gradients(
     yield from of_trained
 
 
-class Offload(torch.autograd.graph.saved_tensors_hooks):
-    """Keep saved tensors of `elements` elements, the layers' inputs, in host memory until the backward pass.
+@contextmanager
+def offloaded(device: torch.device, elements: int) -> Iterator[None]:
+    """Keep what the block saves in tensors of `elements` elements, the layers' inputs, in host memory.
 
     For one forward and one backward pass. Copies run beside the computation, on a stream of their own: into host memory
     while the next layer runs, and back while the layer above is in its backward pass. Two layers' inputs are on the
-    device at a time. No memory is freed before the main stream, which may reuse it, has waited for its copy:
-    `record_stream` would keep it until the GPU has caught up with Python, and so many layers' at once.
+    device at a time.
+    """
+    copies = _HostCopies(device, elements)
+    with torch.autograd.graph.saved_tensors_hooks(copies.pack, copies.unpack):
+        yield
+
+
+class _HostCopies:
+    """No memory is freed before the main stream, which may reuse it, has waited for the copy that reads or writes it.
+
+    `record_stream` would keep it until the GPU has caught up with Python, and so many layers' inputs at once.
     """
 
     def __init__(self, device: torch.device, elements: int) -> None:
         self._device, self._elements = device, elements
         self._streams: Any = torch.get_device_module(device)
-        self._copies = self._streams.Stream()
+        self._main, self._side = self._streams.current_stream(), self._streams.Stream()
         self._saved: list[Tensor | None] = []  # in host memory
         self._leaving: tuple[Tensor, Any] | None = None  # on the device, with the event of its copy
         self._fetched: dict[int, tuple[Tensor, Any]] = {}
-        super().__init__(self._pack, self._unpack)
 
     def __del__(self) -> None:
         # A pass that failed may leave copies behind. What they read and write is freed after this.
-        self._streams.current_stream().wait_stream(self._copies)
+        self._main.wait_stream(self._side)
 
-    def _pack(self, tensor: Tensor) -> Tensor | int:
+    def pack(self, tensor: Tensor) -> Tensor | int:
+        """Start the copy of a layer's input into host memory; return its number. Other tensors stay."""
         if tensor.numel() != self._elements:
             return tensor
         if self._leaving is not None:
-            self._streams.current_stream().wait_event(self._leaving[1])
+            self._main.wait_event(self._leaving[1])
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._device.type == "cuda")
         self._leaving = tensor, self._copy(tensor, host)
         self._saved.append(host)
         return len(self._saved) - 1
 
-    def _unpack(self, packed: Tensor | int) -> Tensor:
+    def unpack(self, packed: Tensor | int) -> Tensor:
+        """Return what was packed, and start to fetch what was packed before it."""
         if isinstance(packed, Tensor):
             return packed
         self._fetch(packed)
         tensor, event = self._fetched.pop(packed)
-        self._streams.current_stream().wait_event(event)
+        self._main.wait_event(event)
         self._saved[packed] = self._leaving = None
         if packed:
             self._fetch(packed - 1)
@@ -194,7 +209,7 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
 
     def _copy(self, source: Tensor, target: Tensor) -> Any:
         """Start a copy once the main stream's work so far is done; return the event of its end."""
-        self._copies.wait_stream(self._streams.current_stream())
-        with self._streams.stream(self._copies):
+        self._side.wait_stream(self._main)
+        with self._streams.stream(self._side):
             target.copy_(source, non_blocking=True)
-        return self._copies.record_event()
+        return self._side.record_event()

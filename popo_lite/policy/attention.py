@@ -92,6 +92,8 @@ def _attention(
     if query.device.type == "cuda":
         # There only FlashAttention groups heads; the other kernel without a T x T matrix wants them repeated.
         key, value = (_repeated(part, query.shape[1]) for part in (key, value))
+        if torch.is_autocast_enabled("cuda"):  # which knows SDPA, but not with that mask of an answer
+            query, key, value = (part.to(torch.get_autocast_dtype("cuda")) for part in (query, key, value))
     lengths = [length for length, _ in segments]
     queries, keys, values = (part[0].split(lengths, dim=1) for part in (query, key, value))  # [heads, length, d] each
     alike: dict[tuple[int, int], list[int]] = {}  # segments by their own length and that of their prompt
@@ -116,7 +118,7 @@ def _attention(
 def _answers_mask(query: Tensor, prompt: int) -> Tensor:
     """Return the mask of answers [N, H, answer, d] that see a prompt before themselves.
 
-    On a GPU kernels know it by name: as a matrix it would grow with the square of the answer.
+    On a GPU SDPA has kernels for this mask: as a matrix it would grow with the square of the answer.
     """
     answer = query.shape[2]
     if query.device.type == "cuda":

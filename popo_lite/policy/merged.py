@@ -6,7 +6,6 @@ Merging only rounds differently in float32; in 16 bit it would lose most of B A,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -116,10 +115,12 @@ def _can_merge(layer: Any) -> bool:
 @contextmanager
 def kept_weights(model: nn.Module) -> Iterator[None]:
     """Keep the merged weights for the block, in which no weight may change, if memory allows. For many small passes."""
+    import psutil
+
     layers = [module.forward for module in model.modules() if isinstance(module.forward, MergedForward)]
     needed = sum(b.element_size() * len(b) * a.shape[1] for a, b in (layer.factors for layer in layers))
     # Of all memory, not of what is free: rounding must not depend on what else runs.
-    if needed > KEPT_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+    if needed > KEPT_SHARE * psutil.virtual_memory().total:
         layers = []
     try:
         for layer in layers:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from popo_lite.errors import ModelError
 from popo_lite.fused import Head
-from popo_lite.policy.activations import Offload, checkpoint_layers
+from popo_lite.policy.activations import checkpoint_layers, offloaded
 from popo_lite.policy.adapters import adapter_folder, add_adapters, load_adapter_weights
 from popo_lite.policy.attention import Row, enable_packing, kernel_of, layout, positions
 from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device
@@ -81,7 +81,7 @@ class Policy:
             options |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
         saving: AbstractContextManager[Any] = nullcontext()
         if self.offload and torch.is_grad_enabled():
-            saving = Offload(self.device, input_ids.numel() * self.head.weight.shape[1])
+            saving = offloaded(self.device, input_ids.numel() * self.head.weight.shape[1])
         with saving:
             output = self.run_trunk(input_ids=input_ids[None], use_cache=False, **options)
         return cast("Tensor", output.last_hidden_state[0])

@@ -76,6 +76,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "single quantisation": ("model.double_quantization=false",),
     "dropout": ("lora.dropout=0.1",),
     "DoRA": ("lora.dora=true",),
+    "DoRA, two targets": ("lora.dora=true", 'lora.target_modules=["q_proj", "v_proj"]'),
     "two targets": ('lora.target_modules=["q_proj", "v_proj"]',),
     "rank 64": ("lora.rank=64",),
     "adamw8bit": ('optimizer.name="adamw8bit"',),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import transformers
 from torch import nn
 
 from popo_lite.policy import activations
-from popo_lite.policy.activations import Offload, checkpoint_layers
+from popo_lite.policy.activations import _HostCopies, checkpoint_layers, offloaded
 
 SIZES = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -114,6 +117,83 @@ def test_a_module_that_looks_at_the_token_before_is_left_whole():
     assert {"model.layers.1.mlp", "model.layers.0.input_layernorm", "model.norm"} <= set(tiled)
 
 
+def test_a_module_that_needs_more_than_the_hidden_states_is_left_whole():
+    class Gated(nn.Module):
+        def forward(self, hidden, gate):
+            return hidden * gate
+
+    class Optional(Mlp):
+        def forward(self, hidden, residual=None):
+            return super().forward(hidden) + (0 if residual is None else residual)
+
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["qwen2"])
+    model.model.layers[0].mlp, model.model.layers[1].mlp = Gated(), Optional()
+    checkpoint_layers(model)
+    assert "forward" not in vars(model.model.layers[0].mlp)
+    hidden, residual = torch.randn(2, 1, 30, 64)
+    whole = Optional.forward(model.model.layers[1].mlp, hidden, residual)
+    torch.testing.assert_close(model.model.layers[1].mlp(hidden, residual), whole)
+
+
+def test_a_router_that_changes_its_input_in_place_trains():
+    class Jitter(Mlp):
+        def forward(self, hidden):
+            if self.training:
+                hidden *= torch.empty_like(hidden).uniform_(0.9, 1.1)
+            return super().forward(hidden)
+
+    torch.manual_seed(0)
+    mlp, hidden = Jitter(), torch.randn(1, 30, 64, requires_grad=True)
+    before = hidden.detach().clone()
+    activations._tiled(mlp, mlp.forward)(hidden).sum().backward()
+    assert torch.equal(hidden, before)
+    assert hidden.grad.abs().sum() > 0
+
+
+def test_tiles_run_in_the_precision_of_the_forward_pass():
+    torch.manual_seed(0)
+    mlp, hidden = Mlp().eval(), torch.randn(1, 30, 64, requires_grad=True)
+    inputs = [hidden, *mlp.parameters()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = mlp(hidden), activations._tiled(mlp, mlp.forward)(hidden)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+    wanted, got = (torch.autograd.grad(output.float().square().sum(), inputs) for output in (expected, found))
+    assert torch.equal(got[0], wanted[0])
+    for one, other in zip(got, wanted, strict=True):
+        assert float((one - other).norm()) <= 0.02 * float(other.norm())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_host_copies_are_waited_for_and_freed_with_the_graph(monkeypatch, fails):
+    """Also if the backward pass fails, and without the collector."""
+    made, waited = [], []
+    monkeypatch.setattr(torch.cpu.Stream, "wait_stream", lambda self, other: waited.append((self, other)))
+    start = _HostCopies.__init__
+
+    def starting(self, *arguments):
+        start(self, *arguments)
+        made.append((weakref.ref(self), self._main, self._side))
+
+    monkeypatch.setattr(_HostCopies, "__init__", starting)
+    gc.disable()
+    try:
+        with offloaded(torch.device("cpu"), 8):
+            first = torch.ones(8, requires_grad=True)
+            output = (first * 2).square().sum()
+        if fails:
+            first.register_hook(lambda _: (_ for _ in ()).throw(ValueError))
+        with suppress(ValueError):
+            output.backward()
+        assert (first.grad is None) == fails
+        del output, first
+        ((copies, main, side),) = made
+        assert copies() is None
+        assert waited[-1] == (main, side)
+    finally:
+        gc.enable()
+
+
 def test_nothing_is_read_before_its_copy_has_ended(monkeypatch):
     """Copies that end as late as they may: when the main stream waits for them."""
     started = []
@@ -131,7 +211,7 @@ def test_nothing_is_read_before_its_copy_has_ended(monkeypatch):
             if first is event:
                 break
 
-    monkeypatch.setattr(Offload, "_copy", copy_later)
+    monkeypatch.setattr(_HostCopies, "_copy", copy_later)
     monkeypatch.setattr(torch.cpu.Stream, "wait_event", wait)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
@@ -140,7 +220,7 @@ def test_nothing_is_read_before_its_copy_has_ended(monkeypatch):
     checkpoint_layers(model)
     ids, direction = torch.randint(5, 300, (1, 30)), torch.randn(1, 30, 64)
     expected = gradients(model, ids, direction)
-    with Offload(torch.device("cpu"), 30 * 64):
+    with offloaded(torch.device("cpu"), 30 * 64):
         states = model.model(input_ids=ids, use_cache=False).last_hidden_state
     found = torch.autograd.grad((states * direction).sum(), list(model.model.parameters()))
     assert len(started) == 0

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from popo_lite.errors import ModelError
-from popo_lite.policy.activations import Offload
+from popo_lite.policy.activations import _HostCopies
 from popo_lite.policy.attention import enable_packing, kernel_of, layout, positions
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.policy.policy import load_policy
@@ -242,7 +242,7 @@ def test_a_model_with_a_mask_of_its_own_is_refused_and_runs_unpacked(tiny_recipe
 def test_checkpoints_on_the_host_are_the_layers_inputs_and_change_nothing(tiny_recipe, monkeypatch):
     """Counted where they are copied: what each layer is given leaves the device, and nothing from inside a layer."""
     copied, waiting = [], []
-    copy = Offload._copy
+    copy = _HostCopies._copy
 
     def counting(self, source, target):
         copied.append(tuple(source.shape))
@@ -263,7 +263,7 @@ def test_checkpoints_on_the_host_are_the_layers_inputs_and_change_nothing(tiny_r
         for _, parameter in policy.adapter_parameters():
             parameter.data.add_(0.02 * torch.randn_like(parameter))
     expected = gradients(plain)
-    monkeypatch.setattr(Offload, "_copy", counting)
+    monkeypatch.setattr(_HostCopies, "_copy", counting)
     found = gradients(offloaded)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert set(copied) == {(1, len(ids_of(ROW)), 128)}

@@ -231,7 +231,7 @@ def _sdpa(
     """Attend by the kernel that torch chooses: FlashAttention, memory-efficient, or the one that writes T x T."""
     lower_right = mask is _LOWER_RIGHT
     mask, causal = (None, True) if lower_right else (mask, causal)
-    if torch.is_autocast_enabled("cuda"):  # attention is on autocast's list
+    if torch.is_autocast_enabled("cuda") and not lower_right:  # attention is on autocast's list
         narrow = torch.get_autocast_dtype("cuda")
         query, key, value = (part.to(narrow) for part in (query, key, value))
         mask = mask.to(narrow) if mask is not None and mask.is_floating_point() else mask
@@ -252,7 +252,9 @@ def _sdpa(
         efficient: Any = aten._scaled_dot_product_efficient_attention
         found: Tensor = efficient(query, key, value, bias, graph, dropout, causal, scale=scale)[0]
         return found
-    _check(not lower_right, "torch would write out this mask")
+    if lower_right:  # torch writes it out
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask, causal = mask.tril(key.shape[2] - query.shape[2]), False
     written: Tensor = real(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped)
     return written
 
