@@ -6,9 +6,10 @@
 
 Models have the shapes of Qwen2.5 in NF4, rank-32 adapters on all linear layers, and POPO's objective, in bfloat16. A
 micro-batch is one answer after a prompt of 512 tokens. The length is the longest, in steps of 1,024 tokens, for which
-the plan's phases siamese, update and step fit, with a sleeping vLLM, CUDA context and margin for fragmentation. Two
-steps of that length are then simulated: `smallest_bytes` is the smallest card for the trainer alone, of two or three
-layers and extrapolated. Contexts are taken to be long enough; rollouts of that length may need a larger card.
+the plan's phases siamese, update and step fit, with a sleeping vLLM, CUDA context and margin for fragmentation. For the
+largest card two steps of that length are then simulated: `smallest_bytes` is the smallest card for the trainer alone,
+of two and three layers and extrapolated. Contexts are taken to be long enough; rollouts of that length may need a
+larger card.
 """
 
 from __future__ import annotations
@@ -66,10 +67,10 @@ def longest(folder: Path, card_gib: int, offload: bool) -> int:
 
 
 def measure(simulator: Simulator, folder: Path, card_gib: int, offload: bool) -> dict[str, Any]:
-    """Return the longest answers on a card, and what a step with them takes by simulation."""
+    """Return the longest answers on a card, and for the largest what a step with them takes by simulation."""
     tokens = longest(folder, card_gib, offload)
-    if not tokens:
-        return {"tokens": 0}
+    if card_gib < max(CARDS_GIB):
+        return {"tokens": tokens}
     try:
         found = simulator.run(recipe_of(folder, tokens, offload), extrapolate=True)
     except (PopoError, RuntimeError) as error:
