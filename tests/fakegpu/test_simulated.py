@@ -112,6 +112,7 @@ def test_a_setting_takes_what_the_plan_says(simulator: Simulator, narrow: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_float32_queries_meet_16_bit_keys_under_autocast(simulator: Simulator, narrow: Path) -> None:
     """DoRA's magnitudes are float32. The plan of so few targets is far too high."""
     found = simulator.run(recipe_of(narrow, "lora.dora=true", 'lora.target_modules=["q_proj", "v_proj"]'))
