@@ -122,7 +122,7 @@ def test_a_tower_times_out_and_the_next_answer_is_graded():
     assert [reward.value for reward in rewards] == [0, 0, 0, 1]
     assert rewards[0].detail == "no verdict within reward.timeout_seconds = 1"
     assert rewards[0].answer == "9^{9^{9^9}}"
-    assert 3.0 <= seconds < 60.0  # workers that start anew are slow on a busy machine
+    assert 3.0 <= seconds < 60.0  # starting a worker takes seconds on a busy machine
 
 
 def test_oversized_latex_is_decided_at_once():
