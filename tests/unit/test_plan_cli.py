@@ -131,7 +131,7 @@ def test_each_change_says_which_phase_it_eases() -> None:
     for change in changes:
         phase = f"phase {change['eases']} from {change['before_bytes'] / 2**30:.2f} GiB to "
         assert phase + f"{change['after_bytes'] / 2**30:.2f} GiB" in refused
-    assert "siamese.head_width = 2048: phase update" in refused
+    assert "train.tokens_per_microbatch = 1536: phase update" in refused
     short = invoke("qwen_1_5b_lora", "--vram", "8GiB").stdout
     assert "rollout.vllm.gpu_memory_utilization = 0.45: the engine's share lacks nothing, before " in short
 
