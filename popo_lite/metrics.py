@@ -63,7 +63,7 @@ METRICS: Mapping[str, Metric] = {
     "tokens_of_positives": Metric("tokens of positives", "tokens", "The same of the positives."),
     "tokens_of_mixed_groups": Metric("tokens of mixed groups", "tokens", "The same of groups with unequal rewards."),
     "trained_tokens": Metric("trained tokens", "tokens", "Tokens that the update forwarded."),
-    "shared_tokens": Metric("shared tokens", "tokens", "Tokens that the update saved by computing prompts once."),
+    "shared_tokens": Metric("shared tokens", "tokens", "Tokens saved by computing prompts and equal answers once."),
     # what was learned from it
     "loss": Metric("loss", "number", "The step's loss."),
     "loss_policy": Metric("policy", "number", "Policy term: L_nll, or GRPO's surrogate with its KL term."),

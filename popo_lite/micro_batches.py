@@ -1,4 +1,4 @@
-"""Micro-batches: sequences packed into rows, a prompt once for its answers, and smaller rows when memory runs out."""
+"""Micro-batches: sequences packed into rows, equal tokens of a prompt once, and smaller rows when memory runs out."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from popo_lite.types import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """B sequences in a row of T tokens without padding, with N completion tokens in all; a shared prompt is there once.
+    """B sequences in a row of T tokens without padding, with N completion tokens in all.
 
-    `members` are the sequences' positions in the list that was split. `row` holds (prompt, *answers), in tokens, for
-    each prompt of `input_ids` [T]. `targets` [N] are the completion tokens, `lengths` how many of each sequence,
-    `sequence_of_token` [N] indexes the B sequences; `sampler_logps` [N].
+    A shared prompt is there once, and so are equal answers to it. `members` are the sequences' positions in the list
+    that was split. `row` holds (prompt, *answers), in tokens, for each prompt of `input_ids` [T], and `answer_of` which
+    of these answers each of the prompt's sequences has. `targets` [N] are the completion tokens, `lengths` how many of
+    each sequence, `sequence_of_token` [N] indexes the B sequences; `sampler_logps` [N].
     """
 
     members: tuple[int, ...]
     input_ids: Tensor
     row: tuple[tuple[int, ...], ...]
+    answer_of: tuple[tuple[int, ...], ...]
     targets: Tensor
     lengths: tuple[int, ...]
     sequence_of_token: Tensor
@@ -56,9 +58,9 @@ class MicroBatch:
 
     def _split(self, hidden: Tensor) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
         parts = iter(hidden.split([length for block in self.row for length in block]))
-        for block in self.row:
+        for block, answer_of in zip(self.row, self.answer_of, strict=True):
             prompt, *answers = itertools.islice(parts, len(block))
-            yield prompt, answers
+            yield prompt, [answers[index] for index in answer_of]
 
 
 def by_prompt(rollouts: Sequence[Rollout], members: Sequence[int], *, shared_prefix: bool) -> list[list[int]]:
@@ -74,6 +76,7 @@ def pack(
 ) -> list[tuple[int, list[int]]]:
     """Pack `members` of `rollouts` into micro-batches, (tokens, members), of at most `budget_tokens` each.
 
+    Equal answers count each, since the loss takes memory for each, and the plan must hold for distinct ones.
     First fit, longest first. The answers to a prompt stay together if they fit; else each part repeats the prompt. A
     sequence that is longer than the budget goes alone: recipes in which that can happen are refused, but the budget may
     have been lowered since.
@@ -102,11 +105,15 @@ def collate(
     """Build the tensors of the micro-batch of `members`, which index `rollouts`."""
     ids: list[int] = []
     row: list[tuple[int, ...]] = []
+    answer_of: list[tuple[int, ...]] = []
     order: list[int] = []
     for group in by_prompt(rollouts, members, shared_prefix=shared_prefix):
-        parts = [rollouts[group[0]].prompt.token_ids, *(rollouts[index].completion.token_ids for index in group)]
+        answers = [rollouts[index].completion.token_ids for index in group]
+        place = {answer: index for index, answer in enumerate(dict.fromkeys(answers))}
+        parts = [rollouts[group[0]].prompt.token_ids, *place]
         ids += itertools.chain.from_iterable(parts)
         row.append(tuple(map(len, parts)))
+        answer_of.append(tuple(place[answer] for answer in answers))
         order += group
     completions = [rollouts[index].completion for index in order]
     lengths = tuple(len(completion.token_ids) for completion in completions)
@@ -114,6 +121,7 @@ def collate(
         members=tuple(order),
         input_ids=torch.tensor(ids, device=device),
         row=tuple(row),
+        answer_of=tuple(answer_of),
         targets=torch.tensor([token for one in completions for token in one.token_ids], device=device),
         lengths=lengths,
         sequence_of_token=torch.arange(len(order), device=device).repeat_interleave(
@@ -127,8 +135,8 @@ class MicroBatches:
     """Splits rollouts into micro-batches of at most `budget_tokens`, which is lowered when GPU memory runs out.
 
     `tokens` counts, by stage, what was forwarded since it was cleared. With `shared_prefix` a prompt is forwarded once
-    for all its answers in a micro-batch. `memory_advice` returns what else would let a single sequence fit; it ends the
-    error about one that does not.
+    for all its answers in a micro-batch, and so are equal answers. `memory_advice` returns what else would let a single
+    sequence fit; it ends the error about one that does not.
     """
 
     def __init__(
@@ -163,14 +171,15 @@ class MicroBatches:
         while waiting:
             tokens, members = waiting[0]
             try:
-                work(collate(rollouts, members, device=self._device, shared_prefix=self._shared_prefix))
+                batch = collate(rollouts, members, device=self._device, shared_prefix=self._shared_prefix)
+                work(batch)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
             else:
                 waiting.pop(0)
                 left.difference_update(members)
-                micro_batches, forwarded = micro_batches + 1, forwarded + tokens
+                micro_batches, forwarded = micro_batches + 1, forwarded + len(batch.input_ids)
                 continue
             # Outside the except block: the caught error would keep the failed attempt's tensors alive.
             if restart is not None:

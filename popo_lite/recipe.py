@@ -345,8 +345,8 @@ class TrainRecipe(Section):
     """Pack several sequences into one row, each attending only to itself. Off: one sequence at a time, as always with
     eager attention, unsloth, or a sliding window shorter than the sequences."""
     shared_prefix: bool = True
-    """With `packing`, except flash_attention_2: compute a prompt once for all its answers in a micro-batch. Changes the
-    update only by rounding (without dropout)."""
+    """With `packing`, except flash_attention_2: compute a prompt once for all its answers in a micro-batch, and equal
+    answers once. Changes the update only by rounding (without dropout)."""
     logits_mib: Positive = 256
     """MiB for the logits of one chunk of tokens and their gradient. Does not change the update."""
     compile_loss: bool = True

@@ -8,6 +8,7 @@ so that only the order of sums may differ.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,32 +54,37 @@ def test_one_batch_of_all_equals_one_at_a_time(trainer, variant):
 @pytest.mark.parametrize(
     "more", [(), ("train.gradient_checkpointing=true", "train.offload_activations=true", "train.device=auto")]
 )
-def test_a_shared_prompt_changes_nothing(trainer, variant, more):
-    """Against whole sequences in a row, and against one sequence at a time."""
+def test_shared_prompts_and_equal_answers_change_nothing(trainer, variant, more):
+    """Against whole sequences in a row, and against one sequence at a time. Each prompt has two answers twice."""
     shared, whole, alone = (
         trainer(*variant, *more, *flag) for flag in ((), ("train.shared_prefix=false",), ("train.packing=false",))
     )
-    groups = groups_of(shared)
+    groups = [
+        Group(rollouts=(*group.rollouts, *(answered_again(r, index) for index, r in enumerate(group.rollouts[1:3], 4))))
+        for group in groups_of(shared)
+    ]
     found, *expected = (update(one, groups) for one in (shared, whole, alone))
     tokens = [one.learner.micro_batches.tokens["update"] for one in (shared, whole, alone)]
     plan = shared.learner.plan(groups)
-    prompts = {s.rollout.prompt.token_ids: len(s.rollout.prompt.token_ids) for s in plan.sequences}
-    assert tokens[0] == sum(prompts.values()) + sum(len(s.rollout.completion.token_ids) for s in plan.sequences)
+    distinct = {(s.rollout.prompt.token_ids, s.rollout.completion.token_ids) for s in plan.sequences}
+    assert len(distinct) < len(plan.sequences)
+    assert tokens[0] == sum(map(len, {prompt for prompt, _ in distinct})) + sum(len(answer) for _, answer in distinct)
     assert tokens[1] == tokens[2] == plan.sequence_tokens
     for other in expected:
         assert_same(found, other)
+
+
+def answered_again(rollout: Rollout, index: int) -> Rollout:
+    """The same answer, drawn again: its noise is another, and a sampler's log-probs are not quite the same."""
+    logps = tuple(logp - 0.01 for logp in rollout.completion.sampler_logps)
+    return replace(rollout, completion=replace(rollout.completion, sampler_logps=logps), index=index)
 
 
 def test_eight_answers_of_one_prompt_in_one_row_equal_one_row_each(trainer):
     """1 x 8 against 8 x 1: what gradient accumulation gets wrong where it averages averages."""
     whole, single = trainer(), trainer("train.tokens_per_microbatch=70", "rollout.max_completion_length=6")
     group = groups_of(whole)[2]
-    eight = Group(
-        rollouts=tuple(
-            Rollout(prompt=r.prompt, completion=r.completion, reward=r.reward, policy_version=0, index=index)
-            for index, r in enumerate((*group.rollouts, *group.rollouts))
-        )
-    )
+    eight = Group(rollouts=tuple(replace(r, index=index) for index, r in enumerate(group.rollouts * 2)))
     single.learner.micro_batches.budget_tokens = 1  # every sequence is longer, and goes alone
     one_row, eight_rows = update(whole, [eight]), update(single, [eight])
     assert [int(found["micro_batches"]) for found in (one_row, eight_rows)] == [1, 8]

@@ -131,6 +131,19 @@ def test_collate_points_at_the_right_positions():
     assert apart.input_ids.tolist() == [10, 11, 12, 50, 51, 10, 11, 12, 50]
 
 
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_equal_answers_to_a_prompt_are_there_once(shared_prefix):
+    rollouts = [rollout(3, 2), rollout(3, 1), rollout(3, 2, index=2)]
+    batch = collate(rollouts, (0, 1, 2), device=torch.device("cpu"), shared_prefix=shared_prefix)
+    once = [10, 11, 12, 50, 51, 50]
+    assert batch.input_ids.tolist() == (once if shared_prefix else [10, 11, 12, 50, 51, 10, 11, 12, 50, *once[:5]])
+    assert batch.targets.tolist() == [50, 51, 50, 50, 51]
+    assert batch.lengths == (2, 1, 2)
+    assert batch.predicting(batch.input_ids[:, None]).flatten().tolist() == [12, 50, 12, 12, 50]
+    assert batch.mean_features(batch.input_ids[:, None].float()).flatten().tolist() == [50.5, 50, 50.5]
+    assert sum(tokens for tokens, _ in pack(rollouts, range(3), budget_tokens=99, shared_prefix=True)) == 8
+
+
 def test_features_of_16_bit_states_are_summed_in_float32():
     batch = collate([rollout(3, 300)], (0,), device=torch.device("cpu"), shared_prefix=True)
     hidden = torch.rand(303, 4).bfloat16()
