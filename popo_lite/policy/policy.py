@@ -222,8 +222,8 @@ def _pack(policy: Policy, recipe: Recipe) -> None:
 
     leaking = {"position_ids": positions(row, policy.device), "attention_mask": torch.ones_like(ids)[None]}
     leak = distance(policy.run_trunk(input_ids=ids[None], **leaking).last_hidden_state[0])
-    # Rounding differs by kernel and adds up over layers.
-    limit = min(256 * torch.finfo(alone.dtype).eps, leak / 8)
+    # Rounding differs by kernel and adds up over layers: to 310 eps in the 30 of SmolLM2-135M.
+    limit = min(2048 * torch.finfo(alone.dtype).eps, leak / 8)
 
     def check(key: str, states: Callable[[], Tensor], expected: Tensor, instead: str) -> None:
         try:
