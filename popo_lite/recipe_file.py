@@ -55,8 +55,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe at the path `source`, or the shipped recipe of that name, and apply `overrides`.
 
     An override is `section.key=value`. Its value is read as TOML (`8`, `[4, 5]`, `"text"`) and otherwise taken as text,
-    so that `model.id=Qwen/Qwen2.5-1.5B` needs no quotes. A later override wins. Raises RecipeError with one line for
-    every error of file and overrides.
+    so that `model.id=Qwen/Qwen2.5-1.5B` needs no quotes. `data.system_prompt=` unsets a key that may be unset. A later
+    override wins. Raises RecipeError with one line for every error of file and overrides.
     """
     errors: list[str] = []
     document = read_toml(find_recipe(source), str(source))
@@ -67,7 +67,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             written[name] = ("--set ", value)
         except ValueError as error:
             errors.append(f"--set {error}")
-    algorithm = str(written.get("objective.algorithm", ("", "popo"))[1])
+    algorithm = str(written.get("objective.algorithm", ("", "popo"))[1] or "")
     if algorithm not in OBJECTIVES:  # which other keys [objective] may have is unknown then
         written = {n: s for n, s in written.items() if n == "objective.algorithm" or not n.startswith("objective.")}
         algorithm = "popo"
@@ -78,8 +78,11 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             continue
         try:
             values[name] = type_of(schema[name]).validate_python(value)
+            if isinstance(value, str) and not value.strip():
+                unset = f"leave the key out, or unset it by --set {name}=" if schema[name].default is None else "set it"
+                wrong[name] = f"is empty; {unset}"
         except ValidationError:
-            guess = nearest(str(value), type_of(schema[name]).json_schema().get("enum", ()))
+            guess = nearest(str(value), type_of(schema[name]).json_schema().get("enum", ())) if value else None
             meant = f"; did you mean {to_toml(guess)}?" if guess else ""
             wrong[name] = f"must be {allowed_values(schema[name])}{meant}"
     errors += [f"{written[name][0]}{_shown(name, written[name][1])}: {why}" for name, why in wrong.items()]
@@ -207,10 +210,15 @@ def _settings(table: dict[str, Any], section: str = "") -> Iterator[tuple[str, A
 
 
 def _read_override(override: str) -> tuple[str, Any]:
-    """Return (`section.key`, value) of `--set`; a value that is not TOML is text. Raises ValueError with the error."""
-    name, _, text = (part.strip() for part in override.partition("="))
-    if not (name and text):
-        raise ValueError(f"{to_toml(override)}: must be section.key=value, neither side empty")
+    """Return (`section.key`, value) of `--set`: None for no value, and text for one that is not TOML.
+
+    Raises ValueError with the error.
+    """
+    name, sign, text = (part.strip() for part in override.partition("="))
+    if not (name and sign):
+        raise ValueError(f"{to_toml(override)}: must be section.key=value, or section.key= to unset the key")
+    if not text:
+        return name, None
     # An argument's bytes that were not UTF-8 arrive as lone surrogates, which no TOML file can hold.
     if re.search("[\ud800-\udfff]", text):
         raise ValueError(f"{_shown(name, text)}: is not UTF-8 text")
@@ -227,7 +235,7 @@ def _read_override(override: str) -> tuple[str, Any]:
 
 def _shown(name: str, value: Any) -> str:
     """Return `key = value` on one line of bounded length, or `[section]`."""
-    if value is None:  # a key that is required and not set
+    if value is None:  # unset by `--set`, or required and not set
         return name
     if "." not in name and isinstance(value, dict):
         return f"[{name}]"

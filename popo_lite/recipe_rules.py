@@ -127,8 +127,6 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
         for key in ("config", "split", "prompt_column", "answer_column", "filter", "limit"):
             if part.dataset in reasons and getattr(part, key) not in (None, {}):
                 yield [f"{name}.{key}", f"{name}.dataset"], reasons[part.dataset]
-    if recipe.data.system_prompt is not None and not recipe.data.system_prompt.strip():
-        yield ["data.system_prompt"], "is empty; leave the key out instead"
 
 
 def check_context(recipe: Recipe, context_tokens: int) -> None:

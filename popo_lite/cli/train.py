@@ -24,7 +24,9 @@ INTERRUPTED = 130
 @click.option("--seed", type=click.IntRange(min=0), help="Same as --set train.seed=N.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run; default runs/<recipe>-seed<N>.")
 @click.option("--resume", is_flag=True, help="Continue this recipe's newest unfinished run, or the one in --output.")
-@click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
+@click.option(
+    "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
+)
 @click.option(
     "--view", type=VIEWS, default="auto", show_default=True, help="Live view on a terminal, else one plain line a step."
 )

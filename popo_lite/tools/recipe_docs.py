@@ -44,7 +44,9 @@ def list_() -> None:
 
 @recipe.command()
 @click.argument("source", metavar="[RECIPE]", required=False)
-@click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
+@click.option(
+    "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
+)
 @click.option("as_json", "--json", is_flag=True, help="Print JSON; without RECIPE, the JSON Schema of recipes.")
 def show(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print RECIPE, a path or a shipped name, with defaults and overrides filled in.

@@ -250,10 +250,33 @@ def test_all_errors_of_file_and_overrides_are_reported_together(write: Write) ->
             '--set reward.workers = "many": must be a whole number, at least 1 and at most 64',
             "--set seed = 3: belongs to [train]",
             "--set lor.rank = 8: unknown section; did you mean [lora]?",
-            '--set "nonsense": must be section.key=value, neither side empty',
-            '--set "model.id=": must be section.key=value, neither side empty',
+            '--set "nonsense": must be section.key=value, or section.key= to unset the key',
+            "--set model.id: must be text",
         ]
     )
+
+
+def test_an_override_without_a_value_unsets_a_key_that_may_be_unset(write: Write) -> None:
+    path = write('[data]\nsystem_prompt = "Be brief."\n[lora]\ninit_from = "runs/old"\n[model]\nid = "some/model"')
+    recipe = load_recipe(path, ["data.system_prompt=", "lora.init_from="])
+    assert (recipe.data.system_prompt, recipe.lora.init_from, recipe.model.id) == (None, None, "some/model")
+    assert load_recipe(path, ["data.system_prompt=", "data.system_prompt=Add."]).data.system_prompt == "Add."
+    # A default in place of what an empty variable of a shell should have held would be another run.
+    for override in ("model.id=", "optimizer.learning_rate=", "objective.algorithm=", "model.quantization="):
+        assert errors_of(path, override)[0].startswith(f"--set {override[:-1]}: must be "), override
+    assert errors_of(path, "lora.ranks=") == ["--set lora.ranks: unknown key; did you mean lora.rank?"]
+    assert errors_of(path, "lora=") == ["--set lora: must be a section, [lora]"]
+
+
+@pytest.mark.parametrize("key", ["data.system_prompt", "data.chat_template", "lora.init_from", "model.revision"])
+def test_an_empty_text_says_how_to_unset_the_key(write: Write, key: str) -> None:
+    section, _, name = key.partition(".")
+    shown = f'{key} = " ": is empty; leave the key out, or unset it by --set {key}='
+    path = write(f'[{section}]\n{name} = " "')
+    assert errors_of(path) == [f"x.toml: {shown}"]
+    assert load_recipe(path, [f"{key}="]) == Recipe()
+    assert errors_of(write(""), f'{key}=" "') == [f"--set {shown}"]
+    assert errors_of(write(""), 'model.id=""') == ['--set model.id = "": is empty; set it']
 
 
 def test_a_combination_is_not_reported_if_one_of_its_keys_is_wrong_itself(write: Write) -> None:
@@ -430,7 +453,7 @@ def example(annotation: Any, metadata: tuple[Any, ...], source: random.Random) -
     if annotation is bool:
         return source.random() < 0.5
     if annotation is str:
-        return "".join(source.sample(NASTY, source.randrange(4)))
+        return "x".join(["", *source.sample(NASTY, source.randrange(4)), ""])  # never empty
     bounds = {name: getattr(m, name) for m in metadata for name in ("ge", "gt", "le", "lt") if hasattr(m, name)}
     low = bounds.get("ge", bounds.get("gt", -1e9 if annotation is float else -(10**9)))
     high = bounds.get("le", bounds.get("lt"))

@@ -28,7 +28,9 @@ SIZES = {  # option -> the recipe's key that it overrides
 @click.option("--positives", type=POSITIVE, help="Rewarded rollouts of a step; default half of them.")
 @click.option("--memory-cap", metavar="SIZE", help="Use a larger GPU as if it had this, such as 24GiB; not with vLLM.")
 @click.option("--longest", is_flag=True, help="Find the longest sequence that can be trained on instead.")
-@click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")
+@click.option(
+    "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
+)
 @click.option("as_json", "--json", is_flag=True, help="Print the result as JSON and nothing else.")
 def bench(
     recipe: str, steps: int, positives: int | None, memory_cap: str | None, longest: bool, overrides: tuple[str, ...],
