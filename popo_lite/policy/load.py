@@ -6,6 +6,7 @@ It can be written again without quantisation, for a rollout engine to serve the 
 from __future__ import annotations
 
 import copy
+import errno
 import importlib.util
 import logging
 from pathlib import Path
@@ -16,14 +17,15 @@ import torch
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.policy.adapters import PEFT_NAMES
 from popo_lite.policy.gguf import GGUF_SUFFIX, gguf_folder
-from popo_lite.policy.memory import prefer_expandable_segments
+from popo_lite.policy.loading_errors import loading_error
+from popo_lite.policy.memory import is_out_of_memory, prefer_expandable_segments
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks.rendering import keeps_text
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from popo_lite.policy.policy import Policy
 
@@ -51,37 +53,57 @@ def model_source(recipe: ModelRecipe) -> str:
 
 
 def load_tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
-    """Load the tokenizer. If it has no PAD token, EOS takes its place: padding is masked everywhere."""
+    """Load the tokenizer. Its PAD token is not used: padding is masked everywhere."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, recipe, "tokenizer")
     if not keeps_text(tokenizer):  # ignore the class that its config names, and take tokenizer.json as it is
         tokenizer = _from_pretrained(PreTrainedTokenizerFast, recipe, "tokenizer")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
-    """Load the base in the recipe's precision on `device` and freeze it. Only safetensors are read."""
+    """Load the base in the recipe's precision on `device` and freeze it. Only safetensors are read.
+
+    Raises ModelError if it cannot be loaded, or lacks tensors, which transformers would silently draw at random.
+    """
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
     if recipe.quantization == "nf4":  # None would count as another quantisation of a base that is stored quantised
         options["quantization_config"] = nf4_config(recipe)
-    options |= {"use_safetensors": True, "device_map": {"": device}}
-    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, recipe, "model", **options)
+    options |= {"use_safetensors": True, "device_map": {"": device}, "output_loading_info": True}
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = _from_pretrained(AutoModelForCausalLM, recipe, "model", **options)
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        what = f"the weights of {recipe.id} lack {len(missing)} of the model's tensors: {', '.join(missing[:3])}"
+        raise ModelError(what, where="model.id", next_step="download or copy it again, or use another model")
     close_cpu_repacking(model)
     model.requires_grad_(False)
     return model
 
 
 def load_config(recipe: ModelRecipe) -> PreTrainedConfig:
-    """Load only the model's config."""
+    """Load only the model's config. Raises ModelError if its PAD token is beyond its embedding."""
     from transformers import AutoConfig
 
     config: PreTrainedConfig = _from_pretrained(AutoConfig, recipe, "config")
+    pad, rows = (getattr(config.get_text_config(), name, None) for name in ("pad_token_id", "vocab_size"))
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        what = f"pad_token_id is {pad}, and the embedding of {recipe.id} has {rows} rows, so it cannot be built"
+        next_step = "set pad_token_id in its config.json to null, in a copy of the model's folder"
+        raise ModelError(what, where="model.id", next_step=next_step)
     return config
+
+
+def load_generation_config(recipe: ModelRecipe) -> GenerationConfig | None:
+    """Load the model's settings for generation, which name its EOS ids. Not all models have some."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model_source(recipe), revision=recipe.revision or "main")
+    except OSError:
+        return None
 
 
 def import_unsloth() -> None:
@@ -185,14 +207,10 @@ def _from_pretrained(loader: Any, recipe: ModelRecipe, part: str, **options: Any
     # On AVX512 CPUs bitsandbytes recommends a package whose kernels it would download.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     options |= {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+    source = model_source(recipe)
     try:
-        return loader.from_pretrained(model_source(recipe), **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        what, where = "could not be loaded", "model.id"
-        next_step = "check the name, log in with `hf auth login` for a gated model, or give a local folder with "
-        next_step += "config.json, tokenizer files and *.safetensors"
-        if isinstance(error, ImportError):
-            what, where = "needs a package that is not installed", "model"
-            next_step = 'install it, or use model.attn_implementation = "sdpa" if flash-attention is missing'
-        raise ModelError(f"the {part} of {recipe.id} {what}: {reason}", where=where, next_step=next_step) from error
+        return loader.from_pretrained(source, **options)
+    except Exception as error:  # whatever the library or a model's own code raises
+        if is_out_of_memory(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise loading_error(error, recipe, part) from error
