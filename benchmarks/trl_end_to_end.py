@@ -118,7 +118,7 @@ def train_trl(model: str, system: str, recipe: Recipe, run: RunFolder, start: fl
     from popo_lite.grading import Grader
     from popo_lite.policy.adapters import add_adapters, save_adapter
     from popo_lite.policy.load import load_base, load_tokenizer
-    from popo_lite.policy.policy import stop_ids_of
+    from popo_lite.policy.tokens import stop_ids_of
     from popo_lite.tasks import open_tasks
     from popo_lite.tasks.rendering import Renderer
     from popo_lite.update import learning_rate_factor

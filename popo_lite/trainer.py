@@ -32,6 +32,7 @@ from popo_lite.policy.adapters import save_adapter
 from popo_lite.policy.load import pick_device
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.policy import load_policy
+from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import (
     RunFolder,
@@ -47,7 +48,6 @@ from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.seeding import stream_seed
 from popo_lite.shapes import count_takeover, shape_metrics, start_shapes, takeover_message
 from popo_lite.tasks import open_tasks
-from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import EvalResult, Group
 from popo_lite.update import Learner, UpdateResult, learning_rate_factor
 
@@ -165,9 +165,9 @@ class Trainer:
         self.grader.check()
         self.train_task, self.eval_task = open_tasks(self.recipe)
         self.held_out = self.eval_task.held_out(self.recipe.eval.problems) if self.recipe.eval.problems else []
+        self.renderer = open_renderer(self.recipe)
+        self._check_prompts()  # before gigabytes are read
         self.policy = load_policy(self.recipe)
-        self.renderer = Renderer(self.recipe, self.policy.tokenizer)
-        self._check_prompts()
 
     def _open_sampler(self, stack: ExitStack) -> None:
         sampler = open_sampler(self.recipe, self.policy, text=self.renderer.text, notify=self.callback.message)
@@ -470,14 +470,16 @@ class Trainer:
             "siamese": f"+{self.learner.siamese.extra_bytes / 2**20:.2f} MiB",
             "data": self.train_task.name,
             "rollouts": f"{self.engine}, {recipe.data.prompts_per_step} x {recipe.rollout.num_generations}{adaptive}",
-            "stops at": " ".join(policy.tokenizer.convert_ids_to_tokens(sorted(policy.stop_ids))),
+            "stops at": " ".join(map(str, policy.tokenizer.convert_ids_to_tokens(sorted(policy.stop_ids)))),
             "device": str(policy.device),
             "sequences": "one at a time" if policy.packing == "off" else f"packed ({policy.packing})",
             "folder": str(self.folder.path),
         }
 
     def _check_prompts(self) -> None:
-        """Find prompts that are too long now, not at step 400."""
+        """Find prompts that are too long, or that the chat template refuses, now and not at step 400."""
+        if warning := self.renderer.check(self.train_task.train_problem(self.recipe.train.seed, 0)):
+            self.callback.message(warning)
         if self.recipe.data.overlong_prompts == "error":
             for problem in (*self.held_out, *self.train_task.longest_candidates()):
                 self.renderer.render(problem)

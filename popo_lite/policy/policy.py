@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jinja2 import TemplateError, TemplateSyntaxError
 from torch import Tensor, nn
 
 from popo_lite.errors import ModelError
@@ -23,6 +22,7 @@ from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_u
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.merged import merge_adapters
 from popo_lite.policy.siamese import PredictorHead
+from popo_lite.policy.tokens import stop_ids_of
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import check_context
 from popo_lite.seeding import stream_seed
@@ -247,34 +247,3 @@ def _pack(policy: Policy, recipe: Recipe) -> None:
     if policy.shared_prefix:
         shared = partial(policy.hidden_states, ids[once], shared_row)
         check("train.shared_prefix", shared, alone[once], "computes a prompt again for each of its answers")
-
-
-def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> frozenset[int]:
-    """Return every id that ends an answer: all EOS ids of model and tokenizer, and the chat template's end of turn.
-
-    A base model's EOS is often not its template's end of turn. Without that one, answers would run on into a next turn
-    and be trained on, unnoticed because special tokens are not shown. Raises ModelError if nothing ends an answer.
-    """
-    stops: set[int] = set()
-    for owner in (base.generation_config, base.config, tokenizer):
-        ids = getattr(owner, "eos_token_id", None)
-        stops.update([ids] if isinstance(ids, int) else ids or ())
-    turns, text = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}], ""
-    try:
-        if chat_template or tokenizer.chat_template:
-            text = str(tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False))
-    except TemplateSyntaxError as error:
-        where = "data.chat_template" if chat_template else f"the tokenizer of {tokenizer.name_or_path}"
-        next_step = "correct it, or set data.chat_template (popo-lite eval: --chat-template FILE)"
-        raise ModelError(f"the chat template is not valid Jinja: {error}", where=where, next_step=next_step) from error
-    except TemplateError:  # the template refuses assistant turns
-        pass
-    _, found, after = text.rpartition("answer")
-    if found:  # some templates leave the assistant's text out
-        ids = tokenizer.encode(after, add_special_tokens=False)
-        stops.update(token for token in ids[:1] if token in tokenizer.all_special_ids)
-    if not stops:
-        what = "neither model, tokenizer nor chat template names a token that ends an answer"
-        next_step = "give the model an eos_token_id in generation_config.json"
-        raise ModelError(what, where="model.id", next_step=next_step)
-    return frozenset(stops)

@@ -98,7 +98,7 @@ class HFSampler(Sampler):
         """Run each distinct prompt once, repeat its cache for its samples: (hidden [B, D], cache, mask [B, T])."""
         row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
-        ids = pad_left([torch.tensor(prompt) for prompt in row_of], padding_value=self._policy.tokenizer.pad_token_id)
+        ids = pad_left([torch.tensor(prompt) for prompt in row_of])  # with 0, an id of every model: the mask hides it
         mask = pad_left([torch.ones(len(prompt), dtype=torch.long) for prompt in row_of])
         ids, mask = ids.to(self._policy.device), mask.to(self._policy.device)
         output = self._policy.run_trunk(

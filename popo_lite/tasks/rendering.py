@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
@@ -14,43 +15,101 @@ from popo_lite.types import Problem, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BASE_TEMPLATE = r"{% for m in messages %}{{ m.content }}\n{% endfor %}"
+"""A chat template for a base model, as TOML writes it between quotes."""
+
 
 class Renderer:
-    """Turn problems into prompts and token ids back into text. Raises ModelError if the tokenizer cannot do it."""
+    """Turn problems into prompts and token ids back into text. Raises ModelError if the tokenizer cannot do it.
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    `embeddings` is the number of rows of the model's embedding, if it is known.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) -> None:
         self.tokenizer, self.max_prompt_length = tokenizer, recipe.rollout.max_prompt_length
         self.system_prompt, self.chat_template = recipe.data.system_prompt, recipe.data.chat_template
+        self._embeddings = embeddings
         if not (self.chat_template or tokenizer.chat_template):
+            bos = "{{ bos_token }}" if puts_bos(tokenizer) else ""
             raise ModelError(
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template",
                 where="data.chat_template",
                 next_step="set data.chat_template to a Jinja template (popo-lite eval: --chat-template FILE), for a "
-                'base model for instance "{% for m in messages %}{{ m.content }}\\n{% endfor %}"',
+                f"base model for instance --set 'data.chat_template=\"{bos}{BASE_TEMPLATE}\"'",
             )
         if not keeps_text(tokenizer):
             name = f"{tokenizer.name_or_path}, loaded as {type(tokenizer).__name__},"
             what = f"the tokenizer of {name} loses spaces or line breaks, so mathematics cannot be asked through it"
             raise ModelError(what, where="model.id", next_step="use another model")
 
+    def check(self, problem: Problem) -> str | None:
+        """Return a warning if the prompt of `problem` begins otherwise than the tokenizer's texts do, or None.
+
+        Raises ModelError if the chat template leaves out the question or the system prompt.
+        """
+        ids, messages = self.token_ids(problem), self._messages(problem)
+        if ids == self._apply([*messages[:-1], {"role": "user", "content": f"{problem.question} 2"}]):
+            raise self._refusal(f"the chat template leaves out the question of problem {problem.id}", "correct it")
+        if self.system_prompt is not None and ids == self._apply(messages[1:]):
+            next_step = "unset it (--set data.system_prompt=), or set data.chat_template to one that writes it"
+            raise ModelError("the chat template leaves it out", where="data.system_prompt", next_step=next_step)
+        bos, name = self.tokenizer.bos_token_id, self.tokenizer.bos_token
+        if bos is not None and ids[:2] == (bos, bos):
+            place = "data.chat_template" if self.chat_template else "the model's chat template"
+            return f"prompts begin with {name} twice, once is usual; {place} or data.system_prompt writes it again"
+        if puts_bos(self.tokenizer) and ids[0] != bos:
+            return (
+                f"prompts do not begin with {name}, as other texts of this tokenizer do; if the model was trained with "
+                "it, begin data.chat_template with {{ bos_token }}"
+            )
+        return None
+
     def token_ids(self, problem: Problem) -> tuple[int, ...]:
         """Return the problem's token ids with the generation prompt, without a length limit."""
-        messages = [*map(dict, problem.messages)]
-        if self.system_prompt is not None:
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        messages = self._messages(problem)
         try:
-            ids = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
+            ids = self._apply(messages)
+        except (TemplateError, TypeError) as error:
+            raise self._refused_roles(problem, messages, error) from error
+        largest = max(ids, default=0)
+        if self._embeddings is not None and largest >= self._embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
             raise ModelError(
-                f"the chat template does not take the roles {roles}: {error}",
-                where="data.chat_template" if self.chat_template else f"the tokenizer of {self.tokenizer.name_or_path}",
-                next_step='leave out data.system_prompt (popo-lite eval: --system-prompt "") if it is the system '
-                "message, or set data.chat_template (popo-lite eval: --chat-template FILE) to one that takes them",
-            ) from error
+                f"its prompt holds {token} (id {largest}), and the model's embedding has {self._embeddings} rows",
+                where=f"problem {problem.id}",
+                next_step="use the tokenizer that the model was trained with; if the token comes from the chat "
+                "template, set data.chat_template to one without it",
+            )
+        return ids
+
+    def _messages(self, problem: Problem) -> list[dict[str, str]]:
+        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+        return [*system, *map(dict, problem.messages)]
+
+    def _apply(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        ids = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
         return tuple(cast("list[int]", ids))
+
+    def _refused_roles(self, problem: Problem, messages: list[dict[str, str]], error: Exception) -> ModelError:
+        """Return the error for messages that the template refuses: because of the system prompt, or of the row."""
+        roles = ", ".join(message["role"] for message in messages)
+        with suppress(TemplateError, TypeError):
+            if self.system_prompt is not None:
+                self._apply([*map(dict, problem.messages)])
+                what = f"the chat template takes no system prompt in front of this problem (roles {roles}): {error}"
+                next_step = 'unset it (--set data.system_prompt=; popo-lite eval: --system-prompt ""), or set '
+                next_step += "data.chat_template to one that writes it into the question"
+                return ModelError(what, where="data.system_prompt", next_step=next_step)
+        return self._refusal(
+            f"the chat template does not take the roles {roles} of problem {problem.id}: {error}",
+            "correct the messages of that row, or set data.chat_template to one that takes them",
+        )
+
+    def _refusal(self, what: str, next_step: str) -> ModelError:
+        where = "data.chat_template" if self.chat_template else f"the tokenizer of {self.tokenizer.name_or_path}"
+        return ModelError(what, where=where, next_step=f"{next_step} (popo-lite eval: --chat-template FILE)")
 
     def fits(self, problem: Problem) -> bool:
         """Check that the rendered problem is within `max_prompt_length`."""
@@ -70,6 +129,11 @@ class Renderer:
     def text(self, token_ids: Sequence[int]) -> str:
         """Return the text of a completion without special tokens."""
         return cast("str", self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Check whether the tokenizer puts BOS in front of a text."""
+    return tokenizer.bos_token_id is not None and tokenizer.encode("1")[:1] == [tokenizer.bos_token_id]
 
 
 def keeps_text(tokenizer: PreTrainedTokenizerBase) -> bool:

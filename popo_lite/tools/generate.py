@@ -28,16 +28,16 @@ def generate(
     import torch
 
     from popo_lite.policy.policy import load_trained_policy
+    from popo_lite.policy.tokens import open_renderer
     from popo_lite.samplers import SamplingParams
     from popo_lite.samplers.hf import HFSampler
-    from popo_lite.tasks.rendering import Renderer
     from popo_lite.types import Problem
 
     if recipe.train.cpu_threads:
         torch.set_num_threads(recipe.train.cpu_threads)
-    policy = load_trained_policy(recipe, adapter)
-    renderer = Renderer(recipe, policy.tokenizer)
+    renderer = open_renderer(recipe)
     prompt = renderer.render(Problem(id=question, messages=({"role": "user", "content": question},), answer=""))
+    policy = load_trained_policy(recipe, adapter)
     params = SamplingParams(temperature=temperature, max_completion_length=recipe.rollout.max_completion_length)
     # Not the engine that trained it: for one question, starting that would take longer than answering.
     sampler, stream = HFSampler(policy, recipe, text=renderer.text), ("generate", seed)

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from helpers import json_lines
 from popo_lite.callbacks import Callback
 from popo_lite.errors import ModelError
 from popo_lite.policy.load import load_tokenizer
-from popo_lite.policy.policy import stop_ids_of
+from popo_lite.policy.tokens import stop_ids_of
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
@@ -334,7 +334,7 @@ class Silent:
     generation_config = None
 
     def __init__(self, eos: int) -> None:
-        self.config = type("Config", (), {"eos_token_id": eos})
+        self.config = PreTrainedConfig(eos_token_id=eos)
 
 
 def test_a_template_that_takes_no_assistant_turn_leaves_the_models_own_ends():
@@ -360,10 +360,10 @@ def test_a_template_that_takes_no_system_message_says_so(tiny_recipe):
     problem = first_problem(recipe)
     assert Renderer(recipe, build_tokenizer()).token_ids(problem)
     recipe = tiny_recipe(f'data.chat_template="{refuses}"', 'data.system_prompt="Be careful."')
-    with pytest.raises(ModelError, match="does not take the roles system, user: no system") as caught:
+    with pytest.raises(ModelError, match=r"takes no system prompt .* \(roles system, user\): no system") as caught:
         Renderer(recipe, build_tokenizer()).token_ids(problem)
-    assert caught.value.where == "data.chat_template"
-    assert "data.system_prompt" in caught.value.next_step
+    assert caught.value.where == "data.system_prompt"
+    assert "--set data.system_prompt=" in caught.value.next_step
 
 
 def test_a_byte_level_tokenizer_is_not_read_as_another_kind(tmp_path, tiny_recipe):

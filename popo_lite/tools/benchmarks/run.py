@@ -14,7 +14,8 @@ import click
 
 from popo_lite.errors import CheckpointError, DataError, ModelError
 from popo_lite.grading import Grader
-from popo_lite.policy.load import load_config, load_tokenizer
+from popo_lite.policy.load import load_config
+from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import append_line, differences, environment, keep_lines, read_lines, write_atomically
 from popo_lite.samplers import SamplingParams, pick_engine
@@ -43,7 +44,7 @@ class PreparedBenchmark(NamedTuple):
 
 def prepare_all(recipe: Recipe, files: Mapping[str, Path | None], *, skip_overlong: bool) -> list[PreparedBenchmark]:
     """Read, check and render benchmarks (name -> file, None for the Hub's) without loading a model."""
-    renderer = Renderer(recipe, load_tokenizer(recipe.model))
+    renderer = open_renderer(recipe)
     with Grader(recipe.reward) as grader:
         problems = {name: open_benchmark(name, file, grader) for name, file in files.items()}
     context = getattr(load_config(recipe.model), "max_position_embeddings", None) or 2**31

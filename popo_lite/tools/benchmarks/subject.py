@@ -19,9 +19,10 @@ from popo_lite.errors import DataError, ModelError, UserInputError
 from popo_lite.evaluation import evaluate, fitting, held_out
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, empty_adapter, load_adapter_weights
-from popo_lite.policy.load import load_tokenizer, pick_device
+from popo_lite.policy.load import pick_device
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
+from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
@@ -206,7 +207,7 @@ def _askable(subjects: Sequence[Subject], problems: Sequence[Problem], recipe: R
     """Return the problems whose prompts fit all subjects, before any is loaded. Raises DataError as the recipe asks."""
     chosen, next_step = list(problems), "give --task a recipe with a larger rollout.max_prompt_length"
     for subject in subjects:  # a prompt that is too long for one of them is skipped for all
-        renderer = Renderer(subject.recipe, load_tokenizer(subject.recipe.model))
+        renderer = open_renderer(subject.recipe)
         chosen = fitting(chosen, renderer, recipe)
         try:
             for problem in chosen:
