@@ -400,6 +400,29 @@ def test_the_card_names_the_algorithm_and_no_server(tmp_path: Path) -> None:
     assert "/mnt/x" not in card
 
 
+@pytest.mark.parametrize("broken", ["license: [", "a: b: c", "- a\n- b", "license: {x: 1}", "\x00"])
+def test_a_base_with_a_broken_card_is_exported_without_its_licence(tmp_path: Path, broken: str) -> None:
+    base = Path(shutil.copytree(TINY_FOLDER, tmp_path / "base"))
+    (base / "README.md").write_text(f"---\n{broken}\n---\n# Mine\n")
+    card = model_card(
+        load_recipe("tiny_cpu", [f"model.id={base}"]), SUMMARY, weights="policy", dtype=None, verification=None
+    )
+    assert ModelCard(card).data.license is None
+
+
+def test_a_card_that_cannot_be_written_loses_no_export(
+    tmp_path: Path, plain_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(pipeline, "model_card", fail)
+    with pytest.raises(ExportError, match="its card could not be written: ZeroDivisionError: division by zero"):
+        export_run(plain_run, what="adapter", output=tmp_path / "adapter")
+    assert {"adapter_model.safetensors", "export.json", "README.md"} <= traces(tmp_path / "adapter")
+    assert export_run(plain_run, what="adapter", output=tmp_path / "adapter", reuse=True).reused
+
+
 # --------------------------------------------------------------------------------------------- refusals
 
 

@@ -76,13 +76,11 @@ def known_as(source: str) -> str:
 
 def _front_matter(recipe: Recipe, library: str, result: Facts) -> str:
     """Return the card's YAML. The licence is the one that the base's own card names; unknown if it cannot be read."""
-    from httpx import HTTPError
     from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
     path = Path(model_source(recipe.model)) / "README.md"
     licence: dict[str, Any] = {}
-    # No card, no network, or an unreadable card.
-    with suppress(OSError, HTTPError, ValueError):
+    with suppress(Exception):  # no card, no network, or a card that cannot be read, such as one with wrong YAML
         if not path.parent.is_dir():
             path = Path(hf_hub_download(recipe.model.id, "README.md", revision=recipe.model.revision))
         found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data

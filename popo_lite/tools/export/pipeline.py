@@ -103,7 +103,7 @@ def export_run(
 
     Raises CheckpointError for a run that has not ended, UserInputError for an unknown option or one that does not go
     with `what`, or if `output` is not empty, and ExportError if the merged model is not the trained policy; nothing is
-    left behind then.
+    left behind then. An ExportError of the card alone leaves the complete export.
     """
     _check_options(what, base, dtype, gguf, prompts, problems)
     recipe = run.recipe()
@@ -126,13 +126,21 @@ def export_run(
         else:
             verification = _export_merged(recipe, adapter, folder, report, prompts, problems, progress)
             report = replace(report, verification=verification)
-        summary = json.loads(run.summary_path.read_text(encoding="utf-8"))
-        card = model_card(
-            recipe, summary, weights=weights, dtype=report.dtype, gguf=gguf, verification=report.verification
-        )
-        (folder / "README.md").write_text(card, encoding="utf-8")
         content = json.dumps(report.content(), indent=2, allow_nan=False) + "\n"
         (folder / REPORT_FILE).write_text(content, encoding="utf-8")
+        card, failure = f"# {report.base}, trained with popo-lite\n", None
+        try:
+            summary = json.loads(run.summary_path.read_text(encoding="utf-8"))
+            card = model_card(
+                recipe, summary, weights=weights, dtype=report.dtype, gguf=gguf, verification=report.verification
+            )
+        except Exception as error:  # whatever it is, it must not cost the model that was written and checked
+            failure = error
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    if failure is not None:
+        what = f"the model is exported, but its card could not be written: {type(failure).__name__}: {failure}"
+        where = str(report.folder / "README.md")
+        raise ExportError(what, where=where, next_step=f"write it yourself; {verify.REPORT_IT}") from failure
     return report
 
 
