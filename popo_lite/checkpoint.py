@@ -82,7 +82,7 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
         # Copies: the 8-bit optimizer shares its quantisation maps between parameters, which safetensors refuses.
         copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in values.items()}
         save_file(copies, str(partial / f"{name}.safetensors"))
-    (partial / "cursor.json").write_text(text)
+    (partial / "cursor.json").write_text(text, encoding="utf-8")
     for path in partial.rglob("*"):
         _sync_to_disk(path)
     partial.replace(target)
@@ -97,7 +97,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
     """Restore `learner` from `folder`; return its cursor. Raises CheckpointError if it is damaged or does not fit."""
     policy = learner.policy
     try:
-        content = json.loads((folder / "cursor.json").read_text())
+        content = json.loads((folder / "cursor.json").read_text("utf-8"))
         load_adapter_weights(policy.model, folder / "adapter")
         policy.predictor.load_state_dict(load_file(str(folder / "predictor.safetensors")))
         learner.siamese.load_state(load_file(str(folder / "siamese.safetensors")), **content["siamese"])
@@ -139,6 +139,8 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _sync_to_disk(path: Path) -> None:
+    if os.name != "posix":  # Windows opens no folders, and writes nothing through a file that is open for reading
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

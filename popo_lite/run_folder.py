@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import resource
 import sys
 from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
@@ -147,7 +146,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     info = Path("/proc/cpuinfo")  # Linux only
-    processor = re.search(r"^model name\s*:\s*(.*\S)", info.read_text() if info.is_file() else "", re.MULTILINE)
+    processor = re.search(r"^model name\s*:\s*(.*\S)", info.read_text("utf-8") if info.is_file() else "", re.MULTILINE)
     gpu = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -169,6 +168,13 @@ def peak_memory_bytes(device: torch.device) -> int:
         import torch
 
         return int(torch.cuda.max_memory_reserved(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        info = psutil.Process().memory_info()
+        return int(getattr(info, "peak_wset", info.rss))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

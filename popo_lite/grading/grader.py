@@ -31,6 +31,8 @@ from popo_lite.types import Outcome, Problem, Reward, count_outcomes
 STARTUP_SECONDS = 120.0  # for importing the reward function; not charged to any answer
 STDERR_TAIL_BYTES = 4096  # of what a worker wrote to stderr, for the detail of an ERROR
 READ_BYTES = 2**16  # the capacity of a pipe
+POSIX = os.name == "posix"
+"""Windows has neither sessions to kill nor pipes that can be waited for: there, what workers write is lost."""
 
 T = TypeVar("T")
 
@@ -175,22 +177,28 @@ class _Worker:
     def __init__(self) -> None:
         self._socket, its_end = socket.socketpair()
         self._socket.setblocking(False)
+        its_end.set_inheritable(True)
         with its_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-u", str(Path(__file__).with_name("worker.py"))],
-                stdin=its_end.fileno(),
-                stdout=its_end.fileno(),
-                stderr=subprocess.PIPE,
+                [sys.executable, "-P", "-u", str(Path(__file__).with_name("worker.py")), str(its_end.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE if POSIX else subprocess.DEVNULL,
                 bufsize=0,
                 # Threads would only fight for the cores; a fixed hash seed makes sympy's order of terms repeatable.
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
-                start_new_session=True,  # Ctrl-C is for the run; and what a function starts can be killed with it
+                # Ctrl-C is for the run; and what a function starts can be killed with its session.
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+                close_fds=POSIX,  # Windows has no other way to inherit a socket
+                pass_fds=(its_end.fileno(),) if POSIX else (),
             )
-        self._stderr = cast(FileIO, self._process.stderr)
-        os.set_blocking(self._stderr.fileno(), False)
+        self._stderr = cast("FileIO | None", self._process.stderr)
         self._stderr_tail = b""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._stderr, self._read_stderr)
+        if self._stderr is not None:
+            os.set_blocking(self._stderr.fileno(), False)
+            self._loop.add_reader(self._stderr, self._read_stderr)
 
     async def ask(self, line: bytes, seconds: float) -> dict[str, Any] | None:
         """Return the reply to `line`, or None if the process ended. Raises TimeoutError after `seconds`."""
@@ -220,6 +228,8 @@ class _Worker:
 
     def _read_stderr(self) -> None:
         """Keep the tail of the available output, by one read: a function may print without end."""
+        if self._stderr is None:
+            return
         data = self._stderr.read(READ_BYTES)
         self._stderr_tail = (self._stderr_tail + (data or b""))[-STDERR_TAIL_BYTES:]
         if data == b"":
@@ -233,12 +243,17 @@ class _Worker:
 
     def kill(self) -> str:
         """End the process and all that it started. Returns how it ended: one that had already exited, by itself."""
-        with suppress(ProcessLookupError):  # before reaping, while the id cannot belong to another process
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if POSIX:
+            # Before reaping, while the id cannot belong to another process. macOS refuses to signal a dead one.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
         code = self._process.wait()
-        self._read_stderr()
-        self._loop.remove_reader(self._stderr)
-        self._stderr.close()
+        if self._stderr is not None:
+            self._read_stderr()
+            self._loop.remove_reader(self._stderr)
+            self._stderr.close()
         self._socket.close()
         return f"signal {-code}: {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
 

@@ -1,4 +1,4 @@
-"""Run a grading process: one JSON request a line on stdin, one JSON verdict a line on stdout.
+"""Run a grading process: JSON requests, one a line, from the inherited socket; one line with a verdict back for each.
 
 `grader` runs this file as it is, with the interpreter's `-P`, and sends the path to import from as the first line.
 So workers import what their parent would, and nothing of popo_lite is imported before that line. A `-m` would
@@ -12,8 +12,8 @@ import ctypes
 import dataclasses
 import json
 import os
-import resource
 import signal
+import socket
 import sys
 
 MEMORY_LIMIT_BYTES = 4 * 2**30  # of address space: an answer such as 9^(9^(9^9)) cannot exhaust memory
@@ -21,19 +21,15 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    """Read the settings, load the reward function, then grade until stdin ends."""
-    # The stream to the parent, hidden from `print` and `input`: fd 1 becomes stderr, fd 0 is empty.
-    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    """Read the settings, load the reward function, then grade until the parent closes the socket."""
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        connection.set_inheritable(False)
+        requests, replies = connection.makefile("r", encoding="utf-8"), connection.makefile("w", encoding="utf-8")
+    os.dup2(2, 1)  # what the function prints
+    limit_memory()
     if sys.platform == "linux":
-        # The kernel kills this process when its parent is gone. An idle worker ends at the end of stdin anyway, but
-        # one inside a long computation does not read it, and no thread of ours would get the interpreter lock.
+        # The kernel kills this process when its parent is gone. An idle worker ends at the end of its requests anyway,
+        # but one inside a long computation does not read them, and no thread of ours would get the interpreter lock.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     settings = json.loads(requests.readline())
     sys.path[:] = settings["path"]
@@ -58,6 +54,17 @@ def main() -> None:
         print(json.dumps({"reward": dataclasses.asdict(reward), "leaving": leaving}), file=replies, flush=True)
         if leaving:
             return
+
+
+def limit_memory() -> None:
+    """Limit this process's address space, on Linux: macOS accepts no such limit, and Windows has none."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 if __name__ == "__main__":

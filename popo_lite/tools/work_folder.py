@@ -23,7 +23,7 @@ def locked(lock: Path, busy: str) -> Iterator[int]:
     """Hold the lock file; yield its descriptor for child processes. Raises UserInputError `busy` if it is taken."""
     with writing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
+        file = lock.open("w", encoding="utf-8")
     with file:
         if not filelock.lock_descriptor(file.fileno(), blocking=False):
             raise UserInputError(busy, where=str(lock.parent), next_step="wait for it, stop it, or change --output")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import click
+
+from popo_lite.errors import UserInputError
 
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -32,6 +35,10 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
     their step; a second one abandons the step and saves; a third kills them.
     A run that fails does not end the others; the exit code is 1 then. See docs/experiments.md.
     """
+    if os.name != "posix":  # a run cannot be stopped after its step there
+        next_step = "use WSL2, or train the variants one by one with `popo-lite train RECIPE --set ...`"
+        raise UserInputError("sweeps do not run on Windows", next_step=next_step)
+
     from popo_lite.tools.console.output import table
     from popo_lite.tools.console.words import share
     from popo_lite.tools.sweep.folder import SweepFolder, as_options, load_sweep, refuse_other_sweep
