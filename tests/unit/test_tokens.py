@@ -78,7 +78,10 @@ def test_any_pad_token_will_do_as_it_is_never_used(model, tmp_path, pad):
     if pad:
         tokenizer.add_special_tokens({"pad_token": pad})
         assert tokenizer.pad_token_id == ROWS
-    recipe = model(tokenizer, "train.steps=1", "eval.problems=4", "data.prompts_per_step=4")
+    rows = [{"prompt": f"What is {'1 + ' * n}1?", "answer": str(n + 1)} for n in range(6)]  # of different lengths
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = (f"data.dataset={tmp_path / 'rows.json'}", "eval.problems=2", "data.prompts_per_step=4")
+    recipe = model(tokenizer, "train.steps=1", *data)
     loaded = load_tokenizer(recipe.model)
     assert (loaded.pad_token, loaded.eos_token) == (pad, None)
     (tmp_path / "run").mkdir()
