@@ -63,21 +63,14 @@ def load_tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
 
 
 def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
-    """Load the base in the recipe's precision on `device` and freeze it. Only safetensors are read.
-
-    Raises ModelError if it cannot be loaded, or lacks tensors, which transformers would silently draw at random.
-    """
+    """Load the base in the recipe's precision on `device` and freeze it. Only safetensors are read."""
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
     if recipe.quantization == "nf4":  # None would count as another quantisation of a base that is stored quantised
         options["quantization_config"] = nf4_config(recipe)
-    options |= {"use_safetensors": True, "device_map": {"": device}, "output_loading_info": True}
-    loaded: tuple[PreTrainedModel, dict[str, Any]] = _from_pretrained(AutoModelForCausalLM, recipe, "model", **options)
-    model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):
-        what = f"the weights of {recipe.id} lack {len(missing)} of the model's tensors: {', '.join(missing[:3])}"
-        raise ModelError(what, where="model.id", next_step="download or copy it again, or use another model")
+    options |= {"use_safetensors": True, "device_map": {"": device}}
+    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, recipe, "model", **options)
     close_cpu_repacking(model)
     model.requires_grad_(False)
     return model
@@ -198,7 +191,10 @@ def write_dequantized_base(policy: Policy, folder: Path) -> None:
 
 
 def _from_pretrained(loader: Any, recipe: ModelRecipe, part: str, **options: Any) -> Any:
-    """Call `loader.from_pretrained`. Raises ModelError that names model and `part` and says what to do."""
+    """Call `loader.from_pretrained`. Raises ModelError that names model and `part` and says what to do.
+
+    So it does if tensors are missing, which transformers would draw at random without a word.
+    """
     from transformers.utils import logging as transformers_logging
 
     # Progress bars and advice would disturb a terminal view.
@@ -207,10 +203,15 @@ def _from_pretrained(loader: Any, recipe: ModelRecipe, part: str, **options: Any
     # On AVX512 CPUs bitsandbytes recommends a package whose kernels it would download.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     options |= {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
-    source = model_source(recipe)
+    source, whole = model_source(recipe), part == "model" and recipe.backend == "transformers"
     try:
-        return loader.from_pretrained(source, **options)
+        loaded = loader.from_pretrained(source, **options, **({"output_loading_info": True} if whole else {}))
     except Exception as error:  # whatever the library or a model's own code raises
         if is_out_of_memory(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise loading_error(error, recipe, part) from error
+    missing = sorted(loaded[1]["missing_keys"]) if whole else []
+    if missing:
+        what = f"the weights of {recipe.id} lack {len(missing)} of the model's tensors: {', '.join(missing[:3])}"
+        raise ModelError(what, where="model.id", next_step="download or copy it again, or use another model")
+    return loaded[0] if whole else loaded

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from popo_lite.errors import ModelError
+from popo_lite.policy import load
 from popo_lite.policy.load import TINY_FOLDER, load_base, load_config, load_tokenizer
 from popo_lite.recipe import ModelRecipe
 
@@ -31,9 +32,9 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def refusal(load, recipe: ModelRecipe) -> ModelError:
+def refusal(loads, recipe: ModelRecipe) -> ModelError:
     with pytest.raises(ModelError) as caught:
-        load(recipe)
+        loads(recipe)
     return caught.value
 
 
@@ -103,7 +104,9 @@ def test_a_model_without_sdpa_works_with_the_advice(tmp_path):
     config = AutoConfig.for_model("bloom", vocab_size=320, hidden_size=32, n_layer=1, n_head=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     recipe = ModelRecipe(id=str(tmp_path), quantization="none")
-    found = refusal(base, recipe)
+    found = refusal(
+        lambda it: load._from_pretrained(AutoModelForCausalLM, it, "model", attn_implementation="sdpa"), recipe
+    )
     assert found.what.endswith("cannot use SDPA: BloomForCausalLM has no such attention")
     assert found.next_step == '--set model.attn_implementation="eager"'
     base(recipe.with_values({"attn_implementation": "eager"}))
