@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from importlib import metadata
 from typing import Any
 
@@ -52,6 +53,9 @@ def main() -> None:
     popo-lite bench recipes/qwen_7b_lora.toml      what a step takes here, before anything is downloaded
     popo-lite train recipes/qwen_1_5b_lora.toml    Qwen2.5-Math-1.5B on a GPU
     """
+    if sys.platform == "win32":  # where a redirected stream has an encoding that lacks most characters
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding="utf-8")
 
 
 for command in (train, plan, eval_, generate, export, recipe, bench, sweep, compare):

@@ -109,7 +109,7 @@ COMMANDS = (
     ["generate", "run", "What is 3 + 4?"],
     ["plan", "tiny_cpu"],
     ["plan", "qwen_7b_lora", "--vram", "24GiB"],
-    ["recipe", "check", "tiny_cpu"],
+    ["recipe", "show", "r1_distill_7b_lora"],  # has characters that few encodings have
 )
 SCRIPT = """
 import json, sys
@@ -124,8 +124,9 @@ def simulate(system: str, folder: Path, *arguments: str) -> subprocess.Completed
     (folder / "sitecustomize.py").write_text(SYSTEM)
     paths = [str(folder), str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"SIMULATED": system, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONIOENCODING": "cp1252"} if system == "win32" else {}
     return subprocess.run([sys.executable, *arguments], cwd=folder, env={**os.environ, **environment},
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+                          capture_output=True, text=True, encoding="utf-8", timeout=300)  # fmt: skip
 
 
 @pytest.mark.parametrize("system", ["win32", "darwin"])
