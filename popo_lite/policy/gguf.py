@@ -6,17 +6,13 @@ text as GPT-2 does whatever the file asks for, and silently drops unknown settin
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-from safetensors import SafetensorError
-
 from popo_lite.errors import ModelError
+from popo_lite.policy.cache import cached_folder
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -49,32 +45,13 @@ def gguf_folder(path: Path, dtype: str) -> Path:
 
     Raises ModelError if the file cannot be read, or if reading it would change the model.
     """
-    from huggingface_hub.constants import HF_HOME
-
     try:
         stat = path.stat()
     except OSError as error:
         raise ModelError(f"{error.strerror}", where=f'model.id = "{path}"', next_step="check the path") from error
     versions = [metadata.version(package) for package in ("popo-lite", "transformers")]
     identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {dtype} {versions}"
-    cache = Path(HF_HOME) / "popo-lite"
-    name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    folder, partial = cache / name, cache / f"{name}.partial"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{name}.lock"):
-            if not folder.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-                try:
-                    convert_gguf(path, partial, dtype)
-                    partial.replace(folder)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        what = f"the dequantised model cannot be written: {error}"
-        next_step = "set HF_HOME to a folder with enough space"
-        raise ModelError(what, where=str(cache), next_step=next_step) from error
-    return folder
+    return cached_folder(path.stem, identity, lambda folder: convert_gguf(path, folder, dtype))
 
 
 def convert_gguf(path: Path, folder: Path, dtype: str) -> None:

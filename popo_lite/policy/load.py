@@ -8,14 +8,20 @@ from __future__ import annotations
 import copy
 import errno
 import importlib.util
+import json
 import logging
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE
+from safetensors.torch import save_file
 
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.policy.adapters import PEFT_NAMES
+from popo_lite.policy.cache import cached_folder
 from popo_lite.policy.gguf import GGUF_SUFFIX, gguf_folder
 from popo_lite.policy.loading_errors import loading_error
 from popo_lite.policy.memory import is_out_of_memory, prefer_expandable_segments
@@ -31,6 +37,9 @@ if TYPE_CHECKING:
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 """The model `tiny`, which ships with the package."""
+
+DEQUANTIZED_FILE_BYTES = 2**30
+"""Largest file of a dequantised base, except for one with a single larger tensor."""
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -164,30 +173,65 @@ def nf4_config(recipe: ModelRecipe) -> Any:
     )
 
 
+def dequantized_folder(policy: Policy, recipe: ModelRecipe) -> Path:
+    """Return a folder in the Hub's cache with the base without quantisation, written once.
+
+    Its name depends on the weights themselves, not on their file: `popo-lite bench` has random ones. A later start has
+    the same path, by which vLLM finds what it compiled.
+    """
+    import bitsandbytes as bnb
+
+    base: Any = policy.model.get_base_model()
+    config = {key: value for key, value in base.config.to_dict().items() if key != "_name_or_path"}
+    content: list[Any] = [config, policy.head.weight.dtype]
+    for name, weight in base.named_parameters():
+        if "lora_" not in name:
+            four_bit = isinstance(weight, bnb.nn.Params4bit)
+            parts = [weight, *(weight.quant_state.as_dict(packed=True).values() if four_bit else ())]
+            sums = (part.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64) for part in parts)
+            content.append((name, *map(int, sums)))
+    versions = [metadata.version(package) for package in ("popo-lite", "transformers", "bitsandbytes")]
+    name = Path(recipe.id).name.removesuffix(GGUF_SUFFIX)
+    write = partial(write_dequantized_base, policy)
+    return cached_folder(f"{name}-dequantized", [content, policy.device.type, versions], write)
+
+
 @torch.no_grad()
 def write_dequantized_base(policy: Policy, folder: Path) -> None:
     """Write the base without adapters to `folder` as safetensors and config, 4-bit weights dequantised.
 
     In the policy's compute dtype: what the trainer's 4-bit layers multiply with. One layer is dequantised at a time
-    on its device; all of them are held in host memory until they are written.
+    on its device, and one file is held in host memory.
     """
     import bitsandbytes as bnb
-    from huggingface_hub import save_torch_state_dict
+    from huggingface_hub import split_torch_state_dict_into_shards
 
     base: Any = policy.model.get_base_model()
     dtype = policy.head.weight.dtype
-    tensors: dict[str, torch.Tensor] = {}
-    for name, weight in base.named_parameters():
-        if "lora_" not in name:
-            if isinstance(weight, bnb.nn.Params4bit):
-                weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-            # Without PEFT's wrapper around a layer.
-            tensors[name.replace(".base_layer", "")] = weight.detach().to("cpu", copy=True)
+    # Without PEFT's wrapper around a layer.
+    weights = {name.replace(".base_layer", ""): p for name, p in base.named_parameters() if "lora_" not in name}
+
+    def dequantized(weight: torch.Tensor) -> torch.Tensor:
+        if isinstance(weight, bnb.nn.Params4bit):
+            weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        return weight.detach().to("cpu", copy=True)
+
     config = copy.deepcopy(base.config)
     config.dtype = dtype
     vars(config).pop("quantization_config", None)
     config.save_pretrained(str(folder))  # makes the folder
-    save_torch_state_dict(tensors, str(folder))
+    sizes = {
+        name: torch.empty(weight.quant_state.shape, dtype=dtype, device="meta")
+        if isinstance(weight, bnb.nn.Params4bit)
+        else weight.to("meta")
+        for name, weight in weights.items()
+    }
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=DEQUANTIZED_FILE_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: dequantized(weights[name]) for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFETENSORS_INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _from_pretrained(loader: Any, recipe: ModelRecipe, part: str, **options: Any) -> Any:

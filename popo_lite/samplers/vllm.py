@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from popo_lite.errors import EngineError
 from popo_lite.policy.adapters import save_adapter
-from popo_lite.policy.load import model_source, write_dequantized_base
+from popo_lite.policy.load import dequantized_folder, model_source
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
@@ -211,27 +211,25 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
         # A prompt prefilled in parts rewinds its request's random generator, which only CUDA generators can do.
         tokens = max(4096, recipe.rollout.sequence_tokens)
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
+    if vllm.base == "dequantized" and policy.quantized_modules:
+        options["model"] = str(dequantized_folder(policy, recipe.model))
+    else:
+        options |= {"model": model_source(recipe.model), "revision": recipe.model.revision}
     threads = torch.get_num_threads()
     try:
-        with tempfile.TemporaryDirectory(prefix="popo-lite-base-", ignore_cleanup_errors=True) as copy:
-            if vllm.base == "dequantized" and policy.quantized_modules:
-                write_dequantized_base(policy, Path(copy))
-                options["model"] = copy
-            else:
-                options |= {"model": model_source(recipe.model), "revision": recipe.model.revision}
-            return LLMEngine.from_engine_args(
-                EngineArgs(
-                    kv_cache_dtype=vllm.kv_cache_dtype,
-                    gpu_memory_utilization=vllm.gpu_memory_utilization,
-                    enforce_eager=vllm.enforce_eager,
-                    enable_prefix_caching=True,
-                    enable_sleep_mode=vllm.enable_sleep_mode and on_gpu,
-                    skip_tokenizer_init=True,
-                    disable_log_stats=True,
-                    seed=0,
-                    **options,
-                )
+        return LLMEngine.from_engine_args(
+            EngineArgs(
+                kv_cache_dtype=vllm.kv_cache_dtype,
+                gpu_memory_utilization=vllm.gpu_memory_utilization,
+                enforce_eager=vllm.enforce_eager,
+                enable_prefix_caching=True,
+                enable_sleep_mode=vllm.enable_sleep_mode and on_gpu,
+                skip_tokenizer_init=True,
+                disable_log_stats=True,
+                seed=0,
+                **options,
             )
+        )
     except Exception as error:  # of any type: the reason and the settings to change are what helps
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what, where = f"the vLLM engine did not start: {reason}", 'rollout.engine = "vllm"'
