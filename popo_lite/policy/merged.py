@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from popo_lite import host_memory
+
 ADAPTER = "default"
 """PEFT's name of the only adapter."""
 
 KEPT_SHARE = 0.25
-"""Merged weights are kept during a rollout if they take at most this share of the machine's memory."""
+"""Merged weights are kept during a rollout if they take at most this share of the machine's (or container's) memory."""
 
 
 class MergedForward:
@@ -115,12 +117,10 @@ def _can_merge(layer: Any) -> bool:
 @contextmanager
 def kept_weights(model: nn.Module) -> Iterator[None]:
     """Keep the merged weights for the block, in which no weight may change, if memory allows. For many small passes."""
-    import psutil
-
     layers = [module.forward for module in model.modules() if isinstance(module.forward, MergedForward)]
     needed = sum(b.element_size() * len(b) * a.shape[1] for a, b in (layer.factors for layer in layers))
     # Of all memory, not of what is free: rounding must not depend on what else runs.
-    if needed > KEPT_SHARE * psutil.virtual_memory().total:
+    if needed > KEPT_SHARE * host_memory.total_bytes():
         layers = []
     try:
         for layer in layers:

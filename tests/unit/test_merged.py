@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
+from popo_lite import host_memory
 from popo_lite.policy import merged
 from popo_lite.policy.merged import MergedForward, kept_weights
 from popo_lite.policy.policy import load_policy
@@ -116,3 +117,10 @@ def test_kept_weights_go_after_an_exception_too(tiny_recipe):
         assert all(layer.kept is not None for layer in merged_layers(policy))
         raise KeyboardInterrupt
     assert all(layer.kept is None for layer in merged_layers(policy))
+
+
+def test_a_containers_memory_counts_and_not_the_machines(tiny_recipe, monkeypatch):
+    policy = policy_of(tiny_recipe())
+    monkeypatch.setattr(host_memory, "total_bytes", lambda: 2**20)
+    with kept_weights(policy.model):
+        assert all(layer.kept is None for layer in merged_layers(policy))
