@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
+from typing import Any
 
-from popo_lite.errors import UserInputError
+from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import Recipe
 
 IMPOSSIBLE = {
@@ -139,6 +140,25 @@ def check_context(recipe: Recipe, context_tokens: int) -> None:
         shorter_answer = f"--set rollout.max_completion_length={context_tokens - prompt}"
         shorter_prompt = f"set rollout.max_prompt_length below {context_tokens}"
         raise UserInputError(what, where=where, next_step=shorter_answer if prompt < context_tokens else shorter_prompt)
+
+
+def stored_in_4_bits(quantization: Any, *, where: str) -> bool:
+    """Return True for a checkpoint in bitsandbytes' 4 bits, and False for one that is not quantised.
+
+    `quantization` is `quantization_config` in its config.json. Raises ModelError for any other kind.
+    """
+    if quantization is None:
+        return False
+    settings = quantization if isinstance(quantization, Mapping) else {}
+    if settings.get("load_in_4bit"):
+        return True
+    method = settings.get("quant_method", quantization)
+    method = f"{method}, 8 bits" if settings.get("load_in_8bit") else method
+    what = (
+        f"the checkpoint is quantised already ({method}); popo-lite trains on 16-bit ones, and on bitsandbytes' 4 bits"
+    )
+    next_step = "set model.id to the model's unquantised checkpoint: the run quantises it to NF4 itself"
+    raise ModelError(what, where=where, next_step=next_step)
 
 
 def _holds(recipe: Recipe, condition: str) -> bool:

@@ -29,7 +29,7 @@ from popo_lite.grading import Grader
 from popo_lite.metrics import StepRecord, make_record, rollout_metrics, sample_line, sample_views, sampler_summary
 from popo_lite.objective import StepPlan, nothing_to_learn, steered_entropy_coef
 from popo_lite.policy.adapters import save_adapter
-from popo_lite.policy.load import pick_device
+from popo_lite.policy.load import load_config, pick_device
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.policy import load_policy
 from popo_lite.policy.tokens import open_renderer
@@ -463,6 +463,9 @@ class Trainer:
         recipe, policy = self.recipe, self.policy
         trained = sum(parameter.numel() for _, parameter in policy.trainable_parameters())
         quantized = f"NF4, {policy.quantized_modules} layers" if policy.quantized_modules else "not quantised"
+        if settings := getattr(load_config(recipe.model), "quantization_config", None):
+            stored = str(settings.get("bnb_4bit_compute_dtype") or "float32")
+            quantized += " as stored" if stored == recipe.model.dtype else f" as stored; {stored} there is not used"
         adaptive = " at most, adaptive" if recipe.rollout.adaptive.enabled else ""
         return {
             "model": f"{recipe.model.id} ({quantized}, {recipe.model.dtype})",

@@ -26,6 +26,7 @@ from popo_lite.policy.gguf import GGUF_SUFFIX, gguf_folder
 from popo_lite.policy.loading_errors import loading_error
 from popo_lite.policy.memory import is_out_of_memory, prefer_expandable_segments
 from popo_lite.recipe import ModelRecipe, Recipe
+from popo_lite.recipe_rules import stored_in_4_bits
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks.rendering import keeps_text
 
@@ -76,7 +77,12 @@ def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
-    if recipe.quantization == "nf4":  # None would count as another quantisation of a base that is stored quantised
+    config = load_config(recipe)
+    if getattr(config, "quantization_config", None) is not None:
+        # transformers takes a checkpoint's settings whole, its compute dtype too.
+        config.quantization_config = {**config.quantization_config, "bnb_4bit_compute_dtype": recipe.dtype}
+        options["config"] = config
+    elif recipe.quantization == "nf4":
         options["quantization_config"] = nf4_config(recipe)
     options |= {"use_safetensors": True, "device_map": {"": device}}
     model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, recipe, "model", **options)
@@ -86,10 +92,14 @@ def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
 
 
 def load_config(recipe: ModelRecipe) -> PreTrainedConfig:
-    """Load only the model's config. Raises ModelError if its PAD token is beyond its embedding."""
+    """Load only the model's config. Raises ModelError for a quantised checkpoint, or a PAD token beyond the embedding.
+
+    bitsandbytes' 4 bits are no reason.
+    """
     from transformers import AutoConfig
 
     config: PreTrainedConfig = _from_pretrained(AutoConfig, recipe, "config")
+    stored_in_4_bits(getattr(config, "quantization_config", None), where=f'model.id = "{recipe.id}"')
     pad, rows = (getattr(config.get_text_config(), name, None) for name in ("pad_token_id", "vocab_size"))
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         what = f"pad_token_id is {pad}, and the embedding of {recipe.id} has {rows} rows, so it cannot be built"

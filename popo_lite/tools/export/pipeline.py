@@ -193,7 +193,8 @@ def _merged_into(base: str, model: ModelRecipe) -> str:
     """Return `base`, or "trained" if there is only one. Raises ExportError if there is no original one."""
     stored = is_stored_quantized(model)
     if stored and base == "original":
-        raise _stored_quantized(model)
+        what = f"{model.id} is stored in 4 bits and has no original weights to merge into"
+        raise ExportError(what, where="--base original", next_step="--base trained merges into these, dequantised")
     return base if stored or model.quantization != "none" else "trained"
 
 
@@ -245,16 +246,14 @@ def _export_merged(
 
 def _bases(model: ModelRecipe, policy: Policy, report: ExportReport, dequantized: Path) -> dict[str, ModelRecipe]:
     """Return the base to merge into by name and, if the base was quantised and is small, after it the other one."""
-    base: Any = policy.model.get_base_model()
     if not policy.quantized_modules:
-        if getattr(base.config, "quantization_config", None) is not None:  # in a way that is not bitsandbytes' 4 bits
-            raise _stored_quantized(model)
         return {"trained": model}
     bases = {
         "trained": model.with_values({"id": str(dequantized), "revision": None, "quantization": "none"}),
         "original": model.with_values({"quantization": "none", "dtype": report.dtype}),
     }
     wanted = str(report.merged_into)
+    base: Any = policy.model.get_base_model()
     size = base.num_parameters() * getattr(torch, str(report.dtype)).itemsize
     if report.gguf or size > OTHER_BASE_BYTES or is_stored_quantized(model):
         return {wanted: bases[wanted]}
@@ -276,14 +275,8 @@ def _through_gguf(check: _Check, report: ExportReport, merged: Path, folder: Pat
 
 
 def is_stored_quantized(model: ModelRecipe) -> bool:
-    """Return True if the base's own files are quantised."""
+    """Return True if the base's own files are in 4 bits."""
     return getattr(load_config(model), "quantization_config", None) is not None
-
-
-def _stored_quantized(model: ModelRecipe) -> ExportError:
-    what = f"{model.id} is stored quantised, so there is no 16-bit base to merge into"
-    next_step = "export the adapter (--what adapter), or train on the base that it was quantised from"
-    return ExportError(what, where="model.id", next_step=next_step)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,10 @@ def plan_report(plan: MemoryPlan, advice: Advice, sources: tuple[str, str], comm
 
 
 def _remarks(plan: MemoryPlan) -> Iterator[str]:
+    if stored := plan.shape.stored:
+        dtype = plan.recipe.model.dtype
+        unused = "" if dtype == stored.compute_dtype else f", not in the stored {stored.compute_dtype}"
+        yield f"The checkpoint is stored in 4 bits. It computes in model.dtype = {dtype}{unused}."
     if held := plan.longest_sequence_tokens:
         limits = f"memory would hold {held:,}, the model's context {plan.context_tokens:,}"
         longest = f"Longest prompt with answer: {min(held, plan.context_tokens):,} tokens ({limits})"

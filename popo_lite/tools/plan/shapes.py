@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -11,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from popo_lite.errors import ModelError
 from popo_lite.recipe import ModelRecipe, Positive
+from popo_lite.recipe_rules import stored_in_4_bits
 
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("known_models.json").read_text("utf-8"))
 """Hub id -> what its config.json says about the architecture, in the names of transformers 5."""
@@ -43,8 +45,19 @@ class Linear(NamedTuple):
     outputs: int
 
 
+class Stored4Bit(NamedTuple):
+    """How a checkpoint is stored in 4 bits: `whole` counts, by linear layer, the decoder layers that keep 16 bit."""
+
+    double: bool
+    compute_dtype: str
+    whole: Mapping[str, int]
+
+
 class ModelShape(BaseModel, frozen=True, strict=True):
-    """A dense decoder-only model, read from a config.json. Widths are in elements."""
+    """A dense decoder-only model, read from a config.json. Widths are in elements.
+
+    `stored` is None for a checkpoint that is not quantised.
+    """
 
     model_type: str
     width: Positive = Field(alias="hidden_size")
@@ -58,6 +71,7 @@ class ModelShape(BaseModel, frozen=True, strict=True):
     tied: bool = Field(False, alias="tie_word_embeddings")
     attention_bias: bool = False
     mlp_bias: bool = False
+    stored: Stored4Bit | None = None
 
     def linears(self) -> tuple[Linear, ...]:
         """Return the linear layers of one decoder layer."""
@@ -153,17 +167,15 @@ def shape_of(config: Any, *, source: str = "config.json") -> ModelShape:
 
     if not isinstance(config, Mapping):
         fail(f"the file holds a {type(config).__name__}, and should hold an object")
-    kind, quantized = config.get("model_type"), config.get("quantization_config")
-    if quantized is not None:
-        # Such a checkpoint has neither the sizes nor the gradients of the base that is planned.
-        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-        what = f"quantization_config: the checkpoint is quantised already ({method}), and the run quantises it itself"
-        fail(what, "set model.id to the model's unquantised checkpoint")
+    kind, quantization = config.get("model_type"), config.get("quantization_config")
+    in_4_bits = stored_in_4_bits(quantization, where=source)
     if not isinstance(kind, str) or kind not in _DEFAULTS:
         step = f"use popo-lite plan --simulate, or one of {', '.join(_DEFAULTS)}"
         what = f"model_type is {kind!r}, an architecture that the memory plan does not know"
         raise UnknownArchitectureError(what, where=source, next_step=step)
-    config = {key: value for key, value in {**_DEFAULTS[kind], **config}.items() if value is not None}
+    config = {key: value for key, value in {**_DEFAULTS[kind], **config}.items() if value is not None} | {
+        "stored": None
+    }
     try:
         shape = ModelShape.model_validate(config)
     except ValidationError as error:
@@ -173,4 +185,14 @@ def shape_of(config: Any, *, source: str = "config.json") -> ModelShape:
         fail(f"{first['loc'][0]} is {first['input']!r}: {first['msg'].replace('Input', 'it')}")
     if "head_dim" not in config and shape.width % shape.heads:
         fail(f"num_attention_heads is {shape.heads}, which does not divide hidden_size = {shape.width}")
-    return shape
+    return shape.model_copy(update={"stored": _stored(shape, quantization)}) if in_4_bits else shape
+
+
+def _stored(shape: ModelShape, settings: Any) -> Stored4Bit:
+    """Return how bitsandbytes' settings store the model. A module is skipped by a name, or the start or end of one."""
+    skipped = settings.get("llm_int8_skip_modules") or ()
+    starts, ends = tuple(f"{name}." for name in skipped), tuple(skipped)
+    names = [(f"model.layers.{index}.{one.name}", one.name) for index in range(shape.layers) for one in shape.linears()]
+    whole = Counter(name for path, name in names if f"{path}.".startswith(starts) or path.endswith(ends))
+    double = bool(settings.get("bnb_4bit_use_double_quant"))
+    return Stored4Bit(double, str(settings.get("bnb_4bit_compute_dtype") or "float32"), whole)

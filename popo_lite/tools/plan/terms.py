@@ -52,11 +52,20 @@ def base_bytes(shape: ModelShape, recipe: ModelRecipe, *, nf4: bool | None = Non
 
     The LM head always stays in `model.dtype`, because the loss reads it.
     """
-    by_class = {name: DTYPE_BYTES[recipe.dtype] * count for name, count in parameter_counts(shape).items()}
-    if recipe.quantization == "nf4" if nf4 is None else nf4:
-        sizes = [linear.inputs * linear.outputs for linear in shape.linears()]
-        by_class["base linears"] = shape.layers * sum(nf4_bytes(n, double=recipe.double_quantization) for n in sizes)
+    size, stored = DTYPE_BYTES[recipe.dtype], shape.stored
+    by_class = {name: size * count for name, count in parameter_counts(shape).items()}
+    if in_4_bits(shape, recipe) if nf4 is None else nf4:
+        double, by_class["base linears"] = stored.double if stored else recipe.double_quantization, 0
+        for name, inputs, outputs in shape.linears():
+            whole, elements = stored.whole.get(name, 0) if stored else 0, inputs * outputs
+            quantised = (shape.layers - whole) * nf4_bytes(elements, double=double)
+            by_class["base linears"] += quantised + whole * size * elements
     return by_class
+
+
+def in_4_bits(shape: ModelShape, recipe: ModelRecipe) -> bool:
+    """Return True if the base's linear layers are in 4 bits: quantised when they are loaded, or stored so."""
+    return recipe.quantization == "nf4" or shape.stored is not None
 
 
 def adapter_elements(shape: ModelShape, recipe: LoraRecipe) -> list[int]:
@@ -138,7 +147,7 @@ class LayerBytes:
     """
 
     def __init__(self, recipe: Recipe, shape: ModelShape) -> None:
-        size, packed, rank = DTYPE_BYTES[recipe.model.dtype], recipe.model.quantization == "nf4", recipe.lora.rank
+        size, packed, rank = DTYPE_BYTES[recipe.model.dtype], in_4_bits(shape, recipe.model), recipe.lora.rank
         width, heads, half = shape.width, shape.heads + shape.kv_heads, size == 2
         queries = size * shape.heads * shape.head_width
         # PEFT casts the input of a layer that is not 4-bit to float32 before autocast casts it to 16 bits again.

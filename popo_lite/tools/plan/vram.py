@@ -123,7 +123,9 @@ class MemoryPlan:
         # If the GPU is shared in turns, the optimizer's state is in host memory between updates.
         idle = trainer if self.on_gpu and self.recipe.rollout.vllm.enable_sleep_mode else trainer | self.optimizer
         load: list[Moment] = [("everything is loaded", {})]
-        if self.recipe.model.quantization == "nf4":  # transformers quantises one weight after the other
+        if (
+            self.recipe.model.quantization == "nf4" and not self.shape.stored
+        ):  # transformers quantises one weight after the other
             load = [("the last weight is quantised", {"weight in 16 bit": self.layer.weight_bytes})]
         if self.layer.identity_bytes:
             load += [("DoRA is tried", {"layer working set": self.layer.identity_bytes})]
