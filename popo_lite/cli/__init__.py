@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from popo_lite.cli.train import INTERRUPTED, train
-from popo_lite.errors import PopoError
+from popo_lite.errors import EngineError, PopoError
 from popo_lite.tools.bench.command import bench
 from popo_lite.tools.benchmarks.command import eval_
 from popo_lite.tools.export.command import export
@@ -21,7 +21,7 @@ from popo_lite.tools.sweep.command import compare, sweep
 
 
 class _Commands(click.Group):
-    """Print a PopoError or a full disk as a message, without a traceback, and exit with its code."""
+    """Print a PopoError, a full disk or a full GPU as a message, without a traceback, and exit with its code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -36,6 +36,13 @@ class _Commands(click.Group):
                 raise
             next_step = "free some space and rerun the command, train with --resume: what was saved is complete"
             shown = PopoError("there is no room left on the disk", where=error.filename, next_step=next_step)
+        except RuntimeError as error:
+            from popo_lite.policy.memory import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            next_step = "free memory of the GPU, or put CUDA_VISIBLE_DEVICES= in front of the command to use the CPU"
+            shown = EngineError("the GPU ran out of memory", next_step=next_step)
         from popo_lite.tools.console.output import print_error
 
         print_error(shown)

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
+
+from popo_lite.cli import main
 
 BROKEN = {
     "unknown key": (
@@ -85,6 +89,19 @@ def test_help_names_every_command(command):
     for name in ("train", "eval", "generate", "export", "recipe"):
         assert f"\n  {name}" in done.stdout
         assert command(name, "--help").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["eval", "generate", "export"])
+def test_a_full_gpu_is_told_with_what_to_do(name, monkeypatch):
+    def run(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(main.commands[name], "callback", run)
+    done = CliRunner().invoke(main, [name, "run", *(["question"] if name == "generate" else [])])
+    assert done.exit_code == 1
+    assert "the GPU ran out of memory" in done.stderr
+    assert "CUDA_VISIBLE_DEVICES=" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_full_disk_is_told():

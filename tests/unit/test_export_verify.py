@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -50,6 +52,35 @@ def test_logps_are_those_of_the_whole_softmax_at_temperature_one(asked: tuple) -
             logits = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
         expected = logits.log_softmax(dim=-1)[len(prompt) - 1 : -1].gather(-1, ids[0, len(prompt) :, None])[:, 0]
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_fewer_prompts_are_answered_at_once_if_memory_runs_out(asked: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, prompts, answers = asked
+    base, batches, done = policy.model.get_base_model(), [], []
+    generate = base.generate
+
+    def short(input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        batches.append(len(input_ids))
+        if len(input_ids) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(base, "generate", short)
+    room = 4
+    assert greedy(base, prompts, policy.stop_ids, LIMIT, done.append) == answers
+    assert batches == [16, 8, 4, 4, 4, 4, 4, 4]
+    assert sum(done) == len(prompts) == 24
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        greedy(base, prompts, policy.stop_ids, LIMIT)
+
+
+def test_answers_are_scored_one_at_a_time(asked: tuple) -> None:
+    policy, prompts, answers = asked
+    base, shapes = policy.model.get_base_model(), []
+    policy.trunk.register_forward_pre_hook(lambda *found: shapes.append(found[2]["input_ids"].shape), with_kwargs=True)
+    log_probs(base, prompts, answers)
+    assert shapes == [(1, len(prompt) + len(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def testparting() -> None:

@@ -211,7 +211,9 @@ def _export_merged(
     # Without what only training needs. unsloth's adapters are PEFT's, and are compared as plain transformers runs them.
     device = "cpu" if recipe.train.device == "cpu" else "auto"
     plain = {"model.backend": "transformers", "train.device": device, "train.gradient_checkpointing": False}
-    recipe = recipe.with_values(plain | {"train.packing": False, "eval.samples_per_problem": 1})
+    batch = min(verify.BATCH, recipe.rollout.max_num_seqs)  # the memory plan counts on it
+    plain |= {"train.packing": False, "rollout.max_num_seqs": batch}
+    recipe = recipe.with_values(plain | {"eval.samples_per_problem": 1})
     questions = _questions(recipe, prompts, problems)
     with Grader(recipe.reward) as grader, TemporaryDirectory(dir=folder, prefix=".") as temporary:
         scratch = Path(temporary)

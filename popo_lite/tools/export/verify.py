@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from popo_lite.errors import ExportError
 from popo_lite.fused import score
+from popo_lite.policy.memory import is_out_of_memory, release_memory
 from popo_lite.policy.policy import Policy, head_of
 from popo_lite.tools.console.output import paired_interval, points
 from popo_lite.types import EvalResult
@@ -44,7 +45,10 @@ class Trained(NamedTuple):
 def greedy(
     model: Any, prompts: Sequence[Tokens], stops: Set[int], limit: int, done: Callable[[int], None] = lambda _: None
 ) -> list[Tokens]:
-    """Return a model's greedy answer to each prompt, at most `limit` tokens long, its stop token included."""
+    """Return a model's greedy answer to each prompt, at most `limit` tokens long, its stop token included.
+
+    If memory runs out, fewer prompts are answered at once.
+    """
     from transformers import GenerationConfig
 
     # Assigned, not passed: `generate` fills a passed config from the model's own, and a base's
@@ -52,15 +56,29 @@ def greedy(
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=limit, eos_token_id=sorted(stops), pad_token_id=min(stops)
     )
+    answers: list[Tokens] = []
+    size = BATCH
+    while batch := prompts[len(answers) : len(answers) + size]:
+        try:
+            answers += _greedy_batch(model, batch, stops)
+            done(len(batch))
+            continue
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error) or len(batch) == 1:
+                raise
+        release_memory()
+        size = (len(batch) + 1) // 2
+    return answers
+
+
+def _greedy_batch(model: Any, prompts: Sequence[Tokens], stops: Set[int]) -> list[Tokens]:
+    batch = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(batch, batch_first=True, padding_value=-1, padding_side="left").to(model.device)
+    output = model.generate(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long())
     answers = []
-    for start in range(0, len(prompts), BATCH):
-        batch = [torch.tensor(prompt) for prompt in prompts[start : start + BATCH]]
-        ids = pad_sequence(batch, batch_first=True, padding_value=-1, padding_side="left").to(model.device)
-        output = model.generate(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long())
-        for row in output[:, ids.shape[1] :].tolist():
-            end = next((place for place, token in enumerate(row) if token in stops), len(row))  # padding follows
-            answers.append(tuple(row[: end + 1]))
-        done(len(batch))
+    for row in output[:, ids.shape[1] :].tolist():
+        end = next((place for place, token in enumerate(row) if token in stops), len(row))  # padding follows
+        answers.append(tuple(row[: end + 1]))
     return answers
 
 
