@@ -102,12 +102,13 @@ class SamplerGuard:
         policy_gap, before = gap(answers), self._score(prompts, answers)
         source = torch.Generator().manual_seed(seed)
         parameters = [parameter for _, parameter in policy.adapter_parameters()]
-        kept = [parameter.detach().clone() for parameter in parameters]
+        # On the host: the engine is awake, so that the GPU is as full as it gets.
+        kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
         try:
-            noise = [torch.randn(parameter.shape, generator=source).to(parameter) for parameter in parameters]
+            noise = [torch.randn(parameter.shape, generator=source) for parameter in parameters]
             for doubling in range(16):  # until the trainer's log-probs of these answers change clearly
                 for parameter, direction in zip(parameters, noise, strict=True):
-                    parameter.add_(direction, alpha=1e-3 * 2**doubling)
+                    parameter.add_(direction.to(parameter), alpha=1e-3 * 2**doubling)
                 if float((self._score(prompts, answers) - before).abs().mean()) > CLEAR_CHANGE_NATS:
                     break
             answers = sample(PROBE_VERSION)
