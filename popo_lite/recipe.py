@@ -47,7 +47,8 @@ class ModelRecipe(Section):
     backend: Literal["transformers", "unsloth"] = "transformers"
     """Library that loads base and adapters. `unsloth` needs a CUDA GPU and the `gpu` extra."""
     quantization: Literal["nf4", "none"] = "nf4"
-    """`nf4`: 4-bit NormalFloat by bitsandbytes. `none`: the base stays in `dtype`."""
+    """`nf4`: 4-bit NormalFloat by bitsandbytes. `none`: the base stays in `dtype`. A checkpoint that is stored in
+    bitsandbytes' 4 bits stays as it is."""
     double_quantization: bool = True
     """Quantise the NF4 scales too: about 0.4 bits a parameter less."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"

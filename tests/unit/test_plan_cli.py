@@ -16,6 +16,7 @@ from rich.console import Console
 
 from popo_lite.errors import UserInputError
 from popo_lite.recipe_file import load_recipe
+from popo_lite.tools.plan import command as plan_command
 from popo_lite.tools.plan.advice import advice_for
 from popo_lite.tools.plan.command import parse_size, plan
 from popo_lite.tools.plan.report import plan_report
@@ -41,7 +42,7 @@ def test_json_holds_every_phase_in_bytes() -> None:
     for phase in data["phases"]:
         assert phase["total_bytes"] == sum(phase["bytes"].values())
     assert data["peak_bytes"] == max(phase["total_bytes"] for phase in data["phases"][:-1])
-    assert data["advice"] == {"overrides": [], "changes": [], "smallest_vram_bytes": None}
+    assert data["advice"] == {"overrides": [], "changes": [], "smallest_vram_bytes": None, "smallest_host_bytes": None}
 
 
 def test_the_exit_code_says_whether_it_fits() -> None:
@@ -80,11 +81,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of 24 GiB, 3 of them in use, by the driver's own command."""
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert "--query-gpu=memory.total,memory.used" in command
-        return subprocess.CompletedProcess(command, 0, stdout="24576, 3072\n")
+        assert "--query-gpu=memory.total,memory.used,compute_cap" in command
+        return subprocess.CompletedProcess(command, 0, stdout="24576, 3072, 8.9\n")
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(plan_command, "available_bytes", lambda: 32 * 2**30)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -117,6 +119,23 @@ def test_a_gpus_memory_says_nothing_of_a_run_on_the_cpu() -> None:
     assert data["others_bytes"] == 0
 
 
+@pytest.mark.usefixtures("gpu")
+def test_host_memory_is_shown_and_judged_on_this_machine_or_by_the_option() -> None:
+    here, elsewhere = planned("qwen_7b_lora"), planned("qwen_7b_lora", "--vram", "24GiB")
+    assert here["host"]["available_bytes"] == 32 * 2**30
+    assert here["host"]["total_bytes"] == sum(here["host"]["bytes"].values())
+    assert (elsewhere["host"]["available_bytes"], elsewhere["host_source"]) == (None, "not judged")
+    said = " ".join(invoke("qwen_7b_lora").stdout.split())
+    assert " of 32.00 GiB (available here): process 3.00 GiB, engine asleep 9.91 GiB, adapters " in said
+    refused = invoke("qwen_7b_lora", "--vram", "24GiB", "--host", "12GiB")
+    assert refused.exit_code == 1
+    said = " ".join(refused.stdout.split())
+    assert "It does not fit (--host): the run is planned to need 14." in said
+    assert "rollout.vllm.enable_sleep_mode = false: host memory from 14." in said
+    command = next(line for line in refused.stdout.splitlines() if line.strip().startswith("popo-lite plan"))
+    assert invoke(*shlex.split(command)[2:]).exit_code == 0
+
+
 def test_the_longest_sequence_is_no_longer_than_the_context() -> None:
     said = " ".join(invoke("qwen_1_5b_lora", "--vram", "24GiB").stdout.split())
     assert "Longest prompt with answer: 4,096 tokens (memory would hold" in said
@@ -133,7 +152,7 @@ def test_each_change_says_which_phase_it_eases() -> None:
         assert phase + f"{change['after_bytes'] / 2**30:.2f} GiB" in refused
     assert "train.tokens_per_microbatch = 1536: phase update" in refused
     short = invoke("qwen_1_5b_lora", "--vram", "8GiB").stdout
-    assert "rollout.vllm.gpu_memory_utilization = 0.45: the engine's share lacks nothing, before " in short
+    assert "rollout.vllm.gpu_memory_utilization = 0.5: the engine's share lacks nothing, before " in short
 
 
 @pytest.mark.parametrize(
@@ -160,7 +179,7 @@ def test_the_report_keeps_to_its_width_and_encoding(width: int, encoding: str) -
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
     console = Console(file=stream, width=width, highlight=False)
-    plan_report(large, advice_for(large), ("--vram", "none counted"), "popo-lite plan x", console)
+    plan_report(large, advice_for(large), ("--vram", "none counted", "not judged"), "popo-lite plan x", console)
     stream.flush()
     text = raw.getvalue().decode(encoding)
     *lines, command = text.splitlines()

@@ -97,13 +97,26 @@ def test_simulated_peaks_stand_beside_planned_ones():
 @pytest.mark.usefixtures("simulated")
 def test_an_architecture_unknown_to_the_plan_is_judged_by_simulation_alone(gemma):
     of_folder = ("qwen_1_5b_lora", "--set", *gemma)
-    assert CliRunner().invoke(command.plan, of_folder).exit_code != 0
-    shown = invoke(*of_folder, "--vram", "24GiB")
+    shown = CliRunner().invoke(command.plan, [*of_folder, "--vram", "24GiB"])
     assert shown.exit_code == 0
+    assert "'gemma3_text', an architecture that the memory plan does not know; simulating" in shown.stderr
+    data = json.loads(CliRunner().invoke(command.plan, [*of_folder, "--vram", "24GiB", "--json"]).stdout)
+    assert data["simulation"]["fits"] is True
+    assert "phases" not in data
     assert "It fits" not in shown.stdout
     assert "7.00 GiB" in shown.stdout
     assert invoke(*of_folder, "--vram", "8GiB").exit_code == 0  # with expandable segments
     assert invoke(*of_folder, "--vram", "7GiB").exit_code == 1
+
+
+@pytest.mark.usefixtures("simulated")
+def test_what_can_neither_be_planned_nor_simulated_says_both(gemma):
+    on_cpu = ("qwen_1_5b_lora", "--set", *gemma, "--set", "train.device=cpu", "--set", "rollout.engine=hf")
+    refused = CliRunner().invoke(command.plan, on_cpu).exception
+    assert isinstance(refused, UserInputError)
+    assert "'gemma3_text'" in refused.what
+    assert "the recipe trains on a CPU" in refused.what
+    assert refused.next_step == "--set train.device=auto"
 
 
 # ---------------------------------------------------------------------- before a run

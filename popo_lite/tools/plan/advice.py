@@ -10,15 +10,18 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from popo_lite.errors import ModelError, PopoError, UserInputError
+from popo_lite.host_memory import available_bytes
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import impossible_combinations
 from popo_lite.tools.console.words import memory
 from popo_lite.tools.plan.shapes import UnknownArchitectureError, load_shape
 from popo_lite.tools.plan.simulation import Simulation
 from popo_lite.tools.plan.terms import engine_of
-from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, MemoryPlan, plan_memory
+from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, HOST, Machine, MemoryPlan, plan_memory
 from popo_lite.tools.simulate import Simulator, refuse
 
+LARGE_ENGINE_BYTES = 8 * 2**30
+"""Weights of an engine above this are first advised in 4 bits: asleep they take up to twice as much host memory."""
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 Values = Mapping[str, Any]  # recipe keys with new values, to be changed together
 
@@ -28,11 +31,12 @@ class Advice(NamedTuple):
 
     Each change has `values`, keys to set together; `eases`, the phase (or `SHORTFALL`) whose excess then shrinks most;
     its `before_bytes` and `after_bytes`; and `peak_bytes`, the run's peak after the change. If nothing helps, there are
-    no changes, and `smallest_vram_bytes` is the GPU that the run takes with every reduction.
+    no changes, and `smallest_vram_bytes` and `smallest_host_bytes` are what the run takes with every reduction.
     """
 
     changes: tuple[Mapping[str, Any], ...]
     smallest_vram_bytes: int | None = None
+    smallest_host_bytes: int | None = None
 
     @property
     def values(self) -> Values:
@@ -44,7 +48,10 @@ class Advice(NamedTuple):
         """Return options to add to a command, or how much memory the run takes at least."""
         if self.smallest_vram_bytes is None:
             return _options(self.values)
-        return f"no setting makes it fit; with every reduction it takes a GPU of {memory(self.smallest_vram_bytes)}"
+        takes = f"a GPU of {memory(self.smallest_vram_bytes)}"
+        if self.smallest_host_bytes is not None:
+            takes += f" and {memory(self.smallest_host_bytes)} of host memory"
+        return f"no setting makes it fit; with every reduction it takes {takes}"
 
 
 def advice_for(plan: MemoryPlan) -> Advice:
@@ -53,12 +60,17 @@ def advice_for(plan: MemoryPlan) -> Advice:
     Each reduction is applied as little as is enough, or else as far as it helps, until the run fits. Reductions that
     the others can do without are left out again.
     """
-    chosen, smallest = _choose(plan, reductions(plan.recipe))
+    kinds = list(reductions(plan.recipe))
+    if plan.sampling.get("engine weights", 0) > LARGE_ENGINE_BYTES:
+        kinds.insert(0, kinds.pop(kinds.index("packed engine")))
+    chosen, smallest = _choose(plan, kinds)
     if not smallest.fits:
         quarters = range(0, 2**40, 2**28)
-        recipe, shape, others = smallest.recipe, smallest.shape, smallest.others_bytes
-        fitting = bisect_left(quarters, True, key=lambda size: MemoryPlan(recipe, shape, size, others).fits)
-        return Advice((), smallest_vram_bytes=quarters[fitting])
+        recipe, shape, machine = smallest.recipe, smallest.shape, smallest.machine._replace(host_bytes=None)
+        fitting = bisect_left(
+            quarters, True, key=lambda size: MemoryPlan(recipe, shape, machine._replace(vram_bytes=size)).fits
+        )
+        return Advice((), quarters[fitting], smallest.needs[HOST] if smallest.excess[HOST] else None)
     for kind in tuple(chosen):
         without, changed = _choose(plan, [other for other in chosen if other != kind])
         chosen = without if changed.fits else chosen
@@ -78,29 +90,44 @@ def advice_for(plan: MemoryPlan) -> Advice:
 
 
 def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
-    """Raise UserInputError, with what to change, if the plan says that a run does not fit this machine's GPU.
+    """Raise UserInputError, with what to change, if the plan says that a run does not fit this machine.
 
-    A run on the CPU is not checked. For an architecture that the plan does not know a step is simulated. If that fails
-    too, or the config cannot be read, `notify` gets a message and the run is not checked.
+    That is its GPU's memory and the host memory that is left. For an architecture that the plan does not know a step is
+    simulated. If that fails too, or the config cannot be read, `notify` gets a message and the run is not checked. A
+    run on the CPU is not refused; `notify` is told if it may not fit.
     """
     import torch  # not above: `popo-lite plan` must not wait for it
 
     if recipe.train.device == "cpu" or not torch.cuda.is_available():
+        _warn_on_cpu(recipe.with_values({"train.device": "cpu"}), notify)
         return
     free, total = torch.cuda.mem_get_info()
+    capability = torch.cuda.get_device_capability()
     # The query has created this process's CUDA context, which the plan counts itself.
     others = max(0, total - free - CUDA_CONTEXT_BYTES)
     try:
-        plan = plan_memory(recipe, load_shape(recipe.model), vram_bytes=total, others_bytes=others)
+        machine = Machine(total, others, available_bytes(), capability)
+        plan = plan_memory(recipe, load_shape(recipe.model), **machine._asdict())
     except UnknownArchitectureError as error:
-        capability = torch.cuda.get_device_capability()
         _refuse_by_simulation(recipe, notify, error.what, total, others, capability)
         return
     except ModelError as error:
         notify(f"no memory plan: {error.what}")
         return
     if not plan.fits:
-        raise UserInputError(why_not(plan), where=f"phase {plan.peak.name}", next_step=advice_for(plan).next_step)
+        of_host = plan.excess[HOST] and plan.peak.total_bytes <= plan.vram_bytes
+        where = HOST if of_host else f"phase {plan.peak.name}"
+        raise UserInputError(why_not(plan), where=where, next_step=advice_for(plan).next_step)
+
+
+def _warn_on_cpu(recipe: Recipe, notify: Callable[[str], None]) -> None:
+    """Tell `notify` if a run on the CPU is planned to take more than the host memory that is left."""
+    try:
+        plan = MemoryPlan(recipe, load_shape(recipe.model), Machine(available_bytes()))
+    except ModelError:
+        return
+    if plan.peak.total_bytes > plan.vram_bytes:
+        notify(f"host memory may run out: {why_not(plan)}; popo-lite plan RECIPE says what takes how much")
 
 
 def _refuse_by_simulation(
@@ -135,6 +162,10 @@ def why_not(plan: MemoryPlan) -> str:
         need = memory(peak.total_bytes - plan.others_bytes)
         need += f" beside {memory(plan.others_bytes)} of other processes" if plan.others_bytes else ""
         return f"the run is planned to need {need} in the phase {peak.name} ({peak.moment}), and there are {total}"
+    if plan.excess[HOST]:
+        parts = ", ".join(f"{name} {memory(size)}" for name, size in plan.host.items())
+        left = f"and {memory(plan.host_bytes)} are left"
+        return f"the run is planned to need {memory(plan.needs[HOST])} of host memory ({parts}), {left}"
     lacks = f"lacks {memory(plan.engine_shortfall_bytes)} to hold one sequence of {plan.sequence_tokens:,} tokens"
     return f"the engine's share of {total}, rollout.vllm.gpu_memory_utilization = {share}, {lacks}"
 
@@ -178,6 +209,8 @@ def reductions(recipe: Recipe) -> dict[str, list[Values]]:
         "optimizer": [{"optimizer.name": name} for name in optimizers],
         "offload": [{"train.offload_activations": True} | checkpointing],
         "packed engine": [{"rollout.vllm.base": "nf4", **values} for values in ({}, *utilizations) if packs],
+        "awake": [{"rollout.vllm.enable_sleep_mode": False}],  # these two free host memory
+        "on the GPU": [{"train.offload_activations": False}],
         "own engine": [{"rollout.engine": "hf", **values} for values in ({}, *batches) if engine == "vllm"],
         # These change what is learned.
         "base": [dtype, dtype | {"model.quantization": "nf4"}],

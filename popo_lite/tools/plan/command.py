@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from popo_lite.errors import UserInputError
+from popo_lite.host_memory import available_bytes
 from popo_lite.tools.simulate import Simulator, refuse
 
 UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
@@ -24,6 +25,9 @@ UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 @click.option("--vram", metavar="SIZE", help="Memory of the GPU, e.g. 24GiB; default: nvidia-smi's figure, else 24GiB.")
 @click.option("--others", metavar="SIZE", help="Part that other processes hold; default: nvidia-smi's, 0 with --vram.")
 @click.option(
+    "--host", metavar="SIZE", help="Host memory for the run; default: what is available, if nvidia-smi answers."
+)
+@click.option(
     "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
 )
 @click.option(
@@ -31,7 +35,13 @@ UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 )
 @click.option("as_json", "--json", is_flag=True, help="Print the plan as one JSON object, sizes in bytes.")
 def plan(
-    recipe: str, vram: str | None, others: str | None, overrides: tuple[str, ...], simulate: bool, as_json: bool
+    recipe: str,
+    vram: str | None,
+    others: str | None,
+    host: str | None,
+    overrides: tuple[str, ...],
+    simulate: bool,
+    as_json: bool,
 ) -> None:
     """Plan the memory of RECIPE phase by phase: a TOML file, or the name of a shipped recipe.
 
@@ -39,8 +49,8 @@ def plan(
     fit, the smallest changes that make it fit are printed. Exit code 0: it fits; 1: it does not; 2: the recipe or the
     command line has an error. See docs/memory.md.
 
-    With --simulate the trainer's code runs at real size without a GPU and without weights. That takes some 20 seconds,
-    and also works for architectures that the plan does not know.
+    With --simulate, and for an architecture that the plan does not know, the trainer's code runs at real size without a
+    GPU and without weights. That takes some 20 seconds.
     """
     from popo_lite.recipe_file import load_recipe
     from popo_lite.tools.console.output import open_console
@@ -48,45 +58,58 @@ def plan(
     from popo_lite.tools.plan.report import plan_report
     from popo_lite.tools.plan.shapes import UnknownArchitectureError, load_shape
     from popo_lite.tools.plan.simulation import Simulation, simulation_report
-    from popo_lite.tools.plan.vram import plan_memory
+    from popo_lite.tools.plan.terms import ADA
+    from popo_lite.tools.plan.vram import Machine, plan_memory
 
     settings = load_recipe(recipe, overrides)
     if simulate:
         refuse(settings)
     try:
         shape = load_shape(settings.model)
-    except UnknownArchitectureError:
-        if not simulate:
-            raise
-        shape = None
+    except UnknownArchitectureError as error:
+        shape, simulate = None, True
+        try:
+            refuse(settings)
+        except UserInputError as refused:
+            what = f"{error.what}, and {refused.what}"
+            raise UserInputError(what, where=refused.where, next_step=refused.next_step) from error
+        click.echo(f"{error.what}; simulating a step instead, which takes some 20 seconds", err=True)
+    host_bytes, host_source = (None, "not judged") if host is None else (parse_size(host, "--host"), "--host")
     vram_bytes, others_bytes, source, others_source = 24 * 2**30, 0, "--vram", "none counted"
+    capability = ADA
     if vram is not None:
         vram_bytes = parse_size(vram)
     elif settings.train.device == "cpu":
         source = "assumed: the recipe runs on the CPU"
     elif (installed := installed_gpu()) is not None:
-        (vram_bytes, others_bytes), source, others_source = installed, "nvidia-smi", "nvidia-smi"
+        (vram_bytes, others_bytes, capability), source, others_source = installed, "nvidia-smi", "nvidia-smi"
+        if host_bytes is None:
+            host_bytes, host_source = available_bytes(), "available here"
     else:
         source = "assumed: nvidia-smi reports no GPU"
     if others is not None:
         others_bytes, others_source = parse_size(others, "--others", least_bytes=0), "--others"
     data: dict[str, Any] = {"recipe": recipe, "model": settings.model.id, "vram_source": source}
-    data |= {"others_source": others_source}
+    data |= {"others_source": others_source, "host_source": host_source}
     console, fits = open_console(sys.stdout), True
     try:
         if shape is not None:
-            planned = plan_memory(settings, shape, vram_bytes=vram_bytes, others_bytes=others_bytes)
+            machine = Machine(vram_bytes, others_bytes, host_bytes, capability)
+            planned = plan_memory(settings, shape, **machine._asdict())
             fits, advice = planned.fits, advice_for(planned)
             overridden = [f"{key}={json.dumps(value)}" for key, value in advice.values.items()]
             data |= planned.as_json() | {"advice": advice._asdict() | {"overrides": overridden}}
             if not as_json:
-                options = [("--vram", vram), ("--others", others), *(("--set", override) for override in overrides)]
+                sizes = [("--vram", vram), ("--others", others), ("--host", host)]
+                options = [*sizes, *(("--set", override) for override in overrides)]
                 words = [word for option, value in options if value is not None for word in (option, value)]
                 command = shlex.join(["popo-lite", "plan", recipe, *words])
-                plan_report(planned, advice, (source, others_source), command, console)
+                plan_report(planned, advice, (source, others_source, host_source), command, console)
         if simulate:
             with Simulator() as simulator:
-                found = Simulation.of(settings, shape, simulator, vram_bytes=vram_bytes, others_bytes=others_bytes)
+                found = Simulation.of(
+                    settings, shape, simulator, vram_bytes=vram_bytes, others_bytes=others_bytes, capability=capability
+                )
             fits = fits and found.fits
             data["simulation"] = found.as_json()
             if not as_json:
@@ -99,18 +122,21 @@ def plan(
         raise SystemExit(1)
 
 
-def installed_gpu() -> tuple[int, int] | None:
-    """Return total and used bytes of the first visible GPU as nvidia-smi reports them, or None."""
+def installed_gpu() -> tuple[int, int, tuple[int, int]] | None:
+    """Return total and used bytes and compute capability of the first visible GPU by nvidia-smi, or None."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     if visible in ("", "-1"):
         return None
-    query = ["nvidia-smi", "--query-gpu=memory.total,memory.used", "--format=csv,noheader,nounits", f"--id={visible}"]
+    query = "--query-gpu=memory.total,memory.used,compute_cap"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={visible}"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
-        total, used = (int(mib) * 2**20 for mib in answer.stdout.splitlines()[0].split(","))
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        *sizes, capability = answer.stdout.splitlines()[0].split(",")
+        total, used = (int(mib) * 2**20 for mib in sizes)
+        major, minor = map(int, capability.split("."))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
-    return total, used
+    return total, used, (major, minor)
 
 
 def parse_size(text: str, option: str = "--vram", *, least_bytes: int = 1) -> int:

@@ -12,11 +12,13 @@ from rich.text import Text
 from popo_lite.tools.console.output import safe, table
 from popo_lite.tools.console.words import memory
 from popo_lite.tools.plan.advice import Advice, why_not
-from popo_lite.tools.plan.vram import NOT_TENSORS, SHORTFALL, MemoryPlan
+from popo_lite.tools.plan.vram import HOST, NOT_TENSORS, SHORTFALL, MemoryPlan
 
 
-def plan_report(plan: MemoryPlan, advice: Advice, sources: tuple[str, str], command: str, console: Console) -> None:
-    """Print a plan. `sources` say where the sizes of the GPU and of other processes come from; `command` made it."""
+def plan_report(
+    plan: MemoryPlan, advice: Advice, sources: tuple[str, str, str], command: str, console: Console
+) -> None:
+    """Print a plan. `sources` say where the sizes of GPU, other processes and host come from; `command` made it."""
     phases, vram, rows, bars = (*plan.phases, plan.export), plan.vram_bytes, [], []
     unit, size, places = ("GiB", 2**30, 2) if plan.peak.total_bytes >= 2**30 else ("MiB", 2**20, 1)
     for name in sorted(dict.fromkeys(name for phase in phases for name in phase.bytes), key=NOT_TENSORS.__contains__):
@@ -35,18 +37,21 @@ def plan_report(plan: MemoryPlan, advice: Advice, sources: tuple[str, str], comm
     table("Fullest moment of each phase", ("", "", "memory", "moment"), bars, console)
     head, style, text = "It fits", "bold green", f": {memory(plan.peak.total_bytes)} of {memory(vram)} ({sources[0]})."
     if not plan.fits:
-        head, style, text = "It does not fit", "bold red", f" ({sources[0]}): {why_not(plan)}."
+        source = sources[2] if plan.excess[HOST] and plan.peak.total_bytes <= vram else sources[0]
+        head, style, text = "It does not fit", "bold red", f" ({source}): {why_not(plan)}."
     if plan.others_bytes:
         text += f" Other processes hold {memory(plan.others_bytes)} ({sources[1]})."
     verdict = Text(safe(head + text, console))
     verdict.stylize(style, 0, len(head))
-    lines = [*_remarks(plan), *([] if plan.fits else [""])]
+    lines = [*_remarks(plan, sources[2]), *([] if plan.fits else [""])]
     for change in advice.changes:
         values = ", ".join(f"{key} = {json.dumps(value)}" for key, value in change["values"].items())
         before, after = memory(change["before_bytes"]), memory(change["after_bytes"])
         effect = f"phase {change['eases']} from {before} to {after}"
         if change["eases"] == SHORTFALL:
             effect = f"the engine's share lacks {after if change['after_bytes'] else 'nothing'}, before {before}"
+        elif change["eases"] == HOST:
+            effect = f"host memory from {before} to {after}"
         lines.append(f"{values}: {effect}")
     console.print(verdict, *(Text(safe(line, console)) for line in lines), sep="\n")
     if not plan.fits:
@@ -54,7 +59,7 @@ def plan_report(plan: MemoryPlan, advice: Advice, sources: tuple[str, str], comm
         console.print(Text.assemble(("Next", "bold"), "\n  ", (safe(next_step, console), "cyan")), soft_wrap=True)
 
 
-def _remarks(plan: MemoryPlan) -> Iterator[str]:
+def _remarks(plan: MemoryPlan, host_source: str) -> Iterator[str]:
     if stored := plan.shape.stored:
         dtype = plan.recipe.model.dtype
         unused = "" if dtype == stored.compute_dtype else f", not in the stored {stored.compute_dtype}"
@@ -66,6 +71,10 @@ def _remarks(plan: MemoryPlan) -> Iterator[str]:
     if (most := plan.sequences_at_once) is not None:
         batch = plan.recipe.rollout.max_num_seqs
         yield f"Sequences of full length that can be decoded at once: {most:,}; rollout.max_num_seqs: {batch:,}."
+    if plan.host:
+        parts = ", ".join(f"{name} {memory(size)}" for name, size in plan.host.items())
+        available = "" if plan.host_bytes is None else f" of {memory(plan.host_bytes)} ({host_source})"
+        yield f"Host memory: {memory(plan.needs[HOST])}{available}: {parts}."
     if plan.export.total_bytes > plan.vram_bytes:
-        alone = f"popo-lite export, later and alone, takes {memory(plan.export.total_bytes)}"
-        yield f"Not counted: {alone}; with CUDA_VISIBLE_DEVICES= in front it runs on the CPU."
+        alone = f"popo-lite export, later and alone, takes {memory(plan.export.total_bytes)}, less for fewer answers"
+        yield f"Not counted: {alone} at once; with CUDA_VISIBLE_DEVICES= in front it runs on the CPU."

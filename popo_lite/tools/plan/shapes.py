@@ -22,6 +22,7 @@ _DEFAULTS: Mapping[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
     "llama": {},
     "mistral": {"num_key_value_heads": 8},
+    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True},
 }
 """Supported architectures, and transformers' defaults for keys that a config.json leaves out."""
 
@@ -91,9 +92,9 @@ def parameter_counts(shape: ModelShape) -> dict[str, int]:
     """Return the exact parameter counts of transformers' model by class; a tied head counts with the embeddings."""
     kind, linears, table = shape.model_type, shape.linears(), shape.vocabulary * shape.width
     norms = 2 * shape.width + (2 * shape.head_width if kind == "qwen3" else 0)
-    attention = shape.attention_bias and kind in ("llama", "qwen3")
+    attention = shape.attention_bias and kind not in ("qwen2", "mistral")
     biased = [*(linears[:3] if attention or kind == "qwen2" else ()), *(linears[3:4] if attention else ())]
-    biased += linears[4:] if shape.mlp_bias and kind == "llama" else ()
+    biased += linears[4:] if shape.mlp_bias and kind in ("llama", "smollm3") else ()
     return {
         "base linears": shape.layers * sum(linear.inputs * linear.outputs for linear in linears),
         "embeddings": table,
@@ -170,7 +171,7 @@ def shape_of(config: Any, *, source: str = "config.json") -> ModelShape:
     kind, quantization = config.get("model_type"), config.get("quantization_config")
     in_4_bits = stored_in_4_bits(quantization, where=source)
     if not isinstance(kind, str) or kind not in _DEFAULTS:
-        step = f"use popo-lite plan --simulate, or one of {', '.join(_DEFAULTS)}"
+        step = f"popo-lite plan simulates it; known are {', '.join(_DEFAULTS)}"
         what = f"model_type is {kind!r}, an architecture that the memory plan does not know"
         raise UnknownArchitectureError(what, where=source, next_step=step)
     config = {key: value for key, value in {**_DEFAULTS[kind], **config}.items() if value is not None} | {

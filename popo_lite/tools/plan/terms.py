@@ -15,7 +15,7 @@ from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
 from popo_lite.recipe_rules import impossible_combinations
 from popo_lite.tools.plan.shapes import Linear, ModelShape, adapted_linears, parameter_counts
 
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 # bitsandbytes' quantize_4bit: weights per scale, scales per scale of scales, and levels in the table.
 NF4_BLOCK, NF4_SCALE_BLOCK, NF4_LEVELS = 64, 256, 16
@@ -23,17 +23,23 @@ NF4_BLOCK, NF4_SCALE_BLOCK, NF4_LEVELS = 64, 256, 16
 EIGHT_BIT_BLOCK, EIGHT_BIT_FROM_ELEMENTS, PAGED_FROM_ELEMENTS = 256, 4096, 100_000
 
 # vLLM. The first three are assumed: tokens of its largest forward pass (SchedulerConfig's default), float32 tensors
-# [sequences, V] while it samples with log-probs at a temperature, and CUDA graphs, which stay while it sleeps (vLLM's
-# tests/.../test_cumem.py).
+# [sequences, V] while it samples with log-probs at a temperature, and CUDA graphs, which it takes from its share
+# (Worker.determine_available_memory) and keeps while it sleeps (tests/.../test_cumem.py).
 ENGINE_BATCHED_TOKENS, ENGINE_LOGIT_COPIES, ENGINE_GRAPHS_BYTES = 2048, 4, 512 * 2**20
 ENGINE_CPU_CACHE_BYTES = 2**30  # VLLM_CPU_KVCACHE_SPACE as samplers/vllm.py sets it
+ENGINE_CPU_ADAPTERS = 2  # max_cpu_loras as samplers/vllm.py sets it
 ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM builds its adapter slot for
 
 # samplers/hf.py. Per sequence and token: its int64 mask, twice while it grows, and one of booleans. Per sequence and
 # vocabulary entry: float32 log-probs and two float64 temporaries.
 MASK_BYTES, DRAW_BYTES = 17, 20
 
+# Assumed: Python, torch, CUDA's libraries, vLLM and the grading processes.
+HOST_PROCESS_BYTES = 3 * 2**30
+
 Classes = dict[str, int]
+Capability = tuple[int, int]
+ADA: Capability = (8, 9)  # an RTX 40xx: planned for if the GPU is not known
 
 
 def nf4_bytes(elements: int, *, double: bool) -> int:
@@ -105,13 +111,21 @@ def packs(recipe: Recipe) -> bool:
     return recipe.train.packing and model.backend == "transformers" and model.attn_implementation != "eager"
 
 
-def uses_varlen(recipe: Recipe, head_width: int) -> bool:
-    """Return True if packed rows take FlashAttention: `policy.attention.kernel_of` for compute capability 8.0 or more.
+def uses_varlen(recipe: Recipe, head_width: int, capability: Capability = ADA) -> bool:
+    """Return True if packed rows take FlashAttention, as `policy.attention.kernel_of` decides.
 
     With DoRA queries and keys are float32, for which FlashAttention has no kernel.
     """
-    fits = DTYPE_BYTES[recipe.model.dtype] == 2 and head_width in range(8, 257, 8)
+    fits = DTYPE_BYTES[recipe.model.dtype] == 2 and head_width in range(8, 257, 8) and capability >= (8, 0)
     return recipe.train.device != "cpu" and fits and not recipe.lora.dora
+
+
+def squares(recipe: Recipe, head_width: int, capability: Capability) -> bool:
+    """Return True if SDPA has no kernel on a GPU that does without the square of a sequence."""
+    model = recipe.model
+    kernels = head_width % 8 == 0 and (model.dtype != "bfloat16" or capability >= (8, 0))
+    half = DTYPE_BYTES[model.dtype] == 2
+    return recipe.train.device != "cpu" and half and model.attn_implementation == "sdpa" and not kernels
 
 
 def copied_tokens(recipe: Recipe, tokens: int) -> int:
@@ -137,8 +151,8 @@ class LayerBytes:
     """Memory of one decoder layer for the recipe's precision, attention, adapters and dropout.
 
     In bytes per token: `boundary` is the layer's input. `saved` is what it keeps besides for the backward pass, of
-    which `input_norm` only if its input has a gradient. `mlp` is one activation of the MLP. `pair` is what eager
-    attention keeps for each pair of a token and a token of its sequence. `kv` are a token's keys and values as
+    which `input_norm` only if its input has a gradient. `mlp` is one activation of the MLP. `pair` is what attention
+    without a kernel keeps for each pair of a token and a token of its sequence. `kv` are a token's keys and values as
     attention reads them.
 
     In bytes: `casts_bytes` are autocast's 16-bit copies of the adapters, of which `attention_casts_bytes` exist before
@@ -146,13 +160,13 @@ class LayerBytes:
     the largest weight in `model.dtype`: a 4-bit weight is dequantised for each product.
     """
 
-    def __init__(self, recipe: Recipe, shape: ModelShape) -> None:
+    def __init__(self, recipe: Recipe, shape: ModelShape, capability: Capability = ADA) -> None:
         size, packed, rank = DTYPE_BYTES[recipe.model.dtype], in_4_bits(shape, recipe.model), recipe.lora.rank
         width, heads, half = shape.width, shape.heads + shape.kv_heads, size == 2
         queries = size * shape.heads * shape.head_width
-        # PEFT casts the input of a layer that is not 4-bit to float32 before autocast casts it to 16 bits again.
-        widened = half and not packed
         adapted = {linear.name.split(".")[-1]: linear for linear in adapted_linears(shape, recipe.lora.target_modules)}
+        # PEFT casts the input of a layer that is not 4-bit to float32 before autocast casts it to 16 bits again.
+        widened = half and not packed and bool(adapted)
         # Layers of one group have the same input.
         names = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",), ("o_proj",))
         qkv, gate_up, down, out = ([adapted[name] for name in group if name in adapted] for group in names)
@@ -165,7 +179,7 @@ class LayerBytes:
         if shape.model_type == "qwen3":  # each head's queries and keys are normalised
             attention += 4 * heads * shape.head_width + 4 * heads
         # Without FlashAttention keys and values are repeated for every query head on a GPU.
-        apart = packs(recipe) and not uses_varlen(recipe, shape.head_width)
+        apart = packs(recipe) and not uses_varlen(recipe, shape.head_width, capability)
         repeated = apart and recipe.train.device != "cpu"
         self.kv = 2 * size * shape.head_width * (shape.heads if repeated else shape.kv_heads)
         attention += self.kv - 2 * size * shape.head_width * shape.kv_heads
@@ -210,6 +224,9 @@ class LayerBytes:
             eager * (14 if half else 3 * size),
             eager * (10 if half else 2 * size),
         )
+        if squares(recipe, shape.head_width, capability):  # float32 scores, the softmax of them, and its gradients
+            self.pair, self._pair_backward, self._pair_inference = (of * shape.heads for of in (4, 12, 8))
+            self._attention_inference += 8 * shape.heads * shape.head_width  # float32 queries and keys, scaled
         self.casts_bytes = size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if half else 0
         cast = size * rank if half else 0
         self.input_casts_bytes = cast * sum(linear.inputs for linear in qkv)
@@ -218,8 +235,14 @@ class LayerBytes:
         self._gradients_bytes = 2 * max(4, size) * rank * sum(one.inputs + one.outputs for one in gate_up + down)
         self.weight_bytes = size * max(linear.inputs * linear.outputs for linear in shape.linears()) if packed else 0
         self.identity = self.identity_bytes = 0
-        if recipe.lora.dora:
+        if recipe.lora.dora and (out or gate_up or down):
             self._widen_for_dora(shape, list(adapted.values()), size, rank)
+        elif recipe.lora.dora:  # attention casts queries, keys and values to 16 bit again, so that the rest is narrow
+            # Each adapter keeps its own output and the base's. Their sum is float32.
+            outputs = sum(linear.outputs for linear in qkv)
+            self.saved, self._recompute = self.saved + 2 * size * outputs, self._recompute + 2 * size * outputs
+            self._attention += 2 * size * outputs
+            self._attention_inference += max(4, size) * outputs
 
     def _widen_for_dora(self, shape: ModelShape, adapted: list[Linear], size: int, rank: int) -> None:
         """Count DoRA as PEFT computes it: in float32, and with an identity matrix as large as a layer's input squared.
@@ -336,9 +359,9 @@ def vllm_bytes(recipe: Recipe, shape: ModelShape, vram_bytes: int, *, on_gpu: bo
     working = max(ENGINE_BATCHED_TOKENS, batch) * size * (3 * shape.mlp_width + 4 * shape.width)
     working += ENGINE_LOGIT_COPIES * logits
     share = round(vllm.gpu_memory_utilization * vram_bytes)
-    cache = share - weights - slot - working if on_gpu else ENGINE_CPU_CACHE_BYTES
-    sequence = recipe.rollout.sequence_tokens * kv_token_bytes(recipe, shape, fp8=vllm.kv_cache_dtype == "fp8")
     graphs = {"CUDA graphs": ENGINE_GRAPHS_BYTES if on_gpu and not vllm.enforce_eager else 0}
+    cache = share - weights - slot - working - sum(graphs.values()) if on_gpu else ENGINE_CPU_CACHE_BYTES
+    sequence = recipe.rollout.sequence_tokens * kv_token_bytes(recipe, shape, fp8=vllm.kv_cache_dtype == "fp8")
     sampling = {"engine weights": weights, "engine, other": slot + working, "KV cache": max(0, cache)} | graphs
     states = [sampling] * 3
     if on_gpu and vllm.enable_sleep_mode:
@@ -347,10 +370,45 @@ def vllm_bytes(recipe: Recipe, shape: ModelShape, vram_bytes: int, *, on_gpu: bo
     return states, max(0, sequence - cache), max(0, cache) // sequence
 
 
-def hf_moments(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, Classes]]:
+def host_bytes(recipe: Recipe, shape: ModelShape, elements: list[int], *, engine: str, row_bytes: int) -> Classes:
+    """Return what a run on a GPU keeps in host memory, by class.
+
+    `elements` are the sizes of what the optimizer updates, `row_bytes` one layer's input for the largest micro-batch.
+    """
+    adapters, size = sum(adapter_elements(shape, recipe.lora)), DTYPE_BYTES[recipe.model.dtype]
+    shared, host = recipe.rollout.vllm.enable_sleep_mode, {"process": HOST_PROCESS_BYTES}
+    if engine == "vllm" and shared:
+        host["engine asleep"] = asleep_bytes(recipe, shape)
+    if engine != "hf":  # the check of the engine keeps two copies, while files and vLLM's copies pass a third on
+        host["adapters"] = (3 * max(4, size) + ENGINE_CPU_ADAPTERS * size) * adapters
+    host["optimizer state"] = optimizer_bytes(elements, recipe) if shared else 0
+    if recipe.optimizer.name == "paged_adamw8bit":
+        host["optimizer state"] += 2 * sum(count for count in elements if count >= PAGED_FROM_ELEMENTS)
+    if recipe.train.offload_activations:
+        host["layer inputs"] = shape.layers * pinned_bytes(row_bytes)
+    return {name: count for name, count in host.items() if count}
+
+
+def asleep_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    """Return the pinned host memory of vLLM's weights while it sleeps (level 1). vLLM joins layers with one input."""
+    queries, keys, values, output, gate, up, down = (one.inputs * one.outputs for one in shape.linears())
+    size, counts = DTYPE_BYTES[recipe.model.dtype], parameter_counts(shape)
+    nf4 = recipe.rollout.vllm.base == "nf4"
+    joined = [queries + keys + values, output, gate + up, down]
+    layer = sum(pinned_bytes(nf4_bytes(count, double=True) if nf4 else size * count) for count in joined)
+    tables = sum(pinned_bytes(size * counts[name]) for name in ("embeddings", "LM head"))
+    return shape.layers * layer + tables + size * counts["norms, biases"]
+
+
+def pinned_bytes(size: int) -> int:
+    """Return what torch's allocator of pinned host memory takes for `size` bytes: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def hf_moments(recipe: Recipe, shape: ModelShape, capability: Capability = ADA) -> Iterator[tuple[str, Classes]]:
     """Yield each moment that may be the fullest while the trainer's own model samples, with its bytes by class."""
     size, batch = DTYPE_BYTES[recipe.model.dtype], recipe.rollout.max_num_seqs
-    layer, kv = LayerBytes(recipe, shape), kv_token_bytes(recipe, shape)
+    layer, kv = LayerBytes(recipe, shape, capability), kv_token_bytes(recipe, shape)
     adaptive = recipe.rollout.adaptive
     answers = [adaptive.round_size if adaptive.enabled else recipe.rollout.num_generations]
     answers += [recipe.eval.samples_per_problem] if recipe.eval.problems else []

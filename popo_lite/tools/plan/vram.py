@@ -20,11 +20,14 @@ from popo_lite.tools.plan.terms import Classes
 CUDA_CONTEXT_BYTES = 600 * 2**20  # assumed: with the kernels of torch, bitsandbytes and cuBLAS and their workspaces
 FRAGMENTATION_RATIO = 0.1  # assumed: memory that the allocator wastes, relative to temporary tensors
 SEARCHED = range(1, 2**20 + 1)  # numbers among which the longest sequence and the largest batch are searched
+CHECKED_TOKENS = 32  # of each answer on which samplers/probe.py checks an engine
 EXPORT_ANSWERS = 16  # answers that `popo-lite export` samples at once to verify a merged model
-SHORTFALL = "engine shortfall"  # key in `needs` for what vLLM's share lacks for one sequence; other keys are phases
+# Keys in `needs` beside the phases: what vLLM's share lacks for one sequence, and host memory.
+SHORTFALL, HOST = "engine shortfall", "host memory"
 NOT_TENSORS = ("CUDA context", "fragmentation", "other processes")
 PERMANENT = {"base linears", "embeddings", "LM head", "norms, biases", "16-bit model", "merged model", "adapters",
              "predictor head"}  # allocated once, so they fragment nothing  # fmt: skip
+BARE = {"lora.target_modules": (), "lora.dora": False}  # a pass of the base without adapters
 Moment = tuple[str, Classes]
 
 
@@ -38,27 +41,38 @@ class Phase(NamedTuple):
     bytes: Classes
 
 
-def plan_memory(recipe: Recipe, shape: ModelShape, *, vram_bytes: int, others_bytes: int = 0) -> MemoryPlan:
-    """Return the plan of `recipe` for a model of `shape`, on a GPU of which other processes hold `others_bytes`.
+class Machine(NamedTuple):
+    """What a run has: a GPU of `vram_bytes`, of which other processes hold some, and host memory, None if not known."""
+
+    vram_bytes: int
+    others_bytes: int = 0
+    host_bytes: int | None = None
+    capability: terms.Capability = terms.ADA
+
+
+def plan_memory(recipe: Recipe, shape: ModelShape, **machine: Any) -> MemoryPlan:
+    """Return the plan of `recipe` for a model of `shape` on a `Machine`, by the names of its fields.
 
     vLLM takes its share of all of `vram_bytes`, whoever holds the rest. Raises UserInputError if prompt and answer
     may exceed the model's context, and ModelError if lora.target_modules names no layer of it.
     """
     check_context(recipe, shape.context_tokens)
-    return MemoryPlan(recipe, shape, vram_bytes, others_bytes)
+    return MemoryPlan(recipe, shape, Machine(**machine))
 
 
 class MemoryPlan:
     """The plan of a recipe on a GPU of `vram_bytes`, or in host memory for a recipe on the CPU.
 
-    `phases` are those of a run; `export` is a later command in a process of its own. `needs` holds the bytes of the
-    phases and, as `SHORTFALL`, how much vLLM's share lacks for one sequence; `excess` is by how much each is too large.
+    `phases` are those of a run; `export` is a later command in a process of its own. `host` is what a run on a GPU
+    keeps in host memory, by class. `needs` holds the bytes of the phases, of `HOST` memory and, as `SHORTFALL`, how
+    much vLLM's share lacks for one sequence; `excess` is by how much each is too large.
     """
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, vram_bytes: int, others_bytes: int = 0) -> None:
-        self.recipe, self.shape, self.vram_bytes, self.others_bytes = recipe, shape, vram_bytes, others_bytes
+    def __init__(self, recipe: Recipe, shape: ModelShape, machine: Machine) -> None:
+        self.recipe, self.shape, self.machine = recipe, shape, machine
+        self.vram_bytes, self.others_bytes, self.host_bytes, capability = machine
         self.on_gpu, self.engine = recipe.train.device != "cpu", terms.engine_of(recipe)
-        self.layer, self.size = terms.LayerBytes(recipe, shape), terms.DTYPE_BYTES[recipe.model.dtype]
+        self.layer, self.size = terms.LayerBytes(recipe, shape, capability), terms.DTYPE_BYTES[recipe.model.dtype]
         adapters = terms.adapter_elements(shape, recipe.lora)
         predictor = terms.predictor_elements(shape, recipe.siamese.head_width)
         self.trained_size = max(4, self.size)  # adapters and predictor head have at least float32
@@ -70,7 +84,9 @@ class MemoryPlan:
         self.learned = self.trained if similar else trained["adapters"]
         elements = adapters + predictor if similar else adapters
         self.optimizer = {"optimizer state": terms.optimizer_bytes(elements, recipe)}
-        vllm = terms.vllm_bytes(recipe, shape, vram_bytes, on_gpu=self.on_gpu) if self.engine == "vllm" else None
+        vllm = None
+        if self.engine == "vllm":
+            vllm = terms.vllm_bytes(recipe, shape, self.vram_bytes, on_gpu=self.on_gpu)
         states, self.engine_shortfall_bytes, self.vllm_sequences = vllm or ([Classes()] * 3, 0, 0)
         self.sampling, self.training, self.swapping = states
         self.sequence_tokens, self.context_tokens = recipe.rollout.sequence_tokens, shape.context_tokens
@@ -82,16 +98,25 @@ class MemoryPlan:
         # Without packing the sequences of a micro-batch pass one after the other, and each leaves its checkpoints.
         self.pass_tokens = self.tokens if terms.packs(recipe) else self.sequence_tokens
         self.copied_tokens = terms.copied_tokens(recipe, self.tokens)
-        *self.phases, self.export = self._phases()
+        row = self.layer.boundary * self.pass_tokens
+        self.host = terms.host_bytes(recipe, shape, elements, engine=self.engine, row_bytes=row) if self.on_gpu else {}
+        self.phases = list(self._phases())
         self.peak = max(self.phases, key=lambda phase: phase.total_bytes)
-        self.needs = {SHORTFALL: self.engine_shortfall_bytes} | {phase.name: phase.total_bytes for phase in self.phases}
-        self.excess = {key: size if key == SHORTFALL else max(0, size - vram_bytes) for key, size in self.needs.items()}
+        self.needs = {SHORTFALL: self.engine_shortfall_bytes, HOST: sum(self.host.values())}
+        self.needs |= {phase.name: phase.total_bytes for phase in self.phases}
+        limits = {SHORTFALL: 0, HOST: self.needs[HOST] if self.host_bytes is None else self.host_bytes}
+        self.excess = {key: max(0, size - limits.get(key, self.vram_bytes)) for key, size in self.needs.items()}
         self.overrun_bytes = sum(self.excess.values())
         self.fits = not self.overrun_bytes
 
     def with_values(self, values: Mapping[str, Any]) -> MemoryPlan:
         """Return the plan of the recipe with other values by dotted key, which are not checked, on the same GPU."""
-        return MemoryPlan(self.recipe.with_values(values), self.shape, self.vram_bytes, self.others_bytes)
+        return MemoryPlan(self.recipe.with_values(values), self.shape, self.machine)
+
+    @cached_property
+    def export(self) -> Phase:
+        """The phase of `popo-lite export`, which compares a merged model with the policy."""
+        return self._phase("export", {}, self._export())
 
     @cached_property
     def longest_sequence_tokens(self) -> int:
@@ -115,10 +140,11 @@ class MemoryPlan:
                 "longest_sequence_tokens", "context_tokens", "sequences_at_once")  # fmt: skip
         data = {key: getattr(self, key) for key in keys} | {"device": "cuda" if self.on_gpu else "cpu"}
         data |= {"peak_bytes": self.peak.total_bytes, "peak_phase": self.peak.name}
+        data["host"] = {"total_bytes": self.needs[HOST], "available_bytes": self.host_bytes, "bytes": self.host}
         return data | {"phases": [phase._asdict() for phase in (*self.phases, self.export)]}
 
     def _phases(self) -> Iterator[Phase]:
-        """Yield a run's phases in their order, then the export's, which compares a merged model with the policy."""
+        """Yield a run's phases in their order."""
         trainer = self.policy | {"siamese average": self.trained}
         # If the GPU is shared in turns, the optimizer's state is in host memory between updates.
         idle = trainer if self.on_gpu and self.recipe.rollout.vllm.enable_sleep_mode else trainer | self.optimizer
@@ -132,8 +158,10 @@ class MemoryPlan:
         load += [("the engine has started", self.sampling)] if self.sampling else []
         yield self._phase("load", trainer, load)
         sampled = ("answers are sampled" if self.sampling else "servers sample elsewhere", self.sampling)
-        own = self.engine == "hf"
-        yield self._phase("rollout", idle, terms.hf_moments(self.recipe, self.shape) if own else [sampled])
+        moments: Iterable[Moment] = [sampled, *self._engine_check()]
+        if self.engine == "hf":
+            moments = terms.hf_moments(self.recipe, self.shape, self.machine.capability)
+        yield self._phase("rollout", idle, moments)
         yield self._phase("siamese", idle | self.training, self._siamese())
         yield self._phase("update", idle | self.training, self._update())
         # A copy of the weights from before the step becomes their difference.
@@ -141,12 +169,6 @@ class MemoryPlan:
         yield self._phase("step", trainer | self.training, [("the optimizer's step", step)])
         moved = "the adapter enters the engine" if self.swapping else "nothing is moved"
         yield self._phase("swap", idle, [(moved, self.swapping)])
-        cache = EXPORT_ANSWERS * self.sequence_tokens * terms.kv_token_bytes(self.recipe, self.shape)
-        answers = {"KV cache": cache, "logits": EXPORT_ANSWERS * self.shape.vocabulary * 12}
-        merged = sum(terms.base_bytes(self.shape, self.recipe.model, nf4=False).values())
-        model = {"16-bit model" if self.size == 2 else "merged model": merged}
-        moments = [("the policy answers", self.policy | answers), ("the merged model answers", model | answers)]
-        yield self._phase("export", {}, moments)
 
     def _phase(self, name: str, stays: Classes, moments: Iterable[Moment]) -> Phase:
         """Return the fullest moment of a phase; `stays` is alive in all of them."""
@@ -162,6 +184,39 @@ class MemoryPlan:
             phases.append(Phase(name, moment, sum(total.values()), tensors, alive))
         return max(phases, key=lambda phase: phase.total_bytes)
 
+    def _export(self) -> Iterator[Moment]:
+        """Yield the moments in which the policy, then the merged model, answers and is scored, one answer at a time."""
+        batch = min(EXPORT_ANSWERS, self.recipe.rollout.max_num_seqs)
+        plain = {"rollout.max_num_seqs": batch, "train.gradient_checkpointing": False, "train.packing": False}
+        weights = {"16-bit model" if self.size == 2 else "merged model": sum(
+            terms.base_bytes(self.shape, self.recipe.model, nf4=False).values())}  # fmt: skip
+        merged = BARE | {"model.quantization": "none"}
+        tokens, capability = self.sequence_tokens, self.machine.capability
+        for name, model, changes in (("the policy", self.policy, {}), ("the merged model", weights, merged)):
+            recipe = self.recipe.with_values(plain | changes)
+            for moment, classes in terms.hf_moments(recipe, self.shape, capability):
+                yield f"{name}: {moment}", model | classes
+            layer = terms.LayerBytes(recipe, self.shape, capability)
+            passing = self._pass(layer, tokens, tokens)
+            yield f"{name}: an answer is scored, in a layer", model | passing
+            hidden = {"hidden states": passing["hidden states"]}
+            yield f"{name}: an answer is scored, in the LM head", model | hidden | self._loss(tokens)
+
+    def _pass(self, layer: terms.LayerBytes, tokens: int, sequence_tokens: int) -> Classes:
+        """Return what a pass without a graph takes in its fullest layer. The embeddings stay beside a layer's input."""
+        casts = layer.casts_bytes * (self.shape.layers - 1)
+        working = layer.peak_bytes(tokens, sequence_tokens, backward=False) + casts
+        hidden = 2 * (layer.boundary + self.size * self.shape.head_width) * tokens
+        return {"hidden states": hidden, "layer working set": working}
+
+    def _engine_check(self) -> Iterator[Moment]:
+        """Yield the moments in which the trainer scores an answer of the engine, which is awake."""
+        tokens = min(self.recipe.rollout.max_prompt_length + CHECKED_TOKENS, self.sequence_tokens)
+        passing = self._pass(self.layer, tokens, tokens)
+        yield "an answer is checked, in a layer", self.sampling | passing
+        hidden = {"hidden states": passing["hidden states"]}
+        yield "an answer is checked, in the LM head", self.sampling | hidden | self._loss(CHECKED_TOKENS)
+
     def _siamese(self) -> Iterator[Moment]:
         """Yield the moments of passes without a graph: the siamese's features, and log-probs by the trainer."""
         objective = self.recipe.objective
@@ -173,9 +228,12 @@ class MemoryPlan:
             return
         # The embeddings stay beside the layer's input until the trunk has run.
         hidden = {"hidden states": self._targets() + 2 * self.layer.boundary * self.tokens}
-        layer = self.layer.peak_bytes(self.pass_tokens, self.sequence_tokens, backward=False)
-        casts = self.layer.casts_bytes * (self.shape.layers - 1)
-        yield "in a layer", hidden | {"layer working set": layer + casts}
+        layer = self.layer
+        if not (objective.needs_siamese_pass or weighs or self.engine != "hf"):  # the base's log-probs alone
+            layer = terms.LayerBytes(self.recipe.with_values(BARE), self.shape, self.machine.capability)
+        working = layer.peak_bytes(self.pass_tokens, self.sequence_tokens, backward=False)
+        working += layer.casts_bytes * (self.shape.layers - 1)
+        yield "in a layer", hidden | {"layer working set": working}
         if scores:
             yield "in the LM head", hidden | self._loss()
 
@@ -186,12 +244,12 @@ class MemoryPlan:
         per_answer += self.recipe.rollout.max_completion_length if objective.needs_reference_pass else 0
         return self.trained_size * self.answers * per_answer + 2 * self.size * self.shape.head_width * self.tokens
 
-    def _loss(self) -> Classes:
-        """Return the peak of the loss, forward and backward, without hidden states and head."""
-        vocabulary, logits = self.shape.vocabulary, max(4, self.size)
+    def _loss(self, tokens: int | None = None) -> Classes:
+        """Return the peak of the loss of `tokens`, or a micro-batch, forward and backward, without hidden states."""
+        vocabulary, logits, tokens = self.shape.vocabulary, max(4, self.size), tokens or self.tokens
         chunk = chunk_tokens(vocabulary, memory_bytes=self.recipe.train.logits_mib * 2**20, logits_bytes=logits)
         return {"loss chunk": terms.pass_bytes(
-            tokens=self.tokens, chunk=chunk, vocabulary=vocabulary, width=self.shape.width, on_gpu=self.on_gpu,
+            tokens=tokens, chunk=chunk, vocabulary=vocabulary, width=self.shape.width, on_gpu=self.on_gpu,
             head_bytes=self.size, logits_bytes=logits, scaled=self.recipe.rollout.temperature != 1.0,
         )}  # fmt: skip
 
