@@ -113,6 +113,13 @@ def test_known_models_have_the_parameters_that_transformers_builds(name: str) ->
         {"model_type": "qwen3", "tie_word_embeddings": True},
         {"model_type": "llama", "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
         {"model_type": "mistral", "tie_word_embeddings": False},
+        {
+            "model_type": "smollm3",
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "pad_token_id": 0,
+        },
     ],
 )
 def test_every_understood_architecture_is_counted_by_class(config: dict[str, Any]) -> None:
