@@ -214,6 +214,8 @@ class LayerBytes:
         self._inference = (4 if gate_up else 3) * self.mlp + 2 * size * width + extra
         # The norm's output, queries, keys and values, the attention's output, and the products of o_proj's adapter.
         self._attention_inference = size * width * (4 if out else 2) + 2 * queries + self.kv + extra
+        # While queries are rotated: what is rotated, its halves swapped, and both products.
+        self._attention_inference = max(self._attention_inference, size * width + 4 * queries + self.kv + extra)
         if repeated:  # keys and values before and after they are repeated and joined; queries and outputs twice
             reading = size * (width + 2 * shape.kv_heads * shape.head_width) + 8 * queries
             self._attention_inference = max(self._attention_inference, reading)
@@ -309,23 +311,23 @@ class LayerBytes:
 
 def pass_bytes(
     *, tokens: int, chunk: int, vocabulary: int, width: int, on_gpu: bool, head_bytes: int = 2, logits_bytes: int = 4,
-    scaled: bool = False,
+    scaled: bool = False, backward: bool = True,
 ) -> int:  # fmt: skip
     """Return an upper bound for the memory of the fused loss, without hidden states, targets and head.
 
     It adds the chunk's logits, a row block's temporaries (two more if logits are scaled, capped or divided by a
     temperature: `scaled`), the gradient [N, D], and eight numbers per token. In the end the gradient is multiplied by
-    the incoming one, which takes another [N, D]. `head_bytes` is the size of one weight of the head, `logits_bytes`
-    that of one logit.
+    the incoming one, which takes another [N, D]. Without `backward` there is no gradient. `head_bytes` is the size of
+    one weight of the head, `logits_bytes` that of one logit.
     """
     chunk = min(chunk, tokens)
     rows = min(row_block(vocabulary, on_gpu=on_gpu, logits_bytes=logits_bytes), chunk)
-    cast = 0 if head_bytes == logits_bytes else rows * vocabulary * head_bytes
+    cast = rows * vocabulary * head_bytes if backward and head_bytes != logits_bytes else 0
     temporaries = (4 if scaled else 2) * rows * vocabulary * logits_bytes + cast
     columns = min(tile_rows(width), vocabulary)
     # On a CPU: the widened tile of the head, the widened hidden states, and their product twice.
     products = 0 if on_gpu else columns * width * 4 + chunk * (width + 2 * columns) * 4
-    gradient = tokens * width * head_bytes
+    gradient = tokens * width * head_bytes if backward else 0
     walking = chunk * vocabulary * logits_bytes + max(temporaries, products)
     return max(walking, gradient) + gradient + 8 * tokens * logits_bytes
 

@@ -200,7 +200,7 @@ class MemoryPlan:
             passing = self._pass(layer, tokens, tokens)
             yield f"{name}: an answer is scored, in a layer", model | passing
             hidden = {"hidden states": passing["hidden states"]}
-            yield f"{name}: an answer is scored, in the LM head", model | hidden | self._loss(tokens)
+            yield f"{name}: an answer is scored, in the LM head", model | hidden | self._loss(tokens, backward=False)
 
     def _pass(self, layer: terms.LayerBytes, tokens: int, sequence_tokens: int) -> Classes:
         """Return what a pass without a graph takes in its fullest layer. The embeddings stay beside a layer's input."""
@@ -215,7 +215,10 @@ class MemoryPlan:
         passing = self._pass(self.layer, tokens, tokens)
         yield "an answer is checked, in a layer", self.sampling | passing
         hidden = {"hidden states": passing["hidden states"]}
-        yield "an answer is checked, in the LM head", self.sampling | hidden | self._loss(CHECKED_TOKENS)
+        yield (
+            "an answer is checked, in the LM head",
+            self.sampling | hidden | self._loss(CHECKED_TOKENS, backward=False),
+        )
 
     def _siamese(self) -> Iterator[Moment]:
         """Yield the moments of passes without a graph: the siamese's features, and log-probs by the trainer."""
@@ -226,16 +229,16 @@ class MemoryPlan:
         if not objective.needs_siamese_pass and not scores:
             yield "nothing is passed", {}
             return
-        # The embeddings stay beside the layer's input until the trunk has run.
-        hidden = {"hidden states": self._targets() + 2 * self.layer.boundary * self.tokens}
-        layer = self.layer
+        layer, row = self.layer, self.layer.boundary * self.tokens
         if not (objective.needs_siamese_pass or weighs or self.engine != "hf"):  # the base's log-probs alone
             layer = terms.LayerBytes(self.recipe.with_values(BARE), self.shape, self.machine.capability)
         working = layer.peak_bytes(self.pass_tokens, self.sequence_tokens, backward=False)
         working += layer.casts_bytes * (self.shape.layers - 1)
-        yield "in a layer", hidden | {"layer working set": working}
+        # The embeddings stay beside the layer's input until the trunk has run.
+        yield "in a layer", {"hidden states": self._targets() + 2 * row, "layer working set": working}
         if scores:
-            yield "in the LM head", hidden | self._loss()
+            logps = self._loss(self.tokens, backward=False)
+            yield "in the LM head", {"hidden states": self._targets() + row} | logps
 
     def _targets(self) -> int:
         """Return the bytes of what a step's update needs: siamese targets, the base's log-probs, and rotations."""
@@ -244,13 +247,13 @@ class MemoryPlan:
         per_answer += self.recipe.rollout.max_completion_length if objective.needs_reference_pass else 0
         return self.trained_size * self.answers * per_answer + 2 * self.size * self.shape.head_width * self.tokens
 
-    def _loss(self, tokens: int | None = None) -> Classes:
-        """Return the peak of the loss of `tokens`, or a micro-batch, forward and backward, without hidden states."""
-        vocabulary, logits, tokens = self.shape.vocabulary, max(4, self.size), tokens or self.tokens
+    def _loss(self, tokens: int, *, backward: bool) -> Classes:
+        """Return the peak of the loss, or of log-probs alone, without hidden states and head."""
+        vocabulary, logits = self.shape.vocabulary, max(4, self.size)
         chunk = chunk_tokens(vocabulary, memory_bytes=self.recipe.train.logits_mib * 2**20, logits_bytes=logits)
         return {"loss chunk": terms.pass_bytes(
             tokens=tokens, chunk=chunk, vocabulary=vocabulary, width=self.shape.width, on_gpu=self.on_gpu,
-            head_bytes=self.size, logits_bytes=logits, scaled=self.recipe.rollout.temperature != 1.0,
+            head_bytes=self.size, logits_bytes=logits, scaled=self.recipe.rollout.temperature != 1.0, backward=backward,
         )}  # fmt: skip
 
     def _update(self) -> Iterator[Moment]:
@@ -275,7 +278,10 @@ class MemoryPlan:
             kept = {"layer inputs": inputs, "layer activations": (layers * saved - first) * self.tokens + casts}
             kept["layer activations"] += layers * layer.kv * copies
         kept["gradients"] = self.learned  # all have one after the first micro-batch
-        yield "in the LM head", kept | final_norm | {"hidden states": self._targets() + 2 * row} | self._loss()
+        yield (
+            "in the LM head",
+            kept | final_norm | {"hidden states": self._targets() + 2 * row} | self._loss(self.tokens, backward=True),
+        )
         kept["hidden states"] = self._targets() + row
         if train.gradient_checkpointing:
             yield "the last layer has run", kept | final_norm | {"adapter copies": layers * layer.casts_bytes}
