@@ -8,13 +8,16 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
+from popo_lite.callbacks import Callback
 from popo_lite.errors import ModelError
 from popo_lite.policy.load import load_config
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe_file import load_recipe
+from popo_lite.run_folder import RunFolder
 from popo_lite.tools.plan.shapes import load_shape
 from popo_lite.tools.plan.terms import base_bytes, nf4_bytes
 from popo_lite.tools.plan.vram import plan_memory
+from popo_lite.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,12 @@ def test_the_recipes_dtype_wins_and_the_policy_is_the_same(tiny_recipe, stored, 
     ids = torch.arange(5, 25)
     with torch.no_grad():
         assert torch.equal(policy.hidden_states(ids, [[20]]), own.hidden_states(ids, [[20]]))
+
+
+def test_a_run_says_that_the_stored_dtype_is_not_used(tiny_recipe, stored, tmp_path):
+    with Trainer(tiny_recipe(f'model.id="{stored}"'), Callback()) as trainer:
+        trainer.folder = RunFolder(tmp_path)
+        assert trainer._facts()["model"].endswith("(NF4, 14 layers as stored; float16 there is not used, float32)")
 
 
 def test_a_stored_base_is_planned_like_one_that_the_run_quantises(tiny_recipe, stored):

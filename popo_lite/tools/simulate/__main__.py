@@ -23,6 +23,8 @@ def main() -> None:
     from popo_lite.tools.simulate.device import SimulatedDevice
     from popo_lite.tools.simulate.run import simulate
 
+    # Modules are tried for tiles, and torch would log a traceback for each that is no such module.
+    logging.getLogger("torch._subclasses.fake_tensor").disabled = True
     device = SimulatedDevice()
     with device.installed():
         for line in sys.stdin:
