@@ -110,8 +110,8 @@ class HFSampler(Sampler):
 
 def _rows_of(cache: Any, rows: Tensor) -> Any:
     """Return the cache of the sequences `rows`: transformers' caches, or the nested tuples of patched models."""
-    if hasattr(cache, "batch_select_indices"):
-        cache.batch_select_indices(rows)
+    if hasattr(cache, "reorder_cache"):  # unlike `batch_select_indices` it also selects recurrent states
+        cache.reorder_cache(rows)
         return cache
     return tuple(tuple(part[rows] for part in layer) for layer in cache)
 
