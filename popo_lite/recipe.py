@@ -47,14 +47,14 @@ class ModelRecipe(Section):
     backend: Literal["transformers", "unsloth"] = "transformers"
     """Library that loads base and adapters. `unsloth` needs a CUDA GPU and the `gpu` extra."""
     quantization: Literal["nf4", "none"] = "nf4"
-    """`nf4`: 4-bit NormalFloat by bitsandbytes. `none`: the base stays in `dtype`. A checkpoint that is stored in
-    bitsandbytes' 4 bits stays as it is."""
+    """`nf4`: 4-bit NormalFloat by bitsandbytes, for fused experts too. `none`: the base stays in `dtype`. A checkpoint
+    that is stored in bitsandbytes' 4 bits stays as it is."""
     double_quantization: bool = True
     """Quantise the NF4 scales too: about 0.4 bits a parameter less."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """Compute dtype. Adapters, predictor head and siamese always have at least float32."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    """Attention implementation of transformers. A model that `sdpa` would compute wrongly gets `eager`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Read that code first."""
 
@@ -69,7 +69,8 @@ class LoraRecipe(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout in front of A. Above 0, sampling and training use different policies."""
     target_modules: Literal["all-linear"] | Names = "all-linear"
-    """Layers that get an adapter: `all-linear`, or a list of module names. Never the LM head."""
+    """Layers of the text model that get an adapter: a list of module names, or `all-linear`, which leaves out routers
+    and experts. Never the LM head."""
     rslora: bool = False
     """Rank-stabilised scaling."""
     dora: bool = False
@@ -344,7 +345,7 @@ class TrainRecipe(Section):
     Changes the update only by rounding (without dropout)."""
     packing: bool = True
     """Pack several sequences into one row, each attending only to itself. Off: one sequence at a time, as always with
-    eager attention, unsloth, or a sliding window shorter than the sequences."""
+    eager attention, unsloth, a sliding window shorter than the sequences, or layers that pass on a state (Mamba)."""
     shared_prefix: bool = True
     """With `packing`, except flash_attention_2: compute a prompt once for all its answers in a micro-batch, and equal
     answers once. Changes the update only by rounding (without dropout)."""

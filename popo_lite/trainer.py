@@ -168,6 +168,8 @@ class Trainer:
         self.renderer = open_renderer(self.recipe)
         self._check_prompts()  # before gigabytes are read
         self.policy = load_policy(self.recipe)
+        for notice in self.policy.notices:
+            self.callback.message(notice)
 
     def _open_sampler(self, stack: ExitStack) -> None:
         sampler = open_sampler(self.recipe, self.policy, text=self.renderer.text, notify=self.callback.message)
@@ -462,7 +464,9 @@ class Trainer:
     def _facts(self) -> dict[str, str]:
         recipe, policy = self.recipe, self.policy
         trained = sum(parameter.numel() for _, parameter in policy.trainable_parameters())
-        quantized = f"NF4, {policy.quantized_modules} layers" if policy.quantized_modules else "not quantised"
+        quantized = "not quantised"
+        if policy.quantized_modules:
+            quantized = f"NF4, {policy.quantized_modules} layers, {policy.quantized_share:.0%} of the weights"
         if settings := getattr(load_config(recipe.model), "quantization_config", None):
             stored = str(settings.get("bnb_4bit_compute_dtype") or "float32")
             quantized += " as stored" if stored == recipe.model.dtype else f" as stored; {stored} there is not used"

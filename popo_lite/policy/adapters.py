@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from popo_lite.errors import ModelError, nearest
+from popo_lite.policy.parts import decoder_of, expert_weights, is_mamba
 from popo_lite.recipe import LoraRecipe
 from popo_lite.seeding import stream_seed
 
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_FILE = "adapter_model.safetensors"
+ROUTERS = {"router", "gate", "shared_expert_gate"}
+"""Names of the modules that choose a token's experts. They are trained only if `lora.target_modules` names them."""
+
 PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora", "dora": "use_dora"}
 
 
@@ -35,19 +42,107 @@ def add_adapters(base: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PeftMo
         model: PeftModel = get_peft_model(base, config)
         load_adapter_weights(model, folder)
         return model
-    targets = recipe.target_modules
     options: dict[str, Any] = {theirs: getattr(recipe, ours) for ours, theirs in PEFT_NAMES.items()}
-    options["target_modules"] = targets if isinstance(targets, str) else list(targets)
+    options["target_modules"] = target_names(base, recipe.target_modules)
     torch.manual_seed(stream_seed("adapters", seed))
     try:
         return get_peft_model(base, LoraConfig(**options, bias="none", task_type="CAUSAL_LM"))
     except ValueError as error:
-        names = linear_names(base)
-        guess = nearest(targets if isinstance(targets, str) else targets[0], names)
-        meant = f'did you mean "{guess}"? ' if guess else ""
-        what = f"no adapter could be added to {targets!r}: {error}"
-        next_step = f"{meant}linear layers here: {', '.join(sorted(names))}"
-        raise ModelError(what, where="lora.target_modules", next_step=next_step) from error
+        what = f"PEFT adds no adapter to {recipe.target_modules!r}: {str(error).splitlines()[0]}"
+        raise ModelError(what, where="lora.target_modules", next_step='use "all-linear"') from error
+
+
+def check_targets(base: PreTrainedModel, recipe: LoraRecipe) -> list[str]:
+    """Return a notice of the weights that `all-linear` leaves out. Raises ModelError for targets that are impossible.
+
+    `base` may be empty, on the meta device.
+    """
+    adapted = set(target_names(base, recipe.target_modules))
+    if recipe.target_modules != "all-linear":
+        return []
+    head, decoder = base.get_output_embeddings(), decoder_of(base)
+    sizes: Counter[str] = Counter()
+    for name, module in base.named_modules():
+        if _is_linear(module) and module is not head and name not in adapted and module in set(decoder.modules()):
+            sizes[name.split(".")[-1]] += module.weight.numel()
+    for module, name in expert_weights(base):
+        sizes["experts"] += getattr(module, name).numel()
+    share = sizes.total() / sum(parameter.numel() for parameter in base.parameters())
+    names = ", ".join(sorted(sizes, key=lambda name: -sizes[name]))
+    return [f"all-linear leaves out {names}: {share:.0%} of the weights, which get no adapters"] if sizes else []
+
+
+def target_names(base: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
+    """Return the full names of the modules that `lora.target_modules` means; only the text model gets adapters.
+
+    Names match as in PEFT: the whole name, or its end after a dot. Raises ModelError for a target that matches none,
+    for the embeddings of a tied model, and for fused experts.
+    """
+    if isinstance(targets, str):
+        return _without_experts(base, _all_linear(base))
+    decoder, embeddings, found = set(decoder_of(base).modules()), base.get_input_embeddings(), list[str]()
+    tied = base.get_output_embeddings().weight is embeddings.weight
+    for target in targets:
+        modules = {
+            name: module
+            for name, module in base.named_modules()
+            if module in decoder and (name == target or name.endswith(f".{target}"))
+        }
+        if not modules:
+            raise _no_adapter(base, f"the text model has no {target}", target)
+        for name, module in modules.items():
+            if not (_is_linear(module) or isinstance(module, torch.nn.Embedding)):
+                raise _no_adapter(base, f"{name} is a {type(module).__name__}, and adapters are for linear layers")
+            if module is embeddings and tied:
+                raise _no_adapter(base, f"{name} is the LM head too, and an adapter would change only one of the two")
+        found += modules
+    if experts := sorted({name.split(".")[-1] for name in set(found) - set(_without_experts(base, found))}):
+        what = f"PEFT takes {', '.join(experts)} for the experts of a {base.config.model_type} model"
+        raise _no_adapter(base, f"{what}, which get no adapters here")
+    return found
+
+
+def _no_adapter(base: PreTrainedModel, what: str, target: str = "") -> ModelError:
+    """Return the error that says why there is no adapter, and what could have one."""
+    names = sorted(linear_names(base))
+    guess = nearest(target, names)
+    meant = f'did you mean "{guess}"? ' if guess else ""
+    next_step = f'{meant}use "all-linear", or some of {", ".join(names)}'
+    return ModelError(what, where="lora.target_modules", next_step=next_step)
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+def _all_linear(base: PreTrainedModel) -> list[str]:
+    """Return the full names of the text model's linear layers, without the LM head and routers.
+
+    And without Mamba's last projection: PEFT refuses it, because a fused kernel takes its weight without a call.
+    """
+    head, decoder, found = base.get_output_embeddings(), set(decoder_of(base).modules()), []
+    for name, module in base.named_modules():
+        parent, _, last = name.rpartition(".")
+        of_mamba = last == "out_proj" and is_mamba(base.get_submodule(parent))
+        routes = not ROUTERS.isdisjoint(name.split("."))
+        if _is_linear(module) and module in decoder and module is not head and not of_mamba and not routes:
+            found.append(name)
+    return found
+
+
+def _without_experts(base: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Return the names without those that PEFT would read as experts, for the sake of adapters made elsewhere."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    if not any("experts" in key for key in base.config.get_text_config().to_dict()):
+        return list(names)
+    config: Any = LoraConfig(target_modules=sorted({name.split(".")[-1] for name in names}))
+    with suppress(ValueError):  # it wants all parts of a fused weight or none
+        convert_peft_config_for_transformers(config, base, None)
+    return [name for name in names if name.split(".")[-1] in config.target_modules]
 
 
 def adapter_folder(path: str | Path, *, key: str) -> Path:
@@ -78,9 +173,8 @@ def _check_settings(folder: Path, recipe: LoraRecipe, base: PreTrainedModel) -> 
 
 
 def linear_names(base: PreTrainedModel) -> set[str]:
-    """Return the last names of the layers that `all-linear` means: all linear ones but the LM head."""
-    head, layers = base.get_output_embeddings(), base.named_modules()
-    return {name.split(".")[-1] for name, one in layers if isinstance(one, torch.nn.Linear) and one is not head}
+    """Return the last names of the layers that `all-linear` means."""
+    return {name.split(".")[-1] for name in target_names(base, "all-linear")}
 
 
 def save_adapter(model: PeftModel, folder: Path, *, base_id: str) -> None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 import copy
 import errno
 import importlib.util
+import inspect
 import json
 import logging
+import math
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE
 from safetensors.torch import save_file
+from torch import nn
 
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.policy.adapters import PEFT_NAMES
@@ -25,6 +28,7 @@ from popo_lite.policy.cache import cached_folder
 from popo_lite.policy.gguf import GGUF_SUFFIX, gguf_folder
 from popo_lite.policy.loading_errors import loading_error
 from popo_lite.policy.memory import is_out_of_memory, prefer_expandable_segments
+from popo_lite.policy.parts import decoder_of, expert_weights
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.recipe_rules import stored_in_4_bits
 from popo_lite.seeding import stream_seed
@@ -74,21 +78,26 @@ def load_tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
 
 def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
     """Load the base in the recipe's precision on `device` and freeze it. Only safetensors are read."""
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
     config = load_config(recipe)
+    nf4 = recipe.quantization == "nf4"
+    fused = nf4 and can_be_built(recipe, config) and any(expert_weights(empty_base(recipe, config)))
+    options: dict[str, Any] = {"dtype": recipe.dtype, "attn_implementation": attention_of(recipe, config)}
     if getattr(config, "quantization_config", None) is not None:
         # transformers takes a checkpoint's settings whole, its compute dtype too.
         config.quantization_config = {**config.quantization_config, "bnb_4bit_compute_dtype": recipe.dtype}
         options["config"] = config
-    elif recipe.quantization == "nf4":
+    elif nf4:
         options["quantization_config"] = nf4_config(recipe)
-    options |= {"use_safetensors": True, "device_map": {"": device}}
-    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, recipe, "model", **options)
+    # In 16 bit the experts may not fit the GPU.
+    options |= {"use_safetensors": True, "device_map": {"": torch.device("cpu") if fused else device}}
+    model: Any = _from_pretrained(_auto_class(config), recipe, "model", **options)
+    for module, name in list(expert_weights(model)) if nf4 else ():
+        quantize_experts(module, name, recipe, device)
+    if fused:
+        model.to(device)
     close_cpu_repacking(model)
     model.requires_grad_(False)
-    return model
+    return cast("PreTrainedModel", model)
 
 
 def load_config(recipe: ModelRecipe) -> PreTrainedConfig:
@@ -116,6 +125,90 @@ def load_generation_config(recipe: ModelRecipe) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(model_source(recipe), revision=recipe.revision or "main")
     except OSError:
         return None
+
+
+def can_be_built(recipe: ModelRecipe, config: PreTrainedConfig) -> bool:
+    """Return True if transformers knows the architecture, and Python code that comes with the model is not run."""
+    remote = recipe.trust_remote_code and hasattr(config, "auto_map")
+    return not remote and type(config) in _auto_class(config)._model_mapping
+
+
+def empty_base(recipe: ModelRecipe, config: PreTrainedConfig, attention: str = "eager") -> PreTrainedModel:
+    """Return the model that `config` describes with weights on the meta device."""
+    from accelerate import init_empty_weights
+
+    settings: Any = {"attn_implementation": attention, "trust_remote_code": recipe.trust_remote_code}
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = _auto_class(config).from_config(config, dtype=getattr(torch, recipe.dtype), **settings)
+    model.tie_weights()
+    return model
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that loads the model: not every model that also sees images is a causal LM."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(config)
+    sees_images = kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
+
+
+def attention_of(recipe: ModelRecipe, config: PreTrainedConfig) -> str:
+    """Return the attention to load with: the recipe's, or eager for a model that SDPA cannot compute.
+
+    SDPA ignores the soft-capping of attention scores, and has no place for the attention sinks of gpt-oss.
+    """
+    model = _auto_class(config)._model_mapping.get(type(config), None)  # None for remote code
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if recipe.attn_implementation == "sdpa" and (capped or (model is not None and not model._supports_sdpa)):
+        return "eager"
+    return recipe.attn_implementation
+
+
+def check_architecture(base: PreTrainedModel, recipe: ModelRecipe) -> None:
+    """Raise ModelError if the empty `base` has no layer that can be in 4 bit though it should, or no cache."""
+    from transformers.pytorch_utils import Conv1D
+
+    decoder, kind = decoder_of(base), base.config.model_type
+    if recipe.quantization == "nf4" and not any(type(module) in (nn.Linear, Conv1D) for module in decoder.modules()):
+        what = f"bitsandbytes quantises none of the layers of a {kind} model"  # they have a class of their own
+        raise ModelError(what, where='model.quantization = "nf4"', next_step='--set model.quantization="none"')
+    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
+        what = f"{type(base).__name__} has no cache of the usual kind to sample with"
+        raise ModelError(what, where="model.id", next_step="use a model with attention layers; hybrids work")
+
+
+def quantize_experts(module: nn.Module, name: str, recipe: ModelRecipe, device: torch.device) -> None:
+    """Replace the weight `name` of fused experts by its NF4 form on `device`, which is dequantised in every pass."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    weight = getattr(module, name).detach().to(device)
+    setattr(module, name, nn.Parameter(weight, requires_grad=False))
+    replace_parameter_4bit(module, name, compress_statistics=recipe.double_quantization, quant_type="nf4")
+
+
+def quantized_weights(base: nn.Module) -> tuple[int, float]:
+    """Return how many weights of the base are in 4 bit, and their share of all its elements."""
+    weights, elements = 0, {True: 0, False: 0}
+    for name, parameter in base.named_parameters():
+        if "lora_" not in name:
+            state = quant_state_of(base, name)
+            weights += state is not None
+            elements[state is not None] += parameter.numel() if state is None else math.prod(state.shape)
+    return weights, elements[True] / sum(elements.values())
+
+
+def quant_state_of(base: nn.Module, name: str) -> Any:
+    """Return bitsandbytes' state of the tensor `name` if it is in 4 bit, else None."""
+    owner, _, last = name.rpartition(".")
+    if last == "original":  # fused experts
+        return getattr(cast("Any", base.get_submodule(owner))[0], "quant_state", None)
+    return getattr(getattr(base.get_submodule(owner), last), "quant_state", None)
 
 
 def import_unsloth() -> None:
@@ -189,15 +282,13 @@ def dequantized_folder(policy: Policy, recipe: ModelRecipe) -> Path:
     Its name depends on the weights themselves, not on their file: `popo-lite bench` has random ones. A later start has
     the same path, by which vLLM finds what it compiled.
     """
-    import bitsandbytes as bnb
-
     base: Any = policy.model.get_base_model()
     config = {key: value for key, value in base.config.to_dict().items() if key != "_name_or_path"}
     content: list[Any] = [config, policy.head.weight.dtype]
     for name, weight in base.named_parameters():
         if "lora_" not in name:
-            four_bit = isinstance(weight, bnb.nn.Params4bit)
-            parts = [weight, *(weight.quant_state.as_dict(packed=True).values() if four_bit else ())]
+            state = quant_state_of(base, name)
+            parts = [weight, *(() if state is None else state.as_dict(packed=True).values())]
             sums = (part.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64) for part in parts)
             content.append((name, *map(int, sums)))
     versions = [metadata.version(package) for package in ("popo-lite", "transformers", "bitsandbytes")]
@@ -215,33 +306,57 @@ def write_dequantized_base(policy: Policy, folder: Path) -> None:
     """
     import bitsandbytes as bnb
     from huggingface_hub import split_torch_state_dict_into_shards
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.pytorch_utils import Conv1D
 
     base: Any = policy.model.get_base_model()
-    dtype = policy.head.weight.dtype
-    # Without PEFT's wrapper around a layer.
-    weights = {name.replace(".base_layer", ""): p for name, p in base.named_parameters() if "lora_" not in name}
+    dtype, stored = policy.head.weight.dtype, base.state_dict()
+    weights = {name: weight for name, weight in base.named_parameters() if "lora_" not in name}
+    weights |= {name: buffer for name, buffer in base.named_buffers() if name in stored}
+    states = {name: quant_state_of(base, name) for name in weights}
 
-    def dequantized(weight: torch.Tensor) -> torch.Tensor:
-        if isinstance(weight, bnb.nn.Params4bit):
-            weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-        return weight.detach().to("cpu", copy=True)
+    def dequantized(name: str) -> torch.Tensor:
+        weight = weights[name]
+        if states[name] is not None:
+            weight = bnb.functional.dequantize_4bit(weight.data, states[name]).to(dtype)
+            if getattr(base.get_submodule(name.rpartition(".")[0]), "source_cls", None) is Conv1D:
+                weight = weight.T.contiguous()  # GPT-2's layers, which are quantised as linear ones
+        return cast("torch.Tensor", weight.detach().to("cpu", copy=True))
 
     config = copy.deepcopy(base.config)
     config.dtype = dtype
     vars(config).pop("quantization_config", None)
     config.save_pretrained(str(folder))  # makes the folder
+    if conversions := getattr(base, "_weight_conversions", None):  # a base that is stored in 4 bit has one of no return
+        base._weight_conversions = [one for one in conversions if not _reads_4_bit(one)]
     sizes = {
-        name: torch.empty(weight.quant_state.shape, dtype=dtype, device="meta")
-        if isinstance(weight, bnb.nn.Params4bit)
-        else weight.to("meta")
+        name: weight.to("meta") if states[name] is None else torch.empty(states[name].shape, dtype=dtype, device="meta")
         for name, weight in weights.items()
     }
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=DEQUANTIZED_FILE_BYTES)
+    files: dict[str, str] = {}
     for file, names in split.filename_to_tensors.items():
-        save_file({name: dequantized(weights[name]) for name in names}, folder / file, metadata={"format": "pt"})
+        # As the Hub has it: engines know the experts one by one. These are views, which safetensors refuses.
+        tensors = revert_weight_conversion(base, {_plain_name(name): dequantized(name) for name in names})
+        for name, tensor in tensors.items():
+            if tensor.untyped_storage().nbytes() > tensor.nbytes:
+                tensors[name] = tensor.clone()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(tensors, file)
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        index = {"metadata": split.metadata, "weight_map": files}
         (folder / SAFETENSORS_INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _plain_name(name: str) -> str:
+    """Return a weight's name without PEFT's wrapper around a layer, and without the 4-bit form of fused experts."""
+    return name.replace(".base_layer", "").replace(".parametrizations", "").removesuffix(".original")
+
+
+def _reads_4_bit(conversion: Any) -> bool:
+    from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+
+    return any(isinstance(operation, Bnb4bitDeserialize) for operation in getattr(conversion, "operations", ()))
 
 
 def _from_pretrained(loader: Any, recipe: ModelRecipe, part: str, **options: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,11 +16,22 @@ from torch import Tensor, nn
 from popo_lite.errors import ModelError
 from popo_lite.fused import Head
 from popo_lite.policy.activations import checkpoint_layers, offloaded
-from popo_lite.policy.adapters import adapter_folder, add_adapters, load_adapter_weights
+from popo_lite.policy.adapters import adapter_folder, add_adapters, check_targets, load_adapter_weights
 from popo_lite.policy.attention import Row, enable_packing, kernel_of, layout, positions
-from popo_lite.policy.load import load_base, load_config, load_tokenizer, load_unsloth, pick_device
+from popo_lite.policy.load import (
+    can_be_built,
+    check_architecture,
+    empty_base,
+    load_base,
+    load_config,
+    load_tokenizer,
+    load_unsloth,
+    pick_device,
+    quantized_weights,
+)
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.merged import merge_adapters
+from popo_lite.policy.parts import context_of, decoder_of, hold_in_eval_mode
 from popo_lite.policy.siamese import PredictorHead
 from popo_lite.policy.tokens import stop_ids_of
 from popo_lite.recipe import Recipe
@@ -38,7 +49,8 @@ class Policy:
 
     `packing` is the attention that keeps the sequences of a packed row apart ("varlen", "sdpa", "flash_attention_2"),
     or "off"; `shared_prefix` whether the answers to a prompt can share its tokens. `offload` keeps the inputs of
-    checkpointed layers in host memory.
+    checkpointed layers in host memory. `quantized_share` is the part of the base's weights that is in 4 bit. `notices`
+    say what was set otherwise than the recipe asks, because the model needs it.
     """
 
     model: PeftModel
@@ -48,6 +60,8 @@ class Policy:
     device: torch.device
     stop_ids: frozenset[int]
     quantized_modules: int
+    quantized_share: float = 0.0
+    notices: list[str] = field(default_factory=list)
     packing: str = "off"
     shared_prefix: bool = False
     offload: bool = False
@@ -56,7 +70,7 @@ class Policy:
     @property
     def trunk(self) -> nn.Module:
         """The decoder without its LM head, with the adapters."""
-        return cast("PreTrainedModel", self.model.get_base_model()).base_model
+        return decoder_of(cast("PreTrainedModel", self.model.get_base_model()))
 
     def hidden_states(self, input_ids: Tensor, row: Row) -> Tensor:
         """Return the states [T, D] after the final norm of the sequences in `input_ids` [T], whose lengths `row` gives.
@@ -112,15 +126,23 @@ def load_policy(recipe: Recipe) -> Policy:
     """Load base, adapters and head as the recipe says. Raises ModelError if the model does not fit the recipe."""
     device = pick_device(recipe.train.device)
     # Before gigabytes are read, and before unsloth would stretch the context with another rotary scaling.
-    check_context(recipe, getattr(load_config(recipe.model), "max_position_embeddings", None) or 2**31)
+    config = load_config(recipe.model)
+    check_context(recipe, context_of(config))
     if recipe.model.backend == "unsloth":
         return wrap_policy(*load_unsloth(recipe), recipe, device)
+    notices = []
+    if can_be_built(recipe.model, config):
+        empty = empty_base(recipe.model, config)
+        check_architecture(empty, recipe.model)
+        notices = check_targets(empty, recipe.lora)
     tokenizer = load_tokenizer(recipe.model)
     base = load_base(recipe.model, device)
     model = add_adapters(base, recipe.lora, recipe.train.seed)
     if recipe.train.gradient_checkpointing:
         checkpoint_layers(base)
-    return wrap_policy(model, tokenizer, recipe, device)
+    policy = wrap_policy(model, tokenizer, recipe, device)
+    policy.notices[:0] = notices
+    return policy
 
 
 def load_trained_policy(recipe: Recipe, adapter: Path) -> Policy:
@@ -135,16 +157,16 @@ def load_trained_policy(recipe: Recipe, adapter: Path) -> Policy:
 
 
 def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, device: torch.device) -> Policy:
-    """Build a policy from a loaded PEFT model. Raises ModelError if its logits or packed rows would be wrong."""
-    import bitsandbytes as bnb
-
+    """Build a policy from a loaded PEFT model. Raises ModelError if its logits would be wrong."""
     base: Any = model.get_base_model()
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     if device.type == "cpu":
         merge_adapters(model)
+    hold_in_eval_mode(base)
     head = head_of(base, temperature=recipe.rollout.temperature)
+    modules, share = quantized_weights(base)
     torch.manual_seed(stream_seed("predictor", recipe.train.seed))
     policy = Policy(
         model=model,
@@ -153,12 +175,16 @@ def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Re
         head=head,
         device=device,
         stop_ids=stop_ids_of(base, tokenizer, recipe.data.chat_template),
-        quantized_modules=sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
+        quantized_modules=modules,
+        quantized_share=share,
         offload=recipe.train.offload_activations,
     )
     check_logits(policy)
-    if recipe.train.packing and recipe.model.backend == "transformers" and recipe.model.attn_implementation != "eager":
-        _pack(policy, recipe)
+    if recipe.model.backend == "transformers":
+        policy.notices += fix_longrope(base, recipe.rollout.sequence_tokens)
+        policy.notices += _choose_attention(policy, recipe)
+        if recipe.train.packing and base.config._attn_implementation != "eager":
+            policy.notices += _pack(policy, recipe)
     return policy
 
 
@@ -169,8 +195,11 @@ def head_of(base: Any, *, temperature: float) -> Head:
         what = f"its LM head is a {type(output).__name__}, and the loss needs a plain 16/32-bit linear layer"
         next_step = "keep the LM head out of quantisation and out of lora.target_modules"
         raise ModelError(what, where="model.id", next_step=next_step)
-    cohere, granite = (getattr(base.config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
-    scale, softcap = float(cohere) / float(granite), getattr(base.config, "final_logit_softcapping", None)  # Gemma's
+    config = base.config.get_text_config()
+    cohere, granite, falcon_h1 = (
+        float(getattr(config, name, None) or 1.0) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")
+    )
+    scale, softcap = cohere / granite * falcon_h1, getattr(config, "final_logit_softcapping", None)  # Gemma's
     return Head(weight=output.weight, bias=output.bias, scale=scale, softcap=softcap, temperature=temperature)
 
 
@@ -194,17 +223,98 @@ def check_logits(policy: Policy) -> None:
 
 
 @torch.no_grad()
-def _pack(policy: Policy, recipe: Recipe) -> None:
-    """Turn packing on, unless a window is shorter than the sequences. Raises ModelError if sequences see each other.
+def fix_longrope(base: Any, sequence_tokens: int) -> list[str]:
+    """Let rotary embeddings of the type longrope use one set of factors for all sequences; return notices.
 
-    Some models apply their window only by the mask, so a layout in place of the mask would turn it off.
-    A model may read its mask in its own way. So a packed row must be much closer to its sequences run one at a time
-    than a row whose sequences see each other is; then the same with a prompt that two answers share.
+    transformers takes the long factors for all of a batch if its longest sequence exceeds the original context: then a
+    token's state would depend on its neighbours in a row, and a cached key on when it was computed. vLLM takes the long
+    factors for a run that allows such sequences.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rotary = [module for module in base.modules() if getattr(module, "rope_type", None) == "longrope"]
+    config = base.config.get_text_config()
+    original = config.rope_parameters["original_max_position_embeddings"] if rotary else 0
+    if not rotary or sequence_tokens <= original:
+        return []
+    for module in rotary:
+        device = module.inv_freq.device
+        factors, _ = ROPE_INIT_FUNCTIONS["longrope"](config, device, seq_len=original + 1)
+        module.inv_freq = module.original_inv_freq = factors
+    return [f"prompt and answer may exceed {original} tokens: longrope's long factors are used for all, as in vLLM"]
+
+
+@torch.no_grad()
+def _choose_attention(policy: Policy, recipe: Recipe) -> list[str]:
+    """Change from SDPA to eager attention if the model computes something else with SDPA; return notices.
+
+    They are compared on one sequence that is longer than the model's window, if it has one that matters.
     """
     base: Any = policy.model.get_base_model()
-    windows = [getattr(base.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    if any(window and window < recipe.rollout.sequence_tokens for window in windows):
-        return
+    wanted = recipe.model.attn_implementation
+    if (loaded := base.config._attn_implementation) != wanted:
+        return [f"attention is {loaded}, because {wanted} leaves out what this model's attention needs"]
+    if wanted != "sdpa" or not base._can_set_attn_implementation():
+        return []
+    windows = [window + 8 for window in _windows(base.config) if window < recipe.rollout.sequence_tokens]
+    tokens = max(windows, default=40)
+    ids = torch.arange(1, tokens + 1, device=policy.device) % min(1000, policy.head.weight.shape[0])
+    policy.model.eval()
+    found = policy.hidden_states(ids, [(tokens,)])
+    if not bool(found.isfinite().all()):
+        return []
+    try:
+        base.set_attn_implementation("eager")
+        expected = policy.hidden_states(ids, [(tokens,)])
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        expected = found  # eager attention would not fit either
+    if _distance(found, expected) <= _rounding(found.dtype):
+        base.set_attn_implementation("sdpa")
+        return []
+    return [f"attention is eager: with {wanted} {type(base).__name__} computes something else"]
+
+
+def _windows(config: Any) -> list[int]:
+    """Return how many tokens the model's windows span."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds and not any("sliding" in kind or "chunk" in kind for kind in kinds):
+        return []
+    names = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
+    return [int(window) for name in names if (window := getattr(text, name, None))]
+
+
+def _distance(states: Tensor, expected: Tensor) -> float:
+    """Return the root mean square difference of two [T, D] in multiples of each channel's largest value.
+
+    Channel by channel: the rounding of a channel with large values would hide differences in the others.
+    """
+    scale = expected.float().abs().amax(dim=0).clamp(min=1e-6)
+    return float(((states - expected).float() / scale).square().mean().sqrt())
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Return the largest distance that rounding explains.
+
+    It differs by kernel and adds up over layers: to 310 eps in the 30 of SmolLM2-135M.
+    """
+    return min(2048 * torch.finfo(dtype).eps, 1 / 8)
+
+
+@torch.no_grad()
+def _pack(policy: Policy, recipe: Recipe) -> list[str]:
+    """Turn packing on, unless the sequences of a row would see each other; return notices.
+
+    Some models apply their window only by the mask, so a layout in place of the mask would turn it off.
+    A model may read its mask in its own way, or pass a state from token to token. So a packed row must be much closer
+    to its sequences run one at a time than a row whose sequences see each other is; then the same with a prompt that
+    two answers share.
+    """
+    base: Any = policy.model.get_base_model()
+    if any(window < recipe.rollout.sequence_tokens for window in _windows(base.config)):
+        return ["sequences run one at a time, because the model's window is shorter than they may be"]
     # A prompt of 8 tokens with answers of 9 and 4, between two sequences: once in a row of their own, once shared.
     row = [(5,), (8, 9), (8, 4), (6,)]
     ids = torch.arange(1, 41, device=policy.device)
@@ -213,37 +323,31 @@ def _pack(policy: Policy, recipe: Recipe) -> None:
     policy.model.eval()
     alone = policy.hidden_states(ids, row)
     if not bool(alone.isfinite().all()):  # nothing can be compared if the weights are not finite
-        return
-    # Compare channel by channel: the rounding of a channel with large values would hide differences in the others.
-    scale = alone.float().abs().amax(dim=0).clamp(min=1e-6)
-
-    def distance(states: Tensor, expected: Tensor = alone) -> float:
-        return float(((states - expected).float() / scale)[5:].square().mean().sqrt())
-
+        return []
     leaking = {"position_ids": positions(row, policy.device), "attention_mask": torch.ones_like(ids)[None]}
-    leak = distance(policy.run_trunk(input_ids=ids[None], **leaking).last_hidden_state[0])
-    # Rounding differs by kernel and adds up over layers: to 310 eps in the 30 of SmolLM2-135M.
-    limit = min(2048 * torch.finfo(alone.dtype).eps, leak / 8)
+    leak = _distance(policy.run_trunk(input_ids=ids[None], **leaking).last_hidden_state[0][5:], alone[5:])
+    limit = min(_rounding(alone.dtype), leak / 8)
 
-    def check(key: str, states: Callable[[], Tensor], expected: Tensor, instead: str) -> None:
+    def apart(states: Callable[[], Tensor], expected: Tensor = alone) -> bool:
         try:
-            gap = distance(states(), expected)
-            reason = f"the distance is {gap:.2g}, and {leak:.2g} if they see each other"
+            return _distance(states()[5:], expected[5:]) <= limit
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if is_out_of_memory(error):
                 raise
-            gap, reason = float("inf"), str(error).strip().partition("\n")[0]
-        if not gap <= limit:
-            what = f"{type(base).__name__} does not keep the sequences of a packed row apart: {reason}"
-            raise ModelError(what, where=f"{key} = true", next_step=f"--set {key}=false {instead}")
+            return False
 
     policy.packing = recipe.model.attn_implementation
     if policy.packing == "sdpa":
         enable_packing(base)
-        width = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
+        config = base.config.get_text_config()
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         policy.packing = kernel_of(policy.device, alone.dtype, width)
-    check("train.packing", lambda: policy.hidden_states(ids, row), alone, "runs one sequence at a time")
+    if not apart(lambda: policy.hidden_states(ids, row)):
+        policy.packing = "off"
+        base.set_attn_implementation(recipe.model.attn_implementation)
+        return [f"sequences run one at a time, because {type(base).__name__} cannot keep those of a packed row apart"]
     policy.shared_prefix = recipe.train.shared_prefix and policy.packing != "flash_attention_2"
-    if policy.shared_prefix:
-        shared = partial(policy.hidden_states, ids[once], shared_row)
-        check("train.shared_prefix", shared, alone[once], "computes a prompt again for each of its answers")
+    if policy.shared_prefix and not apart(partial(policy.hidden_states, ids[once], shared_row), alone[once]):
+        policy.shared_prefix = False
+        return [f"prompts are computed for each answer: {type(base).__name__} cannot keep answers to one prompt apart"]
+    return []

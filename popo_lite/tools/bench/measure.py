@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.policy.load import pick_device
 from popo_lite.policy.memory import release_memory
+from popo_lite.policy.parts import context_of
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import check_context
 from popo_lite.run_folder import environment
@@ -88,7 +89,7 @@ def _refuse(recipe: Recipe, engine: str, memory_cap_bytes: int | None) -> None:
         # The schema refuses servers with another engine.
         no_servers = " --set rollout.server.base_urls=[]" if engine == "server" else ""
         raise UserInputError(what, where=where, next_step=instead + no_servers)
-    check_context(recipe, getattr(synthetic.architecture(recipe.model), "max_position_embeddings", None) or 2**31)
+    check_context(recipe, context_of(synthetic.architecture(recipe.model)))
     if memory_cap_bytes is not None and engine == "vllm":
         # torch's limit counts the memory pool of a sleeping engine, which vLLM has given back unknown to torch.
         what = "a sleeping vLLM would use up the cap, and memory would run out although a smaller card's would not"
@@ -150,7 +151,7 @@ def bench_longest(
         notify(f"{tokens:,} tokens: {'fits' if fitted else 'out of memory'}")
         return fitted
 
-    context = getattr(policy.model.config, "max_position_embeddings", None) or 2**31
+    context = context_of(policy.model.config)
     return about | {
         "longest_tokens": longest(fits, last=context, step=resolution),
         "planned_tokens": plan and plan.longest_sequence_tokens,

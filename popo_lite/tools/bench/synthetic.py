@@ -27,6 +27,7 @@ from popo_lite.policy import load
 from popo_lite.policy.activations import checkpoint_layers
 from popo_lite.policy.adapters import add_adapters
 from popo_lite.policy.memory import is_out_of_memory, release_memory
+from popo_lite.policy.parts import expert_weights
 from popo_lite.policy.policy import Policy, load_policy, wrap_policy
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.samplers import SamplingParams
@@ -229,19 +230,16 @@ def random_base(
     output distribution is neither uniform nor certain. `tiny` is untaught here, too.
     """
     import bitsandbytes as bnb
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
     dtype: torch.dtype = getattr(torch, recipe.dtype)
-    with init_empty_weights(include_buffers=False):
-        settings = {"attn_implementation": recipe.attn_implementation, "trust_remote_code": recipe.trust_remote_code}
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(architecture(recipe, layers), dtype=dtype, **settings)
+    config = architecture(recipe, layers)
+    model = load.empty_base(recipe, config, load.attention_of(recipe, config))
     quantizer: Any = None
     if recipe.quantization == "nf4":
         quantizer = AutoHfQuantizer.from_config(load.nf4_config(recipe), pre_quantized=False)
         quantizer.preprocess_model(model, device_map={"": device})
-    model.tie_weights()  # so that the loop sees tied parameters once; they are tied again after they are replaced
+    experts = set(expert_weights(model)) if recipe.quantization == "nf4" else set()
     source = torch.Generator(device).manual_seed(seed)
     for name, empty in list(model.named_parameters()):
         values = torch.full(empty.shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype, device=device)
@@ -253,9 +251,12 @@ def random_base(
             quantised: Any = bnb.nn.Params4bit(values, **vars(empty))
             filled = quantised.to(device)
         module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, filled)
-        del values  # before the next layer: two in 16 bit would be the peak
-    model.tie_weights()
+        owner = model.get_submodule(module)
+        setattr(owner, attribute, filled)
+        if (owner, attribute) in experts:
+            load.quantize_experts(owner, attribute, recipe, device)
+        del values, filled  # before the next layer: two in 16 bit would be the peak
+    model.tie_weights()  # the loop saw tied parameters once
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, buffer.to(device))
@@ -277,7 +278,8 @@ def architecture(recipe: ModelRecipe, layers: int | None = None) -> PreTrainedCo
     known = KNOWN_CONFIGS.get(recipe.id) if recipe.revision is None else None
     config = load.load_config(recipe) if known is None else AutoConfig.for_model(**known)
     if layers is not None:
-        config.num_hidden_layers = layers
-        if kinds := getattr(config, "layer_types", None):
-            config.layer_types = kinds[:layers]
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if kinds := getattr(text, "layer_types", None):
+            text.layer_types = kinds[:layers]
     return config

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from popo_lite.policy.load import empty_base
 from popo_lite.policy.memory import release_memory
+from popo_lite.policy.parts import context_of
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.recipe_rules import check_context
 from popo_lite.tools.bench import synthetic
@@ -46,9 +48,9 @@ def simulate(
     """
     start = time.perf_counter()
     config = synthetic.architecture(recipe.model)
-    check_context(recipe, getattr(config, "max_position_embeddings", None) or 2**31)
+    check_context(recipe, context_of(config))
     recipe, lengths = two_micro_batches(recipe.with_values(OFF))
-    layers = getattr(config, "num_hidden_layers", 0)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     depths = DEPTHS if extrapolate and layers > max(DEPTHS) and _alike(recipe.model) else (layers,)
     traces = []
     for depth in depths:
@@ -207,12 +209,8 @@ def _trace(device: SimulatedDevice, recipe: Recipe, lengths: Sequence[int], laye
 
 def _alike(recipe: ModelRecipe) -> bool:
     """Return True if all layers of the model have the same parameters and the same kind of attention."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     config = synthetic.architecture(recipe)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
+    model, config = empty_base(recipe, config), config.get_text_config()
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers: Any = next((found for found in lists if len(found) == config.num_hidden_layers), [])
     parts = {tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}
