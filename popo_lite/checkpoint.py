@@ -64,6 +64,7 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
     content = {
         "cursor": asdict(cursor),
         "policy_version": policy.version,
+        "loss_scale": learner.loss_scale,
         "siamese": {"largest_update": learner.siamese.largest_update},
         "optimizer": {path: value for path, value in state.items() if path not in tensors},
     }
@@ -111,7 +112,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
         # Parameter groups hold settings of the recipe, which is the same, so only the state is loaded.
         groups = learner.optimizer.state_dict()["param_groups"]
         learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        policy.version = content["policy_version"]
+        policy.version, learner.loss_scale = content["policy_version"], content["loss_scale"]
         if missing := {entry.name for entry in fields(Cursor)} - content["cursor"].keys():
             raise KeyError(f"the cursor lacks {sorted(missing)}")
         cursor = Cursor(**content["cursor"])

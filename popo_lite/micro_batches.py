@@ -22,7 +22,7 @@ class MicroBatch:
     A shared prompt is there once, and so are equal answers to it. `members` are the sequences' positions in the list
     that was split. `row` holds (prompt, *answers), in tokens, for each prompt of `input_ids` [T], and `answer_of` which
     of these answers each of the prompt's sequences has. `targets` [N] are the completion tokens, `lengths` how many of
-    each sequence, `sequence_of_token` [N] indexes the B sequences; `sampler_logps` [N].
+    each sequence, `sequence_of_token` [N] indexes the B sequences; `sampler_logps` [N] are float64.
     """
 
     members: tuple[int, ...]
@@ -127,7 +127,9 @@ def collate(
         sequence_of_token=torch.arange(len(order), device=device).repeat_interleave(
             torch.tensor(lengths, device=device)
         ),
-        sampler_logps=torch.tensor([logp for one in completions for logp in one.sampler_logps], device=device),
+        sampler_logps=torch.tensor(
+            [logp for one in completions for logp in one.sampler_logps], dtype=torch.float64, device=device
+        ),
     )
 
 

@@ -51,8 +51,9 @@ class ModelRecipe(Section):
     that is stored in bitsandbytes' 4 bits stays as it is."""
     double_quantization: bool = True
     """Quantise the NF4 scales too: about 0.4 bits a parameter less."""
-    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    """Compute dtype. Adapters, predictor head and siamese always have at least float32."""
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
+    """Compute dtype. Adapters, predictor head and siamese always have at least float32. `float16` is for GPUs without
+    bfloat16 (T4, RTX 20xx): its losses are scaled, and models whose activations overflow in it are refused."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers. A model that `sdpa` would compute wrongly gets `eager`."""
     trust_remote_code: bool = False
@@ -67,7 +68,7 @@ class LoraRecipe(Section):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout in front of A. Above 0, sampling and training use different policies."""
+    """Dropout in front of A. Above 0, sampling and training use different policies. The base's own dropout is off."""
     target_modules: Literal["all-linear"] | Names = "all-linear"
     """Layers of the text model that get an adapter: a list of module names, or `all-linear`, which leaves out routers
     and experts. Never the LM head."""

@@ -11,10 +11,10 @@ from popo_lite.recipe import Recipe
 
 IMPOSSIBLE = {
     "model.dtype=float64 model.quantization=nf4": 'NF4 computes in "bfloat16" or "float32"',
-    "model.attn_implementation=flash_attention_2 model.dtype!=bfloat16":
+    "model.attn_implementation=flash_attention_2 model.dtype!=bfloat16|float16":
         'needs a 16-bit model.dtype, not "{recipe.model.dtype}"; use "sdpa"',
     "model.attn_implementation=flash_attention_2 train.device=cpu": 'needs a CUDA GPU; use "sdpa" on a CPU',
-    "model.dtype!=bfloat16 model.backend=unsloth": 'unsloth computes in 16 bit; use "bfloat16"',
+    "model.dtype!=bfloat16|float16 model.backend=unsloth": 'unsloth computes in 16 bit; use "bfloat16"',
     "model.backend=unsloth lora.init_from!=<unset>": 'cannot start from an adapter; use "transformers"',
     "model.attn_implementation!=sdpa model.backend=unsloth": "unsloth chooses its attention itself; leave the key out",
     "model.double_quantization=False model.backend=unsloth": "unsloth always quantises the scales; leave the key out",
@@ -23,6 +23,8 @@ IMPOSSIBLE = {
     "model.backend=unsloth model.id=tiny": 'cannot load the model "tiny"; use "transformers"',
     "rollout.engine=vllm|server lora.dora=True": 'vLLM cannot serve DoRA adapters; use "hf"',
     "rollout.engine=vllm|server model.dtype=float64": 'vLLM does not compute in float64; use "hf"',
+    "rollout.engine=vllm model.dtype=float32 train.device=cuda rollout.vllm.base!=bf16":
+        'on a GPU vLLM serves adapters in 16 bit only; use "hf", or model.dtype = "bfloat16"',
     "rollout.vllm.base=nf4 model.quantization=none":
         'would sample from a 4-bit policy that is not the trained one; use "dequantized"',
     "rollout.vllm.base=nf4 model.double_quantization=False":

@@ -29,7 +29,7 @@ from popo_lite.grading import Grader
 from popo_lite.metrics import StepRecord, make_record, rollout_metrics, sample_line, sample_views, sampler_summary
 from popo_lite.objective import StepPlan, nothing_to_learn, steered_entropy_coef
 from popo_lite.policy.adapters import save_adapter
-from popo_lite.policy.load import load_config, pick_device
+from popo_lite.policy.load import check_cpu_size, check_dtype, cuda_problem, load_config, pick_device
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.policy import load_policy
 from popo_lite.policy.tokens import open_renderer
@@ -144,7 +144,11 @@ class Trainer:
         memory_advice: Callable[[], str] = lambda: "popo-lite plan RECIPE shows what takes how much memory",
     ) -> None:
         self.recipe, self.callback, self.memory_advice = recipe, callback, memory_advice
-        pick_device(recipe.train.device)  # before anything is opened: the recipe may want a GPU that is not there
+        # Before anything is opened: the recipe may want a GPU that is not there, or a dtype that it lacks.
+        device = pick_device(recipe.train.device)
+        check_dtype(recipe.model, device)
+        if device.type == "cpu" and recipe.train.device == "auto" and (problem := cuda_problem()):
+            callback.message(f"training on the CPU: {problem[0]}; {problem[1]}")
         if recipe.train.cpu_threads:
             torch.set_num_threads(recipe.train.cpu_threads)
         _, self.engine = pick_engine(recipe)
@@ -174,6 +178,8 @@ class Trainer:
     def _open_sampler(self, stack: ExitStack) -> None:
         sampler = open_sampler(self.recipe, self.policy, text=self.renderer.text, notify=self.callback.message)
         self.sampler = stack.enter_context(sampler)
+        if not self.engine.startswith(sampler.engine):
+            self.engine = sampler.engine  # the one that was picked did not start
 
     def __enter__(self) -> Self:
         return self

@@ -76,6 +76,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 # --------------------------------------------------------------------------- the update
 
+START_SCALE, LARGEST_SCALE = 2.0**16, 2.0**24
+"""Factor of the loss in float16, in which most gradients would be 0 otherwise, and the most that it grows to."""
+SCALE_DIVISOR = 16.0
+"""An update whose gradients overflow is repeated with a scale this many times smaller."""
+SCALE_GROWS_EVERY = 50
+"""Steps after which the scale doubles."""
+
 
 @dataclass(kw_only=True)
 class UpdateResult:
@@ -152,6 +159,7 @@ class Learner:
             notify=notify,
             memory_advice=memory_advice,
         )
+        self.loss_scale = START_SCALE if policy.head.weight.dtype == torch.float16 else 1.0
         self._chunk = chunk_tokens(policy.head.weight.shape[0], memory_bytes=recipe.train.logits_mib * 2**20)
         self._compile_rows = recipe.train.compile_loss and policy.device.type == "cuda"
         if self._compile_rows:
@@ -224,15 +232,33 @@ class Learner:
     ) -> UpdateResult:
         """Leave the step's clipped gradients in the parameters: the sum over micro-batches, however they are split.
 
-        `progress` gets the number of sequences that are done, a negative one if they are done again, and may raise.
+        In float16 all is done again with a smaller loss scale while gradients overflow. `progress` gets the number of
+        sequences that are done, a negative one if they are done again, and may raise.
         """
+        result = self._backward(plan, targets, reference_logps, entropy_coef, progress)
+        while not math.isfinite(result.grad_norm) and self.loss_scale > SCALE_DIVISOR:
+            self.loss_scale /= SCALE_DIVISOR
+            self.micro_batches.tokens["update"] = 0
+            progress(-len(plan.sequences))
+            result = self._backward(plan, targets, reference_logps, entropy_coef, progress)
+        return result
+
+    def _backward(
+        self,
+        plan: StepPlan,
+        targets: Tensor | None,
+        reference_logps: Sequence[Tensor] | None,
+        entropy_coef: float,
+        progress: Callable[[int], None],
+    ) -> UpdateResult:
+        """Do `backward` once, with the current loss scale."""
         result = UpdateResult()
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.train()
 
         def accumulate(batch: MicroBatch) -> None:
-            terms, log_ratios = self._loss(plan, batch, targets, reference_logps, entropy_coef)
-            terms["loss"].backward()
+            loss, terms, log_ratios = self._loss(plan, batch, targets, reference_logps, entropy_coef)
+            loss.backward()
             values, log_ratios = _to_host(terms, log_ratios)
             for name, value in values.items():
                 result.sums[name] = result.sums.get(name, 0.0) + value
@@ -250,6 +276,8 @@ class Learner:
         result.micro_batches = self.micro_batches.run(rollouts, accumulate, stage="update", restart=restart)
         result.tokens = self.micro_batches.tokens["update"]
         parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
+        if self.loss_scale != 1:
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.loss_scale)
         result.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.max_grad_norm))
         return result
 
@@ -260,9 +288,12 @@ class Learner:
         targets: Tensor | None,
         reference_logps: Sequence[Tensor] | None,
         entropy_coef: float,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return a micro-batch's share of the loss and of its terms by metric, and policy - sampler log-probs [N]."""
-        objective, head = self.recipe.objective, self.policy.head
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return a micro-batch's share of the scaled loss, of the loss and its terms by metric, and of the log-ratios.
+
+        The log-ratios are policy - sampler log-probs [N], float64.
+        """
+        objective, head, scale = self.recipe.objective, self.policy.head, self.loss_scale
         sequences = [plan.sequences[member] for member in batch.members]
         hidden = self.policy.hidden_states(batch.input_ids, batch.row)
 
@@ -273,7 +304,7 @@ class Learner:
         divisors = of_sequences([sequence.divisor for sequence in sequences])
         counts_in_entropy = of_sequences([float(sequence.counts_in_entropy) for sequence in sequences])
         tokens = Tokens(
-            sampler_logps=batch.sampler_logps,
+            sampler_logps=batch.sampler_logps.to(head.compute_dtype),
             reference_logps=None
             if reference_logps is None
             else torch.cat([reference_logps[member] for member in batch.members]),
@@ -282,18 +313,24 @@ class Learner:
             entropy_weights=counts_in_entropy[batch.sequence_of_token] / plan.entropy_tokens,
         )
         loss_of_tokens = LOSSES[objective.algorithm]
+
+        def scaled_loss(logps: Tensor, entropies: Tensor, part: slice) -> Tensor:
+            # Scaled here: the fused loss stores gradients in the head's dtype, and float16 would round most to 0.
+            return scale * loss_of_tokens(logps, entropies, tokens.at(part), objective, entropy_coef)
+
         output = fused_loss(
             batch.predicting(hidden),
             batch.targets,
             head,
-            lambda logps, entropies, part: loss_of_tokens(logps, entropies, tokens.at(part), objective, entropy_coef),
+            scaled_loss,
             chunk=self._chunk,
             compile_rows=self._compile_rows,
         )
         mean_entropy = (tokens.entropy_weights * output.entropies).sum()
+        loss, of_tokens = output.loss, output.loss.detach() / scale
         terms = {
-            "loss": output.loss,
-            "loss_policy": output.loss + entropy_coef * mean_entropy,
+            "loss": of_tokens,
+            "loss_policy": of_tokens + entropy_coef * mean_entropy,
             "loss_entropy": -mean_entropy,
         }
         if targets is not None and isinstance(objective, PopoObjective):
@@ -301,9 +338,10 @@ class Learner:
             similarity, cosine = similarity_loss(
                 predictions, targets[list(batch.members)], weights.clamp(min=0) / plan.prompts
             )
-            terms["loss"] = output.loss + objective.similarity_coef * similarity
+            loss = loss + scale * objective.similarity_coef * similarity
+            terms["loss"] = of_tokens + objective.similarity_coef * similarity
             terms |= {"loss_similarity": similarity, "siamese_cosine": cosine}
-        return terms, output.logps - batch.sampler_logps
+        return loss, terms, output.logps - batch.sampler_logps
 
     def prepare(self) -> list[Tensor]:
         """Return a copy of the trained weights, with the optimizer's state on the device: all memory `apply` needs.
@@ -326,6 +364,8 @@ class Learner:
         before.clear()  # the caller's list would keep them while the rollout engine wakes up
         self.siamese.update(result.update_norm)
         self.policy.version += 1
+        if self.loss_scale != 1 and self.policy.version % SCALE_GROWS_EVERY == 0:
+            self.loss_scale = min(2 * self.loss_scale, LARGEST_SCALE)
 
     def gap_mean(self, rollouts: Sequence[Rollout]) -> float:
         """Return the mean |sampler - policy| log-prob of the rollouts' tokens in nats, by a forward pass."""

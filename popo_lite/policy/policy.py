@@ -21,6 +21,7 @@ from popo_lite.policy.attention import Row, enable_packing, kernel_of, layout, p
 from popo_lite.policy.load import (
     can_be_built,
     check_architecture,
+    check_dtype,
     empty_base,
     load_base,
     load_config,
@@ -28,6 +29,7 @@ from popo_lite.policy.load import (
     load_unsloth,
     pick_device,
     quantized_weights,
+    turn_off_dropout,
 )
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.merged import merge_adapters
@@ -110,8 +112,9 @@ class Policy:
 
         Without it PEFT would convert every layer's input to float32 and keep those copies for the backward pass.
         """
-        narrow = self.head.weight.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow)
+        dtype = self.head.weight.dtype
+        narrow = dtype.itemsize == 2
+        return torch.autocast(self.device.type, dtype=dtype if narrow else torch.bfloat16, enabled=narrow)
 
     def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the trainable LoRA tensors by name."""
@@ -125,6 +128,7 @@ class Policy:
 def load_policy(recipe: Recipe) -> Policy:
     """Load base, adapters and head as the recipe says. Raises ModelError if the model does not fit the recipe."""
     device = pick_device(recipe.train.device)
+    check_dtype(recipe.model, device)
     # Before gigabytes are read, and before unsloth would stretch the context with another rotary scaling.
     config = load_config(recipe.model)
     check_context(recipe, context_of(config))
@@ -162,6 +166,7 @@ def wrap_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Re
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
+    turn_off_dropout(model)
     if device.type == "cpu":
         merge_adapters(model)
     hold_in_eval_mode(base)
@@ -212,6 +217,12 @@ def check_logits(policy: Policy) -> None:
         expected = policy.model(input_ids=ids[None]).logits[0]
     ours = policy.head.logits(policy.hidden_states(ids, [[len(ids)]])) * policy.head.temperature
     # The model may round its logits to the head's precision, which changes them by at most half an eps. Ours are exact.
+    if policy.head.weight.dtype == torch.float16 and not bool(expected.isfinite().all()):
+        what = f"activations of {type(policy.model.get_base_model()).__name__} exceed what float16 can hold, 65,504"
+        next_step = (
+            "use bfloat16 on a GPU of compute capability 8.0, or --set model.dtype=float32 --set rollout.engine=hf"
+        )
+        raise ModelError(what, where='model.dtype = "float16"', next_step=next_step)
     eps = max(torch.finfo(dtype).eps for dtype in (expected.dtype, policy.head.weight.dtype))
     tolerance = 2 * eps * float(expected.abs().max().clamp(min=1.0))
     gap = float((ours - expected).abs().max())

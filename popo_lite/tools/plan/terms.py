@@ -337,7 +337,8 @@ def engine_of(recipe: Recipe) -> str:
     if recipe.rollout.engine != "auto":
         return recipe.rollout.engine
     spec = importlib.util.find_spec("vllm")
-    refused = impossible_combinations(recipe.with_values({"rollout.engine": "vllm"}))
+    device = "cpu" if recipe.train.device == "cpu" else "cuda"
+    refused = impossible_combinations(recipe.with_values({"rollout.engine": "vllm", "train.device": device}))
     served = not any("rollout.engine" in keys for keys, _ in refused)
     return "vllm" if spec is not None and spec.origin is not None and served else "hf"
 

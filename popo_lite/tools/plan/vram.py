@@ -8,11 +8,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from popo_lite.chunks import chunk_tokens
+from popo_lite.errors import UserInputError
 from popo_lite.recipe import Recipe
-from popo_lite.recipe_rules import check_context
+from popo_lite.recipe_rules import check_context, impossible_combinations
 from popo_lite.tools.plan import terms
 from popo_lite.tools.plan.shapes import ModelShape
 from popo_lite.tools.plan.terms import Classes
@@ -57,6 +59,9 @@ def plan_memory(recipe: Recipe, shape: ModelShape, **machine: Any) -> MemoryPlan
     may exceed the model's context, and ModelError if lora.target_modules names no layer of it.
     """
     check_context(recipe, shape.context_tokens)
+    if recipe.train.device != "cpu":  # what a run on the GPU refuses does not fit
+        for (key, *_), why in impossible_combinations(recipe.with_values({"train.device": "cuda"})):
+            raise UserInputError(why, where=f"{key} = {attrgetter(key)(recipe)}")
     return MemoryPlan(recipe, shape, Machine(**machine))
 
 
