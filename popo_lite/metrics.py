@@ -77,7 +77,9 @@ METRICS: Mapping[str, Metric] = {
     "siamese_cosine": Metric("cosine", "number", "Weighted mean cosine between predictions and siamese targets."),
     "siamese_drift": Metric("drift", "number", "L2 distance between trained and averaged weights."),
     "siamese_drift_over_bound": Metric("of bound", "ratio", "Drift over the bound of Lemma 3.2."),
-    "logp_gap_mean": Metric("logp gap", "nats", "Mean |sampler - policy| log-prob of the trained tokens."),
+    "logp_gap_mean": Metric(
+        "logp gap", "nats", "Mean |sampler - policy| log-prob of the trained tokens, with `lora.dropout`."
+    ),
     "logp_gap_p99": Metric("logp gap p99", "nats", "99th percentile of the same."),
     "logp_gap_max": Metric("logp gap max", "nats", "Largest of the same."),
     "logp_k3": Metric("k3", "nats", "Estimate of KL(sampler || policy) (Schulman 2020)."),

@@ -159,12 +159,13 @@ class Trainer:
             self._resources = stack.pop_all()
         self.cursor = Cursor(entropy_coef=getattr(recipe.objective, "entropy_coef", 0.0))
         self.interrupts = Interrupts(callback.message)
-        self.guard = SamplerGuard(recipe, self.policy, self.sampler)
+        self.guard = SamplerGuard(recipe, self.policy, self.sampler, callback.message)
         self._consistent = True  # weights and cursor belong to the same step
         self._skipped_in_a_row = 0
 
     def _open_task(self, stack: ExitStack) -> None:
         """Open grader and problems, and load the policy; `popo-lite bench` makes them up."""
+        check_cpu_size(self.recipe, pick_device(self.recipe.train.device))
         self.grader = stack.enter_context(Grader(self.recipe.reward))
         self.grader.check()
         self.train_task, self.eval_task = open_tasks(self.recipe)
@@ -253,9 +254,11 @@ class Trainer:
         skipped: str | None = None
         if plan is None:
             skipped = nothing_to_learn(self.recipe.objective)
-            if self.sampler.engine != "hf":  # a sampler that went wrong finds no positives
-                self.guard.check(step, self.learner.gap_mean([group.rollouts[0] for group in groups[:PROBE_PROMPTS]]))
-        else:
+        checked, gap = [group.rollouts[0] for group in groups[:PROBE_PROMPTS]], None
+        # A sampler that went wrong finds no positives; and dropout would count as a gap in the update.
+        if self.recipe.lora.dropout or (plan is None and self.sampler.engine != "hf"):
+            gap = self.learner.gap_mean(checked)
+        if plan is not None:
             with clock("siamese"):
                 # Before any graph exists: the averaged weights stand in the place of the trained ones. Both are None
                 # for objectives without a similarity or a KL term.
@@ -267,9 +270,11 @@ class Trainer:
                 result = self.learner.backward(
                     plan, targets, reference_logps, self.cursor.entropy_coef, progress=self._advance
                 )
-                self.guard.check(step, result.gap_mean)
+                gap = result.gap_mean if gap is None else gap
                 if not math.isfinite(result.grad_norm):
                     result, skipped = None, "the gradient is not finite"
+        if gap is not None:
+            self.guard.check(step, gap, checked)
         if result is not None:
             with clock("optimizer"):
                 weights = self.learner.prepare()

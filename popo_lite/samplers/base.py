@@ -100,7 +100,7 @@ class Sampler(AbstractContextManager["Sampler"]):
         completions = []
         for (prompt, _), (token_ids, logps) in zip(requests, answers, strict=True):
             if not all(map(math.isfinite, logps)):
-                raise not_finite(f"problem {prompt.problem.id}")
+                raise not_finite(f"problem {prompt.problem.id}", self._recipe.model.dtype)
             reason = FinishReason.LENGTH if self._policy.stop_ids.isdisjoint(token_ids[-1:]) else FinishReason.STOP
             ids, text = tuple(token_ids), self._text(token_ids)
             completions.append(Completion(token_ids=ids, sampler_logps=tuple(logps), finish_reason=reason, text=text))
@@ -133,8 +133,10 @@ class Sampler(AbstractContextManager["Sampler"]):
         self.close()
 
 
-def not_finite(where: str) -> EngineError:
-    """Return the error of log-probs that are not finite."""
+def not_finite(where: str, dtype: str = "") -> EngineError:
+    """Return the error of log-probs that are not finite, in a model of `dtype`."""
     what = "the model's log-probs are not finite, so its weights or activations are not either"
+    if dtype == "float16":
+        what += " (float16 ends at 65,504: model.dtype = bfloat16 or float32 has more room)"
     next_step = "go back to an earlier checkpoint with a lower optimizer.learning_rate; restart servers, "
     return EngineError(what, where=where, next_step=next_step + "whose caches keep such values")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,8 +14,10 @@ from popo_lite.errors import EngineError
 from popo_lite.fused import score
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
-from popo_lite.samplers.base import Sampler, SamplingParams
-from popo_lite.types import Completion, Prompt
+from popo_lite.samplers.base import Sampler, SamplingParams, not_finite
+from popo_lite.types import Completion, Prompt, Rollout
+
+log = logging.getLogger(__name__)
 
 PROBE_VERSION = -1
 PROBE_PROMPTS = 4
@@ -22,68 +27,122 @@ CLEAR_CHANGE_NATS = 0.3
 LARGEST_RATIO = 0.2
 """Largest gap with the adapter, which is rounding, relative to the gap without it, which is its whole effect."""
 
-ROUNDING_NATS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-3}
-"""Mean gap between two correct computations of a token's log-prob, by dtype."""
-LARGEST_START = 10
-"""Largest gap before the first step, in multiples of the rounding."""
-LARGEST_LIMIT_NATS = 0.2
-"""Largest limit, or twice the usual gap if the recipe chooses a sampler that is not quite the policy."""
+MAX_GAP_NATS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""Default of `rollout.max_gap` by dtype: some 40 times what two correct computations of a token's log-prob differ."""
+WARN_RATIO = 0.25
+"""Part of the limit above which a gap is reported."""
+CALIBRATION_GAPS = 4
+"""The usual gap is the mean of so many: that before the first step, and those of the first steps."""
+LARGEST_MULTIPLE = 3
+"""Without `rollout.max_gap`, a gap may be so many times the usual one, though that is above the default."""
 
 
 class SamplerGuard:
-    """Checks that the sampler uses the adapter it is given, at the start and by the log-probs of every step."""
+    """Checks that the sampler uses the adapter it is given, at the start and by the log-probs of every step.
 
-    def __init__(self, recipe: Recipe, policy: Policy, sampler: Sampler) -> None:
-        self._recipe, self._policy, self._sampler = recipe, policy, sampler
-        self._usual_gap = self._rounding = ROUNDING_NATS[policy.head.weight.dtype]
+    `notify` takes warnings.
+    """
+
+    def __init__(
+        self, recipe: Recipe, policy: Policy, sampler: Sampler, notify: Callable[[str], None] = log.warning
+    ) -> None:
+        self._recipe, self._policy, self._sampler, self._notify = recipe, policy, sampler, notify
+        vllm, dtype = recipe.rollout.vllm, policy.head.weight.dtype
+        # With the original base beside a quantised one the recipe asks for a sampler that is not quite the policy.
+        self._another_base = sampler.engine != "hf" and vllm.base == "bf16" and policy.quantized_modules > 0
+        coarse = sampler.engine == "vllm" and (vllm.kv_cache_dtype == "fp8" or vllm.base == "bf16")
+        self._limit = recipe.rollout.max_gap or MAX_GAP_NATS[torch.bfloat16 if coarse else dtype]
+        self._usual: list[float] = []
+        self._reported = WARN_RATIO * self._limit
 
     def prove(self, prompts: Sequence[Prompt], notify: Callable[[str], None]) -> None:
-        """Raise EngineError if the engine does not sample from the adapter it is given, or from another base."""
+        """Raise EngineError if the engine does not sample from the adapter it is given, or from another base.
+
+        `notify` takes the proof.
+        """
         engine, where = self._sampler.engine, f'rollout.engine = "{self._sampler.engine}"'
         if engine == "hf":
             return  # it has no weights of its own
-        policy_gap, probe_gap, ignored = self.measure(list({p.problem.id: p for p in prompts}.values()))
+        prompts = list({prompt.problem.id: prompt for prompt in prompts}.values())
+        policy_gap, probe_gap, ignored, answers = self.measure(prompts)
         if not probe_gap < LARGEST_RATIO * ignored:
             what = f"the {engine} sampler does not sample from the adapter it is given: log-probs of its own answers "
             what += f"differ from the trainer's by {probe_gap:.3g} nats on average, and would by {ignored:.3g} "
             what += "if the adapter were ignored"
             next_step = '--set rollout.engine="hf" samples from the trainer\'s own model; please report this'
+            if self._recipe.rollout.vllm.kv_cache_dtype == "fp8":
+                next_step = f'--set rollout.vllm.kv_cache_dtype="auto", or {next_step}'
             raise EngineError(what, where=where, next_step=next_step)
-        # With the original base beside a quantised one the recipe asks for a sampler that is not quite the policy.
-        another_base = self._recipe.rollout.vllm.base == "bf16" and self._policy.quantized_modules > 0
-        if policy_gap > LARGEST_START * self._rounding and not another_base:
-            what = f"log-probs of the {engine} sampler differ from the trainer's by {policy_gap:.3g} nats on average, "
-            what += f"and {self._rounding:.3g} is what rounding explains: it samples from another base"
-            next_step = '--set rollout.vllm.base="dequantized" serves the base that is trained; servers must too'
-            raise EngineError(what, where=where, next_step=next_step)
-        self._usual_gap = max(self._usual_gap, policy_gap)
+        if not self._another_base:
+            self._judge(policy_gap, "before the first step", prompts, answers)
+        if not self._usual:
+            self._usual.append(policy_gap)
         notify(
             f"sampler proven: log-probs differ from the trainer's by {probe_gap:.2g} nats, and would by {ignored:.2g} "
             "if the adapter were ignored"
         )
 
-    def check(self, step: int, gap_mean: float) -> None:
+    def check(self, step: int, gap_mean: float, rollouts: Sequence[Rollout]) -> None:
         """Raise EngineError if sampler and trainer disagree: then the rollouts come from another policy.
 
-        `gap_mean` is the mean |sampler - policy| log-prob of the step's rollouts that were scored, nats.
+        `gap_mean` is the mean |sampler - policy| log-prob of the step's rollouts that were scored, nats; `rollouts` are
+        some of them, with which the reason is found.
         """
-        usual = self._usual_gap
-        limit = min(self._recipe.rollout.max_gap_multiple * usual, max(LARGEST_LIMIT_NATS, 2 * usual))
-        if not gap_mean <= limit:  # NaN must fail, too
-            raise EngineError(
-                f"log-probs of the {self._sampler.engine} sampler and of the trainer differ by {gap_mean:.3g} nats on "
-                f"average; {usual:.3g} is usual, and more than {limit:.3g} (rollout.max_gap_multiple) stops the run",
-                where=f"step {step}",
-                next_step="the sampler's adapter, cache or base is not the trainer's; resume, and if it happens again, "
-                'set rollout.engine="hf" and please report it',
-            )
+        prompts, answers = [rollout.prompt for rollout in rollouts], [rollout.completion for rollout in rollouts]
+        self._judge(gap_mean, f"step {step}", prompts, answers)
+        if len(self._usual) < CALIBRATION_GAPS:
+            self._usual.append(gap_mean)
+
+    def _judge(self, gap: float, where: str, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> None:
+        """Warn of a gap that is unusual for the dtype, and raise EngineError for one above the limit."""
+        limit = self._limit
+        if self._recipe.rollout.max_gap is None and self._usual:
+            limit = max(limit, LARGEST_MULTIPLE * statistics.fmean(self._usual))
+        dtype = self._recipe.model.dtype
+        what = f"log-probs of the {self._sampler.engine} sampler and of the trainer differ by {gap:.3g} nats on average"
+        if not gap <= limit:  # NaN must fail, too
+            what += f", and {limit:.3g} is the most in {dtype} (rollout.max_gap): "
+            cause, next_step = self._cause(prompts, answers, limit)
+            raise EngineError(what + cause, where=where, next_step=next_step)
+        if gap > self._reported:
+            what += f", which is much in {dtype}; above {limit:.3g} (rollout.max_gap) the run stops: "
+            self._notify(f"{where}: {what}{self._cause(prompts, answers, self._reported)[0]}")
+            self._reported = 2 * gap
+
+    def _cause(self, prompts: Sequence[Prompt], answers: Sequence[Completion], limit: float) -> tuple[str, str]:
+        """Return why the log-probs of `answers` differ by more than `limit`, and what to do.
+
+        Packed rows are told from the engine by scoring the answers without packing.
+        """
+        packing, self._policy.packing = self._policy.packing, "off"
+        try:
+            plain = self._gap(prompts, answers)
+        finally:
+            self._policy.packing = packing
+        if not math.isfinite(plain):
+            return "they are not finite", not_finite("", self._recipe.model.dtype).next_step or ""
+        if packing != "off" and plain <= limit:
+            return "the trainer's packed rows are the reason", "--set train.packing=false, and please report the model"
+        if self._sampler.engine == "hf":
+            cause = "token by token, with its cache, the model computes another distribution than over whole sequences"
+            return cause, "--set model.attn_implementation=eager, or --set rollout.engine=vllm; and please report it"
+        if self._another_base:
+            cause = 'rollout.vllm.base = "bf16" serves another base than the one that is trained'
+            return cause, '--set rollout.vllm.base="dequantized", or a larger rollout.max_gap'
+        if self._sampler.engine == "vllm" and self._recipe.rollout.vllm.kv_cache_dtype == "fp8":
+            cause = 'rollout.vllm.kv_cache_dtype = "fp8" rounds what the engine attends to'
+            return cause, '--set rollout.vllm.kv_cache_dtype="auto", or a larger rollout.max_gap'
+        cause = "the engine's adapter, base, cache or attention is not the trainer's"
+        next_step = "--set rollout.engine=hf samples from the trainer's own model; servers must serve the trained base"
+        return cause, f"{next_step}; if it is rounding, raise rollout.max_gap"
 
     @torch.no_grad()
-    def measure(self, prompts: Sequence[Prompt]) -> tuple[float, float, float]:
+    def measure(self, prompts: Sequence[Prompt]) -> tuple[float, float, float, list[Completion]]:
         """Sample with the policy's adapter and with a disturbed one, and score both with the trainer.
 
         Return the mean |sampler - trainer| log-prob, nats: with the policy's adapter, with the disturbed one, and with
-        the disturbed one if the sampler ignored it. Leaves policy and sampler as they were.
+        the disturbed one if the sampler ignored it; and the answers of the policy. Leaves policy and sampler as they
+        were.
         """
         policy, sampler, seed = self._policy, self._sampler, self._recipe.train.seed
         temperature = self._recipe.rollout.temperature
@@ -94,12 +153,8 @@ class SamplerGuard:
             groups = sampler.sample(prompts, count=1, params=params, policy_version=version, stream=("probe", seed))
             return [answer for [answer] in groups]
 
-        def gap(answers: Sequence[Completion]) -> float:
-            sampled = torch.tensor([logp for answer in answers for logp in answer.sampler_logps])
-            return float((sampled - self._score(prompts, answers)).abs().mean())
-
-        answers = sample(policy.version)
-        policy_gap, before = gap(answers), self._score(prompts, answers)
+        first = answers = sample(policy.version)
+        policy_gap, before = self._gap(prompts, answers), self._score(prompts, answers)
         source = torch.Generator().manual_seed(seed)
         parameters = [parameter for _, parameter in policy.adapter_parameters()]
         # On the host: the engine is awake, so that the GPU is as full as it gets.
@@ -112,14 +167,20 @@ class SamplerGuard:
                 if float((self._score(prompts, answers) - before).abs().mean()) > CLEAR_CHANGE_NATS:
                     break
             answers = sample(PROBE_VERSION)
-            probe_gap = gap(answers)
+            probe_gap = self._gap(prompts, answers)
             with policy.model.disable_adapter():
-                ignored = gap(answers)
+                ignored = self._gap(prompts, answers)
         finally:
             for parameter, weights in zip(parameters, kept, strict=True):
                 parameter.copy_(weights)
             sampler.sync(policy.version)
-        return policy_gap, probe_gap, ignored
+        return policy_gap, probe_gap, ignored, first
+
+    @torch.no_grad()
+    def _gap(self, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> float:
+        """Return the mean |sampler - trainer| log-prob of the answers' tokens, nats."""
+        sampled = torch.tensor([logp for answer in answers for logp in answer.sampler_logps], dtype=torch.float64)
+        return float((sampled - self._score(prompts, answers)).abs().mean())
 
     def _score(self, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> Tensor:
         """Return the trainer's log-probs of all answers' tokens, one answer after another [N], on the host."""
@@ -128,5 +189,5 @@ class SamplerGuard:
         for prompt, answer in zip(prompts, answers, strict=True):
             ids, start = torch.tensor(prompt.token_ids + answer.token_ids, device=policy.device), len(prompt.token_ids)
             logps, _ = score(policy.hidden_states(ids, [[len(ids)]])[start - 1 : -1], ids[start:], policy.head)
-            parts.append(logps.float().cpu())
+            parts.append(logps.double().cpu())
         return torch.cat(parts)

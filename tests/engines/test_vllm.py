@@ -93,7 +93,7 @@ def test_the_probe_passes_and_leaves_everything_as_it_was(setup):
     policy, renderer, sampler = setup
     before = [parameter.detach().clone() for _, parameter in policy.adapter_parameters()]
     guard = SamplerGuard(sampler._recipe, policy, sampler)
-    policy_gap, probe_gap, ignored = guard.measure(prompts_of(renderer)[:3])
+    policy_gap, probe_gap, ignored, _ = guard.measure(prompts_of(renderer)[:3])
     assert policy_gap < 1e-5
     assert probe_gap < 1e-4
     assert ignored > 0.1

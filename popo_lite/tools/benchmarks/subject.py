@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import click
 import torch
@@ -19,7 +20,7 @@ from popo_lite.errors import DataError, ModelError, UserInputError
 from popo_lite.evaluation import evaluate, fitting, held_out
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, empty_adapter, load_adapter_weights
-from popo_lite.policy.load import pick_device
+from popo_lite.policy.load import computes_bfloat16, pick_device
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.policy.tokens import open_renderer
@@ -89,7 +90,7 @@ def open_run(path: Path, wanted: Sequence[str]) -> Subject:
 
 
 def open_model(model: str, wanted: Sequence[str], device: str = "auto") -> Subject:
-    """Return a model by folder, such as an export, GGUF file or Hub id: bfloat16 on a GPU, float32 on a CPU.
+    """Return a model by folder, such as an export, GGUF file or Hub id: 16 bit on a GPU, float32 on a CPU.
 
     `device` is as in `train.device`.
 
@@ -104,8 +105,9 @@ def open_model(model: str, wanted: Sequence[str], device: str = "auto") -> Subje
         next_step = "to evaluate an adapter, name its run's folder; popo-lite export writes merged models"
         raise ModelError(what, where=model, next_step=next_step)
     name = str(folder.resolve()) if folder.exists() else model
-    on_gpu = pick_device(device).type == "cuda"
-    base = ModelRecipe(id=name, quantization="none", dtype="bfloat16" if on_gpu else "float32")
+    place = pick_device(device)
+    narrow: Literal["bfloat16", "float16"] = "bfloat16" if computes_bfloat16(place) else "float16"
+    base = ModelRecipe(id=name, quantization="none", dtype="float32" if place.type == "cpu" else narrow)
     return Subject(name=name, recipe=Recipe(model=base, objective=PopoObjective()), adapters={"model": None})
 
 
@@ -117,7 +119,7 @@ def open_checked(
     notify = partial(click.echo, err=True)
     with Grader(recipe.reward) as grader, open_sampler(recipe, policy, text=renderer.text, notify=notify) as sampler:
         grader.check()
-        SamplerGuard(recipe, policy, sampler).prove(list(islice(prompts, PROBE_PROMPTS)), lambda _: None)
+        SamplerGuard(recipe, policy, sampler, notify).prove(list(islice(prompts, PROBE_PROMPTS)), lambda _: None)
         yield sampler, grader
 
 
