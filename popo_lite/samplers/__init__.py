@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from popo_lite.errors import EngineError
+from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
 from popo_lite.samplers import vllm
@@ -42,6 +43,17 @@ def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
 def open_sampler(
     recipe: Recipe, policy: Policy, *, text: Callable[[Sequence[int]], str], notify: Callable[[str], None]
 ) -> Sampler:
-    """Open the sampler that `rollout.engine` names; see `Sampler`."""
+    """Open the sampler that `rollout.engine` names; see `Sampler`.
+
+    With `auto` a model that vLLM does not serve is sampled by `hf`. Running out of memory remains an error, which says
+    what to change: `hf` would be many times slower.
+    """
     engine, _ = pick_engine(recipe)
-    return SAMPLERS[engine](policy, recipe, text=text, notify=notify)
+    try:
+        return SAMPLERS[engine](policy, recipe, text=text, notify=notify)
+    except EngineError as error:
+        if recipe.rollout.engine != "auto" or "memory" in error.what:
+            raise
+        notify(f"{error.what}; sampling from the trainer's own model (hf) instead")
+    release_memory()  # after the block: the error keeps what the engine holds
+    return HFSampler(policy, recipe, text=text, notify=notify)

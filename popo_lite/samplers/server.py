@@ -166,7 +166,10 @@ async def _together(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
 def serve_command(recipe: Recipe, url: str) -> str:
     """Return the shell command that starts the server that `recipe` expects at `url`."""
     place, model = urlsplit(url), recipe.model
-    options = engine_options(recipe) | {"host": place.hostname or "127.0.0.1", "port": place.port or 80}
+    options = engine_options(recipe, recipe.lora.rank) | {
+        "host": place.hostname or "127.0.0.1",
+        "port": place.port or 80,
+    }
     base = "DEQUANTIZED_BASE"
     if model.quantization == "none":
         base = model_source(model)

