@@ -202,7 +202,7 @@ def test_the_update_is_the_gradient_of_the_formula(trainer, settings):
         output = policy.model(input_ids=torch.tensor([prompt + answer]), output_hidden_states=True)
         logp = torch.log_softmax(output.logits[0, len(prompt) - 1 : -1], dim=-1)
         picked = logp.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        ratios = (picked.detach() - torch.tensor(rollout.completion.sampler_logps)).exp()
+        ratios = (picked.detach() - torch.tensor(rollout.completion.sampler_logps, dtype=torch.float64)).exp()
         factors = (
             1.0
             if objective.importance_sampling_clip_max is None
