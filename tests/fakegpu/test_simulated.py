@@ -138,6 +138,13 @@ def test_float32_takes_no_more_on_an_older_card(simulator: Simulator, narrow: Pa
     hold_against_plan(simulator.run(recipe, capability=(7, 5)), recipe)
 
 
+@pytest.mark.slow
+def test_an_older_card_takes_float16_and_no_bfloat16(simulator: Simulator, narrow: Path) -> None:
+    assert not simulator.run(recipe_of(narrow, "model.dtype=float16"), capability=(7, 5))["notices"]
+    with pytest.raises(UserInputError, match="does not compute in bfloat16"):
+        simulator.run(recipe_of(narrow, "model.dtype=bfloat16"), capability=(7, 5))
+
+
 def hold_against_plan(found: dict[str, Any], recipe: Recipe) -> None:
     """In the fullest phase the plan is never below the simulation, and at most 3 % above it."""
     ratios = ratios_to_plan(found, recipe)

@@ -192,7 +192,8 @@ def reductions(recipe: Recipe) -> dict[str, list[Values]]:
     batches: list[Values] = [{"rollout.max_num_seqs": size} for size in _halves(rollout.max_num_seqs, 1)]
     microbatches = [*_halves(train.tokens_per_microbatch, longest + 1), longest]
     optimizers = OPTIMIZERS[OPTIMIZERS.index(recipe.optimizer.name) + 1 :] if recipe.model.dtype != "float64" else ()
-    dtype, checkpointing = {"model.dtype": "bfloat16"}, {"train.gradient_checkpointing": True}
+    narrow = "float16" if recipe.model.dtype == "float16" else "bfloat16"
+    dtype, checkpointing = {"model.dtype": narrow}, {"train.gradient_checkpointing": True}
     packs = engine == "vllm" and rollout.vllm.base != "nf4"
     ranks = _halves(lora.rank, 4) if lora.init_from is None else []
     exponent = 0.5 if lora.rslora else 1  # alpha keeps the adapters' scale, alpha / rank, or alpha / sqrt(rank)
