@@ -113,14 +113,12 @@ def check_dtype(recipe: ModelRecipe, device: torch.device) -> None:
 
 def check_cpu_size(recipe: Recipe, device: torch.device) -> None:
     """Raise UserInputError if a large base would be trained on the CPU only because no GPU was found."""
-    from transformers import AutoModelForCausalLM
-
     if device.type != "cpu" or recipe.train.device == "cpu":
         return
-    with torch.device("meta"):
-        trust = recipe.model.trust_remote_code
-        model = AutoModelForCausalLM.from_config(load_config(recipe.model), trust_remote_code=trust)
-    if (count := model.num_parameters()) > LARGEST_ON_CPU:
+    config = load_config(recipe.model)
+    if not can_be_built(recipe.model, config):
+        return
+    if (count := empty_base(recipe.model, config).num_parameters()) > LARGEST_ON_CPU:
         what, fix = cuda_problem() or ("torch finds no CUDA GPU", "use a machine with an NVIDIA GPU")
         what = f"{recipe.model.id} has {count / 1e9:.1f} billion parameters, and it would be trained on the CPU: {what}"
         next_step = f"{fix}; --set train.device=cpu trains on the CPU all the same"

@@ -281,7 +281,8 @@ def _choose_attention(policy: Policy, recipe: Recipe) -> list[str]:
         if not is_out_of_memory(error):
             raise
         expected = found  # eager attention would not fit either
-    if _distance(found, expected) <= _rounding(found.dtype):
+    # Eager attention takes its softmax in float32, whatever the dtype.
+    if _distance(found, expected) <= max(_rounding(found.dtype), _rounding(torch.float32)):
         base.set_attn_implementation("sdpa")
         return []
     return [f"attention is eager: with {wanted} {type(base).__name__} computes something else"]
