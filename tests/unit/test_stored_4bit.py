@@ -52,7 +52,8 @@ def test_the_recipes_dtype_wins_and_the_policy_is_the_same(tiny_recipe, stored, 
 def test_a_run_says_that_the_stored_dtype_is_not_used(tiny_recipe, stored, tmp_path):
     with Trainer(tiny_recipe(f'model.id="{stored}"'), Callback()) as trainer:
         trainer.folder = RunFolder(tmp_path)
-        assert trainer._facts()["model"].endswith("(NF4, 14 layers as stored; float16 there is not used, float32)")
+        model = trainer._facts()["model"]
+        assert model.endswith("(NF4, 14 layers, 90% of the weights as stored; float16 there is not used, float32)")
 
 
 def test_a_stored_base_is_planned_like_one_that_the_run_quantises(tiny_recipe, stored):
