@@ -119,14 +119,6 @@ def test_a_pass_of_the_base_has_no_adapters(simulator: Simulator, narrow: Path) 
 
 
 @pytest.mark.slow
-def test_bfloat16_takes_the_square_of_a_sequence_on_an_older_card(simulator: Simulator, narrow: Path) -> None:
-    recipe = recipe_of(narrow)
-    ratios = ratios_to_plan(simulator.run(recipe, capability=(7, 5)), recipe, capability=(7, 5))
-    assert 1 - ROUNDING <= ratios["update"] <= 1.06
-    assert ratios["siamese"] >= 0.98
-
-
-@pytest.mark.slow
 def test_smollm3_takes_what_the_plan_says(simulator: Simulator, tmp_path: Path) -> None:
     recipe = recipe_of(folder_of(tmp_path, model_type="smollm3", no_rope_layers=[1, 0], pad_token_id=0))
     hold_against_plan(simulator.run(recipe), recipe)
