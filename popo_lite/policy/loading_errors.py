@@ -76,12 +76,6 @@ REASONS = (
         "model.attn_implementation",
     ),
     Reason(
-        r"The model is quantized with (\w+)Config but you are passing",
-        "is stored quantised already ({0}), and cannot be quantised to NF4",
-        "set model.id to the model that it was quantised from",
-        "model.quantization",
-    ),
-    Reason(
         r"file named \S*model\.safetensors",
         "has no *.safetensors, and no other weights are read",
         'convert it: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '

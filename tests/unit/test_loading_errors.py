@@ -115,16 +115,16 @@ def test_a_model_without_sdpa_works_with_the_advice(tmp_path):
 @pytest.mark.parametrize(
     ("stored", "name"),
     [
-        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, "Awq"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "GPTQ"),
-        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "FineGrainedFP8"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, "awq"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "fp8"),
     ],
 )
 def test_a_model_that_is_stored_quantised(folder, stored, name):
     edit(folder / "config.json", quantization_config=stored)
-    found = refusal(base, ModelRecipe(id=str(folder)))
-    assert f"is stored quantised already ({name}), and cannot be quantised to NF4" in found.what
-    assert "the model that it was quantised from" in str(found.next_step)
+    found = refusal(load_config, ModelRecipe(id=str(folder)))
+    assert f"is quantised already ({name})" in found.what
+    assert "set model.id to the model's unquantised checkpoint" in str(found.next_step)
 
 
 def test_weights_in_another_format_can_be_converted_as_the_advice_says(folder, tmp_path, monkeypatch):
