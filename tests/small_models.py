@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from popo_lite.policy.load import TINY_FOLDER
 
 WINDOW = 24  # shorter than the sequences, so that a window that gets lost is seen
-DROPOUT = 0.0
+DROPOUT = 0.1
 """Of the bases that have some."""
 SIZES = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
