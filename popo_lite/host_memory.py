@@ -23,7 +23,7 @@ def available_bytes() -> int:
 def _limits() -> Iterator[tuple[int, int]]:
     """Yield (limit, used) of this process's control group and of those around it, if they have a limit.
 
-    A container sees its own group as the root, which has a limit only there.
+    In a container its own group is the root, the only root with a limit.
     """
     try:
         name = next(line[3:] for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
@@ -38,4 +38,5 @@ def _limits() -> Iterator[tuple[int, int]]:
         except OSError:
             continue
         if limit != "max":
-            yield int(limit), int(used) - int(statistics["inactive_file"])  # which the kernel drops when it is needed
+            cached = int(statistics["inactive_file"]) + int(statistics["active_file"])  # files; dropped when needed
+            yield int(limit), int(used) - cached

@@ -7,10 +7,10 @@ from operator import attrgetter
 from typing import Any
 
 from popo_lite.errors import ModelError, UserInputError
-from popo_lite.recipe import Recipe
+from popo_lite.recipe import ModelRecipe, Recipe
 
 IMPOSSIBLE = {
-    "model.dtype=float64 model.quantization=nf4": 'NF4 computes in "bfloat16" or "float32"',
+    "model.dtype=float64 model.quantization=nf4": 'NF4 computes in "bfloat16", "float16" or "float32"',
     "model.attn_implementation=flash_attention_2 model.dtype!=bfloat16|float16":
         'needs a 16-bit model.dtype, not "{recipe.model.dtype}"; use "sdpa"',
     "model.attn_implementation=flash_attention_2 train.device=cpu": 'needs a CUDA GPU; use "sdpa" on a CPU',
@@ -142,6 +142,13 @@ def check_context(recipe: Recipe, context_tokens: int) -> None:
         shorter_answer = f"--set rollout.max_completion_length={context_tokens - prompt}"
         shorter_prompt = f"set rollout.max_prompt_length below {context_tokens}"
         raise UserInputError(what, where=where, next_step=shorter_answer if prompt < context_tokens else shorter_prompt)
+
+
+def refuse_emulated_bfloat16(recipe: ModelRecipe, capability: tuple[int, int], gpu: str = "the GPU") -> None:
+    """Raise UserInputError for bfloat16 below compute capability 8.0, which emulates it: slow, and vLLM refuses it."""
+    if recipe.dtype == "bfloat16" and capability < (8, 0):
+        what = f"{gpu} (compute capability {capability[0]}.{capability[1]}) does not compute in bfloat16"
+        raise UserInputError(what, where='model.dtype = "bfloat16"', next_step="--set model.dtype=float16")
 
 
 def stored_in_4_bits(quantization: Any, *, where: str) -> bool:

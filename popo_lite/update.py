@@ -235,12 +235,15 @@ class Learner:
         In float16 all is done again with a smaller loss scale while gradients overflow. `progress` gets the number of
         sequences that are done, a negative one if they are done again, and may raise.
         """
+        start = self.loss_scale
         result = self._backward(plan, targets, reference_logps, entropy_coef, progress)
         while not math.isfinite(result.grad_norm) and self.loss_scale > SCALE_DIVISOR:
             self.loss_scale /= SCALE_DIVISOR
             self.micro_batches.tokens["update"] = 0
             progress(-len(plan.sequences))
             result = self._backward(plan, targets, reference_logps, entropy_coef, progress)
+        if not math.isfinite(result.grad_norm):  # not for want of a smaller scale
+            self.loss_scale = start
         return result
 
     def _backward(

@@ -60,7 +60,7 @@ def main() -> None:
     popo-lite bench recipes/qwen_7b_lora.toml      what a step takes here, before anything is downloaded
     popo-lite train recipes/qwen_1_5b_lora.toml    Qwen2.5-Math-1.5B on a GPU
     """
-    if sys.platform == "win32":  # where a redirected stream has an encoding that lacks most characters
+    if sys.platform == "win32":  # there, the encoding of a redirected stream lacks most characters
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8")
 

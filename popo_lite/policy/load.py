@@ -33,7 +33,7 @@ from popo_lite.policy.loading_errors import loading_error
 from popo_lite.policy.memory import is_out_of_memory, prefer_expandable_segments
 from popo_lite.policy.parts import decoder_of, expert_weights
 from popo_lite.recipe import ModelRecipe, Recipe
-from popo_lite.recipe_rules import stored_in_4_bits
+from popo_lite.recipe_rules import refuse_emulated_bfloat16, stored_in_4_bits
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks.rendering import keeps_text
 
@@ -104,11 +104,10 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def check_dtype(recipe: ModelRecipe, device: torch.device) -> None:
-    """Raise UserInputError for bfloat16 on a GPU that only emulates it: slow, and vLLM refuses it."""
-    if recipe.dtype == "bfloat16" and not computes_bfloat16(device):
+    """Raise UserInputError for bfloat16 on a GPU that only emulates it."""
+    if device.type == "cuda":
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-        what = f"{name} (compute capability {capability[0]}.{capability[1]}) does not compute in bfloat16"
-        raise UserInputError(what, where='model.dtype = "bfloat16"', next_step="--set model.dtype=float16")
+        refuse_emulated_bfloat16(recipe, capability, name)
 
 
 def check_cpu_size(recipe: Recipe, device: torch.device) -> None:
@@ -168,9 +167,10 @@ def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
 
 
 def load_config(recipe: ModelRecipe) -> PreTrainedConfig:
-    """Load only the model's config. Raises ModelError for a quantised checkpoint, or a PAD token beyond the embedding.
+    """Load only the model's config.
 
-    bitsandbytes' 4 bits are no reason.
+    Raises ModelError for a checkpoint that is quantised otherwise than in bitsandbytes' 4 bits, or for a PAD token
+    beyond the embedding.
     """
     from transformers import AutoConfig
 
@@ -228,7 +228,7 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 def attention_of(recipe: ModelRecipe, config: PreTrainedConfig) -> str:
     """Return the attention to load with: the recipe's, or eager for a model that SDPA cannot compute.
 
-    SDPA ignores the soft-capping of attention scores, and has no place for the attention sinks of gpt-oss.
+    SDPA ignores the soft-capping of attention scores, and cannot add the attention sinks of gpt-oss.
     """
     model = _auto_class(config)._model_mapping.get(type(config), None)  # None for remote code
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -371,12 +371,17 @@ def dequantized_folder(policy: Policy, recipe: ModelRecipe) -> Path:
         if "lora_" not in name:
             state = quant_state_of(base, name)
             parts = [weight, *(() if state is None else state.as_dict(packed=True).values())]
-            sums = (part.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64) for part in parts)
-            content.append((name, *map(int, sums)))
+            content.append((name, *map(_byte_sum, parts)))
     versions = [metadata.version(package) for package in ("popo-lite", "transformers", "bitsandbytes")]
     name = Path(recipe.id).name.removesuffix(GGUF_SUFFIX)
     write = partial(write_dequantized_base, policy)
     return cached_folder(f"{name}-dequantized", [content, policy.device.type, versions], write)
+
+
+def _byte_sum(tensor: torch.Tensor) -> int:
+    """Return the sum of a tensor's bytes; part by part, because torch makes an int64 copy of what it sums."""
+    parts = tensor.detach().contiguous().view(torch.uint8).flatten().split(2**24)
+    return sum(int(part.sum(dtype=torch.int64)) for part in parts)
 
 
 @torch.no_grad()
@@ -409,7 +414,7 @@ def write_dequantized_base(policy: Policy, folder: Path) -> None:
     config.dtype = dtype
     vars(config).pop("quantization_config", None)
     config.save_pretrained(str(folder))  # makes the folder
-    if conversions := getattr(base, "_weight_conversions", None):  # a base that is stored in 4 bit has one of no return
+    if conversions := getattr(base, "_weight_conversions", None):  # that of a base stored in 4 bit has no inverse
         base._weight_conversions = [one for one in conversions if not _reads_4_bit(one)]
     sizes = {
         name: weight.to("meta") if states[name] is None else torch.empty(states[name].shape, dtype=dtype, device="meta")
@@ -444,7 +449,7 @@ def _reads_4_bit(conversion: Any) -> bool:
 def _from_pretrained(loader: Any, recipe: ModelRecipe, part: str, **options: Any) -> Any:
     """Call `loader.from_pretrained`. Raises ModelError that names model and `part` and says what to do.
 
-    So it does if tensors are missing, which transformers would draw at random without a word.
+    Missing tensors are an error too: transformers would draw them at random without a word.
     """
     from transformers.utils import logging as transformers_logging
 

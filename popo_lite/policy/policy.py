@@ -52,7 +52,7 @@ class Policy:
     `packing` is the attention that keeps the sequences of a packed row apart ("varlen", "sdpa", "flash_attention_2"),
     or "off"; `shared_prefix` whether the answers to a prompt can share its tokens. `offload` keeps the inputs of
     checkpointed layers in host memory. `quantized_share` is the part of the base's weights that is in 4 bit. `notices`
-    say what was set otherwise than the recipe asks, because the model needs it.
+    say which settings differ from the recipe's, because the model needs others.
     """
 
     model: PeftModel
@@ -264,7 +264,8 @@ def _choose_attention(policy: Policy, recipe: Recipe) -> list[str]:
     base: Any = policy.model.get_base_model()
     wanted = recipe.model.attn_implementation
     if (loaded := base.config._attn_implementation) != wanted:
-        return [f"attention is {loaded}, because {wanted} leaves out what this model's attention needs"]
+        why = f", because {wanted} leaves out what this model's attention needs" if loaded == "eager" else ""
+        return [f"attention is {loaded}, not {wanted}{why}"]
     if wanted != "sdpa" or not base._can_set_attn_implementation():
         return []
     windows = [window + 8 for window in _windows(base.config) if window < recipe.rollout.sequence_tokens]

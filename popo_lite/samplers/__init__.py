@@ -52,7 +52,8 @@ def open_sampler(
     try:
         return SAMPLERS[engine](policy, recipe, text=text, notify=notify)
     except EngineError as error:
-        if recipe.rollout.engine != "auto" or "memory" in error.what:
+        refused = error.where == 'rollout.engine = "vllm"' and "memory" not in error.what
+        if recipe.rollout.engine != "auto" or not refused:
             raise
         notify(f"{error.what}; sampling from the trainer's own model (hf) instead")
     release_memory()  # after the block: the error keeps what the engine holds

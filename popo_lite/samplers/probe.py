@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from popo_lite.errors import EngineError
 from popo_lite.fused import score
+from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
 from popo_lite.samplers.base import Sampler, SamplingParams, not_finite
@@ -28,13 +28,11 @@ LARGEST_RATIO = 0.2
 """Largest gap with the adapter, which is rounding, relative to the gap without it, which is its whole effect."""
 
 MAX_GAP_NATS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
-"""Default of `rollout.max_gap` by dtype: some 40 times what two correct computations of a token's log-prob differ."""
+"""Default of `rollout.max_gap` by dtype, far above what two correct computations of a token's log-prob differ."""
 WARN_RATIO = 0.25
 """Part of the limit above which a gap is reported."""
-CALIBRATION_GAPS = 4
-"""The usual gap is the mean of so many: that before the first step, and those of the first steps."""
 LARGEST_MULTIPLE = 3
-"""Without `rollout.max_gap`, a gap may be so many times the usual one, though that is above the default."""
+"""Without `rollout.max_gap`, a gap may be this many times the run's first one, even above the default."""
 
 
 class SamplerGuard:
@@ -52,11 +50,11 @@ class SamplerGuard:
         self._another_base = sampler.engine != "hf" and vllm.base == "bf16" and policy.quantized_modules > 0
         coarse = sampler.engine == "vllm" and (vllm.kv_cache_dtype == "fp8" or vllm.base == "bf16")
         self._limit = recipe.rollout.max_gap or MAX_GAP_NATS[torch.bfloat16 if coarse else dtype]
-        self._usual: list[float] = []
+        self._first: float | None = None
         self._reported = WARN_RATIO * self._limit
 
     def prove(self, prompts: Sequence[Prompt], notify: Callable[[str], None]) -> None:
-        """Raise EngineError if the engine does not sample from the adapter it is given, or from another base.
+        """Raise EngineError if the engine does not sample from the adapter it is given, or clearly from another base.
 
         `notify` takes the proof.
         """
@@ -75,8 +73,8 @@ class SamplerGuard:
             raise EngineError(what, where=where, next_step=next_step)
         if not self._another_base:
             self._judge(policy_gap, "before the first step", prompts, answers)
-        if not self._usual:
-            self._usual.append(policy_gap)
+        if self._first is None:
+            self._first = policy_gap
         notify(
             f"sampler proven: log-probs differ from the trainer's by {probe_gap:.2g} nats, and would by {ignored:.2g} "
             "if the adapter were ignored"
@@ -90,14 +88,14 @@ class SamplerGuard:
         """
         prompts, answers = [rollout.prompt for rollout in rollouts], [rollout.completion for rollout in rollouts]
         self._judge(gap_mean, f"step {step}", prompts, answers)
-        if len(self._usual) < CALIBRATION_GAPS:
-            self._usual.append(gap_mean)
+        if self._first is None:
+            self._first = gap_mean
 
     def _judge(self, gap: float, where: str, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> None:
         """Warn of a gap that is unusual for the dtype, and raise EngineError for one above the limit."""
         limit = self._limit
-        if self._recipe.rollout.max_gap is None and self._usual:
-            limit = max(limit, LARGEST_MULTIPLE * statistics.fmean(self._usual))
+        if self._recipe.rollout.max_gap is None and self._first is not None:
+            limit = max(limit, LARGEST_MULTIPLE * self._first)
         dtype = self._recipe.model.dtype
         what = f"log-probs of the {self._sampler.engine} sampler and of the trainer differ by {gap:.3g} nats on average"
         if not gap <= limit:  # NaN must fail, too
@@ -117,6 +115,10 @@ class SamplerGuard:
         packing, self._policy.packing = self._policy.packing, "off"
         try:
             plain = self._gap(prompts, answers)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return "memory is too short to find out why", "lower rollout.vllm.gpu_memory_utilization, then resume"
         finally:
             self._policy.packing = packing
         if not math.isfinite(plain):

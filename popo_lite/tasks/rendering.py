@@ -50,7 +50,10 @@ class Renderer:
         ids, messages = self.token_ids(problem), self._messages(problem)
         if ids == self._apply([*messages[:-1], {"role": "user", "content": f"{problem.question} 2"}]):
             raise self._refusal(f"the chat template leaves out the question of problem {problem.id}", "correct it")
-        if self.system_prompt is not None and ids == self._apply(messages[1:]):
+        # Not against no system prompt at all: Qwen2.5-Math's template has the usual one as its default.
+        if self.system_prompt is not None and ids == self._apply(
+            [{"role": "system", "content": f"{self.system_prompt} 2"}, *messages[1:]]
+        ):
             next_step = "unset it (--set data.system_prompt=), or set data.chat_template to one that writes it"
             raise ModelError("the chat template leaves it out", where="data.system_prompt", next_step=next_step)
         bos, name = self.tokenizer.bos_token_id, self.tokenizer.bos_token

@@ -58,7 +58,11 @@ class Family:
 
 CHATML = Family(
     architecture="Qwen2ForCausalLM",
-    template="{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    # As Qwen2.5-Math's, with its own system prompt if there is none.
+    template=r"{% if messages[0].role != 'system' %}{{ '<|im_start|>system\n"
+    + BOXED.replace("\\", r"\\")
+    + r"<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
     tokens={151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>"},
     eos="<|endoftext|>",

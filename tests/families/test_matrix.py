@@ -1,8 +1,8 @@
 """Drive each family from its config to a merged model: plan, 4 bits, packing, sampling, a step, export, reload.
 
-What is exported is held against plain transformers with eager attention, which shares no code with the policy: the
-log-probs of the trained policy's own samples must be those of the exported model. The table in docs/models.md is what
-the runs found; POPO_WRITE_TABLE=1 writes it.
+What is exported is held against transformers with eager attention, without the policy but for longrope's factors:
+the log-probs of the trained policy's own samples must be those of the exported model. The table in docs/models.md is
+what the runs found; POPO_WRITE_TABLE=1 writes it.
 """
 
 from __future__ import annotations

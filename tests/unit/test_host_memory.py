@@ -23,7 +23,7 @@ def cgroups(tmp_path, monkeypatch):
             group.mkdir(parents=True, exist_ok=True)
             (group / "memory.max").write_text(f"{limit}\n")
             (group / "memory.current").write_text(f"{used}\n")
-            (group / "memory.stat").write_text(f"anon 1\ninactive_file {cached}\n")
+            (group / "memory.stat").write_text(f"anon 1\ninactive_file {cached - 1}\nactive_file 1\n")
 
     return make
 

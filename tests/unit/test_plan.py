@@ -21,7 +21,7 @@ from popo_lite.recipe_file import load_recipe
 from popo_lite.tools.plan import advice
 from popo_lite.tools.plan.advice import advice_for, memory_advice, reductions, refuse_without_room
 from popo_lite.tools.plan.command import installed_gpu
-from popo_lite.tools.plan.shapes import adapted_linears, load_shape, shape_of
+from popo_lite.tools.plan.shapes import ModelShape, adapted_linears, load_shape, shape_of
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, HOST, SHORTFALL, Machine, MemoryPlan, plan_memory
 
 GIB = 2**30
@@ -144,17 +144,25 @@ def test_the_check_of_the_engine_is_planned_while_it_is_awake() -> None:
     assert rollout.total_bytes - plan.phases[0].total_bytes < 0.6 * GIB  # 0.95 GiB with copies of the adapters
 
 
-def test_bfloat16_on_an_older_card_takes_the_square_of_a_sequence() -> None:
+def test_a_head_without_a_kernel_takes_the_square_of_a_sequence() -> None:
     recipe, shape = recipe_of("1_5b"), load_shape(recipe_of("1_5b").model)
+    odd = shape.model_copy(update={"head_width": 132})
 
-    def update(recipe: Recipe, capability: tuple[int, int]) -> int:
-        plan = plan_memory(recipe, shape, vram_bytes=24 * GIB, capability=capability)
+    def update(shape: ModelShape) -> int:
+        plan = plan_memory(recipe, shape, vram_bytes=24 * GIB)
         return next(phase for phase in plan.phases if phase.name == "update").tensor_bytes
 
     # float32 scores, their softmax and its gradient of 12 heads, for 8,192 tokens that see at most 1,536.
-    assert update(recipe, (7, 5)) - update(recipe, (8, 0)) == pytest.approx(12 * 12 * 8192 * 1536, rel=0.2)
-    single = recipe_of("1_5b", 'model.dtype="float32"', "rollout.engine=hf")
-    assert update(single, (7, 5)) == update(single, (8, 0))
+    assert update(odd) - update(shape) == pytest.approx(12 * 12 * 8192 * 1536, rel=0.2)
+
+
+def test_bfloat16_is_not_planned_for_a_card_that_emulates_it() -> None:
+    recipe = recipe_of("1_5b")
+    machine: dict[str, Any] = {"vram_bytes": 24 * GIB, "capability": (7, 5)}
+    with pytest.raises(UserInputError, match="does not compute in bfloat16") as caught:
+        plan_memory(recipe, load_shape(recipe.model), **machine)
+    assert caught.value.next_step == "--set model.dtype=float16"
+    assert plan_memory(recipe_of("1_5b", "model.dtype=float16"), load_shape(recipe.model), **machine).fits
 
 
 def test_the_engines_weights_follow_its_base() -> None:

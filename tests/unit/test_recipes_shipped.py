@@ -35,7 +35,7 @@ TODAY = {
 
 
 def is_planned(name: str) -> bool:
-    """Whether the plan knows the recipe's model without a network."""
+    """Return True if the plan knows the recipe's model without a network."""
     model = load_recipe(name).model
     try:
         return model.id == "tiny" or bool(shape_of(KNOWN_CONFIGS[model.id]))

@@ -15,6 +15,7 @@ import click
 from popo_lite.errors import CheckpointError, DataError, ModelError
 from popo_lite.grading import Grader
 from popo_lite.policy.load import load_config
+from popo_lite.policy.parts import context_of
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import append_line, differences, environment, keep_lines, read_lines, write_atomically
@@ -47,7 +48,7 @@ def prepare_all(recipe: Recipe, files: Mapping[str, Path | None], *, skip_overlo
     renderer = open_renderer(recipe)
     with Grader(recipe.reward) as grader:
         problems = {name: open_benchmark(name, file, grader) for name, file in files.items()}
-    context = getattr(load_config(recipe.model), "max_position_embeddings", None) or 2**31
+    context = context_of(load_config(recipe.model))
     limits = {"max_completion_length": recipe.rollout.max_completion_length, "context_tokens": context}
     return [prepare(name, rows, renderer, **limits, skip_overlong=skip_overlong) for name, rows in problems.items()]
 

@@ -120,12 +120,10 @@ def uses_varlen(recipe: Recipe, head_width: int, capability: Capability = ADA) -
     return recipe.train.device != "cpu" and fits and not recipe.lora.dora
 
 
-def squares(recipe: Recipe, head_width: int, capability: Capability) -> bool:
+def squares(recipe: Recipe, head_width: int) -> bool:
     """Return True if SDPA has no kernel on a GPU that does without the square of a sequence."""
-    model = recipe.model
-    kernels = head_width % 8 == 0 and (model.dtype != "bfloat16" or capability >= (8, 0))
-    half = DTYPE_BYTES[model.dtype] == 2
-    return recipe.train.device != "cpu" and half and model.attn_implementation == "sdpa" and not kernels
+    half = DTYPE_BYTES[recipe.model.dtype] == 2 and recipe.model.attn_implementation == "sdpa"
+    return recipe.train.device != "cpu" and half and head_width % 8 != 0
 
 
 def copied_tokens(recipe: Recipe, tokens: int) -> int:
@@ -226,7 +224,7 @@ class LayerBytes:
             eager * (14 if half else 3 * size),
             eager * (10 if half else 2 * size),
         )
-        if squares(recipe, shape.head_width, capability):  # float32 scores, the softmax of them, and its gradients
+        if squares(recipe, shape.head_width):  # float32 scores, the softmax of them, and its gradients
             self.pair, self._pair_backward, self._pair_inference = (of * shape.heads for of in (4, 12, 8))
             self._attention_inference += 8 * shape.heads * shape.head_width  # float32 queries and keys, scaled
         self.casts_bytes = size * sum(adapter_elements(shape, recipe.lora)) // shape.layers if half else 0

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from popo_lite.chunks import chunk_tokens
 from popo_lite.errors import UserInputError
 from popo_lite.recipe import Recipe
-from popo_lite.recipe_rules import check_context, impossible_combinations
+from popo_lite.recipe_rules import check_context, impossible_combinations, refuse_emulated_bfloat16
 from popo_lite.tools.plan import terms
 from popo_lite.tools.plan.shapes import ModelShape
 from popo_lite.tools.plan.terms import Classes
@@ -62,6 +62,7 @@ def plan_memory(recipe: Recipe, shape: ModelShape, **machine: Any) -> MemoryPlan
     if recipe.train.device != "cpu":  # what a run on the GPU refuses does not fit
         for (key, *_), why in impossible_combinations(recipe.with_values({"train.device": "cuda"})):
             raise UserInputError(why, where=f"{key} = {attrgetter(key)(recipe)}")
+        refuse_emulated_bfloat16(recipe.model, Machine(**machine).capability)
     return MemoryPlan(recipe, shape, Machine(**machine))
 
 
