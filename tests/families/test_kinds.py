@@ -57,7 +57,7 @@ def states(policy: Policy, tokens: int, row: Row | None = None) -> torch.Tensor:
 
 def test_soft_capping_is_not_lost(load, folder_of):
     policy = load("gemma2", 'model.quantization="none"')
-    assert policy.notices == ["attention is eager, because sdpa leaves out what this model's attention needs"]
+    assert policy.notices == ["attention is eager, not sdpa, because sdpa leaves out what this model's attention needs"]
     plain = AutoModelForCausalLM.from_pretrained(folder_of("gemma2"), attn_implementation="eager").eval()
     dropping = AutoModelForCausalLM.from_pretrained(folder_of("gemma2"), attn_implementation="sdpa").eval()
     torch.manual_seed(3)
