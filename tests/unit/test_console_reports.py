@@ -95,7 +95,7 @@ def test_closing_report_compares_before_and_after():
         ["Time: 14:20"],
         ["steps", "60"],
         ["tokens sampled", "2,200,123"],
-        ["tokens trained on", "712,345 (101,010 saved by shared prompts)"],
+        ["tokens trained on", "712,345 (101,010 more not computed again)"],
         ["peak memory", "9.37 GiB"],
         ["siamese", "90.0 MiB beside the policy"],
         ["4-bit modules", "196"],

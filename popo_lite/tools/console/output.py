@@ -127,7 +127,7 @@ def closing_report(summary: Mapping[str, Any], next_commands: Sequence[str], con
     facts = {
         "steps": f"{summary['steps']:,}",
         "tokens sampled": f"{summary['rollout_tokens']:,}",
-        "tokens trained on": f"{summary['trained_tokens']:,} ({summary['shared_tokens']:,} saved by shared prompts)",
+        "tokens trained on": f"{summary['trained_tokens']:,} ({summary['shared_tokens']:,} more not computed again)",
         "peak memory": words.memory(summary["peak_memory_bytes"]),
         "siamese": f"{words.memory(summary['siamese_extra_bytes'])} beside the policy",
         "4-bit modules": f"{summary['quantized_modules']:,}" if summary["quantized_modules"] else "none: not quantised",
