@@ -52,7 +52,8 @@ from torch import Tensor
 from popo_lite import update
 from popo_lite.fused import Head, LossOutput, TokenLoss, naive_logprobs
 from popo_lite.policy.adapters import add_adapters
-from popo_lite.policy.load import load_tokenizer, pick_device
+from popo_lite.policy.device import pick_device
+from popo_lite.policy.load import load_tokenizer
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.run_folder import environment

@@ -29,7 +29,8 @@ from popo_lite.grading import Grader
 from popo_lite.metrics import StepRecord, make_record, rollout_metrics, sample_line, sample_views, sampler_summary
 from popo_lite.objective import StepPlan, nothing_to_learn, steered_entropy_coef
 from popo_lite.policy.adapters import save_adapter
-from popo_lite.policy.load import check_cpu_size, check_dtype, cuda_problem, load_config, pick_device
+from popo_lite.policy.device import check_cpu_size, check_dtype, cuda_problem, pick_device
+from popo_lite.policy.load import load_config
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.policy import load_policy
 from popo_lite.policy.tokens import open_renderer

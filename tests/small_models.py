@@ -54,7 +54,7 @@ class Family:
     refused: str = ""
     """The sentence that refuses it with the defaults."""
     overrides: tuple[str, ...] = ()
-    """What a user must set, as the refusal says."""
+    """The setting that the refusal tells a user to change."""
 
 
 # fmt: off

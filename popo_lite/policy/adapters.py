@@ -60,10 +60,10 @@ def check_targets(base: PreTrainedModel, recipe: LoraRecipe) -> list[str]:
     adapted = set(target_names(base, recipe.target_modules))
     if recipe.target_modules != "all-linear":
         return []
-    head, decoder = base.get_output_embeddings(), decoder_of(base)
+    head, decoder = base.get_output_embeddings(), set(decoder_of(base).modules())
     sizes: Counter[str] = Counter()
     for name, module in base.named_modules():
-        if _is_linear(module) and module is not head and name not in adapted and module in set(decoder.modules()):
+        if _is_linear(module) and module is not head and name not in adapted and module in decoder:
             sizes[name.split(".")[-1]] += module.weight.numel()
     for module, name in expert_weights(base):
         sizes["experts"] += getattr(module, name).numel()

@@ -15,7 +15,7 @@ HUB = "https://huggingface.co"
 
 
 class Reason(NamedTuple):
-    """What an error that matches `pattern` means, in front of which `the model of ID` stands, and what to do."""
+    """What an error that matches `pattern` means, and what to do. `what` goes on after "the model of ID"."""
 
     pattern: str
     what: str

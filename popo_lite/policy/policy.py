@@ -18,16 +18,15 @@ from popo_lite.fused import Head
 from popo_lite.policy.activations import checkpoint_layers, offloaded
 from popo_lite.policy.adapters import adapter_folder, add_adapters, check_targets, load_adapter_weights
 from popo_lite.policy.attention import Row, enable_packing, kernel_of, layout, positions
+from popo_lite.policy.device import check_dtype, pick_device
 from popo_lite.policy.load import (
     can_be_built,
     check_architecture,
-    check_dtype,
     empty_base,
     load_base,
     load_config,
     load_tokenizer,
     load_unsloth,
-    pick_device,
     quantized_weights,
     turn_off_dropout,
 )

@@ -110,7 +110,7 @@ class SamplerGuard:
     def _cause(self, prompts: Sequence[Prompt], answers: Sequence[Completion], limit: float) -> tuple[str, str]:
         """Return why the log-probs of `answers` differ by more than `limit`, and what to do.
 
-        Packed rows are told from the engine by scoring the answers without packing.
+        Scoring the answers without packing shows whether packed rows or the engine are the reason.
         """
         packing, self._policy.packing = self._policy.packing, "off"
         try:

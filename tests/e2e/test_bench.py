@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from popo_lite.cli import main
 from popo_lite.errors import UserInputError
+from popo_lite.policy import device
 from popo_lite.policy.policy import Policy, load_policy
 from popo_lite.recipe_file import load_recipe
 from popo_lite.tools.bench import measure, synthetic
@@ -163,9 +164,7 @@ def documented(start):
 
 @pytest.mark.parametrize("words", documented("popo-lite bench "), ids=" ".join)
 def test_every_documented_bench_gets_as_far_as_its_model_on_a_gpu(monkeypatch, words):
-    from popo_lite.policy import load
-
-    monkeypatch.setattr(load, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(device, "pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(measure, "pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(measure, "pick_engine", lambda recipe: (recipe.rollout.engine, ""))  # as if vLLM were there
     monkeypatch.setattr(measure, "cap_memory", lambda *_: None)

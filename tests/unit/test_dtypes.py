@@ -14,8 +14,8 @@ from helpers import json_lines
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import load_checkpoint
 from popo_lite.errors import ModelError, UserInputError
-from popo_lite.policy import load
-from popo_lite.policy.load import check_cpu_size, check_dtype, cuda_problem, pick_device
+from popo_lite.policy import device
+from popo_lite.policy.device import check_cpu_size, check_dtype, cuda_problem, pick_device
 from popo_lite.policy.policy import check_logits, load_policy
 from popo_lite.run_folder import RunFolder
 from popo_lite.samplers import pick_engine
@@ -147,9 +147,9 @@ def old_driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(load.shutil, "which", lambda _: "nvidia-smi")
+    monkeypatch.setattr(device.shutil, "which", lambda _: "nvidia-smi")
     answer = subprocess.CompletedProcess([], 0, stdout="470.57.02\n470.57.02\n")
-    monkeypatch.setattr(load.subprocess, "run", lambda *_, **__: answer)
+    monkeypatch.setattr(device.subprocess, "run", lambda *_, **__: answer)
 
 
 def test_a_driver_that_is_too_old_is_named(old_driver, monkeypatch):
@@ -184,6 +184,6 @@ def test_a_large_model_trains_on_a_cpu_only_if_asked(old_driver, tiny_recipe, tm
         trainer_of(recipe)
     assert "--set train.device=cpu" in caught.value.next_step
     check_cpu_size(recipe.with_values({"train.device": "cpu"}), torch.device("cpu"))
-    monkeypatch.setattr(load.shutil, "which", lambda _: None)
+    monkeypatch.setattr(device.shutil, "which", lambda _: None)
     with pytest.raises(UserInputError, match="torch finds no CUDA GPU"):
         trainer_of(recipe)

@@ -14,7 +14,8 @@ import torch
 from popo_lite.errors import ModelError, PopoError, UserInputError
 from popo_lite.fused import fused_loss
 from popo_lite.policy.adapters import adapter_folder, load_adapter_weights, save_adapter
-from popo_lite.policy.load import import_unsloth, load_base, pick_device
+from popo_lite.policy.device import pick_device
+from popo_lite.policy.load import import_unsloth, load_base
 from popo_lite.policy.policy import check_logits, load_policy, load_trained_policy
 from popo_lite.policy.siamese import Siamese
 from popo_lite.policy.tokens import stop_ids_of

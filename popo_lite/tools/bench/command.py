@@ -53,7 +53,8 @@ def bench(
 
     import torch
 
-    from popo_lite.policy.load import import_unsloth, pick_device
+    from popo_lite.policy.device import pick_device
+    from popo_lite.policy.load import import_unsloth
     from popo_lite.tools.bench import measure, report
 
     if settings.model.backend == "unsloth":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from popo_lite.errors import ModelError, UserInputError
-from popo_lite.policy.load import pick_device
+from popo_lite.policy.device import pick_device
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.parts import context_of
 from popo_lite.recipe import Recipe

@@ -26,6 +26,7 @@ from popo_lite.objective import nothing_to_learn
 from popo_lite.policy import load
 from popo_lite.policy.activations import checkpoint_layers
 from popo_lite.policy.adapters import add_adapters
+from popo_lite.policy.device import pick_device
 from popo_lite.policy.memory import is_out_of_memory, release_memory
 from popo_lite.policy.parts import expert_weights
 from popo_lite.policy.policy import Policy, load_policy, wrap_policy
@@ -202,7 +203,7 @@ def random_policy(recipe: Recipe, *, layers: int | None = None) -> Policy:
     """
     if recipe.model.backend == "unsloth":
         load.import_unsloth()  # before transformers
-    device, tokenizer = load.pick_device(recipe.train.device), load.load_tokenizer(ModelRecipe(id="tiny"))
+    device, tokenizer = pick_device(recipe.train.device), load.load_tokenizer(ModelRecipe(id="tiny"))
     recipe = recipe.with_values({"lora.init_from": None})
     if recipe.model.backend == "unsloth":
         with tempfile.TemporaryDirectory(prefix="popo-lite-bench-") as folder:

@@ -20,7 +20,7 @@ from popo_lite.errors import DataError, ModelError, UserInputError
 from popo_lite.evaluation import evaluate, fitting, held_out
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, empty_adapter, load_adapter_weights
-from popo_lite.policy.load import computes_bfloat16, pick_device
+from popo_lite.policy.device import computes_bfloat16, pick_device
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.policy.tokens import open_renderer

@@ -94,7 +94,7 @@ def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
 
     That is its GPU's memory and the host memory that is left. For an architecture that the plan does not know a step is
     simulated. If that fails too, or the config cannot be read, `notify` gets a message and the run is not checked. A
-    run on the CPU is not refused; `notify` is told if it may not fit.
+    run on the CPU is never refused: `notify` gets a warning if it may not fit.
     """
     import torch  # not above: `popo-lite plan` must not wait for it
 

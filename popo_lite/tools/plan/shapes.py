@@ -47,7 +47,7 @@ class Linear(NamedTuple):
 
 
 class Stored4Bit(NamedTuple):
-    """How a checkpoint is stored in 4 bits: `whole` counts, by linear layer, the decoder layers that keep 16 bit."""
+    """How a checkpoint is stored in 4 bits. `whole`: linear layer -> number of decoder layers with it in 16 bit."""
 
     double: bool
     compute_dtype: str

@@ -44,7 +44,7 @@ class Phase(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What a run has: a GPU of `vram_bytes`, of which other processes hold some, and host memory, None if not known."""
+    """A GPU of `vram_bytes`, `others_bytes` of which other processes hold, and the host memory left (None: unknown)."""
 
     vram_bytes: int
     others_bytes: int = 0
