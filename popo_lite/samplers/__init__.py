@@ -14,6 +14,7 @@ from popo_lite.samplers import vllm
 from popo_lite.samplers.base import Sampler, SamplingParams
 from popo_lite.samplers.hf import HFSampler
 from popo_lite.samplers.server import ServerSampler
+from popo_lite.types import Problem, Prompt
 
 __all__ = ["Sampler", "SamplingParams", "open_sampler", "pick_engine"]
 
@@ -50,11 +51,25 @@ def open_sampler(
     """
     engine, _ = pick_engine(recipe)
     try:
-        return SAMPLERS[engine](policy, recipe, text=text, notify=notify)
+        sampler = SAMPLERS[engine](policy, recipe, text=text, notify=notify)
+        if engine == "vllm":
+            _sample_one_token(sampler, policy)
+        return sampler
     except EngineError as error:
-        refused = error.where == 'rollout.engine = "vllm"' and "memory" not in error.what
+        refused = error.where == vllm.WHERE and "memory" not in error.what
         if recipe.rollout.engine != "auto" or not refused:
             raise
         notify(f"{error.what}; sampling from the trainer's own model (hf) instead")
     release_memory()  # after the block: the error keeps what the engine holds
     return HFSampler(policy, recipe, text=text, notify=notify)
+
+
+def _sample_one_token(sampler: Sampler, policy: Policy) -> None:
+    """Close the sampler and raise EngineError if it cannot sample: some kernels fail only when they are first used."""
+    prompt = Prompt(problem=Problem(id="first token", messages=(), answer=""), token_ids=(min(policy.stop_ids),))
+    params = SamplingParams(temperature=1.0, max_completion_length=1)
+    try:
+        sampler.sample([prompt], count=1, params=params, policy_version=policy.version, stream=("first token",))
+    except BaseException:
+        sampler.close()
+        raise

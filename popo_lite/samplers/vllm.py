@@ -45,6 +45,7 @@ MEMORY_BACKED = Path("/dev/shm")  # noqa: S108  # a private folder is made in it
 
 PREFIX = "popo-lite-adapter-"
 
+WHERE = 'rollout.engine = "vllm"'
 INSTEAD = '--set rollout.engine="hf" samples from the trainer\'s own model'
 
 
@@ -113,7 +114,7 @@ class VLLMSampler(Sampler):
                 self._engine.remove_lora(self._adapter.lora_int_id)
         except Exception as error:  # of any type: a full folder, or an adapter that vLLM does not take
             what = f"the adapter could not be handed to the vLLM engine: {_reason(error)}"
-            where, next_step = 'rollout.engine = "vllm"', INSTEAD
+            where, next_step = WHERE, INSTEAD
             if isinstance(error, OSError | SafetensorError):
                 where, next_step = self._folder.name, "free space there, or point TMPDIR at a folder with space"
             raise EngineError(what, where=where, next_step=next_step) from error
@@ -177,7 +178,7 @@ class VLLMSampler(Sampler):
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise EngineError(f"the vLLM engine failed: {_reason(error)}", next_step=INSTEAD) from error
+            raise EngineError(f"the vLLM engine failed: {_reason(error)}", where=WHERE, next_step=INSTEAD) from error
 
 
 def why_not(recipe: Recipe) -> str | None:
@@ -252,12 +253,11 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
                 )
             )
     except Exception as error:  # of any type: the reason and the settings to change are what helps
-        what, where = f"the vLLM engine did not start: {_reason(error)}", 'rollout.engine = "vllm"'
-        next_step = INSTEAD
+        what, next_step = f"the vLLM engine did not start: {_reason(error)}", INSTEAD
         if "memory" in what:
             next_step = "lower rollout.vllm.gpu_memory_utilization, rollout.max_num_seqs or "
             next_step += f"rollout.max_completion_length; or {INSTEAD}"
-        raise EngineError(what, where=where, next_step=next_step) from error
+        raise EngineError(what, where=WHERE, next_step=next_step) from error
     finally:
         torch.set_num_threads(threads)  # the engine changes it
     kind: Any = type(policy.trunk)
@@ -265,7 +265,7 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
         engine.engine_core.shutdown()
         kind.__call__ = torch.nn.Module.__call__
         what = f"vLLM changes the class {kind.__name__}, which is that of the trainer's own model"
-        raise EngineError(what, where='rollout.engine = "vllm"', next_step=INSTEAD)
+        raise EngineError(what, where=WHERE, next_step=INSTEAD)
     return engine
 
 

@@ -17,11 +17,11 @@ from updates import trainer_of
 def write(folder, kind, **sizes):
     """Write a small model of this kind with random weights, and return options for it."""
     tokenizer = build_tokenizer()
-    sizes |= {
+    sizes = {
         "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": 128, "intermediate_size": 256,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        "pad_token_id": tokenizer.pad_token_id, **sizes,
     }  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(folder)
@@ -64,6 +64,15 @@ def test_a_layer_that_vllm_splits_is_sampled_by_the_trainers_model(steps, tmp_pa
     engine, lines = steps(*options, "rollout.engine=auto")
     assert engine == "hf"
     assert max(line["logp_gap_max"] for line in lines) < 1e-4
+
+
+def test_a_model_whose_kernels_fail_at_the_first_token_is_sampled_by_the_trainers_model(steps, tmp_path):
+    """vLLM starts with heads of 16 numbers on a CPU, and then has no attention kernel for them."""
+    options = write(tmp_path / "qwen2", "qwen2", num_attention_heads=8)
+    with pytest.raises(EngineError, match="the vLLM engine failed: .*head_dim=16"):
+        steps(*options)
+    engine, _ = steps(*options, "rollout.engine=auto")
+    assert engine == "hf"
 
 
 @pytest.mark.parametrize("option", ["model.dtype=float16", "rollout.vllm.kv_cache_dtype=fp8"])
