@@ -10,6 +10,7 @@ from itertools import accumulate
 
 from popo_lite.types import Outcome, Problem, Reward
 
+THINKING_TAGS = ("<think>", "</think>")
 MAX_BOX_CHARACTERS = 1000  # a longer box holds no final answer, and parsing 100,000 characters takes minutes
 MAX_NESTING = 20  # of brackets; deeper ones hold none either, and the LaTeX parser is exponential in the depth
 
@@ -59,6 +60,18 @@ def normalise(answer: str) -> str:
     return plain_number(answer) or answer
 
 
+def after_thinking(text: str, tags: tuple[str, str], opened: bool) -> str | None:
+    """Return the text behind the last closing tag, or None if thinking was opened and not closed.
+
+    `tags` are the opening and the closing one; `opened` says whether the prompt ends with the opening
+    one.
+    """
+    _, closing, answer = text.rpartition(tags[1])
+    if closing:
+        return answer
+    return None if opened or tags[0] in text else text
+
+
 def final_answer(text: str) -> str | None:
     """Return the content of the last box of `text` in normal form, or None if nothing is boxed."""
     box = last_box(text)
@@ -79,9 +92,14 @@ def too_complex(expression: str) -> str | None:
     return f"nested {deepest} deep; the limit is {MAX_NESTING}" if deepest > MAX_NESTING else None
 
 
-def decide_exactly(text: str, problem: Problem) -> Reward | None:
+def decide_exactly(
+    text: str, problem: Problem, *, thinking_tags: tuple[str, str] = THINKING_TAGS, thinking_open: bool = False
+) -> Reward | None:
     """Return the verdict on an answer, or None if it needs algebra or nothing is boxed."""
-    answer = final_answer(text)
+    part = after_thinking(text, thinking_tags, thinking_open)
+    if part is None:
+        return Reward(value=0.0, outcome=Outcome.UNPARSED, detail=f"no {thinking_tags[1]} ends the thinking")
+    answer = final_answer(part)
     if answer is None:
         return None
     if not answer:

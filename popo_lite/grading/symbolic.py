@@ -10,8 +10,8 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from popo_lite.grading.math import final_answer, too_complex, unwrap
-from popo_lite.types import Outcome, Reward
+from popo_lite.grading.math import THINKING_TAGS, after_thinking, decide_exactly, final_answer, too_complex, unwrap
+from popo_lite.types import Outcome, Problem, Reward
 
 # Its one warning says that its timeouts are off. They are signal.alarm, whole seconds and main thread only;
 # the parent's deadline takes their place.
@@ -23,12 +23,22 @@ _parse: Callable[[str], list[Any]] = partial(parse, parsing_timeout=None, raise_
 """Return what math-verify extracts: a sympy expression, if it could build one, and the source string."""
 
 
-def grade_math(text: str, problem: Mapping[str, Any]) -> Reward:
+def grade_math(
+    text: str,
+    problem: Mapping[str, Any],
+    *,
+    thinking_tags: tuple[str, str] = THINKING_TAGS,
+    thinking_open: bool = False,
+) -> Reward:
     """Check whether the final answer of `text` equals `problem["answer"]`.
 
     The final answer is the last box; in a text without one, the expression or number that math-verify takes
     for it. A reference answer that cannot be parsed is an ERROR: it says nothing about the text.
     """
+    plain = Problem(id=problem["id"], messages=(), answer=problem["answer"])
+    if decided := decide_exactly(text, plain, thinking_tags=thinking_tags, thinking_open=thinking_open):
+        return decided
+    text = after_thinking(text, thinking_tags, thinking_open) or ""
     reference = unwrap(problem["answer"])
     reason = too_complex(reference)
     gold = [] if reason else _parse_expression(reference)
