@@ -98,7 +98,7 @@ def pass_rates(overrides: list[str], rows: list[dict[str, Any]]) -> dict[str, An
                         "eval.samples_per_problem": 16,
                         "eval.temperature": 1.0,
                         "rollout.max_completion_length": 64,
-                        "objective.reward_threshold": 0.5,
+                        "reward.threshold": 0.5,
                         "reward.max_ungraded_ratio": 0.0,
                     }
                 ),

@@ -148,7 +148,7 @@ def train_trl(model: str, system: str, recipe: Recipe, run: RunFolder, start: fl
     graded: list[list[str]] = []
     tokens = 0
     passes = per_step * rollout.num_generations // TRL_BATCH[model]
-    with Grader(recipe.reward) as grader:
+    with Grader(recipe.grading) as grader:
         grader.check()
         record_problems(grader, graded)
 

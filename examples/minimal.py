@@ -81,13 +81,13 @@ def main(steps: int) -> None:
     task, _ = open_tasks(recipe)
     renderer = Renderer(recipe, policy.tokenizer)
     with (
-        Grader(recipe.reward) as grader,
+        Grader(recipe.grading) as grader,
         open_sampler(recipe, policy, text=renderer.text, notify=print) as sampler,
     ):
         for step in range(steps):
             groups = sample_and_grade(step, task, renderer, sampler, grader, policy)
             rollouts = [rollout for group in groups for rollout in group.rollouts]
-            right = sum(rollout.reward.value > 0.5 for rollout in rollouts) / len(rollouts)
+            right = sum(rollout.reward.positive for rollout in rollouts) / len(rollouts)
 
             plan = plan_step(groups, objective, max_completion_length=48)  # weights and divisors of the positives
             if plan is None:

@@ -95,7 +95,7 @@ def remember(history: History, groups: Sequence[Group], recipe: Recipe, step: in
     for group in groups:
         after.pop(group.prompt.problem.id, None)
         if all(rollout.reward.outcome.is_graded for rollout in group.rollouts):
-            positives = len(group.positives(recipe.objective.reward_threshold))
+            positives = len(group.positives)
             after[group.prompt.problem.id] = Seen(len(group.rollouts), positives, step)
     return after
 
@@ -178,11 +178,15 @@ def collect(
             )
         with clock("grade"):
             pairs = [(index, answer) for index, group in zip(going, completions, strict=True) for answer in group]
-            rewards = grader.grade([(answer.text, prompts[index].problem) for index, answer in pairs])
+            rewards = grader.grade(
+                [(answer.text, prompts[index].problem) for index, answer in pairs],
+                completion_ids=[answer.token_ids for _, answer in pairs],
+                trainer_state={"global_step": step, "max_steps": recipe.train.steps},
+            )
             for (index, answer), reward in zip(pairs, rewards, strict=True):
                 if recipe.reward.truncated == "wrong" and answer.finish_reason is FinishReason.LENGTH:
                     detail = "cut off at rollout.max_completion_length"
-                    reward = replace(reward, value=0.0, outcome=Outcome.INCORRECT, detail=detail)
+                    reward = replace(reward, value=0.0, positive=False, outcome=Outcome.INCORRECT, detail=detail)
                 prompt, place = prompts[index], len(made[index])
                 made[index].append(
                     Rollout(prompt=prompt, completion=answer, reward=reward, policy_version=policy_version, index=place)
@@ -193,4 +197,4 @@ def collect(
         # A prompt left out of this round has fewer rollouts than the others from now on, so it stays out.
         positives = [None] * len(prompts)
         for index in going:
-            positives[index] = sum(rollout.reward.value > recipe.objective.reward_threshold for rollout in made[index])
+            positives[index] = sum(rollout.reward.positive for rollout in made[index])

@@ -66,9 +66,13 @@ def evaluate(
     )
     pairs = [(problem, answer) for problem, group in zip(problems, answers, strict=True) for answer in group]
     flat = [completion for _, completion in pairs]
-    rewards = grader.grade([(completion.text, problem) for problem, completion in pairs])
+    rewards = grader.grade(
+        [(completion.text, problem) for problem, completion in pairs],
+        completion_ids=[completion.token_ids for completion in flat],
+        trainer_state={"global_step": policy.version, "max_steps": recipe.train.steps},
+    )
     refuse_ungraded(rewards, recipe.reward.max_ungraded_ratio, f"evaluation of the {weights}")
-    correct = [reward.value > recipe.objective.reward_threshold for reward in rewards]
+    correct = [reward.positive for reward in rewards]
     right = [sum(correct[i : i + samples_per_problem]) for i in range(0, len(correct), samples_per_problem)]
     ks = [2**power for power in range(samples_per_problem.bit_length())]
     estimates = {k: statistics.fmean(pass_at_k(samples_per_problem, count, k) for count in right) for k in ks}

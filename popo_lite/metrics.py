@@ -40,7 +40,7 @@ METRICS: Mapping[str, Metric] = {
     "prompts_with_positive": Metric("prompts with a positive", "count", "Prompts with at least one positive."),
     "prompts_with_positive_ratio": Metric("prompts with a positive", "ratio", "The same as a fraction of prompts."),
     "rollouts": Metric("rollouts", "count", "Answers sampled."),
-    "positives": Metric("positives", "count", "Rollouts with a reward above objective.reward_threshold."),
+    "positives": Metric("positives", "count", "Rollouts that count as right (reward.positive_if)."),
     "groups_none_right": Metric("none right", "count", "Groups without a positive."),
     "groups_some_right": Metric("some right", "count", "Groups with positives and others."),
     "groups_all_right": Metric("all right", "count", "Groups of positives only."),
@@ -103,7 +103,7 @@ def make_record(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values.get(name) for name in METRICS}
 
 
-def rollout_metrics(groups: Sequence[Group], task: Task, threshold: float, *, first_round: int) -> dict[str, Any]:
+def rollout_metrics(groups: Sequence[Group], task: Task, *, first_round: int) -> dict[str, Any]:
     """Return the metrics that rollouts and rewards decide.
 
     An adaptive budget gives hard prompts more rollouts, so ratios over all rollouts would say how it samples and not
@@ -112,10 +112,10 @@ def rollout_metrics(groups: Sequence[Group], task: Task, threshold: float, *, fi
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     first = [rollout for rollout in rollouts if rollout.index < first_round]
     graded = [group for group in groups if any(r.reward.outcome.is_graded for r in group.rollouts)]
-    right = [len(group.positives(threshold)) for group in graded]
+    right = [len(group.positives) for group in graded]
     all_right = sum(count == len(group.rollouts) for count, group in zip(right, graded, strict=True))
     with_positive = sum(count > 0 for count in right)
-    positives = [rollout for group in groups for rollout in group.positives(threshold)]
+    positives = [rollout for group in groups for rollout in group.positives]
     answers = [{r.reward.answer for r in group.rollouts[:first_round]} - {None} for group in groups]
     tokens = sum(len(r.completion.token_ids) for r in rollouts)
     verdicts = [[r for r in group.rollouts if r.reward.outcome.is_graded] for group in graded]
@@ -131,7 +131,7 @@ def rollout_metrics(groups: Sequence[Group], task: Task, threshold: float, *, fi
         "groups_all_right": all_right,
         "groups_ungraded": len(groups) - len(graded),
         "outcomes": count_outcomes([rollout.reward for rollout in rollouts]),
-        "pass_rate": statistics.fmean(rollout.reward.value > threshold for rollout in first),
+        "pass_rate": statistics.fmean(rollout.reward.positive for rollout in first),
         "unique_answers_mean": statistics.fmean(map(len, answers)),
         "task_figures": dict(task.figures([rollout.completion.text for rollout in first])),
         "truncated_ratio": statistics.fmean(r.completion.finish_reason is FinishReason.LENGTH for r in first),
@@ -167,12 +167,12 @@ def sampler_summary(engine: str, swap_seconds: Sequence[float], records: Sequenc
     }
 
 
-def sample_views(step: int, groups: Sequence[Group], threshold: float, count: int) -> list[dict[str, Any]]:
+def sample_views(step: int, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
     """Return `count` prompts with the texts of a right and a wrong answer (None: no such), those with both first."""
     views = []
     for group in groups:
         # In reverse, so that of the right answers the first remains, and of the wrong ones.
-        texts = {r.reward.value > threshold: r.completion.text for r in reversed(group.rollouts)}
+        texts = {r.reward.positive: r.completion.text for r in reversed(group.rollouts)}
         views.append({**_asked(step, group), "right": texts.get(True), "wrong": texts.get(False)})
     return sorted(views, key=lambda view: (view["right"] is None) + (view["wrong"] is None))[:count]
 

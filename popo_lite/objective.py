@@ -194,10 +194,9 @@ def plan_step(
     """
     if isinstance(objective, GrpoObjective):
         return _plan_by_advantage(groups, objective, max_completion_length)
-    threshold = objective.reward_threshold
     if objective.skip_all_right:
-        groups = [group for group in groups if len(group.positives(threshold)) < len(group.rollouts)]
-    positives = [group.positives(threshold) for group in groups if group.positives(threshold)]
+        groups = [group for group in groups if len(group.positives) < len(group.rollouts)]
+    positives = [group.positives for group in groups if group.positives]
     if not positives:
         return None
     flat = [rollout for rollouts in positives for rollout in rollouts]
@@ -283,8 +282,7 @@ def _negatives(groups: Sequence[Group], objective: PopoObjective, max_length: in
 
     def is_negative(rollout: Rollout) -> bool:
         # An answer that could not be graded may be right, so it must not be lowered.
-        wrong = rollout.reward.value <= objective.reward_threshold
-        return wrong and (rollout.reward.outcome.is_graded or not lowers)
+        return not rollout.reward.positive and (rollout.reward.outcome.is_graded or not lowers)
 
     weight = -objective.negative_weight if isinstance(objective, MixedObjective) else 0.0
     candidates = [[rollout for rollout in group.rollouts if is_negative(rollout)] for group in groups]

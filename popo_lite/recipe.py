@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 Positive = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
 ColumnValue = bool | int | float | str
 # The schema is strict and frozen; only a TOML list may become a tuple.
 Names = Annotated[tuple[str, ...], Field(strict=False)]
@@ -95,8 +96,6 @@ class Objective(Section):
     algorithm: Literal["popo", "raft", "mixed", "grpo"] = "popo"
     """`popo`; `raft`, the likelihood of correct answers alone; `mixed`, `popo` plus a term that lowers wrong answers;
     `grpo`, clipped policy gradients with group-relative advantages."""
-    reward_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """A rollout is positive if its reward is above this."""
 
     @property
     def needs_siamese_pass(self) -> bool:
@@ -294,12 +293,194 @@ class DataRecipe(DatasetRecipe):
     """P, prompts per optimizer step."""
 
 
+class RewardFunction(Section):
+    """A function that grades an answer, as `reward.functions` lists it."""
+
+    name: str
+    """A built-in function, or your own, `module:function`."""
+    weight: float = 1.0
+    """Weight in the total. Negative: a penalty, 1 minus the function's value counts. 0: only measured."""
+    label: str | None = None
+    """Name in `reward.positive_if` and in the metrics, if it is not `name`: for two functions of the same name."""
+
+    @property
+    def key(self) -> str:
+        """Name in `reward.positive_if` and in the metrics."""
+        return self.label or self.name
+
+
+class OwnFunction(RewardFunction):
+    """Your own function: `grade(text, problem)`, or one that was written for TRL."""
+
+    name: Annotated[str, Field(pattern="^[^:]+:[^:]+$")]
+    """`module:function`."""
+    range: Annotated[tuple[float, float], Field(strict=False)] = (0.0, 1.0)
+    """Least and largest value that it returns; mapped to 0 and 1."""
+    completions: Literal["conversational", "text"] | None = None
+    """Form of TRL's `completions`: lists of messages, or text. Unset: the first form that it takes without an error."""
+
+
+class MathFunction(RewardFunction):
+    """Is the final answer mathematically equal to the reference?"""
+
+    name: Literal["math"] = "math"
+
+
+class ExactFunction(RewardFunction):
+    """Is the answer the reference and nothing else, but for white space around it?"""
+
+    name: Literal["exact"] = "exact"
+
+
+class ChoiceFunction(RewardFunction):
+    """Is the last choice that the answer states the reference, a letter or its index from 0?"""
+
+    name: Literal["choice"] = "choice"
+    choices: Annotated[int, Field(ge=2, le=26)] = 5
+    """Number of choices, from A."""
+
+
+class NumericFunction(RewardFunction):
+    """Is the last number of the answer the reference's, within a tolerance? Units are ignored."""
+
+    name: Literal["numeric"] = "numeric"
+    tolerance: Rate = 0.0
+    """Largest absolute difference that is right."""
+    relative_tolerance: Rate = 0.0
+    """Largest difference that is right, as a fraction of the reference."""
+
+
+class RegexFunction(RewardFunction):
+    """Does a regular expression occur in the text?"""
+
+    name: Literal["regex"] = "regex"
+    pattern: str
+    """Python's `re` syntax. It is searched for; `^`, `$` and `(?s)` make it the form of the whole text."""
+
+
+class JsonSchemaFunction(RewardFunction):
+    """Is the last JSON value of the answer valid by a JSON Schema?"""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    name: Literal["json_schema"] = "json_schema"
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    """The schema, an inline table."""
+    schema_file: str | None = None
+    """A JSON file with the schema, instead of `schema`."""
+    equals_reference: bool = False
+    """The value must equal the reference, which is JSON, too."""
+
+
+class PythonTestsFunction(RewardFunction):
+    """Does the code of the answer pass the tests of the problem?"""
+
+    name: Literal["python_tests"] = "python_tests"
+    timeout_seconds: Annotated[float, Field(gt=0)] = 3.0
+    """Longest time for all tests of an answer; less than `reward.timeout_seconds`."""
+    memory_mib: Positive = 512
+    """Memory of the code in MiB."""
+    partial: bool = False
+    """The value is the fraction of tests passed. Off: 1 if all pass, else 0."""
+    allow_uncontained: bool = False
+    """Run the code even if this machine cannot contain it."""
+
+
+class LengthFunction(RewardFunction):
+    """Is the text as long as asked? Outside, the value falls linearly: to 0 at length 0 and at twice `max`."""
+
+    name: Literal["length"] = "length"
+    min: Positive | None = None
+    """Shortest length with the value 1."""
+    max: Positive | None = None
+    """Largest length with the value 1."""
+    unit: Literal["words", "characters"] = "words"
+    """What is counted."""
+
+
+class LanguageFunction(RewardFunction):
+    """Which fraction of the letters belongs to a script? LaTeX commands are not counted."""
+
+    name: Literal["language"] = "language"
+    script: Literal[
+        "Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Ethiopic", "Georgian", "Greek", "Gujarati",
+        "Gurmukhi", "Han", "Hangul", "Hebrew", "Japanese", "Kannada", "Khmer", "Lao", "Latin", "Malayalam", "Myanmar",
+        "Sinhala", "Tamil", "Telugu", "Thai", "Tibetan",
+    ]  # fmt: skip
+    """The script. `Japanese` is kana and Han."""
+
+
+class ReasoningGymFunction(RewardFunction):
+    """Score the answer by the problem's own generator of Reasoning Gym."""
+
+    name: Literal["reasoning_gym"] = "reasoning_gym"
+
+
+AnyFunction = (
+    MathFunction
+    | ExactFunction
+    | ChoiceFunction
+    | NumericFunction
+    | RegexFunction
+    | JsonSchemaFunction
+    | PythonTestsFunction
+    | LengthFunction
+    | LanguageFunction
+    | ReasoningGymFunction
+    | OwnFunction
+)
+FUNCTIONS: dict[str, type[RewardFunction]] = {
+    kind.model_fields["name"].default: kind for kind in get_args(AnyFunction) if kind is not OwnFunction
+}
+"""Name of a built-in function -> its options."""
+
+
+def function_tag(value: Any) -> str:
+    """Return which of the `FUNCTIONS` a table of `reward.functions` is, or "own"."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return name if isinstance(name, str) and name in FUNCTIONS else "own"
+
+
+def _as_tables(value: Any) -> Any:
+    """Return `reward.functions` as a list of tables; a name stands for a table with that name."""
+    values = [value] if isinstance(value, str) else value
+    return [{"name": one} if isinstance(one, str) else one for one in values] if isinstance(values, list) else values
+
+
+TaggedFunction = Annotated[
+    Annotated[MathFunction, Tag("math")]
+    | Annotated[ExactFunction, Tag("exact")]
+    | Annotated[ChoiceFunction, Tag("choice")]
+    | Annotated[NumericFunction, Tag("numeric")]
+    | Annotated[RegexFunction, Tag("regex")]
+    | Annotated[JsonSchemaFunction, Tag("json_schema")]
+    | Annotated[PythonTestsFunction, Tag("python_tests")]
+    | Annotated[LengthFunction, Tag("length")]
+    | Annotated[LanguageFunction, Tag("language")]
+    | Annotated[ReasoningGymFunction, Tag("reasoning_gym")]
+    | Annotated[OwnFunction, Tag("own")],
+    Discriminator(function_tag),
+]
+
+
 class RewardRecipe(Section):
     """Grading of answers, in worker processes that can be killed."""
 
-    function: str = "math"
-    """`math` (math-verify), `exact` (nothing but the reference is right), or a Python function, `module:name`: see
-    docs/rewards.md."""
+    functions: Annotated[
+        tuple[TaggedFunction, ...] | None, Field(strict=False, min_length=1), BeforeValidator(_as_tables)
+    ] = None
+    """What grades an answer: a name, or a list of names and tables. Built-in functions: `math`, `exact`, `choice`,
+    `numeric`, `regex`, `json_schema`, `python_tests`, `length`, `language`, `reasoning_gym`; your own: `module:name`.
+    The reward is the weighted mean of their values: see docs/rewards.md. Unset: `reasoning_gym` for its datasets, else
+    `math`."""
+    positive_if: Literal["total"] | Names = "total"
+    """An answer is positive if the reward is above `threshold`, or if each of these functions is."""
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """An answer is positive above this."""
+    thinking_tags: Annotated[tuple[Text, Text], Field(strict=False)] = ("<think>", "</think>")
+    """Tags around a model's thinking, which is not part of its answer."""
+    keep_special_tokens: bool = False
+    """Grade the text with its special tokens, except padding and the end. Off: without them, except thinking tags."""
     workers: Annotated[int, Field(ge=1, le=64)] = 2
     """Grading processes."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
@@ -404,6 +585,14 @@ class Recipe(Section):
     train: TrainRecipe = TrainRecipe()
     eval: EvalRecipe = EvalRecipe()
     output: OutputRecipe = OutputRecipe()
+
+    @property
+    def grading(self) -> RewardRecipe:
+        """`reward` with the task's own function if it names none."""
+        if self.reward.functions is not None:
+            return self.reward
+        gym = self.data.dataset.startswith("reasoning-gym:")
+        return self.reward.with_values({"functions": (ReasoningGymFunction() if gym else MathFunction(),)})
 
     def to_dict(self) -> dict[str, Any]:
         """Sections as plain data without unset optional keys, as TOML has no null."""

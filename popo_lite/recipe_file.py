@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from popo_lite.errors import RecipeError, nearest
-from popo_lite.recipe import OBJECTIVES, Objective, Recipe, Section
+from popo_lite.recipe import FUNCTIONS, OBJECTIVES, Objective, OwnFunction, Recipe, Section
 from popo_lite.recipe_rules import NOT_RENAMED, RENAMED, impossible_combinations
 
 SHOW_KEYS = "popo-lite recipe show   (every key with its meaning, allowed values and default)"
@@ -81,7 +81,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             if isinstance(value, str) and not value.strip():
                 unset = f"leave the key out, or unset it by --set {name}=" if schema[name].default is None else "set it"
                 wrong[name] = f"is empty; {unset}"
-        except ValidationError:
+        except ValidationError as error:
+            if name == "reward.functions" and (place := error.errors()[0]["loc"]):
+                wrong[name] = _wrong_function(value, place)
+                continue
             guess = nearest(str(value), type_of(schema[name]).json_schema().get("enum", ())) if value else None
             meant = f"; did you mean {to_toml(guess)}?" if guess else ""
             wrong[name] = f"must be {allowed_values(schema[name])}{meant}"
@@ -168,7 +171,7 @@ def _toml_key(key: str) -> str:
 
 def type_of(field: FieldInfo) -> TypeAdapter[Any]:
     """Return what validates the values of a key."""
-    annotated: Any = Annotated[field.annotation, field]
+    annotated: Any = Annotated[field.annotation, Field(), *field.metadata]
     return TypeAdapter(annotated, config=Section.model_config)
 
 
@@ -184,6 +187,12 @@ def _in_words(schema: dict[str, Any]) -> str:
         return to_toml(schema["const"])
     if "enum" in schema:
         return f"one of {', '.join(map(to_toml, schema['enum']))}"
+    if "prefixItems" in schema:
+        return " and ".join(_in_words(item) for item in schema["prefixItems"]) + ", in a list"
+    if "oneOf" in schema.get("items", {}):
+        return "a name, or a list of names and tables"
+    if schema.get("additionalProperties") is True:
+        return "a table"
     limits = " and ".join(f"{words} {schema[name]:g}" for name, words in BOUNDS.items() if name in schema)
     return KINDS[schema["type"]] + (f", {limits}" if limits else "")
 
@@ -241,6 +250,25 @@ def _shown(name: str, value: Any) -> str:
         return f"[{name}]"
     shown = to_toml(value)
     return f"{name} = {shown if len(shown) <= LONGEST_VALUE else f'{shown[: LONGEST_VALUE - 4]} ...'}"
+
+
+def _wrong_function(value: Any, place: tuple[int | str, ...]) -> str:
+    """Return what is wrong at `place` of `reward.functions`: (number of the function, its kind, key)."""
+    number, tag, key = (*place, "", "", "")[:3]
+    table = value if isinstance(value, str) else value[int(number)]
+    name = table if isinstance(table, str) else table.get("name") if isinstance(table, dict) else None
+    if tag == "own" and key in ("name", ""):
+        guess = nearest(str(name), FUNCTIONS)
+        what = f"{to_toml(table)}: names neither a built-in function ({', '.join(FUNCTIONS)}) nor module:function"
+        return f"{what}; did you mean {to_toml(guess)}?" if guess else what
+    fields = FUNCTIONS.get(str(tag), OwnFunction).model_fields
+    keys = {field.alias or own: field for own, field in fields.items()}
+    if key not in keys:
+        guess = nearest(str(key), keys)
+        meant = f"did you mean {guess}?" if guess else f"it has {', '.join(keys)}"
+        return f"{to_toml(name)} has no key {key}; {meant}"
+    needs = "must be" if isinstance(table, dict) and key in table else "is required:"
+    return f"{key} of {to_toml(name)} {needs} {allowed_values(keys[str(key)])}"
 
 
 def _unknown_key(name: str, value: Any, algorithm: str) -> str:

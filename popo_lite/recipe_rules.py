@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
 from popo_lite.errors import ModelError, UserInputError
-from popo_lite.recipe import ModelRecipe, Recipe
+from popo_lite.recipe import (
+    JsonSchemaFunction,
+    LengthFunction,
+    ModelRecipe,
+    OwnFunction,
+    Recipe,
+    RegexFunction,
+    RewardFunction,
+    RewardRecipe,
+)
 
 IMPOSSIBLE = {
     "model.dtype=float64 model.quantization=nf4": 'NF4 computes in "bfloat16", "float16" or "float32"',
@@ -65,7 +76,8 @@ RENAMED = {
     "rollout.vllm.enable_sleep_mode": "vllm_enable_sleep_mode",
     "rollout.server.base_urls": "vllm_server_base_url vllm_server_host vllm_server_port",
     "data.dataset": "dataset_name train_dataset", "eval.dataset": "eval_dataset", "eval.every": "eval_steps",
-    "reward.function": "reward_funcs", "optimizer.name": "optim", "optimizer.learning_rate": "lr",
+    "reward.functions": "reward_funcs reward.function",
+    "reward.threshold": "reward_threshold", "optimizer.name": "optim", "optimizer.learning_rate": "lr",
     "optimizer.schedule": "lr_scheduler_type", "train.steps": "max_steps", "train.seed": "random_state",
     "train.gradient_checkpointing": "use_gradient_checkpointing", "output.dir": "output_dir",
     "output.samples_per_step": "num_completions_to_print",
@@ -118,8 +130,8 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
     if recipe.train.tokens_per_microbatch < rollout.sequence_tokens:
         keys = ["train.tokens_per_microbatch", "rollout.max_prompt_length", "rollout.max_completion_length"]
         yield keys, f"one prompt with its answer may take {rollout.sequence_tokens} tokens; set at least that"
-    if ":" not in recipe.reward.function and recipe.reward.function not in ("math", "exact"):
-        yield ["reward.function"], 'is neither "math", "exact" nor "module:function"'
+    for key, why in _wrong_functions(recipe.grading):
+        yield [key], why
     generated = "built-in problems are generated and have no such setting; leave the key out"
     reasons: dict[str | None, str] = {
         "arithmetic": generated,
@@ -130,6 +142,51 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
         for key in ("config", "split", "prompt_column", "answer_column", "filter", "limit"):
             if part.dataset in reasons and getattr(part, key) not in (None, {}):
                 yield [f"{name}.{key}", f"{name}.dataset"], reasons[part.dataset]
+
+
+def _wrong_functions(reward: RewardRecipe) -> Iterator[tuple[str, str]]:
+    """Yield (key, what is wrong and what to do) for reward functions that cannot be used together."""
+    functions = {function.key: function for function in reward.functions or ()}
+    if repeated := next(
+        (key for key, count in Counter(f.key for f in reward.functions or ()).items() if count > 1), ""
+    ):
+        yield "reward.functions", f'lists "{repeated}" twice; give one of them another label = "..."'
+    if all(function.weight <= 0 for function in functions.values()):
+        yield "reward.functions", "need one with a weight above 0"
+    for key, function in functions.items():
+        if why := _wrong_options(function):
+            yield "reward.functions", f'"{key}" {why}'
+    if reward.positive_if == "total":
+        return
+    if unknown := [name for name in reward.positive_if if name not in functions]:
+        there = ", ".join(f'"{key}"' for key in functions)
+        yield "reward.positive_if", f'"{unknown[0]}" is not one of reward.functions, which are {there}'
+    elif any(functions[name].weight < 0 for name in reward.positive_if):
+        yield "reward.positive_if", "names a function with a negative weight, a penalty; leave it out"
+    elif all(functions[name].weight == 0 for name in reward.positive_if):
+        # The weights of positives are proportional to their rewards, which could all be 0.
+        yield "reward.positive_if", 'needs a function with a weight above 0; or use "total"'
+
+
+def _wrong_options(function: RewardFunction) -> str | None:
+    """Return what is wrong about options of a function that are valid one by one, and what to do."""
+    if isinstance(function, OwnFunction) and function.range[0] >= function.range[1]:
+        return f"has an empty range, {list(function.range)}; write the smaller number first"
+    if isinstance(function, RegexFunction):
+        try:
+            re.compile(function.pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            return f"has a pattern that is not a regular expression ({error}); correct it"
+    if isinstance(function, JsonSchemaFunction) and function.json_schema is not None and function.schema_file:
+        return "has both schema and schema_file; leave one out"
+    if isinstance(function, JsonSchemaFunction) and function.json_schema is None and not function.schema_file:
+        return "needs schema or schema_file"
+    if isinstance(function, LengthFunction):
+        if function.min is None and function.max is None:
+            return "needs min or max"
+        if function.min and function.max and function.min > function.max:
+            return f"has min = {function.min} above max = {function.max}"
+    return None
 
 
 def check_context(recipe: Recipe, context_tokens: int) -> None:

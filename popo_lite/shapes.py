@@ -41,13 +41,13 @@ def start_shapes(groups: Sequence[Group], first_round: int) -> dict[str, int]:
     return dict(Counter(shape_of(r.completion.text, r.prompt.problem.question) for r in graded))
 
 
-def shape_metrics(groups: Sequence[Group], threshold: float, start: Mapping[str, int]) -> dict[str, Any]:
+def shape_metrics(groups: Sequence[Group], start: Mapping[str, int]) -> dict[str, Any]:
     """Return the metrics of the positives' most frequent shape, of those that answers to several prompts share.
 
     Answers to a single prompt may well be equal, so what only they share says nothing. Without `start`, the shapes of
     the first step, the share at the start is unknown.
     """
-    found = _positives_by_shape(groups, threshold)
+    found = _positives_by_shape(groups)
     shared = [shape for shape, rollouts in found.items() if len({r.prompt.problem.id for r in rollouts}) > 1]
     top = max(shared, key=lambda shape: len(found[shape]), default=None)
     return {
@@ -66,14 +66,12 @@ def count_takeover(steps: Mapping[str, int], record: StepRecord) -> dict[str, in
     return {**steps, shape: steps.get(shape, 0) + 1} if _takes_over(record) else dict(steps)
 
 
-def takeover_message(
-    record: StepRecord, groups: Sequence[Group], threshold: float, steps: Mapping[str, int]
-) -> str | None:
+def takeover_message(record: StepRecord, groups: Sequence[Group], steps: Mapping[str, int]) -> str | None:
     """Return what to print if this is the step that makes `TAKEOVER_STEPS` for a shape; `steps` counts it."""
     shape, now, start = (record[name] for name in ("top_shape", "top_shape_ratio", "top_shape_start_ratio"))
     if not _takes_over(record) or steps[shape] != TAKEOVER_STEPS:
         return None
-    by_prompt = {rollout.prompt.problem.id: rollout for rollout in _positives_by_shape(groups, threshold)[shape]}
+    by_prompt = {rollout.prompt.problem.id: rollout for rollout in _positives_by_shape(groups)[shape]}
     examples = [(r.completion.text, r.prompt.problem.answer) for r in by_prompt.values()]
     return "\n".join(
         (
@@ -81,7 +79,7 @@ def takeover_message(
             f"(_ is copied from the question.) Of all answers of the first step, {start:.1%} did. Examples:",
             *(f'"{_ends(text)}" counts as right; the reference is {_ends(answer)}' for text, answer in examples[:2]),
             "Look at them, and at samples.jsonl. The model may have learned the form that you want. If such answers "
-            "should not count as right, tighten the reward: reward.function (docs/rewards.md)",
+            "should not count as right, tighten the reward: reward.functions (docs/rewards.md)",
         )
     )
 
@@ -94,9 +92,9 @@ def _takes_over(record: StepRecord) -> bool:
     return common and bool(record["top_shape_ratio"] >= TAKES_OVER)
 
 
-def _positives_by_shape(groups: Sequence[Group], threshold: float) -> dict[str, list[Rollout]]:
+def _positives_by_shape(groups: Sequence[Group]) -> dict[str, list[Rollout]]:
     found: dict[str, list[Rollout]] = {}
-    for rollout in (rollout for group in groups for rollout in group.positives(threshold)):
+    for rollout in (rollout for group in groups for rollout in group.positives):
         shape = shape_of(rollout.completion.text, rollout.prompt.problem.question)
         found.setdefault(shape, []).append(rollout)
     return found

@@ -25,7 +25,7 @@ from popo_lite.checkpoint import Cursor, checkpoint_folders, load_checkpoint, sa
 from popo_lite.curriculum import Budget, Choice, choose_problems, collect, remember
 from popo_lite.errors import EngineError, PopoError
 from popo_lite.evaluation import evaluate, fitting
-from popo_lite.grading import Grader
+from popo_lite.grading import TRIED_PROBLEMS, Grader
 from popo_lite.metrics import StepRecord, make_record, rollout_metrics, sample_line, sample_views, sampler_summary
 from popo_lite.objective import StepPlan, nothing_to_learn, steered_entropy_coef
 from popo_lite.policy.adapters import save_adapter
@@ -167,11 +167,12 @@ class Trainer:
     def _open_task(self, stack: ExitStack) -> None:
         """Open grader and problems, and load the policy; `popo-lite bench` makes them up."""
         check_cpu_size(self.recipe, pick_device(self.recipe.train.device))
-        self.grader = stack.enter_context(Grader(self.recipe.reward))
-        self.grader.check()
         self.train_task, self.eval_task = open_tasks(self.recipe)
         self.held_out = self.eval_task.held_out(self.recipe.eval.problems) if self.recipe.eval.problems else []
         self.renderer = open_renderer(self.recipe)
+        grader = Grader(self.recipe.grading, thinking_open=self.renderer.opens_thinking)
+        self.grader = stack.enter_context(grader)
+        self.grader.check([self.train_task.train_problem(self.recipe.train.seed, i) for i in range(TRIED_PROBLEMS)])
         self._check_prompts()  # before gigabytes are read
         self.policy = load_policy(self.recipe)
         for notice in self.policy.notices:
@@ -309,8 +310,8 @@ class Trainer:
         seconds: dict[str, float],
     ) -> StepRecord:
         recipe, siamese = self.recipe, self.learner.siamese
-        threshold, first_round = recipe.objective.reward_threshold, Budget.of(recipe.rollout).round_size
-        sampled = rollout_metrics(groups, self.train_task, threshold, first_round=first_round)
+        first_round = Budget.of(recipe.rollout).round_size
+        sampled = rollout_metrics(groups, self.train_task, first_round=first_round)
         if step == 0:
             self.cursor.start_shapes = start_shapes(groups, first_round)
         learned: dict[str, Any] = {"trained_tokens": 0, "shared_tokens": 0, "micro_batches": 0}
@@ -327,7 +328,7 @@ class Trainer:
         tokens = {"rollout": sampled["rollout_tokens"], "siamese": before_update, "update": learned["trained_tokens"]}
         values = {
             **sampled,
-            **shape_metrics(groups, threshold, self.cursor.start_shapes),
+            **shape_metrics(groups, self.cursor.start_shapes),
             **learned,
             "step": step,
             "policy_version": self.policy.version,
@@ -363,9 +364,9 @@ class Trainer:
 
     def _report(self, record: StepRecord, groups: Sequence[Group]) -> None:
         self.callback.step(record)
-        threshold, count = self.recipe.objective.reward_threshold, max(self.recipe.output.samples_per_step, 1)
-        self.callback.samples(sample_views(record["step"], groups, threshold, count))
-        if text := takeover_message(record, groups, threshold, self.cursor.shape_steps):
+        count = max(self.recipe.output.samples_per_step, 1)
+        self.callback.samples(sample_views(record["step"], groups, count))
+        if text := takeover_message(record, groups, self.cursor.shape_steps):
             self.callback.message(text)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped_reason"] else 0
         if self._skipped_in_a_row and self._skipped_in_a_row % ADVISE_AFTER == 0:

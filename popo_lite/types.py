@@ -82,12 +82,18 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """A verdict: `value` in [0, 1], the outcome of grading, and the final answer found in the text, if any."""
+    """A verdict: `value` in [0, 1], the outcome of grading, and the final answer found in the text, if any.
+
+    `positive` says whether the answer counts as right, by `reward.positive_if`. `parts` holds the value in [0, 1] of
+    each reward function that applies to the answer.
+    """
 
     value: float
     outcome: Outcome
+    positive: bool = False
     answer: str | None = None
     detail: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +128,10 @@ class Group:
         """The prompt that all rollouts answer."""
         return self.rollouts[0].prompt
 
-    def positives(self, threshold: float) -> tuple[Rollout, ...]:
-        """Return S+: the rollouts whose reward is above `threshold`."""
-        return tuple(rollout for rollout in self.rollouts if rollout.reward.value > threshold)
+    @property
+    def positives(self) -> tuple[Rollout, ...]:
+        """S+: the rollouts whose reward is positive."""
+        return tuple(rollout for rollout in self.rollouts if rollout.reward.positive)
 
 
 @dataclass(frozen=True, kw_only=True)

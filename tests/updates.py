@@ -37,7 +37,7 @@ def groups_of(trainer: Trainer, *, hopeless: int = 1) -> list[Group]:
                         finish_reason=FinishReason.STOP,
                         text="",
                     ),
-                    reward=Reward(value=float(index < right), outcome=Outcome.CORRECT),
+                    reward=Reward(value=float(index < right), outcome=Outcome.CORRECT, positive=index < right),
                     policy_version=0,
                     index=index,
                 )

@@ -1,34 +1,104 @@
-"""Load reward functions by name and interpret their return values."""
+"""Load reward functions by name, call them in the form that each takes, and combine their values into a reward."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from popo_lite.errors import UserInputError, nearest
+from popo_lite.recipe import OwnFunction, RewardFunction, RewardRecipe
 from popo_lite.types import Outcome, Reward
 
+MODULES = {
+    "math": "popo_lite.grading.symbolic",
+    "python_tests": "popo_lite.grading.sandbox",
+    "reasoning_gym": "popo_lite.tasks.reasoning_gym",
+}
+"""Modules of built-in functions that are not in `builtins`."""
 
-def load_function(name: str) -> Callable[[str, Mapping[str, Any]], Reward]:
-    """Return the grading function called `name`: `math`, `exact`, or `module:function` on `sys.path`.
+Problem = Mapping[str, Any]
+"""A problem as functions get it, with `KEYS`; in requests to workers also what only TRL's functions may ask for."""
+KEYS = ("id", "question", "messages", "answer", "meta")
 
-    Raises UserInputError if the module cannot be imported or has no such function.
+
+class WrongReturnError(Exception):
+    """Raised if a function returns what is no reward; `next_step` says what to do."""
+
+    def __init__(self, what: str, next_step: str) -> None:
+        super().__init__(what)
+        self.next_step = next_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Function:
+    """A loaded reward function. `grade` returns None if it does not apply to the answer.
+
+    `check` returns why the problem's reference cannot be read, or None; it is None for functions that read none.
     """
-    if name == "math":
-        from popo_lite.grading.symbolic import grade_math  # sympy is for workers only
 
-        return grade_math
-    if name == "exact":
-        return grade_exact
+    settings: RewardFunction
+    grade: Callable[[str, Problem], Reward | None]
+    check: Callable[[Problem], str | None] | None = None
+    trl: TrlFunction | None = None
 
-    def refusal(reason: str, next_step: str = "correct it or reward.function; see docs/rewards.md") -> UserInputError:
-        return UserInputError(f'"{name}" cannot be used: {reason}', where="reward.function", next_step=next_step)
+
+def load_functions(reward: RewardRecipe, *, thinking_open: bool) -> list[Function]:
+    """Load the recipe's reward functions. Raises UserInputError for one that cannot be loaded or called.
+
+    `thinking_open` says whether the prompt ends with the opening thinking tag.
+    """
+    thinking = {"thinking_tags": reward.thinking_tags, "thinking_open": thinking_open}
+    return [
+        _load_own(settings) if isinstance(settings, OwnFunction) else _load_builtin(settings, thinking)
+        for settings in reward.functions or ()
+    ]
+
+
+def _load_builtin(settings: RewardFunction, thinking: Mapping[str, object]) -> Function:
+    """Load `grade_NAME`, and `check_NAME` if there is one; each gets those of its options and `thinking` it names."""
+    module = importlib.import_module(MODULES.get(settings.name, "popo_lite.grading.builtins"))
+    own = settings.model_dump(exclude={"name", "weight", "label"}, by_alias=False)
+
+    def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+        takes = inspect.signature(function).parameters
+        return partial(function, **{key: value for key, value in {**thinking, **own}.items() if key in takes})
+
+    try:
+        prepare = getattr(module, f"prepare_{settings.name}", None)
+        own |= prepare(**own) if prepare else {}
+    except ValueError as error:
+        what = f'"{settings.key}" cannot be used: {error}'
+        raise UserInputError(what, where="reward.functions", next_step="correct it; see docs/rewards.md") from error
+    graded, check = (
+        with_options(getattr(module, f"grade_{settings.name}")),
+        getattr(module, f"check_{settings.name}", None),
+    )
+    return Function(
+        settings=settings,
+        grade=lambda text, problem: as_reward(graded(text, problem)),
+        check=with_options(check) if check else None,
+    )
+
+
+def _load_own(settings: OwnFunction) -> Function:
+    """Load a function of the form `grade(text, problem)`, or of TRL's form.
+
+    TRL's have a parameter `completions`, or only `completion_ids`.
+    """
+    name = settings.name
+
+    def refusal(reason: str, next_step: str = "correct it or reward.functions; see docs/rewards.md") -> UserInputError:
+        return UserInputError(f'"{name}" cannot be used: {reason}', where="reward.functions", next_step=next_step)
 
     module_name, _, attribute = name.partition(":")
     try:
@@ -43,34 +113,225 @@ def load_function(name: str) -> Callable[[str, Mapping[str, Any]], Reward]:
         file = getattr(module, "__file__", None) or "built in"
         reason = f"module {module_name!r} ({file}) has no attribute {attribute!r}"
         likely = nearest(attribute, [key for key, value in vars(module).items() if callable(value)])
-        raise refusal(reason, f'set reward.function = "{module_name}:{likely}"') if likely else refusal(reason)
+        raise refusal(reason, f'set reward.functions = "{module_name}:{likely}"') if likely else refusal(reason)
     function = getattr(module, attribute)
     try:
-        inspect.signature(function).bind("text", {})
+        signature = inspect.signature(function)
+        if not {"completions", "completion_ids"}.isdisjoint(signature.parameters):
+            trl = TrlFunction(function, signature, settings.completions)
+            return Function(settings=settings, grade=partial(_graded, trl, settings, keep_none=True), trl=trl)
+        signature.bind("text", {})
     except TypeError as error:  # also if it is not callable
-        raise refusal(f"it must take (text, problem): {error}") from error
+        raise refusal(f"it must take (text, problem), or TRL's (completions, ...): {error}") from error
     except ValueError:
         pass  # a function in C without a signature; errors then appear when it is called
-    return lambda text, problem: as_reward(function(text, dict(problem)))
+    own = partial(_graded, lambda text, problem: function(text, {key: problem[key] for key in KEYS}), settings)
+    return Function(settings=settings, grade=own)
 
 
-def grade_exact(text: str, problem: Mapping[str, Any]) -> Reward:
-    """Return CORRECT if the answer is the reference, but for white space around them."""
-    answer = text.strip()
-    if not answer:
-        return Reward(value=0.0, outcome=Outcome.UNPARSED)
-    return as_reward(answer == problem["answer"].strip())
+def _graded(
+    call: Callable[[str, Problem], object],
+    settings: OwnFunction,
+    text: str,
+    problem: Problem,
+    *,
+    keep_none: bool = False,
+) -> Reward | None:
+    """Call a user's function. With `keep_none`, None means that it does not apply, and else that there is no answer."""
+    returned = call(text, problem)
+    return None if keep_none and returned is None else as_reward(returned, settings.range, settings.name)
 
 
-def as_reward(returned: object) -> Reward:
-    """Convert a reward function's return value. Anything but None and numbers in [0, 1] is an ERROR."""
+class TrlFunction:
+    """Call a reward function that was written for TRL or Unsloth, with lists of one element.
+
+    `form` is that of `completions`: "conversational", "text", or None before the first call: that tries both.
+    """
+
+    def __init__(self, function: Callable[..., Any], signature: inspect.Signature, form: str | None) -> None:
+        self._function, self._names, self.form = function, signature.parameters, form
+
+    def __call__(self, text: str, problem: Problem) -> object:
+        """Return the function's value for the answer. Raises WrongReturnError unless it returns a list of one."""
+        if self.form is None:
+            # A function for text may take a list of messages without an error, so the usual form comes first.
+            errors = []
+            for form in ("conversational", "text"):
+                try:
+                    returned = self._call(text, problem, form)
+                except Exception as error:
+                    if isinstance(error, WrongReturnError | MemoryError):
+                        raise
+                    errors.append(f'with completions = "{form}": {describe_exception(error)}')
+                else:
+                    self.form = form
+                    return _only(returned)
+            raise WrongReturnError("; ".join(errors), "correct the function; see docs/rewards.md")
+        return _only(self._call(text, problem, self.form))
+
+    def _call(self, text: str, problem: Problem, form: str) -> object:
+        conversational, meta = form == "conversational", problem["meta"]
+        columns = {"question": problem["question"], "answer": problem["answer"], **meta}
+        if isinstance(columns["answer"], str):
+            columns["answer"] = problem["answer"]  # of GSM8K's "working #### 42", only 42
+        # As TRL 1.15 passes them, where trainer_state has more fields, and log_extra and log_metric write to its logs.
+        state = {"global_step": 0, "max_steps": 1, **problem.get("trainer_state", {})}
+        given = {name: [cell] for name, cell in columns.items() if name not in ("prompt", "completion")} | {
+            "prompts": [[*problem["messages"]] if conversational else problem["question"]],
+            "completions": [[{"role": "assistant", "content": text}] if conversational else text],
+            "completion_ids": [problem.get("completion_ids", [])],
+            "trainer_state": SimpleNamespace(**state),
+            "log_extra": lambda *_: None,
+            "log_metric": lambda *_: None,
+        }
+        parameters = self._names.values()
+        needed = {
+            one.name
+            for one in parameters
+            if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+        }
+        if missing := sorted(needed - given.keys()):
+            there = ", ".join(f'"{name}"' for name in ({"answer": 0} | meta))
+            raise WrongReturnError(
+                f'it needs the column "{missing[0]}", and the rows have {there}',
+                f'give the rows a column "{missing[0]}" of at most 2,000 characters, or the parameter a default',
+            )
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+            given = {name: value for name, value in given.items() if name in self._names}
+        returned = self._function(**given)
+        return asyncio.run(_awaited(returned)) if inspect.isawaitable(returned) else returned
+
+
+async def _awaited(returned: Any) -> object:
+    return await returned
+
+
+def _only(returned: Any) -> object:
+    """Return the value of the only completion."""
+    try:
+        values = list(returned)
+    except TypeError:
+        values = []
+    if len(values) != 1 or isinstance(returned, str | bytes | Mapping):
+        what = f"returned {returned!r:.80} for one completion"
+        raise WrongReturnError(what, "return a list with a number, or None, for each of the completions")
+    value = values[0]
+    return value.item() if hasattr(value, "item") else value  # of a tensor
+
+
+def as_reward(returned: object, limits: tuple[float, float] = (0.0, 1.0), name: str = "") -> Reward:
+    """Convert a function's return value, from `limits` to [0, 1]. Raises WrongReturnError for no number in them."""
+    if isinstance(returned, Reward):
+        return returned
     if returned is None:
         return Reward(value=0.0, outcome=Outcome.UNPARSED)
-    value = float(returned) if isinstance(returned, Real) else math.nan
-    if not 0 <= value <= 1:  # written so that NaN is refused
-        detail = f"the reward function returned {returned!r:.80}; a reward is a number from 0 to 1, a bool or None"
-        return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
+    number = float(returned) if isinstance(returned, Real) else math.nan
+    low, high = limits
+    if not low <= number <= high:  # written so that NaN is refused
+        what = f"the reward function returned {returned!r:.80}"
+        if not math.isfinite(number):
+            raise WrongReturnError(f"{what}; a reward is a number, a bool or None", "correct the function")
+        wanted = [min(low, math.floor(number)), max(high, math.ceil(number))]
+        table = f'{{name = "{name}", range = {wanted}}}'
+        raise WrongReturnError(
+            f"{what}, outside its range [{low:g}, {high:g}]",
+            f"declare the least and the largest value that it can return, for instance reward.functions = [{table}]",
+        )
+    value = (number - low) / (high - low)
     return Reward(value=value, outcome=Outcome.CORRECT if value > 0.5 else Outcome.INCORRECT)
+
+
+def combine(rewards: Mapping[str, Reward | None], recipe: RewardRecipe) -> Reward:
+    """Return the reward of an answer from those of the functions, by key; None for one that does not apply.
+
+    The value is the mean by weight, in which a penalty counts 1 minus its value. A function without a verdict leaves
+    the answer without one.
+    """
+    given = {key: reward for key, reward in rewards.items() if reward is not None}
+    several = len(rewards) > 1
+    for key, reward in given.items():
+        if not reward.outcome.is_graded:
+            detail = f"{key}: {reward.detail}" if several else reward.detail
+            return Reward(value=0.0, outcome=reward.outcome, answer=reward.answer, detail=detail)
+    weights = {function.key: function.weight for function in recipe.functions or () if function.key in given}
+    parts = {key: reward.value for key, reward in given.items()}
+    size = sum(map(abs, weights.values()))
+    terms = (abs(weight) * (parts[key] if weight > 0 else 1 - parts[key]) for key, weight in weights.items())
+    value = min(sum(terms) / size, 1.0) if size else 0.0
+    if recipe.positive_if == "total":
+        positive = value > recipe.threshold
+    else:
+        positive = all(parts.get(key, 0.0) > recipe.threshold for key in recipe.positive_if)
+    first = next(iter(rewards.values()))
+    outcome = Outcome.UNPARSED if first is None else first.outcome
+    if several and positive:
+        outcome = Outcome.CORRECT
+    elif several and outcome is not Outcome.UNPARSED:
+        outcome = Outcome.INCORRECT
+    return Reward(
+        value=value,
+        outcome=outcome,
+        positive=positive,
+        answer=next((reward.answer for reward in given.values() if reward.answer is not None), None),
+        detail="; ".join(reward.detail for reward in given.values() if reward.detail),
+        parts=parts,
+    )
+
+
+def grade_by_all(functions: Iterable[Function], text: str, problem: Problem, recipe: RewardRecipe) -> Reward:
+    """Grade an answer by every function. One that raises makes the answer an ERROR; MemoryError passes through."""
+    rewards: dict[str, Reward | None] = {}
+    for function in functions:
+        try:
+            rewards[function.settings.key] = function.grade(text, problem)
+        except MemoryError:  # which may have left broken state
+            raise
+        except WrongReturnError as error:
+            detail = f"{error}; {error.next_step}"
+            rewards[function.settings.key] = Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
+        except (Exception, SystemExit) as error:
+            detail = describe_exception(error)
+            rewards[function.settings.key] = Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
+    return combine(rewards, recipe)
+
+
+def try_functions(functions: Sequence[Function], text: str, problem: Problem) -> None:
+    """Call every function once. Raises UserInputError if one of the user's own raises or returns no reward."""
+    for function in functions:
+        try:
+            function.grade(text, problem)
+        except (Exception, SystemExit) as error:
+            source = _source(function.settings)
+            what = str(error) if isinstance(error, WrongReturnError) else describe_exception(error)
+            next_step = error.next_step if isinstance(error, WrongReturnError) else f"correct {source or 'it'}"
+            raise UserInputError(
+                f'"{function.settings.key}"{f" ({source})" if source else ""} fails on the answer {text!r:.60} to '
+                f"problem {problem['id']}: {what}",
+                where="reward.functions",
+                next_step=next_step,
+            ) from error
+
+
+def _source(settings: RewardFunction) -> str:
+    """Return `file:line` of a user's function, if it is known."""
+    if not isinstance(settings, OwnFunction):
+        return ""
+    module, _, attribute = settings.name.partition(":")
+    function = inspect.unwrap(getattr(importlib.import_module(module), attribute))
+    code = getattr(function, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else ""
+
+
+def unreadable(functions: Iterable[Function], problem: Problem) -> str:
+    """Return why a function cannot read the problem's reference, or an empty string."""
+    for function in functions:
+        try:
+            reason = function.check(problem) if function.check else None
+        except Exception as error:
+            reason = describe_exception(error)
+        if reason:
+            return reason
+    return ""
 
 
 def describe_exception(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from io import FileIO
@@ -24,11 +24,15 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from popo_lite.errors import GradingError, UserInputError
+from popo_lite.grading.functions import combine
 from popo_lite.grading.math import decide_exactly, final_answer
-from popo_lite.recipe import RewardRecipe
+from popo_lite.recipe import MathFunction, OwnFunction, RewardRecipe
 from popo_lite.types import Outcome, Problem, Reward, count_outcomes
 
-STARTUP_SECONDS = 120.0  # for importing the reward function; not charged to any answer
+STARTUP_SECONDS = 120.0  # for importing the reward functions; not charged to any answer
+TRIED_PROBLEMS = 3  # of the first training rows, with the reference and with NO_ANSWER
+NO_ANSWER = "no idea"
+CHECKED_AT_ONCE = 500  # references in one request
 STDERR_TAIL_BYTES = 4096  # of what a worker wrote to stderr, for the detail of an ERROR
 READ_BYTES = 2**16  # the capacity of a pipe
 POSIX = os.name == "posix"
@@ -38,16 +42,20 @@ T = TypeVar("T")
 
 
 class Grader(AbstractContextManager["Grader"]):
-    """Grade answers with the recipe's reward function. A context manager; leaving it ends all processes.
+    """Grade answers with the recipe's reward functions. A context manager; leaving it ends all processes.
 
-    Processes are started when an answer needs one. An answer that hangs is a TIMEOUT. An answer that ends its
-    process twice is an ERROR, never a silent 0. May be used from any thread.
+    `thinking_open` says whether prompts end with the opening thinking tag. Processes are started when an answer needs
+    one. An answer that hangs is a TIMEOUT. An answer that ends its process twice is an ERROR, never a silent 0. May be
+    used from any thread.
     """
 
-    def __init__(self, reward: RewardRecipe) -> None:
-        self._reward = reward
+    def __init__(self, reward: RewardRecipe, *, thinking_open: bool = False) -> None:
+        if reward.functions is None:
+            reward = reward.with_values({"functions": (MathFunction(),)})
+        self._reward, self._thinking_open = reward, thinking_open
+        self._names = ", ".join(f'"{function.key}"' for function in reward.functions or ())
         self._workers: dict[int, _Worker] = {}
-        self._function_loaded = False
+        self._functions_loaded = False
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         # The kernel kills a worker when the *thread* that started it ends (see worker.py), so they are all
@@ -58,16 +66,34 @@ class Grader(AbstractContextManager["Grader"]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def check(self) -> None:
-        """Load the reward function in one worker. Raises UserInputError if that fails."""
-        self._run(self._ready_worker, 0)
+    def check(self, problems: Sequence[Problem] = ()) -> None:
+        """Load the reward functions in one worker, and call them with answers to the first of `problems`.
 
-    def grade(self, answers: Sequence[tuple[str, Problem]]) -> list[Reward]:
+        Raises UserInputError if loading fails, a call raises or hangs, or a function returns no reward.
+        """
+        self._run(self._check, problems[:TRIED_PROBLEMS])
+
+    def grade(
+        self,
+        answers: Sequence[tuple[str, Problem]],
+        *,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        trainer_state: Mapping[str, int] | None = None,
+    ) -> list[Reward]:
         """Return one reward per answer, a completion's text and its problem, in order.
 
-        Raises UserInputError if the reward function cannot be loaded, GradingError if it no longer can.
+        TRL's functions may ask for the token ids of each answer and for `trainer_state`: `global_step`, `max_steps`.
+
+        Raises UserInputError if a reward function cannot be loaded, GradingError if it no longer can.
         """
-        return self._run(self._grade_all, answers)
+        return self._run(self._grade_all, answers, completion_ids, trainer_state or {})
+
+    def unreadable(self, problems: Sequence[Problem]) -> dict[str, str]:
+        """Return problem id -> why a reward function cannot read its reference, for those of which that is so.
+
+        Workers check in parallel. A check that takes longer than `timeout_seconds` counts as unreadable.
+        """
+        return self._run(self._check_references, problems)
 
     def close(self) -> None:
         """End all grading processes; may be called again."""
@@ -99,26 +125,101 @@ class Grader(AbstractContextManager["Grader"]):
         while self._workers:
             self._workers.popitem()[1].kill()
 
-    async def _grade_all(self, answers: Sequence[tuple[str, Problem]]) -> list[Reward]:
+    async def _check(self, problems: Sequence[Problem]) -> None:
+        worker = await self._ready_worker(0)
+        for problem in problems:
+            for text in (problem.answer, NO_ANSWER):
+                line = _line("try", [text, self._content(problem) | {"completion_ids": [0] * len(text.split())}])
+                try:
+                    reply = await worker.ask(line, self._reward.timeout_seconds)
+                    what = f"ended its process ({self._workers.pop(0).kill()})" if reply is None else ""
+                except TimeoutError:
+                    self._workers.pop(0).kill()
+                    reply, what = None, f"took more than reward.timeout_seconds = {self._reward.timeout_seconds:g}"
+                if reply is None:
+                    what = f"{self._names}: grading the answer {text!r:.60} to problem {problem.id} {what}"
+                    next_step = "correct the function, or raise reward.timeout_seconds"
+                    raise UserInputError(what + worker.stderr_note(), where="reward.functions", next_step=next_step)
+                if "refused" in reply:
+                    what = reply["refused"] + worker.stderr_note()
+                    raise UserInputError(what, where="reward.functions", next_step=reply["next_step"])
+                self._fix_forms(reply["forms"])
+
+    def _fix_forms(self, forms: Mapping[str, str | None]) -> None:
+        """Let all workers call TRL's functions in the forms that were found."""
+        functions = tuple(
+            one.with_values({"completions": forms[one.key]})
+            if isinstance(one, OwnFunction) and one.key in forms
+            else one
+            for one in self._reward.functions or ()
+        )
+        self._reward = self._reward.with_values({"functions": functions})
+
+    async def _check_references(self, problems: Sequence[Problem]) -> dict[str, str]:
+        waiting = list(reversed(problems))
+        reasons: dict[str, str] = {}
+
+        async def work(slot: int) -> None:
+            while waiting:
+                own = [waiting.pop() for _ in range(min(CHECKED_AT_ONCE, len(waiting)))]
+                count = len(own)
+                while own:
+                    asked = own[:count]
+                    worker = await self._ready_worker(slot)
+                    try:
+                        reply = await worker.ask(
+                            _line("check", list(map(self._content, asked))), self._reward.timeout_seconds
+                        )
+                    except TimeoutError:
+                        reply = None
+                    if reply is not None:
+                        found, count = reply["reasons"], CHECKED_AT_ONCE
+                    else:
+                        self._workers.pop(slot).kill()
+                        found = ["checking it hung or ended its process"] if count == 1 else []
+                        count = 1
+                    reasons.update({one.id: why for one, why in zip(own, found, strict=False) if why})
+                    own = own[len(found) :]
+
+        await asyncio.gather(*map(work, range(min(self._reward.workers, len(problems)))))
+        return {one.id: reasons[one.id] for one in problems if one.id in reasons}
+
+    async def _grade_all(
+        self,
+        answers: Sequence[tuple[str, Problem]],
+        completion_ids: Sequence[Sequence[int]] | None,
+        trainer_state: Mapping[str, int],
+    ) -> list[Reward]:
         """Grade by up to `reward.workers` workers; each takes the next answer when it is free."""
         waiting = iter(enumerate(answers))
         rewards: dict[int, Reward] = {}
 
         async def work(slot: int) -> None:
             for index, (text, problem) in waiting:
-                rewards[index] = await self._grade_one(slot, text[-self._reward.max_answer_characters :], problem)
+                more: dict[str, Any] = {"trainer_state": dict(trainer_state)}
+                more |= {"completion_ids": list(completion_ids[index])} if completion_ids else {}
+                rewards[index] = await self._grade_one(slot, text[-self._reward.max_answer_characters :], problem, more)
 
         await asyncio.gather(*map(work, range(min(self._reward.workers, len(answers)))))
         return [rewards[index] for index in range(len(answers))]
 
-    async def _grade_one(self, slot: int, text: str, problem: Problem) -> Reward:
+    def _content(self, problem: Problem) -> dict[str, Any]:
+        """Return a problem as reward functions get it: see `functions.KEYS`. Mathematics needs no more than two."""
         content: dict[str, Any] = {"id": problem.id, "answer": problem.answer}
-        if self._reward.function != "math":
-            content |= {"question": problem.question, "meta": dict(problem.meta)}
-        elif decided := decide_exactly(text, problem):
-            return decided
+        if all(isinstance(function, MathFunction) for function in self._reward.functions or ()):
+            return content
+        messages = [dict(message) for message in problem.messages]
+        return content | {"question": problem.question, "messages": messages, "meta": dict(problem.meta)}
+
+    async def _grade_one(self, slot: int, text: str, problem: Problem, more: dict[str, Any]) -> Reward:
+        functions = self._reward.functions or ()
+        if len(functions) == 1 and isinstance(functions[0], MathFunction):
+            tags, opened = self._reward.thinking_tags, self._thinking_open
+            if decided := decide_exactly(text, problem, thinking_tags=tags, thinking_open=opened):
+                return combine({functions[0].key: decided}, self._reward)
+        own = any(isinstance(function, OwnFunction) for function in functions)
         try:
-            line = json.dumps([text, content]).encode() + b"\n"
+            line = _line("grade", [text, self._content(problem) | (more if own else {})])
         except (TypeError, ValueError) as error:
             detail = f"problem {problem.id!r} has a meta value that JSON cannot hold: {error}"
             return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
@@ -146,29 +247,38 @@ class Grader(AbstractContextManager["Grader"]):
         return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
 
     async def _ready_worker(self, slot: int) -> _Worker:
-        """Return the worker of `slot`; if there is none, start one and wait until it has loaded the function."""
+        """Return the worker of `slot`; if there is none, start one and wait until it has loaded the functions."""
         if slot in self._workers:
             return self._workers[slot]
         worker = self._workers[slot] = _Worker()
         # Workers import what this process would, and the user's functions from the working directory.
         here = str(Path.cwd())
-        settings = {"function": self._reward.function, "path": [*(entry or here for entry in sys.path), here]}
+        settings = {
+            "reward": self._reward.model_dump(mode="json"),
+            "thinking_open": self._thinking_open,
+            "path": [*(entry or here for entry in sys.path), here],
+        }
         try:
             reply = await worker.ask(json.dumps(settings).encode() + b"\n", STARTUP_SECONDS)
             reason = None if reply else f"its worker ended while importing it ({self._workers.pop(slot).kill()})"
         except TimeoutError:
             reply, reason = None, f"importing it took more than {STARTUP_SECONDS:g} seconds"
         if reply is None:
-            # If the function was loaded before, the user's setting is not the cause.
-            raise (GradingError if self._function_loaded else UserInputError)(
-                f'"{self._reward.function}" cannot be used: {reason}{worker.stderr_note()}',
-                where="reward.function",
+            # If the functions were loaded before, the user's setting is not the cause.
+            raise (GradingError if self._functions_loaded else UserInputError)(
+                f"{self._names} cannot be used: {reason}{worker.stderr_note()}",
+                where="reward.functions",
                 next_step="import the module in a Python shell to see what it does; see docs/rewards.md",
             )
         if "refused" in reply:
-            raise UserInputError(reply["refused"], where="reward.function", next_step=reply["next_step"])
-        self._function_loaded = True
+            raise UserInputError(reply["refused"], where="reward.functions", next_step=reply["next_step"])
+        self._functions_loaded = True
         return worker
+
+
+def _line(kind: str, content: object) -> bytes:
+    """Return a request to a worker."""
+    return json.dumps({kind: content}).encode() + b"\n"
 
 
 class _Worker:
@@ -277,5 +387,5 @@ def refuse_ungraded(rewards: Sequence[Reward], limit: float, where: str) -> None
         f"reward.max_ungraded_ratio = {limit:g} allows; the first: {' | '.join(details[:2])}",
         where=where,
         next_step="for timeouts raise reward.timeout_seconds or lower reward.max_answer_characters; "
-        "for errors correct reward.function or the data it names",
+        "for errors correct reward.functions or the data it names",
     )

@@ -1,4 +1,4 @@
-"""Run a grading process: JSON requests, one a line, from the inherited socket; one line with a verdict back for each.
+"""Run a grading process: JSON requests, one a line, from the inherited socket; one line with a reply back for each.
 
 `grader` runs this file as it is, with the interpreter's `-P`, and sends the path to import from as the first line.
 So workers import what their parent would, and nothing of popo_lite is imported before that line. A `-m` would
@@ -15,13 +15,15 @@ import os
 import signal
 import socket
 import sys
+import time
 
 MEMORY_LIMIT_BYTES = 4 * 2**30  # of address space: an answer such as 9^(9^(9^9)) cannot exhaust memory
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+CHECK_SECONDS = 0.5  # of checking references before the reply, so that one that hangs is told from a large request
 
 
 def main() -> None:
-    """Read the settings, load the reward function, then grade until the parent closes the socket."""
+    """Read the settings, load the reward functions, then grade until the parent closes the socket."""
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         connection.set_inheritable(False)
         requests, replies = connection.makefile("r", encoding="utf-8"), connection.makefile("w", encoding="utf-8")
@@ -35,25 +37,47 @@ def main() -> None:
     sys.path[:] = settings["path"]
 
     from popo_lite.errors import UserInputError
-    from popo_lite.grading.functions import describe_exception, load_function
+    from popo_lite.grading import functions
+    from popo_lite.recipe import RewardRecipe
     from popo_lite.types import Outcome, Reward
 
+    def reply(**content: object) -> None:
+        print(json.dumps(content), file=replies, flush=True)
+
+    recipe = RewardRecipe.model_validate(settings["reward"])
     try:
-        grade = load_function(settings["function"])
+        loaded = functions.load_functions(recipe, thinking_open=settings["thinking_open"])
     except UserInputError as error:
-        print(json.dumps({"refused": error.what, "next_step": error.next_step}), file=replies, flush=True)
+        reply(refused=error.what, next_step=error.next_step)
         return
-    print(json.dumps({"ready": True}), file=replies, flush=True)
+    reply(ready=True)
     for line in requests:
-        leaving = False
-        try:
-            reward = grade(*json.loads(line))
-        except (Exception, SystemExit) as error:
-            leaving = isinstance(error, MemoryError)  # which may have left broken state
-            reward = Reward(value=0.0, outcome=Outcome.ERROR, detail=describe_exception(error))
-        print(json.dumps({"reward": dataclasses.asdict(reward), "leaving": leaving}), file=replies, flush=True)
-        if leaving:
-            return
+        request = json.loads(line)
+        if "check" in request:
+            reasons: list[str] = []
+            end = time.monotonic() + CHECK_SECONDS
+            for problem in request["check"]:
+                reasons.append(functions.unreadable(loaded, problem))
+                if time.monotonic() > end:
+                    break
+            reply(reasons=reasons)
+        elif "try" in request:
+            try:
+                functions.try_functions(loaded, *request["try"])
+            except UserInputError as error:
+                reply(refused=error.what, next_step=error.next_step)
+            else:
+                reply(forms={one.settings.key: one.trl.form for one in loaded if one.trl})
+        else:
+            try:
+                text, problem = request["grade"]
+                reward, leaving = functions.grade_by_all(loaded, text, problem, recipe), False
+            except MemoryError as error:
+                detail = functions.describe_exception(error)
+                reward, leaving = Reward(value=0.0, outcome=Outcome.ERROR, detail=detail), True
+            reply(reward=dataclasses.asdict(reward), leaving=leaving)
+            if leaving:
+                return
 
 
 def limit_memory() -> None:

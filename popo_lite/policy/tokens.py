@@ -23,8 +23,8 @@ def open_renderer(recipe: Recipe) -> Renderer:
     """
     tokenizer, config = load_tokenizer(recipe.model), load_config(recipe.model)
     base = SimpleNamespace(config=config, generation_config=load_generation_config(recipe.model))
-    stop_ids_of(base, tokenizer, recipe.data.chat_template)
-    return Renderer(recipe, tokenizer, embeddings=embeddings_of(config))
+    stops = stop_ids_of(base, tokenizer, recipe.data.chat_template)
+    return Renderer(recipe, tokenizer, embeddings=embeddings_of(config), stop_ids=stops)
 
 
 def embeddings_of(config: Any) -> int | None:

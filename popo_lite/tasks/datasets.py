@@ -127,12 +127,10 @@ class DatasetTask:
 
     def _problem(self, row: int) -> Problem:
         cells = dict(self._rows[row])
-        return Problem(
-            id=self._id(row),
-            messages=_messages(cells.pop(self._prompt_column)),
-            answer=_answer(False, cells.pop(self._answer_column)),
-            meta={key: cell for key, cell in cells.items() if _fits_meta(cell)},
-        )
+        messages, answer = _messages(cells.pop(self._prompt_column)), cells[self._answer_column]
+        # Reward functions that were written for TRL take the answer's cell by its column, such as `solution`.
+        meta = {key: cell for key, cell in cells.items() if key == self._answer_column or _fits_meta(cell)}
+        return Problem(id=self._id(row), messages=messages, answer=_answer(False, answer), meta=meta)
 
     def _cell_errors(self) -> list[str]:
         """Return an error message for each row that cannot be used."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
@@ -22,13 +23,21 @@ BASE_TEMPLATE = r"{% for m in messages %}{{ m.content }}\n{% endfor %}"
 class Renderer:
     """Turn problems into prompts and token ids back into text. Raises ModelError if the tokenizer cannot do it.
 
-    `embeddings` is the number of rows of the model's embedding, if it is known.
+    `embeddings` is the number of rows of the model's embedding, if it is known. `stop_ids` end answers; if they are
+    not given, the tokenizer's EOS does.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        embeddings: int | None = None,
+        stop_ids: Collection[int] = (),
+    ) -> None:
         self.tokenizer, self.max_prompt_length = tokenizer, recipe.rollout.max_prompt_length
         self.system_prompt, self.chat_template = recipe.data.system_prompt, recipe.data.chat_template
-        self._embeddings = embeddings
+        self._embeddings, self._stop_ids = embeddings, stop_ids
+        self._thinking_tags, self._keep_special_tokens = recipe.reward.thinking_tags, recipe.reward.keep_special_tokens
         if not (self.chat_template or tokenizer.chat_template):
             bos = "{{ bos_token }}" if puts_bos(tokenizer) else ""
             raise ModelError(
@@ -129,9 +138,35 @@ class Renderer:
             )
         return Prompt(problem=problem, token_ids=ids)
 
+    @cached_property
+    def opens_thinking(self) -> bool:
+        """True if the generation prompt ends with the opening thinking tag, so that answers start inside it."""
+        with suppress(TemplateError, TypeError):  # of a template that refuses this; `check` says why
+            prompt = self.tokenizer.decode(list(self._apply([{"role": "user", "content": "?"}])))
+            return str(prompt).rstrip().endswith(self._thinking_tags[0])
+        return False
+
+    @cached_property
+    def _left_out(self) -> frozenset[int] | None:
+        """Ids that texts lack; None for all special tokens."""
+        tokenizer = self.tokenizer
+        ends = {tokenizer.pad_token_id, tokenizer.eos_token_id, *self._stop_ids} - {None}
+        if self._keep_special_tokens:
+            return frozenset(ends)
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {
+            *tokenizer.all_special_ids
+        }
+        tags = {tokenizer.convert_tokens_to_ids(tag) for tag in self._thinking_tags}
+        return frozenset(special - tags) if special & tags else None
+
     def text(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a completion without special tokens."""
-        return cast("str", self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        """Return the text of a completion without special tokens, but with thinking tags.
+
+        With `reward.keep_special_tokens`, only padding and what ends an answer are left out.
+        """
+        if self._left_out is None:
+            return cast("str", self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return cast("str", self.tokenizer.decode([token for token in token_ids if token not in self._left_out]))
 
 
 def puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

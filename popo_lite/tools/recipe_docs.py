@@ -16,7 +16,16 @@ from pydantic.fields import FieldInfo
 
 from popo_lite import recipe_file
 from popo_lite.errors import RecipeError
-from popo_lite.recipe import OBJECTIVES, Objective, Recipe, Section
+from popo_lite.recipe import (
+    FUNCTIONS,
+    OBJECTIVES,
+    Objective,
+    OwnFunction,
+    Recipe,
+    RewardFunction,
+    RewardRecipe,
+    Section,
+)
 
 COMMENT_COLUMNS = 100
 DESCRIBED: dict[str, type[Section]] = {**recipe_file.SECTIONS, "objective": Objective}
@@ -110,13 +119,33 @@ def settings_markdown() -> str:
         owners: dict[str, list[str]] = {}
         for algorithm, kind in kinds.items():
             for key, field in recipe_file.keys_of(kind).items():
-                value = "`, unset" if field.default is None else f" = {recipe_file.to_toml(field.default)}`"
-                entry = f"- `{key}{value} ({recipe_file.allowed_values(field)}): {meaning(field)}\n"
-                owners.setdefault(entry, []).append(f"`{algorithm}`")
+                owners.setdefault(_entry(key, field), []).append(f"`{algorithm}`")
         for group in dict.fromkeys(map(tuple, owners.values())):
             parts.append("\n" if len(group) == len(kinds) else f"\nOnly with {', '.join(group)}:\n\n")
             parts += [entry for entry, having in owners.items() if tuple(having) == group]
+        if section is RewardRecipe:
+            parts.append(functions_markdown())
     return "".join(parts)
+
+
+def functions_markdown() -> str:
+    """Return the keys of the tables in `reward.functions`, those of every function first."""
+    common = RewardFunction.model_fields
+    parts = ["\nA table of `functions` has `name`, and these keys:\n\n"]
+    parts += [_entry(key, field) for key, field in common.items() if key != "name"]
+    kinds: dict[str, type[RewardFunction]] = {**FUNCTIONS, "module:function": OwnFunction}
+    for name, kind in kinds.items():
+        own = {field.alias or key: field for key, field in kind.model_fields.items() if key not in common}
+        parts.append(f"\n`{name}`: {meaning(kind)}\n")
+        parts += ["\n", *(_entry(key, field) for key, field in own.items())] if own else []
+    return "".join(parts)
+
+
+def _entry(key: str, field: FieldInfo) -> str:
+    """Return a key with its default, allowed values and meaning."""
+    value = f" = {recipe_file.to_toml(field.default)}`"
+    value = "`, required" if field.is_required() else "`, unset" if field.default is None else value
+    return f"- `{key}{value} ({recipe_file.allowed_values(field)}): {meaning(field)}\n"
 
 
 def cards_markdown() -> str:

@@ -215,7 +215,7 @@ def recipe_of(name: str, folder: Path, rewards: str) -> Recipe:
         (
             f"model.id={folder}", "model.dtype=float32", "train.device=cpu", "train.cpu_threads=1", "train.steps=1",
             "rollout.engine=hf", "rollout.max_completion_length=24", "train.tokens_per_microbatch=1024",
-            "data.dataset=arithmetic", "data.prompts_per_step=3", f"reward.function={rewards}",
+            "data.dataset=arithmetic", "data.prompts_per_step=3", f"reward.functions={rewards}",
             "reward.truncated=grade",  # random weights hardly ever end an answer
             "optimizer.warmup_ratio=0.0", "eval.dataset=arithmetic", "eval.problems=0",
         ),

@@ -102,7 +102,7 @@ builtins.__import__ = import_
 '''
 OPTIONS = (
     "train.steps=2", "train.save_steps=1", "eval.problems=4", "data.prompts_per_step=2", "rollout.num_generations=4",
-    "reward.function=exact",  # asks a grading process, which `math` does only for algebra
+    "reward.functions=exact",  # asks a grading process, which `math` does only for algebra
 )  # fmt: skip
 COMMANDS = (
     ["train", "tiny_cpu", "--output", "run", "--view", "plain", *(w for o in OPTIONS for w in ("--set", o))],
@@ -148,7 +148,7 @@ from popo_lite.grading import Grader
 from popo_lite.recipe import RewardRecipe
 from popo_lite.types import Problem
 problem = Problem(id="p", messages=({"role": "user", "content": "?"},), answer="0.5")
-with Grader(RewardRecipe(function="own:grade", timeout_seconds=2.0, workers=1)) as grader:
+with Grader(RewardRecipe(functions="own:grade", timeout_seconds=2.0, workers=1)) as grader:
     rewards = grader.grade([(text, problem) for text in ("right", "hang", "right", "die", "wrong", "right")])
 print(*(reward.outcome.value for reward in rewards))
 """

@@ -37,7 +37,7 @@ BROKEN = {
         "[rollout]\nmax_prompt_length = 6\nmax_completion_length = 64\n",
         ["rollout.max_prompt_length = 6"],
     ),
-    "reward function that is not there": ('[reward]\nfunction = "nowhere:grade"\n', ["reward.function", "nowhere"]),
+    "reward function that is not there": ('[reward]\nfunctions = "nowhere:grade"\n', ["reward.functions", "nowhere"]),
     "model that is not there": ('[model]\nid = "/no/such/folder"\n', ["model.id", "/no/such/folder"]),
     "broken TOML": ("[lora\nrank = 1\n", ["line 1"]),
 }

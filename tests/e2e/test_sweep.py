@@ -67,7 +67,7 @@ def learned(run: Path):
 def test_a_failure_ends_no_other_run_and_is_tried_again(tmp_path, command):
     (tmp_path / "study.toml").write_text(
         SMALL + '[variants.plain]\n[variants.broken]\ndata.dataset = "mine.jsonl"\neval.dataset = "mine.jsonl"\n'
-        'reward.function = "mine:right"\n'
+        'reward.functions = "mine:right"\n'
     )
     (tmp_path / "mine.py").write_text("def right(text, problem):\n    return problem['answer'] in text\n")
     done = command("sweep", "study.toml", "--jobs", "2", "--ignore-plan")

@@ -260,7 +260,7 @@ max_prompt_length = 32
 max_completion_length = 40
 num_generations = 4
 [reward]
-function = "my_rewards:close"
+functions = "my_rewards:close"
 [train]
 steps = 2
 cpu_threads = 1

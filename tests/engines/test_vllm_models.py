@@ -39,7 +39,7 @@ def steps(tmp_path, monkeypatch):
     def train(*overrides):
         recipe = load_recipe(
             "tiny_vllm",
-            ["reward.function=even_rewards:even", "data.prompts_per_step=4", "train.steps=2", "eval.problems=0",
+            ["reward.functions=even_rewards:even", "data.prompts_per_step=4", "train.steps=2", "eval.problems=0",
              "rollout.max_completion_length=24", "optimizer.warmup_ratio=0.0", *overrides],
         )  # fmt: skip
         with trainer_of(recipe) as trainer:

@@ -78,7 +78,7 @@ def test_the_run_itself_stops_when_the_adapter_is_wrong(tmp_path, monkeypatch, b
     system_prompt = "You add numbers. " * 20
     recipe = load_recipe(
         "tiny_vllm",
-        ["rollout.max_prompt_length=400", 'reward.function="kind_rewards:right"', "data.prompts_per_step=8",
+        ["rollout.max_prompt_length=400", 'reward.functions="kind_rewards:right"', "data.prompts_per_step=8",
          f'data.system_prompt="{system_prompt}"', "train.steps=6", "eval.problems=0", "optimizer.warmup_ratio=0.0",
          "rollout.max_num_seqs=64"],
     )  # fmt: skip

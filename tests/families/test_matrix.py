@@ -56,7 +56,7 @@ def grader(tmp_path_factory) -> Iterator[Grader]:
     (folder / "matrix_rewards.py").write_text("def even(text, problem):\n    return float(len(text) % 3 != 0)\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        with Grader(RewardRecipe(function="matrix_rewards:even", workers=1)) as shared:
+        with Grader(RewardRecipe(functions="matrix_rewards:even", workers=1)) as shared:
 
             @contextmanager
             def borrowed(_: Any) -> Iterator[Grader]:
@@ -76,7 +76,7 @@ def recipe_of(folder: Path, family: Family) -> Recipe:
             f"model.id={folder}", "lora.rank=4", "siamese.head_width=16", "train.steps=1",
             "train.gradient_checkpointing=true", "rollout.num_generations=4", "rollout.max_prompt_length=48",
             "rollout.max_completion_length=24", "train.tokens_per_microbatch=512", "data.prompts_per_step=2",
-            "reward.function=matrix_rewards:even", "optimizer.warmup_ratio=0.0", "eval.problems=2", *family.overrides,
+            "reward.functions=matrix_rewards:even", "optimizer.warmup_ratio=0.0", "eval.problems=2", *family.overrides,
         ),
     )  # fmt: skip
 

@@ -106,7 +106,7 @@ def test_prompts_without_a_positive_contribute_nothing(trainer):
 def test_groups_that_are_all_right_contribute_nothing_where_they_are_skipped(trainer):
     one = trainer("objective.skip_all_right=true")
     groups = groups_of(one)
-    right = [len(group.positives(0.5)) for group in groups]
+    right = [len(group.positives) for group in groups]
     some = [group for group, count in zip(groups, right, strict=True) if count < 4]
     assert (len(groups), len(some)) == (6, 4)
     assert_same(update(one, groups), update(trainer(), some))
@@ -187,7 +187,7 @@ def test_the_update_is_the_gradient_of_the_formula(trainer, settings):
     groups = groups_of(one)
     found = update(one, groups)
     objective, policy = one.recipe.objective, one.policy
-    with_positive = [group.positives(0.5) for group in groups if group.positives(0.5)]
+    with_positive = [group.positives for group in groups if group.positives]
     wrong = [[r for r in group.rollouts if r.reward.value <= 0.5] for group in groups]
     wrong = [negatives for negatives in wrong if negatives]
     raised = [rollout for positives in with_positive for rollout in positives]
@@ -261,7 +261,7 @@ def test_the_update_leaves_no_copy_of_the_weights_behind(trainer):
 def test_a_step_without_positives_changes_nothing_and_says_so(tiny_recipe, tmp_path):
     from popo_lite.run_folder import RunFolder
 
-    recipe = tiny_recipe('reward.function="math"', "eval.problems=0", "data.prompts_per_step=2",
+    recipe = tiny_recipe('reward.functions="math"', "eval.problems=0", "data.prompts_per_step=2",
                          "rollout.num_generations=2", "rollout.max_completion_length=1")  # fmt: skip
     with Trainer(recipe, Callback()) as trainer:
         trainer.folder = RunFolder(tmp_path)

@@ -45,7 +45,7 @@ def groups_of(found):
                     completion=Completion(
                         token_ids=tokens, sampler_logps=logps, finish_reason=FinishReason.STOP, text=""
                     ),
-                    reward=Reward(value=REWARDS[number][index], outcome=Outcome.CORRECT),
+                    reward=Reward(value=(r := REWARDS[number][index]), outcome=Outcome.CORRECT, positive=r > 0.5),
                     policy_version=0,
                     index=index,
                 )

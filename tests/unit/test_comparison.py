@@ -61,7 +61,7 @@ def test_every_pair_that_is_held_out_counts_once():
 def test_exact_accepts_the_reference_and_nothing_else():
     problem = ComparisonTask().held_out(1)[0]
     right = problem.answer
-    with Grader(RewardRecipe(function="exact", workers=1)) as grader:
+    with Grader(RewardRecipe(functions="exact", workers=1)) as grader:
         texts = [right, f" {right}\n", f"{right}.", f"{right} is larger.", f"0{right}", "", f"\\boxed{{{right}}}"]
         rewards = grader.grade([(text, problem) for text in texts])
     assert [reward.outcome for reward in rewards] == [

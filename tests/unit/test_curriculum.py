@@ -107,10 +107,10 @@ def test_adaptive_groups_are_the_beginnings_of_large_fixed_ones(gathered, settin
     assert left >= 0
     for group in groups:
         made = len(group.rollouts)
-        before_last = [r for r in group.positives(0.5) if r.index < (made - 1) // size * size]
+        before_last = [r for r in group.positives if r.index < (made - 1) // size * size]
         assert len(before_last) < wanted
         assert made <= most
-        if len(group.positives(0.5)) < wanted and made < most:
+        if len(group.positives) < wanted and made < most:
             assert left < size
     if size < 8:
         assert len({len(group.rollouts) for group in groups}) > 1
@@ -135,7 +135,7 @@ def test_adaptive_reaches_more_prompts_with_no_more_rollouts(gathered):
         "rollout.adaptive.positives_wanted=1",
         "rollout.adaptive.max_rollouts=32",
     )
-    reached = [sum(bool(group.positives(0.5)) for group in groups) for groups in (fixed, adaptive)]
+    reached = [sum(bool(group.positives) for group in groups) for groups in (fixed, adaptive)]
     assert reached[1] >= reached[0] + 3
     assert sum(len(group.rollouts) for group in adaptive) <= 32 * 4
 
@@ -144,7 +144,7 @@ def test_an_answer_that_was_cut_off_can_be_wrong(gathered, tmp_path, monkeypatch
     """A kind grader calls all answers right; with room for the direct ones alone, many are cut off."""
     (tmp_path / "kind_rewards.py").write_text("def right(text, answer):\n    return 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    options = ("data.prompts_per_step=12", "rollout.max_completion_length=12", 'reward.function="kind_rewards:right"')
+    options = ("data.prompts_per_step=12", "rollout.max_completion_length=12", 'reward.functions="kind_rewards:right"')
     graded, _ = gathered(*options)
     strict, _ = gathered(*options, "reward.truncated=wrong")
     changed = 0
@@ -163,9 +163,9 @@ def test_an_answer_that_was_cut_off_can_be_wrong(gathered, tmp_path, monkeypatch
 def test_figures_that_describe_the_policy_count_the_first_round(gathered):
     groups, _ = gathered(*ADAPTIVE)
     task = ArithmeticTask(2)
-    found = rollout_metrics(groups, task, 0.5, first_round=4)
+    found = rollout_metrics(groups, task, first_round=4)
     firsts = [Group(rollouts=group.rollouts[:4]) for group in groups]
-    of_firsts = rollout_metrics(firsts, task, 0.5, first_round=4)
+    of_firsts = rollout_metrics(firsts, task, first_round=4)
     for name in (
         "pass_rate",
         "unique_answers_mean",
@@ -181,7 +181,7 @@ def test_figures_that_describe_the_policy_count_the_first_round(gathered):
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     assert found["pass_rate"] == of_firsts["positives"] / 48 != found["positives"] / len(rollouts)
     assert found["rollouts"] == sum(found["outcomes"].values()) == len(rollouts) > 48
-    reached = sum(bool(group.positives(0.5)) for group in groups)
+    reached = sum(bool(group.positives) for group in groups)
     assert found["prompts_with_positive"] == reached > 0
     assert found["rollouts_per_positive_prompt"] == len(rollouts) / reached
     assert found["rollout_tokens_per_positive_prompt"] * reached == pytest.approx(
@@ -192,14 +192,14 @@ def test_figures_that_describe_the_policy_count_the_first_round(gathered):
         ("tokens_of_positives", [r for r in rollouts if r.reward.value > 0.5]),
         (
             "tokens_of_mixed_groups",
-            [r for g in groups if 0 < len(g.positives(0.5)) < len(g.rollouts) for r in g.rollouts],
+            [r for g in groups if 0 < len(g.positives) < len(g.rollouts) for r in g.rollouts],
         ),
     ):
         assert found[name] == sum(len(r.prompt.token_ids) + len(r.completion.token_ids) for r in counted) > 0, name
-    hopeless = [group for group in groups if not group.positives(0.5)] or [
+    hopeless = [group for group in groups if not group.positives] or [
         Group(rollouts=tuple(r for r in groups[0].rollouts if r.reward.value == 0))
     ]
-    assert rollout_metrics(hopeless, task, 0.5, first_round=4)["rollouts_per_positive_prompt"] is None
+    assert rollout_metrics(hopeless, task, first_round=4)["rollouts_per_positive_prompt"] is None
 
 
 # --------------------------------------------------------------------- which problems a step takes
@@ -284,7 +284,7 @@ def test_only_the_last_result_is_remembered_and_doubt_forgets(tiny_recipe, gathe
     after = remember(before, [groups[0], doubtful, *groups[2:]], recipe, 5)
     assert before[ids[0]] == Seen(8, 8, 0)
     assert after["other"] == Seen(8, 0, 1)
-    assert after[ids[0]] == Seen(len(groups[0].rollouts), len(groups[0].positives(0.5)), 5)
+    assert after[ids[0]] == Seen(len(groups[0].rollouts), len(groups[0].positives), 5)
     assert ids[1] not in after
     assert after.keys() == {"other", *ids} - {ids[1]}
     assert remember(before, groups, tiny_recipe(), 5) == {}

@@ -19,7 +19,7 @@ from popo_lite.evaluation import pass_at_k
 from popo_lite.grading import Grader
 from popo_lite.policy.load import TINY_FOLDER, load_tokenizer
 from popo_lite.policy.policy import load_policy
-from popo_lite.recipe import ModelRecipe, Recipe, RewardRecipe
+from popo_lite.recipe import MathFunction, ModelRecipe, Recipe, RewardRecipe
 from popo_lite.recipe_file import dump_recipe
 from popo_lite.run_folder import append_line
 from popo_lite.samplers import SamplingParams
@@ -455,12 +455,12 @@ def test_a_template_that_is_given_reaches_prompts_and_stop_ids(tmp_path):
 def test_what_the_command_line_leaves_out_is_the_recipes(tiny_recipe):
     recipe = tiny_recipe(
         "eval.temperature=0.6", "rollout.max_completion_length=50", "data.system_prompt=Add.", "rollout.engine=hf",
-        "reward.function=json:loads",
+        "reward.functions=json:loads",
     )  # fmt: skip
     same = with_options(recipe, options())
     assert (same.eval.temperature, same.rollout.max_completion_length) == (0.6, 50)
     assert same.rollout.max_prompt_length == 2048
-    assert (same.data.system_prompt, same.rollout.engine, same.reward.function) == ("Add.", "hf", "math")
+    assert (same.data.system_prompt, same.rollout.engine, same.grading.functions) == ("Add.", "hf", (MathFunction(),))
     other = with_options(
         recipe,
         options("--temperature", 0.7, "--max-tokens", 9, "--system-prompt", "", "--engine", "server"),

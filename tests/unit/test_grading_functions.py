@@ -4,9 +4,11 @@ from fractions import Fraction
 
 import numpy
 import pytest
+from pydantic import ValidationError
 
 from popo_lite.errors import UserInputError
-from popo_lite.grading.functions import as_reward, describe_exception, load_function
+from popo_lite.grading.functions import WrongReturnError, as_reward, describe_exception, load_functions
+from popo_lite.recipe import RewardRecipe
 from popo_lite.types import Outcome
 
 
@@ -34,9 +36,10 @@ def test_a_reward_is_a_number_from_0_to_1_or_none(returned, value, outcome):
     "returned", [2.0, -0.001, 1.0000001, float("nan"), float("inf"), "1", [1.0], 1j, object(), (1, "because")]
 )
 def test_anything_else_is_an_error_that_names_it(returned):
-    reward = as_reward(returned)
-    assert (reward.value, reward.outcome) == (0.0, Outcome.ERROR)
-    assert repr(returned)[:80] in reward.detail
+    with pytest.raises(WrongReturnError) as caught:
+        as_reward(returned)
+    assert repr(returned)[:80] in str(caught.value)
+    assert caught.value.next_step
 
 
 @pytest.fixture
@@ -52,11 +55,16 @@ def module(tmp_path, monkeypatch):
     return write
 
 
+def load(*functions: object):
+    """What `grade` of the first of `functions` is."""
+    return load_functions(RewardRecipe(functions=list(functions)), thinking_open=False)[0].grade
+
+
 def refused(name: str) -> UserInputError:
     with pytest.raises(UserInputError) as caught:
-        load_function(name)
+        load(name)
     assert caught.value.exit_code == 2
-    assert caught.value.where == "reward.function"
+    assert caught.value.where == "reward.functions"
     assert f'"{name}"' in caught.value.what
     assert caught.value.next_step
     return caught.value
@@ -66,9 +74,11 @@ def test_a_function_is_called_with_text_and_problem(module):
     name = module(
         "def grade(text, problem):\n    return problem['meta']['worth'] if text == problem['answer'] else 0\n"
     )
-    grade = load_function(f"{name}:grade")
-    assert grade("7", {"id": "a", "question": "q", "answer": "7", "meta": {"worth": 0.75}}).value == 0.75
-    assert grade("8", {"id": "a", "question": "q", "answer": "7", "meta": {"worth": 0.75}}).value == 0.0
+    grade = load(f"{name}:grade")
+    assert (
+        grade("7", {"id": "a", "question": "q", "messages": [], "answer": "7", "meta": {"worth": 0.75}}).value == 0.75
+    )
+    assert grade("8", {"id": "a", "question": "q", "messages": [], "answer": "7", "meta": {"worth": 0.75}}).value == 0.0
 
 
 def test_a_module_that_is_not_there_is_refused():
@@ -94,19 +104,22 @@ def test_a_misspelt_attribute_gets_the_nearest_name(module):
     error = refused(f"{name}:grad")
     assert "has no attribute 'grad'" in error.what
     assert f"{name}.py" in error.what
-    assert f'set reward.function = "{name}:grade"' in error.next_step
+    assert f'set reward.functions = "{name}:grade"' in error.next_step
 
 
 def test_an_attribute_that_cannot_be_called_so_is_refused(module):
-    assert "must take (text, problem): 3 is not a callable object" in refused(module("grade = 3") + ":grade").what
+    assert (
+        "must take (text, problem), or TRL's (completions, ...): 3 is not a callable object"
+        in refused(module("grade = 3") + ":grade").what
+    )
     error = refused(module("def grade(text): ...") + ":grade")
-    assert "must take (text, problem): too many positional arguments" in error.what
+    assert "must take (text, problem), or TRL's (completions, ...): too many positional arguments" in error.what
     assert "missing a required argument: 'strict'" in refused(module("def grade(t, p, strict): ...") + ":grade").what
 
 
 def test_a_name_without_a_function_is_refused():
-    assert "has no attribute ''" in refused("json").what
-    refused(":grade")
+    with pytest.raises(ValidationError):
+        RewardRecipe(functions="json")
 
 
 def test_an_exception_is_described_with_its_place():

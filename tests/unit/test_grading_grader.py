@@ -78,7 +78,7 @@ def function(tmp_path, monkeypatch):
 
 
 def recipe(function: str = "math", **settings: object) -> RewardRecipe:
-    return RewardRecipe(function=function, **settings)
+    return RewardRecipe(functions=function, **settings)
 
 
 # --- mathematics ---
@@ -154,7 +154,7 @@ def test_what_a_function_may_return(function):
     assert outcomes(rewards) == ["correct", "incorrect", "correct", "unparsed", "error", "error", "error", "error"]
     assert [reward.value for reward in rewards] == [1, 0, 0.75, 0, 0, 0, 0, 0]
     assert [reward.detail.partition(";")[0] for reward in rewards[4:]] == [
-        "the reward function returned 2.0",
+        "the reward function returned 2.0, outside its range [0, 1]",
         "the reward function returned nan",
         "the reward function returned 'x'",
         "ZeroDivisionError: division by zero (my_rewards.py:3)",
@@ -163,7 +163,8 @@ def test_what_a_function_may_return(function):
 
 def test_a_function_gets_text_and_problem(function):
     name = function(
-        "want = {'id': 'p-7', 'question': 'How many?', 'answer': '42', 'meta': {'level': 3, 'tags': ['a']}}\n"
+        "want = {'id': 'p-7', 'question': 'How many?', 'messages': [{'role': 'user', 'content': 'How many?'}],\n"
+        "        'answer': '42', 'meta': {'level': 3, 'tags': ['a']}}\n"
         "return text == 'é😀\\n\\ud800' and problem == want"
     )
     with Grader(recipe(name)) as grader:
@@ -326,7 +327,7 @@ def test_a_wrong_function_is_refused_at_the_start(function, name, fault):
             with pytest.raises(UserInputError) as caught:
                 attempt()
             assert caught.value.exit_code == 2
-            assert caught.value.where == "reward.function"
+            assert caught.value.where == "reward.functions"
             assert f'"{name}" cannot be used' in caught.value.what
             assert fault in caught.value.what
             assert caught.value.next_step
@@ -475,7 +476,7 @@ import sys
 from popo_lite.grading import Grader
 from popo_lite.recipe import RewardRecipe
 from popo_lite.types import Problem
-grader = Grader(RewardRecipe(function="stuck:grade", timeout_seconds=1000.0))
+grader = Grader(RewardRecipe(functions="stuck:grade", timeout_seconds=1000.0))
 problem = Problem(id="p", messages=({"role": "user", "content": "q"},), answer="1")
 grader.check()
 print("up", flush=True)
@@ -527,7 +528,7 @@ def test_no_worker_outlives_a_parent_that_forgot_to_close(tmp_path):
 
 def graded(correct: int, timeout: int, error: int) -> list[Reward]:
     return (
-        [Reward(value=1.0, outcome=Outcome.CORRECT)] * correct
+        [Reward(value=1.0, outcome=Outcome.CORRECT, positive=True)] * correct
         + [Reward(value=0.0, outcome=Outcome.TIMEOUT, detail="too slow")] * timeout
         + [Reward(value=0.0, outcome=Outcome.ERROR, detail=f"oops\n{'x' * 5000}")] * error
     )

@@ -121,7 +121,7 @@ def test_the_bases_own_dropout_is_off(tiny_recipe, tmp_path, kind, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     recipe = tiny_recipe(
         f"model.id={tmp_path / 'model'}", "train.steps=1", "data.prompts_per_step=3", "eval.problems=0",
-        "reward.function=even_rewards:even", "rollout.max_completion_length=24",
+        "reward.functions=even_rewards:even", "rollout.max_completion_length=24",
     )  # fmt: skip
     (tmp_path / "run").mkdir()
     with trainer_of(recipe) as trainer:

@@ -28,7 +28,7 @@ def group(name, *answers):
                     finish_reason=FinishReason.STOP,
                     text="",
                 ),
-                reward=Reward(value=value, outcome=found),
+                reward=Reward(value=value, outcome=found, positive=value > 0.5),
                 policy_version=0,
                 index=index,
             )

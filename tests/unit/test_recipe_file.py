@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 
 from popo_lite.errors import RecipeError
-from popo_lite.recipe import OBJECTIVES, Recipe
+from popo_lite.recipe import OBJECTIVES, OwnFunction, Recipe, Section
 from popo_lite.recipe_file import (
     SECTIONS,
     allowed_values,
@@ -439,11 +439,21 @@ def example(annotation: Any, metadata: tuple[Any, ...], source: random.Random) -
     """A random value that the schema accepts for an annotation."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return example(arguments[0], tuple(arguments[1].metadata), source)
+        metadata = [item for one in arguments[1:] for item in getattr(one, "metadata", ())]
+        return example(arguments[0], tuple(metadata), source)
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        fields = annotation.model_fields.items()
+        values = {f.alias or k: example(f.annotation, tuple(f.metadata), source) for k, f in fields}
+        given = {key: value for key, value in values.items() if value is not None}
+        return given | ({"name": "module:name"} if annotation is OwnFunction else {})
     if origin is Literal:
         return source.choice(arguments)
     if origin in (Union, types.UnionType):
         return example(source.choice(arguments), metadata, source)
+    if origin is tuple and ... not in arguments:
+        return tuple(example(one, (), source) for one in arguments)
+    if origin is tuple and any(hasattr(one, "min_length") for one in metadata):
+        return [example(arguments[0], (), source)]
     if origin is tuple:
         return tuple(example(arguments[0], (), source) for _ in range(source.randrange(4)))
     if origin is dict:
@@ -452,7 +462,7 @@ def example(annotation: Any, metadata: tuple[Any, ...], source: random.Random) -
         return None
     if annotation is bool:
         return source.random() < 0.5
-    if annotation is str:
+    if annotation in (str, Any):
         return "x".join(["", *source.sample(NASTY, source.randrange(4)), ""])  # never empty
     bounds = {name: getattr(m, name) for m in metadata for name in ("ge", "gt", "le", "lt") if hasattr(m, name)}
     low = bounds.get("ge", bounds.get("gt", -1e9 if annotation is float else -(10**9)))
@@ -471,6 +481,8 @@ def random_recipe(source: random.Random, algorithm: str) -> Recipe:
         for key, field in keys_of(keys).items()
     }
     drawn["objective.algorithm"] = algorithm
+    first = (drawn["reward.functions"] or [{"name": "math"}])[0]
+    drawn["reward.positive_if"] = source.choice(["total", [first.get("label") or first["name"]]])
     drawn["data.dataset"] = source.choice([drawn["data.dataset"], "arithmetic"])  # the only one with data.digits
     while True:
         tables: dict[str, Any] = {}

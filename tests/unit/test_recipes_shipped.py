@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from popo_lite.recipe import MathFunction
 from popo_lite.recipe_file import dump_recipe, flatten, load_recipe, shipped_recipes
 from popo_lite.tools.plan.advice import advice_for
 from popo_lite.tools.plan.shapes import KNOWN_CONFIGS, UnknownArchitectureError, load_shape, shape_of
@@ -73,7 +74,7 @@ def test_recipes_of_today_ask_for_right_answers_that_end(name):
     recipe = load_recipe(name)
     assert recipe.model.id == TODAY[name]
     assert recipe.model.quantization == "nf4"
-    assert (recipe.data.dataset, recipe.eval.dataset, recipe.reward.function) == ("gsm8k", "gsm8k", "math")
+    assert (recipe.data.dataset, recipe.eval.dataset, recipe.grading.functions) == ("gsm8k", "gsm8k", (MathFunction(),))
     assert r"\boxed{}" in str(recipe.data.system_prompt)
     # Models that think by default, and would be cut off before they answer.
     assert ("/no_think" in str(recipe.data.system_prompt)) is name.startswith(("qwen3_1", "qwen3_4", "smollm3"))

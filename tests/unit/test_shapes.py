@@ -47,7 +47,9 @@ def group(a: int, b: int, answers: list[tuple[str, bool]]) -> Group:
                 completion=Completion(
                     token_ids=(1,), sampler_logps=(-1.0,), finish_reason=FinishReason.STOP, text=text
                 ),
-                reward=Reward(value=float(right), outcome=Outcome.CORRECT if right else Outcome.INCORRECT),
+                reward=Reward(
+                    value=float(right), outcome=Outcome.CORRECT if right else Outcome.INCORRECT, positive=right
+                ),
                 policy_version=0,
                 index=index,
             )
@@ -78,11 +80,11 @@ def play(sequence, stop: int | None = None):
         if step == stop:
             state = json.loads(json.dumps(state))
         state["start"] = state["start"] or start_shapes(groups, 4)
-        positives = sum(len(group.positives(0.5)) for group in groups)
+        positives = sum(len(group.positives) for group in groups)
         counts = {"step": step, "positives": positives, "rollouts": sum(len(group.rollouts) for group in groups)}
-        records.append({**counts, **shape_metrics(groups, 0.5, state["start"])})
+        records.append({**counts, **shape_metrics(groups, state["start"])})
         state["steps"] = count_takeover(state["steps"], records[-1])
-        messages.append(takeover_message(records[-1], groups, 0.5, state["steps"]))
+        messages.append(takeover_message(records[-1], groups, state["steps"]))
     return records, messages
 
 
@@ -103,7 +105,7 @@ def test_a_hack_is_reported_once_with_two_examples():
         assert low < high
         assert example.endswith(f"the reference is {high}")
     assert "samples.jsonl" in advice
-    assert "reward.function" in advice
+    assert "reward.functions" in advice
     assert play((made_up(step, min(step / 20, 1.0), COPY) for step in range(40)), stop=step - 1) == (records, messages)
 
 
@@ -135,19 +137,19 @@ def test_a_shape_of_few_right_answers_has_not_taken_over():
 def test_what_one_prompt_repeats_is_no_shape_and_no_positives_give_none():
     alone = [group(38, 83, [("38 is larger than 83.", True)] * 4), group(12, 90, [("90", False)] * 4)]
     nothing = {"top_shape": None, "top_shape_ratio": 0.0, "top_shape_start_ratio": None}
-    assert shape_metrics(alone, 0.5, {}) == nothing
-    assert shape_metrics(alone[1:], 0.5, {}) == {**nothing, "top_shape_ratio": None}
-    assert count_takeover({}, shape_metrics(alone, 0.5, {})) == {}
+    assert shape_metrics(alone, {}) == nothing
+    assert shape_metrics(alone[1:], {}) == {**nothing, "top_shape_ratio": None}
+    assert count_takeover({}, shape_metrics(alone, {})) == {}
 
 
 def test_without_the_shapes_of_the_start_none_takes_over():
     copied = made_up(0, 1.0, COPY)
     counts = {"step": 9, "positives": 32, "rollouts": 32}
-    record = {**counts, **shape_metrics(copied, 0.5, {})}
+    record = {**counts, **shape_metrics(copied, {})}
     assert (record["top_shape"], record["top_shape_start_ratio"]) == ("_ is larger than _.", None)
     assert count_takeover({}, record) == {}
-    assert takeover_message(record, copied, 0.5, {}) is None
-    assert count_takeover({}, {**counts, **shape_metrics(copied, 0.5, {"other": 1})}) == {record["top_shape"]: 1}
+    assert takeover_message(record, copied, {}) is None
+    assert count_takeover({}, {**counts, **shape_metrics(copied, {"other": 1})}) == {record["top_shape"]: 1}
 
 
 def test_only_the_first_step_counts_as_the_start(tiny_recipe, tmp_path):
@@ -176,7 +178,7 @@ def test_the_trainer_reports_a_reward_that_is_gamed(tiny_recipe, tmp_path, monke
     """The reward takes one number for the answer to every sum."""
     (tmp_path / "gamed_reward.py").write_text("def grade(text, problem):\n    return text == '\\\\boxed{123}'\n")
     monkeypatch.syspath_prepend(tmp_path)
-    recipe = tiny_recipe('reward.function="gamed_reward:grade"', "eval.problems=0", "train.steps=9",
+    recipe = tiny_recipe('reward.functions="gamed_reward:grade"', "eval.problems=0", "train.steps=9",
                          "data.prompts_per_step=16", "rollout.max_completion_length=16", "optimizer.learning_rate=5e-3",
                          "optimizer.warmup_ratio=0.0", 'optimizer.schedule="constant"')  # fmt: skip
     run, heard = RunFolder(tmp_path / "run"), Heard()

@@ -67,7 +67,7 @@ def rollout(prompt: int, answer: int, problem: str = "p", index: int = 0, versio
             finish_reason=FinishReason.STOP,
             text="",
         ),
-        reward=Reward(value=1.0, outcome=Outcome.CORRECT),
+        reward=Reward(value=1.0, outcome=Outcome.CORRECT, positive=True),
         policy_version=version,
         index=index,
     )

@@ -120,7 +120,10 @@ class BenchTrainer(Trainer):
 
     def __init__(self, recipe: Recipe, policy: Policy, meter: Meter, rewards: list[float], sample: bool = True) -> None:
         self.policy, self.meter, self._sample = policy, meter, sample
-        self._rewards = [Reward(value=r, outcome=Outcome.CORRECT if r else Outcome.INCORRECT) for r in rewards]
+        outcomes = [Outcome.CORRECT if r else Outcome.INCORRECT for r in rewards]
+        self._rewards = [
+            Reward(value=r, outcome=outcome, positive=r > 0) for r, outcome in zip(rewards, outcomes, strict=True)
+        ]
         self.folder: Any = SimpleNamespace(metrics_path=Path(os.devnull))
         # Off: every setting by which a step's size depends on the answers.
         fixed = {"rollout.skip_known": False, "rollout.adaptive.enabled": False, "reward.truncated": "grade"}
@@ -131,7 +134,7 @@ class BenchTrainer(Trainer):
     def _open_task(self, _stack: ExitStack) -> None:
         vocabulary, tokens = self.policy.head.weight.shape[0], self.recipe.rollout.max_prompt_length
         prompt = partial(random_prompt, vocabulary=vocabulary, tokens=tokens)
-        self.grader: Any = SimpleNamespace(grade=lambda _: self._rewards)
+        self.grader: Any = SimpleNamespace(grade=lambda *_, **__: self._rewards)
         self.train_task: Any = SimpleNamespace(train_problem=lambda _, i: prompt(i).problem, figures=lambda _: {})
         self.renderer: Any = SimpleNamespace(render=lambda problem: prompt(int(problem.id)), text=lambda _: "")
 

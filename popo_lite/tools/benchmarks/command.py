@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from popo_lite.errors import EngineError, UserInputError
-from popo_lite.recipe import Recipe
+from popo_lite.recipe import MathFunction, Recipe
 
 PAPER_PRESET = {"samples": 128, "temperature": 0.7, "top_p": 0.95, "max_tokens": 4096, "system_prompt":
                 r"Please reason step by step, and put your final answer within \boxed{}."}  # fmt: skip
@@ -145,7 +145,8 @@ def with_options(recipe: Recipe, options: dict[str, Any]) -> Recipe:
         "rollout.max_completion_length": options["max_tokens"],
         "eval.temperature": options["temperature"],
         "data.system_prompt": options["system_prompt"],
-        "reward.function": "math",
+        "reward.functions": (MathFunction(),),
+        "reward.positive_if": "total",
     }
     if file := options["chat_template"]:
         try:

@@ -46,7 +46,7 @@ class PreparedBenchmark(NamedTuple):
 def prepare_all(recipe: Recipe, files: Mapping[str, Path | None], *, skip_overlong: bool) -> list[PreparedBenchmark]:
     """Read, check and render benchmarks (name -> file, None for the Hub's) without loading a model."""
     renderer = open_renderer(recipe)
-    with Grader(recipe.reward) as grader:
+    with Grader(recipe.grading) as grader:
         problems = {name: open_benchmark(name, file, grader) for name, file in files.items()}
     context = context_of(load_config(recipe.model))
     limits = {"max_completion_length": recipe.rollout.max_completion_length, "context_tokens": context}
@@ -200,7 +200,7 @@ def answer_all(
         recipe = subject.recipe.with_values(lengths)
         policy = subject.load(recipe)
         write_atomically(folder.path / "environment.json", json.dumps(environment(policy.device), indent=2) + "\n")
-        renderer = Renderer(recipe, policy.tokenizer)
+        renderer = Renderer(recipe, policy.tokenizer, stop_ids=policy.stop_ids)
         draw = {"temperature": settings["temperature"], "top_p": settings["top_p"]}
         by_name = {benchmark.name: benchmark for benchmark in prepared}
         with open_checked(recipe, policy, renderer, prepared[0].prompts) as (sampler, grader):

@@ -115,12 +115,17 @@ def open_model(model: str, wanted: Sequence[str], device: str = "auto") -> Subje
 def open_checked(
     recipe: Recipe, policy: Policy, renderer: Renderer, prompts: Iterable[Prompt]
 ) -> Iterator[tuple[Sampler, Grader]]:
-    """Open sampler and grader. Raises EngineError if a few prompts show that the sampler ignores its adapter."""
-    notify = partial(click.echo, err=True)
-    with Grader(recipe.reward) as grader, open_sampler(recipe, policy, text=renderer.text, notify=notify) as sampler:
-        grader.check()
-        SamplerGuard(recipe, policy, sampler, notify).prove(list(islice(prompts, PROBE_PROMPTS)), lambda _: None)
-        yield sampler, grader
+    """Open grader and sampler.
+
+    Raises UserInputError if the reward functions cannot be used on the first of `prompts`, and EngineError if these
+    show that the sampler ignores its adapter.
+    """
+    notify, first = partial(click.echo, err=True), list(islice(prompts, PROBE_PROMPTS))
+    with Grader(recipe.grading, thinking_open=renderer.opens_thinking) as grader:
+        grader.check([prompt.problem for prompt in first])
+        with open_sampler(recipe, policy, text=renderer.text, notify=notify) as sampler:
+            SamplerGuard(recipe, policy, sampler, notify).prove(first, lambda _: None)
+            yield sampler, grader
 
 
 @contextmanager
@@ -227,7 +232,7 @@ def _answer(subject: Subject, task: Task, problems: Sequence[Problem], seed: int
     """Load the subject and return a result for each set of its weights."""
     recipe, results = subject.recipe, []
     policy = subject.load(recipe)
-    renderer = Renderer(recipe, policy.tokenizer)
+    renderer = Renderer(recipe, policy.tokenizer, stop_ids=policy.stop_ids)
     total = len(problems) * recipe.eval.samples_per_problem
     with open_checked(recipe, policy, renderer, map(renderer.render, problems)) as (sampler, grader):
         for name, adapter in subject.adapters.items():

@@ -28,6 +28,7 @@ from popo_lite.policy.gguf import convert_gguf
 from popo_lite.policy.load import load_config, load_tokenizer, write_dequantized_base
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
+from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.samplers.hf import HFSampler
@@ -215,7 +216,12 @@ def _export_merged(
     plain |= {"train.packing": False, "rollout.max_num_seqs": batch}
     recipe = recipe.with_values(plain | {"eval.samples_per_problem": 1})
     questions = _questions(recipe, prompts, problems)
-    with Grader(recipe.reward) as grader, TemporaryDirectory(dir=folder, prefix=".") as temporary:
+    opened = open_renderer(recipe).opens_thinking
+    with (
+        Grader(recipe.grading, thinking_open=opened) as grader,
+        TemporaryDirectory(dir=folder, prefix=".") as temporary,
+    ):
+        grader.check(questions.held_out)
         scratch = Path(temporary)
         if report.gguf:
             save_tokenizer(recipe, scratch)
@@ -349,7 +355,7 @@ def _ask(recipe: Recipe, policy: Policy, questions: _Questions, grader: Grader, 
 def _measure(name: str, recipe: Recipe, policy: Policy, task: Task, problems: list[Problem], grader: Grader,
              progress: verify.Progress) -> EvalResult:  # fmt: skip
     """Return the accuracy on `problems`, one answer each. The draws depend on the recipe's seed and the problem."""
-    renderer, seed = Renderer(recipe, policy.tokenizer), recipe.train.seed
+    renderer, seed = Renderer(recipe, policy.tokenizer, stop_ids=policy.stop_ids), recipe.train.seed
     with (
         HFSampler(policy, recipe, text=renderer.text) as sampler,
         progress(f"pass@1 of the {name}", len(problems)) as done,
