@@ -47,6 +47,7 @@ METRICS: Mapping[str, Metric] = {
     "groups_ungraded": Metric("ungraded", "count", "Groups in which no answer could be graded."),
     "outcomes": Metric("outcomes", "counts", "Rollouts by outcome of grading."),
     "pass_rate": Metric("pass rate", "ratio", "Fraction of positives in the first round of rollouts."),
+    "rewards": Metric("rewards", "ratios", "Mean value of each reward function where it applies, first round."),
     "unique_answers_mean": Metric("different", "number", "Different final answers per prompt, first round."),
     "top_shape": Metric("top shape", "text", "Most frequent shape (shapes.py) of positives, shared by two prompts."),
     "top_shape_ratio": Metric("same shape", "ratio", "Fraction of positives with this shape."),
@@ -132,6 +133,7 @@ def rollout_metrics(groups: Sequence[Group], task: Task, *, first_round: int) ->
         "groups_ungraded": len(groups) - len(graded),
         "outcomes": count_outcomes([rollout.reward for rollout in rollouts]),
         "pass_rate": statistics.fmean(rollout.reward.positive for rollout in first),
+        "rewards": _means([rollout.reward.parts for rollout in first]),
         "unique_answers_mean": statistics.fmean(map(len, answers)),
         "task_figures": dict(task.figures([rollout.completion.text for rollout in first])),
         "truncated_ratio": statistics.fmean(r.completion.finish_reason is FinishReason.LENGTH for r in first),
@@ -145,6 +147,12 @@ def rollout_metrics(groups: Sequence[Group], task: Task, *, first_round: int) ->
         "tokens_of_positives": sum(r.tokens for r in positives),
         "tokens_of_mixed_groups": sum(r.tokens for r in mixed),
     }
+
+
+def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each name's values."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: statistics.fmean(part[name] for part in parts if name in part) for name in names}
 
 
 def sampler_summary(engine: str, swap_seconds: Sequence[float], records: Sequence[StepRecord]) -> dict[str, Any]:
@@ -185,6 +193,8 @@ def sample_line(step: int, group: Group) -> dict[str, Any]:
             "tokens": len(rollout.completion.token_ids),
             "finish_reason": rollout.completion.finish_reason.value,
             "reward": rollout.reward.value,
+            "positive": rollout.reward.positive,
+            "rewards": dict(rollout.reward.parts),
             "outcome": rollout.reward.outcome.value,
             "detail": rollout.reward.detail,
         }

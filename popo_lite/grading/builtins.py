@@ -86,7 +86,7 @@ _NUMBER = re.compile(
     r"(?:[eE]([-+]?[0-9]{1,9})(?!\w)|\s?(?:[x×*]|\\times|\\cdot)\s?10\s?\^\s?\{?([-+−]?[0-9]{1,9})\}?)?"
     r"(?:\s?/\s?([0-9]++)(?![0-9.]))?"
 )
-_FRACTION = re.compile(r"([-+−]?)\s*\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
+_FRACTION = re.compile(r"([-+−]?)\\[dt]?frac ?\{([0-9]++)\} ?\{([0-9]++)\}")
 
 
 def grade_numeric(
@@ -169,6 +169,11 @@ def grade_language(text: str, problem: Problem, *, script: str) -> float | None:
 # --------------------------------------------------------------------------- JSON
 
 
+SEARCHED = 100_000  # last characters; a start that fails costs time in proportion to the text
+MAX_FAILED = 1000  # starts; more are no answer, and each may be nested deep
+_VALUE_START = re.compile(r"\{(?=\s{0,99}[\"}])|\[(?=\s{0,99}[]\[{\"0-9tfn-])")  # unlike the braces of LaTeX
+
+
 def prepare_json_schema(
     *, json_schema: Mapping[str, Any] | None, schema_file: str | None, **_: object
 ) -> dict[str, Any]:
@@ -229,20 +234,22 @@ def last_json(text: str) -> list[Any]:
             return [json.loads(whole, parse_constant=_refuse_constant)]
         except (ValueError, RecursionError):
             continue
-    return list(_values(text))[-1:]
+    return list(_values(text[-SEARCHED:]))[-1:]
 
 
 def _values(text: str) -> Iterator[Any]:
     """Yield the objects and arrays in `text` that are in no other."""
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-    end = 0
-    for start in re.finditer(r"[{\[]", text):
+    end = failed = 0
+    for start in _VALUE_START.finditer(text):
         if start.start() >= end:
             try:
                 value, end = decoder.raw_decode(text, start.start())
+                yield value
             except (ValueError, RecursionError):
-                continue
-            yield value
+                failed += 1
+                if failed > MAX_FAILED:
+                    return
 
 
 def _refuse_constant(name: str) -> None:

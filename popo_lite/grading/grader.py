@@ -30,8 +30,8 @@ from popo_lite.recipe import MathFunction, OwnFunction, RewardRecipe
 from popo_lite.types import Outcome, Problem, Reward, count_outcomes
 
 STARTUP_SECONDS = 120.0  # for importing the reward functions; not charged to any answer
-TRIED_PROBLEMS = 3  # of the first training rows, with the reference and with NO_ANSWER
-NO_ANSWER = "no idea"
+TRIED_PROBLEMS = 3  # of the first training rows, with the answers below
+TRIED_ANSWERS = ("{}", "no idea", "<think>\nIt is {0}.\n</think>\nThe answer is \\boxed{{{0}}}. Right?")
 CHECKED_AT_ONCE = 500  # references in one request
 STDERR_TAIL_BYTES = 4096  # of what a worker wrote to stderr, for the detail of an ERROR
 READ_BYTES = 2**16  # the capacity of a pipe
@@ -128,7 +128,7 @@ class Grader(AbstractContextManager["Grader"]):
     async def _check(self, problems: Sequence[Problem]) -> None:
         worker = await self._ready_worker(0)
         for problem in problems:
-            for text in (problem.answer, NO_ANSWER):
+            for text in (answer.format(problem.answer) for answer in TRIED_ANSWERS):
                 line = _line("try", [text, self._content(problem) | {"completion_ids": [0] * len(text.split())}])
                 try:
                     reply = await worker.ask(line, self._reward.timeout_seconds)

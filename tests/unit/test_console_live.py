@@ -259,3 +259,13 @@ def test_caught_output_keeps_the_last_state_of_a_progress_bar():
             sys.stderr.write(f"\rloading {done}")
         sys.stderr.write("\n\n  \nafter")
     assert caught == ["loading 999", "after"]
+
+
+def test_live_shows_the_rewards_of_several_functions():
+    view, _, _ = live_view(100, 50)
+    view.step(record(1))
+    assert "mean reward" not in "\n".join(screen(view))
+    view.step(record(2, rewards={"math": 0.4, "my_rewards:bre\x1bvity": 0.9}))
+    text = "\n".join(screen(view))
+    assert re.search(r"math +40\.0% +mean reward", text)
+    assert re.search(r"bre.?vity +90\.0% +mean reward", text)

@@ -42,6 +42,7 @@ def record(step: int, **changes) -> dict:
         "top_shape_ratio": 0.625,
         "top_shape_start_ratio": 0.02,
         "task_figures": {},
+        "rewards": {"math": 0.11},
         "truncated_ratio": 0.023,
         "completion_tokens_mean": 143.25,
         "positive_tokens_mean": 120.0,

@@ -168,6 +168,7 @@ def test_figures_that_describe_the_policy_count_the_first_round(gathered):
     of_firsts = rollout_metrics(firsts, task, first_round=4)
     for name in (
         "pass_rate",
+        "rewards",
         "unique_answers_mean",
         "task_figures",
         "truncated_ratio",

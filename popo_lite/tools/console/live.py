@@ -283,6 +283,9 @@ def _figures(state: RunState, width: int) -> tuple[RenderableType, int]:
             except TypeError:  # a metric of it is None
                 note = ""
             add(rows, name, label, value, note)
+    if len(record["rewards"]) > 1:  # of a single one, the pass rate says enough
+        for name, value in record["rewards"].items():
+            add(answers, f"reward {name}", words.clean(name.rpartition(":")[2]), words.share(value), "mean reward")
     for name, value in record["task_figures"].items():
         add(answers, name, name.removesuffix("_ratio").replace("_", " "), words.share(value), "")
     if other := {k: count for k, count in record["outcomes"].items() if count and k not in ("correct", "incorrect")}:

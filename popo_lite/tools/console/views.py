@@ -87,8 +87,12 @@ class RunState(Callback):
         return median, median * max(self.total_steps - self.steps_done, 0)
 
     def trend(self, name: str) -> list[float | None]:
-        """Return a metric, or a task figure, at each step. None means that the step had none."""
-        values = [{**record["task_figures"], **record}.get(name) for record in self.records]
+        """Return a metric, a task figure, or `reward NAME` at each step. None means that the step had none."""
+        rewards = [{f"reward {key}": value for key, value in record["rewards"].items()} for record in self.records]
+        values = [
+            {**record["task_figures"], **own, **record}.get(name)
+            for record, own in zip(self.records, rewards, strict=True)
+        ]
         return [value if value is not None and math.isfinite(value) else None for value in values]
 
     def sample(self) -> Mapping[str, Any] | None:
