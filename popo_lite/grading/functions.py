@@ -231,7 +231,7 @@ def as_reward(returned: object, limits: tuple[float, float] = (0.0, 1.0), name: 
         what = f"the reward function returned {returned!r:.80}"
         if not math.isfinite(number):
             raise WrongReturnError(f"{what}; a reward is a number, a bool or None", "correct the function")
-        wanted = [min(low, math.floor(number)), max(high, math.ceil(number))]
+        wanted = f"[{min(low, math.floor(number)):.15g}, {max(high, math.ceil(number)):.15g}]"
         table = f'{{name = "{name}", range = {wanted}}}'
         raise WrongReturnError(
             f"{what}, outside its range [{low:g}, {high:g}]",

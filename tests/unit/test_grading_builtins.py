@@ -177,7 +177,8 @@ HOSTILE = {
 def test_a_million_hostile_characters_are_graded(text):
     functions = [
         "exact", "choice", "numeric", {"name": "length", "max": 9},
-        {"name": "regex", "pattern": "(?s)^<think>.*</think>"}, {"name": "language", "script": "Latin"}, {"name": "json_schema", "schema": PERSON},
+        {"name": "regex", "pattern": "(?s)^<think>.*</think>"}, {"name": "language", "script": "Latin"},
+        {"name": "json_schema", "schema": PERSON},
     ]  # fmt: skip
     problem = Problem(id="p", messages=({"role": "user", "content": "?"},), answer="2")
     reward = RewardRecipe(functions=functions, max_answer_characters=10**6, workers=1, timeout_seconds=60)
