@@ -1,0 +1,321 @@
+"""Grade code by tests, in a sandbox: `python_tests`. See `sandbox_runner` for what happens inside."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from popo_lite.errors import UserInputError
+from popo_lite.types import Outcome, Reward
+
+RUNNER = Path(__file__).with_name("sandbox_runner.py")
+GRACE_SECONDS = 1.0  # for starting the sandbox, and for tests that do not end although the code did
+COUNTER = "_popo_lite_count_assert"
+LIBRARIES = ("cmath", "collections", "copy", "functools", "itertools", "math", "operator", "statistics")
+"""Modules of which tests often use names that they did not import, because the reference solution did."""
+
+_FENCE = re.compile(r"^([ \t]*)```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+_SETUP = (
+    ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign,
+    ast.AugAssign,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tests:
+    """Tests of a problem: pairs of stdin and stdout, or statements that call the answer's `names`."""
+
+    pairs: tuple[tuple[str, str], ...] = ()
+    names: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    statements: tuple[str, ...] = ()
+    shown: tuple[str | None, ...] = ()
+    """For every statement its source if it is a test, or None if it only prepares one."""
+
+
+def grade_python_tests(
+    text: str,
+    problem: Mapping[str, Any],
+    *,
+    timeout_seconds: float = 3.0,
+    memory_mib: int = 512,
+    partial: bool = False,
+    allow_uncontained: bool = False,
+) -> Reward:
+    """Run the code of `text` against the tests in `problem["answer"]`; 1 if all pass, else 0.
+
+    With `partial`, the fraction of tests that pass. `timeout_seconds` is for all tests together, `memory_mib` for each
+    process. Raises UserInputError if the code cannot be contained and `allow_uncontained` is false, ValueError if the
+    tests cannot be read, and OSError if the sandbox cannot be started.
+    """
+    prepare_python_tests(allow_uncontained=allow_uncontained)
+    tests = _tests_of(problem)
+    code = find_code(text)
+    if code is None:
+        return Reward(value=0.0, outcome=Outcome.UNPARSED)
+    job: dict[str, Any] = {"code": code}
+    if tests.pairs:
+        job["inputs"] = [given for given, _ in tests.pairs]  # what is expected stays here
+    else:
+        job |= {"names": tests.names, "modules": tests.modules, "statements": tests.statements, "counter": COUNTER}
+    report = _run(job, uncontained_reason() is None, timeout_seconds, memory_mib)
+    passed, detail = _judge_outputs(report, tests) if tests.pairs else _judge_statements(report, tests)
+    value = sum(passed) / len(passed) if passed and (partial or all(passed)) else 0.0
+    outcome = Outcome.CORRECT if value > 0.5 else Outcome.INCORRECT
+    return Reward(value=value, outcome=outcome, answer=code, detail=detail)
+
+
+def check_python_tests(problem: Mapping[str, Any], **_: object) -> str | None:
+    """Return why the tests in `problem["answer"]` cannot be read, or None."""
+    try:
+        _tests_of(problem)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def prepare_python_tests(*, allow_uncontained: bool = False, **_: object) -> dict[str, Any]:
+    """Raise UserInputError if code of a model cannot be contained here, unless the user allows that."""
+    reason = None if allow_uncontained and hasattr(os, "fork") else uncontained_reason()
+    if reason is None:
+        return {}
+    allow = ""
+    if hasattr(os, "fork"):
+        allow = (
+            '; or, on a machine that holds nothing of value, set reward.functions = [{name = "python_tests", '
+            "allow_uncontained = true}]"
+        )
+    raise UserInputError(
+        f'"python_tests" cannot contain the code that the model writes: {reason}',
+        where="reward.functions",
+        next_step=f"allow user namespaces (docs/rewards.md says how){allow}",
+    )
+
+
+def find_code(text: str) -> str | None:
+    """Return the last fenced block of Python, else the last without a language, else the text if it is Python."""
+    blocks = {match[2].lower(): textwrap.dedent(match[1] + match[3]) for match in _FENCE.finditer(text)}
+    blocks = {"python" if language in ("py", "python3") else language: code for language, code in blocks.items()}
+    for language in ("python", ""):
+        if blocks.get(language, "").strip():
+            return blocks[language]
+    try:
+        return text if ast.parse(text).body and not blocks else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _judge_outputs(report: dict[str, Any] | None, tests: _Tests) -> tuple[list[bool], str]:
+    """Return for every pair if the program printed what is expected, and a word on the first that it did not."""
+    outputs: list[str | None] = report["outputs"] if report else [None] * len(tests.pairs)
+    passed = [
+        output is not None and _lines(output) == _lines(expected)
+        for output, (_, expected) in zip(outputs, tests.pairs, strict=True)
+    ]
+    if all(passed):
+        return passed, ""
+    first = passed.index(False)
+    what = "failed or took too long" if outputs[first] is None else f"printed {outputs[first]!r:.80}"
+    return passed, f"on input {first + 1} of {len(passed)} the program {what}"
+
+
+def _judge_statements(report: dict[str, Any] | None, tests: _Tests) -> tuple[list[bool], str]:
+    """Return for every test if it passed, statements that prepare tests included if they fail, and the first error."""
+    if report is None:
+        return [], "the tests did not end in time"
+    if report["broken"]:
+        return [], f"running the code: {report['broken']}"
+    if not report["held"]:  # a loop over an empty result checks nothing
+        return [], next(filter(None, report["failures"]), "no assert was reached")
+    results = list(zip(report["failures"], tests.shown, strict=True))
+    failed = next((f"{shown or 'before the tests'}: {failure}" for failure, shown in results if failure), "")
+    return [not failure for failure, shown in results if shown or failure], failed
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines of `text` without white space at their ends and empty lines at the end of the text."""
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def _tests_of(problem: Mapping[str, Any]) -> _Tests:
+    entry_point = problem.get("meta", {}).get("entry_point")
+    return _read_tests(problem["answer"], entry_point if isinstance(entry_point, str) else "")
+
+
+@lru_cache(maxsize=1024)  # all answers to a problem in a row
+def _read_tests(source: str, entry_point: str) -> _Tests:
+    """Read tests. Raises ValueError with the reason if they are no tests."""
+    if source.lstrip().startswith("["):
+        try:
+            items = json.loads(source)
+        except ValueError:
+            items = []
+        if items and all(isinstance(item, str) for item in items):
+            source = "\n".join(items)
+        elif items:
+            try:
+                return _Tests(pairs=tuple((str(item["input"]), str(item["output"])) for item in items))
+            except (TypeError, KeyError):
+                what = 'a JSON list needs strings, or objects with "input" and "output", in all places'
+                raise ValueError(f"the tests cannot be read: {what}") from None
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"the tests are not Python: {error}") from error
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if entry_point.isidentifier() and "check" in defined and "check" not in _loaded(tree):  # as in HumanEval
+        tree.body += ast.parse(f"check({entry_point})").body
+    if not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+        raise ValueError("the tests have no assert")
+    names, modules = _names_of_answer(tree, entry_point)
+    shown = tuple(
+        None if isinstance(node, _SETUP) or _is_text(node) else textwrap.shorten(ast.unparse(node), 100)
+        for node in tree.body
+    )
+    if not any(shown):
+        raise ValueError("the tests are defined, but nothing calls them")
+    counted = ast.fix_missing_locations(_CountAsserts().visit(tree))
+    statements: list[str] = []
+    for node in counted.body:
+        if isinstance(node, ast.Expr) and statements and ast.unparse(node) == f"{COUNTER}()":
+            statements[-1] += f"\n{COUNTER}()"
+        else:
+            statements.append(ast.unparse(node))
+    return _Tests(names=tuple(names), modules=tuple(modules), statements=tuple(statements), shown=shown)
+
+
+class _CountAsserts(ast.NodeTransformer):
+    """Put a call of the counter after every assert, because tests that assert nothing must not pass."""
+
+    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+        return [node, *ast.parse(f"{COUNTER}()").body]
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _loaded(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+
+
+def _names_of_answer(tree: ast.Module, entry_point: str) -> tuple[list[str], list[str]]:
+    """Return the names that the tests take from the answer, and the modules that they use without an import.
+
+    Anything else must not come from the answer, which could define an `isclose` that is always true. Raises ValueError
+    if that is not clear.
+    """
+    loaded, bound = _loaded(tree), set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            bound.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            bound.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            roots = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for root in (root.partition(".")[0] for root in roots):
+                if root not in sys.stdlib_module_names:
+                    raise ValueError(f"the tests import {root or 'a relative module'}, and only Python's own are there")
+    standard = loaded & set(dir(builtins))
+    names = loaded - bound - standard
+    modules = {
+        node.value.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    } & names & sys.stdlib_module_names  # fmt: skip
+    names -= modules
+    if entry_point in loaded:
+        names.add(entry_point)
+    elif not names and len(standard - bound) == 1:
+        names = standard - bound  # a task may ask for a function `sum`, and then the tests use no other name
+    if not names:
+        raise ValueError("the tests use no name of the answer")
+    helpers = names & {name for module in LIBRARIES for name in dir(import_module(module))} - {entry_point}
+    if helpers and len(names) > 1:
+        helper = min(helpers)
+        raise ValueError(f"the tests use {helper} without importing or defining it, so the answer could define it")
+    return sorted(names), sorted(modules)
+
+
+def _run(job: dict[str, Any], contained: bool, timeout_seconds: float, memory_mib: int) -> dict[str, Any] | None:
+    """Run a job in a new sandbox; return its report, or None if it had to be killed.
+
+    Raises OSError with the reason if the sandbox cannot be started.
+    """
+    options = {
+        "contained": contained,
+        "programs": "inputs" in job,
+        "timeout_seconds": timeout_seconds,
+        "memory_bytes": memory_mib * 2**20,
+    }
+    with nullcontext("/") if contained else tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            done = subprocess.run(
+                # Without site-packages: what is installed is not the model's to use, and slow to look for.
+                [sys.executable, "-s", "-P", "-S", "-X", "utf8", str(RUNNER), json.dumps(options)],
+                input=json.dumps(job).encode(),
+                capture_output=True,
+                cwd=folder,
+                # Tokens and paths stay here. The same order of sets gives the same verdict.
+                env={"PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")},
+                timeout=timeout_seconds + GRACE_SECONDS,
+            )
+        except subprocess.TimeoutExpired:  # which has killed the launcher, and so the kernel the others
+            return None
+    if done.stderr or done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+        raise OSError(f"the sandbox cannot be started: {reason}")
+    return json.loads(done.stdout) if done.stdout else None
+
+
+@lru_cache(maxsize=1)
+def uncontained_reason() -> str | None:
+    """Return why this system cannot contain code, or None: try it once."""
+    if sys.platform != "linux":
+        return "this needs Linux (on Windows, WSL2)"
+    code = """
+import errno, os, socket, threading, time
+def inside():
+    network = socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect_ex(("192.0.2.1", 9))  # sends nothing
+    threading.Thread(target=int).start()
+    children = 0
+    try:
+        while children < 100:
+            os.fork() or time.sleep(60)
+            children += 1
+    except OSError:
+        pass
+    return [os.getpid() < 9, os.path.exists("/etc"), network == errno.ENETUNREACH, 0 < children < 100]
+"""
+    found = "{name: value for name, value in zip(names, inside())}"
+    tests = f"names = 'processes', 'files', 'network', 'limit'\nassert {found} == "
+    tests += "{'processes': True, 'files': False, 'network': True, 'limit': True}"
+    read = _read_tests(tests, "inside")
+    job = {
+        "code": code, "names": read.names, "modules": (), "statements": read.statements, "counter": COUNTER
+    }  # fmt: skip
+    try:
+        report = _run(job, contained=True, timeout_seconds=10.0, memory_mib=512)
+    except OSError as error:
+        return str(error)
+    _, detail = _judge_statements(report, read)
+    return f"a trial escaped: {detail}" if detail else None
