@@ -22,13 +22,15 @@ from typing import Any
 from popo_lite.errors import UserInputError
 from popo_lite.types import Outcome, Reward
 
-RUNNER = Path(__file__).with_name("sandbox_runner.py")
+FOLDER = str(Path(__file__).parent)
+# Imported, not run as a file, so that its compiled form is kept. The folder comes last: it has a `math`, too.
+START = f"import sys; sys.path.append({FOLDER!r}); import sandbox_runner; sys.path.pop(); sandbox_runner.main()"
 GRACE_SECONDS = 1.0  # for starting the sandbox, and for tests that do not end although the code did
 COUNTER = "_popo_lite_count_assert"
-LIBRARIES = ("cmath", "collections", "copy", "functools", "itertools", "math", "operator", "statistics")
-"""Modules of which tests often use names that they did not import, because the reference solution did."""
+LIBRARIES = ("collections", "copy", "datetime", "decimal", "fractions", "functools", "itertools", "math", "operator")
+"""Modules whose names tests often use without an import, because the reference solution has it."""
 
-_FENCE = re.compile(r"^([ \t]*)```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 _SETUP = (
     ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign,
     ast.AugAssign,
@@ -41,6 +43,8 @@ class _Tests:
 
     pairs: tuple[tuple[str, str], ...] = ()
     names: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    """Those of the names that only make objects for the tests."""
     modules: tuple[str, ...] = ()
     statements: tuple[str, ...] = ()
     shown: tuple[str | None, ...] = ()
@@ -71,7 +75,7 @@ def grade_python_tests(
     if tests.pairs:
         job["inputs"] = [given for given, _ in tests.pairs]  # what is expected stays here
     else:
-        job |= {"names": tests.names, "modules": tests.modules, "statements": tests.statements, "counter": COUNTER}
+        job |= _statements_job(tests)
     report = _run(job, uncontained_reason() is None, timeout_seconds, memory_mib)
     passed, detail = _judge_outputs(report, tests) if tests.pairs else _judge_statements(report, tests)
     value = sum(passed) / len(passed) if passed and (partial or all(passed)) else 0.0
@@ -108,7 +112,7 @@ def prepare_python_tests(*, allow_uncontained: bool = False, **_: object) -> dic
 
 def find_code(text: str) -> str | None:
     """Return the last fenced block of Python, else the last without a language, else the text if it is Python."""
-    blocks = {match[2].lower(): textwrap.dedent(match[1] + match[3]) for match in _FENCE.finditer(text)}
+    blocks = {match[1].lower(): textwrap.dedent(match[2]) for match in _FENCE.finditer(text)}
     blocks = {"python" if language in ("py", "python3") else language: code for language, code in blocks.items()}
     for language in ("python", ""):
         if blocks.get(language, "").strip():
@@ -117,6 +121,11 @@ def find_code(text: str) -> str | None:
         return text if ast.parse(text).body and not blocks else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
+
+
+def _statements_job(tests: _Tests) -> dict[str, Any]:
+    kinds = {"names": tests.names, "classes": tests.classes, "modules": tests.modules}
+    return {**kinds, "statements": tests.statements, "counter": COUNTER}
 
 
 def _judge_outputs(report: dict[str, Any] | None, tests: _Tests) -> tuple[list[bool], str]:
@@ -136,7 +145,7 @@ def _judge_outputs(report: dict[str, Any] | None, tests: _Tests) -> tuple[list[b
 def _judge_statements(report: dict[str, Any] | None, tests: _Tests) -> tuple[list[bool], str]:
     """Return for every test if it passed, statements that prepare tests included if they fail, and the first error."""
     if report is None:
-        return [], "the tests did not end in time"
+        return [], "the tests were killed, or did not end in time"
     if report["broken"]:
         return [], f"running the code: {report['broken']}"
     if not report["held"]:  # a loop over an empty result checks nothing
@@ -152,12 +161,12 @@ def _lines(text: str) -> list[str]:
 
 
 def _tests_of(problem: Mapping[str, Any]) -> _Tests:
-    entry_point = problem.get("meta", {}).get("entry_point")
-    return _read_tests(problem["answer"], entry_point if isinstance(entry_point, str) else "")
+    named = problem["meta"].get("entry_point") or ()
+    return _read_tests(problem["answer"], (named,) if isinstance(named, str) else tuple(map(str, named)))
 
 
 @lru_cache(maxsize=1024)  # all answers to a problem in a row
-def _read_tests(source: str, entry_point: str) -> _Tests:
+def _read_tests(source: str, entry_points: tuple[str, ...]) -> _Tests:
     """Read tests. Raises ValueError with the reason if they are no tests."""
     if source.lstrip().startswith("["):
         try:
@@ -177,11 +186,12 @@ def _read_tests(source: str, entry_point: str) -> _Tests:
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"the tests are not Python: {error}") from error
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    if entry_point.isidentifier() and "check" in defined and "check" not in _loaded(tree):  # as in HumanEval
-        tree.body += ast.parse(f"check({entry_point})").body
+    if len(entry_points) == 1 and "check" in defined - _loaded(tree):  # as in HumanEval
+        tree.body += ast.parse(f"check({entry_points[0]})").body
     if not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
         raise ValueError("the tests have no assert")
-    names, modules = _names_of_answer(tree, entry_point)
+    names, modules = _free_names(tree, set(entry_points))
+    tested = _tested(names, set(entry_points))
     shown = tuple(
         None if isinstance(node, _SETUP) or _is_text(node) else textwrap.shorten(ast.unparse(node), 100)
         for node in tree.body
@@ -195,7 +205,13 @@ def _read_tests(source: str, entry_point: str) -> _Tests:
             statements[-1] += f"\n{COUNTER}()"
         else:
             statements.append(ast.unparse(node))
-    return _Tests(names=tuple(names), modules=tuple(modules), statements=tuple(statements), shown=shown)
+    return _Tests(
+        names=tuple(sorted(names)),
+        classes=tuple(sorted(names - tested)),
+        modules=tuple(sorted(modules)),
+        statements=tuple(statements),
+        shown=shown,
+    )
 
 
 class _CountAsserts(ast.NodeTransformer):
@@ -213,12 +229,8 @@ def _loaded(tree: ast.AST) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
 
-def _names_of_answer(tree: ast.Module, entry_point: str) -> tuple[list[str], list[str]]:
-    """Return the names that the tests take from the answer, and the modules that they use without an import.
-
-    Anything else must not come from the answer, which could define an `isclose` that is always true. Raises ValueError
-    if that is not clear.
-    """
+def _free_names(tree: ast.Module, entry_points: set[str]) -> tuple[set[str], set[str]]:
+    """Return the names that the tests take from the answer, and the modules that they use without an import."""
     loaded, bound = _loaded(tree), set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -242,18 +254,33 @@ def _names_of_answer(tree: ast.Module, entry_point: str) -> tuple[list[str], lis
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     } & names & sys.stdlib_module_names  # fmt: skip
-    names -= modules
-    if entry_point in loaded:
-        names.add(entry_point)
-    elif not names and len(standard - bound) == 1:
+    names = (names - modules) | (entry_points & loaded)
+    if not names and len(standard - bound) == 1:
         names = standard - bound  # a task may ask for a function `sum`, and then the tests use no other name
     if not names:
         raise ValueError("the tests use no name of the answer")
-    helpers = names & {name for module in LIBRARIES for name in dir(import_module(module))} - {entry_point}
-    if helpers and len(names) > 1:
-        helper = min(helpers)
-        raise ValueError(f"the tests use {helper} without importing or defining it, so the answer could define it")
-    return sorted(names), sorted(modules)
+    return names, modules
+
+
+def _tested(names: set[str], entry_points: set[str]) -> set[str]:
+    """Return which of `names` are tested, and not classes whose objects the tests need.
+
+    Anything that helps to test must not come from the answer, which could define an `isclose` that is always true.
+    Raises ValueError if that is not clear.
+    """
+    if len(names) == 1:
+        return names
+    tested = names & (entry_points | {"Solution"})
+    functions = {name for name in names if not name[0].isupper()} - tested
+    if not tested and len(functions) == 1:
+        tested, functions = functions, set()
+    libraries = {name for module in LIBRARIES for name in dir(import_module(module))}
+    if helpers := functions | (names - tested) & libraries:
+        raise ValueError(
+            f"the tests neither define nor import {', '.join(sorted(helpers))}, and an answer could define that to its "
+            "advantage; add it to the tests, or name all functions that are tested in the column entry_point"
+        )
+    return tested
 
 
 def _run(job: dict[str, Any], contained: bool, timeout_seconds: float, memory_mib: int) -> dict[str, Any] | None:
@@ -267,21 +294,22 @@ def _run(job: dict[str, Any], contained: bool, timeout_seconds: float, memory_mi
         "timeout_seconds": timeout_seconds,
         "memory_bytes": memory_mib * 2**20,
     }
+    # Tokens and paths stay here. The same order of sets gives the same verdict.
+    environment = {"PYTHONHASHSEED": "0"} | {key: os.environ[key] for key in os.environ if key == "LD_LIBRARY_PATH"}
     with nullcontext("/") if contained else tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             done = subprocess.run(
                 # Without site-packages: what is installed is not the model's to use, and slow to look for.
-                [sys.executable, "-s", "-P", "-S", "-X", "utf8", str(RUNNER), json.dumps(options)],
+                [sys.executable, "-s", "-P", "-S", "-X", "utf8", "-c", START, json.dumps(options)],
                 input=json.dumps(job).encode(),
                 capture_output=True,
                 cwd=folder,
-                # Tokens and paths stay here. The same order of sets gives the same verdict.
-                env={"PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")},
+                env=environment,
                 timeout=timeout_seconds + GRACE_SECONDS,
             )
         except subprocess.TimeoutExpired:  # which has killed the launcher, and so the kernel the others
             return None
-    if done.stderr or done.returncode:
+    if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"exit code {done.returncode}"
         raise OSError(f"the sandbox cannot be started: {reason}")
     return json.loads(done.stdout) if done.stdout else None
@@ -304,15 +332,16 @@ def inside():
             children += 1
     except OSError:
         pass
-    return [os.getpid() < 9, os.path.exists("/etc"), network == errno.ENETUNREACH, 0 < children < 100]
+    return {
+        "processes hidden": os.getpid() < 9,
+        "files hidden": not os.path.exists("/etc"),
+        "no network": network == errno.ENETUNREACH,
+        "processes limited": 0 < children < 100,
+    }
 """
-    found = "{name: value for name, value in zip(names, inside())}"
-    tests = f"names = 'processes', 'files', 'network', 'limit'\nassert {found} == "
-    tests += "{'processes': True, 'files': False, 'network': True, 'limit': True}"
-    read = _read_tests(tests, "inside")
-    job = {
-        "code": code, "names": read.names, "modules": (), "statements": read.statements, "counter": COUNTER
-    }  # fmt: skip
+    tests = "found = inside()\nassert len(found) == 4 and all(found.values()), found"
+    read = _read_tests(tests, ("inside",))
+    job = {"code": code, **_statements_job(read)}
     try:
         report = _run(job, contained=True, timeout_seconds=10.0, memory_mib=512)
     except OSError as error:

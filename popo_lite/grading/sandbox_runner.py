@@ -1,4 +1,4 @@
-"""Run code that a model wrote, and hold the tests where the code cannot reach them. Not imported: `sandbox` starts it.
+"""Run code that a model wrote, with its tests where it cannot reach them. `sandbox` starts this as a process.
 
 Three processes, each started by the one before:
 
@@ -50,15 +50,17 @@ MAX_OUTPUT_BYTES = 2**20
 
 def main() -> None:
     """Read the options from the command line, the job from stdin; write a line of JSON to stdout."""
-    options = json.loads(sys.argv[1])
+    options = json.loads(sys.argv[1]) | {"root": os.geteuid() == 0}
     null = os.open(os.devnull, os.O_RDWR)  # the file system to come has none
     sys.set_int_max_str_digits(0)  # results may be long numbers; time is limited anyway
     limit_resources(options)
     if options["contained"]:
         contain()
+    if LINUX:
+        die_with_parent()
     if judge := os.fork():
         os.waitpid(judge, 0)
-        return
+        os._exit(0)  # nothing to tidy up, which would take time
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the only one that Python handles, so that process 1 could get it
     os.setsid()
     if LINUX:
@@ -68,10 +70,16 @@ def main() -> None:
     verdict = os.dup(1)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    program = run_programs(options, null, verdict) if options["programs"] else run_tests(options, null, verdict)
-    if program is not None:  # this is the answer's process: out here it ends as any program does, threads and all
-        module = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(program, "<answer>", "exec"), vars(module))  # noqa: S102 - what this file is for
+    program = None
+    if options["programs"]:
+        program = run_programs(options, null, verdict)
+    else:
+        run_tests(options, null, verdict)
+    if program is None:
+        os._exit(0)
+    # This is the answer's process. Out here it ends as any program does, with its threads and exit functions.
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    exec(compile(program, "<answer>", "exec"), vars(module))  # noqa: S102 - what this file is for
 
 
 def limit_resources(options: dict[str, Any]) -> None:
@@ -101,7 +109,8 @@ def contain() -> None:
     map_users(os.getpid(), lambda: call("unshare", NAMESPACES))
     # The model's code has no use for these, and they are a way around the limits and to much of the kernel's code.
     Path("/proc/sys/user/max_user_namespaces").write_text("0")
-    Path("/proc/sys/kernel/shmmni").write_text("0")
+    with suppress(PermissionError):  # before Linux 6.0 only root may
+        Path("/proc/sys/kernel/shmmni").write_text("0")
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)  # or the mounts below would appear outside
     # An empty file system in memory, of limited size; over /proc, which exists, and of which nothing is kept.
     size = f"size={MAX_FILE_BYTES},nr_inodes={MAX_FILES},mode=755".encode()
@@ -113,7 +122,7 @@ def contain() -> None:
         call("mount", folder.encode(), bytes(target), None, MS_BIND | MS_REC, None)
         arguments = (SYS_MOUNT_SETATTR, AT_FDCWD, bytes(target), AT_RECURSIVE, ctypes.byref(read_only), 32)
         call("syscall", *(ctypes.c_long(one) if isinstance(one, int) else one for one in arguments))
-    Path("/proc/tmp").mkdir()
+    Path("/proc/tmp").mkdir(exist_ok=True)  # Python itself may be in /tmp
     Path("/proc/tmp").chmod(0o1777)  # the answer's user is another, if this one is root
     os.chdir("/proc")
     call("pivot_root", b".", b".")  # unlike after a chroot, nothing is left outside the new root
@@ -134,7 +143,7 @@ def map_users(process: int, unshare: Callable[[], None]) -> None:
                 (folder / "setgroups").write_text("deny")  # the kernel's condition for a map by a user
             # Root gets a second user, for whom the limit of processes holds. Only a process outside may map two.
             for name, one in (("uid_map", user), ("gid_map", group)):
-                (folder / name).write_text(f"{one} {one} 1\n" + ("" if user else f"{NOBODY} {NOBODY} 1\n"))
+                (folder / name).write_text(f"0 {one} 1\n" + ("" if user else f"{NOBODY} {NOBODY} 1\n"))
         os._exit(0)  # an exception before leaves a traceback and another status
     unshare()
     os.write(ready, b"x")
@@ -149,7 +158,7 @@ def give_up_rights(options: dict[str, Any]) -> None:
     if not LINUX:
         return
     if options["contained"]:
-        if os.geteuid() == 0:
+        if options["root"]:
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -267,6 +276,7 @@ def run_tests(options: dict[str, Any], null: int, verdict: int) -> None:
         remote.ask("run", job["code"])
         # A name that the answer lacks raises NameError where the tests use it.
         namespace |= {name: remote.ask("name", name) for name in job["names"] if remote.ask("has", name) is True}
+        namespace |= {name: _RemoteClass.of(namespace[name]) for name in job["classes"] if name in namespace}
         namespace |= {name: import_module(name) for name in job["modules"]}
     except BaseException as error:
         broken = f"{type(error).__name__}: {error}"[:200]
@@ -322,16 +332,16 @@ class Judge:
         line, _, self._received = self._received.partition(b"\n")
         return line
 
-    def _remote(self, index: int) -> Remote:
-        return Remote(self, index)
+    def _remote(self, index: int) -> _Remote:
+        return _Remote(self, index)
 
     def _refuse(self, value: object) -> Any:
-        if isinstance(value, Remote):
+        if isinstance(value, _Remote):
             return {"object": object.__getattribute__(value, "_index")}
         raise TypeError(f"tests can pass plain data and the answer's objects, not a {type(value).__name__}")
 
 
-class Remote:
+class _Remote:
     """An object in the answer's process that is not plain data, for the tests to call and to look into.
 
     It has no truth value and no equality, and no operators: an object that equals everything would pass every test,
@@ -360,10 +370,23 @@ class Remote:
     __hash__ = None  # type: ignore[assignment]
 
 
+class _RemoteClass(_Remote):
+    """A class of the answer that tests make objects of. It must not give data, to which they might compare a result."""
+
+    @classmethod
+    def of(cls, value: _Remote) -> _RemoteClass:
+        """Return the class that `value` stands for."""
+        return cls(*(object.__getattribute__(value, name) for name in ("_judge", "_index")))
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        value = super().__call__(*arguments, **named)
+        return value if isinstance(value, _Remote) else bool(self)
+
+
 def forward(name: str) -> Callable[..., Any]:
     """Return a special method that asks the answer's object for it."""
 
-    def method(self: Remote, *arguments: Any) -> Any:
+    def method(self: _Remote, *arguments: Any) -> Any:
         try:
             found = self.__getattr__(name)
         except AttributeError as error:
@@ -374,7 +397,7 @@ def forward(name: str) -> Callable[..., Any]:
 
 
 for _name in ("__len__", "__getitem__", "__setitem__", "__iter__", "__next__", "__str__", "__repr__"):
-    setattr(Remote, _name, forward(_name))
+    setattr(_Remote, _name, forward(_name))
 
 
 def serve(requests: int, replies: int) -> None:
@@ -456,7 +479,3 @@ def call(function: str, *arguments: Any) -> None:
     if getattr(LIBC, function)(*arguments) == -1:
         error = ctypes.get_errno()
         raise OSError(error, f"{function}: {os.strerror(error)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,55 +41,104 @@ def grade(code, tests, meta=None, **options):
 
 
 RIGHT = {
-    "plain values": ("def f(x):\n    return x + 1", "assert f(2) == 3\nassert f(-1.5) == -0.5\nassert f(True) is not 3"),
-    "a list of lines": ("def f(x):\n    return x * 2", ["assert f(2) == 4", "assert f('a') == 'aa'", "assert f([]) == []"]),
+    "plain values": (
+        "def f(x): return x + 1",
+        "assert f(2) == 3\nassert f(-1.5) == -0.5\nassert f(True) is not 3",
+    ),
+    "a list of lines": (
+        "def f(x): return x * 2",
+        ["assert f(2) == 4", "assert f('a') == 'aa'", "assert f([]) == []"],
+    ),
     "containers": (
-        "def f(x):\n    return {1: (x, {x}), b'k': frozenset([None]), 'c': 1j, 'n': float('inf'), 'b': 2 ** 20000}",
+        "def f(x): return {1: (x, {x}), b'k': frozenset([None]), 'c': 1j, 'n': float('inf'), 'b': 2 ** 20000}",
         "assert f('é') == {1: ('é', {'é'}), b'k': frozenset([None]), 'c': 1j, 'n': float('inf'), 'b': 2 ** 20000}",
     ),
     "subclasses": (
-        "from collections import *\ndef f(x):\n    return Counter(x), OrderedDict(a=1), namedtuple('P', 'x y')(1, 2)",
+        "from collections import *\ndef f(x): return Counter(x), OrderedDict(a=1), namedtuple('P', 'x y')(1, 2)",
         "assert f('aab') == ({'a': 2, 'b': 1}, {'a': 1}, (1, 2))",
     ),
-    "tolerance": ("import math\ndef area(r):\n    return math.pi * r * r", "assert math.isclose(area(2), 12.566, rel_tol=1e-3)"),
-    "no comparison": ("def f(x):\n    return x > 2", "assert f(3)\nassert not f(2)"),
+    "tolerance": (
+        "import math\ndef area(r): return math.pi * r * r",
+        "assert math.isclose(area(2), 12.566, rel_tol=1e-3)",
+    ),
+    "no comparison": ("def f(x): return x > 2", "assert f(3)\nassert not f(2)"),
     "HumanEval": (
-        "def add(x, y):\n    return x + y",
+        "def add(x, y): return x + y",
         "METADATA = {}\n\ndef check(candidate):\n    assert candidate(2, 3) == 5, 'sum'\n    for x in range(5):\n"
         "        assert candidate(x, y=1) == x + 1\n",
         {"entry_point": "add"},
     ),
-    "a name like a built-in": ("def sum(a, b):\n    return a + b", "assert sum(1, 2) == 3"),
+    "a name like a built-in": ("def sum(a, b): return a + b", "assert sum(1, 2) == 3"),
     "a class": (
-        "class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n"
-        "    def pop(self): return self.items.pop()\n    def __len__(self): return len(self.items)",
-        "s = Stack()\ns.push(3)\nassert len(s) == 1 and s.items == [3]\nassert s.pop() == 3\ns.items = [1]\nassert s.pop() == 1",
+        """
+        class Stack:
+            def __init__(self): self.items = []
+            def push(self, x): self.items.append(x)
+            def pop(self): return self.items.pop()
+            def __len__(self): return len(self.items)
+        """,
+        "s = Stack()\ns.push(3)\nassert len(s) == 1 and s.items == [3]\nassert s.pop() == 3\n"
+        "s.items = [1]\nassert s.pop() == 1",
     ),
     "objects as arguments": (
-        "class P:\n    def __init__(self, x): self.x = x\ndef total(ps):\n    return sum(p.x for p in ps)",
+        """
+        class P:
+            def __init__(self, x): self.x = x
+        def total(ps): return sum(p.x for p in ps)
+        """,
         "assert total([P(1), P(2)]) == 3",
     ),
-    "a generator": ("def f(n):\n    yield from range(n)", "assert list(f(3)) == [0, 1, 2]\nassert next(f(1)) == 0"),
-    "in place": ("def f(x):\n    x.sort()", "x = [2, 3, 1]\nf(x)\nassert x == [1, 2, 3]"),
+    "a generator": ("def f(n): yield from range(n)", "assert list(f(3)) == [0, 1, 2]\nassert next(f(1)) == 0"),
+    "in place": ("def f(x): x.sort()", "x = [2, 3, 1]\nf(x)\nassert x == [1, 2, 3]"),
     "an exception": (
-        "def f(x):\n    raise ValueError('no')",
+        "def f(x): raise ValueError('no')",
         "try:\n    f(1)\nexcept ValueError as error:\n    assert 'no' in str(error)\nelse:\n    assert False",
     ),
     "a constant": ("ANSWER = [4, 2]", "assert ANSWER == [4, 2]"),
     "imports and threads": (
-        "import ssl, sqlite3, hashlib, heapq, decimal, threading\nfrom typing import List\nfrom dataclasses import dataclass\n"
-        "@dataclass\nclass A:\n    x: int\ndef f(xs: List[int]):\n    out = []\n    t = threading.Thread(target=out.extend, args=(xs,))\n"
-        "    t.start(); t.join()\n    return [A(x).x for x in heapq.nsmallest(2, out)]",
+        """
+        import ssl, sqlite3, hashlib, heapq, decimal, threading
+        from typing import List
+        from dataclasses import dataclass
+        @dataclass
+        class A:
+            x: int
+        def f(xs: List[int]):
+            out = []
+            thread = threading.Thread(target=out.extend, args=(xs,))
+            thread.start()
+            thread.join()
+            return [A(x).x for x in heapq.nsmallest(2, out)]
+        """,
         "assert f([3, 1, 2]) == [1, 2]",
     ),
-    "printing": ("def f(x):\n    print('debug')\n    return x\nif __name__ == '__main__':\n    print(f(input()))", "assert f(1) == 1"),
-    "stdin": ("n = int(input())\nprint(*range(n))\nexit()", [{"input": "3\n", "output": "0 1 2"}, {"input": "0", "output": "\n"}]),
+    "printing": (
+        """
+        def f(x):
+            print('debug')
+            return x
+        if __name__ == '__main__':
+            print(f(input()))
+        """,
+        "assert f(1) == 1",
+    ),
+    "stdin": (
+        "n = int(input())\nprint(*range(n))\nexit()",
+        [{"input": "3\n", "output": "0 1 2"}, {"input": "0", "output": "\n"}],
+    ),
     "a main thread of its own": (
-        "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**26)\n"
-        "def main():\n    for line in sys.stdin:\n        print(line.strip()[::-1], 'é')\nthreading.Thread(target=main).start()",
+        """
+        import sys, threading
+        sys.setrecursionlimit(10**6)
+        threading.stack_size(2**26)
+        def main():
+            for line in sys.stdin:
+                print(line.strip()[::-1], 'é')
+        threading.Thread(target=main).start()
+        """,
         [{"input": "ab\ncd", "output": "ba é \ndc é\n\n"}],
     ),
-}  # fmt: skip
+}
 
 
 @needs_containment
@@ -102,7 +152,12 @@ def test_right_code_passes(case):
 @pytest.mark.parametrize(
     ("code", "tests", "value", "detail"),
     [
-        ("def f(x): return x", "assert f(1) == 1\nassert f(2) == 3\nassert f(3) == 3\nassert f(4) == 4", 0.75, "f(2) == 3"),
+        (
+            "def f(x): return x",
+            "assert f(1) == 1\nassert f(2) == 3\nassert f(3) == 3\nassert f(4) == 4",
+            0.75,
+            "f(2) == 3",
+        ),
         ("def f(x): return x", "for x in f([]):\n    assert x > 0", 0.0, "no assert was reached"),
         ("def f(x): return x", "y = f(1) + ''\nassert f(1) == 1", 0.5, "TypeError"),
         ("def g(x): return x", "assert f(1) == 1", 0.0, "'f' is not defined"),
@@ -119,93 +174,232 @@ def test_wrong_code_fails_with_a_reason_and_partly_if_asked(code, tests, value, 
     assert grade(code, tests).value == 0.0
 
 
-# Each has a function `attack`, which returns true if it got what it wanted: then `f` gives the right result.
-SOLVE = "\ndef f(x):\n    return 3 if attack() else 0\n"
-TESTS = "assert f(2) == 3"
-LOOP = "\n    while True: pass"
-NAME = f"import ctypes; ctypes.CDLL(None).prctl(15, b'{MARK}')\n"
-LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None)\n"
-READS = {
-    "/etc/passwd": "def attack(): return open('/etc/passwd').read()",
-    "the home folder": "def attack(): return open('@HOME@/token').read()",
-    "TCP": "import socket\ndef attack(): return socket.create_connection(('127.0.0.1', @TCP@), 1)",
-    "UDP": "import socket\ndef attack(): return socket.socket(2, 2).sendto(b'x', ('127.0.0.1', @TCP@))",
-    "a UNIX socket": "import socket\ndef attack(): return not socket.socket(1).connect('@HOME@/socket')",
-    "an abstract socket": "import socket\ndef attack(): return not socket.socket(1).connect('\\0@ABSTRACT@')",
-    "importing popo_lite": "import sys\nsys.path.append('@ROOT@')\nimport popo_lite\ndef attack(): return True",
-}
+HEAD = """
+import atexit, builtins, ctypes, gc, json, os, re, resource, shutil, signal, socket, sys, threading, time
+libc = ctypes.CDLL(None)
+def f(x): return 3 if attack() else 0
+"""
+TESTS = "assert f(2) == 3 or f('zebra') == 'zebra-77'"
+NAME = f"libc.prctl(15, b'{MARK}')  # PR_SET_NAME"
+
+
+def named(text):
+    """Return the programs in `text` by their headings."""
+    parts = re.split(r"^## (.*)\n", text.replace("NAME", NAME), flags=re.MULTILINE)
+    return {name: HEAD + code for name, code in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+# `attack` returns true, or `f` the right value, if it got what it wanted: then the answer passes its tests.
+READS = named("""\
+## /etc/passwd
+def attack(): return open("/etc/passwd").read()
+## the home folder
+def attack(): return open("@HOME@/token").read()
+## TCP
+def attack(): return socket.create_connection(("127.0.0.1", @TCP@), 1)
+## UDP
+def attack(): return socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", @TCP@))
+## a UNIX socket
+def attack(): return not socket.socket(socket.AF_UNIX).connect("@HOME@/socket")
+## an abstract socket
+def attack(): return not socket.socket(socket.AF_UNIX).connect("\\0@ABSTRACT@")
+## the package
+sys.path.append("@ROOT@")
+def attack():
+    import popo_lite.errors
+    return True
+""")
 """Attacks that succeed, without harm, if the code is not contained."""
-ATTACKS = {
-    "fork bomb": f"{NAME}import os\ndef attack():\n    while True:\n        try: os.fork()\n        except OSError: pass",
-    "thread bomb": f"{NAME}import threading, time\ndef attack():\n    while True: threading.Thread(target=time.sleep, args=(99,)).start()",
-    "infinite output": "import os\ndef attack():\n    while True: os.write(1, b'x' * 10**6); os.write(2, b'x' * 10**6)",
-    "infinite loop": f"{NAME}def attack():{LOOP}",
-    "memory bomb": "def attack():\n    x = []\n    while len(x) < 1000: x.append(bytearray(2**20 * 8))\n    return True",
-    "memory of IPC": f"{LIBC}def attack(): return libc.shmget(0, 2**20, 0o1600) >= 0",
-    "huge file": "def attack():\n    with open('big', 'wb') as f:\n        for _ in range(64): f.write(bytes(2**20))\n    return True",
-    "many files": "def attack():\n    for i in range(5000): open(str(i), 'w').close()\n    return True",
-    "environment": (
-        f"{LIBC}ctypes.pythonapi.Py_GetArgcArgv\ndef attack():\n    block = (ctypes.c_char_p * 9).in_dll(libc, 'environ')\n"
-        "    return 'sekret' in str(os.environ) or b'sekret' in ctypes.string_at(ctypes.cast(block, ctypes.POINTER(ctypes.c_char_p))[0], 200)"
-    ),
-    "DNS": "import socket\ndef attack(): return socket.getaddrinfo('example.com', 80)",
-    "writing outside": "import os\ndef attack():\n    os.makedirs('@HOME@', exist_ok=True)\n    open('@HOME@/token', 'w').write('x')",
-    "writing to the library": "import os\ndef attack(): return open(os.path.dirname(os.__file__) + '/popo_hostile.py', 'w')",
-    "killing the parent": f"import os, time\ndef attack():\n    for s in range(1, 65): os.kill(os.getppid(), s)\n    time.sleep(.2)\n    return not os.getppid()",
-    "killing everybody": "import os\ndef attack():\n    os.kill(-1, 9)",
-    "killing by number": "import os\ndef attack():\n    os.kill(@PID@, 9); return True",
-    "ptrace": f"{LIBC}def attack(): return not libc.ptrace(16, os.getppid(), 0, 0)",
-    "reading the parent's memory": (
-        f"{LIBC}def attack():\n    v = (ctypes.c_size_t * 2)(ctypes.addressof(ctypes.create_string_buffer(8)), 8)\n"
-        "    return libc.process_vm_readv(os.getppid(), v, 1, v, 1, 0) > 0"
-    ),
-    "/proc": "import os\ndef attack():\n    return [open(f'/proc/{p}/{n}', 'rb') for p in (1, os.getppid(), 'self') for n in ('environ', 'mem')]",
-    "ignored signals": f"{NAME}import signal\ndef attack():\n    for s in {{*range(1, 32)}} - {{9, 19}}: signal.signal(s, signal.SIG_IGN){LOOP}",
-    "a daemon": f"{NAME}import os, time\ndef attack():\n    if not os.fork():\n        os.setsid()\n        os.fork() or time.sleep(60)\n        os._exit(0)\n    os.wait()",
-    "atexit and threads": f"{NAME}import atexit, threading, time\natexit.register(time.sleep, 60)\nthreading.Thread(target=time.sleep, args=(60,)).start()\nraise SystemExit",
-    "os._exit": "import os\nos._exit(0)",
-    "sys.exit": "import sys\ndef attack(): sys.exit(0)",
-    "a made-up verdict": (
-        "import os\ndef attack():\n    for line in (b'{\"failures\": [\"\"], \"held\": 1, \"broken\": \"\"}\\n', b'[\"value\", true, null]\\n'):\n"
-        "        for fd in range(256):\n            try: os.write(fd, line)\n            except OSError: pass\n    os._exit(0)"
-    ),
-    "reading the tests": "import os, sys\ndef attack(): return os.read(0, 100) or sys.stdin.read() or '==' in str(sys.argv)",
-    "expected values in memory": (
-        "import gc, sys\ndef attack():\n    frames = [sys._getframe()]\n    while frames[-1].f_back: frames.append(frames[-1].f_back)\n"
-        "    return any('f(2) ' + '== 3' in str(x) for x in [*gc.get_objects(), *(v for f in frames for v in f.f_locals.values())] if type(x) in (str, list, dict, tuple))"
-    ),
-    "redefined built-ins": (
-        "import builtins, json\nbuiltins.AssertionError = type('A', (), {})\nbuiltins.isinstance = lambda *a: True\nbuiltins.exec = lambda *a: None\n"
-        "json.dumps = lambda *a: '[\"value\", true, null]'\n__builtins__ = {}\ndef attack(): return 0"
-    ),
-    "equal to everything": "class E:\n    __eq__ = __le__ = __ge__ = __bool__ = __contains__ = lambda *a: True\ndef f(x): return E()",
-    "a number equal to everything": "class E(int):\n    __eq__ = lambda *a: True\n    __ne__ = lambda *a: False\ndef f(x): return E(7)",
-    "endless recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef attack(): return attack()",
-    "a result that is too deep": "def f(x):\n    for _ in range(10**5): x = [x]\n    return x",
-    "a result without end": "def f(x):\n    while True: yield 0",
-    "a reply too deep to read": "import os\ndef attack(): [os.write(fd, b'[' * 10**6 + b'\\n') for fd in range(3, 30) if not os.set_blocking(fd, True)]",
-    "segmentation fault": "import ctypes\ndef attack(): ctypes.string_at(0)",
-    "slow regular expression": "import re\ndef attack(): return re.match('(a+)+b', 'a' * 60)",
-    "sleep": "import time\ndef attack(): time.sleep(60)",
-    "a link in place of the folder": "import os, shutil\ndef attack():\n    os.chdir('/')\n    shutil.rmtree('/tmp', True)\n    os.symlink('@HOME@', '/tmp')",
-    "deleting": "import shutil\ndef attack(): shutil.rmtree('@HOME@', ignore_errors=True)",
-    "mount": f"{LIBC}def attack(): return not libc.mount(b'x', b'/tmp', b'proc', 0, None) or not libc.umount2(b'/lib', 2)",
-    "chroot": "import os\ndef attack():\n    os.chroot('.'); return True",
-    "new namespaces": f"{LIBC}def attack(): return not libc.unshare(0x10000000)",
-    "setuid": "import os\ndef attack():\n    os.setuid(0); return os.getuid() == 0",
-    "inherited descriptors": "import os\ndef attack():\n    return [fd for fd in range(3, 64) if os.path.exists(f'/proc/self/fd/{fd}') or seen(fd)][2:]\ndef seen(fd):\n    try: return os.fstat(fd)\n    except OSError: return None",
-    "lowering the judge's limits": "import resource, os, time\ndef attack():\n    resource.prlimit(os.getppid(), resource.RLIMIT_AS, (4096, 4096))",
-    "endless __del__": f"class D:\n    def __del__(self):{LOOP.replace('    ', '        ')}\ndef attack(): D()",
-    "an exception that hangs": "class E(Exception):\n    def __str__(self):\n        while True: pass\ndef attack(): raise E",
-} | READS  # fmt: skip
-PROGRAMS = {
-    "infinite output": "import os\nwhile True: os.write(1, b'3\\n' * 10**5)",
-    "a child that keeps the output": f"{NAME}import os, time\nif not os.fork(): os.setsid(); time.sleep(60)",
-    "waiting for more input": "print(2); input(); input()",
-    "killing everybody": "import os\nprint(2); os.kill(-1, 9); os.kill(os.getppid(), 9)",
-    "a made-up report": "import os\nfor fd in range(256):\n    try: os.write(fd, b'{\"outputs\": [\"3\"]}')\n    except OSError: pass",
-    "the expected output in memory": "import gc\nprint(3 if any('expect' in str(x) for x in gc.get_objects() if type(x) in (list, dict)) else 2)",
-}  # fmt: skip
+
+TRICKS = named("""\
+## os._exit
+os._exit(0)
+## SystemExit
+def attack(): sys.exit(0)
+## a made-up verdict
+def attack():
+    for line in b'{"failures": [""], "held": 1, "broken": ""}\\n', b'["value", true, null]\\n':
+        for descriptor in range(256):
+            try: os.write(descriptor, line)
+            except OSError: pass
+    os._exit(0)
+## reading the tests
+def attack(): return os.read(0, 100) or sys.stdin.read() or "==" in str(sys.argv)
+## expected values in memory
+def f(x):
+    frames = [sys._getframe()]
+    while frames[-1].f_back: frames.append(frames[-1].f_back)
+    return re.search("zebr[a]-[0-9]+", str([*gc.get_objects(), *(frame.f_locals for frame in frames)]))[0]
+## redefined built-ins
+builtins.AssertionError = type("AssertionError", (), {})
+builtins.isinstance = lambda *_: True
+builtins.exec = builtins.compile = lambda *_: None
+json.dumps = lambda *_: '["value", true, null]'
+def attack(): return 0
+## an object equal to everything
+class Equal:
+    __eq__ = __le__ = __ge__ = __bool__ = __contains__ = lambda *_: True
+def f(x): return Equal()
+## a number equal to everything
+class Equal(int):
+    __eq__ = lambda *_: True
+    __ne__ = lambda *_: False
+def f(x): return Equal(7)
+## the parent's memory
+def attack():
+    buffer = (ctypes.c_size_t * 2)(ctypes.addressof(libc), 8)
+    return not libc.ptrace(16, os.getppid(), 0, 0) or libc.process_vm_readv(os.getppid(), buffer, 1, buffer, 1, 0) > 0
+## a daemon
+NAME
+def attack():
+    if not os.fork():
+        os.setsid()
+        os.fork() or time.sleep(60)
+        os._exit(0)
+    os.wait()
+## exit functions and threads
+NAME
+atexit.register(time.sleep, 60)
+threading.Thread(target=time.sleep, args=(60,)).start()
+raise SystemExit
+""")
+"""Attacks on the verdict, and processes that stay, which fail in any case."""
+
+HARMFUL = named("""\
+## fork bomb
+NAME
+def attack():
+    while True:
+        try: os.fork()
+        except OSError: pass
+## thread bomb
+NAME
+def attack():
+    while True: threading.Thread(target=time.sleep, args=(60,)).start()
+## infinite output
+def attack():
+    while True: os.write(1, bytes(10**6)); os.write(2, bytes(10**6))
+## infinite loop
+NAME
+def attack():
+    while True: pass
+## memory bomb
+def attack():
+    blocks = []
+    while len(blocks) < 100: blocks.append(bytearray(2**24))
+    return True
+## memory of IPC
+def attack(): return libc.shmget(0, 2**20, 0o1600) >= 0
+## huge file
+def attack():
+    with open("big", "wb") as file:
+        for _ in range(64): file.write(bytes(2**20))
+    return True
+## many files
+def attack():
+    for number in range(5000): open(str(number), "w").close()
+    return True
+## environment
+def attack():
+    start = ctypes.cast((ctypes.c_void_p * 1).in_dll(libc, "environ")[0], ctypes.POINTER(ctypes.c_char_p))
+    return "sekret" in str(os.environ) or b"sekret" in (start[0] or b"") + (start[1] or b"")
+## DNS
+def attack(): return socket.getaddrinfo("example.com", 80)
+## writing outside
+def attack():
+    os.makedirs("@HOME@", exist_ok=True)
+    open("@HOME@/token", "w").write("x")
+## writing to the library
+def attack(): return open(os.path.dirname(os.__file__) + "/popo_hostile.py", "w")
+## killing the parent
+def attack():
+    for number in range(1, 65): os.kill(os.getppid(), number)
+    time.sleep(0.2)
+    return os.getppid() != 1
+## killing everybody
+def attack(): os.kill(-1, 9)
+## killing by number
+def attack(): return not os.kill(@PID@, 9)
+## /proc
+def attack(): return [open(f"/proc/{process}/{name}", "rb") for process in (1, "self") for name in ("environ", "mem")]
+## ignored signals
+NAME
+def attack():
+    for number in {*range(1, 32)} - {9, 19}: signal.signal(number, signal.SIG_IGN)
+    while True: pass
+## endless recursion
+sys.setrecursionlimit(10**9)
+def attack(): return attack()
+## a result that is too deep
+def f(x):
+    for _ in range(10**5): x = [x]
+    return x
+## an endless result
+def f(x):
+    while True: yield 0
+## a reply that is too deep
+def attack(): [os.write(descriptor, b"[" * 60000 + b"\\n") for descriptor in range(3, 30) if os.isatty(descriptor) < 1]
+## segmentation fault
+def attack(): ctypes.string_at(0)
+## slow regular expression
+def attack(): return re.match("(a+)+b", "a" * 60)
+## sleep
+def attack(): time.sleep(60)
+## a link in place of the folder
+def attack():
+    os.chdir("/")
+    shutil.rmtree("/tmp", ignore_errors=True)
+    os.symlink("@HOME@", "/tmp")
+## deleting
+def attack(): shutil.rmtree("@HOME@", ignore_errors=True)
+## mount
+def attack(): return not libc.mount(b"x", b"/tmp", b"proc", 0, None) or not libc.umount2(b"/lib", 2)
+## chroot
+def attack(): return not os.chroot(".")
+## new namespaces
+def attack(): return not libc.unshare(0x10000000)  # CLONE_NEWUSER
+## becoming root
+def attack():
+    try: os.setuid(0)
+    finally: return not libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(*[1 << 21] * 2))
+## inherited descriptors
+def attack():
+    found = 0
+    for descriptor in range(3, 64):
+        try: found += bool(os.fstat(descriptor))
+        except OSError: pass
+    return found > 2  # the two through which it gets calls
+## lowering the limits of the judge
+def attack(): resource.prlimit(os.getppid(), resource.RLIMIT_AS, (4096, 4096))
+## endless __del__
+class Deleted:
+    def __del__(self):
+        while True: pass
+def attack(): Deleted()
+## an exception that hangs
+class Hanging(Exception):
+    def __str__(self):
+        while True: pass
+def attack(): raise Hanging
+""")
+
+PROGRAMS = named("""\
+## infinite output
+while True: os.write(1, b"3\\n" * 10**5)
+## a child that keeps the output
+NAME
+if not os.fork(): os.setsid(); time.sleep(60)
+## waiting for more input
+print(2); input(); input()
+## killing everybody
+print(2); os.kill(-1, 9); os.kill(os.getppid(), 9)
+## a made-up report
+for descriptor in range(256):
+    try: os.write(descriptor, b'{"outputs": ["3", "zebra-77"]}')
+    except OSError: pass
+## the expected output in memory
+print(re.search("zebr[a]-[0-9]+", str(gc.get_objects()))[0])
+""")
 
 
 @pytest.fixture
@@ -240,9 +434,9 @@ def outside(tmp_path, monkeypatch):
     assert not hostile_processes()
 
 
-def hostile_processes():
-    """Return the processes left over, after a moment: the kernel ends those of a namespace one by one."""
-    for _ in range(50):
+def hostile_processes(wait=True):
+    """Return if hostile processes are left, after a moment: the kernel ends those of a namespace one by one."""
+    for _ in range(50 if wait else 1):
         names = (path.read_text() for path in Path("/proc").glob("[0-9]*/comm"))
         try:
             found = MARK in map(str.strip, names)
@@ -254,27 +448,147 @@ def hostile_processes():
     return True
 
 
-@needs_containment
-@pytest.mark.parametrize("code", ATTACKS.values(), ids=ATTACKS)
-def test_attacks_fail_without_effect_and_in_time(code, outside):
+def attack(code, tests, seconds=1.0, **options):
     start = time.monotonic()
-    tests = "assert 3 in f(2)" if "yield" in code else TESTS
-    reward = grade(outside(code + ("" if "def f" in code else SOLVE)), tests, timeout_seconds=1.0)
-    assert time.monotonic() - start < 3
+    reward = grade_python_tests(fenced(code), problem(tests), timeout_seconds=seconds, **options)
+    assert time.monotonic() - start < seconds + 2
+    assert "NameError" not in reward.detail  # it must have been an attack
+    assert "SyntaxError" not in reward.detail
+    return reward
+
+
+@needs_containment
+@pytest.mark.parametrize("name", [*READS, *TRICKS, *HARMFUL])
+def test_attacks_fail_without_effect_and_in_time(name, outside):
+    code = (READS | TRICKS | HARMFUL)[name]
+    reward = attack(outside(code), "assert 3 in f(2)" if "yield" in code else TESTS)
     assert (reward.value, reward.outcome) == (0.0, Outcome.INCORRECT), reward.detail
-    assert "NameError" not in reward.detail and "SyntaxError" not in reward.detail  # it must have been an attack
 
 
 @needs_containment
 @pytest.mark.parametrize("code", PROGRAMS.values(), ids=PROGRAMS)
 def test_attacks_by_programs_fail(code, outside):
-    start = time.monotonic()
-    assert grade(code, [{"input": "1\n", "output": "3"}], timeout_seconds=1.0).value == 0.0
-    assert time.monotonic() - start < 3
+    assert attack(code, [{"input": "1\n", "output": "3"}, {"input": "", "output": "zebra-77"}]).value == 0.0
 
 
 @needs_containment
-@pytest.mark.parametrize("code", READS.values(), ids=READS)
-def test_those_attacks_succeed_without_containment(code, outside, monkeypatch):
+@pytest.mark.parametrize("name", [*READS, *TRICKS])
+def test_without_containment_some_attacks_succeed_but_none_on_the_verdict(name, outside, monkeypatch):
     monkeypatch.setattr(sandbox, "uncontained_reason", lambda: "not tried")
-    assert grade(outside(code + SOLVE), TESTS, allow_uncontained=True).value == 1.0
+    reward = attack(outside((READS | TRICKS)[name]), TESTS, seconds=2.0, allow_uncontained=True)
+    assert reward.value == (name in READS)
+
+
+@needs_containment
+def test_nothing_remains_of_a_worker_that_is_killed():
+    code = HARMFUL["infinite loop"]
+    script = f"from popo_lite.grading.sandbox import *\ngrade_python_tests({fenced(code)!r}, {problem(TESTS)!r})"
+    worker = subprocess.Popen([sys.executable, "-c", script])
+    while not hostile_processes(wait=False):
+        assert worker.poll() is None
+        time.sleep(0.05)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    assert not hostile_processes()
+
+
+@pytest.mark.parametrize(
+    ("tests", "meta", "reason"),
+    [
+        ("assert f(1) ==", {}, "not Python"),
+        ("f(1)", {}, "no assert"),
+        ("", {}, "no assert"),
+        ("assert 1 == 1", {}, "no name of the answer"),
+        ("def check(candidate):\n    assert candidate(1) == 1", {}, "no name of the answer"),
+        ("def test_f():\n    assert f(1) == 1", {}, "nothing calls"),
+        ("import pytest\nassert f(1) == 1", {}, "import pytest"),
+        ("from solution import f\nassert f(1) == 1", {}, "import solution"),
+        ('[{"input": "1"}]', {}, '"input" and "output"'),
+        ('["assert f(1) == 1", 3]', {}, '"input" and "output"'),
+        # An answer that defines these gets right whatever it wants.
+        ("assert isclose(f(1), 0.5)", {}, "import f, isclose"),
+        ("assert isclose(f(1), 0.5)", {"entry_point": "f"}, "import isclose"),
+        ("assert np.allclose(f(1), [0.5])", {"entry_point": "f"}, "import np"),
+        ("assert isclose(Solution().f(1), 0.5)", {}, "import isclose"),
+        ("assert Counter(f(1)) == Counter([1])", {}, "import Counter"),
+        ("assert decode(encode('a')) == 'a'", {}, "import decode, encode"),
+        ("assert decode(encode('a')) == 'a'", {"entry_point": ["encode", "decode"]}, ""),
+        ("from math import isclose\nassert isclose(f(1), 0.5)", {}, ""),
+        ("def check(candidate):\n    assert candidate(1) == 1", {"entry_point": "f"}, ""),
+        ("assert total([Pair(1, 2)]) == 3", {}, ""),
+        ('[{"input": "1", "output": "2"}]', {}, ""),
+    ],
+)
+def test_tests_that_cannot_be_read_are_refused_with_a_reason(tests, meta, reason):
+    found = check_python_tests(problem(tests, **meta)) or ""
+    assert reason in found if reason else not found
+    if reason:
+        with pytest.raises(ValueError, match=reason[:9]):
+            grade_python_tests("f = print", problem(tests, **meta), allow_uncontained=True)
+
+
+@needs_containment
+def test_what_tests_make_objects_of_cannot_give_the_value_to_compare_with():
+    code = "def Point(x, y): return 0\ndef f(x): return 0"
+    assert grade(code, "assert f(1) == Point(1, 2)").value == 0.0
+    assert grade("EXPECTED = 0\ndef f(x): return 0", "assert f(1) == EXPECTED").value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("```python\na = 1\n```\nthen\n```python\nb = 2\n```\nprints\n```\n2\n```", "b = 2\n"),
+        ("```\na = 1\n```\n```bash\nls\n```", "a = 1\n"),
+        ("1. So:\n   ```py\n   if a:\n       b\n   ```", "if a:\n    b\n"),
+        ("def f(x):\n    return x", "def f(x):\n    return x"),
+        ("```python\ncut = 'off", None),
+        ("I do not know.", None),
+        ("```bash\nls\n```", None),
+        ("(" * 20000, None),
+        ("", None),
+    ],
+)
+def test_the_last_block_of_python_is_the_code(text, code):
+    assert find_code(text) == code
+    if code is None:
+        reward = grade_python_tests(text, problem("assert f(1) == 1"), allow_uncontained=True)
+        assert (reward.value, reward.outcome) == (0.0, Outcome.UNPARSED)
+
+
+@pytest.fixture
+def forgotten():
+    """Lets a test try containment anew, and others after it."""
+    sandbox.uncontained_reason.cache_clear()
+    yield
+    sandbox.uncontained_reason.cache_clear()
+
+
+def refusal(**options):
+    with pytest.raises(UserInputError) as caught:
+        grade_python_tests("f = print", problem("assert f(1) == 1"), **options)
+    assert caught.value.where == "reward.functions"
+    return caught.value
+
+
+def test_a_kernel_that_cannot_contain_is_refused_unless_the_user_allows_it(forgotten, monkeypatch):
+    start = sandbox.START.replace("sandbox_runner.main()", "sandbox_runner.NAMESPACES = -1; sandbox_runner.main()")
+    monkeypatch.setattr(sandbox, "START", start)
+    error = refusal()
+    assert "unshare: Invalid argument" in error.what
+    assert "allow_uncontained = true" in error.next_step
+    prepare_python_tests(allow_uncontained=True)
+    assert grade("def f(x): return x", "assert f(1) == 1", allow_uncontained=True).value == 1.0
+
+
+@needs_containment
+def test_a_sandbox_that_leaks_is_refused(forgotten, monkeypatch):
+    start = sandbox.START.replace("sandbox_runner.main()", "sandbox_runner.MAX_PROCESSES = 999; sandbox_runner.main()")
+    monkeypatch.setattr(sandbox, "START", start)
+    assert "'processes limited': False" in refusal().what
+
+
+def test_other_systems_are_refused(forgotten, monkeypatch):
+    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+    assert "needs Linux" in refusal().what
+    monkeypatch.delattr(sandbox.os, "fork")
+    assert "allow_uncontained" not in refusal(allow_uncontained=True).next_step
