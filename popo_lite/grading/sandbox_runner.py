@@ -107,10 +107,10 @@ def contain() -> None:
     """
     libraries = {str(Path(os.__file__).parents[1]), "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
     map_users(os.getpid(), lambda: call("unshare", NAMESPACES))
-    # The model's code has no use for these, and they are a way around the limits and to much of the kernel's code.
-    Path("/proc/sys/user/max_user_namespaces").write_text("0")
-    with suppress(PermissionError):  # before Linux 6.0 only root may
-        Path("/proc/sys/kernel/shmmni").write_text("0")
+    # The model's code has no use for these. They are ways around the limit of memory and to more of the kernel.
+    for setting in ("user/max_user_namespaces", "kernel/shmmni"):
+        with suppress(OSError):  # containers often have /proc/sys read-only, and before Linux 6.0 shmmni is root's
+            Path(f"/proc/sys/{setting}").write_text("0")
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)  # or the mounts below would appear outside
     # An empty file system in memory, of limited size; over /proc, which exists, and of which nothing is kept.
     size = f"size={MAX_FILE_BYTES},nr_inodes={MAX_FILES},mode=755".encode()

@@ -179,7 +179,7 @@ import atexit, builtins, ctypes, gc, json, os, re, resource, shutil, signal, soc
 libc = ctypes.CDLL(None)
 def f(x): return 3 if attack() else 0
 """
-TESTS = "assert f(2) == 3 or f('zebra') == 'zebra-77'"
+TESTS = "assert f(2) == 3 or f('zebra') == 'zebra-77' or f(1) == colorsys.rgb_to_yiq(0, 0, 0)"
 NAME = f"libc.prctl(15, b'{MARK}')  # PR_SET_NAME"
 
 
@@ -225,6 +225,9 @@ def attack():
     os._exit(0)
 ## reading the tests
 def attack(): return os.read(0, 100) or sys.stdin.read() or "==" in str(sys.argv)
+## a module in place of the standard library's
+open("colorsys.py", "w").write("def rgb_to_yiq(*_): return 0")  # in the current folder
+def attack(): return 0
 ## expected values in memory
 def f(x):
     frames = [sys._getframe()]
