@@ -6,7 +6,6 @@ import ast
 import builtins
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,6 @@ COUNTER = "_popo_lite_count_assert"
 LIBRARIES = ("collections", "copy", "datetime", "decimal", "fractions", "functools", "itertools", "math", "operator")
 """Modules whose names tests often use without an import, because the reference solution has it."""
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 _SETUP = (
     ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign,
     ast.AugAssign,
@@ -112,8 +110,17 @@ def prepare_python_tests(*, allow_uncontained: bool = False, **_: object) -> dic
 
 def find_code(text: str) -> str | None:
     """Return the last fenced block of Python, else the last without a language, else the text if it is Python."""
-    blocks = {match[1].lower(): textwrap.dedent(match[2]) for match in _FENCE.finditer(text)}
-    blocks = {"python" if language in ("py", "python3") else language: code for language, code in blocks.items()}
+    blocks: dict[str, str] = {}
+    opened, lines = None, list[str]()
+    for line in text.split("\n"):
+        fence = line.strip()
+        if opened is not None and fence == "```":
+            blocks["python" if opened in ("py", "python3") else opened] = textwrap.dedent("\n".join([*lines, ""]))
+            opened, lines = None, []
+        elif opened is not None:
+            lines.append(line)
+        elif fence.startswith("```") and "`" not in fence[3:]:
+            opened = fence[3:].strip().partition(" ")[0].lower()
     for language in ("python", ""):
         if blocks.get(language, "").strip():
             return blocks[language]
@@ -176,11 +183,12 @@ def _read_tests(source: str, entry_points: tuple[str, ...]) -> _Tests:
         if items and all(isinstance(item, str) for item in items):
             source = "\n".join(items)
         elif items:
-            try:
-                return _Tests(pairs=tuple((str(item["input"]), str(item["output"])) for item in items))
-            except (TypeError, KeyError):
-                what = 'a JSON list needs strings, or objects with "input" and "output", in all places'
-                raise ValueError(f"the tests cannot be read: {what}") from None
+            texts = [(item.get("input"), item.get("output")) for item in items if isinstance(item, dict)]
+            if len(texts) < len(items) or not all(isinstance(text, str) for pair in texts for text in pair):
+                raise ValueError(
+                    'the tests cannot be read: a JSON list holds strings, or objects with "input" and "output"'
+                )
+            return _Tests(pairs=tuple((str(given), str(expected)) for given, expected in texts))
     try:
         tree = ast.parse(source)
     except (SyntaxError, RecursionError, MemoryError) as error:
@@ -192,25 +200,21 @@ def _read_tests(source: str, entry_points: tuple[str, ...]) -> _Tests:
         raise ValueError("the tests have no assert")
     names, modules = _free_names(tree, set(entry_points))
     tested = _tested(names, set(entry_points))
-    shown = tuple(
-        None if isinstance(node, _SETUP) or _is_text(node) else textwrap.shorten(ast.unparse(node), 100)
-        for node in tree.body
-    )
+    counter = _CountAsserts()
+    statements, shown = list[str](), list[str | None]()
+    for node in tree.body:
+        prepares = isinstance(node, _SETUP) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        shown.append(None if prepares else textwrap.shorten(ast.unparse(node), 100))
+        counted = counter.visit(node)
+        statements.append("\n".join(map(ast.unparse, counted if isinstance(counted, list) else [counted])))
     if not any(shown):
         raise ValueError("the tests are defined, but nothing calls them")
-    counted = ast.fix_missing_locations(_CountAsserts().visit(tree))
-    statements: list[str] = []
-    for node in counted.body:
-        if isinstance(node, ast.Expr) and statements and ast.unparse(node) == f"{COUNTER}()":
-            statements[-1] += f"\n{COUNTER}()"
-        else:
-            statements.append(ast.unparse(node))
     return _Tests(
         names=tuple(sorted(names)),
         classes=tuple(sorted(names - tested)),
         modules=tuple(sorted(modules)),
         statements=tuple(statements),
-        shown=shown,
+        shown=tuple(shown),
     )
 
 
@@ -219,10 +223,6 @@ class _CountAsserts(ast.NodeTransformer):
 
     def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
         return [node, *ast.parse(f"{COUNTER}()").body]
-
-
-def _is_text(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _loaded(tree: ast.AST) -> set[str]:

@@ -68,6 +68,11 @@ RIGHT = {
         "        assert candidate(x, y=1) == x + 1\n",
         {"entry_point": "add"},
     ),
+    "LeetCode": (
+        "class Solution:\n    def add(self, x, y): return x + y",
+        "def check(candidate):\n    assert candidate(x=2, y=3) == 5",
+        {"entry_point": "Solution().add"},
+    ),
     "a name like a built-in": ("def sum(a, b): return a + b", "assert sum(1, 2) == 3"),
     "a class": (
         """
@@ -519,6 +524,7 @@ def test_nothing_remains_of_a_worker_that_is_killed():
         ("import pytest\nassert f(1) == 1", {}, "import pytest"),
         ("from solution import f\nassert f(1) == 1", {}, "import solution"),
         ('[{"input": "1"}]', {}, '"input" and "output"'),
+        ('[{"input": "1", "output": ["1"]}]', {}, '"input" and "output"'),
         ('["assert f(1) == 1", 3]', {}, '"input" and "output"'),
         # An answer that defines these gets right whatever it wants.
         ("assert isclose(f(1), 0.5)", {}, "import f, isclose"),
@@ -554,6 +560,9 @@ def test_what_tests_make_objects_of_cannot_give_the_value_to_compare_with():
     [
         ("```python\na = 1\n```\nthen\n```python\nb = 2\n```\nprints\n```\n2\n```", "b = 2\n"),
         ("```\na = 1\n```\n```bash\nls\n```", "a = 1\n"),
+        ("```python\na = 1\n```\n```py\nb = 2\n```", "b = 2\n"),
+        ("```python title=x\na = 1\n```\n```not a fence```", "a = 1\n"),
+        ("```x\n" * 4000, None),
         ("1. So:\n   ```py\n   if a:\n       b\n   ```", "if a:\n    b\n"),
         ("def f(x):\n    return x", "def f(x):\n    return x"),
         ("```python\ncut = 'off", None),
