@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from popo_lite.errors import GradingError, UserInputError
-from popo_lite.grading.math import decide_exactly, final_answer
+from popo_lite.grading.math import decide_exactly, final_answer, plain_number, unwrap
 from popo_lite.recipe import RewardRecipe
 from popo_lite.types import Outcome, Problem, Reward, count_outcomes
 
@@ -68,6 +68,16 @@ class Grader(AbstractContextManager["Grader"]):
         Raises UserInputError if the reward function cannot be loaded, GradingError if it no longer can.
         """
         return self._run(self._grade_all, answers)
+
+    def unreadable(self, problems: Sequence[Problem]) -> dict[str, str]:
+        """Return id -> reason for the problems whose reference answer the reward function cannot read."""
+        if self._reward.function != "math":
+            return {}
+        # An empty text is wrong whatever the reference is; if it gets no verdict, the reference is the reason.
+        algebraic = [problem for problem in problems if plain_number(unwrap(problem.answer)) is None]
+        rewards = self.grade([("", problem) for problem in algebraic])
+        found = zip(algebraic, rewards, strict=True)
+        return {problem.id: reward.detail for problem, reward in found if not reward.outcome.is_graded}
 
     def close(self) -> None:
         """End all grading processes; may be called again."""
