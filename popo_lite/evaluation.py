@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from popo_lite.errors import DataError
-from popo_lite.grading import Grader, refuse_ungraded, ungraded_ratio
+from popo_lite.grading import Grader, refuse_ungraded
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
 from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.tasks import Task
+from popo_lite.tasks.datasets import first
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import EvalResult, FinishReason, Problem
 
@@ -35,6 +36,27 @@ def fitting(problems: Sequence[Problem], renderer: Renderer, recipe: Recipe) -> 
     return [problem for problem in problems if renderer.fits(problem)]
 
 
+def check_references(problems: Sequence[Problem], grader: Grader, what: str, where: str) -> dict[str, str]:
+    """Return problem id -> why nothing can be graded against its answer, for the `problems` of which that is so.
+
+    Raises DataError if that is more than half of them; `what` names them, such as "training rows".
+    """
+    unreadable = grader.unreadable(problems)
+    if 2 * len(unreadable) > len(problems):
+        reasons = first([f"problem {problem}: {reason}" for problem, reason in unreadable.items()])
+        next_step = f"set {where.partition('.')[0]}.answer_column to the column with the final answer, or "
+        next_step += "reward.functions to one that reads these (docs/rewards.md)"
+        counted = f"{len(unreadable):,} of {len(problems):,} {what} cannot be graded"
+        raise DataError(counted + reasons, where=where, next_step=next_step)
+    return unreadable
+
+
+def not_solved(unreadable: Mapping[str, str], problems: int, what: str) -> str:
+    """Return a notice of the `unreadable` of some `problems`."""
+    reasons = first([f"problem {problem}: {reason}" for problem, reason in unreadable.items()])
+    return f"{len(unreadable)} of {problems:,} {what} cannot be graded and count as not solved{reasons}"
+
+
 def evaluate(
     weights: str,
     recipe: Recipe,
@@ -50,7 +72,8 @@ def evaluate(
 ) -> EvalResult:
     """Sample `eval.samples_per_problem` answers to every problem at `eval.temperature`, and grade them.
 
-    The random streams depend on `seed` and the problem alone, so two policies are compared on the same draws.
+    The random streams depend on `seed` and the problem alone, so two policies are compared on the same draws. Problems
+    whose reference answers cannot be read count as not solved.
     `weights` names what is measured in the result. Raises GradingError if more than `reward.max_ungraded_ratio` of
     the answers cannot be graded: counted as wrong, a broken grader would look like a bad model.
     """
@@ -66,21 +89,26 @@ def evaluate(
     )
     pairs = [(problem, answer) for problem, group in zip(problems, answers, strict=True) for answer in group]
     flat = [completion for _, completion in pairs]
-    rewards = grader.grade([(completion.text, problem) for problem, completion in pairs])
+    unreadable = grader.unreadable(problems)
+    readable = [(completion.text, problem) for problem, completion in pairs if problem.id not in unreadable]
+    rewards = grader.grade(readable)
     refuse_ungraded(rewards, recipe.reward.max_ungraded_ratio, f"evaluation of the {weights}")
-    correct = [reward.value > recipe.objective.reward_threshold for reward in rewards]
+    ungraded = sum(not reward.outcome.is_graded for reward in rewards) + len(pairs) - len(readable)
+    verdicts = iter(reward.value > recipe.objective.reward_threshold for reward in rewards)
+    correct = [problem.id not in unreadable and next(verdicts) for problem, _ in pairs]
     right = [sum(correct[i : i + samples_per_problem]) for i in range(0, len(correct), samples_per_problem)]
     ks = [2**power for power in range(samples_per_problem.bit_length())]
     estimates = {k: statistics.fmean(pass_at_k(samples_per_problem, count, k) for count in right) for k in ks}
     return EvalResult(
         weights=weights,
         problems=len(problems),
+        unreadable=len(unreadable),
         samples_per_problem=samples_per_problem,
         pass_at_1=estimates[1],
         pass_at_k=estimates,
         task_figures=dict(task.figures([completion.text for completion in flat])),
         truncated_ratio=statistics.fmean(completion.finish_reason is FinishReason.LENGTH for completion in flat),
-        ungraded_ratio=ungraded_ratio(rewards),
+        ungraded_ratio=ungraded / len(pairs),
         completion_tokens_mean=statistics.fmean(len(completion.token_ids) for completion in flat),
         rollout_tokens=sum(len(completion.token_ids) for completion in flat),
         seconds=time.perf_counter() - start,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from types import FrameType
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import Cursor, checkpoint_folders, load_checkpoint, save_checkpoint
 from popo_lite.curriculum import Budget, Choice, choose_problems, collect, remember
 from popo_lite.errors import EngineError, PopoError
-from popo_lite.evaluation import evaluate, fitting
+from popo_lite.evaluation import check_references, evaluate, fitting, not_solved
 from popo_lite.grading import Grader
 from popo_lite.metrics import StepRecord, make_record, rollout_metrics, sample_line, sample_views, sampler_summary
 from popo_lite.objective import StepPlan, nothing_to_learn, steered_entropy_coef
@@ -49,6 +50,7 @@ from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.seeding import stream_seed
 from popo_lite.shapes import count_takeover, shape_metrics, start_shapes, takeover_message
 from popo_lite.tasks import open_tasks
+from popo_lite.tasks.datasets import first
 from popo_lite.types import EvalResult, Group
 from popo_lite.update import Learner, UpdateResult, learning_rate_factor
 
@@ -171,6 +173,7 @@ class Trainer:
         self.grader.check()
         self.train_task, self.eval_task = open_tasks(self.recipe)
         self.held_out = self.eval_task.held_out(self.recipe.eval.problems) if self.recipe.eval.problems else []
+        self._check_references()
         self.renderer = open_renderer(self.recipe)
         self._check_prompts()  # before gigabytes are read
         self.policy = load_policy(self.recipe)
@@ -495,6 +498,19 @@ class Trainer:
             "folder": str(self.folder.path),
         }
 
+    def _check_references(self) -> None:
+        """Leave out training problems that cannot be graded, and count those held out, now and not at step 400."""
+        tasks = {id(task): task for task in (self.train_task, self.eval_task)}  # one task may be both
+        for notice in chain.from_iterable(task.notices for task in tasks.values()):
+            self.callback.message(notice)
+        training, where = self.train_task.training(), "eval.dataset" if self.recipe.eval.dataset else "data.dataset"
+        unreadable = check_references(training, self.grader, "training rows", "data.dataset")
+        if dropped := self.train_task.drop_training(lambda problem: unreadable.get(problem.id)):
+            what = f"{len(dropped)} of {len(training):,} training rows cannot be graded and are left out"
+            self.callback.message(what + first(dropped))
+        if unreadable := check_references(self.held_out, self.grader, "held-out problems", where):
+            self.callback.message(not_solved(unreadable, len(self.held_out), "held-out problems"))
+
     def _check_prompts(self) -> None:
         """Find prompts that are too long, or that the chat template refuses, now and not at step 400."""
         if warning := self.renderer.check(self.train_task.train_problem(self.recipe.train.seed, 0)):
@@ -503,7 +519,7 @@ class Trainer:
             for problem in (*self.held_out, *self.train_task.longest_candidates()):
                 self.renderer.render(problem)
             return
-        dropped = self.train_task.drop_training(lambda problem: not self.renderer.fits(problem))
+        dropped = len(self.train_task.drop_training(lambda each: None if self.renderer.fits(each) else "is too long"))
         asked, self.held_out = len(self.held_out), fitting(self.held_out, self.renderer, self.recipe)
         if dropped or asked > len(self.held_out):
             self.callback.message(

@@ -14,9 +14,9 @@ import random
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import chain, product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ ID_COLUMNS = ("id", "unique_id")
 ERRORS_SHOWN = 5
 VALUES_SHOWN = 10
 MAX_META_CHARACTERS = 2000
+MAX_UNUSABLE_RATIO = 0.1  # of rows; with more of them the column is likely the wrong one
 
 KNOWN: dict[str, tuple[str, str | None, str, str | None]] = {
     "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", None, "train", None),
@@ -56,12 +57,13 @@ class DatasetTask:
     Opened as `data`, all rows are for training except `held_out` of them, chosen by a hash of the question;
     other rows with the same question are used for neither. Opened as `eval`, all rows are held out, in an order
     given by a hash of their id. Ids are `name/row`, or the rows' own if those are unique; rows count from 1 in
-    ids and messages, before filtering, and from 0 here.
+    ids and messages, before filtering, and from 0 here. Rows that cannot be used are left out; `notices` says which.
 
-    Raises DataError if the dataset cannot be loaded, lacks a column, or has rows that cannot be used.
+    Raises DataError if the dataset cannot be loaded, lacks a column, or has too many rows that cannot be used.
     """
 
     def __init__(self, part: DatasetRecipe, *, section: Literal["data", "eval"], held_out: int = 0) -> None:
+        self.notices: list[str] = []
         try:
             self.name, self._rows = load_table(part, section)
             is_list = isinstance(self._rows, list)
@@ -71,8 +73,14 @@ class DatasetTask:
             self._answer_column = _column([part.answer_column or "answer"], f"{section}.answer_column", columns)
             self._training = _filtered(part.filter, f"{section}.filter", self._rows, columns)[: part.limit]
             if errors := self._cell_errors():
-                what = f"{len(errors)} of {len(self._training)} rows cannot be used:{_first(errors)}"
-                raise DataError(what, next_step=f"correct these rows, or leave them out by {section}.filter")
+                what = f"{len(errors)} of {len(self._training):,} rows cannot be used"
+                if len(errors) > MAX_UNUSABLE_RATIO * len(self._training):
+                    next_step = (
+                        f"correct {section}.answer_column, {section}.prompt_column or these rows, or leave them "
+                    )
+                    raise DataError(what + first(errors.values()), next_step=f"{next_step}out by {section}.filter")
+                self.notices.append(f"{self.name}: {what} and are left out{first(errors.values())}")
+                self._training = [row for row in self._training if row not in errors]
         except DataError as error:
             raise error.within(f'{section}.dataset "{part.dataset}"') from error
         self._own_ids: Sequence[int | str] | None = None
@@ -102,15 +110,22 @@ class DatasetTask:
             raise DataError(what, where="eval.problems", next_step=most)
         return [self._problem(row) for row in self._held_out[:count]]
 
-    def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
-        """Remove `unwanted` problems from training and return how many. Raises DataError if none remains."""
-        before = len(self._training)
-        self._training = [row for row in self._training if not unwanted(self._problem(row))]
-        if not self._training:
-            what = f"none of the {before} training rows of {self.name} can be used"
+    def training(self) -> list[Problem]:
+        """Return all training problems, in the order of their rows."""
+        return list(map(self._problem, self._training))
+
+    def drop_training(self, reason: Callable[[Problem], str | None]) -> list[str]:
+        """Remove the problems that have a `reason` from training; return "row 3: reason" for each.
+
+        Raises DataError if no problem remains.
+        """
+        dropped = {row: why for row in self._training if (why := reason(self._problem(row)))}
+        if len(dropped) == len(self._training):
+            what = f"none of the {len(dropped)} training rows of {self.name} can be used"
             next_step = "raise rollout.max_prompt_length, or choose other rows with data.filter"
             raise DataError(what, where="data.dataset", next_step=next_step)
-        return before - len(self._training)
+        self._training = [row for row in self._training if row not in dropped]
+        return [f"row {row + 1}: {why}" for row, why in dropped.items()]
 
     def longest_candidates(self) -> Iterator[Problem]:
         """Yield all training problems, those with the most bytes of text, likely the longest, first."""
@@ -134,8 +149,8 @@ class DatasetTask:
             meta={key: cell for key, cell in cells.items() if _fits_meta(cell)},
         )
 
-    def _cell_errors(self) -> list[str]:
-        """Return an error message for each row that cannot be used."""
+    def _cell_errors(self) -> dict[int, str]:
+        """Return row -> an error message for each row that cannot be used."""
         prompts, answers = (column(self._rows, name) for name in (self._prompt_column, self._answer_column))
         # One answer in GSM8K's form means that all have to be: a row without its last line would otherwise have
         # its whole working taken for the answer.
@@ -149,7 +164,7 @@ class DatasetTask:
                 read(cells[row])
             except CellError as error:
                 errors.setdefault(row, []).append(f'column "{name}" {error}')
-        return [f"row {row + 1}: {', '.join(of_row)}" for row, of_row in errors.items()]
+        return {row: f"row {row + 1}: {', '.join(of_row)}" for row, of_row in errors.items()}
 
     def _hold_out(self, count: int) -> None:
         """Hold out one row each of `count` questions, white space ignored, and train on no other row of them."""
@@ -272,10 +287,10 @@ def _filtered(wanted: Mapping[str, Any], key: str, rows: Any, columns: Sequence[
     return kept
 
 
-def _first(errors: Sequence[str]) -> str:
-    """Return the first of `errors`, each on a line of its own, and how many more there are."""
-    more = [f"and {len(errors) - ERRORS_SHOWN} more"] if len(errors) > ERRORS_SHOWN else []
-    return "".join(f"\n    {line}" for line in [*errors[:ERRORS_SHOWN], *more])
+def first(errors: Collection[str]) -> str:
+    """Return a colon, the first of `errors`, each on a line of its own, and how many more there are."""
+    more = [f"and {len(errors) - ERRORS_SHOWN:,} more"] if len(errors) > ERRORS_SHOWN else []
+    return ":" + "".join(f"\n    {line}" for line in [*islice(errors, ERRORS_SHOWN), *more])
 
 
 def load_table(part: DatasetRecipe, section: Literal["data", "eval"]) -> tuple[str, Any]:
@@ -295,7 +310,7 @@ def load_table(part: DatasetRecipe, section: Literal["data", "eval"]) -> tuple[s
         name, rows = path.name, read_records(path)
         if path.suffix != ".parquet":
             if bad := [f"{where}: {row}" for where, row in rows if isinstance(row, str)]:
-                what = f"cannot be read, errors: {len(bad)}:{_first(bad)}"
+                what = f"cannot be read, errors: {len(bad)}{first(bad)}"
                 raise DataError(what, next_step="correct these places in the file")
             rows = [row for _, row in rows]
     elif dataset in KNOWN or path.is_dir() or is_hub_id:

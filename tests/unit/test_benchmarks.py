@@ -13,7 +13,6 @@ from datasets import Dataset
 
 from popo_lite.errors import DataError, UserInputError
 from popo_lite.tools.benchmarks.datasets import BENCHMARKS, PAPER, benchmark_names, open_benchmark
-from popo_lite.types import Outcome, Reward
 
 OLYMPIAD = {
     "id": 1606,
@@ -295,29 +294,6 @@ def test_tolerances(cell, tolerances):
 @pytest.mark.parametrize("cell", ["some", "-1e-2", "nan", "inf", "1e-1;1e-2", "1e9999"])
 def test_what_is_no_tolerance_is_refused(cell):
     assert 'column "error"' in refused("olympiadbench", jsonl("x.jsonl", OLYMPIAD | {"error": cell})).what
-
-
-def test_references_that_cannot_be_graded_are_listed_with_the_other_errors():
-    row, _ = ROWS["math500"]
-    asked = []
-
-    class Grader:
-        def grade(self, answers):
-            asked.extend(problem.id for _, problem in answers)
-            ungraded = {"outcome": Outcome.ERROR, "detail": "is no answer"}
-            graded = {"outcome": Outcome.UNPARSED, "detail": "no final answer"}
-            return [Reward(value=0.0, **(ungraded if problem.answer == "x" else graded)) for _, problem in answers]
-
-    file = jsonl("x.jsonl", row, "", row | {"answer": "x"}, "torn", row | {"answer": ""}, row | {"answer": "x"})
-    with pytest.raises(DataError) as caught:
-        open_benchmark("math500", file, Grader())
-    assert asked == ["math500/1", "math500/2", "math500/5"]
-    assert errors(caught.value) == [
-        "line 3: is no answer",
-        "line 4: Expecting value (column 1)",
-        'line 5: column "answer" is empty',
-        "line 6: is no answer",
-    ]
 
 
 def test_names():

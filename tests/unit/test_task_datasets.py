@@ -449,8 +449,9 @@ class TestColumns:
 
 
 class TestRows:
-    def test_all_faults_are_counted_and_five_shown(self) -> None:
-        rows: Rows = [{"prompt": "q", "answer": "1"} for _ in range(20)]
+    @pytest.mark.parametrize("count", [70, 69])
+    def test_up_to_a_tenth_of_the_rows_is_left_out_and_more_are_refused(self, count: int) -> None:
+        rows: Rows = [{"prompt": f"q{n}", "answer": "1"} for n in range(count)]
         rows[1] = {"prompt": "  ", "answer": ""}
         rows[2]["answer"] = ""
         rows[4]["answer"] = None
@@ -458,9 +459,8 @@ class TestRows:
         rows[7]["answer"] = True
         rows[9]["prompt"] = 5
         rows[11] = {"prompt": "q"}
-        error = refused(write("x.jsonl", rows))
-        assert error.what.splitlines() == [
-            "7 of 20 rows cannot be used:",
+        write("x.jsonl", rows)
+        listed = [
             '    row 2: column "prompt" is empty, column "answer" is empty',
             '    row 3: column "answer" is empty',
             '    row 5: column "answer" is empty',
@@ -468,8 +468,30 @@ class TestRows:
             '    row 8: column "answer" is True, neither text nor a number',
             "    and 2 more",
         ]
-        assert error.where == 'data.dataset "x.jsonl"'
-        assert "data.filter" in str(error.next_step)
+        if count == 69:
+            error = refused("x.jsonl")
+            assert error.what.splitlines() == ["7 of 69 rows cannot be used:", *listed]
+            assert error.where == 'data.dataset "x.jsonl"'
+            assert "data.filter" in str(error.next_step)
+            return
+        task = train("x.jsonl", held_out=20)
+        (notice,) = task.notices
+        assert notice.splitlines() == ["x.jsonl: 7 of 70 rows cannot be used and are left out:", *listed]
+        used = {problem.id for problem in (*task.training(), *task.held_out(20))}
+        assert used == {f"x.jsonl/{row}" for row in range(1, 71)} - {
+            f"x.jsonl/{row}" for row in (2, 3, 5, 7, 8, 10, 12)
+        }
+        assert len(evaluate("x.jsonl").held_out(63)) == 63
+
+    def test_training_rows_with_a_reason_are_dropped_and_named(self) -> None:
+        task = train(write("x.jsonl", SUMS), held_out=10)
+        held, size = task.held_out(10), train_size(task)
+        third = task.training()[2]
+        (line,) = task.drop_training(lambda problem: "is odd" if problem.id == third.id else None)
+        assert line == f"row {third.id.removeprefix('x.jsonl/')}: is odd"
+        assert (third not in task.training(), train_size(task), task.held_out(10)) == (True, size - 1, held)
+        with pytest.raises(DataError, match="none of the 19 training rows of x.jsonl can be used"):
+            task.drop_training(lambda _: "is long")
 
     def test_filtered_rows_may_be_bad(self) -> None:
         rows = [{"prompt": "q", "answer": "1", "good": True}, {"prompt": "", "answer": None, "good": False}]

@@ -17,7 +17,7 @@ import click
 import torch
 
 from popo_lite.errors import DataError, ModelError, UserInputError
-from popo_lite.evaluation import evaluate, fitting, held_out
+from popo_lite.evaluation import check_references, evaluate, fitting, held_out, not_solved
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, empty_adapter, load_adapter_weights
 from popo_lite.policy.device import computes_bfloat16, pick_device
@@ -202,6 +202,12 @@ def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: 
         raise UserInputError(what, where="eval.problems = 0", next_step=next_step)
     asked = open_tasks(recipe)[1]
     chosen = _askable(subjects, held_out(asked, recipe, problems), recipe)
+    where = "eval.dataset" if recipe.eval.dataset else "data.dataset"
+    with Grader(recipe.reward) as grader:
+        grader.check()
+        unreadable = check_references(chosen, grader, "held-out problems", where)
+    for notice in [*asked.notices, *([not_solved(unreadable, len(chosen), "held-out problems")] if unreadable else [])]:
+        click.echo(notice, err=True)
     return [result for subject in subjects for result in _answer(subject, asked, chosen, seed, bar)]
 
 

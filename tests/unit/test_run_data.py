@@ -1,0 +1,75 @@
+"""Check what a run does with rows that nobody can be right about, and with data that change before it is resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import popo_lite
+from popo_lite.callbacks import Callback
+from popo_lite.errors import DataError
+from popo_lite.recipe import Recipe
+
+UNREADABLE = r"\frac{1}{"
+
+
+class Messages(Callback):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+    def of(self, part: str) -> str:
+        """Return the one message that contains `part`."""
+        (text,) = [text for text in self.texts if part in text]
+        return text
+
+
+def write(path: Path, answers: dict[int, str]) -> Path:
+    """Write 20 sums, in which `answers` take the place of the right ones."""
+    rows = [{"prompt": f"What is {n} + 11?", "answer": answers.get(n, str(n + 11))} for n in range(10, 30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def small(tiny_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    def recipe(*overrides: str) -> Recipe:
+        sizes = ("train.steps=1", "data.prompts_per_step=2", "rollout.num_generations=2", "eval.problems=5")
+        return tiny_recipe(*sizes, *overrides)
+
+    return recipe
+
+
+def test_what_cannot_be_graded_is_not_trained_on_and_counts_as_not_solved(tmp_path, small):
+    training = write(tmp_path / "train.jsonl", {13: UNREADABLE, 20: UNREADABLE})
+    held_out = write(tmp_path / "eval.jsonl", dict.fromkeys(range(10, 18), UNREADABLE))
+    recipe = small(f'data.dataset="{training}"', f'eval.dataset="{held_out}"', "eval.problems=20")
+    messages = Messages()
+    result = popo_lite.train(recipe, output=tmp_path / "run", callbacks=[messages])
+    assert messages.of("training rows").startswith(
+        "2 of 20 training rows cannot be graded and are left out:\n    row 4: the reference answer"
+    )
+    assert messages.of("held-out problems cannot").startswith(
+        "8 of 20 held-out problems cannot be graded and count as not solved:\n    problem eval.jsonl/"
+    )
+    assert result.summary["before"]["unreadable"] == result.summary["after"]["unreadable"] == 8
+    results = popo_lite.evaluate(tmp_path / "run", weights=["base", "adapter"], samples=1)
+    assert [found.unreadable for found in results] == [8, 8]
+    assert [len(found.pass_rates) for found in results] == [20, 20]
+
+
+@pytest.mark.parametrize(("name", "section"), [("train", "data"), ("eval", "eval")])
+def test_most_of_them_unreadable_is_the_wrong_column(tmp_path, small, name, section):
+    wrong = dict.fromkeys(range(10, 21), UNREADABLE)
+    files = {one: write(tmp_path / f"{one}.jsonl", wrong if one == name else {}) for one in ("train", "eval")}
+    recipe = small(f'data.dataset="{files["train"]}"', f'eval.dataset="{files["eval"]}"', "eval.problems=20")
+    with pytest.raises(DataError, match="11 of 20 .* cannot be graded") as caught:
+        popo_lite.train(recipe, output=tmp_path / "run")
+    assert caught.value.where == f"{section}.dataset"
+    assert f"{section}.answer_column" in caught.value.next_step
+    assert not (tmp_path / "run").exists()
