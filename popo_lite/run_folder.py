@@ -30,6 +30,7 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"  # one line per step
         self.samples_path = path / "samples.jsonl"  # a few whole groups per step
         self.evaluations_path = path / "evaluations.jsonl"  # one line per evaluation on held-out problems
+        self.data_path = path / "data.json"  # hashes of the training rows and held-out problems
         self.summary_path = path / "summary.json"  # written at the end
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"  # trained adapter, PEFT format

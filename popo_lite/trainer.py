@@ -24,7 +24,7 @@ import torch
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import Cursor, checkpoint_folders, load_checkpoint, save_checkpoint
 from popo_lite.curriculum import Budget, Choice, choose_problems, collect, remember
-from popo_lite.errors import EngineError, PopoError
+from popo_lite.errors import CheckpointError, EngineError, PopoError
 from popo_lite.evaluation import check_references, evaluate, fitting, not_solved
 from popo_lite.grading import Grader
 from popo_lite.metrics import StepRecord, make_record, rollout_metrics, sample_line, sample_views, sampler_summary
@@ -50,7 +50,7 @@ from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.seeding import stream_seed
 from popo_lite.shapes import count_takeover, shape_metrics, start_shapes, takeover_message
 from popo_lite.tasks import open_tasks
-from popo_lite.tasks.datasets import first
+from popo_lite.tasks.datasets import changes, digests, first
 from popo_lite.types import EvalResult, Group
 from popo_lite.update import Learner, UpdateResult, learning_rate_factor
 
@@ -201,6 +201,7 @@ class Trainer:
             if resume:
                 self._restore()
             start_files(folder, self.recipe, self.policy.device)
+            write_atomically(folder.data_path, json.dumps(self._digests()))
             self._prove_sampler(self.callback.message)
             steps, done = self.recipe.train.steps, self.cursor.next_step
             self.callback.start(title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=done)
@@ -415,6 +416,7 @@ class Trainer:
         """Go back to the newest checkpoint, or to step 0 if the run was killed before its first."""
         if checkpoints := checkpoint_folders(self.folder.checkpoints):
             self.cursor = load_checkpoint(checkpoints[-1], self.learner)
+            self._check_data()
             self.sampler.sync(self.policy.version)
             lowered = self.cursor.lowered_budget
             if lowered and lowered[0] == self.recipe.train.tokens_per_microbatch:  # another budget is a new try
@@ -429,6 +431,27 @@ class Trainer:
             return bool(line["when"] != "after" and line["step"] <= cursor.evaluated)
 
         keep_lines(self.folder.evaluations_path, is_kept)
+
+    def _digests(self) -> dict[str, dict[str, str]]:
+        return {"training": digests(self.train_task.training()), "held_out": digests(self.held_out)}
+
+    def _check_data(self) -> None:
+        """Say how the training rows differ from those that the run began with.
+
+        Raises CheckpointError if held-out problems do: the evaluations before and after would not be comparable.
+        """
+        path = self.folder.data_path
+        if not path.is_file():  # killed before it was written
+            return
+        before, now = json.loads(path.read_text(encoding="utf-8")), self._digests()
+        if self.cursor.before is not None and (found := changes(before["held_out"], now["held_out"])):
+            what = f"the held-out problems are others than before training ({found}), so its effect cannot be measured"
+            next_step = "restore the data, or start a new run: the same command without --resume and --output"
+            raise CheckpointError(what, where=str(path), next_step=next_step)
+        if found := changes(before["training"], now["training"]):
+            self.callback.message(f"the training rows changed since the run began: {found}; it goes on with those now")
+            same = dict(before["training"].items() & now["training"].items())
+            self.cursor.history = {name: seen for name, seen in self.cursor.history.items() if name in same}
 
     def _evaluate(self, when: str) -> EvalResult:
         recipe = self.recipe

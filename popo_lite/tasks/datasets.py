@@ -8,13 +8,14 @@ text "04" in a column that also holds numbers 4.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import random
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import chain, islice, product
 from pathlib import Path
@@ -291,6 +292,25 @@ def first(errors: Collection[str]) -> str:
     """Return a colon, the first of `errors`, each on a line of its own, and how many more there are."""
     more = [f"and {len(errors) - ERRORS_SHOWN:,} more"] if len(errors) > ERRORS_SHOWN else []
     return ":" + "".join(f"\n    {line}" for line in [*islice(errors, ERRORS_SHOWN), *more])
+
+
+def digests(problems: Iterable[Problem]) -> dict[str, str]:
+    """Return problem id -> a hash of all that was read of it, in order."""
+    contents = {each.id: [each.messages, each.answer, each.meta] for each in problems}
+    texts = {name: json.dumps(content, default=str, sort_keys=True) for name, content in contents.items()}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return how many rows are "2 new, 1 gone, 3 changed" between two `digests`; an empty string for equal ones."""
+    both = before.keys() & now.keys()
+    counts = {
+        "new": len(now) - len(both),
+        "gone": len(before) - len(both),
+        "changed": sum(before[name] != now[name] for name in both),
+    }
+    found = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
+    return found or ("" if list(before) == list(now) else "the order is another one")
 
 
 def load_table(part: DatasetRecipe, section: Literal["data", "eval"]) -> tuple[str, Any]:

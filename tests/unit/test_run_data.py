@@ -10,7 +10,7 @@ import pytest
 
 import popo_lite
 from popo_lite.callbacks import Callback
-from popo_lite.errors import DataError
+from popo_lite.errors import CheckpointError, DataError
 from popo_lite.recipe import Recipe
 
 UNREADABLE = r"\frac{1}{"
@@ -73,3 +73,36 @@ def test_most_of_them_unreadable_is_the_wrong_column(tmp_path, small, name, sect
     assert caught.value.where == f"{section}.dataset"
     assert f"{section}.answer_column" in caught.value.next_step
     assert not (tmp_path / "run").exists()
+
+
+def test_training_rows_that_change_before_a_run_is_resumed_are_said(tmp_path, small):
+    training = write(tmp_path / "train.jsonl", {})
+    recipe = small(f'data.dataset="{training}"', "eval.dataset=arithmetic")
+    popo_lite.train(recipe, output=tmp_path / "run")
+    found = []
+    for answers in ({}, {15: "1"}, {15: "1", 16: UNREADABLE}):
+        write(training, answers)
+        (tmp_path / "run" / "summary.json").unlink()
+        messages = Messages()
+        popo_lite.train(recipe, output=tmp_path / "run", resume=True, callbacks=[messages])
+        found.append([text for text in messages.texts if "since the run began" in text])
+    said = "the training rows changed since the run began: {}; it goes on with those now"
+    assert found == [[], [said.format("1 changed")], [said.format("1 gone")]]
+
+
+def test_held_out_problems_that_change_before_a_run_is_resumed_are_refused(tmp_path, small):
+    data = write(tmp_path / "rows.jsonl", {})
+    recipe = small(f'data.dataset="{data}"')
+    popo_lite.train(recipe, output=tmp_path / "run")
+    run = tmp_path / "run"
+    (run / "summary.json").unlink()
+    before, rows = (run / "data.json").read_text(), data.read_text()
+    held_out = next(iter(json.loads(before)["held_out"]))
+    lines = rows.splitlines(keepends=True)
+    row = int(held_out.partition("/")[2]) - 1
+    data.write_text("".join([*lines[:row], lines[row].replace('"answer": "', '"answer": "1'), *lines[row + 1 :]]))
+    with pytest.raises(CheckpointError, match=r"held-out problems are others than before training \(1 changed\)"):
+        popo_lite.train(recipe, output=run, resume=True)
+    assert (run / "data.json").read_text() == before
+    data.write_text(rows)
+    assert popo_lite.train(recipe, output=run, resume=True).summary is not None

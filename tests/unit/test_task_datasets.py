@@ -18,7 +18,7 @@ from datasets import Dataset
 from popo_lite.errors import DataError
 from popo_lite.recipe import DataRecipe, DatasetRecipe, EvalRecipe
 from popo_lite.tasks import Task
-from popo_lite.tasks.datasets import DatasetTask
+from popo_lite.tasks.datasets import DatasetTask, changes
 
 Rows = list[dict[str, Any]]
 
@@ -310,6 +310,18 @@ class TestLongestCandidates:
         task = train(write("x.jsonl", SUMS), held_out=10)
         assert sorted(problem.id for problem in task.longest_candidates()) == sorted(epoch(task))
         assert list(evaluate("x.jsonl").longest_candidates()) == []
+
+
+@pytest.mark.parametrize(
+    ("now", "found"),
+    [
+        ({"a": "1", "b": "2"}, ""),
+        ({"b": "2", "a": "1"}, "the order is another one"),
+        ({"a": "3", "c": "2", "d": "4"}, "2 new, 1 gone, 1 changed"),
+    ],
+)
+def test_changes_of_rows_are_counted(now: dict[str, str], found: str) -> None:
+    assert changes({"a": "1", "b": "2"}, now) == found
 
 
 class TestHeldOut:
