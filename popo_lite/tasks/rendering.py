@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import date, datetime, time
 from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
@@ -29,6 +30,7 @@ class Renderer:
         self.tokenizer, self.max_prompt_length = tokenizer, recipe.rollout.max_prompt_length
         self.system_prompt, self.chat_template = recipe.data.system_prompt, recipe.data.chat_template
         self._embeddings = embeddings
+        self._day = datetime.combine(recipe.data.date or date.today(), time())
         if not (self.chat_template or tokenizer.chat_template):
             bos = "{{ bos_token }}" if puts_bos(tokenizer) else ""
             raise ModelError(
@@ -91,7 +93,12 @@ class Renderer:
 
     def _apply(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         ids = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=True, return_dict=False
+            messages,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            strftime_now=self._day.strftime,  # in place of today's, which changes while a run is stopped
         )
         return tuple(cast("list[int]", ids))
 

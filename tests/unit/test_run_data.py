@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers.utils import chat_template_utils
 
 import popo_lite
+from popo_lite import run_folder
 from popo_lite.callbacks import Callback
+from popo_lite.cli import main
 from popo_lite.errors import CheckpointError, DataError
+from popo_lite.policy.load import load_tokenizer
 from popo_lite.recipe import Recipe
+from popo_lite.recipe_file import dump_recipe, load_recipe
+from popo_lite.run_folder import RunFolder, start_files
+from popo_lite.tasks.rendering import Renderer
+from popo_lite.types import Problem
 
 UNREADABLE = r"\frac{1}{"
 
@@ -106,3 +118,48 @@ def test_held_out_problems_that_change_before_a_run_is_resumed_are_refused(tmp_p
     assert (run / "data.json").read_text() == before
     data.write_text(rows)
     assert popo_lite.train(recipe, output=run, resume=True).summary is not None
+
+
+class Loaded(Exception):
+    """The recipe with which a run was about to load its model."""
+
+
+@pytest.mark.parametrize("command", [False, True])
+def test_a_run_has_the_prompts_of_the_day_on_which_it_started(tmp_path, small, monkeypatch, command):
+    def on(day: int) -> None:
+        now = datetime.datetime(2026, 1, day)
+        monkeypatch.setattr(run_folder, "datetime", SimpleNamespace(date=SimpleNamespace(today=now.date)))
+        monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: now))
+
+    def prompt(*options: str) -> str:
+        """Start a run up to the loading of its model."""
+        with pytest.raises(Loaded) as caught:
+            if command:
+                main(["train", str(file), "--output", str(tmp_path / "run"), *options], standalone_mode=False)
+            else:
+                popo_lite.train(load_recipe(file), output=tmp_path / "run", resume="--resume" in options)
+        recipe = caught.value.args[0]
+        start_files(RunFolder(tmp_path / "run"), recipe, torch.device("cpu"))
+        return text_of(recipe)
+
+    def text_of(recipe: Recipe) -> str:
+        tokenizer = load_tokenizer(recipe.model)
+        return tokenizer.decode(Renderer(recipe, tokenizer).token_ids(problem))
+
+    def load(recipe: Recipe, *_: object, **__: object) -> None:
+        raise Loaded(recipe)
+
+    monkeypatch.setattr(popo_lite.api, "load_trainer", load)
+    monkeypatch.setattr(sys.modules["popo_lite.cli.train"], "load_trainer", load)
+    problem = Problem(id="x", messages=({"role": "user", "content": "1"},), answer="1")
+    template = "{{ strftime_now('%d') }}+{{ messages[0].content }}"
+    file = tmp_path / "mine.toml"
+    file.write_text(dump_recipe(small(f'data.chat_template="{template}"')))
+    (tmp_path / "run").mkdir()
+    on(17)
+    assert prompt() == "17+1"
+    on(18)
+    assert prompt("--resume") == text_of(RunFolder(tmp_path / "run").recipe()) == "17+1"
+    file.write_text(file.read_text().replace("[data]", "[data]\ndate = 2026-01-19"))
+    with pytest.raises(CheckpointError, match="data.date was '2026-01-17' and is '2026-01-19'"):
+        popo_lite.train(file, output=tmp_path / "run", resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -114,6 +115,7 @@ def settings_of(subject: Subject, prepared: Sequence[PreparedBenchmark], samplin
         "temperature": recipe.eval.temperature,
         "system_prompt": recipe.data.system_prompt,
         "chat_template": recipe.data.chat_template,
+        "date": str(recipe.data.date),
         "max_prompt_length": recipe.rollout.max_prompt_length,
         "engine": pick_engine(recipe)[0],
         "engine_base": recipe.rollout.vllm.base,
@@ -130,6 +132,11 @@ class EvaluationFolder:
         self.path = path
         self.settings_path = path / "settings.json"
         self.answers_path = path / "problems.jsonl"  # one line per weights, seed, benchmark and problem
+
+    def date(self) -> datetime.date:
+        """Return the date in prompts: that of the evaluation here, or today."""
+        settings = json.loads(self.settings_path.read_text("utf-8")) if self.settings_path.is_file() else {}
+        return datetime.date.fromisoformat(settings["date"]) if "date" in settings else datetime.date.today()
 
     def locked(self) -> AbstractContextManager[int]:
         """Lock the folder. Raises UserInputError if another evaluation runs in it, or it holds something else."""

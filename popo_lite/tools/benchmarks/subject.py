@@ -26,7 +26,7 @@ from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.run_folder import RunFolder
+from popo_lite.run_folder import RunFolder, dated
 from popo_lite.samplers import Sampler, open_sampler
 from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.tasks import Task, open_tasks
@@ -192,7 +192,9 @@ def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: 
     is per problem. One model is in memory at a time.
     """
     values = {"rollout.engine": engine, "eval.temperature": temperature, "eval.samples_per_problem": samples}
-    recipe = task_recipe(models, task).with_values({key: value for key, value in values.items() if value is not None})
+    recipe = dated(task_recipe(models, task)).with_values(
+        {key: value for key, value in values.items() if value is not None}
+    )
     subjects = open_subjects(models, weights, recipe)
     if problems is not None and problems < 1:
         raise UserInputError("must be at least 1", where=f"problems = {problems}", next_step="leave it out")
