@@ -7,12 +7,14 @@ text "04" in a column that also holds numbers 4.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
 import math
 import random
 import re
+import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -371,9 +373,31 @@ def read_records(path: Path) -> Any:
     try:
         if path.suffix == ".parquet":
             return Dataset.from_parquet(str(path))
+        if encoding := _other_encoding(path):
+            what, copy = f"is {encoding}, not UTF-8", shlex.quote(str(path.with_stem(f"{path.stem}-utf8")))
+            command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {copy}"
+            raise DataError(what, next_step=f"save it as UTF-8: {command}")
         return _csv_records(path) if path.suffix == ".csv" else _json_records(path)
     except (OSError, ValueError, csv.Error, DatasetsError) as error:
         raise DataError(f"cannot be read: {_one_line(error)}", next_step="correct the file or rewrite it") from error
+
+
+def _other_encoding(path: Path) -> str | None:
+    """Return the encoding of a text file if it is not UTF-8, as iconv calls it. Of those of one byte, CP1252 is taken.
+
+    Raises UnicodeDecodeError if it is none of those.
+    """
+    content = path.read_bytes()
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "UTF-16"
+    if 0 in content[:2]:  # the other half of an ASCII character
+        return "UTF-16BE" if content[0] == 0 else "UTF-16LE"
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        content.decode("cp1252")
+        return "CP1252"
+    return None
 
 
 def _fetch(hub_id: str, config: str | None, split: str, section: str) -> Any:
@@ -423,6 +447,15 @@ def _csv_records(path: Path) -> list[Record]:
     """Read a CSV file with a header; each row is named by the line on which it starts. Every cell is text."""
     records: list[Record] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
+        header_line = next(filter(str.strip, file), "").strip()
+        for sign, name in ((";", "semicolons"), ("\t", "tabs")):
+            if sign in header_line and "," not in header_line:
+                what = f"has one column named {shown(header_line)}: its fields are separated by {name}, not by commas"
+                program = "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={!r}))"
+                command = f'PYTHONIOENCODING=utf-8-sig python3 -c "{program}"'
+                files = f"< {shlex.quote(str(path))} > {shlex.quote(str(path.with_stem(f'{path.stem}-commas')))}"
+                raise DataError(what, next_step=f"save it with commas: {command.format(sign)} {files}")
+        file.seek(0)
         reader = csv.reader(file, strict=True)
         try:
             header = next(filter(None, reader), [])

@@ -268,7 +268,8 @@ def test_a_missing_column_is_named_with_the_nearest():
 def test_an_empty_file_and_one_in_another_encoding_are_refused():
     assert "holds no rows" in refused("amc23", jsonl("x.jsonl")).what
     Path("y.jsonl").write_bytes(b'{"question": "\xff"}\n')
-    assert "cannot be read" in refused("amc23", Path("y.jsonl")).what
+    error = refused("amc23", Path("y.jsonl"))
+    assert (error.what, "iconv -f CP1252" in error.next_step) == ("is CP1252, not UTF-8", True)
 
 
 def test_context_goes_before_the_question_and_the_tolerance_into_the_problem():

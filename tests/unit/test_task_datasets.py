@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import subprocess
@@ -95,6 +96,10 @@ def train(dataset: str, *, held_out: int = 0, **keys: Any) -> DatasetTask:
 
 def evaluate(dataset: str, **keys: Any) -> DatasetTask:
     return DatasetTask(EvalRecipe(dataset=dataset, **keys), section="eval")
+
+
+def run_command(next_step: str, before: str) -> None:
+    subprocess.run(["sh", "-c", next_step.removeprefix(before)], check=True)
 
 
 def refused(dataset: str, **keys: Any) -> DataError:
@@ -549,12 +554,39 @@ class TestRows:
         Path("x.csv").write_text(text)
         assert fault in refused("x.csv").what
 
-    @pytest.mark.parametrize(
-        ("name", "content"), [("x.jsonl", b"\xff\xfe\x00"), ("x.csv", b"a\xff"), ("x.parquet", b"x")]
-    )
+    @pytest.mark.parametrize(("name", "content"), [("x.jsonl", b"\x81"), ("x.csv", b"a\x9d"), ("x.parquet", b"x")])
     def test_files_that_are_something_else(self, name: str, content: bytes) -> None:
         Path(name).write_bytes(content)
         assert refused(name).what.startswith("cannot be read: ")
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+    @pytest.mark.parametrize(
+        ("encoding", "called"),
+        [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"), ("cp1252", "CP1252")],
+    )
+    def test_another_encoding_is_named_with_the_command_that_changes_it(
+        self, suffix: str, encoding: str, called: str
+    ) -> None:
+        path = Path(write(f"my sums{suffix}", [{"prompt": "Größe 1 + 1?", "answer": "2"}]))
+        text = path.read_text().replace("\\u00f6", "ö").replace("\\u00df", "ß")
+        path.write_bytes(text.encode(encoding))
+        error = refused(path.name)
+        assert error.what == f"is {called}, not UTF-8"
+        run_command(str(error.next_step), "save it as UTF-8: ")
+        assert train(f"my sums-utf8{suffix}").train_problem(0, 0).question == "Größe 1 + 1?"
+        path.write_bytes(codecs.BOM_UTF8 + text.encode())
+        assert train(path.name).train_problem(0, 0).question == "Größe 1 + 1?"
+
+    @pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])
+    def test_another_separator_is_named_with_the_command_that_changes_it(self, sign: str, name: str) -> None:
+        text = f'\ufeff"prompt"{sign}answer\r\n"a, ""b""{sign} c\nd"{sign}1,5\r\n'
+        Path("my sums.csv").write_text(text, encoding="utf-8", newline="")
+        error = refused("my sums.csv")
+        assert error.what.startswith('has one column named \'"prompt"')
+        assert error.what.endswith(f": its fields are separated by {name}, not by commas")
+        run_command(str(error.next_step), "save it with commas: ")
+        problem = train("my sums-commas.csv").train_problem(0, 0)
+        assert (problem.question, problem.answer) == (f'a, "b"{sign} c\nd', "1,5")
 
     @pytest.mark.parametrize(
         ("name", "content"), [("x.jsonl", ""), ("x.json", "[]"), ("x.csv", ""), ("x.csv", "prompt,answer\n")]
