@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import io
 import itertools
 import json
@@ -424,6 +425,15 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
         folder.start({"samples": 8, "benchmarks": {"amc23": {"digest": "b"}}, "seeds": (0, 1)})
     assert "benchmarks.amc23.digest was 'a' and is 'b'; samples was 4 and is 8" in caught.value.what
     assert "--output" in caught.value.next_step
+
+
+def test_an_evaluation_keeps_the_date_of_its_first_day(tmp_path):
+    assert EvaluationFolder(tmp_path / "new").date() == datetime.date.today()
+    folder = EvaluationFolder(tmp_path / "out")
+    with folder.locked():
+        folder.start({"date": "2026-01-17"})
+    assert folder.date() == datetime.date(2026, 1, 17)
+    assert with_options(Recipe(), {**options(), "date": folder.date()}).data.date == folder.date()
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -102,7 +102,7 @@ def test_training_rows_that_change_before_a_run_is_resumed_are_said(tmp_path, sm
     assert found == [[], [said.format("1 changed")], [said.format("1 gone")]]
 
 
-def test_held_out_problems_that_change_before_a_run_is_resumed_are_refused(tmp_path, small):
+def test_held_out_problems_that_change_before_a_run_is_resumed_are_refused(tmp_path, small, capsys):
     data = write(tmp_path / "rows.jsonl", {})
     recipe = small(f'data.dataset="{data}"')
     popo_lite.train(recipe, output=tmp_path / "run")
@@ -116,7 +116,11 @@ def test_held_out_problems_that_change_before_a_run_is_resumed_are_refused(tmp_p
     with pytest.raises(CheckpointError, match=r"held-out problems are others than before training \(1 changed\)"):
         popo_lite.train(recipe, output=run, resume=True)
     assert (run / "data.json").read_text() == before
+    popo_lite.evaluate(run, weights=["base"], problems=1, samples=1)
+    assert f"1 of 5 held-out problems changed or are gone since {run} was trained" in capsys.readouterr().err
     data.write_text(rows)
+    popo_lite.evaluate(run, weights=["base"], problems=1, samples=1)
+    assert "held-out problems changed" not in capsys.readouterr().err
     assert popo_lite.train(recipe, output=run, resume=True).summary is not None
 
 
