@@ -527,8 +527,8 @@ class Trainer:
         for notice in chain.from_iterable(task.notices for task in tasks.values()):
             self.callback.message(notice)
         training, where = self.train_task.training(), "eval.dataset" if self.recipe.eval.dataset else "data.dataset"
-        unreadable = check_references(training, self.grader, "training rows", "data.dataset")
-        if dropped := self.train_task.drop_training(lambda problem: unreadable.get(problem.id)):
+        if unreadable := check_references(training, self.grader, "training rows", "data.dataset"):
+            dropped = self.train_task.drop_training(lambda problem: unreadable.get(problem.id))
             what = f"{len(dropped)} of {len(training):,} training rows cannot be graded and are left out"
             self.callback.message(what + first(dropped))
         if unreadable := check_references(self.held_out, self.grader, "held-out problems", where):
