@@ -6,9 +6,10 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 
 from popo_lite.errors import DataError
-from popo_lite.grading import Grader, refuse_ungraded
+from popo_lite.grading import Grader, refuse_ungraded, ungraded_ratio
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
 from popo_lite.samplers import Sampler, SamplingParams
@@ -89,13 +90,13 @@ def evaluate(
     )
     pairs = [(problem, answer) for problem, group in zip(problems, answers, strict=True) for answer in group]
     flat = [completion for _, completion in pairs]
+    rewards = grader.grade([(completion.text, problem) for problem, completion in pairs])
     unreadable = grader.unreadable(problems)
-    readable = [(completion.text, problem) for problem, completion in pairs if problem.id not in unreadable]
-    rewards = grader.grade(readable)
-    refuse_ungraded(rewards, recipe.reward.max_ungraded_ratio, f"evaluation of the {weights}")
-    ungraded = sum(not reward.outcome.is_graded for reward in rewards) + len(pairs) - len(readable)
-    verdicts = iter(reward.value > recipe.objective.reward_threshold for reward in rewards)
-    correct = [problem.id not in unreadable and next(verdicts) for problem, _ in pairs]
+    readable = [problem.id not in unreadable for problem, _ in pairs]
+    limit = recipe.reward.max_ungraded_ratio
+    refuse_ungraded([*compress(rewards, readable)], limit, f"evaluation of the {weights}")
+    threshold = recipe.objective.reward_threshold
+    correct = [known and reward.value > threshold for known, reward in zip(readable, rewards, strict=True)]
     right = [sum(correct[i : i + samples_per_problem]) for i in range(0, len(correct), samples_per_problem)]
     ks = [2**power for power in range(samples_per_problem.bit_length())]
     estimates = {k: statistics.fmean(pass_at_k(samples_per_problem, count, k) for count in right) for k in ks}
@@ -108,7 +109,7 @@ def evaluate(
         pass_at_k=estimates,
         task_figures=dict(task.figures([completion.text for completion in flat])),
         truncated_ratio=statistics.fmean(completion.finish_reason is FinishReason.LENGTH for completion in flat),
-        ungraded_ratio=ungraded / len(pairs),
+        ungraded_ratio=ungraded_ratio(rewards),
         completion_tokens_mean=statistics.fmean(len(completion.token_ids) for completion in flat),
         rollout_tokens=sum(len(completion.token_ids) for completion in flat),
         seconds=time.perf_counter() - start,
