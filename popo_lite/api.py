@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from popo_lite.callbacks import Callback, CallbackList
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.run_folder import RunFolder, find_run_folder, new_run_folder
+from popo_lite.run_folder import RunFolder, dated, find_run_folder, new_run_folder
 
 if TYPE_CHECKING:
     from popo_lite.tools.export.pipeline import ExportReport
@@ -37,6 +37,7 @@ def train(
     settings, name = (recipe, "run") if isinstance(recipe, Recipe) else (load_recipe(recipe), Path(recipe).stem)
     path = None if output is None else Path(output)
     resumed = find_run_folder(settings, name, path) if resume else None
+    settings = dated(settings, resumed)
     with CallbackList(callbacks) as callback, load_trainer(settings, callback) as trainer:
         return trainer.run(resumed or new_run_folder(settings, name, path), resume=resume)
 

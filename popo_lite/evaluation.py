@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 
 from popo_lite.errors import DataError
 from popo_lite.grading import Grader, refuse_ungraded, ungraded_ratio
@@ -13,6 +14,7 @@ from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
 from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.tasks import Task
+from popo_lite.tasks.datasets import first
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import EvalResult, FinishReason, Problem
 
@@ -35,6 +37,27 @@ def fitting(problems: Sequence[Problem], renderer: Renderer, recipe: Recipe) -> 
     return [problem for problem in problems if renderer.fits(problem)]
 
 
+def check_references(problems: Sequence[Problem], grader: Grader, what: str, where: str) -> dict[str, str]:
+    """Return problem id -> why nothing can be graded against its answer, for the `problems` of which that is so.
+
+    Raises DataError if that is more than half of them; `what` names them, such as "training rows".
+    """
+    unreadable = grader.unreadable(problems)
+    if 2 * len(unreadable) > len(problems):
+        reasons = first([f"problem {problem}: {reason}" for problem, reason in unreadable.items()])
+        next_step = f"set {where.partition('.')[0]}.answer_column to the column with the final answer, or "
+        next_step += "reward.functions to one that reads these (docs/rewards.md)"
+        counted = f"{len(unreadable):,} of {len(problems):,} {what} cannot be graded"
+        raise DataError(counted + reasons, where=where, next_step=next_step)
+    return unreadable
+
+
+def not_solved(unreadable: Mapping[str, str], problems: int, what: str) -> str:
+    """Return a notice of the `unreadable` of some `problems`."""
+    reasons = first([f"problem {problem}: {reason}" for problem, reason in unreadable.items()])
+    return f"{len(unreadable)} of {problems:,} {what} cannot be graded and count as not solved{reasons}"
+
+
 def evaluate(
     weights: str,
     recipe: Recipe,
@@ -50,7 +73,8 @@ def evaluate(
 ) -> EvalResult:
     """Sample `eval.samples_per_problem` answers to every problem at `eval.temperature`, and grade them.
 
-    The random streams depend on `seed` and the problem alone, so two policies are compared on the same draws.
+    The random streams depend on `seed` and the problem alone, so two policies are compared on the same draws. Problems
+    whose reference answers cannot be read count as not solved.
     `weights` names what is measured in the result. Raises GradingError if more than `reward.max_ungraded_ratio` of
     the answers cannot be graded: counted as wrong, a broken grader would look like a bad model.
     """
@@ -71,14 +95,18 @@ def evaluate(
         completion_ids=[completion.token_ids for completion in flat],
         trainer_state={"global_step": policy.version, "max_steps": recipe.train.steps},
     )
-    refuse_ungraded(rewards, recipe.reward.max_ungraded_ratio, f"evaluation of the {weights}")
-    correct = [reward.positive for reward in rewards]
+    unreadable = grader.unreadable(problems)
+    readable = [problem.id not in unreadable for problem, _ in pairs]
+    limit = recipe.reward.max_ungraded_ratio
+    refuse_ungraded([*compress(rewards, readable)], limit, f"evaluation of the {weights}")
+    correct = [known and reward.positive for known, reward in zip(readable, rewards, strict=True)]
     right = [sum(correct[i : i + samples_per_problem]) for i in range(0, len(correct), samples_per_problem)]
     ks = [2**power for power in range(samples_per_problem.bit_length())]
     estimates = {k: statistics.fmean(pass_at_k(samples_per_problem, count, k) for count in right) for k in ks}
     return EvalResult(
         weights=weights,
         problems=len(problems),
+        unreadable=len(unreadable),
         samples_per_problem=samples_per_problem,
         pass_at_1=estimates[1],
         pass_at_k=estimates,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -287,6 +288,8 @@ class DataRecipe(DatasetRecipe):
     """System message in front of every question."""
     chat_template: str | None = None
     """A Jinja chat template to use instead of the tokenizer's."""
+    date: Annotated[datetime.date, Field(strict=False)] | None = None
+    """The date that templates such as Llama 3.2's write into prompts. Default: the day on which the run starts."""
     overlong_prompts: Literal["error", "skip"] = "error"
     """If a prompt is longer than `rollout.max_prompt_length`: stop, or skip and count it."""
     prompts_per_step: Positive = 32

@@ -21,6 +21,7 @@ LONGEST_VALUE = 120
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 KINDS = {"boolean": "true or false", "integer": "a whole number", "number": "a finite number", "string": "text",
          "array": "a list of text",
+         "date": "a date, such as 2026-01-31",
          "object": "a table of columns, each with true or false, a number, text, or a list of these"}  # fmt: skip
 """Types and bounds of JSON Schema in plain words."""
 
@@ -194,7 +195,7 @@ def _in_words(schema: dict[str, Any]) -> str:
     if schema.get("additionalProperties") is True:
         return "a table"
     limits = " and ".join(f"{words} {schema[name]:g}" for name, words in BOUNDS.items() if name in schema)
-    return KINDS[schema["type"]] + (f", {limits}" if limits else "")
+    return KINDS[schema.get("format", schema["type"])] + (f", {limits}" if limits else "")
 
 
 def read_toml(path: Path, shown_as: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"  # one line per step
         self.samples_path = path / "samples.jsonl"  # a few whole groups per step
         self.evaluations_path = path / "evaluations.jsonl"  # one line per evaluation on held-out problems
+        self.data_path = path / "data.json"  # hashes of the training rows and held-out problems
         self.summary_path = path / "summary.json"  # written at the end
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"  # trained adapter, PEFT format
@@ -94,13 +96,24 @@ def find_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder
     return run
 
 
+def dated(recipe: Recipe, run: RunFolder | None = None) -> Recipe:
+    """Return `recipe` with `data.date`: by default that of `run`, or today.
+
+    It is part of a run's recipe so that the prompts are the same ones when the run is resumed, evaluated or exported.
+    """
+    date = recipe.data.date or (run and run.recipe().data.date) or datetime.date.today()
+    return recipe.with_values({"data.date": date})
+
+
 def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
     """Raise CheckpointError if the run has ended, or if `recipe` would make it another experiment."""
     if run.summary_path.is_file():
         what = "the run has ended, there is nothing to resume"
         next_step = "train on from it in a new run with lora.init_from, or omit --resume"
         raise CheckpointError(what, where=str(run.path), next_step=next_step)
-    if changed := differences(flatten(run.recipe()), flatten(recipe), may_change_on_resume(recipe)):
+    before = run.recipe()
+    recipe = recipe.with_values({"data.date": recipe.data.date or before.data.date})
+    if changed := differences(flatten(before), flatten(recipe), may_change_on_resume(recipe)):
         what = f"the recipe differs from the one this run was started with: {'; '.join(changed[:5])}"
         raise CheckpointError(what, where=str(run.recipe_path), next_step=run.resume_command)
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from types import FrameType
 from typing import Any, Self
 
@@ -23,8 +24,8 @@ import torch
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import Cursor, checkpoint_folders, load_checkpoint, save_checkpoint
 from popo_lite.curriculum import Budget, Choice, choose_problems, collect, remember
-from popo_lite.errors import EngineError, PopoError
-from popo_lite.evaluation import evaluate, fitting
+from popo_lite.errors import CheckpointError, EngineError, PopoError
+from popo_lite.evaluation import check_references, evaluate, fitting, not_solved
 from popo_lite.grading import TRIED_PROBLEMS, Grader
 from popo_lite.metrics import StepRecord, make_record, rollout_metrics, sample_line, sample_views, sampler_summary
 from popo_lite.objective import StepPlan, nothing_to_learn, steered_entropy_coef
@@ -49,6 +50,7 @@ from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.seeding import stream_seed
 from popo_lite.shapes import count_takeover, shape_metrics, start_shapes, takeover_message
 from popo_lite.tasks import open_tasks
+from popo_lite.tasks.datasets import changes, digests, first
 from popo_lite.types import EvalResult, Group
 from popo_lite.update import Learner, UpdateResult, learning_rate_factor
 
@@ -172,6 +174,7 @@ class Trainer:
         self.renderer = open_renderer(self.recipe)
         grader = Grader(self.recipe.grading, thinking_open=self.renderer.opens_thinking)
         self.grader = stack.enter_context(grader)
+        self._check_references()
         self.grader.check([self.train_task.train_problem(self.recipe.train.seed, i) for i in range(TRIED_PROBLEMS)])
         self._check_prompts()  # before gigabytes are read
         self.policy = load_policy(self.recipe)
@@ -199,6 +202,7 @@ class Trainer:
             if resume:
                 self._restore()
             start_files(folder, self.recipe, self.policy.device)
+            write_atomically(folder.data_path, json.dumps(self._digests()))
             self._prove_sampler(self.callback.message)
             steps, done = self.recipe.train.steps, self.cursor.next_step
             self.callback.start(title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=done)
@@ -413,6 +417,7 @@ class Trainer:
         """Go back to the newest checkpoint, or to step 0 if the run was killed before its first."""
         if checkpoints := checkpoint_folders(self.folder.checkpoints):
             self.cursor = load_checkpoint(checkpoints[-1], self.learner)
+            self._check_data()
             self.sampler.sync(self.policy.version)
             lowered = self.cursor.lowered_budget
             if lowered and lowered[0] == self.recipe.train.tokens_per_microbatch:  # another budget is a new try
@@ -427,6 +432,27 @@ class Trainer:
             return bool(line["when"] != "after" and line["step"] <= cursor.evaluated)
 
         keep_lines(self.folder.evaluations_path, is_kept)
+
+    def _digests(self) -> dict[str, dict[str, str]]:
+        return {"training": digests(self.train_task.training()), "held_out": digests(self.held_out)}
+
+    def _check_data(self) -> None:
+        """Say how the training rows differ from those that the run began with.
+
+        Raises CheckpointError if held-out problems do: the evaluations before and after would not be comparable.
+        """
+        path = self.folder.data_path
+        if not path.is_file():  # killed before it was written
+            return
+        before, now = json.loads(path.read_text(encoding="utf-8")), self._digests()
+        if self.cursor.before is not None and (found := changes(before["held_out"], now["held_out"])):
+            what = f"the held-out problems are others than before training ({found}), so its effect cannot be measured"
+            next_step = "restore the data, or start a new run: the same command without --resume and --output"
+            raise CheckpointError(what, where=str(path), next_step=next_step)
+        if found := changes(before["training"], now["training"]):
+            self.callback.message(f"the training rows changed since the run began: {found}; it goes on with those now")
+            same = dict(before["training"].items() & now["training"].items())
+            self.cursor.history = {name: seen for name, seen in self.cursor.history.items() if name in same}
 
     def _evaluate(self, when: str) -> EvalResult:
         recipe = self.recipe
@@ -496,6 +522,19 @@ class Trainer:
             "folder": str(self.folder.path),
         }
 
+    def _check_references(self) -> None:
+        """Leave out training problems that cannot be graded, and count those held out, now and not at step 400."""
+        tasks = {id(task): task for task in (self.train_task, self.eval_task)}  # one task may be both
+        for notice in chain.from_iterable(task.notices for task in tasks.values()):
+            self.callback.message(notice)
+        training, where = self.train_task.training(), "eval.dataset" if self.recipe.eval.dataset else "data.dataset"
+        if unreadable := check_references(training, self.grader, "training rows", "data.dataset"):
+            dropped = self.train_task.drop_training(lambda problem: unreadable.get(problem.id))
+            what = f"{len(dropped)} of {len(training):,} training rows cannot be graded and are left out"
+            self.callback.message(what + first(dropped))
+        if unreadable := check_references(self.held_out, self.grader, "held-out problems", where):
+            self.callback.message(not_solved(unreadable, len(self.held_out), "held-out problems"))
+
     def _check_prompts(self) -> None:
         """Find prompts that are too long, or that the chat template refuses, now and not at step 400."""
         if warning := self.renderer.check(self.train_task.train_problem(self.recipe.train.seed, 0)):
@@ -504,7 +543,7 @@ class Trainer:
             for problem in (*self.held_out, *self.train_task.longest_candidates()):
                 self.renderer.render(problem)
             return
-        dropped = self.train_task.drop_training(lambda problem: not self.renderer.fits(problem))
+        dropped = len(self.train_task.drop_training(lambda each: None if self.renderer.fits(each) else "is too long"))
         asked, self.held_out = len(self.held_out), fitting(self.held_out, self.renderer, self.recipe)
         if dropped or asked > len(self.held_out):
             self.callback.message(

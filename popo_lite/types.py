@@ -138,11 +138,13 @@ class Group:
 class EvalResult:
     """Sampled accuracy on held-out problems. `pass_at_k` maps k to the unbiased estimate.
 
-    `pass_rates` holds the share of right answers to each problem, for paired comparisons.
+    `pass_rates` holds the share of right answers to each problem, for paired comparisons. `unreadable` of the problems
+    have a reference answer that cannot be read: they count as not solved.
     """
 
     weights: str
     problems: int
+    unreadable: int
     samples_per_problem: int
     pass_at_1: float
     pass_at_k: Mapping[int, float]

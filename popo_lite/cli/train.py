@@ -12,7 +12,7 @@ import click
 from popo_lite.api import load_trainer
 from popo_lite.errors import UserInputError
 from popo_lite.recipe_file import load_recipe
-from popo_lite.run_folder import find_run_folder, new_run_folder
+from popo_lite.run_folder import dated, find_run_folder, new_run_folder
 
 VIEWS = click.Choice(["auto", "live", "plain", "silent"])
 INTERRUPTED = 130
@@ -43,6 +43,7 @@ def train(recipe: str, seed: int | None, output: Path | None, resume: bool, over
     """
     settings = load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}"))
     resumed = find_run_folder(settings, Path(recipe).stem, output) if resume else None
+    settings = dated(settings, resumed)
     # Imported here because it takes seconds: a recipe with errors is refused at once.
     from popo_lite.policy.memory import memory_named
     from popo_lite.tools.console.output import closing_report

@@ -10,7 +10,16 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from popo_lite.grading.math import THINKING_TAGS, after_thinking, decide_exactly, final_answer, too_complex, unwrap
+from popo_lite.grading.functions import describe_exception
+from popo_lite.grading.math import (
+    THINKING_TAGS,
+    after_thinking,
+    decide_exactly,
+    final_answer,
+    plain_number,
+    too_complex,
+    unwrap,
+)
 from popo_lite.types import Outcome, Problem, Reward
 
 # Its one warning says that its timeouts are off. They are signal.alarm, whole seconds and main thread only;
@@ -40,12 +49,10 @@ def grade_math(
         return decided
     text = after_thinking(text, thinking_tags, thinking_open) or ""
     reference = unwrap(problem["answer"])
-    reason = too_complex(reference)
-    gold = [] if reason else _parse_expression(reference)
-    if not _holds_expression(gold):
-        reason = reason or "not an expression that math-verify can parse"
-        detail = f"the reference answer of problem {problem['id']!r} is {reason}: {reference[:80]!r}"
+    if reason := _unreadable(reference):
+        detail = f"the reference answer of problem {problem['id']!r} is {reason}"
         return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
+    gold = _parse_expression(reference)
     answer = final_answer(text)
     # Only the last box: given the whole text, math-verify joins all boxes of it to a set.
     found = _parse(text) if answer is None else _parse_expression(answer)
@@ -56,6 +63,29 @@ def grade_math(
     if verify(gold, found, timeout_seconds=None, raise_on_error=True):
         return Reward(value=1.0, outcome=Outcome.CORRECT, answer=answer)
     return Reward(value=0.0, outcome=Outcome.INCORRECT if _holds_expression(found) else Outcome.UNPARSED, answer=answer)
+
+
+def check_math(problem: Mapping[str, Any]) -> str | None:
+    """Return why the reference answer of `problem` cannot be read, or None."""
+    reference = unwrap(problem["answer"])
+    # Parsing takes 10 ms, so references that differ in digits alone are judged together, unless that fails. Not if a
+    # power or factorial is in them, which a digit more can make endless, nor by the digit 0, as in a denominator.
+    alike = reference if {"^", "!"} & {*reference} else re.sub("[1-9]", "1", reference)
+    if plain_number(reference) or _unreadable(alike) is None:
+        return None
+    reason = _unreadable(reference)
+    return f"the reference answer is {reason}" if reason else None
+
+
+@lru_cache(maxsize=2**16)
+def _unreadable(reference: str) -> str | None:
+    reason = too_complex(reference)
+    try:
+        if reason is None and not _holds_expression(_parse_expression(reference)):
+            reason = "not an expression that math-verify can parse"
+    except Exception as error:
+        reason = describe_exception(error)
+    return f"{reason}: {reference[:80]!r}" if reason else None
 
 
 @lru_cache(maxsize=1024)

@@ -7,16 +7,19 @@ text "04" in a column that also holds numbers 4.
 
 from __future__ import annotations
 
+import codecs
 import csv
+import hashlib
 import json
 import math
 import random
 import re
+import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import chain, product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +34,7 @@ ID_COLUMNS = ("id", "unique_id")
 ERRORS_SHOWN = 5
 VALUES_SHOWN = 10
 MAX_META_CHARACTERS = 2000
+MAX_UNUSABLE_RATIO = 0.1  # of rows; with more of them the column is likely the wrong one
 
 KNOWN: dict[str, tuple[str, str | None, str, str | None]] = {
     "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", None, "train", None),
@@ -56,12 +60,13 @@ class DatasetTask:
     Opened as `data`, all rows are for training except `held_out` of them, chosen by a hash of the question;
     other rows with the same question are used for neither. Opened as `eval`, all rows are held out, in an order
     given by a hash of their id. Ids are `name/row`, or the rows' own if those are unique; rows count from 1 in
-    ids and messages, before filtering, and from 0 here.
+    ids and messages, before filtering, and from 0 here. Rows that cannot be used are left out; `notices` says which.
 
-    Raises DataError if the dataset cannot be loaded, lacks a column, or has rows that cannot be used.
+    Raises DataError if the dataset cannot be loaded, lacks a column, or has too many rows that cannot be used.
     """
 
     def __init__(self, part: DatasetRecipe, *, section: Literal["data", "eval"], held_out: int = 0) -> None:
+        self.notices: list[str] = []
         try:
             self.name, self._rows = load_table(part, section)
             is_list = isinstance(self._rows, list)
@@ -71,8 +76,14 @@ class DatasetTask:
             self._answer_column = _column([part.answer_column or "answer"], f"{section}.answer_column", columns)
             self._training = _filtered(part.filter, f"{section}.filter", self._rows, columns)[: part.limit]
             if errors := self._cell_errors():
-                what = f"{len(errors)} of {len(self._training)} rows cannot be used:{_first(errors)}"
-                raise DataError(what, next_step=f"correct these rows, or leave them out by {section}.filter")
+                what = f"{len(errors)} of {len(self._training):,} rows cannot be used"
+                if len(errors) > MAX_UNUSABLE_RATIO * len(self._training):
+                    next_step = (
+                        f"correct {section}.answer_column, {section}.prompt_column or these rows, or leave them "
+                    )
+                    raise DataError(what + first(errors.values()), next_step=f"{next_step}out by {section}.filter")
+                self.notices.append(f"{self.name}: {what} and are left out{first(errors.values())}")
+                self._training = [row for row in self._training if row not in errors]
         except DataError as error:
             raise error.within(f'{section}.dataset "{part.dataset}"') from error
         self._own_ids: Sequence[int | str] | None = None
@@ -102,15 +113,22 @@ class DatasetTask:
             raise DataError(what, where="eval.problems", next_step=most)
         return [self._problem(row) for row in self._held_out[:count]]
 
-    def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
-        """Remove `unwanted` problems from training and return how many. Raises DataError if none remains."""
-        before = len(self._training)
-        self._training = [row for row in self._training if not unwanted(self._problem(row))]
-        if not self._training:
-            what = f"none of the {before} training rows of {self.name} can be used"
+    def training(self) -> list[Problem]:
+        """Return all training problems, in the order of their rows."""
+        return list(map(self._problem, self._training))
+
+    def drop_training(self, reason: Callable[[Problem], str | None]) -> list[str]:
+        """Remove the problems that have a `reason` from training; return "row 3: reason" for each.
+
+        Raises DataError if no problem remains.
+        """
+        dropped = {row: why for row in self._training if (why := reason(self._problem(row)))}
+        if len(dropped) == len(self._training):
+            what = f"none of the {len(dropped)} training rows of {self.name} can be used"
             next_step = "raise rollout.max_prompt_length, or choose other rows with data.filter"
             raise DataError(what, where="data.dataset", next_step=next_step)
-        return before - len(self._training)
+        self._training = [row for row in self._training if row not in dropped]
+        return [f"row {row + 1}: {why}" for row, why in dropped.items()]
 
     def longest_candidates(self) -> Iterator[Problem]:
         """Yield all training problems, those with the most bytes of text, likely the longest, first."""
@@ -132,8 +150,8 @@ class DatasetTask:
         meta = {key: cell for key, cell in cells.items() if key == self._answer_column or _fits_meta(cell)}
         return Problem(id=self._id(row), messages=messages, answer=_answer(False, answer), meta=meta)
 
-    def _cell_errors(self) -> list[str]:
-        """Return an error message for each row that cannot be used."""
+    def _cell_errors(self) -> dict[int, str]:
+        """Return row -> an error message for each row that cannot be used."""
         prompts, answers = (column(self._rows, name) for name in (self._prompt_column, self._answer_column))
         # One answer in GSM8K's form means that all have to be: a row without its last line would otherwise have
         # its whole working taken for the answer.
@@ -147,7 +165,7 @@ class DatasetTask:
                 read(cells[row])
             except CellError as error:
                 errors.setdefault(row, []).append(f'column "{name}" {error}')
-        return [f"row {row + 1}: {', '.join(of_row)}" for row, of_row in errors.items()]
+        return {row: f"row {row + 1}: {', '.join(of_row)}" for row, of_row in errors.items()}
 
     def _hold_out(self, count: int) -> None:
         """Hold out one row each of `count` questions, white space ignored, and train on no other row of them."""
@@ -270,10 +288,29 @@ def _filtered(wanted: Mapping[str, Any], key: str, rows: Any, columns: Sequence[
     return kept
 
 
-def _first(errors: Sequence[str]) -> str:
-    """Return the first of `errors`, each on a line of its own, and how many more there are."""
-    more = [f"and {len(errors) - ERRORS_SHOWN} more"] if len(errors) > ERRORS_SHOWN else []
-    return "".join(f"\n    {line}" for line in [*errors[:ERRORS_SHOWN], *more])
+def first(errors: Collection[str]) -> str:
+    """Return a colon, the first of `errors`, each on a line of its own, and how many more there are."""
+    more = [f"and {len(errors) - ERRORS_SHOWN:,} more"] if len(errors) > ERRORS_SHOWN else []
+    return ":" + "".join(f"\n    {line}" for line in [*islice(errors, ERRORS_SHOWN), *more])
+
+
+def digests(problems: Iterable[Problem]) -> dict[str, str]:
+    """Return problem id -> a hash of all that was read of it, in order."""
+    contents = {each.id: [each.messages, each.answer, each.meta] for each in problems}
+    texts = {name: json.dumps(content, default=str, sort_keys=True) for name, content in contents.items()}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return how many rows are "2 new, 1 gone, 3 changed" between two `digests`; an empty string for equal ones."""
+    both = before.keys() & now.keys()
+    counts = {
+        "new": len(now) - len(both),
+        "gone": len(before) - len(both),
+        "changed": sum(before[name] != now[name] for name in both),
+    }
+    found = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
+    return found or ("" if list(before) == list(now) else "the order is another one")
 
 
 def load_table(part: DatasetRecipe, section: Literal["data", "eval"]) -> tuple[str, Any]:
@@ -293,7 +330,7 @@ def load_table(part: DatasetRecipe, section: Literal["data", "eval"]) -> tuple[s
         name, rows = path.name, read_records(path)
         if path.suffix != ".parquet":
             if bad := [f"{where}: {row}" for where, row in rows if isinstance(row, str)]:
-                what = f"cannot be read, errors: {len(bad)}:{_first(bad)}"
+                what = f"cannot be read, errors: {len(bad)}{first(bad)}"
                 raise DataError(what, next_step="correct these places in the file")
             rows = [row for _, row in rows]
     elif dataset in KNOWN or path.is_dir() or is_hub_id:
@@ -334,9 +371,31 @@ def read_records(path: Path) -> Any:
     try:
         if path.suffix == ".parquet":
             return Dataset.from_parquet(str(path))
+        if encoding := _other_encoding(path):
+            what, copy = f"is {encoding}, not UTF-8", shlex.quote(str(path.with_stem(f"{path.stem}-utf8")))
+            command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {copy}"
+            raise DataError(what, next_step=f"save it as UTF-8: {command}")
         return _csv_records(path) if path.suffix == ".csv" else _json_records(path)
     except (OSError, ValueError, csv.Error, DatasetsError) as error:
         raise DataError(f"cannot be read: {_one_line(error)}", next_step="correct the file or rewrite it") from error
+
+
+def _other_encoding(path: Path) -> str | None:
+    """Return the encoding of a text file if it is not UTF-8, as iconv calls it. Of those of one byte, CP1252 is taken.
+
+    Raises UnicodeDecodeError if it is none of those.
+    """
+    content = path.read_bytes()
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "UTF-16"
+    if 0 in content[:2]:  # the other half of an ASCII character
+        return "UTF-16BE" if content[0] == 0 else "UTF-16LE"
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        content.decode("cp1252")
+        return "CP1252"
+    return None
 
 
 def _fetch(hub_id: str, config: str | None, split: str, section: str) -> Any:
@@ -386,6 +445,15 @@ def _csv_records(path: Path) -> list[Record]:
     """Read a CSV file with a header; each row is named by the line on which it starts. Every cell is text."""
     records: list[Record] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
+        header_line = next(filter(str.strip, file), "").strip()
+        for sign, name in ((";", "semicolons"), ("\t", "tabs")):
+            if sign in header_line and "," not in header_line:
+                what = f"has one column named {shown(header_line)}: its fields are separated by {name}, not by commas"
+                program = "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={!r}))"
+                command = f'PYTHONIOENCODING=utf-8-sig python3 -c "{program}"'
+                files = f"< {shlex.quote(str(path))} > {shlex.quote(str(path.with_stem(f'{path.stem}-commas')))}"
+                raise DataError(what, next_step=f"save it with commas: {command.format(sign)} {files}")
+        file.seek(0)
         reader = csv.reader(file, strict=True)
         try:
             header = next(filter(None, reader), [])

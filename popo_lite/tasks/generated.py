@@ -28,6 +28,7 @@ class GeneratedTask(ABC):
     name: str
     available: int
     settings: tuple[int, ...] = ()
+    notices: Sequence[str] = ()
 
     @abstractmethod
     def draw(self, source: random.Random) -> tuple[tuple[int, ...], Problem]:
@@ -58,12 +59,16 @@ class GeneratedTask(ABC):
         """Return problems, one of which is as long as any."""
         return [self.train_problem(0, 0)]
 
-    def drop_training(self, unwanted: Callable[[Problem], bool]) -> int:
-        """Return 0. Raises DataError if a problem is unwanted: generated problems fit all or not at all."""
-        if any(map(unwanted, self.longest_candidates())):
+    def training(self) -> list[Problem]:
+        """Return an empty list: generated problems are without end, and their answers are known to be readable."""
+        return []
+
+    def drop_training(self, reason: Callable[[Problem], str | None]) -> list[str]:
+        """Return an empty list. Raises DataError if a problem has a `reason`: either all of them fit, or none."""
+        if any(map(reason, self.longest_candidates())):
             what = f"problems of {self.name} do not fit into prompts of rollout.max_prompt_length"
             raise DataError(what, where="data.dataset", next_step="raise rollout.max_prompt_length")
-        return 0
+        return []
 
     def figures(self, texts: Sequence[str]) -> Mapping[str, float]:  # noqa: ARG002
         """Return ratios, by name, that describe answers to the task."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from datetime import date, datetime, time
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
@@ -38,6 +39,7 @@ class Renderer:
         self.system_prompt, self.chat_template = recipe.data.system_prompt, recipe.data.chat_template
         self._embeddings, self._stop_ids = embeddings, stop_ids
         self._thinking_tags, self._keep_special_tokens = recipe.reward.thinking_tags, recipe.reward.keep_special_tokens
+        self._day = datetime.combine(recipe.data.date or date.today(), time())
         if not (self.chat_template or tokenizer.chat_template):
             bos = "{{ bos_token }}" if puts_bos(tokenizer) else ""
             raise ModelError(
@@ -100,7 +102,12 @@ class Renderer:
 
     def _apply(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         ids = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=True, return_dict=False
+            messages,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            strftime_now=self._day.strftime,  # in place of today's, which changes while a run is stopped
         )
         return tuple(cast("list[int]", ids))
 

@@ -22,7 +22,6 @@ from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.samplers import vllm
 from popo_lite.tools.benchmarks.command import eval_, pick_k
 from popo_lite.tools.benchmarks.run import EvaluationFolder
-from popo_lite.tools.benchmarks.subject import Subject
 from popo_lite.types import Outcome, Reward
 
 SUMS = ((17, 25), (12, 34), (40, 41), (23, 58), (11, 88), (36, 47), (64, 29), (35, 35))
@@ -275,17 +274,21 @@ def test_three_percent_of_malformed_rows_fail_with_their_lines(tmp_path, monkeyp
     assert not Path("out").exists()
 
 
-def test_references_that_cannot_be_graded_are_listed_before_a_model_is_loaded(tmp_path, monkeypatch):
+def test_problems_whose_references_cannot_be_read_count_as_not_solved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Subject, "load", lambda *_: pytest.fail("loaded"))
     rows = list(rows_of("math500", {(a, 40): a + 40 for a in range(10, 20)}))
     rows[2]["answer"] = rows[8]["answer"] = "\\frac{1}{"
     jsonl(Path("math.jsonl"), rows)
-    message = refused("tiny", "--benchmarks", "math500", "--data", "math500=math.jsonl", "--output", "out")
-    assert "2 of 10 rows are not MATH-500's" in message
-    for number in (3, 9):
-        assert f"line {number}: the reference answer of problem 'math500/{number}' is not an expression" in message
-    assert not Path("out").exists()
+    arguments = ("--data", "math500=math.jsonl", "--samples", "1", "--max-tokens", "9", "--output", "out", "--json")
+    done = CliRunner().invoke(main, ["eval", "tiny", "--benchmarks", "math500", *arguments])
+    assert done.exit_code == 0, done.output
+    assert "math500: 2 of 10 problems cannot be graded and count as not solved" in done.stderr
+    assert "problem math500/3: the reference answer" in done.stderr
+    content = json.loads(Path("out/results.json").read_text())
+    assert list(content["benchmarks"]["math500"]["unreadable"]) == ["math500/3", "math500/9"]
+    assert content["results"][0]["unreadable"] == 2
+    outcomes = [line["outcomes"] for line in json_lines(Path("out/problems.jsonl"))]
+    assert [number for number, found in enumerate(outcomes, 1) if found == ["error"]] == [3, 9]
 
 
 @pytest.mark.slow
@@ -302,7 +305,7 @@ def test_answers_that_cannot_be_graded_are_not_kept(tmp_path, monkeypatch):
     whole = run(main, [*arguments, "whole"])
     assert whole.exit_code == 0, whole.output
     assert json.loads(whole.stdout)["benchmarks"]["aime25"] == {
-        "rows": 8, "published": 30, "skipped": 0, "repeats": {"aime25/8": "aime25/1"},
+        "rows": 8, "published": 30, "skipped": 0, "unreadable": {}, "repeats": {"aime25/8": "aime25/1"},
     }  # fmt: skip
     assert "aime25: was published with 30 problems, and has 8 here" in whole.stderr
     assert "1 of 8 questions repeat an earlier one, and count each time: aime25/8 is aime25/1" in whole.stderr

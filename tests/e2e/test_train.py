@@ -61,8 +61,8 @@ def test_training_learns_to_work_step_by_step(trained):
 def test_the_run_folder_holds_what_it_should(trained):
     run, _ = trained
     assert {path.name for path in run.iterdir()} == {
-        "recipe.toml", "environment.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "checkpoints",
-        "adapter", "siamese", "summary.json",
+        "recipe.toml", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl",
+        "checkpoints", "adapter", "siamese", "summary.json",
     }  # fmt: skip
     metrics = json_lines(run / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(60))

@@ -162,7 +162,7 @@ def test_a_run_that_has_not_ended_is_refused_with_how_to_go_on(make_run: MakeRun
 def test_runs_that_differ_in_the_seed_alone_are_one_group_named_by_what_differs(make_run: MakeRun) -> None:
     runs = [
         make_run("a0", seed=0, after=0.4),
-        make_run("b0", "objective.entropy_coef=0.0", "output.dir=elsewhere", seed=0, after=0.5),
+        make_run("b0", "objective.entropy_coef=0.0", "output.dir=elsewhere", "data.date=2026-01-31", seed=0, after=0.5),
         make_run("a1", seed=1, after=0.6),
         make_run("b1", "objective.entropy_coef=0.0", seed=1, after=0.8),
         make_run("a2", seed=2, after=0.5),

@@ -54,6 +54,7 @@ COMMANDS = ["popo-lite eval runs/x", "popo-lite export runs/x --out merged " + "
 
 def result(weights: str, rate: float, problems: int = 200) -> EvalResult:
     return EvalResult(
+        unreadable=0,
         weights=weights,
         problems=problems,
         samples_per_problem=8,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import io
 import itertools
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -27,8 +29,9 @@ from popo_lite.samplers.server_client import ServerClient
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.benchmarks import scores
 from popo_lite.tools.benchmarks.command import eval_, with_options
-from popo_lite.tools.benchmarks.datasets import BENCHMARKS, check_references, within_tolerance
+from popo_lite.tools.benchmarks.datasets import BENCHMARKS, unreadable_references, within_tolerance
 from popo_lite.tools.benchmarks.run import EvaluationFolder, plan_chunks, prepare, settings_of
+from popo_lite.tools.benchmarks.run import _grade as grade_chunk
 from popo_lite.tools.benchmarks.scores import (
     benchmark_report,
     bootstrap_interval,
@@ -37,7 +40,7 @@ from popo_lite.tools.benchmarks.scores import (
     summarise,
 )
 from popo_lite.tools.benchmarks.subject import open_model, open_run
-from popo_lite.types import Outcome, Problem, Reward
+from popo_lite.types import Completion, FinishReason, Outcome, Problem, Prompt, Reward
 
 
 @pytest.mark.parametrize("samples", [1, 4, 7])
@@ -114,6 +117,7 @@ def line(problem, verdicts, *, seed=0, benchmark="amc23", weights="base", **keys
         "tokens": keys.get("tokens", [10] * len(verdicts)),
         "truncated": keys.get("truncated", [False] * len(verdicts)),
         "text": "",
+        "unreadable": keys.get("unreadable"),
     }
 
 
@@ -178,6 +182,30 @@ def test_a_few_problems_that_cannot_be_graded_do_not_stop_a_long_benchmark():
     refuse_ungraded([*hanging, *(line(number, "rrrr") for number in range(6, 26))], planned=500, limit=0.2)
 
 
+def test_problems_without_a_readable_answer_count_as_not_solved_and_stop_nothing():
+    lines = [line(1, "rr"), *(line(number, "tt", unreadable="is no answer") for number in (2, 3, 4))]
+    refuse_ungraded(lines, planned=4, limit=0.2)
+    (result,) = summarise(lines, 2)
+    assert (result["problems"], result["unreadable"], result["pooled"]["average"]) == (4, 3, 0.25)
+    output = io.StringIO()
+    benchmark_report([result], k=2, output="x", console=Console(file=output, width=200))
+    assert "AMC23: 3 of 4 problems cannot be graded and count as not solved." in output.getvalue()
+
+
+def test_an_answer_that_repeats_an_unreadable_reference_is_not_right():
+    prompts = {
+        ("base", 0, "x", name): Prompt(problem=Problem(id=name, messages=(), answer=r"\frac{1}{"), token_ids=(1,))
+        for name in ("x/1", "x/2")
+    }
+    answer = Completion(
+        token_ids=(1,), sampler_logps=(0.0,), finish_reason=FinishReason.STOP, text=r"\boxed{\frac{1}{}"
+    )
+    grader = SimpleNamespace(grade=lambda answers: [Reward(value=1.0, outcome=Outcome.CORRECT) for _ in answers])
+    lines = grade_chunk(prompts, [[answer]] * 2, grader, {"x/2": "it is no answer"})
+    found = [(line["outcomes"], line["answers"], line["unreadable"]) for line in lines.values()]
+    assert found == [(["correct"], [None], None), (["error"], [None], "it is no answer")]
+
+
 GRADABLE = (
     r"\left( 3, \frac{\pi}{2} \right)", "p - q", r"\text{Evelyn}", r"90^\circ", "6 - 5i", "52_8", r"x \in [-2,7]",
     r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}", r"\text{(C)}", r"\$18.90", r"\$32,\!348", r"10\%",
@@ -195,7 +223,7 @@ def test_references_that_nothing_can_be_graded_against_are_found():
         Problem(id=f"x/{n}", messages=(), answer=answer, meta={}) for n, answer in enumerate((*GRADABLE, *wrong))
     ]
     with Grader(RewardRecipe(workers=1)) as grader:
-        found = check_references(problems, grader)
+        found = unreadable_references(problems, grader)
     assert list(found) == [problem.id for problem in problems[len(GRADABLE) :]]
     for error, text in zip(found.values(), ("not an expression", "characters long", "nested 30"), strict=True):
         assert text in error
@@ -234,7 +262,7 @@ def test_tolerances_are_as_many_as_the_numbers():
         Problem(id=answer, messages=(), answer=answer, meta={"tolerance": ("1e-1", "1e-2")}) for answer in ("1, 2", "1")
     ]
     with Grader(RewardRecipe(workers=1)) as grader:
-        assert check_references(problems, grader) == {"1": "it names 2 tolerances for the 1 numbers of '1'"}
+        assert unreadable_references(problems, grader) == {"1": "it names 2 tolerances for the 1 numbers of '1'"}
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +321,13 @@ def test_all_that_is_asked_is_in_the_digest(tokenizer):
 
 def test_repeated_questions_and_missing_problems_are_counted(tokenizer):
     found = prepared(tokenizer, count=3, longest=2)
-    assert found.contents == {"rows": 3, "published": 40, "skipped": 0, "repeats": {"amc23/3": "amc23/2"}}
+    assert found.contents == {
+        "rows": 3,
+        "published": 40,
+        "skipped": 0,
+        "unreadable": {},
+        "repeats": {"amc23/3": "amc23/2"},
+    }
 
 
 def test_answers_end_with_the_context(tokenizer):
@@ -391,6 +425,15 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
         folder.start({"samples": 8, "benchmarks": {"amc23": {"digest": "b"}}, "seeds": (0, 1)})
     assert "benchmarks.amc23.digest was 'a' and is 'b'; samples was 4 and is 8" in caught.value.what
     assert "--output" in caught.value.next_step
+
+
+def test_an_evaluation_keeps_the_date_of_its_first_day(tmp_path):
+    assert EvaluationFolder(tmp_path / "new").date() == datetime.date.today()
+    folder = EvaluationFolder(tmp_path / "out")
+    with folder.locked():
+        folder.start({"date": "2026-01-17"})
+    assert folder.date() == datetime.date(2026, 1, 17)
+    assert with_options(Recipe(), {**options(), "date": folder.date()}).data.date == folder.date()
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

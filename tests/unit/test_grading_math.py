@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from popo_lite.grading import symbolic as symbolic_module
 from popo_lite.grading.math import (
     MAX_BOX_CHARACTERS,
     MAX_NESTING,
@@ -15,7 +16,7 @@ from popo_lite.grading.math import (
     too_complex,
     unwrap,
 )
-from popo_lite.grading.symbolic import grade_math
+from popo_lite.grading.symbolic import check_math, grade_math
 from popo_lite.types import Outcome, Problem, Reward
 
 
@@ -268,3 +269,16 @@ def test_the_exact_part_does_not_import_sympy():
     code = "import sys, popo_lite.grading; print([m for m in ('sympy', 'math_verify', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_references_are_checked_without_an_answer_and_those_with_other_digits_only_once(monkeypatch):
+    parsed = []
+    parse = symbolic_module._parse_expression.__wrapped__
+    monkeypatch.setattr(symbolic_module, "_parse_expression", lambda text: parsed.append(text) or parse(text))
+    symbolic_module._unreadable.cache_clear()
+    for reference in ("1,234", r"\frac{3}{7}", r"\frac{25}{31}", r"\frac{98}{76}", "2^{11}", "3^{11}"):
+        assert check_math({"id": "p", "answer": reference}) is None
+    assert parsed == [r"\frac{1}{1}", r"\frac{11}{11}", "2^{11}", "3^{11}"]
+    for reference, reason in ((r"\frac{2}{", "not an expression"), ("x" * 2000, "2,000 characters long")):
+        assert reason in check_math({"id": "p", "answer": reference})
+        assert reason in symbolic("5", reference).detail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import random
 import re
 import subprocess
@@ -462,6 +463,8 @@ def example(annotation: Any, metadata: tuple[Any, ...], source: random.Random) -
         return None
     if annotation is bool:
         return source.random() < 0.5
+    if annotation is datetime.date:
+        return datetime.date.fromordinal(source.randint(1, 10**6))
     if annotation in (str, Any):
         return "x".join(["", *source.sample(NASTY, source.randrange(4)), ""])  # never empty
     bounds = {name: getattr(m, name) for m in metadata for name in ("ge", "gt", "le", "lt") if hasattr(m, name)}

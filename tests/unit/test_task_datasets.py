@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import subprocess
@@ -18,7 +19,7 @@ from datasets import Dataset
 from popo_lite.errors import DataError
 from popo_lite.recipe import DataRecipe, DatasetRecipe, EvalRecipe
 from popo_lite.tasks import Task
-from popo_lite.tasks.datasets import DatasetTask
+from popo_lite.tasks.datasets import DatasetTask, changes
 
 Rows = list[dict[str, Any]]
 
@@ -95,6 +96,10 @@ def train(dataset: str, *, held_out: int = 0, **keys: Any) -> DatasetTask:
 
 def evaluate(dataset: str, **keys: Any) -> DatasetTask:
     return DatasetTask(EvalRecipe(dataset=dataset, **keys), section="eval")
+
+
+def run_command(next_step: str, before: str) -> None:
+    subprocess.run(["sh", "-c", next_step.removeprefix(before)], check=True)
 
 
 def refused(dataset: str, **keys: Any) -> DataError:
@@ -312,6 +317,18 @@ class TestLongestCandidates:
         assert list(evaluate("x.jsonl").longest_candidates()) == []
 
 
+@pytest.mark.parametrize(
+    ("now", "found"),
+    [
+        ({"a": "1", "b": "2"}, ""),
+        ({"b": "2", "a": "1"}, "the order is another one"),
+        ({"a": "3", "c": "2", "d": "4"}, "2 new, 1 gone, 1 changed"),
+    ],
+)
+def test_changes_of_rows_are_counted(now: dict[str, str], found: str) -> None:
+    assert changes({"a": "1", "b": "2"}, now) == found
+
+
 class TestHeldOut:
     def test_held_out_and_training_share_no_question(self) -> None:
         rows = [*SUMS, *({"prompt": f"  What is {n} +\t1?\n", "answer": n + 1} for n in range(30))]
@@ -449,8 +466,9 @@ class TestColumns:
 
 
 class TestRows:
-    def test_all_faults_are_counted_and_five_shown(self) -> None:
-        rows: Rows = [{"prompt": "q", "answer": "1"} for _ in range(20)]
+    @pytest.mark.parametrize("count", [70, 69])
+    def test_up_to_a_tenth_of_the_rows_is_left_out_and_more_are_refused(self, count: int) -> None:
+        rows: Rows = [{"prompt": f"q{n}", "answer": "1"} for n in range(count)]
         rows[1] = {"prompt": "  ", "answer": ""}
         rows[2]["answer"] = ""
         rows[4]["answer"] = None
@@ -458,9 +476,8 @@ class TestRows:
         rows[7]["answer"] = True
         rows[9]["prompt"] = 5
         rows[11] = {"prompt": "q"}
-        error = refused(write("x.jsonl", rows))
-        assert error.what.splitlines() == [
-            "7 of 20 rows cannot be used:",
+        write("x.jsonl", rows)
+        listed = [
             '    row 2: column "prompt" is empty, column "answer" is empty',
             '    row 3: column "answer" is empty',
             '    row 5: column "answer" is empty',
@@ -468,8 +485,30 @@ class TestRows:
             '    row 8: column "answer" is True, neither text nor a number',
             "    and 2 more",
         ]
-        assert error.where == 'data.dataset "x.jsonl"'
-        assert "data.filter" in str(error.next_step)
+        if count == 69:
+            error = refused("x.jsonl")
+            assert error.what.splitlines() == ["7 of 69 rows cannot be used:", *listed]
+            assert error.where == 'data.dataset "x.jsonl"'
+            assert "data.filter" in str(error.next_step)
+            return
+        task = train("x.jsonl", held_out=20)
+        (notice,) = task.notices
+        assert notice.splitlines() == ["x.jsonl: 7 of 70 rows cannot be used and are left out:", *listed]
+        used = {problem.id for problem in (*task.training(), *task.held_out(20))}
+        assert used == {f"x.jsonl/{row}" for row in range(1, 71)} - {
+            f"x.jsonl/{row}" for row in (2, 3, 5, 7, 8, 10, 12)
+        }
+        assert len(evaluate("x.jsonl").held_out(63)) == 63
+
+    def test_training_rows_with_a_reason_are_dropped_and_named(self) -> None:
+        task = train(write("x.jsonl", SUMS), held_out=10)
+        held, size = task.held_out(10), train_size(task)
+        third = task.training()[2]
+        (line,) = task.drop_training(lambda problem: "is odd" if problem.id == third.id else None)
+        assert line == f"row {third.id.removeprefix('x.jsonl/')}: is odd"
+        assert (third not in task.training(), train_size(task), task.held_out(10)) == (True, size - 1, held)
+        with pytest.raises(DataError, match="none of the 19 training rows of x.jsonl can be used"):
+            task.drop_training(lambda _: "is long")
 
     def test_filtered_rows_may_be_bad(self) -> None:
         rows = [{"prompt": "q", "answer": "1", "good": True}, {"prompt": "", "answer": None, "good": False}]
@@ -515,12 +554,39 @@ class TestRows:
         Path("x.csv").write_text(text)
         assert fault in refused("x.csv").what
 
-    @pytest.mark.parametrize(
-        ("name", "content"), [("x.jsonl", b"\xff\xfe\x00"), ("x.csv", b"a\xff"), ("x.parquet", b"x")]
-    )
+    @pytest.mark.parametrize(("name", "content"), [("x.jsonl", b"\x81"), ("x.csv", b"a\x9d"), ("x.parquet", b"x")])
     def test_files_that_are_something_else(self, name: str, content: bytes) -> None:
         Path(name).write_bytes(content)
         assert refused(name).what.startswith("cannot be read: ")
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+    @pytest.mark.parametrize(
+        ("encoding", "called"),
+        [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"), ("cp1252", "CP1252")],
+    )
+    def test_another_encoding_is_named_with_the_command_that_changes_it(
+        self, suffix: str, encoding: str, called: str
+    ) -> None:
+        path = Path(write(f"my sums{suffix}", [{"prompt": "Größe 1 + 1?", "answer": "2"}]))
+        text = path.read_text().replace("\\u00f6", "ö").replace("\\u00df", "ß")
+        path.write_bytes(text.encode(encoding))
+        error = refused(path.name)
+        assert error.what == f"is {called}, not UTF-8"
+        run_command(str(error.next_step), "save it as UTF-8: ")
+        assert train(f"my sums-utf8{suffix}").train_problem(0, 0).question == "Größe 1 + 1?"
+        path.write_bytes(codecs.BOM_UTF8 + text.encode())
+        assert train(path.name).train_problem(0, 0).question == "Größe 1 + 1?"
+
+    @pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])
+    def test_another_separator_is_named_with_the_command_that_changes_it(self, sign: str, name: str) -> None:
+        text = f'\ufeff"prompt"{sign}answer\r\n"a, ""b""{sign} c\nd"{sign}1,5\r\n'
+        Path("my sums.csv").write_text(text, encoding="utf-8", newline="")
+        error = refused("my sums.csv")
+        assert error.what.startswith('has one column named \'"prompt"')
+        assert error.what.endswith(f": its fields are separated by {name}, not by commas")
+        run_command(str(error.next_step), "save it with commas: ")
+        problem = train("my sums-commas.csv").train_problem(0, 0)
+        assert (problem.question, problem.answer) == (f'a, "b"{sign} c\nd', "1,5")
 
     @pytest.mark.parametrize(
         ("name", "content"), [("x.jsonl", ""), ("x.json", "[]"), ("x.csv", ""), ("x.csv", "prompt,answer\n")]

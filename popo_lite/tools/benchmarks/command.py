@@ -119,11 +119,11 @@ def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...],
     path = Path(model_or_run).expanduser()
     is_run = (path / "recipe.toml").is_file()
     model = subject.open_run(path, weights) if is_run else subject.open_model(model_or_run, weights)
-    model = replace(model, recipe=with_options(model.recipe, options))
-    prepared = run.prepare_all(model.recipe, files, skip_overlong=options["skip_overlong"])
-    settings = run.settings_of(model, prepared, {"seeds": seeds, "samples": samples, "top_p": options["top_p"]})
     default = path / "benchmarks" if is_run else Path("benchmarks") / Path(model_or_run).name
     folder = run.EvaluationFolder(options["output"] or default)
+    model = replace(model, recipe=with_options(model.recipe, {**options, "date": folder.date()}))
+    prepared = run.prepare_all(model.recipe, files, skip_overlong=options["skip_overlong"])
+    settings = run.settings_of(model, prepared, {"seeds": seeds, "samples": samples, "top_p": options["top_p"]})
     with folder.locked():
         folder.start(settings)
         answers = run.answer_all(model, prepared, folder, settings, subject.no_bar if as_json else progress)
@@ -145,6 +145,7 @@ def with_options(recipe: Recipe, options: dict[str, Any]) -> Recipe:
         "rollout.max_completion_length": options["max_tokens"],
         "eval.temperature": options["temperature"],
         "data.system_prompt": options["system_prompt"],
+        "data.date": recipe.data.date or options.get("date"),
         "reward.functions": (MathFunction(),),
         "reward.positive_if": "total",
     }

@@ -103,12 +103,12 @@ def benchmark_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def open_benchmark(name: str, file: Path | None = None, grader: Grader | None = None) -> list[Problem]:
+def open_benchmark(name: str, file: Path | None = None) -> list[Problem]:
     """Return all problems of the benchmark, from `file` in the form of the Hub's rows, or from the Hub.
 
     Ids are `name/row`, with rows numbered from 1. `meta["tolerance"]` holds how far the numbers of an answer may be
     off, as decimals: one for all of them, or one for each in order. Raises DataError if the rows cannot be loaded, or
-    with a list of all rows that are not of the benchmark's form, or whose answers `grader` cannot read.
+    with a list of all rows that are not of the benchmark's form.
     """
     benchmark = BENCHMARKS[name]
     try:
@@ -124,10 +124,7 @@ def open_benchmark(name: str, file: Path | None = None, grader: Grader | None = 
                 next_step = f'rename "{likely}"' if likely else "rename the column that holds it"
                 raise DataError(f'has no column "{wanted}"; its columns are {", ".join(columns)}', next_step=next_step)
         read = {label: _problem(benchmark, f"{name}/{n}", row) for n, (label, row) in enumerate(rows, 1)}
-        problems = [problem for problem in read.values() if isinstance(problem, Problem)]
-        ungradable = check_references(problems, grader) if grader else {}
-        found = {label: row if isinstance(row, str) else ungradable.get(row.id) for label, row in read.items()}
-        if errors := [f"{label}: {error}" for label, error in found.items() if error]:
+        if errors := [f"{label}: {row}" for label, row in read.items() if isinstance(row, str)]:
             what = "\n    ".join([f"{len(errors)} of {len(rows)} rows are not {benchmark.title}'s:", *errors])
             next_step = "correct these rows; without them this would be another benchmark"
             raise DataError(what, next_step=next_step)
@@ -135,7 +132,7 @@ def open_benchmark(name: str, file: Path | None = None, grader: Grader | None = 
         where = f"--data {name}={file}" if file else f"{name} ({benchmark.hub_id})"
         local_copy = f"check the connection, or give a local copy of it with --data {name}=FILE"
         raise DataError(error.what, where=where, next_step=error.next_step if file else local_copy) from error
-    return problems
+    return [problem for problem in read.values() if isinstance(problem, Problem)]
 
 
 def _problem(benchmark: Benchmark, problem_id: str, row: Mapping[str, Any] | str) -> Problem | str:
@@ -158,18 +155,15 @@ def _problem(benchmark: Benchmark, problem_id: str, row: Mapping[str, Any] | str
     return Problem(id=problem_id, messages=(message,), answer=cells[benchmark.answer_column], meta=meta)
 
 
-def check_references(problems: Sequence[Problem], grader: Grader) -> dict[str, str | None]:
+def unreadable_references(problems: Sequence[Problem], grader: Grader) -> dict[str, str]:
     """Return problem id -> why nothing can be graded against its answer, for the problems of which that is so."""
-    errors: dict[str, str | None] = {}
+    found = grader.unreadable(problems)
     for problem in problems:
         tolerances, numbers = problem.meta.get("tolerance", ()), _numbers(unwrap(problem.answer))
         if numbers is not None and len(tolerances) not in (0, 1, len(numbers)):
             what = f"it names {len(tolerances)} tolerances for the {len(numbers)} numbers of {problem.answer!r}"
-            errors[problem.id] = what
-    # An empty text is wrong whatever the reference is; if it gets no verdict, the reference is the reason.
-    algebraic = [problem for problem in problems if plain_number(unwrap(problem.answer)) is None]
-    rewards = grader.grade([("", problem) for problem in algebraic])
-    return errors | {p.id: r.detail for p, r in zip(algebraic, rewards, strict=True) if not r.outcome.is_graded}
+            found[problem.id] = what
+    return found
 
 
 def within_tolerance(reward: Reward, problem: Problem) -> Reward:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
 from popo_lite.errors import CheckpointError, DataError, ModelError
+from popo_lite.evaluation import not_solved
 from popo_lite.grading import Grader
 from popo_lite.policy.load import load_config
 from popo_lite.policy.parts import context_of
@@ -21,11 +23,11 @@ from popo_lite.recipe import Recipe
 from popo_lite.run_folder import append_line, differences, environment, keep_lines, read_lines, write_atomically
 from popo_lite.samplers import SamplingParams, pick_engine
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.tools.benchmarks.datasets import BENCHMARKS, open_benchmark, within_tolerance
+from popo_lite.tools.benchmarks.datasets import BENCHMARKS, open_benchmark, unreadable_references, within_tolerance
 from popo_lite.tools.benchmarks.scores import Answers, refuse_ungraded
 from popo_lite.tools.benchmarks.subject import Bar, Subject, active_adapter, open_checked
 from popo_lite.tools.work_folder import locked, refuse_foreign
-from popo_lite.types import Completion, FinishReason, Problem, Prompt
+from popo_lite.types import Completion, FinishReason, Outcome, Problem, Prompt, Reward
 
 KEY = ("weights", "seed", "benchmark", "problem")
 Key = tuple[Any, ...]  # the values of KEY, which identify a line of problems.jsonl
@@ -41,24 +43,29 @@ class PreparedBenchmark(NamedTuple):
     max_completion_length: int
     settings: Mapping[str, Any]  # for settings.json: what the answers depend on, with a hash of all that is asked
     contents: Mapping[str, Any]  # for results.json: what the benchmark consists of
+    unreadable: Mapping[str, str]  # problem id -> why nothing can be graded against its answer
 
 
 def prepare_all(recipe: Recipe, files: Mapping[str, Path | None], *, skip_overlong: bool) -> list[PreparedBenchmark]:
     """Read, check and render benchmarks (name -> file, None for the Hub's) without loading a model."""
     renderer = open_renderer(recipe)
+    problems = {name: open_benchmark(name, file) for name, file in files.items()}
     with Grader(recipe.grading) as grader:
-        problems = {name: open_benchmark(name, file, grader) for name, file in files.items()}
+        unreadable = unreadable_references([*chain.from_iterable(problems.values())], grader)
     context = context_of(load_config(recipe.model))
-    limits = {"max_completion_length": recipe.rollout.max_completion_length, "context_tokens": context}
-    return [prepare(name, rows, renderer, **limits, skip_overlong=skip_overlong) for name, rows in problems.items()]
+    limits: dict[str, Any] = {"max_completion_length": recipe.rollout.max_completion_length, "context_tokens": context}
+    limits |= {"skip_overlong": skip_overlong, "unreadable": unreadable}
+    return [prepare(name, rows, renderer, **limits) for name, rows in problems.items()]
 
 
 def prepare(name: str, problems: Sequence[Problem], renderer: Renderer, *, max_completion_length: int,
-            context_tokens: int, skip_overlong: bool) -> PreparedBenchmark:  # fmt: skip
+            context_tokens: int, skip_overlong: bool, unreadable: Mapping[str, str] | None = None,
+            ) -> PreparedBenchmark:  # fmt: skip
     """Render `problems`, and limit answers to what the longest prompt leaves of the context.
 
-    Prints what is unusual to standard error. Raises DataError for prompts longer than the renderer's
-    `max_prompt_length`, unless `skip_overlong`, and ModelError if the context has no tokens left for an answer.
+    `unreadable` maps ids of problems, also others, to why nothing can be graded against their answers. Prints what is
+    unusual to standard error. Raises DataError for prompts longer than the renderer's `max_prompt_length`, unless
+    `skip_overlong`, and ModelError if the context has no tokens left for an answer.
     """
     prompts = [Prompt(problem=problem, token_ids=renderer.token_ids(problem)) for problem in problems]
     fitting = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= renderer.max_prompt_length)
@@ -76,11 +83,13 @@ def prepare(name: str, problems: Sequence[Problem], renderer: Renderer, *, max_c
         raise ModelError(what, where=name, next_step=next_step)
     first = {prompt.token_ids: prompt.problem.id for prompt in reversed(prompts)}
     repeats = {p.problem.id: first[p.token_ids] for p in prompts if first[p.token_ids] != p.problem.id}
+    unreadable = {p.problem.id: why for p in fitting if (why := (unreadable or {}).get(p.problem.id))}
     pairs = ", ".join(f"{later} is {earlier}" for later, earlier in islice(repeats.items(), 5))
     for applies, note in (
         (rows != published, f"was published with {published:,} problems, and has {rows:,} here"),
         (repeats, f"{len(repeats)} of {rows} questions repeat an earlier one, and count each time: {pairs}"),
         (skipped, f"{skipped} of {rows} prompts are skipped"),
+        (unreadable, not_solved(unreadable, rows, "problems")),
         (limit < max_completion_length, f"answers end at {limit:,} tokens instead of {max_completion_length:,}, as the "
          f"longest prompt takes {longest_prompt:,} of the context of {context_tokens:,}"),
     ):  # fmt: skip
@@ -89,8 +98,8 @@ def prepare(name: str, problems: Sequence[Problem], renderer: Renderer, *, max_c
     asked = [[p.problem.id, p.token_ids, p.problem.answer, dict(p.problem.meta)] for p in prompts]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     settings = {"problems": len(fitting), "skipped": skipped, "max_completion_length": limit, "digest": digest}
-    contents = {"rows": rows, "published": published, "skipped": skipped, "repeats": repeats}
-    return PreparedBenchmark(name, fitting, longest_prompt, limit, settings, contents)
+    contents = {"rows": rows, "published": published, "skipped": skipped, "unreadable": unreadable, "repeats": repeats}
+    return PreparedBenchmark(name, fitting, longest_prompt, limit, settings, contents, unreadable)
 
 
 def settings_of(subject: Subject, prepared: Sequence[PreparedBenchmark], sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,6 +115,7 @@ def settings_of(subject: Subject, prepared: Sequence[PreparedBenchmark], samplin
         "temperature": recipe.eval.temperature,
         "system_prompt": recipe.data.system_prompt,
         "chat_template": recipe.data.chat_template,
+        "date": str(recipe.data.date),
         "max_prompt_length": recipe.rollout.max_prompt_length,
         "engine": pick_engine(recipe)[0],
         "engine_base": recipe.rollout.vllm.base,
@@ -122,6 +132,11 @@ class EvaluationFolder:
         self.path = path
         self.settings_path = path / "settings.json"
         self.answers_path = path / "problems.jsonl"  # one line per weights, seed, benchmark and problem
+
+    def date(self) -> datetime.date:
+        """Return the date in prompts: that of the evaluation here, or today."""
+        settings = json.loads(self.settings_path.read_text("utf-8")) if self.settings_path.is_file() else {}
+        return datetime.date.fromisoformat(settings["date"]) if "date" in settings else datetime.date.today()
 
     def locked(self) -> AbstractContextManager[int]:
         """Lock the folder. Raises UserInputError if another evaluation runs in it, or it holds something else."""
@@ -215,7 +230,7 @@ def answer_all(
                         completions = sampler.sample(
                             list(chunk.values()), count=settings["samples"], params=params,
                             policy_version=policy.version, stream=("benchmark", seed), finished=finished)  # fmt: skip
-                        lines = _grade(chunk, completions, grader)
+                        lines = _grade(chunk, completions, grader, by_name[name].unreadable)
                         answers |= lines
                         # Checked before they are written, so that a rerun grades them again.
                         so_far = [line for key, line in answers.items() if (key[0], key[2]) == (weights, name)]
@@ -226,13 +241,17 @@ def answer_all(
     return [answers[key] for chunk in chunks for key in chunk]
 
 
-def _grade(chunk: Mapping[Key, Prompt], completions: Sequence[Sequence[Completion]], grader: Grader) -> dict[Key, Any]:
-    """Return the lines of a chunk by key."""
+def _grade(chunk: Mapping[Key, Prompt], completions: Sequence[Sequence[Completion]], grader: Grader,
+           unreadable: Mapping[str, str]) -> dict[Key, Any]:  # fmt: skip
+    """Return the lines of a chunk by key. Answers to `unreadable` problems have no verdict."""
     groups = [(key, prompt.problem, group) for (key, prompt), group in zip(chunk.items(), completions, strict=True)]
-    rewards = iter(grader.grade([(answer.text, problem) for _, problem, group in groups for answer in group]))
+    readable = [(problem, group) for _, problem, group in groups if problem.id not in unreadable]
+    rewards = iter(grader.grade([(answer.text, problem) for problem, group in readable for answer in group]))
     lines = {}
     for key, problem, group in groups:
-        verdicts = [within_tolerance(next(rewards), problem) for _ in group]
+        reason = unreadable.get(problem.id)
+        none = Reward(value=0.0, outcome=Outcome.ERROR)
+        verdicts = [none if reason else within_tolerance(next(rewards), problem) for _ in group]
         lines[key] = {
             **dict(zip(KEY, key, strict=True)),
             "reference": problem.answer,
@@ -241,5 +260,6 @@ def _grade(chunk: Mapping[Key, Prompt], completions: Sequence[Sequence[Completio
             "tokens": [len(completion.token_ids) for completion in group],
             "truncated": [completion.finish_reason is FinishReason.LENGTH for completion in group],
             "text": group[0].text,
+            "unreadable": reason,
         }
     return lines

@@ -31,15 +31,17 @@ Answers = Mapping[str, Any]
 """All sampled answers to one problem, a line of `problems.jsonl`.
 
 `weights`, `seed`, `benchmark` and `problem` (its id) identify it. `reference` is the right answer, `text` the whole
-first sample. Lists per sample: `answers` (in normal form, or None), `outcomes`, `tokens` (their number), `truncated`.
+first sample, `unreadable` why nothing can be graded against the right answer, or None: such a problem counts as not
+solved. Lists per sample: `answers` (in normal form, or None), `outcomes`, `tokens` (their number), `truncated`.
 """
 
 
 def summarise(lines: Sequence[Answers], k: int) -> list[dict[str, Any]]:
     """Return one result per weights and benchmark, in the order of `lines`; after several benchmarks their average.
 
-    A result has `weights`, `benchmark`, `problems` (their number) and scores: `pooled` over all seeds, and `by_seed`.
-    All benchmarks must have the same seeds. The average weights benchmarks equally, whatever their size.
+    A result has `weights`, `benchmark`, `problems` (their number), `unreadable` (how many of these), and scores:
+    `pooled` over all seeds, and `by_seed`. All benchmarks must have the same seeds. The average weights benchmarks
+    equally, whatever their size.
     """
     grouped: dict[str, dict[str, dict[int, list[Answers]]]] = {}
     for line in lines:
@@ -60,6 +62,8 @@ def summarise(lines: Sequence[Answers], k: int) -> list[dict[str, Any]]:
                 for by_seed in parts
             ]
             result = {"weights": weights, "benchmark": name, "problems": sum(map(len, pooled))}
+            first = [line for by_seed in parts for line in next(iter(by_seed.values()))]
+            result["unreadable"] = sum(line["unreadable"] is not None for line in first)
             result["pooled"] = _score(pooled, k)
             result["by_seed"] = {seed: _score([by_seed[seed] for by_seed in parts], k) for seed in parts[0]}
             results.append(result)
@@ -137,8 +141,10 @@ def refuse_ungraded(lines: Sequence[Answers], *, planned: int, limit: float) -> 
     """Raise GradingError if more than the share `limit` of the answers has no verdict.
 
     `lines` are those so far of one benchmark under one set of weights, out of `planned`. The share is taken of at
-    least `JUDGED_PROBLEMS` lines, or of all planned ones if these are fewer.
+    least `JUDGED_PROBLEMS` lines, or of all planned ones if these are fewer. Problems that are unreadable do not count.
     """
+    if not (lines := [line for line in lines if line["unreadable"] is None]):
+        return
     ratio = sum(map(_ungraded_ratio, lines)) / max(len(lines), min(JUDGED_PROBLEMS, planned))
     if ratio <= limit:
         return
@@ -179,9 +185,12 @@ def benchmark_report(results: Sequence[dict[str, Any]], k: int, output: str, con
     table("Benchmarks", [*columns, "truncated", "ungraded", "mean tokens"], rows, console)
     if len(seeds) > 1:
         table("Each seed", ["benchmark", "weights", "", *(f"seed {seed}" for seed in seeds)], seed_rows, console)
-    for name, count in {result["benchmark"]: result["problems"] for result in results}.items():
+    for name, (count, unreadable) in {r["benchmark"]: (r["problems"], r["unreadable"]) for r in results}.items():
         if name in BENCHMARKS and count != BENCHMARKS[name].problems:
             text = f"{titles[name]} has {BENCHMARKS[name].problems:,} problems; {count:,} were measured."
+            console.print(Text(safe(text, console)))
+        if name in BENCHMARKS and unreadable:
+            text = f"{titles[name]}: {unreadable:,} of {count:,} problems cannot be graded and count as not solved."
             console.print(Text(safe(text, console)))
     console.print(Text("95%: percentile bootstrap over problems; it does not cover another choice of benchmarks."))
     console.print(Text(safe(f"Answers and results: {output}", console)), soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import click
 import torch
 
 from popo_lite.errors import DataError, ModelError, UserInputError
-from popo_lite.evaluation import evaluate, fitting, held_out
+from popo_lite.evaluation import check_references, evaluate, fitting, held_out, not_solved
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, empty_adapter, load_adapter_weights
 from popo_lite.policy.device import computes_bfloat16, pick_device
@@ -26,10 +27,11 @@ from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.run_folder import RunFolder
+from popo_lite.run_folder import RunFolder, dated
 from popo_lite.samplers import Sampler, open_sampler
 from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.tasks import Task, open_tasks
+from popo_lite.tasks.datasets import digests
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import EvalResult, Problem, Prompt
 
@@ -147,19 +149,22 @@ def no_bar(_description: str, _total: int) -> AbstractContextManager[Callable[[i
     return nullcontext(lambda _: None)
 
 
-def task_recipe(models: Sequence[str], task: str | None) -> Recipe:
-    """Return the recipe whose problems, prompts, reward and sampling are used: that of a run, or a recipe's own.
-
-    Without `task`: that of the first run in `models`, else of the first run whose export/ holds one of them.
-    """
+def task_run(models: Sequence[str], task: str | None) -> RunFolder | None:
+    """Return the run whose problems are asked: `task`, or the first in `models`, or whose export/ holds one of them."""
     if task is not None:
         folder = Path(task).expanduser()
-        return RunFolder(folder).recipe() if folder.is_dir() else load_recipe(task)
+        return RunFolder(folder) if folder.is_dir() else None
     paths = [Path(model).expanduser().resolve() for model in models]
     exporting = (parent.parent for path in paths for parent in path.parents if parent.name == "export")
-    for path in (*paths, *exporting):
-        if (path / "recipe.toml").is_file():
-            return RunFolder(path).recipe()
+    return next((RunFolder(path) for path in (*paths, *exporting) if (path / "recipe.toml").is_file()), None)
+
+
+def task_recipe(models: Sequence[str], task: str | None) -> Recipe:
+    """Return the recipe whose problems, prompts, reward and sampling are used: that of `task_run`, or `task` itself."""
+    if run := task_run(models, task):
+        return run.recipe()
+    if task is not None:
+        return load_recipe(task)
     what = "is not the folder of a run (recipe.toml is missing) or of a run's export, so there are no problems to ask"
     next_step = "add --task with a run's folder or a recipe, for instance --task tiny_cpu; or add --benchmarks paper"
     raise UserInputError(what, where=models[0], next_step=next_step)
@@ -197,7 +202,9 @@ def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: 
     is per problem. One model is in memory at a time.
     """
     values = {"rollout.engine": engine, "eval.temperature": temperature, "eval.samples_per_problem": samples}
-    recipe = task_recipe(models, task).with_values({key: value for key, value in values.items() if value is not None})
+    recipe = dated(task_recipe(models, task)).with_values(
+        {key: value for key, value in values.items() if value is not None}
+    )
     subjects = open_subjects(models, weights, recipe)
     if problems is not None and problems < 1:
         raise UserInputError("must be at least 1", where=f"problems = {problems}", next_step="leave it out")
@@ -207,6 +214,18 @@ def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: 
         raise UserInputError(what, where="eval.problems = 0", next_step=next_step)
     asked = open_tasks(recipe)[1]
     chosen = _askable(subjects, held_out(asked, recipe, problems), recipe)
+    if (run := task_run(models, task)) and run.data_path.is_file():
+        before = json.loads(run.data_path.read_text(encoding="utf-8"))["held_out"]
+        now = digests(asked.held_out(recipe.eval.problems))
+        if other := sum(now.get(name) != digest for name, digest in before.items()):
+            what = f"{other:,} of {len(before):,} held-out problems changed or are gone since {run.path} was trained"
+            click.echo(f"{what}; those in their place may have been trained on", err=True)
+    where = "eval.dataset" if recipe.eval.dataset else "data.dataset"
+    with Grader(recipe.grading) as grader:
+        grader.check()
+        unreadable = check_references(chosen, grader, "held-out problems", where)
+    for notice in [*asked.notices, *([not_solved(unreadable, len(chosen), "held-out problems")] if unreadable else [])]:
+        click.echo(notice, err=True)
     return [result for subject in subjects for result in _answer(subject, asked, chosen, seed, bar)]
 
 

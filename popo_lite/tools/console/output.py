@@ -210,5 +210,7 @@ def _print_results(results: Mapping[str, Mapping[str, Any]], below: str, console
     if both:
         columns.insert(3, "difference")
     table("Held-out problems", columns, rows, console)
+    if unreadable := max(result.get("unreadable", 0) for result in results.values()):
+        below = f"{unreadable:,} problems cannot be graded and count as not solved.\n{below}"
     if below:
         console.print(Text(words.encodable(below, console.encoding)))

@@ -16,7 +16,7 @@ from popo_lite.recipe_file import flatten
 from popo_lite.run_folder import RunFolder, read_lines
 from popo_lite.tools.sweep.folder import SweepFolder, load_sweep, named_values
 
-BOOKKEEPING = ("train.seed", "output.dir", "output.samples_per_step")  # in which runs of one group may differ
+BOOKKEEPING = ("train.seed", "data.date", "output.dir", "output.samples_per_step")  # may differ within a group
 LONGEST_NAME = 40  # of a group of single runs
 ROUNDING = 1e-12  # values that differ by less, relatively or absolutely, are equal but for rounding
 CONFIDENCE = 0.95
