@@ -11,11 +11,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from popo_lite.conversation import sample_completions
 from popo_lite.grading import Grader, refuse_ungraded
 from popo_lite.recipe import Recipe, RolloutRecipe
 from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import Task
+from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import FinishReason, Group, Outcome, Problem, Prompt, Rollout
 
 MIN_ANSWERS = 4
@@ -148,6 +150,7 @@ def collect(
     recipe: Recipe,
     sampler: Sampler,
     grader: Grader,
+    renderer: Renderer,
     policy_version: int,
     step: int,
     clock: Clock,
@@ -167,8 +170,12 @@ def collect(
         if not going:
             return [Group(rollouts=tuple(rollouts)) for rollouts in made]
         with clock("rollout", total=len(going) * count):
-            completions = sampler.sample(
+            completions = sample_completions(
                 [prompts[index] for index in going],
+                recipe,
+                sampler,
+                grader,
+                renderer,
                 count=count,
                 first_index=first,
                 params=params,
@@ -181,6 +188,7 @@ def collect(
             rewards = grader.grade(
                 [(answer.text, prompts[index].problem) for index, answer in pairs],
                 completion_ids=[answer.token_ids for _, answer in pairs],
+                conversations=[answer.messages for _, answer in pairs],
                 trainer_state={"global_step": step, "max_steps": recipe.train.steps},
             )
             for (index, answer), reward in zip(pairs, rewards, strict=True):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 
+from popo_lite.conversation import sample_completions
 from popo_lite.errors import DataError
 from popo_lite.grading import Grader, refuse_ungraded, ungraded_ratio
 from popo_lite.policy.policy import Policy
@@ -80,19 +81,24 @@ def evaluate(
     """
     start = time.perf_counter()
     samples_per_problem, longest = recipe.eval.samples_per_problem, recipe.rollout.max_completion_length
-    answers = sampler.sample(
+    answers = sample_completions(
         [renderer.render(problem) for problem in problems],
+        recipe,
+        sampler,
+        grader,
+        renderer,
         count=samples_per_problem,
         params=SamplingParams(temperature=recipe.eval.temperature, max_completion_length=longest),
         policy_version=policy.version,
         stream=("eval", seed),
-        finished=progress,
+        finished=progress or (lambda _: None),
     )
     pairs = [(problem, answer) for problem, group in zip(problems, answers, strict=True) for answer in group]
     flat = [completion for _, completion in pairs]
     rewards = grader.grade(
         [(completion.text, problem) for problem, completion in pairs],
         completion_ids=[completion.token_ids for completion in flat],
+        conversations=[completion.messages for completion in flat],
         trainer_state={"global_step": policy.version, "max_steps": recipe.train.steps},
     )
     unreadable = grader.unreadable(problems)

@@ -190,6 +190,7 @@ def sample_line(step: int, group: Group) -> dict[str, Any]:
     answers = [
         {
             "text": rollout.completion.text,
+            **({"messages": list(rollout.completion.messages)} if rollout.completion.messages else {}),
             "tokens": len(rollout.completion.token_ids),
             "finish_reason": rollout.completion.finish_reason.value,
             "reward": rollout.reward.value,

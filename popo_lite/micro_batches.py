@@ -17,50 +17,54 @@ from popo_lite.types import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """B sequences in a row of T tokens without padding, with N completion tokens in all.
+    """B sequences in a row of T tokens without padding, with N completion tokens of the model's own in all.
 
     A shared prompt is there once, and so are equal answers to it. `members` are the sequences' positions in the list
     that was split. `row` holds (prompt, *answers), in tokens, for each prompt of `input_ids` [T], and `answer_of` which
-    of these answers each of the prompt's sequences has. `targets` [N] are the completion tokens, `lengths` how many of
-    each sequence, `sequence_of_token` [N] indexes the B sequences; `sampler_logps` [N] are float64.
+    of these answers each of the prompt's sequences has. `own` holds for each sequence which tokens of its answer are
+    the model's own, not an environment's; None if all are. `targets` [N] are these tokens, `lengths` how many of each
+    sequence, `sequence_of_token` [N] indexes the B sequences; `sampler_logps` [N] are float64.
     """
 
     members: tuple[int, ...]
     input_ids: Tensor
     row: tuple[tuple[int, ...], ...]
     answer_of: tuple[tuple[int, ...], ...]
+    own: tuple[Tensor | None, ...]
     targets: Tensor
     lengths: tuple[int, ...]
     sequence_of_token: Tensor
     sampler_logps: Tensor
 
     def predicting(self, hidden: Tensor) -> Tensor:
-        """Return [N, D]: of `hidden` [T, D] the states that predict the completion tokens.
+        """Return [N, D]: of `hidden` [T, D] the states that predict the model's own completion tokens.
 
         By slices: the gradient of an index that repeats a prompt's last state adds in no fixed order.
         """
         states: list[Tensor] = []
-        for prompt, answers in self._split(hidden):
-            last = prompt[-1:]
-            for answer in answers:
-                states += [last, answer[:-1]]
+        for prompt, answer, own in self._split(hidden):
+            predicting = [prompt[-1:], answer[:-1]]
+            states += predicting if own is None else [torch.cat(predicting)[own]]
         return torch.cat(states)
 
     def mean_features(self, hidden: Tensor) -> Tensor:
-        """Return [B, D]: the mean of `hidden` [T, D] over each completion's own tokens, in at least float32."""
+        """Return [B, D]: the mean of `hidden` [T, D] over the model's own tokens, in at least float32."""
         # `mean` sums in float32 without a float32 copy of the whole row.
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        return torch.stack([answer.mean(dim=0, dtype=dtype) for _, many in self._split(hidden) for answer in many])
+        answers = (answer if own is None else answer[own] for _, answer, own in self._split(hidden))
+        return torch.stack([answer.mean(dim=0, dtype=dtype) for answer in answers])
 
     def by_sequence(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Split [N] values of completion tokens by sequence."""
+        """Split [N] values of the model's own tokens by sequence."""
         return tuple(values.split(self.lengths))
 
-    def _split(self, hidden: Tensor) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-        parts = iter(hidden.split([length for block in self.row for length in block]))
+    def _split(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield each sequence's prompt and answer of `hidden` [T, D], and which tokens of the answer are its own."""
+        parts, own = iter(hidden.split([length for block in self.row for length in block])), iter(self.own)
         for block, answer_of in zip(self.row, self.answer_of, strict=True):
             prompt, *answers = itertools.islice(parts, len(block))
-            yield prompt, [answers[index] for index in answer_of]
+            for index in answer_of:
+                yield prompt, answers[index], next(own)
 
 
 def by_prompt(rollouts: Sequence[Rollout], members: Sequence[int], *, shared_prefix: bool) -> list[list[int]]:
@@ -116,13 +120,15 @@ def collate(
         answer_of.append(tuple(place[answer] for answer in answers))
         order += group
     completions = [rollouts[index].completion for index in order]
-    lengths = tuple(len(completion.token_ids) for completion in completions)
+    lengths = tuple(len(completion.sampler_logps) for completion in completions)
+    positions = [completion.own_positions for completion in completions]
     return MicroBatch(
         members=tuple(order),
         input_ids=torch.tensor(ids, device=device),
         row=tuple(row),
         answer_of=tuple(answer_of),
-        targets=torch.tensor([token for one in completions for token in one.token_ids], device=device),
+        own=tuple(None if own is None else torch.tensor(own, device=device) for own in positions),
+        targets=torch.tensor([token for one in completions for token in one.own_token_ids], device=device),
         lengths=lengths,
         sequence_of_token=torch.arange(len(order), device=device).repeat_interleave(
             torch.tensor(lengths, device=device)

@@ -334,4 +334,4 @@ def group_advantages(rewards: Sequence[float | None], scale_rewards: str) -> lis
 
 
 def _length(rollout: Rollout) -> int:
-    return len(rollout.completion.token_ids)
+    return len(rollout.completion.sampler_logps)

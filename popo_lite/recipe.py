@@ -224,6 +224,19 @@ class ServerRecipe(Section):
     """Folder that trainer and servers both see, for adapters."""
 
 
+class EnvironmentRecipe(Section):
+    """A conversation instead of one answer: model and environment take turns (docs/environments.md)."""
+
+    name: Annotated[str, Field(pattern="^[^:]+:[^:]+$")] | None = None
+    """Class of the environment, `module:Class`. Unset: one answer to each prompt."""
+    options: dict[str, ColumnValue] = {}
+    """Arguments of the class."""
+    max_turns: Positive = 4
+    """Most answers of the model in one conversation."""
+    role: Literal["user", "tool"] = "user"
+    """Role in which the chat template writes what the environment says."""
+
+
 class RolloutRecipe(Section):
     """Sampling of answers."""
 
@@ -237,7 +250,7 @@ class RolloutRecipe(Section):
     max_prompt_length: Positive = 512
     """Longest rendered prompt, in tokens."""
     max_completion_length: Positive = 1024
-    """Longest answer, in tokens; a longer one is truncated."""
+    """Longest answer, in tokens; a longer one is truncated. All that follows the prompt of a conversation."""
     max_num_seqs: Positive = 64
     """Sequences decoded at once."""
     max_gap: Annotated[float, Field(gt=0)] | None = None
@@ -251,6 +264,7 @@ class RolloutRecipe(Section):
     vllm: VLLMRecipe = VLLMRecipe()
     server: ServerRecipe = ServerRecipe()
     adaptive: AdaptiveRecipe = AdaptiveRecipe()
+    environment: EnvironmentRecipe = EnvironmentRecipe()
 
     @property
     def sequence_tokens(self) -> int:
@@ -419,6 +433,16 @@ class ReasoningGymFunction(RewardFunction):
     name: Literal["reasoning_gym"] = "reasoning_gym"
 
 
+class EnvironmentFunction(RewardFunction):
+    """Take the reward that the environment gives to the conversation."""
+
+    name: Literal["environment"] = "environment"
+    environment: str = ""
+    """Taken from `rollout.environment.name`."""
+    options: dict[str, ColumnValue] = {}
+    """Taken from `rollout.environment.options`."""
+
+
 AnyFunction = (
     MathFunction
     | ExactFunction
@@ -430,6 +454,7 @@ AnyFunction = (
     | LengthFunction
     | LanguageFunction
     | ReasoningGymFunction
+    | EnvironmentFunction
     | OwnFunction
 )
 FUNCTIONS: dict[str, type[RewardFunction]] = {
@@ -461,6 +486,7 @@ TaggedFunction = Annotated[
     | Annotated[LengthFunction, Tag("length")]
     | Annotated[LanguageFunction, Tag("language")]
     | Annotated[ReasoningGymFunction, Tag("reasoning_gym")]
+    | Annotated[EnvironmentFunction, Tag("environment")]
     | Annotated[OwnFunction, Tag("own")],
     Discriminator(function_tag),
 ]
@@ -473,9 +499,9 @@ class RewardRecipe(Section):
         tuple[TaggedFunction, ...] | None, Field(strict=False, min_length=1), BeforeValidator(_as_tables)
     ] = None
     """What grades an answer: a name, or a list of names and tables. Built-in functions: `math`, `exact`, `choice`,
-    `numeric`, `regex`, `json_schema`, `python_tests`, `length`, `language`, `reasoning_gym`; your own: `module:name`.
-    The reward is the weighted mean of their values: see docs/rewards.md. Unset: `reasoning_gym` for its datasets, else
-    `math`."""
+    `numeric`, `regex`, `json_schema`, `python_tests`, `length`, `language`, `reasoning_gym`, `environment`; your own:
+    `module:name`. The reward is the weighted mean of their values: see docs/rewards.md. Unset: `environment` with a
+    `rollout.environment`, `reasoning_gym` for its datasets, else `math`."""
     positive_if: Literal["total"] | Names = "total"
     """An answer is positive if the reward is above `threshold`, or if each of these functions is."""
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
@@ -591,11 +617,21 @@ class Recipe(Section):
 
     @property
     def grading(self) -> RewardRecipe:
-        """`reward` with the task's own function if it names none."""
-        if self.reward.functions is not None:
-            return self.reward
-        gym = self.data.dataset.startswith("reasoning-gym:")
-        return self.reward.with_values({"functions": (ReasoningGymFunction() if gym else MathFunction(),)})
+        """`reward` with the task's own function if it names none, and with the environment of conversations."""
+        environment, functions = self.rollout.environment, self.reward.functions
+        if functions is None:
+            gym = self.data.dataset.startswith("reasoning-gym:")
+            own = EnvironmentFunction() if environment.name else ReasoningGymFunction() if gym else MathFunction()
+            functions = (own,)
+        if environment.name is not None:
+            if not any(isinstance(function, EnvironmentFunction) for function in functions):
+                functions = (*functions, EnvironmentFunction(weight=0.0))
+            values = {"environment": environment.name, "options": environment.options}
+            functions = tuple(
+                function.with_values(values) if isinstance(function, EnvironmentFunction) else function
+                for function in functions
+            )
+        return self.reward.with_values({"functions": functions})
 
     def to_dict(self) -> dict[str, Any]:
         """Sections as plain data without unset optional keys, as TOML has no null."""

@@ -251,7 +251,15 @@ class Trainer:
             prompts = [self.renderer.render(problem) for problem in choice.problems]
         # Stages "rollout" and "grade".
         groups = collect(
-            prompts, self.recipe, self.sampler, self.grader, self.policy.version, step, clock, self._advance
+            prompts,
+            self.recipe,
+            self.sampler,
+            self.grader,
+            self.renderer,
+            self.policy.version,
+            step,
+            clock,
+            self._advance,
         )
         with clock("weights"):
             self.sampler.sleep()

@@ -60,23 +60,40 @@ class Prompt:
 class Completion:
     """One sampled answer.
 
-    `sampler_logps[t]` is the log-prob in nats of `token_ids[t]` under the sampling temperature, as the
-    sampler computed it. The end-of-sequence token is part of both; `text` is without special tokens.
+    `sampler_logps` are the log-probs in nats of the model's own tokens under the sampling temperature, as the
+    sampler computed them. The end-of-sequence token is one of them; `text` is without special tokens.
+
+    A conversation with an environment is one completion. `loss_mask` tells the model's own tokens (True) from those of
+    the environment, `messages` are all that followed the prompt, and `text` is the model's last one.
     """
 
     token_ids: tuple[int, ...]
     sampler_logps: tuple[float, ...]
     finish_reason: FinishReason
     text: str
+    loss_mask: tuple[bool, ...] | None = None
+    messages: tuple[Mapping[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.token_ids or len(self.token_ids) != len(self.sampler_logps):
-            sizes = f"{len(self.token_ids)} tokens came with {len(self.sampler_logps)} log-probs"
+        own = len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)
+        if not own or own != len(self.sampler_logps):
+            sizes = f"{own} tokens came with {len(self.sampler_logps)} log-probs"
             raise PopoError(f"a completion of {sizes}; a sampler must return a token or more, and a log-prob for each")
 
     @property
+    def own_positions(self) -> tuple[int, ...] | None:
+        """Positions in `token_ids` of the model's own tokens, or None if all are."""
+        return None if self.loss_mask is None else tuple(i for i, own in enumerate(self.loss_mask) if own)
+
+    @property
+    def own_token_ids(self) -> tuple[int, ...]:
+        """The model's own tokens: those that are trained."""
+        positions = self.own_positions
+        return self.token_ids if positions is None else tuple(self.token_ids[i] for i in positions)
+
+    @property
     def mean_logp(self) -> float:
-        """Mean log-prob per token, nats."""
+        """Mean log-prob per token of the model's own, nats."""
         return sum(self.sampler_logps) / len(self.sampler_logps)
 
 

@@ -19,7 +19,10 @@ def trainer_of(recipe: Recipe, callback: Callback | None = None) -> Trainer:
 
 
 def groups_of(trainer: Trainer, *, hopeless: int = 1) -> list[Group]:
-    """Five prompts with 1, 3, 4, 2 and 4 of 4 right, answers of very different lengths, and `hopeless` without any."""
+    """Five prompts with 1, 3, 4, 2 and 4 of 4 right, answers of very different lengths, and `hopeless` without any.
+
+    Every second answer is a conversation: some of its tokens are an environment's.
+    """
     torch.manual_seed(7)
     groups = []
     for number, right in enumerate([1, 3, 4, 2, 4] + [0] * hopeless):
@@ -28,12 +31,15 @@ def groups_of(trainer: Trainer, *, hopeless: int = 1) -> list[Group]:
         rollouts = []
         for index in range(4):
             length = 3 + 7 * index + 5 * number
+            mask = tuple(not length // 3 <= place < length // 2 for place in range(length)) if index % 2 else None
+            own = length if mask is None else sum(mask)
             rollouts.append(
                 Rollout(
                     prompt=prompt,
                     completion=Completion(
                         token_ids=tuple(torch.randint(5, 300, (length,)).tolist()),
-                        sampler_logps=tuple((-torch.rand(length, dtype=torch.float64)).tolist()),
+                        sampler_logps=tuple((-torch.rand(own, dtype=torch.float64)).tolist()),
+                        loss_mask=mask,
                         finish_reason=FinishReason.STOP,
                         text="",
                     ),

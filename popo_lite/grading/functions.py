@@ -16,12 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from popo_lite.errors import UserInputError, nearest
+from popo_lite.grading.environment import Environment, play
 from popo_lite.recipe import OwnFunction, RewardFunction, RewardRecipe
 from popo_lite.types import Outcome, Reward
 
 MODULES = {
     "math": "popo_lite.grading.symbolic",
     "python_tests": "popo_lite.grading.sandbox",
+    "environment": "popo_lite.grading.environment",
     "reasoning_gym": "popo_lite.tasks.reasoning_gym",
 }
 """Modules of built-in functions that are not in `builtins`."""
@@ -50,6 +52,7 @@ class Function:
     grade: Callable[[str, Problem], Reward | None]
     check: Callable[[Problem], str | None] | None = None
     trl: TrlFunction | None = None
+    environment: Callable[[], Environment] | None = None
 
 
 def load_functions(reward: RewardRecipe, *, thinking_open: bool) -> list[Function]:
@@ -85,6 +88,7 @@ def _load_builtin(settings: RewardFunction, thinking: Mapping[str, object]) -> F
     )
     return Function(
         settings=settings,
+        environment=own.get("make"),
         grade=lambda text, problem: as_reward(graded(text, problem)),
         check=with_options(check) if check else None,
     )
@@ -178,7 +182,9 @@ class TrlFunction:
         state = {"global_step": 0, "max_steps": 1, **problem.get("trainer_state", {})}
         given = {name: [cell] for name, cell in columns.items() if name not in ("prompt", "completion")} | {
             "prompts": [[*problem["messages"]] if conversational else problem["question"]],
-            "completions": [[{"role": "assistant", "content": text}] if conversational else text],
+            "completions": [
+                problem.get("conversation") or [{"role": "assistant", "content": text}] if conversational else text
+            ],
             "completion_ids": [problem.get("completion_ids", [])],
             "trainer_state": SimpleNamespace(**state),
             "log_extra": lambda *_: None,
@@ -293,6 +299,21 @@ def grade_by_all(functions: Iterable[Function], text: str, problem: Problem, rec
             detail = describe_exception(error)
             rewards[function.settings.key] = Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
     return combine(rewards, recipe)
+
+
+def observe(functions: Iterable[Function], problem: Problem) -> str | None:
+    """Return what the environment says to the problem's conversation, or None if the conversation is over.
+
+    An environment that raises ends it; grading then says why.
+    """
+    make = next(one.environment for one in functions if one.environment)
+    try:
+        _, observation, done = play(make, problem, problem["conversation"])
+    except MemoryError:
+        raise
+    except (Exception, SystemExit):
+        return None
+    return None if done else observation
 
 
 def try_functions(functions: Sequence[Function], text: str, problem: Problem) -> None:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 from popo_lite.errors import GradingError, UserInputError
 from popo_lite.grading.functions import combine
 from popo_lite.grading.math import decide_exactly, final_answer
-from popo_lite.recipe import MathFunction, OwnFunction, RewardRecipe
+from popo_lite.recipe import EnvironmentFunction, MathFunction, OwnFunction, RewardRecipe
 from popo_lite.types import Outcome, Problem, Reward, count_outcomes
 
 STARTUP_SECONDS = 120.0  # for importing the reward functions; not charged to any answer
@@ -78,15 +78,24 @@ class Grader(AbstractContextManager["Grader"]):
         answers: Sequence[tuple[str, Problem]],
         *,
         completion_ids: Sequence[Sequence[int]] | None = None,
+        conversations: Sequence[Sequence[Mapping[str, str]]] | None = None,
         trainer_state: Mapping[str, int] | None = None,
     ) -> list[Reward]:
         """Return one reward per answer, a completion's text and its problem, in order.
 
         TRL's functions may ask for the token ids of each answer and for `trainer_state`: `global_step`, `max_steps`.
+        `conversations` are the messages that ended with each text.
 
         Raises UserInputError if a reward function cannot be loaded, GradingError if it no longer can.
         """
-        return self._run(self._grade_all, answers, completion_ids, trainer_state or {})
+        return self._run(self._grade_all, answers, completion_ids, conversations, trainer_state or {})
+
+    def observe(self, conversations: Sequence[tuple[Sequence[Mapping[str, str]], Problem]]) -> list[str | None]:
+        """Return what the environment says to each conversation, None if it is over.
+
+        A conversation is also over if the environment raises, hangs or ends its process; grading it then says why.
+        """
+        return self._run(self._observe_all, conversations)
 
     def unreadable(self, problems: Sequence[Problem]) -> dict[str, str]:
         """Return problem id -> why a reward function cannot read its reference, for those of which that is so.
@@ -188,6 +197,7 @@ class Grader(AbstractContextManager["Grader"]):
         self,
         answers: Sequence[tuple[str, Problem]],
         completion_ids: Sequence[Sequence[int]] | None,
+        conversations: Sequence[Sequence[Mapping[str, str]]] | None,
         trainer_state: Mapping[str, int],
     ) -> list[Reward]:
         """Grade by up to `reward.workers` workers; each takes the next answer when it is free."""
@@ -198,10 +208,26 @@ class Grader(AbstractContextManager["Grader"]):
             for index, (text, problem) in waiting:
                 more: dict[str, Any] = {"trainer_state": dict(trainer_state)}
                 more |= {"completion_ids": list(completion_ids[index])} if completion_ids else {}
+                more |= {"conversation": list(map(dict, conversations[index]))} if conversations else {}
                 rewards[index] = await self._grade_one(slot, text[-self._reward.max_answer_characters :], problem, more)
 
         await asyncio.gather(*map(work, range(min(self._reward.workers, len(answers)))))
         return [rewards[index] for index in range(len(answers))]
+
+    async def _observe_all(
+        self, conversations: Sequence[tuple[Sequence[Mapping[str, str]], Problem]]
+    ) -> list[str | None]:
+        waiting = iter(enumerate(conversations))
+        observations: dict[int, str | None] = {}
+
+        async def work(slot: int) -> None:
+            for index, (messages, problem) in waiting:
+                content = self._content(problem) | {"conversation": list(map(dict, messages))}
+                reply = await self._ask(slot, _line("observe", content))
+                observations[index] = None if isinstance(reply, Reward) else reply["observation"]
+
+        await asyncio.gather(*map(work, range(min(self._reward.workers, len(conversations)))))
+        return [observations[index] for index in range(len(conversations))]
 
     def _content(self, problem: Problem) -> dict[str, Any]:
         """Return a problem as reward functions get it: see `functions.KEYS`. Mathematics needs no more than two."""
@@ -217,17 +243,23 @@ class Grader(AbstractContextManager["Grader"]):
             tags, opened = self._reward.thinking_tags, self._thinking_open
             if decided := decide_exactly(text, problem, thinking_tags=tags, thinking_open=opened):
                 return combine({functions[0].key: decided}, self._reward)
-        own = any(isinstance(function, OwnFunction) for function in functions)
+        own = any(isinstance(function, OwnFunction | EnvironmentFunction) for function in functions)
         try:
             line = _line("grade", [text, self._content(problem) | (more if own else {})])
         except (TypeError, ValueError) as error:
             detail = f"problem {problem.id!r} has a meta value that JSON cannot hold: {error}"
             return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
-        reward = await self._ask(slot, line)
+        reply = await self._ask(slot, line)
+        if isinstance(reply, Reward):
+            return reply
+        reward = Reward(**reply["reward"] | {"outcome": Outcome(reply["reward"]["outcome"])})
         return reward if reward.answer is not None else replace(reward, answer=final_answer(text))
 
-    async def _ask(self, slot: int, line: bytes) -> Reward:
-        """Send one request; retry it once if its worker dies, but not if it hangs, as it would hang again."""
+    async def _ask(self, slot: int, line: bytes) -> dict[str, Any] | Reward:
+        """Send one request; retry it once if its worker dies, but not if it hangs, as it would hang again.
+
+        Return the reply, or a reward without a verdict if there is none.
+        """
         for _ in range(2):
             worker = await self._ready_worker(slot)
             try:
@@ -236,13 +268,12 @@ class Grader(AbstractContextManager["Grader"]):
                 self._workers.pop(slot).kill()
                 detail = f"no verdict within reward.timeout_seconds = {self._reward.timeout_seconds:g}"
                 return Reward(value=0.0, outcome=Outcome.TIMEOUT, detail=detail)
-            if reply is None or reply["leaving"]:
+            if reply is None or reply.get("leaving"):
                 how = self._workers.pop(slot).kill()
             if reply is not None:
-                verdict = reply["reward"]
-                if verdict["outcome"] == Outcome.ERROR:
-                    verdict["detail"] += worker.stderr_note()
-                return Reward(**verdict | {"outcome": Outcome(verdict["outcome"])})
+                if "reward" in reply and reply["reward"]["outcome"] == Outcome.ERROR:
+                    reply["reward"]["detail"] += worker.stderr_note()
+                return reply
         detail = f"grading this answer ended the worker twice ({how}){worker.stderr_note()}"
         return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
 

@@ -68,6 +68,8 @@ def main() -> None:
                 reply(refused=error.what, next_step=error.next_step)
             else:
                 reply(forms={one.settings.key: one.trl.form for one in loaded if one.trl})
+        elif "observe" in request:
+            reply(observation=functions.observe(loaded, request["observe"]))
         else:
             try:
                 text, problem = request["grade"]

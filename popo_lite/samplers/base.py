@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from popo_lite.errors import EngineError, StalePolicyError
 from popo_lite.policy.policy import Policy
@@ -31,8 +32,15 @@ class SamplingParams:
     top_p: float = 1.0
 
 
-Requests = Sequence[tuple[Prompt, int]]
-"""Completions to sample: the prompt, and the seed of a random stream that nothing else in the batch changes."""
+class Request(NamedTuple):
+    """A completion to sample. `seed` is that of a random stream that nothing else in the batch changes."""
+
+    prompt: Prompt
+    seed: int
+    max_tokens: int
+
+
+Requests = Sequence[Request]
 Answers = Sequence[tuple[Sequence[int], Sequence[float]]]
 """Token ids and their log-probs in nats. What ended an answer is its last token."""
 Progress = Callable[[int], None]
@@ -83,8 +91,25 @@ class Sampler(AbstractContextManager["Sampler"]):
         """Return `count` completions for each prompt, in order: its samples `first_index` and on.
 
         Sample i of a prompt draws from the random stream of (*stream, problem id, i) alone, so 4 samples and 4 more are
-        those of one call for 8, beyond rounding. Raises StalePolicyError if `policy_version` is not the sampler's, and
-        EngineError if a log-prob is not finite.
+        those of one call for 8, beyond rounding. Raises what `draw` raises.
+        """
+        indices = range(first_index, first_index + count)
+        wanted = [(prompt, index, params.max_completion_length) for prompt in prompts for index in indices]
+        drawn = self.draw(wanted, params=params, policy_version=policy_version, stream=stream, finished=finished)
+        return [drawn[row * count : (row + 1) * count] for row in range(len(prompts))]
+
+    def draw(
+        self,
+        wanted: Sequence[tuple[Prompt, int, int]],
+        *,
+        params: SamplingParams,
+        policy_version: int,
+        stream: tuple[int | str, ...],
+        finished: Progress | None = None,
+    ) -> list[Completion]:
+        """Return a completion for each of `wanted`: prompt, which of its samples, most tokens.
+
+        Raises StalePolicyError if `policy_version` is not the sampler's, and EngineError if a log-prob is not finite.
         """
         if self.policy_version != policy_version:
             holds = "no policy" if self.policy_version is None else f"policy version {self.policy_version}"
@@ -92,19 +117,18 @@ class Sampler(AbstractContextManager["Sampler"]):
             next_step = "this is a bug in the order of a step: sync the sampler after every update"
             raise StalePolicyError(what, next_step=next_step)
         requests = [
-            (prompt, stream_seed(*stream, prompt.problem.id, index))
-            for prompt in prompts
-            for index in range(first_index, first_index + count)
+            Request(prompt, stream_seed(*stream, prompt.problem.id, index), max_tokens)
+            for prompt, index, max_tokens in wanted
         ]
         answers = self._complete(requests, params, finished or (lambda _: None))
         completions = []
-        for (prompt, _), (token_ids, logps) in zip(requests, answers, strict=True):
+        for request, (token_ids, logps) in zip(requests, answers, strict=True):
             if not all(map(math.isfinite, logps)):
-                raise not_finite(f"problem {prompt.problem.id}", self._recipe.model.dtype)
+                raise not_finite(f"problem {request.prompt.problem.id}", self._recipe.model.dtype)
             reason = FinishReason.LENGTH if self._policy.stop_ids.isdisjoint(token_ids[-1:]) else FinishReason.STOP
             ids, text = tuple(token_ids), self._text(token_ids)
             completions.append(Completion(token_ids=ids, sampler_logps=tuple(logps), finish_reason=reason, text=text))
-        return [completions[row * count : (row + 1) * count] for row in range(len(prompts))]
+        return completions
 
     def sync(self, policy_version: int) -> None:
         """Take over the trainer's current adapter, which is `policy_version`."""

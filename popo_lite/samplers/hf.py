@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from popo_lite.policy.memory import is_out_of_memory, release_memory
 from popo_lite.policy.merged import kept_weights
-from popo_lite.samplers.base import Answers, Progress, Requests, Sampler, SamplingParams
+from popo_lite.samplers.base import Answers, Progress, Request, Requests, Sampler, SamplingParams
 
 COMPACT_BELOW = 0.5
 """Finished sequences leave the batch when at most this fraction of it is still running."""
@@ -39,7 +39,7 @@ class HFSampler(Sampler):
         """Decode all requests, in smaller batches from now on if memory runs out."""
         answers: list[Drawn] = [([], []) for _ in requests]
         # Prompts of like length share a batch, which saves padding; the draws do not depend on it.
-        waiting = sorted(range(len(requests)), key=lambda index: len(requests[index][0].token_ids))
+        waiting = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt.token_ids))
         while waiting:
             batch = waiting[: self._batch_size]
             try:
@@ -50,7 +50,7 @@ class HFSampler(Sampler):
                 if not is_out_of_memory(error) or len(batch) == 1:
                     raise
             # Decode the same sequences again, half as many at once; their answers do not change.
-            finished(-sum(not self._policy.stop_ids.isdisjoint(answers[i][0]) for i in batch))
+            finished(-sum(self._has_ended(requests[i], answers[i][0]) for i in batch))
             for i in batch:
                 answers[i] = ([], [])
             release_memory()
@@ -60,10 +60,10 @@ class HFSampler(Sampler):
 
     def _decode(self, requests: Requests, running: list[Drawn], params: SamplingParams, finished: Progress) -> None:
         """Append token by token to `running`, the answers to `requests`."""
-        device, head, limit = self._policy.device, self._policy.head, params.max_completion_length
-        hidden, cache, mask = self._prefill([prompt.token_ids for prompt, _ in requests])
+        device, head, limit = self._policy.device, self._policy.head, max(request.max_tokens for request in requests)
+        hidden, cache, mask = self._prefill([request.prompt.token_ids for request in requests])
         # A sequence's random stream [limit] depends on its seed alone.
-        streams = [np.random.Generator(np.random.Philox(key=seed)).random(limit) for _, seed in requests]
+        streams = [np.random.Generator(np.random.Philox(key=seed)).random(limit) for _, seed, _ in requests]
         uniforms = torch.from_numpy(np.stack(streams)).to(device)
         alive = list(range(len(running)))
         for position in range(limit):
@@ -75,13 +75,15 @@ class HFSampler(Sampler):
                 token_ids, token_logps = running[row]
                 token_ids.append(int(drawn_ids[row]))
                 token_logps.append(drawn_logps[row])
-            before, alive = len(alive), [row for row in alive if running[row][0][-1] not in self._policy.stop_ids]
+            before = len(alive)
+            alive = [row for row in alive if not self._has_ended(requests[row], running[row][0])]
             finished(before - len(alive))
-            if not alive or position + 1 == limit:
+            if not alive:
                 break
             if len(alive) <= COMPACT_BELOW * len(running):
                 rows = torch.tensor(alive, device=device)
-                running, alive = [running[row] for row in alive], list(range(len(alive)))
+                running, requests = [running[row] for row in alive], [requests[row] for row in alive]
+                alive = list(range(len(alive)))
                 cache, tokens, mask, uniforms = _rows_of(cache, rows), tokens[rows], mask[rows], uniforms[rows]
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             output = self._policy.run_trunk(
@@ -92,7 +94,9 @@ class HFSampler(Sampler):
                 use_cache=True,
             )
             hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
-        finished(len(alive))
+
+    def _has_ended(self, request: Request, token_ids: list[int]) -> bool:
+        return bool(token_ids) and (token_ids[-1] in self._policy.stop_ids or len(token_ids) == request.max_tokens)
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[Tensor, Any, Tensor]:
         """Run each distinct prompt once, repeat its cache for its samples: (hidden [B, D], cache, mask [B, T])."""

@@ -190,6 +190,9 @@ class SamplerGuard:
         policy.model.eval()
         for prompt, answer in zip(prompts, answers, strict=True):
             ids, start = torch.tensor(prompt.token_ids + answer.token_ids, device=policy.device), len(prompt.token_ids)
-            logps, _ = score(policy.hidden_states(ids, [[len(ids)]])[start - 1 : -1], ids[start:], policy.head)
+            hidden, targets = policy.hidden_states(ids, [[len(ids)]])[start - 1 : -1], ids[start:]
+            if answer.own_positions is not None:
+                hidden, targets = hidden[list(answer.own_positions)], targets[list(answer.own_positions)]
+            logps, _ = score(hidden, targets, policy.head)
             parts.append(logps.double().cpu())
         return torch.cat(parts)

@@ -92,8 +92,8 @@ class ServerSampler(Sampler):
                 load = Counter(server for index, server in running.values() if index is not None)
                 while waiting and load[server := min(usable, key=load.__getitem__)] < self._recipe.rollout.max_num_seqs:
                     load[server] += 1
-                    prompt, seed = requests[following := waiting.popleft()]
-                    answer = server.complete(prompt.token_ids, params, seed, self._policy.stop_ids)
+                    request = requests[following := waiting.popleft()]
+                    answer = server.complete(request, params, self._policy.stop_ids)
                     running[asyncio.create_task(answer)] = (following, server)
                 before = len(answers)
                 done, _ = await asyncio.wait(running, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from popo_lite.errors import EngineError
-from popo_lite.samplers.base import SamplingParams, not_finite
+from popo_lite.samplers.base import Request, SamplingParams, not_finite
 
 log = logging.getLogger(__name__)
 
@@ -136,20 +136,18 @@ class ServerClient:
         self.adapter = name
         await self._unload(self._held[:-1])
 
-    async def complete(
-        self, prompt: Sequence[int], params: SamplingParams, seed: int, stop_ids: frozenset[int]
-    ) -> Answer:
-        """Return a completion of `prompt` by the adapter. Raises EngineError if its log-probs are not finite."""
-        limit = params.max_completion_length
+    async def complete(self, request: Request, params: SamplingParams, stop_ids: frozenset[int]) -> Answer:
+        """Return a completion by the adapter. Raises EngineError if its log-probs are not finite."""
+        limit = request.max_tokens
         try:
             answer = await self._draw(
-                prompt,
+                request.prompt.token_ids,
                 3600.0,  # with the wait for its turn
                 model=self.adapter,
                 max_tokens=limit,
                 temperature=params.temperature,
                 top_p=params.top_p,
-                seed=seed,
+                seed=request.seed,
                 logprobs=0,  # the sampled token's own
                 stop_token_ids=sorted(stop_ids),
             )

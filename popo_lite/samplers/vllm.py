@@ -137,7 +137,7 @@ class VLLMSampler(Sampler):
         named = {str(next(self._names)): request for request in requests}
         answers: dict[str, tuple[list[int], list[float]]] = {}
         try:
-            for name, (prompt, seed) in named.items():
+            for name, (prompt, seed, max_tokens) in named.items():
                 self._engine.add_request(
                     name,
                     {"prompt_token_ids": list(prompt.token_ids)},
@@ -145,7 +145,7 @@ class VLLMSampler(Sampler):
                         temperature=params.temperature,
                         top_p=params.top_p,
                         top_k=0,
-                        max_tokens=params.max_completion_length,
+                        max_tokens=max_tokens,
                         seed=seed,
                         stop_token_ids=sorted(self._policy.stop_ids),
                         logprobs=0,  # the sampled token's own

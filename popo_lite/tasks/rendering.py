@@ -37,6 +37,8 @@ class Renderer:
     ) -> None:
         self.tokenizer, self.max_prompt_length = tokenizer, recipe.rollout.max_prompt_length
         self.system_prompt, self.chat_template = recipe.data.system_prompt, recipe.data.chat_template
+        environment = recipe.rollout.environment
+        self._role, self._converses = environment.role, environment.name is not None
         self._embeddings, self._stop_ids = embeddings, stop_ids
         self._thinking_tags, self._keep_special_tokens = recipe.reward.thinking_tags, recipe.reward.keep_special_tokens
         self._day = datetime.combine(recipe.data.date or date.today(), time())
@@ -56,8 +58,10 @@ class Renderer:
     def check(self, problem: Problem) -> str | None:
         """Return a warning if the prompt of `problem` begins otherwise than the tokenizer's texts do, or None.
 
-        Raises ModelError if the chat template leaves out the question or the system prompt.
+        Raises ModelError if the chat template leaves out the question or the system prompt, or takes no conversation.
         """
+        if self._converses:
+            self.observation_ids(-1, "an observation")
         ids, messages = self.token_ids(problem), self._messages(problem)
         if ids == self._apply([*messages[:-1], {"role": "user", "content": f"{problem.question} 2"}]):
             raise self._refusal(f"the chat template leaves out the question of problem {problem.id}", "correct it")
@@ -165,6 +169,38 @@ class Renderer:
         }
         tags = {tokenizer.convert_tokens_to_ids(tag) for tag in self._thinking_tags}
         return frozenset(special - tags) if special & tags else None
+
+    def observation_ids(self, last_token: int, observation: str) -> tuple[int, ...]:
+        """Return the token ids of what an environment says after an answer that ended with `last_token`.
+
+        They are what the chat template writes between the text of the answer and that of the next one. The template
+        is not applied to the conversation itself: it may change earlier answers, and their tokens must stay.
+        Raises ModelError if the template does not take such a conversation.
+        """
+        answer = "the answer, which is replaced"
+        messages = [
+            {"role": "user", "content": "the question"},
+            {"role": "assistant", "content": answer},
+            {"role": self._role, "content": observation},
+        ]
+        try:
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+                )
+            )
+        except (TemplateError, TypeError) as error:
+            raise self._no_conversation(str(error)) from error
+        following = text.partition(answer)[2]
+        if observation.strip() not in following:
+            raise self._no_conversation(f"it leaves out the role {self._role}")
+        ids = self.tokenizer.encode(following, add_special_tokens=False)
+        return tuple(ids[1:] if ids[0] == last_token else ids)
+
+    def _no_conversation(self, reason: str) -> ModelError:
+        next_step = 'set rollout.environment.role to "user", or data.chat_template to one that takes conversations'
+        what = f"the chat template takes no conversation with an environment: {reason}"
+        return ModelError(what, where="rollout.environment", next_step=next_step)
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Return the text of a completion without special tokens, but with thinking tags.

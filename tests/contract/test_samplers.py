@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 
+from popo_lite.conversation import sample_completions
 from popo_lite.errors import EngineError, StalePolicyError
 from popo_lite.fused import score
 from popo_lite.policy.policy import load_policy
+from popo_lite.recipe_file import load_recipe
 from popo_lite.samplers import SamplingParams, open_sampler
 from popo_lite.tasks import ArithmeticTask
 from popo_lite.tasks.rendering import Renderer
@@ -22,8 +24,6 @@ LOGP_TOLERANCE = 1e-4
 
 @pytest.fixture(params=ENGINES, scope="module")
 def setup(request):
-    from popo_lite.recipe_file import load_recipe
-
     recipe = load_recipe("tiny_cpu", [f"rollout.engine={request.param}", "rollout.max_prompt_length=400",
                                       "rollout.max_num_seqs=16"])  # fmt: skip
     policy = load_policy(recipe)
@@ -133,6 +133,32 @@ def test_a_later_round_goes_on_where_the_one_before_ended(setup):
             assert one.token_ids == other.token_ids
             assert one.sampler_logps == pytest.approx(other.sampler_logps, abs=LOGP_TOLERANCE)
     assert second != first[2:5]
+
+
+def test_a_conversation_goes_on_from_its_own_tokens_within_its_own_limit(setup):
+    policy, renderer, sampler = setup
+    recipe = load_recipe("tiny_cpu", ["rollout.environment.name=a_module:Game", "rollout.environment.max_turns=3"])
+
+    class Grader:
+        def observe(self, conversations):
+            return ["What is 3 + 4?" if len(messages[-1]["content"]) % 3 else None for messages, _ in conversations]
+
+    prompts, ended = prompts_of(renderer), []
+    groups = sample_completions(
+        prompts, recipe, sampler, Grader(), renderer, count=4,
+        params=SamplingParams(temperature=1.0, max_completion_length=60),
+        policy_version=policy.version, stream=("conversation",), finished=ended.append,
+    )  # fmt: skip
+    turns = set()
+    for prompt, group in zip(prompts, groups, strict=True):
+        for one in group:
+            turns.add((len(one.messages) + 1) // 2)
+            assert len(one.token_ids) <= 60
+            own = torch.tensor(one.loss_mask)
+            gap = torch.tensor(one.sampler_logps) - scored(policy, prompt, one, 1.0)[own]
+            assert gap.abs().max() < LOGP_TOLERANCE
+    assert turns == {1, 2, 3}
+    assert sum(ended) == 4 * len(prompts)
 
 
 def test_streams_differ_by_seed_step_and_sample(setup):

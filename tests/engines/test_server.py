@@ -21,6 +21,7 @@ from contract.test_samplers import (  # noqa: F401  # the suite, run here with t
     draw,
     prompts_of,
     scored,
+    test_a_conversation_goes_on_from_its_own_tokens_within_its_own_limit,
     test_a_later_round_goes_on_where_the_one_before_ended,
     test_another_version_is_refused,
     test_draws_do_not_depend_on_the_batch,

@@ -14,6 +14,7 @@ from contract.test_samplers import (  # noqa: F401  # the suite, run here with t
     draw,
     prompts_of,
     scored,
+    test_a_conversation_goes_on_from_its_own_tokens_within_its_own_limit,
     test_a_later_round_goes_on_where_the_one_before_ended,
     test_a_nucleus_holds_the_likeliest_tokens_and_nothing_else,
     test_another_version_is_refused,

@@ -15,7 +15,7 @@ import torch
 
 from popo_lite.callbacks import Callback
 from popo_lite.trainer import StageClock, Trainer
-from popo_lite.types import Completion, Group, Rollout
+from popo_lite.types import Group, Rollout
 from updates import assert_same, backward, groups_of, update
 
 VARIANTS = [
@@ -80,6 +80,31 @@ def answered_again(rollout: Rollout, index: int) -> Rollout:
     return replace(rollout, completion=replace(rollout.completion, sampler_logps=logps), index=index)
 
 
+@pytest.mark.parametrize("variant", [(), ("objective.algorithm=mixed",), ("objective.algorithm=grpo",)])
+def test_no_state_learns_to_predict_an_environments_token(trainer, monkeypatch, variant):
+    one = trainer(*variant, "objective.similarity_coef=0" if "grpo" not in str(variant) else "objective.kl_coef=0")
+    rollouts = groups_of(one)[0].rollouts[:2]
+    conversation = replace(rollouts[1], reward=replace(rollouts[1].reward, value=0.9))
+    answer = replace(rollouts[0], reward=replace(rollouts[0].reward, value=0.1))
+    states = []
+    hidden_states = one.policy.hidden_states
+
+    def kept(ids, row):
+        states.append(hidden_states(ids, row))
+        states[-1].retain_grad()
+        return states[-1]
+
+    monkeypatch.setattr(one.policy, "hidden_states", kept)
+    plan = one.learner.plan([Group(rollouts=(answer, conversation))])
+    plan = replace(plan, sequences=tuple(s for s in plan.sequences if s.rollout is conversation))
+    backward(one, plan)
+    [state] = states
+    moved = state.grad.abs().amax(dim=1) > 0
+    prompt, mask = len(conversation.prompt.token_ids), conversation.completion.loss_mask
+    assert moved.tolist() == [False] * (prompt - 1) + [*mask] + [False]
+    assert False in mask
+
+
 def test_eight_answers_of_one_prompt_in_one_row_equal_one_row_each(trainer):
     """1 x 8 against 8 x 1: what gradient accumulation gets wrong where it averages averages."""
     whole, single = trainer(), trainer("train.tokens_per_microbatch=70", "rollout.max_completion_length=6")
@@ -131,11 +156,9 @@ def test_weights_from_sampler_and_trainer_agree_where_their_logps_do(trainer):
             rollouts=tuple(
                 Rollout(
                     prompt=r.prompt,
-                    completion=Completion(
-                        token_ids=r.completion.token_ids,
-                        sampler_logps=(exact[r.prompt.problem.id, r.index],) * len(r.completion.token_ids),
-                        finish_reason=r.completion.finish_reason,
-                        text="",
+                    completion=replace(
+                        r.completion,
+                        sampler_logps=(exact[r.prompt.problem.id, r.index],) * len(r.completion.sampler_logps),
                     ),
                     reward=r.reward,
                     policy_version=0,
@@ -151,12 +174,12 @@ def test_weights_from_sampler_and_trainer_agree_where_their_logps_do(trainer):
 
 def divisor(normalizer: str, rollouts: list[Rollout], prompts: int, rollout: Rollout) -> float:
     """What docs/method.md divides a log-prob by, of `rollouts` of `prompts` prompts; 40 is the longest answer."""
-    lengths = [len(one.completion.token_ids) for one in rollouts]
+    lengths = [len(one.completion.sampler_logps) for one in rollouts]
     return {
         "token_mean": prompts * sum(lengths) / len(lengths),
         "reference": sum(lengths),
         "sequence_sum": prompts * 40,
-        "sequence_mean": prompts * len(rollout.completion.token_ids),
+        "sequence_mean": prompts * len(rollout.completion.sampler_logps),
     }[normalizer]
 
 
@@ -193,15 +216,16 @@ def test_the_update_is_the_gradient_of_the_formula(trainer, settings):
     raised = [rollout for positives in with_positive for rollout in positives]
     lowered = [rollout for negatives in wrong for rollout in negatives]
     counted = raised + (lowered if objective.entropy_over == "all" else [])
-    entropy_tokens = sum(len(rollout.completion.token_ids) for rollout in counted)
+    entropy_tokens = sum(len(rollout.completion.sampler_logps) for rollout in counted)
     total = torch.zeros((), dtype=torch.float64)
 
     def forward(rollout):
         """Log-probs [N] with their truncated weights, the mean entropy's share, and the mean feature [D]."""
         prompt, answer = rollout.prompt.token_ids, rollout.completion.token_ids
         output = policy.model(input_ids=torch.tensor([prompt + answer]), output_hidden_states=True)
-        logp = torch.log_softmax(output.logits[0, len(prompt) - 1 : -1], dim=-1)
-        picked = logp.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        own = torch.tensor(rollout.completion.loss_mask or [True] * len(answer))
+        logp = torch.log_softmax(output.logits[0, len(prompt) - 1 : -1], dim=-1)[own]
+        picked = logp.gather(1, torch.tensor(answer)[own][:, None])[:, 0]
         ratios = (picked.detach() - torch.tensor(rollout.completion.sampler_logps, dtype=torch.float64)).exp()
         factors = (
             1.0
@@ -209,7 +233,7 @@ def test_the_update_is_the_gradient_of_the_formula(trainer, settings):
             else ratios.clamp(max=objective.importance_sampling_clip_max)
         )
         entropy = -(logp.exp() * logp).sum() / entropy_tokens
-        return (factors * picked).sum(), entropy, output.hidden_states[-1][0, len(prompt) :].mean(dim=0)
+        return (factors * picked).sum(), entropy, output.hidden_states[-1][0, len(prompt) :][own].mean(dim=0)
 
     for positives in with_positive:
         scores = []

@@ -77,7 +77,7 @@ def gathered(tiny_recipe):
         prompts = [trainer.renderer.render(problem) for problem in choice.problems]
         clock = StageClock(Callback(), torch.device("cpu"))
         groups = collect(
-            prompts, trainer.recipe, sampler=trainer.sampler, grader=trainer.grader,
+            prompts, trainer.recipe, sampler=trainer.sampler, grader=trainer.grader, renderer=trainer.renderer,
             policy_version=trainer.policy.version, step=3, clock=clock, progress=lambda _: None,
         )  # fmt: skip
         assert list(clock.seconds) == ["rollout", "grade"]
