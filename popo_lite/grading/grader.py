@@ -251,8 +251,9 @@ class Grader(AbstractContextManager["Grader"]):
             return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
         reply = await self._ask(slot, line)
         if isinstance(reply, Reward):
-            return reply
-        reward = Reward(**reply["reward"] | {"outcome": Outcome(reply["reward"]["outcome"])})
+            reward = reply
+        else:
+            reward = Reward(**reply["reward"] | {"outcome": Outcome(reply["reward"]["outcome"])})
         return reward if reward.answer is not None else replace(reward, answer=final_answer(text))
 
     async def _ask(self, slot: int, line: bytes) -> dict[str, Any] | Reward:

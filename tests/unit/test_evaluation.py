@@ -25,6 +25,7 @@ from popo_lite.recipe import MathFunction, ModelRecipe, Recipe, RewardRecipe
 from popo_lite.recipe_file import dump_recipe
 from popo_lite.run_folder import append_line
 from popo_lite.samplers import SamplingParams
+from popo_lite.samplers.base import Request
 from popo_lite.samplers.server_client import ServerClient
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.benchmarks import scores
@@ -560,7 +561,8 @@ def test_servers_receive_top_p(top_p):
         transport = httpx.AsyncClient(transport=httpx.MockTransport(answer))
         client._client = client._client.with_options(http_client=transport)
         params = SamplingParams(temperature=0.7, top_p=top_p, max_completion_length=8)
-        await client.complete([3], params, 0, frozenset({1}))
+        prompt = Prompt(problem=Problem(id="", messages=(), answer=""), token_ids=(3,))
+        await client.complete(Request(prompt, seed=0, max_tokens=8), params, frozenset({1}))
 
     asyncio.run(complete())
     assert asked[0]["top_p"] == top_p

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 
 from popo_lite.errors import RecipeError
-from popo_lite.recipe import OBJECTIVES, OwnFunction, Recipe, Section
+from popo_lite.recipe import OBJECTIVES, Recipe, Section
 from popo_lite.recipe_file import (
     SECTIONS,
     allowed_values,
@@ -445,8 +445,7 @@ def example(annotation: Any, metadata: tuple[Any, ...], source: random.Random) -
     if isinstance(annotation, type) and issubclass(annotation, Section):
         fields = annotation.model_fields.items()
         values = {f.alias or k: example(f.annotation, tuple(f.metadata), source) for k, f in fields}
-        given = {key: value for key, value in values.items() if value is not None}
-        return given | ({"name": "module:name"} if annotation is OwnFunction else {})
+        return {key: value for key, value in values.items() if value is not None}
     if origin is Literal:
         return source.choice(arguments)
     if origin in (Union, types.UnionType):
@@ -465,6 +464,8 @@ def example(annotation: Any, metadata: tuple[Any, ...], source: random.Random) -
         return source.random() < 0.5
     if annotation is datetime.date:
         return datetime.date.fromordinal(source.randint(1, 10**6))
+    if any(getattr(one, "pattern", None) for one in metadata):
+        return "module:name"
     if annotation in (str, Any):
         return "x".join(["", *source.sample(NASTY, source.randrange(4)), ""])  # never empty
     bounds = {name: getattr(m, name) for m in metadata for name in ("ge", "gt", "le", "lt") if hasattr(m, name)}

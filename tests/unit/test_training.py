@@ -280,7 +280,7 @@ def test_resume_finds_the_newest_unfinished_run(tiny_recipe, tmp_path):
     os.utime(runs[2].path, (2e9, 2e9))
     assert find_run_folder(recipe, "tiny", None).path == runs[1].path
     environment = json.loads((runs[0].path / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["torch"] == version("torch")
     refuse_other_recipe(runs[0], tiny_recipe(f'output.dir="{tmp_path}"', "rollout.max_num_seqs=7"))
     with pytest.raises(CheckpointError, match=r"lora.rank was 16 and is 8"):
         refuse_other_recipe(runs[0], tiny_recipe("lora.rank=8"))
