@@ -195,9 +195,9 @@ def record_problems(grader: Any, graded: list[list[str]]) -> None:
     """Append to `graded`, at each call of the grader (one a step), the questions graded."""
     grade = grader.grade
 
-    def recording(answers: Sequence[Any]) -> Any:
+    def recording(answers: Sequence[Any], **more: Any) -> Any:
         graded.append([problem.id for _, problem in answers])
-        return grade(answers)
+        return grade(answers, **more)
 
     grader.grade = recording
 

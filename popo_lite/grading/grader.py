@@ -173,20 +173,18 @@ class Grader(AbstractContextManager["Grader"]):
                 own = [waiting.pop() for _ in range(min(CHECKED_AT_ONCE, len(waiting)))]
                 count = len(own)
                 while own:
-                    asked = own[:count]
                     worker = await self._ready_worker(slot)
+                    line = _line("check", [self._content(problem) for problem in own[:count]])
                     try:
-                        reply = await worker.ask(
-                            _line("check", list(map(self._content, asked))), self._reward.timeout_seconds
-                        )
+                        reply = await worker.ask(line, self._reward.timeout_seconds)
                     except TimeoutError:
                         reply = None
                     if reply is not None:
-                        found, count = reply["reasons"], CHECKED_AT_ONCE
+                        found = reply["reasons"]
                     else:
+                        # One at a time until the one that hangs is found: a restart takes longer than they all.
                         self._workers.pop(slot).kill()
-                        found = ["checking it hung or ended its process"] if count == 1 else []
-                        count = 1
+                        found, count = (["checking it hung or ended its process"], len(own)) if count == 1 else ([], 1)
                     reasons.update({one.id: why for one, why in zip(own, found, strict=False) if why})
                     own = own[len(found) :]
 

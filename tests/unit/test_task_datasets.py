@@ -128,7 +128,8 @@ class TestFormats:
         assert set(problems) == {f"sums{suffix}/{row}" for row in range(1, 31)}
         third = problems[f"sums{suffix}/3"]
         assert third.messages == ({"role": "user", "content": "What is 2 + 1?"},)
-        assert (third.answer, third.meta) == ("3", {})
+        assert (third.answer, third.meta.keys()) == ("3", {"answer"})
+        assert third.meta["answer"] in (3, "3")  # CSV holds only text
 
     @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
     def test_the_shape_of_math500_in_every_format(self, suffix: str) -> None:
@@ -251,7 +252,8 @@ class TestMessagesAndMeta:
             "not_a_number": float("nan"),
         }
         meta = train(write("x.jsonl", [row])).train_problem(0, 0).meta
-        assert meta == {"short": "s" * 1998, "level": 3, "tags": ["a", "b"], "nested": {"k": 1.5}, "nothing": None}
+        short = {"level": 3, "tags": ["a", "b"], "nested": {"k": 1.5}, "nothing": None}
+        assert meta == {"answer": "1", "short": "s" * 1998, **short}
         assert json.loads(json.dumps(meta)) == meta
 
     def test_it_is_a_task_without_figures(self) -> None:
@@ -388,7 +390,7 @@ class TestKnownDatasets:
         assert task.name == "deepscaler/train"
         assert problems["deepscaler/train/1"].answer == "\\frac{2}{3}"
         assert problems["deepscaler/train/1"].question == DEEPSCALER[0]["problem"]
-        assert problems["deepscaler/train/2"].meta == {"solution": ""}
+        assert problems["deepscaler/train/2"].meta == {"answer": "5", "solution": ""}
 
     def test_deepscaler_has_nothing_for_evaluation(self) -> None:
         with pytest.raises(DataError, match="has no split for evaluation"):
@@ -436,7 +438,7 @@ class TestColumns:
         rows = [{"prompt": "not this", "input": "q", "answer": "not this", "gold": 4}]
         problem = train(write("x.jsonl", rows), prompt_column="input", answer_column="gold").train_problem(0, 0)
         assert (problem.question, problem.answer) == ("q", "4")
-        assert problem.meta == {"prompt": "not this", "answer": "not this"}
+        assert problem.meta == {"prompt": "not this", "answer": "not this", "gold": 4}
 
     def test_a_missing_column_names_those_there_and_the_nearest(self) -> None:
         write("x.jsonl", [{"promt": "q", "answers": "1"}])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
 import popo_lite.trainer
@@ -17,6 +18,7 @@ from popo_lite.policy.load import TINY_FOLDER, load_tokenizer
 from popo_lite.policy.policy import load_policy
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import Recipe
+from popo_lite.recipe_file import to_toml
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks.rendering import Renderer, puts_bos
 from popo_lite.tools.tiny_model import build_tokenizer
@@ -226,3 +228,25 @@ def test_a_template_must_write_question_and_system_prompt(tiny_recipe, template,
 
 def test_prompts_are_rendered_from_tokenizer_and_config_alone(tiny_recipe):
     assert open_renderer(tiny_recipe()).token_ids(QUESTION)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_completions_text_keeps_thinking_tags_and_no_other_special_tokens(tiny_recipe, special):
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>", "<|done|>"]})
+    tokenizer.add_tokens([AddedToken(tag, special=special) for tag in ("<think>", "</think>")], special_tokens=special)
+    ids = tokenizer.encode("<think>1 + 2</think>3<|call|><|done|>")
+    ids += [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    end = tokenizer.convert_tokens_to_ids("<|done|>")
+    assert Renderer(tiny_recipe(), tokenizer).text(ids) == "<think>1 + 2</think>3"
+    kept = tiny_recipe("reward.keep_special_tokens=true")
+    assert Renderer(kept, tokenizer, stop_ids=[end]).text(ids) == "<think>1 + 2</think>3<|call|>"
+    other = tiny_recipe('reward.thinking_tags=["<|call|>", "<|done|>"]')
+    assert Renderer(other, tokenizer).text(ids).endswith("3<|call|><|done|>")
+
+
+@pytest.mark.parametrize(("end", "opened"), [("<think>\n", True), ("", False), ("<think></think>", False)])
+def test_a_generation_prompt_may_open_the_thinking(tiny_recipe, end, opened):
+    template = "{% for m in messages %}{{ m.content }};{% endfor %}{% if add_generation_prompt %}" + end + "{% endif %}"
+    recipe = tiny_recipe("data.chat_template=" + to_toml(template))
+    assert Renderer(recipe, build_tokenizer()).opens_thinking is opened

@@ -8,6 +8,7 @@ import os
 import signal
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
