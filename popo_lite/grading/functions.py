@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from popo_lite.errors import UserInputError, nearest
+from popo_lite.grading.reasoning_gym import grade_reasoning_gym
 from popo_lite.types import Outcome, Reward
 
 
 def load_function(name: str) -> Callable[[str, Mapping[str, Any]], Reward]:
-    """Return the grading function called `name`: `math`, `exact`, or `module:function` on `sys.path`.
+    """Return the grading function called `name`: `math`, `exact`, `reasoning_gym`, or `module:function` on `sys.path`.
 
     Raises UserInputError if the module cannot be imported or has no such function.
     """
@@ -26,6 +27,8 @@ def load_function(name: str) -> Callable[[str, Mapping[str, Any]], Reward]:
         return grade_math
     if name == "exact":
         return grade_exact
+    if name == "reasoning_gym":
+        return lambda text, problem: as_reward(grade_reasoning_gym(text, problem))
 
     def refusal(reason: str, next_step: str = "correct it or reward.function; see docs/rewards.md") -> UserInputError:
         return UserInputError(f'"{name}" cannot be used: {reason}', where="reward.function", next_step=next_step)
