@@ -471,7 +471,9 @@ def random_recipe(source: random.Random, algorithm: str) -> Recipe:
         for key, field in keys_of(keys).items()
     }
     drawn["objective.algorithm"] = algorithm
-    drawn["data.dataset"] = source.choice([drawn["data.dataset"], "arithmetic"])  # the only one with data.digits
+    # "arithmetic" is the only one with data.digits, and reasoning-gym's have tasks.
+    drawn["data.dataset"] = source.choice([drawn["data.dataset"], "arithmetic", "reasoning-gym:gcd"])
+    drawn["eval.dataset"] = source.choice([drawn["eval.dataset"], "reasoning-gym:gcd"])
     while True:
         tables: dict[str, Any] = {}
         for name, value in drawn.items():
