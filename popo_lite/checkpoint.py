@@ -32,15 +32,19 @@ class Cursor:
 
     Only the trainer changes it. `evaluated` is the last step after which held-out problems were evaluated, `before` the
     evaluation before the first step. `next_problem` is the position in the stream of problems; `history` is empty
-    unless known problems are skipped. `totals` sums metrics over all steps, `seconds` times by stage. `lowered_budget`
-    is (the recipe's tokens_per_microbatch, what it was lowered to when memory ran out), or empty. `start_shapes` counts
-    the first step's answers by shape, `shape_steps` the steps in which a shape took over (`shapes`).
+    unless known problems are skipped. `level` is the difficulty of the next step's problems, `level_rates` the pass
+    rates since it moved (`data.curriculum`). `totals` sums metrics over all steps, `seconds` times by stage.
+    `lowered_budget` is (the recipe's tokens_per_microbatch, what it was lowered to when memory ran out), or empty.
+    `start_shapes` counts the first step's answers by shape, `shape_steps` the steps in which a shape took over
+    (`shapes`).
     """
 
     next_step: int = 0
     evaluated: int = 0
     next_problem: int = 0
     history: History = field(default_factory=dict)
+    level: int = 0
+    level_rates: list[float] = field(default_factory=list)
     entropy_coef: float = 0.0
     start_entropy: float | None = None
     start_shapes: dict[str, int] = field(default_factory=dict)

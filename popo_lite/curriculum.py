@@ -1,11 +1,12 @@
 """Choose a step's problems and rollout budgets, and collect graded groups.
 
-The choice of problems is a pure function of (seed, step), the position in the stream of problems, and the history of
-earlier steps, which the cursor holds.
+The choice of problems is a pure function of (seed, step), the position in the stream of problems, and the level and
+history of earlier steps, which the cursor holds.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from popo_lite.conversation import sample_completions
 from popo_lite.grading import Grader, refuse_ungraded
-from popo_lite.recipe import Recipe, RolloutRecipe
+from popo_lite.recipe import CurriculumRecipe, Recipe, RolloutRecipe
 from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import Task
@@ -43,15 +44,19 @@ History = Mapping[str, Seen]
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The distinct problems of a step, how many known ones were skipped, and the next position in the stream."""
+    """The distinct problems of a step, how many known ones were skipped, and the next position in the stream.
+
+    `skipped_right` of the skipped ones were always solved.
+    """
 
     problems: tuple[Problem, ...]
     skipped: int
     next_problem: int
+    skipped_right: int = 0
 
 
-def choose_problems(task: Task, recipe: Recipe, step: int, first: int, history: History) -> Choice:
-    """Choose the problems of `step`, from position `first` of the stream on.
+def choose_problems(task: Task, recipe: Recipe, step: int, first: int, history: History, level: int = 0) -> Choice:
+    """Choose the problems of `step` at `level`, from position `first` of the stream on.
 
     Without `rollout.skip_known`: the next P, or fewer if one was drawn twice. With it, known problems are skipped,
     except a fraction (`explore_ratio`). If that leaves fewer than P within `LOOK_AHEAD`, the skipped ones that were
@@ -62,7 +67,7 @@ def choose_problems(task: Task, recipe: Recipe, step: int, first: int, history: 
     skipped: dict[str, Problem] = {}
     position, end = first, first + count * (LOOK_AHEAD if skipping else 1)
     while position < end and len(chosen) < count:
-        problem = task.train_problem(seed, position)
+        problem = task.train_problem(seed, position, level)
         position += 1
         known = skipping and problem.id in history and is_known(history[problem.id], recipe)
         if known and stream_seed("explore", seed, step, problem.id) / 2**63 >= recipe.rollout.explore_ratio:
@@ -71,7 +76,8 @@ def choose_problems(task: Task, recipe: Recipe, step: int, first: int, history: 
             chosen[problem.id] = problem
     for problem in sorted(skipped.values(), key=lambda problem: history[problem.id].step)[: count - len(chosen)]:
         chosen[problem.id] = skipped.pop(problem.id)
-    return Choice(problems=tuple(chosen.values()), skipped=len(skipped), next_problem=position)
+    right = sum(history[name].positives > 0 for name in skipped)
+    return Choice(problems=tuple(chosen.values()), skipped=len(skipped), next_problem=position, skipped_right=right)
 
 
 def is_known(seen: Seen, recipe: Recipe) -> bool:
@@ -100,6 +106,30 @@ def remember(history: History, groups: Sequence[Group], recipe: Recipe, step: in
             positives = len(group.positives)
             after[group.prompt.problem.id] = Seen(len(group.rollouts), positives, step)
     return after
+
+
+# --------------------------------------------------------------------------- difficulty
+
+
+def level_pass_rate(choice: Choice, pass_rate: float) -> float:
+    """Return the pass rate of a step's level from that of its sampled problems, those it skipped included.
+
+    `rollout.skip_known` leaves out what is always or never solved, so the sampled ones alone would hide that a level
+    has become too easy or is too hard.
+    """
+    sampled = len(choice.problems)
+    return (sampled * pass_rate + choice.skipped_right) / (sampled + choice.skipped)
+
+
+def next_level(level: int, rates: Sequence[float], recipe: CurriculumRecipe, levels: int) -> tuple[int, list[float]]:
+    """Return (level of the next step, pass rates to keep) from the `rates` of the steps since the level last moved."""
+    rates = list(rates[-recipe.window :])
+    if len(rates) < recipe.window:
+        return level, rates
+    mean = statistics.fmean(rates)
+    moved = level + 1 if mean > recipe.high else level - 1 if mean < recipe.low else level
+    moved = max(0, min(moved, levels - 1))
+    return (level, rates) if moved == level else (moved, [])
 
 
 # --------------------------------------------------------------------------- budget of rollouts

@@ -35,6 +35,7 @@ METRICS: Mapping[str, Metric] = {
     "policy_version": Metric("policy version", "count", "Optimizer steps so far."),
     "skipped_reason": Metric("skipped", "text", "Why the step changed no weights; None if it did."),
     # what was sampled
+    "level": Metric("level", "count", "Difficulty of the problems, from 0 (data.curriculum)."),
     "prompts": Metric("prompts", "count", "Prompts sampled."),
     "prompts_skipped": Metric("prompts skipped", "count", "Known prompts left out (rollout.skip_known)."),
     "prompts_with_positive": Metric("prompts with a positive", "count", "Prompts with at least one positive."),

@@ -19,6 +19,9 @@ ColumnValue = bool | int | float | str
 # The schema is strict and frozen; only a TOML list may become a tuple.
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 ColumnValues = Annotated[tuple[ColumnValue, ...], Field(strict=False)]
+TaskSettings = dict[str, dict[str, ColumnValue | ColumnValues]]
+"""Settings by task of reasoning-gym."""
+TaskLevels = Annotated[tuple[TaskSettings, ...], Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -276,7 +279,8 @@ class DatasetRecipe(Section):
     """The source of problems."""
 
     dataset: str | None = None
-    """`arithmetic`, `comparison`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
+    """`arithmetic`, `comparison`, `deepscaler`, `gsm8k`, `math500`, tasks of reasoning-gym such as
+    `reasoning-gym:chain_sum,leg_counting`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
     config: str | None = None
     """Configuration name of a Hub dataset."""
     split: str | None = None
@@ -289,13 +293,35 @@ class DatasetRecipe(Section):
     """Keep the rows in which a column has a value, or one of a list: `filter = { level = [4, 5] }`."""
     limit: Positive | None = None
     """Use only the first rows."""
+    tasks: TaskSettings = {}
+    """Settings of reasoning-gym's tasks, and their `weight` in the mix, 1 by default:
+    `tasks = { chain_sum = { weight = 2, max_terms = 3 } }`."""
+
+
+class CurriculumRecipe(Section):
+    """Difficulty of the training problems, moved by the pass rate."""
+
+    enabled: bool = False
+    """Start at the easiest level and move by one at a time. Held-out problems are of all levels."""
+    low: Ratio = 0.3
+    """Go back to the easier level if the pass rate is below this."""
+    high: Ratio = 0.7
+    """Go on to the harder level if the pass rate is above this."""
+    window: Positive = 5
+    """Steps over which the pass rate is averaged; the level stays for at least as many."""
+    levels: TaskLevels = ()
+    """Settings of reasoning-gym's tasks, level by level: `[{ chain_sum = { max_terms = 2 } }, ...]`. Empty:
+    reasoning-gym's own curricula; what `data.tasks` sets stays as it is."""
+    column: str | None = None
+    """Column of a file or Hub dataset whose distinct values, sorted, are the levels."""
 
 
 class DataRecipe(DatasetRecipe):
     """The training problems."""
 
     dataset: str = "arithmetic"
-    """`arithmetic`, `comparison`, `deepscaler`, `gsm8k`, `math500`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
+    """`arithmetic`, `comparison`, `deepscaler`, `gsm8k`, `math500`, tasks of reasoning-gym such as
+    `reasoning-gym:chain_sum,leg_counting`, a .jsonl/.json/.csv/.parquet file, or a Hub id."""
     digits: Annotated[int, Field(ge=1, le=6)] = 2
     """Digits of each number of the built-in arithmetic."""
     system_prompt: str | None = None
@@ -308,6 +334,7 @@ class DataRecipe(DatasetRecipe):
     """If a prompt is longer than `rollout.max_prompt_length`: stop, or skip and count it."""
     prompts_per_step: Positive = 32
     """P, prompts per optimizer step."""
+    curriculum: CurriculumRecipe = CurriculumRecipe()
 
 
 class RewardFunction(Section):

@@ -194,6 +194,11 @@ def _in_words(schema: dict[str, Any]) -> str:
         return "a name, or a list of names and tables"
     if schema.get("additionalProperties") is True:
         return "a table"
+    inner = schema.get("items", schema.get("additionalProperties", {}))
+    if isinstance(inner, dict) and inner.get("type") == "object":
+        return (
+            "a table of tasks, each with a table of settings" if "items" not in schema else "a list of tables by task"
+        )
     limits = " and ".join(f"{words} {schema[name]:g}" for name, words in BOUNDS.items() if name in schema)
     return KINDS[schema.get("format", schema["type"])] + (f", {limits}" if limits else "")
 

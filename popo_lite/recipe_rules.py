@@ -10,6 +10,7 @@ from typing import Any
 
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import (
+    DatasetRecipe,
     JsonSchemaFunction,
     LengthFunction,
     ModelRecipe,
@@ -45,6 +46,8 @@ IMPOSSIBLE = {
     "rollout.server.base_urls!=() rollout.engine!=server": 'is used only with rollout.engine = "server"',
     "data.digits!=2 data.dataset!=arithmetic eval.dataset!=arithmetic":
         'is for the dataset "arithmetic" alone; leave the key out',
+    "data.curriculum.levels!=() data.curriculum.column!=<unset>":
+        "are levels of reasoning-gym's tasks, and data.curriculum.column names those of a dataset; set one of the two",
     "objective.entropy_coef=0.0 objective.target_entropy!=<unset>":
         "is multiplied up and down to reach the target entropy, and 0 stays 0; set a positive start",
     "objective.entropy_over=all objective.entropy_coef=0.0":
@@ -133,15 +136,43 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
     for key, why in _wrong_functions(recipe.grading):
         yield [key], why
     generated = "built-in problems are generated and have no such setting; leave the key out"
-    reasons: dict[str | None, str] = {
-        "arithmetic": generated,
-        "comparison": generated,
-        None: "describes a dataset, and eval.dataset is not set; set it, or leave this key out",
-    }
+    gym = "describes rows, and reasoning-gym's problems are generated; set data.tasks, or leave the key out"
+    unset = "describes a dataset, and eval.dataset is not set; set it, or leave this key out"
+    not_gym = 'is for tasks of reasoning-gym, dataset = "reasoning-gym:NAME"; leave the key out'
     for name, part in (("data", recipe.data), ("eval", recipe.eval)):
+        reasons = {"arithmetic": generated, "comparison": generated, None: unset}
+        reason = gym.replace("data", name) if is_gym(part) else reasons.get(part.dataset)
         for key in ("config", "split", "prompt_column", "answer_column", "filter", "limit"):
-            if part.dataset in reasons and getattr(part, key) not in (None, {}):
-                yield [f"{name}.{key}", f"{name}.dataset"], reasons[part.dataset]
+            if reason and getattr(part, key) not in (None, {}):
+                yield [f"{name}.{key}", f"{name}.dataset"], reason
+        if part.tasks and not is_gym(part):
+            yield [f"{name}.tasks", f"{name}.dataset"], unset if part.dataset is None else not_gym
+    curriculum = recipe.data.curriculum
+    if curriculum.low >= curriculum.high:
+        yield (
+            ["data.curriculum.low", "data.curriculum.high"],
+            f"must be below data.curriculum.high = {curriculum.high:g}",
+        )
+    if curriculum.levels and not is_gym(recipe.data):
+        yield ["data.curriculum.levels", "data.dataset"], f"{not_gym}, or set data.curriculum.column"
+    if curriculum.column and (is_gym(recipe.data) or recipe.data.dataset in ("arithmetic", "comparison")):
+        yield (
+            ["data.curriculum.column", "data.dataset"],
+            "names a column, and these problems are generated; leave it out",
+        )
+    for key in ("levels", "column"):
+        if getattr(curriculum, key) and not curriculum.enabled:
+            keys = [f"data.curriculum.{key}", "data.curriculum.enabled"]
+            yield keys, "is used only with data.curriculum.enabled = true; set that too"
+    if curriculum.enabled and not is_gym(recipe.data) and not curriculum.column:
+        column = "has no levels; name tasks of reasoning-gym, or a file or Hub dataset and data.curriculum.column"
+        keys = ["data.curriculum.enabled", "data.dataset", "data.curriculum.column", "data.curriculum.levels"]
+        yield keys, f'data.dataset = "{recipe.data.dataset}" {column}'
+
+
+def is_gym(part: DatasetRecipe) -> bool:
+    """Check whether the problems come from reasoning-gym."""
+    return part.dataset is not None and part.dataset.startswith("reasoning-gym:")
 
 
 def _wrong_functions(reward: RewardRecipe) -> Iterator[tuple[str, str]]:

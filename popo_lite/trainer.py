@@ -23,7 +23,7 @@ import torch
 
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import Cursor, checkpoint_folders, load_checkpoint, save_checkpoint
-from popo_lite.curriculum import Budget, Choice, choose_problems, collect, remember
+from popo_lite.curriculum import Budget, Choice, choose_problems, collect, level_pass_rate, next_level, remember
 from popo_lite.errors import CheckpointError, EngineError, PopoError
 from popo_lite.evaluation import check_references, evaluate, fitting, not_solved
 from popo_lite.grading import TRIED_PROBLEMS, Grader
@@ -246,8 +246,10 @@ class Trainer:
         """Do one step: problems, rollouts, rewards, weights, siamese targets, gradients, optimizer, record, sync."""
         clock = StageClock(self.callback, self.policy.device)
         with clock("prompts"):
-            known = self.cursor.history
-            choice = choose_problems(self.train_task, self.recipe, step, self.cursor.next_problem, known)
+            cursor = self.cursor
+            choice = choose_problems(
+                self.train_task, self.recipe, step, cursor.next_problem, cursor.history, cursor.level
+            )
             prompts = [self.renderer.render(problem) for problem in choice.problems]
         # Stages "rollout" and "grade".
         groups = collect(
@@ -345,6 +347,7 @@ class Trainer:
             "step": step,
             "policy_version": self.policy.version,
             "skipped_reason": skipped,
+            "level": self.cursor.level if recipe.data.curriculum.enabled else None,
             "prompts_skipped": choice.skipped,
             "entropy_coef": self.cursor.entropy_coef,
             "siamese_drift": drift,
@@ -366,6 +369,11 @@ class Trainer:
         cursor.shape_steps = count_takeover(cursor.shape_steps, record)
         cursor.next_step += 1
         cursor.next_problem = choice.next_problem
+        if recipe.data.curriculum.enabled:
+            rates = [*cursor.level_rates, level_pass_rate(choice, record["pass_rate"])]
+            cursor.level, cursor.level_rates = next_level(
+                cursor.level, rates, recipe.data.curriculum, self.train_task.levels
+            )
         if result is not None:
             cursor.entropy_coef = steered_entropy_coef(cursor.entropy_coef, result.entropy, recipe.objective)
         asked, budget = recipe.train.tokens_per_microbatch, self.learner.micro_batches.budget_tokens
@@ -380,6 +388,13 @@ class Trainer:
         self.callback.samples(sample_views(record["step"], groups, count))
         if text := takeover_message(record, groups, self.cursor.shape_steps):
             self.callback.message(text)
+        if record["level"] not in (None, level := self.cursor.level):
+            curriculum, levels = self.recipe.data.curriculum, self.train_task.levels
+            why = f"above data.curriculum.high = {curriculum.high:g}"
+            if level < record["level"]:
+                why = f"below data.curriculum.low = {curriculum.low:g}"
+            text = f"pass rate {why} over {curriculum.window} steps: on to level {level + 1} of {levels}"
+            self.callback.message(text if level > record["level"] else text.replace("on to", "back to"))
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped_reason"] else 0
         if self._skipped_in_a_row and self._skipped_in_a_row % ADVISE_AFTER == 0:
             advice = (
@@ -522,7 +537,7 @@ class Trainer:
             "model": f"{recipe.model.id} ({quantized}, {recipe.model.dtype})",
             "trained": f"{trained:,} weights (LoRA rank {recipe.lora.rank} + predictor head)",
             "siamese": f"+{self.learner.siamese.extra_bytes / 2**20:.2f} MiB",
-            "data": self.train_task.name,
+            "data": self.train_task.name + (f", {self.train_task.levels} levels" if self.train_task.levels > 1 else ""),
             "rollouts": f"{self.engine}, {recipe.data.prompts_per_step} x {recipe.rollout.num_generations}{adaptive}",
             "stops at": " ".join(map(str, policy.tokenizer.convert_ids_to_tokens(sorted(policy.stop_ids)))),
             "device": str(policy.device),

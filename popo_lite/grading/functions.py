@@ -24,7 +24,7 @@ MODULES = {
     "math": "popo_lite.grading.symbolic",
     "python_tests": "popo_lite.grading.sandbox",
     "environment": "popo_lite.grading.environment",
-    "reasoning_gym": "popo_lite.tasks.reasoning_gym",
+    "reasoning_gym": "popo_lite.grading.reasoning_gym",
 }
 """Modules of built-in functions that are not in `builtins`."""
 

@@ -60,12 +60,20 @@ class DatasetTask:
     Opened as `data`, all rows are for training except `held_out` of them, chosen by a hash of the question;
     other rows with the same question are used for neither. Opened as `eval`, all rows are held out, in an order
     given by a hash of their id. Ids are `name/row`, or the rows' own if those are unique; rows count from 1 in
-    ids and messages, before filtering, and from 0 here. Rows that cannot be used are left out; `notices` says which.
+    ids and messages, before filtering, and from 0 here. The distinct values of `level_column`, sorted, are levels.
+    Rows that cannot be used are left out; `notices` says which.
 
     Raises DataError if the dataset cannot be loaded, lacks a column, or has too many rows that cannot be used.
     """
 
-    def __init__(self, part: DatasetRecipe, *, section: Literal["data", "eval"], held_out: int = 0) -> None:
+    def __init__(
+        self,
+        part: DatasetRecipe,
+        *,
+        section: Literal["data", "eval"],
+        held_out: int = 0,
+        level_column: str | None = None,
+    ) -> None:
         self.notices: list[str] = []
         try:
             self.name, self._rows = load_table(part, section)
@@ -75,6 +83,7 @@ class DatasetTask:
             self._prompt_column = _column(prompts, f"{section}.prompt_column", columns)
             self._answer_column = _column([part.answer_column or "answer"], f"{section}.answer_column", columns)
             self._training = _filtered(part.filter, f"{section}.filter", self._rows, columns)[: part.limit]
+            self._level_values = self._read_levels(level_column, columns)
             if errors := self._cell_errors():
                 what = f"{len(errors)} of {len(self._training):,} rows cannot be used"
                 if len(errors) > MAX_UNUSABLE_RATIO * len(self._training):
@@ -86,6 +95,7 @@ class DatasetTask:
                 self._training = [row for row in self._training if row not in errors]
         except DataError as error:
             raise error.within(f'{section}.dataset "{part.dataset}"') from error
+        self._by_level: list[list[int]] | None = None
         self._own_ids: Sequence[int | str] | None = None
         for ids in (column(self._rows, name) for name in ID_COLUMNS if name in columns):
             if all(type(own) in (str, int) and own != "" for own in ids) and len({*map(str, ids)}) == len(ids):
@@ -98,12 +108,18 @@ class DatasetTask:
         elif held_out:
             self._hold_out(held_out)
 
-    def train_problem(self, seed: int, index: int) -> Problem:
-        """Return the `index`-th problem of `seed`'s stream; each epoch has a new order of all training rows."""
+    @property
+    def levels(self) -> int:
+        """Number of levels with training rows; 1 without `level_column`."""
+        return len(self._rows_by_level())
+
+    def train_problem(self, seed: int, index: int, level: int = 0) -> Problem:
+        """Return the `index`-th problem of `seed`'s stream at `level`; each epoch has a new order of all its rows."""
         if not self._training:
             raise DataError(f"{self.name} was opened for evaluation; none of its rows is trained on")
-        epoch, position = divmod(index, len(self._training))
-        return self._problem(self._training[_epoch_order(seed, epoch, len(self._training))[position]])
+        rows = self._rows_by_level()[level]
+        epoch, position = divmod(index, len(rows))
+        return self._problem(rows[_epoch_order(seed, epoch, len(rows))[position]])
 
     def held_out(self, count: int) -> list[Problem]:
         """Return the first `count` held-out problems; a larger count only adds problems."""
@@ -122,6 +138,7 @@ class DatasetTask:
 
         Raises DataError if no problem remains.
         """
+        self._by_level = None
         dropped = {row: why for row in self._training if (why := reason(self._problem(row)))}
         if len(dropped) == len(self._training):
             what = f"none of the {len(dropped)} training rows of {self.name} can be used"
@@ -166,6 +183,33 @@ class DatasetTask:
             except CellError as error:
                 errors.setdefault(row, []).append(f'column "{name}" {error}')
         return {row: f"row {row + 1}: {', '.join(of_row)}" for row, of_row in errors.items()}
+
+    def _read_levels(self, name: str | None, columns: Sequence[str]) -> dict[int, float | str]:
+        """Return row -> its value in the column of levels; empty without one. Numbers are compared as numbers."""
+        if name is None:
+            return {}
+        key = "data.curriculum.column"
+        cells = column(self._rows, _column([name], key, columns))
+        if empty := [row for row in self._training if cells[row] in (None, "")]:
+            what = f'row {empty[0] + 1} and {len(empty) - 1} others have no value in column "{name}"'
+            raise DataError(what, next_step=f"leave them out by data.filter, or name another column in {key}")
+        texts = {row: _plain(cells[row]) for row in self._training}
+        if len(there := sorted(set(texts.values()))) < 2:
+            what = f'all rows have "{there[0]}" in column "{name}", which gives {key} a single level'
+            raise DataError(what, next_step=f"name a column with several values in {key}")
+        try:
+            return {row: float(text) for row, text in texts.items()}
+        except ValueError:
+            return {**texts}
+
+    def _rows_by_level(self) -> list[list[int]]:
+        """Return the training rows of each level, easiest first."""
+        if self._by_level is None:
+            rows: dict[float | str, list[int]] = {}
+            for row in self._training:
+                rows.setdefault(self._level_values.get(row, ""), []).append(row)
+            self._by_level = [of_level for _, of_level in sorted(rows.items())]
+        return self._by_level
 
     def _hold_out(self, count: int) -> None:
         """Hold out one row each of `count` questions, white space ignored, and train on no other row of them."""

@@ -29,12 +29,13 @@ class GeneratedTask(ABC):
     available: int
     settings: tuple[int, ...] = ()
     notices: Sequence[str] = ()
+    levels = 1
 
     @abstractmethod
     def draw(self, source: random.Random) -> tuple[tuple[int, ...], Problem]:
         """Return the numbers that a problem asks about, and the problem."""
 
-    def train_problem(self, seed: int, index: int) -> Problem:
+    def train_problem(self, seed: int, index: int, level: int = 0) -> Problem:  # noqa: ARG002 - there is one level
         """Return the `index`-th training problem of `seed`, drawn uniformly from those not held out."""
         return self._draw(random.Random(stream_seed(f"{self.name}/train", seed, index)), held_out=False)  # noqa: S311
 

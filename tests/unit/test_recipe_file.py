@@ -487,7 +487,9 @@ def random_recipe(source: random.Random, algorithm: str) -> Recipe:
     drawn["objective.algorithm"] = algorithm
     first = (drawn["reward.functions"] or [{"name": "math"}])[0]
     drawn["reward.positive_if"] = source.choice(["total", [first.get("label") or first["name"]]])
-    drawn["data.dataset"] = source.choice([drawn["data.dataset"], "arithmetic"])  # the only one with data.digits
+    # "arithmetic" is the only one with data.digits, and reasoning-gym's have tasks.
+    drawn["data.dataset"] = source.choice([drawn["data.dataset"], "arithmetic", "reasoning-gym:gcd"])
+    drawn["eval.dataset"] = source.choice([drawn["eval.dataset"], "reasoning-gym:gcd"])
     while True:
         tables: dict[str, Any] = {}
         for name, value in drawn.items():

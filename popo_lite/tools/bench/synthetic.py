@@ -135,7 +135,7 @@ class BenchTrainer(Trainer):
         vocabulary, tokens = self.policy.head.weight.shape[0], self.recipe.rollout.max_prompt_length
         prompt = partial(random_prompt, vocabulary=vocabulary, tokens=tokens)
         self.grader: Any = SimpleNamespace(grade=lambda *_, **__: self._rewards)
-        self.train_task: Any = SimpleNamespace(train_problem=lambda _, i: prompt(i).problem, figures=lambda _: {})
+        self.train_task: Any = SimpleNamespace(train_problem=lambda _, i, __: prompt(i).problem, figures=lambda _: {})
         self.renderer: Any = SimpleNamespace(render=lambda problem: prompt(int(problem.id)), text=lambda _: "")
 
     def _open_sampler(self, stack: ExitStack) -> None:

@@ -259,6 +259,8 @@ def _pass_rate(state: RunState, width: int, rows: int) -> RenderableType:
     names = "\n".join(f"{name:<8}{value:>6}" for name, value in beside[: rows - 1])
     drawn = chart(values, max(width - 16, 1), rows - 1, 0.0, top, state.total_steps - state.first_step)
     note = f"steps {state.first_step + 1} to {state.steps_done}, chart from 0 to {top:.0%}"
+    if (level := state.records[-1]["level"]) is not None:
+        note = f"level {level + 1}, {note}"
     return Group(_rule("pass rate", note), _grid([_LABEL, {**_REST, "style": "green"}], [names, "\n".join(drawn)]))
 
 

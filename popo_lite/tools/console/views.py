@@ -108,6 +108,8 @@ class RunState(Callback):
         record, (pace, left) = self.records[-1], self.pace()
         texts = {METRICS[name].label: words.quantity(record[name], METRICS[name].unit) for name in _LINE}
         texts["prompts all/some/none/ungraded"] = "/".join(str(record[name]) for name in GROUPS)
+        if record["level"] is not None:
+            texts["level"] = str(record["level"] + 1)
         texts["memory"] = words.memory(record["peak_memory_bytes"])
         texts |= {"pace": words.duration(pace), "left": words.duration(left)}
         if record["skipped_reason"] is not None:
