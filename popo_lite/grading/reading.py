@@ -142,7 +142,8 @@ def _read_unit(text: str) -> Reading:
         return Reading("value", (text,), unit="$" if money else "")
     words = match["text"] or match["sign"] or match["word"]
     unit = _unit_of(words, match["power"])
-    if _NO_UNIT.search(words) or (match["word"] and unit is None and not re.search(r"[aeiou]\w{2}", words)):
+    letters = r"[aeiou]\w{2}" if match["word"] else r"[\w/]{2}"
+    if _NO_UNIT.search(words) or (unit is None and not re.search(letters, words)):
         return Reading("value", (text,))
     return Reading("value", (match["value"],), unit=unit)
 

@@ -108,9 +108,14 @@ def _is_symbolic_text(text: str) -> bool:
     return balanced and bool(re.search(r"\\[a-zA-Z]{2,}|°|\\\|", text)) and not _DANGLING.search(text)
 
 
+def _squeeze(text: str) -> str:
+    """Return `text` without blanks, but for those between digits."""
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+
+
 def _equal(gold: str, found: str, depth: int = 0) -> bool:
     """Compare two normalised answers part by part."""
-    if re.sub(r"\s", "", gold) == re.sub(r"\s", "", found):
+    if _squeeze(gold) == _squeeze(found):
         return True
     x, y = read(gold), read(found)
     if {x.kind, y.kind} == {"literal", "value"}:
@@ -153,7 +158,9 @@ def _equal_letters(x: Reading, y: Reading, gold: str, found: str, depth: int) ->
         same_letter = x.parts[0] == y.parts[0] or (x.parts[0].upper() == y.parts[0].upper() and "(" in gold + found)
         return same_letter and (not x.parts[1] or not y.parts[1] or _equal(x.parts[1], y.parts[1], depth + 1))
     letter, other = (x, found) if x.kind == "letter" else (y, gold)
-    return bool(letter.parts[1]) and _equal(letter.parts[1], other, depth + 1)
+    if not letter.parts[1]:
+        return _equal_formulas(letter.parts[0], other)
+    return _equal(letter.parts[1], other, depth + 1)
 
 
 def _equal_values(x: Reading, y: Reading) -> bool:
@@ -172,7 +179,7 @@ def _equal_formulas(gold: str, found: str) -> bool:
     exact = plain_number(gold), plain_number(found)
     if all(exact):
         return exact[0] == exact[1]
-    if re.sub(r"\s", "", gold) == re.sub(r"\s", "", found):
+    if _squeeze(gold) == _squeeze(found):
         return True
     letters = [set(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]", text)) for text in (gold, found)]
     if letters[0] != letters[1] and {c.lower() for c in letters[0]} == {c.lower() for c in letters[1]}:
@@ -228,9 +235,11 @@ def _identical(x: Expr, y: Expr) -> bool:
     x, y = _unify(x), _unify(y)
     if x == y:
         return not x.has(nan, zoo)
-    if x.has(oo, -oo, zoo, nan) or y.has(oo, -oo, zoo, nan) or max(_bits(x), _bits(y)) > MAX_BITS:
+    if max(_bits(x), _bits(y)) > MAX_BITS:
         return False
     x, y = x.doit(), y.doit()
+    if x.has(oo, -oo, zoo, nan) or y.has(oo, -oo, zoo, nan):
+        return bool(x == y) and not x.has(nan, zoo)
     symbols = x.free_symbols | y.free_symbols
     if not symbols:
         return _is_zero(x - y)

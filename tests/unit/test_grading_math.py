@@ -337,6 +337,8 @@ RIGHT = [
     ("9.8", r"9.8\,\mathrm{m/s^2}"),
     (r"36\pi \text{ cm}^3", r"36\pi"),
     (r"12 \text{ cm}^2", "12 square centimeters"),
+    ("x", "(x)"),
+    (r"\frac{\pi^2}{6}", r"\sum_{n=1}^{\infty}\frac{1}{n^2}"),
     (r"9 \text{ mi/h}", r"9\text{ mph}"),
     (r"\sqrt{3+2\sqrt{2}}", r"1+\sqrt{2}"),
     ("2⁻³", r"\frac18"),
@@ -389,6 +391,8 @@ WRONG = [
     (r"\angle ABC", r"\angle ACB"),
     ("9", "9 = 3 + 7 = 10"),
     (r"n \text{ is even}", "n"),
+    ("12", "1 2"),
+    ("5", r"5\text{x}"),
 ]
 
 
