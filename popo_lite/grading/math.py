@@ -8,20 +8,50 @@ from __future__ import annotations
 import re
 from itertools import accumulate
 
+from popo_lite.grading.normalisation import canonical
 from popo_lite.types import Outcome, Problem, Reward
 
-THINKING_TAGS = ("<think>", "</think>")
 MAX_BOX_CHARACTERS = 1000  # a longer box holds no final answer, and parsing 100,000 characters takes minutes
 MAX_NESTING = 20  # of brackets; deeper ones hold none either, and the LaTeX parser is exponential in the depth
 
 # An escaped character is a token of its own, so that the braces of a set, \{1, 2\}, do not count.
-_BOX_TOKENS = re.compile(r"(?P<box>\\boxed\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
+_BOX_TOKENS = re.compile(r"(?P<box>\\+(?:boxed|fbox|framebox)\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
+_LAST_BOX = re.compile(r".*\\(?:boxed|fbox|framebox)\s*\{", re.DOTALL)
 _THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+")
+_ANSWER_TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+THINKING_TAGS = ("<think>", "</think>")
 _NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])0*+([0-9]*+)(?:\.([0-9]*+))?")
 
 
+def after_thinking(text: str, tags: tuple[str, str] = THINKING_TAGS, opened: bool = False) -> str | None:
+    """Return what follows the last closing tag, or all of a text without tags; None if the thinking is not closed.
+
+    `opened` says that the prompt ends with the opening tag. A closing tag at the end of a text that never opened
+    its thinking closes nothing.
+    """
+    opening, closing = tags
+    before, closed, after = text.rpartition(closing)
+    if not closed:
+        return None if opened or opening in text else text
+    if opening in after:
+        return None
+    return before if not (after.strip() or opened or opening in before or closing in before) else after
+
+
 def last_box(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}` whose braces balance, or None. Of nested boxes, the innermost."""
+    r"""Return the content of the last `\boxed{...}` whose braces balance, or None. Of nested boxes, the innermost.
+
+    An empty box counts only if there is no other.
+    """
+    if opened := _LAST_BOX.match(text):  # usually it balances, and what stands before it need not be read
+        depth = 1
+        for token in _BOX_TOKENS.finditer(text, opened.end()):
+            depth += (token.lastgroup in ("box", "open")) - (token.lastgroup == "close")
+            if not depth:
+                content = text[opened.end() : token.start()]
+                if content.strip():
+                    return content
+                break
     contents: list[int | None] = []  # for every open brace, where the content of its box starts, if it is a box
     last = (-1, -1)
     for token in _BOX_TOKENS.finditer(text):
@@ -29,7 +59,7 @@ def last_box(text: str) -> str | None:
             contents.append(token.end() if token.lastgroup == "box" else None)
         elif token.lastgroup == "close" and contents:
             start = contents.pop()
-            if start is not None and start > last[0]:
+            if start is not None and start > last[0] and (last[0] < 0 or text[start : token.start()].strip()):
                 last = (start, token.start())
     return text[last[0] : last[1]] if last[0] >= 0 else None
 
@@ -55,26 +85,16 @@ def normalise(answer: str) -> str:
     inner = answer.strip("$")
     if "$" not in inner:  # otherwise several formulas, whose signs belong together
         answer = inner.strip()
-    if answer.endswith(".") and not answer.endswith(r"\right."):
+    if answer.endswith(".") and not answer.endswith((r"\right.", "..")):
         answer = answer[:-1].rstrip()
     return plain_number(answer) or answer
 
 
-def after_thinking(text: str, tags: tuple[str, str], opened: bool) -> str | None:
-    """Return the text behind the last closing tag, or None if thinking was opened and not closed.
-
-    `tags` are the opening and the closing one; `opened` says whether the prompt ends with the opening
-    one.
-    """
-    _, closing, answer = text.rpartition(tags[1])
-    if closing:
-        return answer
-    return None if opened or tags[0] in text else text
-
-
 def final_answer(text: str) -> str | None:
-    """Return the content of the last box of `text` in normal form, or None if nothing is boxed."""
+    """Return the content of the last box of `text`, or else of its last `<answer>` tags, in normal form; or None."""
     box = last_box(text)
+    if box is None:
+        box = next(reversed(_ANSWER_TAGS.findall(text)), None)
     return None if box is None else normalise(box)
 
 
@@ -95,7 +115,7 @@ def too_complex(expression: str) -> str | None:
 def decide_exactly(
     text: str, problem: Problem, *, thinking_tags: tuple[str, str] = THINKING_TAGS, thinking_open: bool = False
 ) -> Reward | None:
-    """Return the verdict on an answer, or None if it needs algebra or nothing is boxed."""
+    """Return the verdict on an answer, or None if it needs algebra or no final answer is marked."""
     part = after_thinking(text, thinking_tags, thinking_open)
     if part is None:
         return Reward(value=0.0, outcome=Outcome.UNPARSED, detail=f"no {thinking_tags[1]} ends the thinking")
@@ -109,6 +129,12 @@ def decide_exactly(
         return Reward(value=1.0, outcome=Outcome.CORRECT, answer=answer)
     if reason := too_complex(answer):
         return Reward(value=0.0, outcome=Outcome.UNPARSED, detail=f"the boxed answer is {reason}")
-    if plain_number(answer) and plain_number(reference):
-        return Reward(value=0.0, outcome=Outcome.INCORRECT, answer=answer)
-    return None
+    if not (plain_number(answer) and plain_number(reference)):
+        if too_complex(reference):
+            return None
+        found, gold = canonical(answer), canonical(reference)
+        if found and found == gold:
+            return Reward(value=1.0, outcome=Outcome.CORRECT, answer=answer)
+        if not (plain_number(found) and plain_number(gold)):
+            return None
+    return Reward(value=0.0, outcome=Outcome.INCORRECT, answer=answer)

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
-from math_verify import parse, verify
+from math_verify import LatexExtractionConfig, parse, verify
+from math_verify.parser import NormalizationConfig
+from sympy import Basic, Eq, Expr, I, Rational, Symbol, exp, factorial, nan, oo, zoo
+from sympy.core.function import AppliedUndef
 
-from popo_lite.grading.functions import describe_exception
 from popo_lite.grading.math import (
+    MAX_NESTING,
     THINKING_TAGS,
     after_thinking,
-    decide_exactly,
     final_answer,
     plain_number,
     too_complex,
     unwrap,
 )
-from popo_lite.types import Outcome, Problem, Reward
+from popo_lite.grading.normalisation import canonical
+from popo_lite.grading.reading import Reading, read
+from popo_lite.types import Outcome, Reward
 
 # Its one warning says that its timeouts are off. They are signal.alarm, whole seconds and main thread only;
 # the parent's deadline takes their place.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-_UNESCAPED_DOLLAR = re.compile(r"(?<!\\)\$")
+MAX_BITS = 10**5  # of an exact number; 9^(9^9) would have 10^9
+DIGITS = 50  # to which irrational numbers are compared, relative to their terms
+_POINTS = ((7, 3), (11, 29), (-13, 5))
+"""Where formulas are compared, as p/q for the first variable; see `_at`."""
 
-_parse: Callable[[str], list[Any]] = partial(parse, parsing_timeout=None, raise_on_error=True)
-"""Return what math-verify extracts: a sympy expression, if it could build one, and the source string."""
+_ANSWER_LINE = re.compile(r"\banswer(?:\s+is\b|\s*:)\s*:?[ \t]*([^\n]{1,100})$", re.IGNORECASE | re.MULTILINE)
+_FORMULA = LatexExtractionConfig(
+    try_extract_without_anchor=False,  # otherwise it takes any part that can be read, if the whole cannot
+    # its units are the last letters of a formula: 3t would be 3
+    normalization_config=NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last"
+    ),
+)
+_DANGLING = re.compile(r"[+\-*/^_=,]\s*$|\{\s*\}|[([{]\s*[*/^]|[+*/^]\s*[*/^]")
 
 
 def grade_math(
@@ -41,58 +56,250 @@ def grade_math(
 ) -> Reward:
     """Check whether the final answer of `text` equals `problem["answer"]`.
 
-    The final answer is the last box; in a text without one, the expression or number that math-verify takes
-    for it. A reference answer that cannot be parsed is an ERROR: it says nothing about the text.
+    The final answer is the last box after the thinking, or else the last `<answer>...</answer>`, or else the
+    expression or number that math-verify takes for it. A reference answer that cannot be read is an ERROR: it
+    says nothing about the text.
     """
-    plain = Problem(id=problem["id"], messages=(), answer=problem["answer"])
-    if decided := decide_exactly(text, plain, thinking_tags=thinking_tags, thinking_open=thinking_open):
-        return decided
-    text = after_thinking(text, thinking_tags, thinking_open) or ""
-    reference = unwrap(problem["answer"])
-    if reason := _unreadable(reference):
-        detail = f"the reference answer of problem {problem['id']!r} is {reason}"
-        return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
-    gold = _parse_expression(reference)
-    answer = final_answer(text)
-    # Only the last box: given the whole text, math-verify joins all boxes of it to a set.
-    found = _parse(text) if answer is None else _parse_expression(answer)
-    if not found:
+    if reason := check_math(problem):
+        return Reward(value=0.0, outcome=Outcome.ERROR, detail=f"problem {problem['id']!r}: {reason}")
+    part = after_thinking(text, thinking_tags, thinking_open)
+    answer = None if part is None else final_answer(part) or _extract(part)
+    if not answer or too_complex(answer):
         return Reward(value=0.0, outcome=Outcome.UNPARSED, answer=answer)
-    if answer is None:
-        answer = next((item for item in found if isinstance(item, str)), None)
-    if verify(gold, found, timeout_seconds=None, raise_on_error=True):
+    if _equal(canonical(unwrap(problem["answer"])), canonical(answer)):
         return Reward(value=1.0, outcome=Outcome.CORRECT, answer=answer)
-    return Reward(value=0.0, outcome=Outcome.INCORRECT if _holds_expression(found) else Outcome.UNPARSED, answer=answer)
+    outcome = Outcome.INCORRECT if _readable(canonical(answer)) else Outcome.UNPARSED
+    return Reward(value=0.0, outcome=outcome, answer=answer)
 
 
 def check_math(problem: Mapping[str, Any]) -> str | None:
-    """Return why the reference answer of `problem` cannot be read, or None."""
+    """Return why the reference answer `problem["answer"]` cannot be read, or None if it can."""
     reference = unwrap(problem["answer"])
-    # Parsing takes 10 ms, so references that differ in digits alone are judged together, unless that fails. Not if a
-    # power or factorial is in them, which a digit more can make endless, nor by the digit 0, as in a denominator.
-    alike = reference if {"^", "!"} & {*reference} else re.sub("[1-9]", "1", reference)
-    if plain_number(reference) or _unreadable(alike) is None:
+    if plain_number(reference):
         return None
-    reason = _unreadable(reference)
-    return f"the reference answer is {reason}" if reason else None
-
-
-@lru_cache(maxsize=2**16)
-def _unreadable(reference: str) -> str | None:
     reason = too_complex(reference)
+    # With all digits the same, most references of a dataset have the shape of one that was read before.
+    if reason is None and not _readable(re.sub(r"\d", "1", canonical(reference))):
+        reason = "not an expression that math-verify can parse"
+    return reason and f"the reference answer is {reason}: {reference[:80]!r}"
+
+
+def _extract(text: str) -> str | None:
+    """Return what math-verify takes for the final answer of a text without a box, or else what follows "answer:"."""
+    text = re.sub(r"\*\*|__|`|\\text(?:bf|it|rm)?\{([^{}]*)\}", r"\1", text)
+    found = parse(text, parsing_timeout=None, raise_on_error=False)
+    lines: list[str] = _ANSWER_LINE.findall(text)
+    return next((item for item in found if isinstance(item, str)), lines[-1] if lines else None)
+
+
+def _readable(text: str) -> bool:
+    """Say whether all parts of a normalised answer are words, literals or formulas that can be parsed."""
+    reading = read(text)
+    if reading.kind in ("literal", "letter"):
+        return bool(re.search(r"\w", reading.parts[0].replace(r"\ldots", "")))
+    if reading.kind == "value":
+        return _parse_formula(reading.parts[0]) is not None or _is_symbolic_text(reading.parts[0])
+    return all(map(_readable, reading.parts))
+
+
+def _is_symbolic_text(text: str) -> bool:
+    """Say whether `text` is a whole formula with commands that the parser does not know. It equals only itself."""
+    balanced = all(text.count(pair[0]) == text.count(pair[1]) for pair in ("{}", "()"))
+    return balanced and bool(re.search(r"\\[a-zA-Z]{2,}|°|\\\|", text)) and not _DANGLING.search(text)
+
+
+def _squeeze(text: str) -> str:
+    """Return `text` without blanks, but for those between digits."""
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+
+
+def _equal(gold: str, found: str, depth: int = 0) -> bool:
+    """Compare two normalised answers part by part."""
+    if _squeeze(gold) == _squeeze(found):
+        return True
+    x, y = read(gold), read(found)
+    if {x.kind, y.kind} == {"literal", "value"}:
+        x, y = read(gold, times=False), read(found, times=False)
+    if depth > MAX_NESTING:
+        return False
+    names = {x.name, y.name} - {""}
+    if len(names) == 2 and not any(len(name) > 2 and name.isalpha() for name in names):  # not x = 5 and Area = 5
+        return _equal_equations(gold, found)
+    if "letter" in (x.kind, y.kind):
+        return _equal_letters(x, y, gold, found, depth)
+    if "equation" in (x.kind, y.kind):
+        return _equal_equations(gold, found)
+    if x.kind == y.kind == "value":
+        return _equal_values(x, y)
+    if x.kind == y.kind and x.unit != y.unit and x.unit and y.unit:  # a.m. and p.m., or a matrix of other rows
+        return False
+    kinds = {x.kind, y.kind}
+    if x.kind == y.kind == "literal":
+        return x.parts == y.parts
+    if len(x.parts) != len(y.parts):
+        return False
+    if kinds <= {"list", "set"} or kinds == {"union"}:
+        remaining = list(y.parts)
+        for part in x.parts:
+            match = next((other for other in remaining if _equal(part, other, depth + 1)), None)
+            if match is None:
+                return False
+            remaining.remove(match)
+        return True
+    # A pair may lack its brackets; but not an interval that was an inequality, which has a name.
+    if len(kinds) == 2 and (kinds != {"list", "()"} or names):
+        return False
+    return all(_equal(part, other, depth + 1) for part, other in zip(x.parts, y.parts, strict=True))
+
+
+def _equal_letters(x: Reading, y: Reading, gold: str, found: str, depth: int) -> bool:
+    """Compare `(C)`, `C` and `(C) 17`; the value counts only if both have one, or the other has no letter."""
+    if x.kind == y.kind:
+        same_letter = x.parts[0] == y.parts[0] or (x.parts[0].upper() == y.parts[0].upper() and "(" in gold + found)
+        return same_letter and (not x.parts[1] or not y.parts[1] or _equal(x.parts[1], y.parts[1], depth + 1))
+    letter, other = (x, found) if x.kind == "letter" else (y, gold)
+    if not letter.parts[1]:
+        return _equal_formulas(letter.parts[0], other)
+    return _equal(letter.parts[1], other, depth + 1)
+
+
+def _equal_values(x: Reading, y: Reading) -> bool:
+    gold, found = x.parts[0], y.parts[0]
+    if "%" in (x.unit, y.unit) and x.unit != y.unit:
+        if (x.unit or "%") != "%" or (y.unit or "%") != "%":
+            return False
+        percent, other = (gold, found) if x.unit == "%" else (found, gold)
+        return _equal_formulas(percent, other) or _equal_formulas(rf"\frac{{{percent}}}{{100}}", other)
+    if x.unit and y.unit and x.unit != y.unit:
+        return False
+    return _equal_formulas(gold, found)
+
+
+def _equal_formulas(gold: str, found: str) -> bool:
+    exact = plain_number(gold), plain_number(found)
+    if all(exact):
+        return exact[0] == exact[1]
+    if _squeeze(gold) == _squeeze(found):
+        return True
+    letters = [set(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]", text)) for text in (gold, found)]
+    if letters[0] != letters[1] and {c.lower() for c in letters[0]} == {c.lower() for c in letters[1]}:
+        return False  # the parser takes X for x
+    x, y = _parse_formula(gold), _parse_formula(found)
+    if x is None or y is None:
+        return False
     try:
-        if reason is None and not _holds_expression(_parse_expression(reference)):
-            reason = "not an expression that math-verify can parse"
-    except Exception as error:
-        reason = describe_exception(error)
-    return f"{reason}: {reference[:80]!r}" if reason else None
+        if isinstance(x, Expr) and isinstance(y, Expr):
+            return _identical(x, y)
+        return type(x) is type(y) and verify([x], [y], timeout_seconds=None)
+    except MemoryError:
+        raise
+    except Exception:  # sympy raises many kinds on what a model writes
+        return False
 
 
-@lru_cache(maxsize=1024)
-def _parse_expression(expression: str) -> list[Any]:
-    # Bare LaTeX has to be in a box to be seen as such; text with formulas marks them itself.
-    return _parse(expression if _UNESCAPED_DOLLAR.search(expression) else rf"\boxed{{{expression}}}")
+@lru_cache(maxsize=4096)
+def _parse_formula(text: str) -> Basic | None:
+    """Return what math-verify parses a formula to, all of it; None if it cannot."""
+    if too_complex(text) or not text.strip():
+        return None
+    try:
+        found = parse(
+            rf"\boxed{{{text}}}",
+            [_FORMULA],
+            fallback_mode="no_fallback",
+            extraction_mode="first_match",
+            parsing_timeout=None,
+            raise_on_error=True,
+        )
+    except MemoryError:
+        raise
+    except Exception:
+        return None
+    return found[0] if found and isinstance(found[0], Basic) else None
 
 
-def _holds_expression(extracted: list[Any]) -> bool:
-    return any(not isinstance(item, str) for item in extracted)
+def _unify(expression: Expr) -> Expr:
+    """Return `expression` with symbols without assumptions, i for the imaginary unit, and f(2) as one symbol."""
+    expression = expression.replace(lambda e: isinstance(e, AppliedUndef), lambda e: Symbol(str(e)))
+    return expression.subs(
+        {symbol: I if symbol.name == "i" else Symbol(symbol.name) for symbol in expression.free_symbols}
+    )
+
+
+def _identical(x: Expr, y: Expr) -> bool:
+    """Say whether two expressions are equal: exactly for rational numbers, to `DIGITS` digits for others.
+
+    Formulas are compared at three points; the negative one counts only where both are real, so that
+    1/sqrt(n) is sqrt(1/n), but sqrt(x^2) is not x.
+    """
+    x, y = _unify(x), _unify(y)
+    if x == y:
+        return not x.has(nan, zoo)
+    if max(_bits(x), _bits(y)) > MAX_BITS:
+        return False
+    x, y = x.doit(), y.doit()
+    if x.has(oo, -oo, zoo, nan) or y.has(oo, -oo, zoo, nan):
+        return bool(x == y) and not x.has(nan, zoo)
+    symbols = x.free_symbols | y.free_symbols
+    if not symbols:
+        return _is_zero(x - y)
+    for point in _POINTS:
+        u, v = _at(point, x, symbols), _at(point, y, symbols)
+        if point[0] < 0 and not (u.is_real and v.is_real):
+            continue
+        if not _is_zero(u - v):
+            return False
+    return True
+
+
+def _at(point: tuple[int, int], expression: Expr, symbols: set[Symbol]) -> Expr:
+    """Return the value of `expression` with rational numbers for the symbols, in the order of their names."""
+    numerator, denominator = point
+    values = (Rational(numerator * (k + 1) + k, denominator + k) for k in range(len(symbols)))
+    return expression.subs(dict(zip(sorted(symbols, key=str), values, strict=True)))
+
+
+def _is_zero(difference: Expr) -> bool:
+    if difference.is_Rational:
+        return bool(difference == 0)
+    # A difference whose sign evalf cannot find to 4 DIGITS digits has the precision 1.
+    value = difference.evalf(DIGITS, maxn=4 * DIGITS)
+    parts = value.as_real_imag()
+    if not all(part.is_Number for part in parts):
+        return bool(difference.equals(0))
+    return all(part == 0 or getattr(part, "_prec", 0) == 1 for part in parts)
+
+
+def _bits(expression: Basic) -> float:
+    """Return a bound on the bits of an expression's exact value, so that 9^(9^9) is not computed."""
+    if isinstance(expression, Rational):
+        return float(expression.p.bit_length() + expression.q.bit_length())
+    inner = [_bits(argument) for argument in expression.args]
+    if expression.is_Pow or isinstance(expression, factorial | exp):
+        exponent = expression.args[-1]
+        if inner[-1] > 64:
+            return math.inf
+        times = abs(complex(exponent.doit().evalf())) if exponent.is_number else 1.0
+        return (inner[0] + 1) * max(times, 1.0)
+    return sum(inner, 8.0)
+
+
+def _equal_equations(gold: str, found: str) -> bool:
+    """Compare equations up to a constant factor."""
+    x, y = _parse_formula(gold), _parse_formula(found)
+    if x is None or y is None:
+        return False
+    try:
+        if not (isinstance(x, Eq) and isinstance(y, Eq)):
+            return False
+        sides = [_unify(equation.lhs - equation.rhs) for equation in (x, y)]
+        if max(map(_bits, sides)) > MAX_BITS:
+            return False
+        symbols = sides[0].free_symbols | sides[1].free_symbols
+        first, *others = [[_at(point, side, symbols) for side in sides] for point in _POINTS]
+        same_ratio = (_is_zero(first[0] * other[1] - first[1] * other[0]) for other in others)
+        return not any(map(_is_zero, first)) and all(same_ratio)
+    except MemoryError:
+        raise
+    except Exception:
+        return False

@@ -1,14 +1,16 @@
 """Finding and comparing mathematical answers, without any process."""
 
+import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from popo_lite.grading import symbolic as symbolic_module
 from popo_lite.grading.math import (
     MAX_BOX_CHARACTERS,
     MAX_NESTING,
+    after_thinking,
     decide_exactly,
     last_box,
     normalise,
@@ -16,6 +18,7 @@ from popo_lite.grading.math import (
     too_complex,
     unwrap,
 )
+from popo_lite.grading.normalisation import canonical
 from popo_lite.grading.symbolic import check_math, grade_math
 from popo_lite.types import Outcome, Problem, Reward
 
@@ -42,6 +45,7 @@ def symbolic(text: str, answer: str) -> Reward:
         (r"\boxed {5}", "5"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+        (r"{ \boxed{5} and } \boxed{6 \{", "5"),
         (r"\boxed{x = \boxed{5}}", "5"),
         (r"\boxed{5} and cut off: \boxed{12", "5"),
         (r"{ a stray brace \boxed{7}", "7"),
@@ -51,6 +55,10 @@ def symbolic(text: str, answer: str) -> Reward:
         (r"\boxed{12", None),
         ("no box, 42", None),
         (r"\boxedtext{5}", None),
+        (r"\\boxed{5}", "5"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed{5}\boxed{ }", "5"),
+        (r"\boxed{5}\boxed{6}\boxed{}", "6"),
         ("", None),
     ],
 )
@@ -151,7 +159,9 @@ def test_references_come_bare_boxed_or_between_dollars():
         (r"\boxed{}", "42", Outcome.UNPARSED),
         (r"\boxed{}", "", Outcome.UNPARSED),
         (r"\boxed{$ $}", "42", Outcome.UNPARSED),
-        (r"\boxed{\frac12}", "0.5", None),
+        (r"\boxed{\frac12}", "0.5", Outcome.CORRECT),  # by one spelling
+        (r"\boxed{1{,}234}", "1235", Outcome.INCORRECT),
+        (r"\boxed{\frac24}", "0.5", None),
         (r"\boxed{42 cm}", "42", None),
         (r"\boxed{3}", r"\sqrt 9", None),
         (r"\boxed{42}", "", None),
@@ -247,7 +257,7 @@ def test_text_without_an_answer_is_unparsed():
     [
         ("((((", "not an expression that math-verify can parse: '(((('"),
         ("", "not an expression"),
-        ("1" * 1001, "1,001 characters long"),
+        ("x" * 1001, "1,001 characters long"),
         ("(" * 21 + "1" + ")" * 21, "nested 21 deep"),
     ],
 )
@@ -256,6 +266,7 @@ def test_a_reference_that_cannot_be_read_is_an_error_of_the_data(answer, fault):
     assert (reward.outcome, reward.value) == (Outcome.ERROR, 0.0)
     assert "problem 'p-7'" in reward.detail
     assert fault in reward.detail
+    assert fault in check_math({"id": "p-7", "answer": answer})
 
 
 def test_the_extracted_answer_is_reported():
@@ -271,14 +282,217 @@ def test_the_exact_part_does_not_import_sympy():
     assert done.stdout.strip() == "[]"
 
 
-def test_references_are_checked_without_an_answer_and_those_with_other_digits_only_once(monkeypatch):
-    parsed = []
-    parse = symbolic_module._parse_expression.__wrapped__
-    monkeypatch.setattr(symbolic_module, "_parse_expression", lambda text: parsed.append(text) or parse(text))
-    symbolic_module._unreadable.cache_clear()
-    for reference in ("1,234", r"\frac{3}{7}", r"\frac{25}{31}", r"\frac{98}{76}", "2^{11}", "3^{11}"):
-        assert check_math({"id": "p", "answer": reference}) is None
-    assert parsed == [r"\frac{1}{1}", r"\frac{11}{11}", "2^{11}", "3^{11}"]
-    for reference, reason in ((r"\frac{2}{", "not an expression"), ("x" * 2000, "2,000 characters long")):
-        assert reason in check_math({"id": "p", "answer": reference})
-        assert reason in symbolic("5", reference).detail
+CASES = [json.loads(line) for line in Path(__file__).with_name("grading_cases.jsonl").read_text("utf-8").splitlines()]
+
+
+def verdict(text: str, answer: str) -> Outcome:
+    """Return what `Grader` returns, without its processes."""
+    return (decide_exactly(text, problem(answer)) or symbolic(text, answer)).outcome
+
+
+def test_verdicts_on_the_collected_cases():
+    verdicts = [(case, verdict(case["answer"], case["reference"])) for case in CASES]
+    wrong = [(case, outcome) for case, outcome in verdicts if (outcome == Outcome.CORRECT) != case["right"]]
+    listed = "\n".join(f"{case['kind']}: {case['reference']} <- {case['answer']}: {o}" for case, o in wrong)
+    assert len(wrong) <= 0.03 * len(CASES), listed
+    assert sum(not case["right"] for case, _ in wrong) <= 1, listed
+    assert not [case for case, outcome in verdicts if outcome == Outcome.ERROR]
+
+
+RIGHT = [
+    (r"1-\frac{1}{2^{50}}", r"\frac{2^{50}-1}{2^{50}}"),
+    (r"\binom{100}{50}", r"\frac{100!}{50!\cdot 50!}"),
+    ("2^{64}", "18446744073709551616"),
+    (r"\operatorname{W}(2) + 3", r"3 + \operatorname{W}(2)"),
+    (r"x = 2 \pm i", "2+i, 2-i"),
+    (r"\{1\pm\sqrt{5},-2\}", r"\{-2, 1+\sqrt5, 1-\sqrt5\}"),
+    (r"3:00\text{ p.m.}", r"3\!:\!00 \text{ PM}"),
+    ("16:25", r"\frac{16}{25}"),
+    ("1:2:3", "2 : 4 : 6"),
+    (r"-2\frac{1}{3}", r"-\frac{7}{3}"),
+    ("3 1/4", "3.25"),
+    ("x^2 + y^2 = 25", "y^2 + x^2 - 25 = 0"),
+    ("4x + 3y - 12 = 0", r"y = 4 - \frac{4}{3}x"),
+    ("x = 1, y = 2", "y = 2, x = 1"),
+    ("15", "|AB| = 15"),
+    ("(x,y)=(4,3)", "(4,3)"),
+    ("(1,2),(3,4)", "(3,4), (1,2)"),
+    (r"x < -1 \text{ or } x > 1", r"(-\infty,-1)\cup(1,\infty)"),
+    (r"5 > x \ge 2", "[2,5)"),
+    ("]1,4[", "(1,4)"),
+    (r"\begin{pmatrix} 0.5 & 2 \\ 3 & 4 \end{pmatrix}", r"\left[\begin{array}{cc}\frac12&2\\3&4\end{array}\right]"),
+    ("312_4", r"312_{\text{four}}"),
+    ("201_3", r"201 \text{ (base 3)}"),
+    ("D", "(D) 3/4"),
+    ("12", r"\textbf{(B)}\ 12"),
+    (r"\text{Alice and Bob}", "Bob and Alice"),
+    ("xy", "yx"),
+    ("6, 8", r"6 \quad \text{and} \quad 8"),
+    (r"e^{i\pi}", "-1"),
+    ("2^{n+1}", r"2\cdot 2^n"),
+    (r"12.5\%", r"\frac{1}{8}"),
+    ("12{,}345.5", "12345.5"),
+    (r"\frac{1}{2}", r"\sin 30^\circ"),
+    (r"\$1{,}250.50", "1250.5"),
+    ("9.8", r"9.8\,\mathrm{m/s^2}"),
+    (r"36\pi \text{ cm}^3", r"36\pi"),
+    (r"12 \text{ cm}^2", "12 square centimeters"),
+    ("x", "(x)"),
+    (r"\frac{\pi^2}{6}", r"\sum_{n=1}^{\infty}\frac{1}{n^2}"),
+    (r"9 \text{ mi/h}", r"9\text{ mph}"),
+    (r"\sqrt{3+2\sqrt{2}}", r"1+\sqrt{2}"),
+    ("2⁻³", r"\frac18"),
+    ("α+1", r"\alpha + 1"),
+    ("∠A = 30°", "30"),
+    (r"2.5\mathrm{e}3", "2500"),
+    ("42", r"\textcolor{red}{\textbf{42}}"),
+    ("42", r"\text{The answer is } 42"),
+    (r"\log_2 3", r"\frac{\ln 3}{\ln 2}"),
+    ("35", "C_7^3"),
+    (r"0.\overline{12}", r"0.\overline{1212}"),
+    (r"\frac{5}{11}", "0.4545..."),
+    (r"x \equiv 10 \pmod 7", r"x \equiv 3\ (\mathrm{mod}\ 7)"),
+    (r"\$2\text{ million}", "2000000"),
+    ("2(3)", "6"),
+]
+
+WRONG = [
+    (r"\pi\cdot 10^{-20}", r"2\pi\cdot 10^{-20}"),
+    (r"\frac{1}{50!}", r"\frac{1}{49!}"),
+    ("e^{-50}", "e^{-51}"),
+    (r"\sqrt{2}+10^{-18}", r"\sqrt{2}"),
+    ("10^{50}", "10^{50}+1"),
+    (r"\sqrt{10^{30}+1}", "10^{15}"),
+    (r"A\oplus B", r"A\ominus B"),
+    (r"\gcd(a,b)+1", "2"),
+    (r"\frac{1 \pm \sqrt{5}}{2}", r"\frac{1+\sqrt5}{2}"),
+    ("10:15 a.m.", "10:15 p.m."),
+    ("1:2:3", "1:3:2"),
+    ("2x + 4y = 6", "9 = 9"),
+    ("x = 2y", "y = 2x"),
+    ("x = 1, y = 2", "x = 2, y = 1"),
+    ("1 < x < 4", "1, 4"),
+    ("(1,234)", "1234"),
+    ("2516_8", "2516"),
+    ("32_5", "17"),
+    ("listen", "silent"),
+    ("B", r"\textbf{(C) }12"),
+    ("x", "X"),
+    ("1,2,2", "1,2"),
+    (r"\emptyset", r"\{\emptyset\}"),
+    ("3t", "3"),
+    ("|x|", "x"),
+    (r"\sqrt{x^2}", "x"),
+    (r"\frac{1}{7}", "0.142857"),
+    (r"\sin 30^\circ", r"\sin 30"),
+    (r"7 \text{ cm}", r"7 \text{ m}"),
+    (r"0.\overline{3}", "0.3"),
+    (r"3 \pmod 7", "3"),
+    (r"\angle ABC", r"\angle ACB"),
+    ("9", "9 = 3 + 7 = 10"),
+    (r"n \text{ is even}", "n"),
+    ("12", "1 2"),
+    ("5", r"5\text{x}"),
+]
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "right"), [(*pair, True) for pair in RIGHT] + [(*pair, False) for pair in WRONG]
+)
+def test_verdicts_on_pairs_of_the_same_kinds(reference, answer, right):
+    outcome = verdict(rf"Thus \boxed{{{answer}}}.", reference)
+    assert (outcome == Outcome.CORRECT) == right
+    assert outcome != Outcome.ERROR
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "answer"),
+    [
+        (r"<think>\boxed{7}</think> so \boxed{8}", False, r" so \boxed{8}"),
+        (r"\boxed{7}</think>8", True, "8"),
+        (r"<think>a</think><think>b</think>c", False, "c"),
+        (r"<think>\boxed{7}", False, None),
+        (r"<think>a</think>\boxed{7}<think>b", False, None),
+        (r"\boxed{7}", True, None),
+        (r"\boxed{7}", False, r"\boxed{7}"),
+        (r"<think>\boxed{7}</think>", False, ""),
+        (r"\boxed{7}</think>", True, ""),
+        (r"\boxed{7}</think>", False, r"\boxed{7}"),  # nothing was opened
+    ],
+)
+def test_only_what_follows_the_thinking_is_the_answer(text, opened, answer):
+    assert after_thinking(text, opened=opened) == answer
+    other = text.replace("<think>", "[THINK]").replace("</think>", "[/THINK]")
+    assert after_thinking(other, ("[THINK]", "[/THINK]"), opened) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "outcome"),
+    [
+        (r"<think>the answer is \boxed{42}</think>So \boxed{41}", False, Outcome.INCORRECT),
+        (r"<think>the answer is 42</think>I cannot say.", False, Outcome.UNPARSED),
+        (r"<think>the answer is \boxed{42}", False, Outcome.UNPARSED),
+        (r"the answer is \boxed{42}", True, Outcome.UNPARSED),
+        (r"41?</think>\boxed{42}", True, Outcome.CORRECT),
+        (r"<think>41</think><answer>42</answer>", False, Outcome.CORRECT),
+        (r"<answer>41</answer><answer>$42$</answer>", False, Outcome.CORRECT),
+        (r"<answer>41, or \boxed{42}</answer>", False, Outcome.CORRECT),  # the box goes first
+        (r"<answer>42</answer><answer>41</answer>", False, Outcome.INCORRECT),
+    ],
+)
+def test_thoughts_are_not_graded(text, opened, outcome):
+    for answer in ("42", r"\frac{84}{2}"):  # decided exactly, and by algebra
+        row = problem(answer)
+        decided = decide_exactly(text, row, thinking_open=opened)
+        assert decided is None or decided.outcome == outcome
+        assert grade_math(text, {"id": "p-7", "answer": answer}, thinking_open=opened).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["42", "1,234", r"\frac12", r"90^\circ", "Nadia", r"\text{(C)}", r"x \ne 3", r"A \oplus B", r"2516_8", "9:30"],
+)
+def test_references_that_can_be_read(answer):
+    assert check_math({"id": "p-7", "answer": answer}) is None
+
+
+@pytest.mark.parametrize("answer", ["?", "...", r"\frac{}", r"\frac{1}{", "3 +", "3 +* 4", r"\sqrt{2"])
+def test_references_that_cannot_be_read(answer):
+    assert "not an expression" in check_math({"id": "p-7", "answer": answer})
+
+
+def test_checking_a_plain_reference_takes_microseconds():
+    started = time.perf_counter()
+    assert not any(check_math({"id": "p-7", "answer": str(number)}) for number in range(10_000))
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize(
+    "text", [r"x \ne 3", r"\begin{pmatrix}", r"3\!:\!00", r"\frac{1}{0}", r"\lim", "9^{9^{9^9}}", "(10^6)!"]
+)
+def test_an_answer_that_cannot_be_compared_is_no_error(text):
+    started = time.perf_counter()
+    for reference in ("5", r"x \ne 4", r"\sqrt{2}", r"y = 2x"):
+        assert symbolic(rf"\boxed{{{text}}}", reference).outcome in (Outcome.INCORRECT, Outcome.UNPARSED)
+    assert time.perf_counter() - started < 10
+
+
+def test_normalising_hostile_answers_takes_no_time():
+    pieces = [
+        "1 000 ",
+        "1,000,",
+        "0.1",
+        r"\frac",
+        r"\text{a}/",
+        "(since ",
+        "[1,2",
+        r"{a\over b}",
+        "1°",
+        r"\sin1°",
+        "$1",
+        "^{1}",
+    ]
+    started = time.perf_counter()
+    for piece in pieces:
+        canonical(piece * (MAX_BOX_CHARACTERS // len(piece)))
+    assert time.perf_counter() - started < 2
