@@ -455,7 +455,7 @@ class LanguageFunction(RewardFunction):
 
 
 class ReasoningGymFunction(RewardFunction):
-    """Score the answer by the problem's own generator of Reasoning Gym."""
+    """Does the verifier of Reasoning Gym accept the answer?"""
 
     name: Literal["reasoning_gym"] = "reasoning_gym"
 

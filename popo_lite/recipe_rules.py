@@ -15,6 +15,7 @@ from popo_lite.recipe import (
     LengthFunction,
     ModelRecipe,
     OwnFunction,
+    PythonTestsFunction,
     Recipe,
     RegexFunction,
     RewardFunction,
@@ -187,6 +188,9 @@ def _wrong_functions(reward: RewardRecipe) -> Iterator[tuple[str, str]]:
     for key, function in functions.items():
         if why := _wrong_options(function):
             yield "reward.functions", f'"{key}" {why}'
+        if isinstance(function, PythonTestsFunction) and function.timeout_seconds >= reward.timeout_seconds:
+            limit = f'timeout_seconds = {function.timeout_seconds:g} of "{key}"'
+            yield "reward.timeout_seconds", f"must be more than {limit}, which leaves time to report"
     if reward.positive_if == "total":
         return
     if unknown := [name for name in reward.positive_if if name not in functions]:

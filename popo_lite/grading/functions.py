@@ -317,11 +317,16 @@ def observe(functions: Iterable[Function], problem: Problem) -> str | None:
 
 
 def try_functions(functions: Sequence[Function], text: str, problem: Problem) -> None:
-    """Call every function once. Raises UserInputError if one of the user's own raises or returns no reward."""
+    """Call every function once. Raises UserInputError if one raises or returns no reward.
+
+    One with a `check` may raise because of an odd reference, which is for `unreadable` to say.
+    """
     for function in functions:
         try:
             function.grade(text, problem)
         except (Exception, SystemExit) as error:
+            if function.check:
+                continue
             source = _source(function.settings)
             what = str(error) if isinstance(error, WrongReturnError) else describe_exception(error)
             next_step = error.next_step if isinstance(error, WrongReturnError) else f"correct {source or 'it'}"

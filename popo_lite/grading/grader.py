@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from io import FileIO
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -69,7 +70,7 @@ class Grader(AbstractContextManager["Grader"]):
     def check(self, problems: Sequence[Problem] = ()) -> None:
         """Load the reward functions in one worker, and call them with answers to the first of `problems`.
 
-        Raises UserInputError if loading fails, a call raises or hangs, or a function returns no reward.
+        Raises UserInputError if loading fails, a function raises or returns no reward, or one of the user's own hangs.
         """
         self._run(self._check, problems[:TRIED_PROBLEMS])
 
@@ -135,23 +136,24 @@ class Grader(AbstractContextManager["Grader"]):
             self._workers.popitem()[1].kill()
 
     async def _check(self, problems: Sequence[Problem]) -> None:
-        worker = await self._ready_worker(0)
-        for problem in problems:
-            for text in (answer.format(problem.answer) for answer in TRIED_ANSWERS):
-                line = _line("try", [text, self._content(problem) | {"completion_ids": [0] * len(text.split())}])
-                try:
-                    reply = await worker.ask(line, self._reward.timeout_seconds)
-                    what = f"ended its process ({self._workers.pop(0).kill()})" if reply is None else ""
-                except TimeoutError:
-                    self._workers.pop(0).kill()
-                    reply, what = None, f"took more than reward.timeout_seconds = {self._reward.timeout_seconds:g}"
-                if reply is None:
-                    what = f"{self._names}: grading the answer {text!r:.60} to problem {problem.id} {what}"
-                    next_step = "correct the function, or raise reward.timeout_seconds"
-                    raise UserInputError(what + worker.stderr_note(), where="reward.functions", next_step=next_step)
-                if "refused" in reply:
-                    what = reply["refused"] + worker.stderr_note()
-                    raise UserInputError(what, where="reward.functions", next_step=reply["next_step"])
+        await self._ready_worker(0)
+        for problem, form in product(problems, TRIED_ANSWERS):
+            text, worker = form.format(problem.answer), await self._ready_worker(0)
+            line = _line("try", [text, self._content(problem) | {"completion_ids": [0] * len(text.split())}])
+            try:
+                reply = await worker.ask(line, self._reward.timeout_seconds)
+                what = f"ended its process ({self._workers.pop(0).kill()})" if reply is None else ""
+            except TimeoutError:
+                self._workers.pop(0).kill()
+                reply, what = None, f"took more than reward.timeout_seconds = {self._reward.timeout_seconds:g}"
+            if reply is None and any(isinstance(function, OwnFunction) for function in self._reward.functions or ()):
+                what = f"{self._names}: grading the answer {text!r:.60} to problem {problem.id} {what}"
+                next_step = "correct the function, or raise reward.timeout_seconds"
+                raise UserInputError(what + worker.stderr_note(), where="reward.functions", next_step=next_step)
+            if reply is not None and "refused" in reply:
+                what = reply["refused"] + worker.stderr_note()
+                raise UserInputError(what, where="reward.functions", next_step=reply["next_step"])
+            if reply is not None:
                 self._fix_forms(reply["forms"])
 
     def _fix_forms(self, forms: Mapping[str, str | None]) -> None:

@@ -72,6 +72,7 @@ def problems():
 
 @pytest.mark.parametrize("name", sorted(ALLOWED))
 def test_a_verifier_accepts_right_answers_alone(problems, name):
+    RAN.clear()  # pytest has compiled other tests since the hook was set
     for number, problem in enumerate(problems[name]):
         right = problem["answer"].strip()
         assert grade_reasoning_gym(f"<think>no</think>\n<answer> {right}\n</answer>", problem) == 1
