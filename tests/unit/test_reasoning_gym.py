@@ -98,7 +98,7 @@ def test_the_answer_is_taken_from_the_text():
         f"<answer>{right}</answer> no, <answer>{wrong}</answer>": 0,
         f"{right}</think>{wrong}": 0,
         f"<answer>{wrong}</answer></think>{right}": 1,
-        f"{right}</think> ": None,
+        f"<think>{right}</think> ": None,
         "<answer> </answer>": None,
     }.items():
         assert grade_reasoning_gym(text, problem) == value, text
@@ -110,7 +110,7 @@ def test_a_grading_process_has_the_function():
     task = gym("rearc,chain_sum", rearc={"weight": 3})
     asked = [task.train_problem(0, index) for index in range(12)]
     assert {problem.meta["task"] for problem in asked} == {"rearc", "chain_sum"}
-    with Grader(RewardRecipe(function="reasoning_gym", workers=1)) as grader:
+    with Grader(RewardRecipe.model_validate({"functions": "reasoning_gym", "workers": 1})) as grader:
         rewards = grader.grade([(problem.answer, problem) for problem in asked] + [("7 7", asked[0])])
     assert [reward.value for reward in rewards] == [1] * 12 + [0]
 
@@ -153,13 +153,13 @@ def test_held_out_problems_are_never_trained_on():
 def test_prompts_that_are_too_long_are_replaced():
     task = gym("chain_sum")
     before = [task.train_problem(0, index) for index in range(64)]
-    assert task.drop_training(lambda problem: len(problem.question) > 80) == 0
+    assert task.drop_training(lambda problem: "is too long" if len(problem.question) > 80 else None) == []
     after = [task.train_problem(0, index) for index in range(64)]
     assert max(len(problem.question) for problem in after) <= 80 < max(len(problem.question) for problem in before)
     assert all(a == b for a, b in zip(before, after, strict=True) if len(b.question) > 80 or a in after)
     longest = task.longest_candidates()
     assert longest == sorted(longest, key=lambda problem: -len(problem.question))
-    task.drop_training(lambda _: True)
+    task.drop_training(lambda _: "is too long")
     with pytest.raises(DataError, match=r"20 problems in a row do not fit"):
         task.train_problem(0, 0)
 
