@@ -84,8 +84,8 @@ def answered_again(rollout: Rollout, index: int) -> Rollout:
 def test_no_state_learns_to_predict_an_environments_token(trainer, monkeypatch, variant):
     one = trainer(*variant, "objective.similarity_coef=0" if "grpo" not in str(variant) else "objective.kl_coef=0")
     rollouts = groups_of(one)[0].rollouts[:2]
-    conversation = replace(rollouts[1], reward=replace(rollouts[1].reward, value=0.9))
-    answer = replace(rollouts[0], reward=replace(rollouts[0].reward, value=0.1))
+    conversation = replace(rollouts[1], reward=replace(rollouts[1].reward, value=0.9, positive=True))
+    answer = replace(rollouts[0], reward=replace(rollouts[0].reward, value=0.1, positive=False))
     states = []
     hidden_states = one.policy.hidden_states
 
