@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from popo_lite.errors import ModelError, UserInputError
 from popo_lite.grading import Grader
 from popo_lite.policy.policy import load_policy
 from popo_lite.policy.tokens import open_renderer
+from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder, read_lines
 from popo_lite.samplers import SamplingParams, open_sampler
 from popo_lite.tasks import open_tasks
@@ -164,6 +167,14 @@ def test_a_template_without_conversations_is_refused(game):
     template = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}"
     with pytest.raises(ModelError, match="takes no conversation with an environment: it leaves out the role tool"):
         Trainer(game(f'data.chat_template="{template}"', 'rollout.environment.role="tool"'), Callback())
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2] / "examples" / "guessing_game")
+    recipe = load_recipe("recipe.toml", ["train.steps=1", "eval.samples_per_problem=1", "rollout.num_generations=2"])
+    (tmp_path / "run").mkdir()
+    with Trainer(recipe, Callback()) as trainer:
+        assert trainer.run(RunFolder(tmp_path / "run")).summary is not None
 
 
 def test_a_run_trains_and_says_what_was_said(game, tmp_path):
