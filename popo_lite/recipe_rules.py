@@ -189,8 +189,8 @@ def _wrong_functions(reward: RewardRecipe) -> Iterator[tuple[str, str]]:
         if why := _wrong_options(function):
             yield "reward.functions", f'"{key}" {why}'
         if isinstance(function, PythonTestsFunction) and function.timeout_seconds >= reward.timeout_seconds:
-            limit = f'timeout_seconds = {function.timeout_seconds:g} of "{key}"'
-            yield "reward.timeout_seconds", f"must be more than {limit}, which leaves time to report"
+            limit = f"timeout_seconds = {function.timeout_seconds:g}"
+            yield "reward.functions", f'"{key}" has {limit}; set it below reward.timeout_seconds'
     if reward.positive_if == "total":
         return
     if unknown := [name for name in reward.positive_if if name not in functions]:

@@ -96,7 +96,7 @@ def test_several_functions_grade_in_a_worker():
         ('reward.functions=[{name="length"}]', "needs min or max"),
         ('reward.functions=[{name="json_schema"}]', "needs schema or schema_file"),
         ('reward.positive_if=["exact"]', '"exact" is not one of reward.functions, which are "math"'),
-        ('reward.functions=[{name="python_tests", timeout_seconds=5}]', 'must be more than timeout_seconds = 5'),
+        ('reward.functions=[{name="python_tests", timeout_seconds=5}]', 'has timeout_seconds = 5; set it below'),
         ("reward.function=math", "is called reward.functions here"),
         ("objective.reward_threshold=0.3", "is called reward.threshold here"),
     ],
