@@ -13,7 +13,7 @@ from popo_lite.grading import Grader
 from popo_lite.recipe import Recipe
 from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.types import Completion, FinishReason, Prompt
+from popo_lite.types import Completion, FinishReason, Problem, Prompt, Reward
 
 
 @dataclass
@@ -25,6 +25,7 @@ class _Conversation:
     sampler_logps: list[float] = field(default_factory=list)
     messages: list[Mapping[str, str]] = field(default_factory=list)
     finish_reason: FinishReason = FinishReason.STOP
+    failed: Reward | None = None
 
     def add(self, token_ids: Sequence[int], role: str, text: str, logps: Sequence[float] = ()) -> None:
         self.token_ids += token_ids
@@ -40,6 +41,7 @@ class _Conversation:
             text=self.messages[-1]["content"],
             loss_mask=tuple(self.loss_mask),
             messages=tuple(self.messages),
+            failed=self.failed,
         )
 
 
@@ -95,7 +97,9 @@ def sample_completions(
         observations = grader.observe([(one.messages, one.prompt.problem) for one in going])
         speaking = []
         for one, observation in zip(going, observations, strict=True):
-            if observation is None:
+            if isinstance(observation, Reward):
+                one.failed = observation
+            if not isinstance(observation, str):
                 continue
             token_ids = renderer.observation_ids(one.token_ids[-1], observation)
             if len(one.token_ids) + len(token_ids) < params.max_completion_length:
@@ -106,3 +110,17 @@ def sample_completions(
         if not going:
             break
     return [[conversation.completion() for conversation in group] for group in groups]
+
+
+def grade_completions(
+    grader: Grader, completions: Sequence[tuple[Completion, Problem]], *, step: int, steps: int
+) -> list[Reward]:
+    """Return the rewards of completions, in order; see `Grader.grade`. TRL's functions get `step` of `steps`."""
+    answers = [one for one, _ in completions]
+    rewards = grader.grade(
+        [(one.text, problem) for one, problem in completions],
+        completion_ids=[one.token_ids for one in answers],
+        conversations=[one.messages for one in answers],
+        trainer_state={"global_step": step, "max_steps": steps},
+    )
+    return [one.failed or reward for one, reward in zip(answers, rewards, strict=True)]

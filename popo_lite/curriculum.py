@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from popo_lite.conversation import sample_completions
+from popo_lite.conversation import grade_completions, sample_completions
 from popo_lite.grading import Grader, refuse_ungraded
 from popo_lite.recipe import CurriculumRecipe, Recipe, RolloutRecipe
 from popo_lite.samplers import Sampler, SamplingParams
@@ -215,12 +215,8 @@ def collect(
             )
         with clock("grade"):
             pairs = [(index, answer) for index, group in zip(going, completions, strict=True) for answer in group]
-            rewards = grader.grade(
-                [(answer.text, prompts[index].problem) for index, answer in pairs],
-                completion_ids=[answer.token_ids for _, answer in pairs],
-                conversations=[answer.messages for _, answer in pairs],
-                trainer_state={"global_step": step, "max_steps": recipe.train.steps},
-            )
+            answered = [(answer, prompts[index].problem) for index, answer in pairs]
+            rewards = grade_completions(grader, answered, step=step, steps=recipe.train.steps)
             for (index, answer), reward in zip(pairs, rewards, strict=True):
                 if recipe.reward.truncated == "wrong" and answer.finish_reason is FinishReason.LENGTH:
                     detail = "cut off at rollout.max_completion_length"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 
-from popo_lite.conversation import sample_completions
+from popo_lite.conversation import grade_completions, sample_completions
 from popo_lite.errors import DataError
 from popo_lite.grading import Grader, refuse_ungraded, ungraded_ratio
 from popo_lite.policy.policy import Policy
@@ -39,7 +39,7 @@ def fitting(problems: Sequence[Problem], renderer: Renderer, recipe: Recipe) -> 
 
 
 def check_references(problems: Sequence[Problem], grader: Grader, what: str, where: str) -> dict[str, str]:
-    """Return problem id -> why nothing can be graded against its answer, for the `problems` of which that is so.
+    """Return problem id -> why nothing can be graded against its answer, for each of `problems` that cannot be graded.
 
     Raises DataError if that is more than half of them; `what` names them, such as "training rows".
     """
@@ -95,12 +95,9 @@ def evaluate(
     )
     pairs = [(problem, answer) for problem, group in zip(problems, answers, strict=True) for answer in group]
     flat = [completion for _, completion in pairs]
-    rewards = grader.grade(
-        [(completion.text, problem) for problem, completion in pairs],
-        completion_ids=[completion.token_ids for completion in flat],
-        conversations=[completion.messages for completion in flat],
-        trainer_state={"global_step": policy.version, "max_steps": recipe.train.steps},
-    )
+    # A reward that changes in the course of training is here that of its end, for all weights alike.
+    answered, steps = [(completion, problem) for problem, completion in pairs], recipe.train.steps
+    rewards = grade_completions(grader, answered, step=steps, steps=steps)
     unreadable = grader.unreadable(problems)
     readable = [problem.id not in unreadable for problem, _ in pairs]
     limit = recipe.reward.max_ungraded_ratio
@@ -119,8 +116,8 @@ def evaluate(
         task_figures=dict(task.figures([completion.text for completion in flat])),
         truncated_ratio=statistics.fmean(completion.finish_reason is FinishReason.LENGTH for completion in flat),
         ungraded_ratio=ungraded_ratio(rewards),
-        completion_tokens_mean=statistics.fmean(len(completion.token_ids) for completion in flat),
-        rollout_tokens=sum(len(completion.token_ids) for completion in flat),
+        completion_tokens_mean=statistics.fmean(len(completion.sampler_logps) for completion in flat),
+        rollout_tokens=sum(len(completion.sampler_logps) for completion in flat),
         seconds=time.perf_counter() - start,
         pass_rates=tuple(count / samples_per_problem for count in right),
     )

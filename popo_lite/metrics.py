@@ -119,7 +119,7 @@ def rollout_metrics(groups: Sequence[Group], task: Task, *, first_round: int) ->
     with_positive = sum(count > 0 for count in right)
     positives = [rollout for group in groups for rollout in group.positives]
     answers = [{r.reward.answer for r in group.rollouts[:first_round]} - {None} for group in groups]
-    tokens = sum(len(r.completion.token_ids) for r in rollouts)
+    tokens = sum(len(r.completion.sampler_logps) for r in rollouts)
     verdicts = [[r for r in group.rollouts if r.reward.outcome.is_graded] for group in graded]
     mixed = [r for verdict in verdicts if len({r.reward.value for r in verdict}) > 1 for r in verdict]
     return {
@@ -138,8 +138,10 @@ def rollout_metrics(groups: Sequence[Group], task: Task, *, first_round: int) ->
         "unique_answers_mean": statistics.fmean(map(len, answers)),
         "task_figures": dict(task.figures([rollout.completion.text for rollout in first])),
         "truncated_ratio": statistics.fmean(r.completion.finish_reason is FinishReason.LENGTH for r in first),
-        "completion_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in first),
-        "positive_tokens_mean": statistics.fmean(len(r.completion.token_ids) for r in positives) if positives else None,
+        "completion_tokens_mean": statistics.fmean(len(r.completion.sampler_logps) for r in first),
+        "positive_tokens_mean": statistics.fmean(len(r.completion.sampler_logps) for r in positives)
+        if positives
+        else None,
         "rollout_tokens": tokens,
         "rollouts_per_positive_prompt": len(rollouts) / with_positive if with_positive else None,
         "rollout_tokens_per_positive_prompt": tokens / with_positive if with_positive else None,

@@ -302,7 +302,7 @@ class CurriculumRecipe(Section):
     """Difficulty of the training problems, moved by the pass rate."""
 
     enabled: bool = False
-    """Start at the easiest level and move by one at a time. Held-out problems are of all levels."""
+    """Start at the easiest level and move by one at a time. Problems held out of `data.dataset` are of all levels."""
     low: Ratio = 0.3
     """Go back to the easier level if the pass rate is below this."""
     high: Ratio = 0.7

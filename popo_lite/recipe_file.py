@@ -22,7 +22,7 @@ BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at mos
 KINDS = {"boolean": "true or false", "integer": "a whole number", "number": "a finite number", "string": "text",
          "array": "a list of text",
          "date": "a date, such as 2026-01-31",
-         "object": "a table of columns, each with true or false, a number, text, or a list of these"}  # fmt: skip
+         "object": "a table whose values are true or false, numbers or text"}  # fmt: skip
 """Types and bounds of JSON Schema in plain words."""
 
 
@@ -199,6 +199,8 @@ def _in_words(schema: dict[str, Any]) -> str:
         return (
             "a table of tasks, each with a table of settings" if "items" not in schema else "a list of tables by task"
         )
+    if isinstance(inner, dict) and any(member["type"] == "array" for member in inner.get("anyOf", ())):
+        return f"{KINDS['object']}, or lists of these"
     limits = " and ".join(f"{words} {schema[name]:g}" for name, words in BOUNDS.items() if name in schema)
     return KINDS[schema.get("format", schema["type"])] + (f", {limits}" if limits else "")
 

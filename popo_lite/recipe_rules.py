@@ -11,6 +11,7 @@ from typing import Any
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import (
     DatasetRecipe,
+    EnvironmentFunction,
     JsonSchemaFunction,
     LengthFunction,
     ModelRecipe,
@@ -53,6 +54,14 @@ IMPOSSIBLE = {
         "is multiplied up and down to reach the target entropy, and 0 stays 0; set a positive start",
     "objective.entropy_over=all objective.entropy_coef=0.0":
         "runs wrong answers through the model for an entropy bonus of 0; leave the key out, or set entropy_coef",
+    **dict.fromkeys(
+        (
+            "rollout.environment.max_turns!=4 rollout.environment.name=<unset>",
+            "rollout.environment.role!=user rollout.environment.name=<unset>",
+            "rollout.environment.options!={} rollout.environment.name=<unset>",
+        ),
+        "is used only with rollout.environment.name; set that too",
+    ),
     "objective.skip_all_right=True rollout.adaptive.enabled=True":
         "would skip prompts that the adaptive budget stopped before their first wrong answer; use one of the two",
     "optimizer.name=paged_adamw8bit train.device=cpu": 'paging needs a GPU; use "adamw8bit" or "adamw" on a CPU',
@@ -134,6 +143,9 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
     if recipe.train.tokens_per_microbatch < rollout.sequence_tokens:
         keys = ["train.tokens_per_microbatch", "rollout.max_prompt_length", "rollout.max_completion_length"]
         yield keys, f"one prompt with its answer may take {rollout.sequence_tokens} tokens; set at least that"
+    for function in recipe.reward.functions or ():
+        if isinstance(function, EnvironmentFunction) and (function.environment or function.options):
+            yield ["reward.functions"], "takes environment and options from rollout.environment; leave them out here"
     for key, why in _wrong_functions(recipe.grading):
         yield [key], why
     generated = "built-in problems are generated and have no such setting; leave the key out"
@@ -186,6 +198,8 @@ def _wrong_functions(reward: RewardRecipe) -> Iterator[tuple[str, str]]:
     if all(function.weight <= 0 for function in functions.values()):
         yield "reward.functions", "need one with a weight above 0"
     for key, function in functions.items():
+        if isinstance(function, EnvironmentFunction) and not function.environment:
+            yield "reward.functions", f'"{key}" needs an environment; set rollout.environment.name'
         if why := _wrong_options(function):
             yield "reward.functions", f'"{key}" {why}'
         if isinstance(function, PythonTestsFunction) and function.timeout_seconds >= reward.timeout_seconds:

@@ -388,13 +388,13 @@ class Trainer:
         self.callback.samples(sample_views(record["step"], groups, count))
         if text := takeover_message(record, groups, self.cursor.shape_steps):
             self.callback.message(text)
-        if record["level"] not in (None, level := self.cursor.level):
-            curriculum, levels = self.recipe.data.curriculum, self.train_task.levels
-            why = f"above data.curriculum.high = {curriculum.high:g}"
+        level, curriculum = self.cursor.level, self.recipe.data.curriculum
+        if record["level"] is not None and record["level"] != level:
+            why, move = f"above data.curriculum.high = {curriculum.high:g}", "on"
             if level < record["level"]:
-                why = f"below data.curriculum.low = {curriculum.low:g}"
-            text = f"pass rate {why} over {curriculum.window} steps: on to level {level + 1} of {levels}"
-            self.callback.message(text if level > record["level"] else text.replace("on to", "back to"))
+                why, move = f"below data.curriculum.low = {curriculum.low:g}", "back"
+            where = f"level {level + 1} of {self.train_task.levels}"
+            self.callback.message(f"pass rate {why} over {curriculum.window} steps: {move} to {where}")
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped_reason"] else 0
         if self._skipped_in_a_row and self._skipped_in_a_row % ADVISE_AFTER == 0:
             advice = (
@@ -469,13 +469,16 @@ class Trainer:
             return
         before, now = json.loads(path.read_text(encoding="utf-8")), self._digests()
         if self.cursor.before is not None and (found := changes(before["held_out"], now["held_out"])):
-            what = f"the held-out problems are others than before training ({found}), so its effect cannot be measured"
+            what = f"the held-out problems changed since training began ({found}), so its effect cannot be measured"
             next_step = "restore the data, or start a new run: the same command without --resume and --output"
             raise CheckpointError(what, where=str(path), next_step=next_step)
         if found := changes(before["training"], now["training"]):
             self.callback.message(f"the training rows changed since the run began: {found}; it goes on with those now")
             same = dict(before["training"].items() & now["training"].items())
             self.cursor.history = {name: seen for name, seen in self.cursor.history.items() if name in same}
+            if self.cursor.level >= self.train_task.levels:
+                self.cursor.level, self.cursor.level_rates = self.train_task.levels - 1, []
+            self._checkpoint()  # before data.json is written: a second resume would find nothing changed
 
     def _evaluate(self, when: str) -> EvalResult:
         recipe = self.recipe

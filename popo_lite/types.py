@@ -64,7 +64,8 @@ class Completion:
     sampler computed them. The end-of-sequence token is one of them; `text` is without special tokens.
 
     A conversation with an environment is one completion. `loss_mask` tells the model's own tokens (True) from those of
-    the environment, `messages` are all that followed the prompt, and `text` is the model's last one.
+    the environment, `messages` are all that followed the prompt, and `text` is the model's last one. `failed` is the
+    reward, without a verdict, of a conversation that the environment could not go on with.
     """
 
     token_ids: tuple[int, ...]
@@ -73,6 +74,7 @@ class Completion:
     text: str
     loss_mask: tuple[bool, ...] | None = None
     messages: tuple[Mapping[str, str], ...] = ()
+    failed: Reward | None = None
 
     def __post_init__(self) -> None:
         own = len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)

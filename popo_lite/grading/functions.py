@@ -301,18 +301,13 @@ def grade_by_all(functions: Iterable[Function], text: str, problem: Problem, rec
     return combine(rewards, recipe)
 
 
-def observe(functions: Iterable[Function], problem: Problem) -> str | None:
-    """Return what the environment says to the problem's conversation, or None if the conversation is over.
-
-    An environment that raises ends it; grading then says why.
-    """
+def observe(functions: Iterable[Function], problem: Problem) -> str | Reward | None:
+    """Return what the environment says to the problem's conversation, None if that is over, an ERROR if it raises."""
     make = next(one.environment for one in functions if one.environment)
     try:
         _, observation, done = play(make, problem, problem["conversation"])
-    except MemoryError:
-        raise
-    except (Exception, SystemExit):
-        return None
+    except (Exception, SystemExit) as error:
+        return Reward(value=0.0, outcome=Outcome.ERROR, detail=describe_exception(error))
     return None if done else observation
 
 

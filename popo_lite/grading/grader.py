@@ -91,15 +91,17 @@ class Grader(AbstractContextManager["Grader"]):
         """
         return self._run(self._grade_all, answers, completion_ids, conversations, trainer_state or {})
 
-    def observe(self, conversations: Sequence[tuple[Sequence[Mapping[str, str]], Problem]]) -> list[str | None]:
+    def observe(
+        self, conversations: Sequence[tuple[Sequence[Mapping[str, str]], Problem]]
+    ) -> list[str | Reward | None]:
         """Return what the environment says to each conversation, None if it is over.
 
-        A conversation is also over if the environment raises, hangs or ends its process; grading it then says why.
+        A reward without a verdict stands for an environment that raised, hung or ended its process.
         """
         return self._run(self._observe_all, conversations)
 
     def unreadable(self, problems: Sequence[Problem]) -> dict[str, str]:
-        """Return problem id -> why a reward function cannot read its reference, for those of which that is so.
+        """Return problem id -> why a reward function cannot read its reference, for each that cannot be read.
 
         Workers check in parallel. A check that takes longer than `timeout_seconds` counts as unreadable.
         """
@@ -216,15 +218,15 @@ class Grader(AbstractContextManager["Grader"]):
 
     async def _observe_all(
         self, conversations: Sequence[tuple[Sequence[Mapping[str, str]], Problem]]
-    ) -> list[str | None]:
+    ) -> list[str | Reward | None]:
         waiting = iter(enumerate(conversations))
-        observations: dict[int, str | None] = {}
+        observations: dict[int, str | Reward | None] = {}
 
         async def work(slot: int) -> None:
             for index, (messages, problem) in waiting:
                 content = self._content(problem) | {"conversation": list(map(dict, messages))}
                 reply = await self._ask(slot, _line("observe", content))
-                observations[index] = None if isinstance(reply, Reward) else reply["observation"]
+                observations[index] = reply if isinstance(reply, Reward) else reply["observation"]
 
         await asyncio.gather(*map(work, range(min(self._reward.workers, len(conversations)))))
         return [observations[index] for index in range(len(conversations))]
@@ -249,17 +251,13 @@ class Grader(AbstractContextManager["Grader"]):
         except (TypeError, ValueError) as error:
             detail = f"problem {problem.id!r} has a meta value that JSON cannot hold: {error}"
             return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
-        reply = await self._ask(slot, line)
-        if isinstance(reply, Reward):
-            reward = reply
-        else:
-            reward = Reward(**reply["reward"] | {"outcome": Outcome(reply["reward"]["outcome"])})
+        reward = cast("Reward", await self._ask(slot, line))
         return reward if reward.answer is not None else replace(reward, answer=final_answer(text))
 
     async def _ask(self, slot: int, line: bytes) -> dict[str, Any] | Reward:
         """Send one request; retry it once if its worker dies, but not if it hangs, as it would hang again.
 
-        Return the reply, or a reward without a verdict if there is none.
+        Return the reply, or the reward that it holds; one without a verdict if there is no reply.
         """
         for _ in range(2):
             worker = await self._ready_worker(slot)
@@ -272,9 +270,12 @@ class Grader(AbstractContextManager["Grader"]):
             if reply is None or reply.get("leaving"):
                 how = self._workers.pop(slot).kill()
             if reply is not None:
-                if "reward" in reply and reply["reward"]["outcome"] == Outcome.ERROR:
-                    reply["reward"]["detail"] += worker.stderr_note()
-                return reply
+                if "reward" not in reply:
+                    return reply
+                verdict = reply["reward"]
+                if verdict["outcome"] == Outcome.ERROR:
+                    verdict["detail"] += worker.stderr_note()
+                return Reward(**verdict | {"outcome": Outcome(verdict["outcome"])})
         detail = f"grading this answer ended the worker twice ({how}){worker.stderr_note()}"
         return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
 

@@ -69,7 +69,11 @@ def main() -> None:
             else:
                 reply(forms={one.settings.key: one.trl.form for one in loaded if one.trl})
         elif "observe" in request:
-            reply(observation=functions.observe(loaded, request["observe"]))
+            observation = functions.observe(loaded, request["observe"])
+            if isinstance(observation, Reward):
+                reply(reward=dataclasses.asdict(observation))
+            else:
+                reply(observation=observation)
         else:
             try:
                 text, problem = request["grade"]

@@ -62,6 +62,8 @@ class HFSampler(Sampler):
         """Append token by token to `running`, the answers to `requests`."""
         device, head, limit = self._policy.device, self._policy.head, max(request.max_tokens for request in requests)
         hidden, cache, mask = self._prefill([request.prompt.token_ids for request in requests])
+        # An ended sequence may be decoded on with the others: not beyond the positions that the model has.
+        last_position = max(len(request.prompt.token_ids) + request.max_tokens for request in requests) - 1
         # A sequence's random stream [limit] depends on its seed alone.
         streams = [np.random.Generator(np.random.Philox(key=seed)).random(limit) for _, seed, _ in requests]
         uniforms = torch.from_numpy(np.stack(streams)).to(device)
@@ -89,7 +91,7 @@ class HFSampler(Sampler):
             output = self._policy.run_trunk(
                 input_ids=tokens[:, None],
                 attention_mask=mask,
-                position_ids=mask.sum(dim=1, keepdim=True) - 1,
+                position_ids=(mask.sum(dim=1, keepdim=True) - 1).clamp(max=last_position),
                 past_key_values=cache,
                 use_cache=True,
             )

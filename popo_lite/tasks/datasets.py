@@ -354,7 +354,7 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
         "changed": sum(before[name] != now[name] for name in both),
     }
     found = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
-    return found or ("" if list(before) == list(now) else "the order is another one")
+    return found or ("" if list(before) == list(now) else "the order changed")
 
 
 def load_table(part: DatasetRecipe, section: Literal["data", "eval"]) -> tuple[str, Any]:

@@ -192,9 +192,9 @@ class Renderer:
         except (TemplateError, TypeError) as error:
             raise self._no_conversation(str(error)) from error
         following = text.partition(answer)[2]
-        if observation.strip() not in following:
-            raise self._no_conversation(f"it leaves out the role {self._role}")
         ids = self.tokenizer.encode(following, add_special_tokens=False)
+        if observation.strip() not in following or not ids:
+            raise self._no_conversation(f"it leaves out the role {self._role}")
         return tuple(ids[1:] if ids[0] == last_token else ids)
 
     def _no_conversation(self, reason: str) -> ModelError:

@@ -19,6 +19,7 @@ from popo_lite.errors import RecipeError
 from popo_lite.recipe import (
     FUNCTIONS,
     OBJECTIVES,
+    EnvironmentFunction,
     Objective,
     OwnFunction,
     Recipe,
@@ -136,6 +137,8 @@ def functions_markdown() -> str:
     kinds: dict[str, type[RewardFunction]] = {**FUNCTIONS, "module:function": OwnFunction}
     for name, kind in kinds.items():
         own = {field.alias or key: field for key, field in kind.model_fields.items() if key not in common}
+        if kind is EnvironmentFunction:  # taken from rollout.environment
+            own = {}
         parts.append(f"\n`{name}`: {meaning(kind)}\n")
         parts += ["\n", *(_entry(key, field) for key, field in own.items())] if own else []
     return "".join(parts)

@@ -16,7 +16,8 @@ from popo_lite.recipe_file import load_recipe
 from popo_lite.samplers import SamplingParams, open_sampler
 from popo_lite.tasks import ArithmeticTask
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.types import FinishReason, Problem
+from popo_lite.types import FinishReason, Problem, Prompt
+from small_models import FAMILIES, write_family
 
 ENGINES = ("hf",)
 LOGP_TOLERANCE = 1e-4
@@ -159,6 +160,23 @@ def test_a_conversation_goes_on_from_its_own_tokens_within_its_own_limit(setup):
             assert gap.abs().max() < LOGP_TOLERANCE
     assert turns == {1, 2, 3}
     assert sum(ended) == 4 * len(prompts)
+
+
+def test_requests_of_unequal_lengths_stay_within_the_models_positions(tmp_path):
+    """A sequence that has ended may be decoded on beside longer ones, and GPT-2 has a table of positions."""
+    write_family(dataclasses.replace(FAMILIES["gpt2"], config={"n_positions": 32}), tmp_path / "gpt2")
+    recipe = load_recipe("tiny_cpu", [f"model.id={tmp_path / 'gpt2'}", "model.quantization=none", "lora.rank=4",
+                                      "rollout.max_prompt_length=16", "rollout.max_completion_length=16"])  # fmt: skip
+    policy = load_policy(recipe)
+    policy.stop_ids = frozenset()
+    problem = Problem(id="x", messages=(), answer="")
+    wanted = [(Prompt(problem=problem, token_ids=tuple(range(5, 5 + n))), n, 32 - n) for n in (28, 6, 7)]
+    with open_sampler(recipe, policy, text=str, notify=print) as sampler:
+        drawn = sampler.draw(
+            wanted, params=SamplingParams(temperature=1.0, max_completion_length=26), policy_version=policy.version,
+            stream=("unequal",),
+        )  # fmt: skip
+    assert [len(one.token_ids) for one in drawn] == [4, 26, 25]
 
 
 def test_streams_differ_by_seed_step_and_sample(setup):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from popo_lite.callbacks import Callback
-from popo_lite.conversation import sample_completions
+from popo_lite.conversation import grade_completions, sample_completions
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.grading import Grader
 from popo_lite.policy.policy import load_policy
@@ -79,9 +79,7 @@ def converse(game):
                 policy_version=policy.version, stream=("test",), finished=ended.append,
             )  # fmt: skip
             flat = [(p, one) for p, group in zip(prompts, completions, strict=True) for one in group]
-            rewards = grader.grade(
-                [(one.text, p.problem) for p, one in flat], conversations=[one.messages for _, one in flat]
-            )
+            rewards = grade_completions(grader, [(one, p.problem) for p, one in flat], step=0, steps=1)
         assert sum(ended) == len(flat)
         return policy, renderer, flat, rewards
 
@@ -142,11 +140,11 @@ def test_there_is_no_answer_without_room(converse):
 def test_an_environment_in_trouble_ends_its_conversation_without_a_verdict(converse, trouble, outcome, detail):
     options = f'rollout.environment.options={{trouble = "{trouble}", turns = 3}}'
     _, _, flat, rewards = converse(options, "reward.workers=4", count=1)
-    ended = [
-        r for (_, one), r in zip(flat, rewards, strict=True) if len(one.messages) == (1 if trouble == "number" else 3)
-    ]
-    assert ended
-    assert all(reward.outcome is outcome and detail in reward.detail for reward in ended)
+    failed = [one.failed for _, one in flat if one.failed]
+    assert failed
+    assert all(one.outcome is outcome and detail in one.detail for one in failed)
+    # What failed once has no verdict, even if it would not fail again.
+    assert [reward for (_, one), reward in zip(flat, rewards, strict=True) if one.failed] == failed
 
 
 @pytest.mark.parametrize(

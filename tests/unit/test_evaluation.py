@@ -437,6 +437,14 @@ def test_an_evaluation_keeps_the_date_of_its_first_day(tmp_path):
     assert with_options(Recipe(), {**options(), "date": folder.date()}).data.date == folder.date()
 
 
+def test_a_benchmark_has_no_environment():
+    recipe = Recipe().with_values({"rollout.environment.name": "a_module:Game", "rollout.environment.max_turns": 9})
+    asked = with_options(recipe, options())
+    assert [function.name for function in recipe.grading.functions] == ["environment"]
+    assert [function.name for function in asked.grading.functions] == ["math"]
+    assert asked.rollout.environment.name is None
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserInputError, match="holds no evaluation"), EvaluationFolder(tmp_path).locked():

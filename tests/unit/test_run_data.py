@@ -92,6 +92,11 @@ def test_training_rows_that_change_before_a_run_is_resumed_are_said(tmp_path, sm
     recipe = small(f'data.dataset="{training}"', "eval.dataset=arithmetic")
     popo_lite.train(recipe, output=tmp_path / "run")
     found = []
+    known = {f"train.jsonl/{row}": [4, 4, 0] for row in (5, 6, 7)}
+    [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
+    content = json.loads((checkpoint / "cursor.json").read_text())
+    content["cursor"]["history"] = known
+    (checkpoint / "cursor.json").write_text(json.dumps(content))
     for answers in ({}, {15: "1"}, {15: "1", 16: UNREADABLE}):
         write(training, answers)
         (tmp_path / "run" / "summary.json").unlink()
@@ -100,6 +105,8 @@ def test_training_rows_that_change_before_a_run_is_resumed_are_said(tmp_path, sm
         found.append([text for text in messages.texts if "since the run began" in text])
     said = "the training rows changed since the run began: {}; it goes on with those now"
     assert found == [[], [said.format("1 changed")], [said.format("1 gone")]]
+    # Saved at once, because a second resume finds nothing changed.
+    assert json.loads((checkpoint / "cursor.json").read_text())["cursor"]["history"].keys() == {"train.jsonl/5"}
 
 
 def test_held_out_problems_that_change_before_a_run_is_resumed_are_refused(tmp_path, small, capsys):
@@ -113,7 +120,7 @@ def test_held_out_problems_that_change_before_a_run_is_resumed_are_refused(tmp_p
     lines = rows.splitlines(keepends=True)
     row = int(held_out.partition("/")[2]) - 1
     data.write_text("".join([*lines[:row], lines[row].replace('"answer": "', '"answer": "1'), *lines[row + 1 :]]))
-    with pytest.raises(CheckpointError, match=r"held-out problems are others than before training \(1 changed\)"):
+    with pytest.raises(CheckpointError, match=r"held-out problems changed since training began \(1 changed\)"):
         popo_lite.train(recipe, output=run, resume=True)
     assert (run / "data.json").read_text() == before
     popo_lite.evaluate(run, weights=["base"], problems=1, samples=1)

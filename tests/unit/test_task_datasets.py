@@ -323,7 +323,7 @@ class TestLongestCandidates:
     ("now", "found"),
     [
         ({"a": "1", "b": "2"}, ""),
-        ({"b": "2", "a": "1"}, "the order is another one"),
+        ({"b": "2", "a": "1"}, "the order changed"),
         ({"a": "3", "c": "2", "d": "4"}, "2 new, 1 gone, 1 changed"),
     ],
 )

@@ -127,6 +127,7 @@ class BenchTrainer(Trainer):
         self.folder: Any = SimpleNamespace(metrics_path=Path(os.devnull))
         # Off: every setting by which a step's size depends on the answers.
         fixed = {"rollout.skip_known": False, "rollout.adaptive.enabled": False, "reward.truncated": "grade"}
+        fixed |= {"rollout.environment.name": None, "data.curriculum.enabled": False}
         recipe = recipe.with_values({**fixed, "output.samples_per_step": 0})
         super().__init__(recipe, meter, memory_advice=meter.exhausted)
         self.guard = SimpleNamespace(check=lambda *_: None)  # type: ignore[assignment]  # made-up answers have any gap

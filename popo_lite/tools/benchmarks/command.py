@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from popo_lite.errors import EngineError, UserInputError
-from popo_lite.recipe import MathFunction, Recipe
+from popo_lite.recipe import EnvironmentRecipe, MathFunction, Recipe
 
 PAPER_PRESET = {"samples": 128, "temperature": 0.7, "top_p": 0.95, "max_tokens": 4096, "system_prompt":
                 r"Please reason step by step, and put your final answer within \boxed{}."}  # fmt: skip
@@ -146,6 +146,7 @@ def with_options(recipe: Recipe, options: dict[str, Any]) -> Recipe:
         "eval.temperature": options["temperature"],
         "data.system_prompt": options["system_prompt"],
         "data.date": recipe.data.date or options.get("date"),
+        "rollout.environment": EnvironmentRecipe(),
         "reward.functions": (MathFunction(),),
         "reward.positive_if": "total",
     }

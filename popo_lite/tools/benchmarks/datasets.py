@@ -156,7 +156,7 @@ def _problem(benchmark: Benchmark, problem_id: str, row: Mapping[str, Any] | str
 
 
 def unreadable_references(problems: Sequence[Problem], grader: Grader) -> dict[str, str]:
-    """Return problem id -> why nothing can be graded against its answer, for the problems of which that is so."""
+    """Return problem id -> why nothing can be graded against its answer, for each problem that cannot be graded."""
     found = grader.unreadable(problems)
     for problem in problems:
         tolerances, numbers = problem.meta.get("tolerance", ()), _numbers(unwrap(problem.answer))
@@ -185,7 +185,7 @@ def within_tolerance(reward: Reward, problem: Problem) -> Reward:
         if inside is None:
             return reward
         rest.remove(inside)
-    return replace(reward, value=1.0, outcome=Outcome.CORRECT)
+    return replace(reward, value=1.0, outcome=Outcome.CORRECT, positive=True)
 
 
 def _numbers(answer: str) -> list[Fraction] | None:

@@ -7,7 +7,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -216,7 +216,9 @@ def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: 
     chosen = _askable(subjects, held_out(asked, recipe, problems), recipe)
     if (run := task_run(models, task)) and run.data_path.is_file():
         before = json.loads(run.data_path.read_text(encoding="utf-8"))["held_out"]
-        now = digests(asked.held_out(recipe.eval.problems))
+        now: dict[str, str] = {}
+        with suppress(DataError):  # there are fewer than before
+            now = digests(asked.held_out(recipe.eval.problems))
         if other := sum(now.get(name) != digest for name, digest in before.items()):
             what = f"{other:,} of {len(before):,} held-out problems changed or are gone since {run.path} was trained"
             click.echo(f"{what}; those in their place may have been trained on", err=True)
