@@ -112,8 +112,8 @@ def errors_of(source: str | Path, *overrides: str) -> list[str]:
         ),
         (
             '[data]\ndataset = "x"\nfilter = { level = [[4]] }',
-            "data.filter = { level = [[4]] }: must be a table of columns, each with true or false, a number, text, "
-            "or a list of these",
+            "data.filter = { level = [[4]] }: must be a table whose values are true or false, numbers or "
+            "text, or lists of these",
         ),
         (
             "[objective]\nentropy_coff = 0.1",
