@@ -164,10 +164,10 @@ class Renderer:
         ends = {tokenizer.pad_token_id, tokenizer.eos_token_id, *self._stop_ids} - {None}
         if self._keep_special_tokens:
             return frozenset(ends)
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {
-            *tokenizer.all_special_ids
-        }
-        tags = {tokenizer.convert_tokens_to_ids(tag) for tag in self._thinking_tags}
+        added = tokenizer.added_tokens_decoder
+        special = {i for i, token in added.items() if token.special} | {*tokenizer.all_special_ids}
+        # Not `convert_tokens_to_ids`: for a tag that it lacks, Qwen's tokenizer returns <|endoftext|>.
+        tags = {i for i, token in added.items() if token.content in self._thinking_tags}
         return frozenset(special - tags) if special & tags else None
 
     def observation_ids(self, last_token: int, observation: str) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ def grader(tmp_path_factory) -> Iterator[Grader]:
         with Grader(RewardRecipe(functions="matrix_rewards:even", workers=1)) as shared:
 
             @contextmanager
-            def borrowed(_: Any) -> Iterator[Grader]:
+            def borrowed(*_: Any, **__: Any) -> Iterator[Grader]:
                 yield shared
 
             patch.setattr(pipeline, "release_memory", lambda: None)  # small models need no collection
