@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from popo_lite.errors import UserInputError
+from popo_lite.grading.math import THINKING_TAGS, after_thinking
 from popo_lite.types import Outcome, Reward
 
 FOLDER = str(Path(__file__).parent)
@@ -57,16 +58,18 @@ def grade_python_tests(
     memory_mib: int = 512,
     partial: bool = False,
     allow_uncontained: bool = False,
+    thinking_tags: tuple[str, str] = THINKING_TAGS,
+    thinking_open: bool = False,
 ) -> Reward:
     """Run the code of `text` against the tests in `problem["answer"]`; 1 if all pass, else 0.
 
-    With `partial`, the fraction of tests that pass. `timeout_seconds` is for all tests together, `memory_mib` for each
-    process. Raises UserInputError if the code cannot be contained and `allow_uncontained` is false, ValueError if the
+    Code in the thinking does not count. With `partial`, the value is the fraction of tests that pass. `timeout_seconds`
+    is for all tests together, `memory_mib` for each process. Raises UserInputError if the code cannot be contained and `allow_uncontained` is false, ValueError if the
     tests cannot be read, and OSError if the sandbox cannot be started.
     """
     prepare_python_tests(allow_uncontained=allow_uncontained)
     tests = _tests_of(problem)
-    code = find_code(text)
+    code = find_code(after_thinking(text, thinking_tags, thinking_open) or "")
     if code is None:
         return Reward(value=0.0, outcome=Outcome.UNPARSED)
     job: dict[str, Any] = {"code": code}
@@ -136,7 +139,7 @@ def _statements_job(tests: _Tests) -> dict[str, Any]:
 
 
 def _judge_outputs(report: dict[str, Any] | None, tests: _Tests) -> tuple[list[bool], str]:
-    """Return for every pair if the program printed what is expected, and a word on the first that it did not."""
+    """Return, for every pair, whether the program printed what is expected; and a message about the first failure."""
     outputs: list[str | None] = report["outputs"] if report else [None] * len(tests.pairs)
     passed = [
         output is not None and _lines(output) == _lines(expected)
@@ -307,7 +310,7 @@ def _run(job: dict[str, Any], contained: bool, timeout_seconds: float, memory_mi
                 env=environment,
                 timeout=timeout_seconds + GRACE_SECONDS,
             )
-        except subprocess.TimeoutExpired:  # which has killed the launcher, and so the kernel the others
+        except subprocess.TimeoutExpired:  # which has killed the launcher; the kernel then kills the others
             return None
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"exit code {done.returncode}"

@@ -1,9 +1,9 @@
-"""Run code that a model wrote, with its tests where it cannot reach them. `sandbox` starts this as a process.
+"""Run code that a model wrote, and its tests in another process. `sandbox` starts this file as a process.
 
 Three processes, each started by the one before:
 
 - the launcher makes the namespaces and waits;
-- the judge, process 1 of the new namespaces, runs the tests. Where they use a name of the answer, it asks for it;
+- the judge, process 1 of the new namespaces, runs the tests. When they use a name of the answer, it asks for it;
 - the answer runs the model's code. It gets the arguments of calls and sends back results as data. It never has the
   tests or the expected values, and nothing that it sends is a verdict, so it passes a test only by the right result.
   It is started before the judge reads the tests, because a fork copies memory.

@@ -1,4 +1,4 @@
-"""Code against tests: what passes, and that nothing which a model may write does any harm or passes by a trick."""
+"""Test that right code passes its tests, and that no code does harm or passes by a trick."""
 
 import json
 import os
@@ -453,7 +453,7 @@ def outside(tmp_path, monkeypatch):
 
 
 def hostile_processes(wait=True):
-    """Return if hostile processes are left, after a moment: the kernel ends those of a namespace one by one."""
+    """Return whether hostile processes are left, after a moment: the kernel ends those of a namespace one by one."""
     for _ in range(50 if wait else 1):
         names = (path.read_text() for path in Path("/proc").glob("[0-9]*/comm"))
         try:
@@ -577,6 +577,24 @@ def test_the_last_block_of_python_is_the_code(text, code):
     if code is None:
         reward = grade_python_tests(text, problem("assert f(1) == 1"), allow_uncontained=True)
         assert (reward.value, reward.outcome) == (0.0, Outcome.UNPARSED)
+
+
+@needs_containment
+@pytest.mark.parametrize(
+    ("text", "options", "outcome"),
+    [
+        ("<think>\nRIGHT", {}, Outcome.UNPARSED),
+        ("RIGHT", {"thinking_open": True}, Outcome.UNPARSED),
+        ("<think>RIGHT</think>I do not know.", {}, Outcome.UNPARSED),
+        ("<think>RIGHT</think>WRONG", {}, Outcome.INCORRECT),
+        ("WRONG</think>RIGHT", {"thinking_open": True}, Outcome.CORRECT),
+        ("[T]RIGHT", {"thinking_tags": ("[T]", "[/T]")}, Outcome.UNPARSED),
+        ("[T]WRONG[/T]RIGHT", {"thinking_tags": ("[T]", "[/T]")}, Outcome.CORRECT),
+    ],
+)
+def test_code_in_the_thinking_does_not_count(text, options, outcome):
+    text = text.replace("RIGHT", fenced("def f(x): return x")).replace("WRONG", fenced("def f(x): return 0"))
+    assert grade_python_tests(text, problem("assert f(1) == 1"), **options).outcome == outcome
 
 
 @pytest.fixture
