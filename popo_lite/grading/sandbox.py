@@ -64,8 +64,8 @@ def grade_python_tests(
     """Run the code of `text` against the tests in `problem["answer"]`; 1 if all pass, else 0.
 
     Code in the thinking does not count. With `partial`, the value is the fraction of tests that pass. `timeout_seconds`
-    is for all tests together, `memory_mib` for each process. Raises UserInputError if the code cannot be contained and `allow_uncontained` is false, ValueError if the
-    tests cannot be read, and OSError if the sandbox cannot be started.
+    is for all tests together, `memory_mib` for each process. Raises UserInputError if the code cannot be contained and
+    `allow_uncontained` is false, ValueError if the tests cannot be read, and OSError if the sandbox cannot be started.
     """
     prepare_python_tests(allow_uncontained=allow_uncontained)
     tests = _tests_of(problem)

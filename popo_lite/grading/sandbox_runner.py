@@ -28,7 +28,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Self
 
 LINUX = sys.platform == "linux"
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -46,6 +46,10 @@ MAX_FILES = 1000
 MAX_DESCRIPTORS = 64
 MAX_REPLY_BYTES = 8 * 2**20
 MAX_OUTPUT_BYTES = 2**20
+
+_VALUES = (str, bytes, frozenset, tuple, int, float)
+PREDICATES = {name for kind in _VALUES for name in dir(kind) if name[0] != "_"} | {"equals"}
+"""Methods of values, such as `startswith`. An object returned in place of a value must not answer them itself."""
 
 
 def main() -> None:
@@ -276,7 +280,11 @@ def run_tests(options: dict[str, Any], null: int, verdict: int) -> None:
         remote.ask("run", job["code"])
         # A name that the answer lacks raises NameError where the tests use it.
         namespace |= {name: remote.ask("name", name) for name in job["names"] if remote.ask("has", name) is True}
-        namespace |= {name: _RemoteClass.of(namespace[name]) for name in job["classes"] if name in namespace}
+        for name, value in namespace.items():
+            if name in job["classes"]:
+                namespace[name] = _HelperClass.of(value)
+            elif name[0].isupper() and isinstance(value, _Remote):
+                namespace[name] = _TestedClass.of(value)
         namespace |= {name: import_module(name) for name in job["modules"]}
     except BaseException as error:
         broken = f"{type(error).__name__}: {error}"[:200]
@@ -306,6 +314,8 @@ class Judge:
         if kind == "raised":
             name, message = result
             known = getattr(builtins, name, None)
+            if known is StopIteration:
+                raise _StoppedError(message)
             if isinstance(known, type) and issubclass(known, Exception):
                 raise known(message)
             raise RuntimeError(f"{name}: {message}")
@@ -341,12 +351,22 @@ class Judge:
         raise TypeError(f"tests can pass plain data and the answer's objects, not a {type(value).__name__}")
 
 
+def _refuse(*_: object) -> NoReturn:
+    raise TypeError("tests can compare plain data only, and the code gave an object of its own")
+
+
+class _StoppedError(RuntimeError):
+    """StopIteration, raised by the answer. Out of a function, it would end a `map` in the tests before its end."""
+
+
 class _Remote:
     """An object in the answer's process that is not plain data, for the tests to call and to look into.
 
-    It has no truth value and no equality, and no operators: an object that equals everything would pass every test,
-    and one with operators would be handed the expected value.
+    It has no truth value, comparisons or operators: an object that equals everything would pass every test, and one
+    with operators would be handed the expected value.
     """
+
+    _predicates = False  # whether tests may call its methods named in PREDICATES
 
     def __init__(self, judge: Judge, index: int) -> None:
         object.__setattr__(self, "_judge", judge)
@@ -356,31 +376,47 @@ class _Remote:
         return self._judge.ask("call", self._index, arguments, named)
 
     def __getattr__(self, name: str) -> Any:
-        return self._judge.ask("attribute", self._index, name)
+        value = self._judge.ask("attribute", self._index, name)
+        return _refuse() if name in PREDICATES and isinstance(value, _Remote) and not self._predicates else value
+
+    def __next__(self) -> Any:
+        try:
+            return forward("__next__")(self)
+        except _StoppedError as error:
+            raise StopIteration from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._judge.ask("set", self._index, name, value)
 
-    def __bool__(self) -> bool:
-        raise TypeError("tests can compare plain data only, and the code gave an object of its own")
-
-    def __eq__(self, other: object) -> bool:
-        return bool(self)
-
+    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _refuse
     __hash__ = None  # type: ignore[assignment]
 
-
-class _RemoteClass(_Remote):
-    """A class of the answer that tests make objects of. It must not give data, to which they might compare a result."""
-
     @classmethod
-    def of(cls, value: _Remote) -> _RemoteClass:
-        """Return the class that `value` stands for."""
+    def of(cls, value: _Remote) -> Self:
+        """Return the object that `value` stands for, with other rules."""
         return cls(*(object.__getattribute__(value, name) for name in ("_judge", "_index")))
+
+
+class _Tested(_Remote):
+    """An object that the tests made of a class under test: what its methods return is the answer to be tested."""
+
+    _predicates = True
+
+
+class _TestedClass(_Tested):
+    """A class under test."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         value = super().__call__(*arguments, **named)
-        return value if isinstance(value, _Remote) else bool(self)
+        return _Tested.of(value) if isinstance(value, _Remote) else value
+
+
+class _HelperClass(_Remote):
+    """A class of the answer that tests make objects of. It must not give data, to which they might compare a result."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        value = super().__call__(*arguments, **named)
+        return value if isinstance(value, _Remote) else _refuse()
 
 
 def forward(name: str) -> Callable[..., Any]:
@@ -396,7 +432,7 @@ def forward(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("__len__", "__getitem__", "__setitem__", "__iter__", "__next__", "__str__", "__repr__"):
+for _name in ("__len__", "__getitem__", "__setitem__", "__iter__", "__str__", "__repr__"):
     setattr(_Remote, _name, forward(_name))
 
 

@@ -85,6 +85,20 @@ RIGHT = {
         "s = Stack()\ns.push(3)\nassert len(s) == 1 and s.items == [3]\nassert s.pop() == 3\n"
         "s.items = [1]\nassert s.pop() == 1",
     ),
+    "methods with names of built-in ones": (
+        """
+        class Sets:
+            def __init__(self): self.count, self.parents = 0, {}
+            def find(self, x): return self.parents.get(x, x)
+            def union(self, x, y): self.parents[x], self.count = self.find(y), self.count + 1
+        """,
+        "s = Sets()\ns.union(1, 2)\nassert s.find(1) == 2 and s.count == 1",
+    ),
+    "iterators": (
+        "def f(n): yield from range(n)",
+        "it = f(1)\nassert next(it) == 0\ntry:\n    next(it)\n    assert False\nexcept StopIteration:\n    pass\n"
+        "assert next(it, 7) == 7\nassert list(zip(f(9), 'ab')) == [(0, 'a'), (1, 'b')]",
+    ),
     "objects as arguments": (
         """
         class P:
@@ -553,6 +567,48 @@ def test_what_tests_make_objects_of_cannot_give_the_value_to_compare_with():
     code = "def Point(x, y): return 0\ndef f(x): return 0"
     assert grade(code, "assert f(1) == Point(1, 2)").value == 0.0
     assert grade("EXPECTED = 0\ndef f(x): return 0", "assert f(1) == EXPECTED").value == 0.0
+
+
+OBJECT = "class Object:\n    {} = lambda *_: True\ndef f(x): return Object()"
+ENDLESS = "def f(x):\n    n = 0\n    while True:\n        yield n\n        n += 1"
+
+
+@needs_containment
+@pytest.mark.parametrize(
+    ("code", "tests"),
+    [
+        (OBJECT.format("startswith"), "assert f('abc').startswith('cb')"),
+        (OBJECT.format("isdigit"), "assert f(7).isdigit()"),
+        (OBJECT.format("issubset"), "assert f(7).issubset({1, 2})"),
+        (OBJECT.format("equals"), "assert f(7).equals([1, 2])"),
+        (OBJECT.format("count"), "assert f(7).count(1) == 1"),
+        (OBJECT.format("is_integer").replace("Object()", "[Object()]"), "assert f(7)[0].is_integer()"),
+        (OBJECT.format("__contains__"), "assert 5 in f(3)"),
+        (OBJECT.format("__lt__ = __eq__"), "assert f(3).__lt__(4)"),
+        (OBJECT.format("__lt__ = __eq__"), "assert f(3) < 4"),
+        (ENDLESS, "assert 5 in f(3)"),
+    ],
+)
+def test_an_object_does_not_answer_for_the_value_that_a_test_expects(code, tests):
+    reward = grade(code, tests)
+    assert reward.value == 0.0
+    assert "can compare plain data only" in reward.detail or "not supported between" in reward.detail
+
+
+@needs_containment
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert f(0) == 0\nassert all(map(lambda c: f(c[0]) == c[1], [(1, 2)]))",
+        "assert f(0) == 0\nassert all(a == b for a, b in zip(map(f, [1]), [2]))",
+        "it = iter([1])\nassert f(0) == 0 and not list(filter(lambda x: f(x) != 2, it))",
+    ],
+)
+@pytest.mark.parametrize("error", ["StopIteration", "GeneratorExit", "type('StopIteration', (StopIteration,), {})"])
+def test_an_exception_does_not_end_a_loop_of_the_tests(tests, error):
+    reward = grade(f"def f(x):\n    if x: raise {error}\n    return 0", tests)
+    assert reward.value == 0.0
+    assert "Error: " in reward.detail
 
 
 @pytest.mark.parametrize(
