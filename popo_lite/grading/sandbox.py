@@ -203,6 +203,7 @@ def _read_tests(source: str, entry_points: tuple[str, ...]) -> _Tests:
         raise ValueError("the tests have no assert")
     names, modules = _free_names(tree, set(entry_points))
     tested = _tested(names, set(entry_points))
+    _Origins(tree, names, names - tested).check()
     counter = _CountAsserts()
     statements, shown = list[str](), list[str | None]()
     for node in tree.body:
@@ -284,6 +285,103 @@ def _tested(names: set[str], entry_points: set[str]) -> set[str]:
             "advantage; add it to the tests, or name all functions that are tested in the column entry_point"
         )
     return tested
+
+
+class _Origins:
+    """Find which names of the answer the values in the tests are made with.
+
+    The answer decides what a value is that is made with a helper, its class `Node` for instance. As the expected side
+    of a comparison such a value would equal whatever the answer wants.
+    """
+
+    def __init__(self, tree: ast.Module, names: set[str], helpers: set[str]) -> None:
+        self._nodes, self._helpers = list(ast.walk(tree)), helpers
+        self._known = {name: {name} for name in names}
+        self._functions = {node.name: node.args for node in self._nodes if isinstance(node, ast.FunctionDef)}
+        self._values = {
+            node.targets[0].id: node.value
+            for node in self._nodes
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        }
+
+    def check(self) -> None:
+        """Raise ValueError with the reason if the tests compare the answer to a value made with a helper."""
+        before = -1
+        while self._helpers and before != (before := sum(map(len, self._known.values()))):  # in any order of statements
+            for node in self._nodes:
+                self._follow(node)
+        for node in self._nodes:
+            origins = list(filter(None, map(self._of, self._sides(node))))
+            if len(origins) > 1 and (found := set[str]().union(*origins) & self._helpers):
+                raise ValueError(
+                    f"the tests compare values of the answer in {textwrap.shorten(ast.unparse(node), 80)!r}, and an "
+                    f"answer could define {', '.join(sorted(found))} so that they are always equal; write down the "
+                    "expected value, define the helper in the tests, or name it in the column entry_point"
+                )
+
+    def _of(self, node: ast.AST) -> set[str]:
+        return set[str]().union(*(self._known.get(name, ()) for name in _loaded(node)))
+
+    def _sides(self, node: ast.AST) -> list[ast.expr]:
+        """Return what is compared by `node`, which may be a call as of `isclose`."""
+        if isinstance(node, ast.Compare):
+            return [node.left, *node.comparators]
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+            return [node.left, node.right]
+        if isinstance(node, ast.Call):
+            own = isinstance(node.func, ast.Name) and node.func.id in self._functions
+            return _arguments(node) if own or not self._of(node.func) else []
+        return []
+
+    def _follow(self, node: ast.AST) -> None:
+        """Add the origins of the values that `node` gives to names."""
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                self._bind(target, self._columns(node.value))
+        elif isinstance(node, ast.AnnAssign | ast.AugAssign | ast.NamedExpr) and node.value:
+            self._bind(node.target, [self._of(node.value)])
+        elif isinstance(node, ast.For | ast.comprehension):
+            self._bind(node.target, self._items(node.iter))
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            self._bind(ast.Name(node.name), [self._of(node)])
+        elif isinstance(node, ast.Call):
+            given = [self._of(one) for one in _arguments(node)]
+            if isinstance(node.func, ast.Attribute) and self._values.keys() & _loaded(node.func.value):
+                self._bind(node.func.value, given)  # as `expected` in `expected.append(Node(1))`
+            elif isinstance(node.func, ast.Name) and (own := self._functions.get(node.func.id)):
+                for parameter in (*own.posonlyargs, *own.args, *own.kwonlyargs):
+                    self._bind(ast.Name(parameter.arg), given)
+
+    def _bind(self, target: ast.expr, origins: list[set[str]]) -> None:
+        """Give origins to the names in `target`; to each of its elements its own if there are as many."""
+        if isinstance(target, ast.Tuple | ast.List) and len(target.elts) == len(origins):
+            for one, its in zip(target.elts, origins, strict=True):
+                self._bind(one, [its])
+        else:
+            for name in (node.id for node in ast.walk(target) if isinstance(node, ast.Name)):
+                self._known[name] = self._known.get(name, set()).union(*origins)
+
+    def _columns(self, value: ast.expr) -> list[set[str]]:
+        return list(map(self._of, value.elts if isinstance(value, ast.Tuple | ast.List) else [value]))
+
+    def _items(self, iterable: ast.expr) -> list[set[str]]:
+        """Return the origins of the items of `iterable`, by column if its source shows columns."""
+        if isinstance(iterable, ast.Name):
+            iterable = self._values.get(iterable.id, iterable)
+        if isinstance(iterable, ast.Call) and isinstance(iterable.func, ast.Name):
+            if iterable.func.id == "zip":
+                return list(map(self._of, iterable.args))
+            if iterable.func.id == "enumerate":
+                return [set(), self._of(iterable)]
+        if isinstance(iterable, ast.Tuple | ast.List):
+            rows = list(map(self._columns, iterable.elts))
+            if len(set(map(len, rows))) == 1:
+                return [set[str]().union(*column) for column in zip(*rows, strict=True)]
+        return [self._of(iterable)]
+
+
+def _arguments(call: ast.Call) -> list[ast.expr]:
+    return [*call.args, *(keyword.value for keyword in call.keywords)]
 
 
 def _run(job: dict[str, Any], contained: bool, timeout_seconds: float, memory_mib: int) -> dict[str, Any] | None:

@@ -551,6 +551,26 @@ def test_nothing_remains_of_a_worker_that_is_killed():
         ("from math import isclose\nassert isclose(f(1), 0.5)", {}, ""),
         ("def check(candidate):\n    assert candidate(1) == 1", {"entry_point": "f"}, ""),
         ("assert total([Pair(1, 2)]) == 3", {}, ""),
+        # Values of which the answer decides what they are equal to.
+        ("assert solve(Node(3)).val == Node(9).val", {}, "define Node"),
+        ("assert solve(3) == Node(9)", {}, "define Node"),
+        ("assert solve(3) == EXPECTED", {}, "define EXPECTED"),
+        ("class Case: want = Node(9)\nassert solve(3) == Case.want.val", {}, "define Node"),
+        ("want = Node(9)\nassert want.val == solve(3)", {}, "define Node"),
+        ("want = []\nwant.append(Node(9).val)\nassert [solve(3)] == want", {}, "define Node"),
+        ("for x, want in [(3, Node(9))]:\n    assert solve(x) == want.val", {}, "define Node"),
+        ("def make(x): return Node(x)\nassert solve(3) == make(9).val", {}, "define Node"),
+        ("def same(a, b): assert a == b\nsame(solve(3), Node(9).val)", {}, "define Node"),
+        ("import math\nassert math.isclose(solve(3), Node(9).val)", {}, "define Node"),
+        ("assert abs(solve(3) - Node(9).val) < 1e-6", {}, "define Node"),
+        ("def check(f):\n    assert f(3) == Node(9).val", {"entry_point": "solve"}, "define Node"),
+        ("assert solve(Node(3)).val == Node(9).val", {"entry_point": ["solve", "Node"]}, ""),
+        ("root = Node(3)\ninsert(root, 5)\nassert root.right.val == 5 and root.val == 3", {}, ""),
+        ("def f(node): return [node.val]\nassert f(solve(Node(3))) == [9]", {}, ""),
+        ("cases = [(Node(3), 9)]\nfor node, want in cases:\n    assert solve(node) == want", {}, ""),
+        ("def check(f):\n    for x, y in zip(f(Node(1)), [2]):\n        assert x == y", {"entry_point": "solve"}, ""),
+        ("r = solve([1, 3])\nassert r == sorted(r) and len(r) == len(set(r)) == 2", {}, ""),
+        ("s = Stack()\ns.push(1)\nassert s.pop() == 1 and len(s) == len(s.items)", {}, ""),
         ('[{"input": "1", "output": "2"}]', {}, ""),
     ],
 )
@@ -565,8 +585,8 @@ def test_tests_that_cannot_be_read_are_refused_with_a_reason(tests, meta, reason
 @needs_containment
 def test_what_tests_make_objects_of_cannot_give_the_value_to_compare_with():
     code = "def Point(x, y): return 0\ndef f(x): return 0"
-    assert grade(code, "assert f(1) == Point(1, 2)").value == 0.0
-    assert grade("EXPECTED = 0\ndef f(x): return 0", "assert f(1) == EXPECTED").value == 0.0
+    assert grade(code, "assert len({f(1), Point(1, 2)}) == 1").value == 0.0
+    assert grade("EXPECTED = 0\ndef f(x): return 0", "assert len({f(1), EXPECTED}) == 1").value == 0.0
 
 
 OBJECT = "class Object:\n    {} = lambda *_: True\ndef f(x): return Object()"
