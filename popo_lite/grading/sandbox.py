@@ -26,7 +26,7 @@ FOLDER = str(Path(__file__).parent)
 # Imported, not run as a file, so that its compiled form is kept. The folder comes last: it has a `math`, too.
 START = f"import sys; sys.path.append({FOLDER!r}); import sandbox_runner; sys.path.pop(); sandbox_runner.main()"
 GRACE_SECONDS = 1.0  # for starting the sandbox, and for tests that do not end although the code did
-COUNTER = "_popo_lite_count_assert"
+COUNTER, ZIP = "_popo_lite_count_assert", "_popo_lite_zip"
 LIBRARIES = ("collections", "copy", "datetime", "decimal", "fractions", "functools", "itertools", "math", "operator")
 """Modules whose names tests often use without an import, because the reference solution has it."""
 
@@ -135,7 +135,7 @@ def find_code(text: str) -> str | None:
 
 def _statements_job(tests: _Tests) -> dict[str, Any]:
     kinds = {"names": tests.names, "classes": tests.classes, "modules": tests.modules}
-    return {**kinds, "statements": tests.statements, "counter": COUNTER}
+    return {**kinds, "statements": tests.statements, "counter": COUNTER, "zip": ZIP}
 
 
 def _judge_outputs(report: dict[str, Any] | None, tests: _Tests) -> tuple[list[bool], str]:
@@ -203,14 +203,15 @@ def _read_tests(source: str, entry_points: tuple[str, ...]) -> _Tests:
         raise ValueError("the tests have no assert")
     names, modules = _free_names(tree, set(entry_points))
     tested = _tested(names, set(entry_points))
-    _Origins(tree, names, names - tested).check()
-    counter = _CountAsserts()
+    origins = _Origins(tree, names, names - tested)
+    origins.check()
+    guard = _GuardTests(origins)
     statements, shown = list[str](), list[str | None]()
     for node in tree.body:
         prepares = isinstance(node, _SETUP) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
         shown.append(None if prepares else textwrap.shorten(ast.unparse(node), 100))
-        counted = counter.visit(node)
-        statements.append("\n".join(map(ast.unparse, counted if isinstance(counted, list) else [counted])))
+        guarded = guard.visit(node)
+        statements.append("\n".join(map(ast.unparse, guarded if isinstance(guarded, list) else [guarded])))
     if not any(shown):
         raise ValueError("the tests are defined, but nothing calls them")
     return _Tests(
@@ -222,10 +223,27 @@ def _read_tests(source: str, entry_points: tuple[str, ...]) -> _Tests:
     )
 
 
-class _CountAsserts(ast.NodeTransformer):
-    """Put a call of the counter after every assert, because tests that assert nothing must not pass."""
+class _GuardTests(ast.NodeTransformer):
+    """Change tests so that they do not pass if they check nothing.
+
+    The counter is called after every assert. A `zip` of values of the answer and others becomes `zip_all`.
+    """
+
+    def __init__(self, origins: _Origins) -> None:
+        self._origins = origins
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        if isinstance(node.func, ast.Name) and node.func.id == "zip":
+            own = [bool(self._origins.of(one)) for one in node.args]
+            starred = any(isinstance(one, ast.Starred) for one in node.args)
+            if any(own) and not all(own) and not starred and not self._origins.of(node.func):
+                node.func.id = ZIP
+                node.args.insert(0, ast.Tuple([ast.Constant(one) for one in own]))
+        self.generic_visit(node)
+        return node
 
     def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+        self.generic_visit(node)
         return [node, *ast.parse(f"{COUNTER}()").body]
 
 
@@ -303,15 +321,15 @@ class _Origins:
             for node in self._nodes
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
         }
+        before = -1
+        while before != (before := sum(map(len, self._known.values()))):  # in any order of statements
+            for node in self._nodes:
+                self._follow(node)
 
     def check(self) -> None:
         """Raise ValueError with the reason if the tests compare the answer to a value made with a helper."""
-        before = -1
-        while self._helpers and before != (before := sum(map(len, self._known.values()))):  # in any order of statements
-            for node in self._nodes:
-                self._follow(node)
         for node in self._nodes:
-            origins = list(filter(None, map(self._of, self._sides(node))))
+            origins = list(filter(None, map(self.of, self._sides(node))))
             if len(origins) > 1 and (found := set[str]().union(*origins) & self._helpers):
                 raise ValueError(
                     f"the tests compare values of the answer in {textwrap.shorten(ast.unparse(node), 80)!r}, and an "
@@ -319,7 +337,8 @@ class _Origins:
                     "expected value, define the helper in the tests, or name it in the column entry_point"
                 )
 
-    def _of(self, node: ast.AST) -> set[str]:
+    def of(self, node: ast.AST) -> set[str]:
+        """Return the names of the answer that the value of `node` is made with."""
         return set[str]().union(*(self._known.get(name, ()) for name in _loaded(node)))
 
     def _sides(self, node: ast.AST) -> list[ast.expr]:
@@ -330,7 +349,7 @@ class _Origins:
             return [node.left, node.right]
         if isinstance(node, ast.Call):
             own = isinstance(node.func, ast.Name) and node.func.id in self._functions
-            return _arguments(node) if own or not self._of(node.func) else []
+            return _arguments(node) if own or not self.of(node.func) else []
         return []
 
     def _follow(self, node: ast.AST) -> None:
@@ -339,13 +358,13 @@ class _Origins:
             for target in node.targets:
                 self._bind(target, self._columns(node.value))
         elif isinstance(node, ast.AnnAssign | ast.AugAssign | ast.NamedExpr) and node.value:
-            self._bind(node.target, [self._of(node.value)])
+            self._bind(node.target, [self.of(node.value)])
         elif isinstance(node, ast.For | ast.comprehension):
             self._bind(node.target, self._items(node.iter))
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            self._bind(ast.Name(node.name), [self._of(node)])
+            self._bind(ast.Name(node.name), [self.of(node)])
         elif isinstance(node, ast.Call):
-            given = [self._of(one) for one in _arguments(node)]
+            given = [self.of(one) for one in _arguments(node)]
             if isinstance(node.func, ast.Attribute) and self._values.keys() & _loaded(node.func.value):
                 self._bind(node.func.value, given)  # as `expected` in `expected.append(Node(1))`
             elif isinstance(node.func, ast.Name) and (own := self._functions.get(node.func.id)):
@@ -362,7 +381,7 @@ class _Origins:
                 self._known[name] = self._known.get(name, set()).union(*origins)
 
     def _columns(self, value: ast.expr) -> list[set[str]]:
-        return list(map(self._of, value.elts if isinstance(value, ast.Tuple | ast.List) else [value]))
+        return list(map(self.of, value.elts if isinstance(value, ast.Tuple | ast.List) else [value]))
 
     def _items(self, iterable: ast.expr) -> list[set[str]]:
         """Return the origins of the items of `iterable`, by column if its source shows columns."""
@@ -370,14 +389,14 @@ class _Origins:
             iterable = self._values.get(iterable.id, iterable)
         if isinstance(iterable, ast.Call) and isinstance(iterable.func, ast.Name):
             if iterable.func.id == "zip":
-                return list(map(self._of, iterable.args))
+                return list(map(self.of, iterable.args))
             if iterable.func.id == "enumerate":
-                return [set(), self._of(iterable)]
+                return [set(), self.of(iterable)]
         if isinstance(iterable, ast.Tuple | ast.List):
             rows = list(map(self._columns, iterable.elts))
             if len(set(map(len, rows))) == 1:
                 return [set[str]().union(*column) for column in zip(*rows, strict=True)]
-        return [self._of(iterable)]
+        return [self.of(iterable)]
 
 
 def _arguments(call: ast.Call) -> list[ast.expr]:

@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -274,7 +274,7 @@ def run_tests(options: dict[str, Any], null: int, verdict: int) -> None:
         nonlocal held
         held += 1
 
-    namespace: dict[str, Any] = {"__name__": "tests", job["counter"]: count}
+    namespace: dict[str, Any] = {"__name__": "tests", job["counter"]: count, job["zip"]: zip_all}
     remote = Judge(to_answer, from_answer, time.monotonic() + options["timeout_seconds"])
     try:
         remote.ask("run", job["code"])
@@ -296,6 +296,19 @@ def run_tests(options: dict[str, Any], null: int, verdict: int) -> None:
             failures[-1] = f"{type(error).__name__}: {error}"[:200]
     os.write(verdict, json.dumps({"failures": failures, "held": held, "broken": broken}).encode())
     end_answer(options, answer)
+
+
+def zip_all(own: tuple[bool, ...], *iterables: Any, strict: bool = False) -> Iterator[tuple[Any, ...]]:
+    """Return what `zip` does. Raises ValueError if those that are the answer's `own` end before a list of the others.
+
+    Otherwise an empty result would pass every test that compares it in pairs.
+    """
+    sizes = (len(one) for mine, one in zip(own, iterables, strict=True) if not mine and isinstance(one, list | tuple))
+    count = 0
+    for count, row in enumerate(zip(*iterables, strict=strict), 1):  # noqa: B007
+        yield row
+    if count < min(sizes, default=0):
+        raise ValueError("the code gave fewer values than expected")
 
 
 class Judge:

@@ -97,7 +97,8 @@ RIGHT = {
     "iterators": (
         "def f(n): yield from range(n)",
         "it = f(1)\nassert next(it) == 0\ntry:\n    next(it)\n    assert False\nexcept StopIteration:\n    pass\n"
-        "assert next(it, 7) == 7\nassert list(zip(f(9), 'ab')) == [(0, 'a'), (1, 'b')]",
+        "assert next(it, 7) == 7\nassert list(zip(f(9), 'ab')) == [(0, 'a'), (1, 'b')]\n"
+        "assert list(zip([5, 6], *[f(1)])) == [(5, 0)]",
     ),
     "objects as arguments": (
         """
@@ -629,6 +630,28 @@ def test_an_exception_does_not_end_a_loop_of_the_tests(tests, error):
     reward = grade(f"def f(x):\n    if x: raise {error}\n    return 0", tests)
     assert reward.value == 0.0
     assert "Error: " in reward.detail
+
+
+@needs_containment
+@pytest.mark.parametrize(
+    ("tests", "meta"),
+    [
+        ("assert f(0) == []\nassert all(a == b for a, b in zip(f(2), [0, 1]))", {}),
+        ("assert f(0) == []\nresult = f(2)\nfor a, b in zip([0, 1], result):\n    assert a == b", {}),
+        (
+            "def check(g):\n    assert g(0) == []\n    for i, (a, b) in enumerate(zip(g(2), (0, 1))):\n"
+            "        assert (i, a) == (b, b)",
+            {"entry_point": "f"},
+        ),
+    ],
+)
+def test_too_few_results_fail_in_a_zip_with_the_expected_ones(tests, meta):
+    for few in ("[]", "iter([])", "[0]"):
+        reward = grade(f"def f(x): return {few} if x else []", tests, meta)
+        assert reward.value == 0.0
+        assert "fewer values than expected" in reward.detail
+    assert grade("def f(x): return list(range(x))", tests, meta).value == 1.0
+    assert grade("def f(x): return iter(range(9)) if x else []", tests, meta).value == 1.0
 
 
 @pytest.mark.parametrize(
