@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 LINUX = sys.platform == "linux"
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -48,7 +48,7 @@ MAX_REPLY_BYTES = 8 * 2**20
 MAX_OUTPUT_BYTES = 2**20
 
 _VALUES = (str, bytes, frozenset, tuple, int, float)
-PREDICATES = {name for kind in _VALUES for name in dir(kind) if name[0] != "_"} | {"equals"}
+PREDICATES = {name for kind in _VALUES for name in dir(kind)} | {"equals"}
 """Methods of values, such as `startswith`. An object returned in place of a value must not answer them itself."""
 
 
@@ -282,9 +282,9 @@ def run_tests(options: dict[str, Any], null: int, verdict: int) -> None:
         namespace |= {name: remote.ask("name", name) for name in job["names"] if remote.ask("has", name) is True}
         for name, value in namespace.items():
             if name in job["classes"]:
-                namespace[name] = _HelperClass.of(value)
+                namespace[name] = _as(_HelperClass, value)
             elif name[0].isupper() and isinstance(value, _Remote):
-                namespace[name] = _TestedClass.of(value)
+                namespace[name] = _as(_TestedClass, value)
         namespace |= {name: import_module(name) for name in job["modules"]}
     except BaseException as error:
         broken = f"{type(error).__name__}: {error}"[:200]
@@ -328,7 +328,7 @@ class Judge:
             name, message = result
             known = getattr(builtins, name, None)
             if known is StopIteration:
-                raise _StoppedError(message)
+                raise _StoppedError(f"the code raised StopIteration {message}".rstrip())
             if isinstance(known, type) and issubclass(known, Exception):
                 raise known(message)
             raise RuntimeError(f"{name}: {message}")
@@ -379,8 +379,6 @@ class _Remote:
     with operators would be handed the expected value.
     """
 
-    _predicates = False  # whether tests may call its methods named in PREDICATES
-
     def __init__(self, judge: Judge, index: int) -> None:
         object.__setattr__(self, "_judge", judge)
         object.__setattr__(self, "_index", index)
@@ -390,7 +388,8 @@ class _Remote:
 
     def __getattr__(self, name: str) -> Any:
         value = self._judge.ask("attribute", self._index, name)
-        return _refuse() if name in PREDICATES and isinstance(value, _Remote) and not self._predicates else value
+        own = isinstance(value, _Remote) and not isinstance(self, _Tested)
+        return _refuse() if own and name in PREDICATES else value
 
     def __next__(self) -> Any:
         try:
@@ -404,16 +403,9 @@ class _Remote:
     __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _refuse
     __hash__ = None  # type: ignore[assignment]
 
-    @classmethod
-    def of(cls, value: _Remote) -> Self:
-        """Return the object that `value` stands for, with other rules."""
-        return cls(*(object.__getattribute__(value, name) for name in ("_judge", "_index")))
-
 
 class _Tested(_Remote):
     """An object that the tests made of a class under test: what its methods return is the answer to be tested."""
-
-    _predicates = True
 
 
 class _TestedClass(_Tested):
@@ -421,7 +413,7 @@ class _TestedClass(_Tested):
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         value = super().__call__(*arguments, **named)
-        return _Tested.of(value) if isinstance(value, _Remote) else value
+        return _as(_Tested, value) if isinstance(value, _Remote) else value
 
 
 class _HelperClass(_Remote):
@@ -432,12 +424,16 @@ class _HelperClass(_Remote):
         return value if isinstance(value, _Remote) else _refuse()
 
 
+def _as(kind: type[_Remote], value: _Remote) -> _Remote:
+    return kind(*(object.__getattribute__(value, name) for name in ("_judge", "_index")))
+
+
 def forward(name: str) -> Callable[..., Any]:
     """Return a special method that asks the answer's object for it."""
 
     def method(self: _Remote, *arguments: Any) -> Any:
         try:
-            found = self.__getattr__(name)
+            found = self._judge.ask("attribute", self._index, name)
         except AttributeError as error:
             raise TypeError(str(error)) from error  # as Python does for a missing one
         return found(*arguments)

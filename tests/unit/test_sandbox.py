@@ -607,6 +607,11 @@ ENDLESS = "def f(x):\n    n = 0\n    while True:\n        yield n\n        n += 
         (OBJECT.format("__contains__"), "assert 5 in f(3)"),
         (OBJECT.format("__lt__ = __eq__"), "assert f(3).__lt__(4)"),
         (OBJECT.format("__lt__ = __eq__"), "assert f(3) < 4"),
+        (OBJECT.format("__and__"), "assert f(3).__and__({4})"),
+        (
+            OBJECT.format("startswith") + "\nclass Solution:\n    f = staticmethod(f)",
+            "assert Solution().f(1).startswith('b')",
+        ),
         (ENDLESS, "assert 5 in f(3)"),
     ],
 )
