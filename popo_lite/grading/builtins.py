@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
-from decimal import Decimal, DecimalException
+from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal, DecimalException, localcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +33,39 @@ def grade_exact(text: str, problem: Problem, *, thinking_tags: Tags, thinking_op
 
 # A statement counts before a letter that merely looks like one: "The answer is C, because (B) is too small".
 _STATED = re.compile(
-    r"(?:\b[Aa]nswer(?:\s+is|\s*[:=])|\bANSWER(?:\s+IS|\s*:)|\\boxed|<answer>)"
-    r"(?:[\s:*_$()\[\]{\"'`]|[Oo]ption\b|[Cc]hoice\b|\\(?:text|textbf|mathrm|boxed)\b)*+([A-Z])(?![\w'’])"
+    r"(?:\b(?:[Aa]nswer|[Cc]orrect (?:choice|option|one))(?:\s+is|\s*[:=])|\bANSWER(?:\s+IS|\s*:)|\\boxed|<answer>)"
+    r"(?:[\s:*_$()\[\]{\"'`]|[Oo]ption\b|[Cc]hoice\b|\\(?:text|textbf|mathrm|boxed)\b)*+"
+    r"([A-Z](?![\w'’])|[a-z](?=[.)\]}*$\"'` ]*+(?:$|<)))|\b([A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right)\b",
+    re.MULTILINE,
 )
 _MARKED = re.compile(
     r"\(([A-Za-z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+([A-Z])(?![\w'’])|(?<![\w.'’])([A-Z])(?:[.):]|\*\*)(?!\w)|^\s*([A-Z])\s*$",
     re.MULTILINE,
 )
+_LINK = r"[\s)\]}*$.]*+(?:,?\s*\b(?:or|and)\b|[,/&])[\s(\[{*$]*+(?:(?:[Oo]ption|[Cc]hoice)\s+)?[({*$]*+"
+# "C or D", "C, D" and "C and D", but neither "C, A is too small" nor "C, I think".
+_NEXT = re.compile(rf"{_LINK}(?!I [a-z])[A-Z](?![\w'’])(?!\s+(?:is|are|was|were|has|does|can|would)\b)")
+_BEFORE = re.compile(rf"(?<![\w'’])[A-Z]{_LINK}\Z")
+_DENIED = re.compile(r"(?:\bnot|n['’]t)[\s(*]+(?:(?:[Oo]ption|[Cc]hoice)\s+)?[(*]*\Z")
 _ONLY = re.compile(r"[\s(\"'*$]*([A-Za-z])[\s).:\"'*$]*")
 
 
 def grade_choice(
     text: str, problem: Problem, *, choices: int, thinking_tags: Tags, thinking_open: bool
 ) -> Reward | None:
-    """Return CORRECT if the last choice that the answer states is the reference's."""
+    """Return CORRECT if the last choice that the answer states is the reference's. Several at once are no choice."""
     answer = after_thinking(text, thinking_tags, thinking_open) or ""
-    if only := _ONLY.fullmatch(answer):
-        found = [only[1]]
-    else:
-        found = _STATED.findall(answer) or ["".join(groups) for groups in _MARKED.findall(answer)]
-    letters = [letter.upper() for letter in found if _index(letter) < choices]
-    return _verdict(letters[-1] == _letter(problem["answer"], choices), letters[-1]) if letters else None
+    only = _ONLY.fullmatch(answer)
+    found = [only] if only else [*_STATED.finditer(answer)] or [*_MARKED.finditer(answer)]
+    for match in reversed(found):
+        start, end = match.span(match.lastindex or 0)
+        letter, before = answer[start:end].upper(), answer[max(0, start - 40) : start]
+        if _index(letter) >= choices or _DENIED.search(before):
+            continue
+        if _BEFORE.search(before) or _NEXT.match(answer, end):
+            return None
+        return _verdict(letter == _letter(problem["answer"], choices), letter)
+    return None
 
 
 def check_choice(problem: Problem, *, choices: int) -> str | None:
@@ -81,12 +93,32 @@ def _index(letter: str) -> int:
 
 # Not the 2 of "m/s^2", "s^{-2}", "m2" or "x_{2}"; "5-3" has no minus. Possessive: a long run of digits is read once.
 _NUMBER = re.compile(
-    r"(?:(?<![\w)\]}^])(?<!\^\{)([-+−])|(?<![\w.^])(?<![\^_]\{)(?<!\^[-−])(?<!\^\{[-−]))"
-    r"(?:([0-9]{1,3}(?:,[0-9]{3})++(?![0-9]))|([0-9]++))?(\.[0-9]++)?(?<=[0-9])"
-    r"(?:[eE]([-+]?[0-9]{1,9})(?!\w)|\s?(?:[x×*]|\\times|\\cdot)\s?10\s?\^\s?\{?([-+−]?[0-9]{1,9})\}?)?"
-    r"(?:\s?/\s?([0-9]++)(?![0-9.]))?"
+    r"(?<!\w\*\*)(?:(?<![\w)\]}^])(?<!\^\{)(?P<sign>[-+])|(?<![\w.^])(?<![0-9]:)(?<![\^_]\{)(?<!\^-)(?<!\^\{-))"
+    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)?(?:\.[0-9]++)?)(?<=[0-9])"
+    r"(?:[eE](?P<exponent>[-+]?[0-9]{1,9})(?!\w)"
+    r"|\s?(?:[x×*]|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?\{?(?P<tens>[-+]?[0-9]{1,9})(?![0-9]|\.[0-9])\}?"
+    r"|(?:\s?\^\s?|\*\*)\{?(?P<power>[-+]?[0-9]{1,9})(?![0-9]|\.[0-9])\}?)?"
+    r"(?:\s?/\s?(?P<divisor>[0-9]++)(?![0-9.]))?(?:\s(?P<word>hundred|thousand|million|billion|trillion)\b)?"
+    r"(?P<more>\s?[)}]?\s?\^(?!\s?\{?\s?(?:\\circ|°))|:[0-9])?"  # 10^x, (-2)^2 and 12:30 are not read
 )
-_FRACTION = re.compile(r"([-+−]?)\\[dt]?frac ?\{([0-9]++)\} ?\{([0-9]++)\}")
+_ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+
+def _add_whole(match: re.Match[str]) -> str:
+    whole, numerator, denominator = map(int, match.groups())
+    return f"{whole * denominator + numerator}/{denominator}" if numerator < denominator else match[0]
+
+
+_SPELLINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    (re.compile("−"), "-"),
+    # 1{,}234, 1\,234 and 1 234
+    (re.compile(r"(?<=[0-9])(?:\{,\}|\\[,;:! ]|[ \u2009\u202f\u00a0])(?=[0-9]{3}(?![0-9]))"), ","),
+    (re.compile(r"([-+]?)\\[dt]?frac ?(?:\{([0-9]++)\}|([0-9])) ?(?:\{([0-9]++)\}|([0-9]))"), r" \1\2\3/\4\5 "),
+    (re.compile(r"(?<![\w.,^}/])([0-9]{1,15})\s{1,2}([0-9]{1,15})/([0-9]{1,15})(?![0-9])"), _add_whole),
+    # "- 3", "= - 3", "$-$3", "-$3", but not "5 - 3"
+    (re.compile(r"((?:^|[=:({]|(?<![\w)}])\$|\bis\b)\s*+)-\s*+(?:\\?\$)?(?=\.?[0-9])"), r"\1-"),
+    (re.compile(r"(?<![\w)\]}$])-\\?\$(?=\.?[0-9])"), "-"),
+)
 
 
 def grade_numeric(
@@ -121,21 +153,26 @@ def check_numeric(problem: Problem) -> str | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """Return the last number of `text`: 1,234.5, -3, 1e-5, 2 x 10^3, 3/4 or a LaTeX fraction of integers."""
-    text = _FRACTION.sub(lambda match: f" {match[1]}{match[2]}/{match[3]} ", text)
+    """Return the last number of `text`, or None if there is none or it cannot be read.
+
+    Forms: 1,234.5, -3, 1e-5, 2 x 10^3, 2^10, 2 million, 3/4, 3 1/2, or a LaTeX fraction of integers.
+    """
+    for pattern, spelling in _SPELLINGS:
+        text = pattern.sub(spelling, text)
     last = None
     for match in _NUMBER.finditer(text):
         last = match
-    if last is None:
+    if last is None or last["more"]:
         return None
-    sign, grouped, whole, decimals, exponent, power, divisor = last.groups()
-    digits = f"{(grouped or whole or '0').replace(',', '')}{decimals or ''}"
-    shift = (exponent or power or "0").replace("−", "-")
+    shift = int(last["exponent"] or last["tens"] or 0) + _ZEROS.get(last["word"], 0)
     try:
-        number = Decimal(f"{(sign or '').replace('−', '-')}{digits}e{shift}")
-        return number / Decimal(divisor) if divisor else number
+        with localcontext(prec=100):
+            number = Decimal(f"{last['digits'].replace(',', '')}e{shift}")
+            number = number ** int(last["power"]) if last["power"] else number
+            number = number / Decimal(last["divisor"]) if last["divisor"] else number
     except DecimalException:  # such as a division by 0
         return None
+    return number.copy_negate() if last["sign"] == "-" else number
 
 
 # --------------------------------------------------------------------------- form
@@ -179,7 +216,7 @@ def prepare_json_schema(
 ) -> dict[str, Any]:
     """Return the validator. Raises ValueError if the file cannot be read or the schema is not valid."""
     import jsonschema
-    import referencing
+    import referencing.jsonschema
 
     schema: Any = json_schema
     if schema_file is not None:
@@ -193,7 +230,27 @@ def prepare_json_schema(
     except jsonschema.SchemaError as error:
         raise ValueError(f"the schema is not valid at {error.json_path}: {error.message:.200}") from error
     # An empty registry: without it, a `$ref` to a URL would be fetched.
-    return {"validator": kind(schema, registry=referencing.Registry())}
+    registry: referencing.Registry[Any] = referencing.Registry()
+    standard = referencing.jsonschema.specification_with(kind.META_SCHEMA.get("$id") or kind.META_SCHEMA["id"])
+    _resolve(schema, standard, registry.resolver_with_root(standard.create_resource(schema)))
+    return {"validator": kind(schema, registry=registry)}
+
+
+def _resolve(schema: Any, standard: Any, resolver: Any) -> None:
+    """Look up all references of a schema. Raises ValueError for one to no part of the schema."""
+    from referencing.exceptions import Unresolvable
+
+    if isinstance(schema, dict):
+        if isinstance(schema.get("$id"), str):
+            resolver = resolver.in_subresource(standard.create_resource(schema))
+        if isinstance(schema.get("$ref"), str):
+            try:
+                resolver.lookup(schema["$ref"])
+            except Unresolvable as error:
+                raise ValueError(f'"$ref" = "{schema["$ref"]}" is in no part of the schema itself') from error
+    if isinstance(schema, dict | list):
+        for part in schema.values() if isinstance(schema, dict) else schema:
+            _resolve(part, standard, resolver)
 
 
 def grade_json_schema(

@@ -38,7 +38,9 @@ def graded(name: str, text: str, answer: str = "", **options: object) -> float |
     "text",
     ["(C)", "C.", "C", "c", "**C**", "(c)", "The answer is C", "The answer is **C**.", "Answer: (C)", r"$\boxed{C}$",
      r"\boxed{\text{C}}", "<answer>C</answer>", "A cat? I think it is option C", "Answer: option C", "A\nB\nC",
-     "The answer is C, because (B) is too small.", "It is (A). No, it is (C).", "<think>(A) or (B)?</think>(C)"],
+     "The answer is C, because (B) is too small.", "It is (A). No, it is (C).", "<think>(A) or (B)?</think>(C)",
+     "The correct choice is C", "The correct option is: C", "Therefore, C is correct", "The answer is c.",
+     "The answer is C, A is too small.", "The answer is C, I think.", "It is (C), not (B)."],
 )  # fmt: skip
 def test_the_last_choice_that_is_stated_counts(text):
     for reference in ("C", "c", "(C)", "2", "C. Paris", "C) 7"):
@@ -46,7 +48,9 @@ def test_the_last_choice_that_is_stated_counts(text):
     assert graded("choice", text, "B") == 0.0
 
 
-@pytest.mark.parametrize("text", ["", "A cat sat.", "<think>(C)", "The answer is a number", "(F)", "DNA. "])
+@pytest.mark.parametrize("text", ["", "A cat sat.", "<think>(C)", "The answer is a number", "(F)", "DNA. ",
+     "The answer is C or A", "The answer is A or C because both fit", r"\boxed{A, C}", "Answer: A, B, C, D",
+     "(C) or (A)", "<answer>A and B</answer>", "C or A is correct", "The answer is not (A)."])  # fmt: skip
 def test_text_without_a_choice_has_no_answer(text):
     assert graded("choice", text, "A") is None
 
@@ -56,11 +60,19 @@ def test_text_without_a_choice_has_no_answer(text):
     [("42", "42"), ("It costs $1,234.50.", "1234.5"), ("10 m/s^2", "10"), ("5 s^{-1}", "5"), ("x = −3", "-3"),
      ("5-3", "3"), ("3/4", "0.75"), (r"\boxed{\frac{3}{4}}", "0.75"), ("1e-5", "0.00001"), ("2 x 10^3", "2000"),
      (r"5 \times 10^{-3} kg", "0.005"), ("50%", "50"), ("-.5", "-0.5"), ("first 1, then 2.", "2"),
-     ("1,234,567", "1234567"), ("H_{2}O: 7 m2", "7"), ("1e999999", "1e999999"), ("<think>8</think>9", "9")],
+     ("1,234,567", "1234567"), ("H_{2}O: 7 m2", "7"), ("1e999999", "1e999999"), ("<think>8</think>9", "9"),
+     ("10^5", "100000"), ("2^{10}", "1024"), ("10**5", "100000"), ("3 1/2", "3.5"), (r"3\frac{1}{2}", "3.5"),
+     (r"\frac34", "0.75"), ("1{,}234", "1234"), (r"1\,234", "1234"), ("1 234", "1234"), ("2 million", "2000000"),
+     ("-$1,234", "-1234"), ("$-$3", "-3"), ("- 3", "-3"), ("5 - 3", "3"), (r"90^{\circ}", "90"), ("**5** kg", "5")],
 )  # fmt: skip
 def test_the_last_number_counts_and_units_do_not(text, number):
     assert graded("numeric", text, number) == 1.0
     assert graded("numeric", text, f"{number}1 apples") == 0.0
+
+
+@pytest.mark.parametrize("text", ["12:30", "10^x", "(-2)^2", "9^999999999", "x^2", "1/0"])
+def test_a_part_of_what_cannot_be_read_is_no_number(text):
+    assert graded("numeric", text, "30") is None
 
 
 def test_a_number_is_right_within_the_larger_tolerance():
@@ -122,10 +134,21 @@ def test_a_wrong_schema_is_refused_when_it_is_loaded(options, said):
     assert said in caught.value.what
 
 
-def test_a_reference_to_another_schema_is_not_fetched():
-    function = load("json_schema", schema={"$ref": "http://localhost:9/schema.json"})
-    with pytest.raises(Exception, match="Unresolvable"):
-        function.grade("{}", problem_of(""))
+@pytest.mark.parametrize("reference", ["http://localhost:9/schema.json", "#/$defs/nothing"])
+def test_a_reference_to_no_part_of_the_schema_is_refused(reference):
+    with pytest.raises(UserInputError) as caught:
+        load("json_schema", schema={"properties": {"name": {"$ref": reference}}})
+    assert f'"$ref" = "{reference}"' in caught.value.what
+
+
+def test_references_to_parts_of_the_schema_are_followed():
+    schema = {
+        "$defs": {"one": {"const": 1}, "two": {"$id": "http://x/two", "$defs": {"in": {"const": 2}},
+                                                  "$ref": "#/$defs/in"}},
+        "items": {"anyOf": [{"$ref": "#/$defs/one"}, {"$ref": "http://x/two"}]},
+    }  # fmt: skip
+    assert graded("json_schema", "[1, 2]", schema=schema) == 1.0
+    assert graded("json_schema", "[3]", schema=schema) == 0.0
 
 
 @pytest.mark.parametrize("name", ["exact", "choice", "numeric", "math"])
