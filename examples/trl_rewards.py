@@ -4,10 +4,10 @@
     functions = [
       {name = "trl_rewards:accuracy_reward", weight = 2.0},
       "trl_rewards:soft_format_reward",
-      {name = "trl_rewards:xml_count_reward", range = [-1, 0.5], weight = 0.5},
+      {name = "trl_rewards:box_count_reward", range = [-1, 0.5], weight = 0.5},
     ]
 
-Start popo-lite in this folder, or put the folder on PYTHONPATH. recipes: see docs/rewards.md.
+Start popo-lite in this folder, or put the folder on PYTHONPATH. docs/rewards.md says more.
 """
 
 import re
@@ -27,8 +27,8 @@ def soft_format_reward(prompts, completions, **kwargs):
     return [0.5 if re.match(pattern, response, re.DOTALL) else 0.0 for response in responses]
 
 
-def count_tags(text) -> float:
-    """Count boxes, and take off for what comes after the last one."""
+def count_boxes(text) -> float:
+    """Return 0.5 for exactly one box, less 0.01 for each character after it, and 0 for any other number of boxes."""
     count = 0.0
     if text.count("\\boxed{") == 1:
         count += 0.5
@@ -36,7 +36,7 @@ def count_tags(text) -> float:
     return count
 
 
-def xml_count_reward(completions, **kwargs) -> list[float]:
+def box_count_reward(completions, **kwargs) -> list[float]:
     """Reward exactly one box with nothing behind it; the values go from -1 to 0.5."""
     contents = [completion[0]["content"] for completion in completions]
-    return [count_tags(content) for content in contents]
+    return [count_boxes(content) for content in contents]

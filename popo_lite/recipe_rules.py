@@ -13,6 +13,7 @@ from popo_lite.recipe import (
     DatasetRecipe,
     EnvironmentFunction,
     JsonSchemaFunction,
+    LanguageFunction,
     LengthFunction,
     ModelRecipe,
     OwnFunction,
@@ -206,6 +207,16 @@ def _wrong_functions(reward: RewardRecipe) -> Iterator[tuple[str, str]]:
             limit = f"timeout_seconds = {function.timeout_seconds:g}"
             yield "reward.functions", f'"{key}" has {limit}; set it below reward.timeout_seconds'
     if reward.positive_if == "total":
+        # The answer's correctness is what the function of the largest weight measures, unless that only reads the form.
+        form = (RegexFunction, LengthFunction, LanguageFunction)
+        positive = [key for key, function in functions.items() if function.weight > 0] or list(functions)
+        main = max(positive, key=lambda key: (not isinstance(functions[key], form), functions[key].weight))
+        weights = {key: abs(function.weight) for key, function in functions.items()}
+        others = sum(weight for key, weight in weights.items() if key != main) / (sum(weights.values()) or 1.0)
+        if others > reward.threshold:
+            share = f'can make an answer positive without "{main}": their part of the weight, {others:.3g}, is above'
+            advice = f'set reward.positive_if = ["{main}"]'
+            yield "reward.functions", f"{share} reward.threshold = {reward.threshold:g}; {advice}"
         return
     if unknown := [name for name in reward.positive_if if name not in functions]:
         there = ", ".join(f'"{key}"' for key in functions)

@@ -13,11 +13,11 @@ from functools import partial
 from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from popo_lite.errors import UserInputError, nearest
 from popo_lite.grading.environment import Environment, play
-from popo_lite.recipe import OwnFunction, RewardFunction, RewardRecipe
+from popo_lite.recipe import OwnFunction, PythonTestsFunction, RewardFunction, RewardRecipe
 from popo_lite.types import Outcome, Reward
 
 MODULES = {
@@ -29,12 +29,13 @@ MODULES = {
 """Modules of built-in functions that are not in `builtins`."""
 
 Problem = Mapping[str, Any]
-"""A problem as functions get it, with `KEYS`; in requests to workers also what only TRL's functions may ask for."""
+"""A problem as functions get it, with `KEYS`. Requests to workers add what only TRL's functions may ask for, and
+`thinking_open`: whether the thinking is open where the text starts."""
 KEYS = ("id", "question", "messages", "answer", "meta")
 
 
 class WrongReturnError(Exception):
-    """Raised if a function returns what is no reward; `next_step` says what to do."""
+    """Raised if a function returns something that is not a reward; `next_step` says what to do."""
 
     def __init__(self, what: str, next_step: str) -> None:
         super().__init__(what)
@@ -72,9 +73,13 @@ def _load_builtin(settings: RewardFunction, thinking: Mapping[str, object]) -> F
     module = importlib.import_module(MODULES.get(settings.name, "popo_lite.grading.builtins"))
     own = settings.model_dump(exclude={"name", "weight", "label"}, by_alias=False)
 
-    def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    def with_options(function: Callable[..., Any]) -> partial[Any]:
         takes = inspect.signature(function).parameters
         return partial(function, **{key: value for key, value in {**thinking, **own}.items() if key in takes})
+
+    def grade(text: str, problem: Problem) -> Reward:
+        opened = {"thinking_open": problem.get("thinking_open", thinking["thinking_open"])}
+        return as_reward(graded(text, problem, **(opened if "thinking_open" in graded.keywords else {})))
 
     try:
         prepare = getattr(module, f"prepare_{settings.name}", None)
@@ -89,7 +94,7 @@ def _load_builtin(settings: RewardFunction, thinking: Mapping[str, object]) -> F
     return Function(
         settings=settings,
         environment=own.get("make"),
-        grade=lambda text, problem: as_reward(graded(text, problem)),
+        grade=grade,
         check=with_options(check) if check else None,
     )
 
@@ -122,7 +127,7 @@ def _load_own(settings: OwnFunction) -> Function:
     try:
         signature = inspect.signature(function)
         if not {"completions", "completion_ids"}.isdisjoint(signature.parameters):
-            trl = TrlFunction(function, signature, settings.completions)
+            trl = TrlFunction(function, signature, settings)
             return Function(settings=settings, grade=partial(_graded, trl, settings, keep_none=True), trl=trl)
         signature.bind("text", {})
     except TypeError as error:  # also if it is not callable
@@ -149,29 +154,38 @@ def _graded(
 class TrlFunction:
     """Call a reward function that was written for TRL or Unsloth, with lists of one element.
 
-    `form` is that of `completions`: "conversational", "text", or None before the first call: that tries both.
+    `form` is that of `completions`: "conversational", "text", or None as long as the function takes both.
     """
 
-    def __init__(self, function: Callable[..., Any], signature: inspect.Signature, form: str | None) -> None:
-        self._function, self._names, self.form = function, signature.parameters, form
+    def __init__(self, function: Callable[..., Any], signature: inspect.Signature, settings: OwnFunction) -> None:
+        self._function, self._names, self._name = function, signature.parameters, settings.name
+        self.form: str | None = settings.completions
 
     def __call__(self, text: str, problem: Problem) -> object:
         """Return the function's value for the answer. Raises WrongReturnError unless it returns a list of one."""
-        if self.form is None:
-            # A function for text may take a list of messages without an error, so the usual form comes first.
-            errors = []
-            for form in ("conversational", "text"):
-                try:
-                    returned = self._call(text, problem, form)
-                except Exception as error:
-                    if isinstance(error, WrongReturnError | MemoryError):
-                        raise
-                    errors.append(f'with completions = "{form}": {describe_exception(error)}')
-                else:
-                    self.form = form
-                    return _only(returned)
+        if self.form is not None:
+            return _only(self._call(text, problem, self.form))
+        # A function for text may take a list of messages without an error, and give a wrong value.
+        values, errors = {}, []
+        for form in ("conversational", "text"):
+            try:
+                values[form] = _only(self._call(text, problem, form))
+            except (WrongReturnError, MemoryError):
+                raise
+            except Exception as error:
+                errors.append(f'with completions = "{form}": {describe_exception(error)}')
+        if not values:
             raise WrongReturnError("; ".join(errors), "correct the function; see docs/rewards.md")
-        return _only(self._call(text, problem, self.form))
+        if len({*map(repr, values.values())}) > 1:
+            what = " and ".join(f'{value!r:.40} with completions = "{form}"' for form, value in values.items())
+            table = f'{{name = "{self._name}", completions = "text"}}'
+            next_step = (
+                f'name the form that it is written for, "text" or "conversational": reward.functions = [{table}]'
+            )
+            raise WrongReturnError(f"it returned {what}", next_step)
+        if errors:
+            (self.form,) = values
+        return next(iter(values.values()))
 
     def _call(self, text: str, problem: Problem, form: str) -> object:
         conversational, meta = form == "conversational", problem["meta"]
@@ -221,16 +235,20 @@ def _only(returned: Any) -> object:
     if len(values) != 1 or isinstance(returned, str | bytes | Mapping):
         what = f"returned {returned!r:.80} for one completion"
         raise WrongReturnError(what, "return a list with a number, or None, for each of the completions")
-    value = values[0]
-    return value.item() if hasattr(value, "item") else value  # of a tensor
+    return values[0]
 
 
 def as_reward(returned: object, limits: tuple[float, float] = (0.0, 1.0), name: str = "") -> Reward:
-    """Convert a function's return value, from `limits` to [0, 1]. Raises WrongReturnError for no number in them."""
+    """Convert a function's return value, from `limits` to [0, 1].
+
+    Raises WrongReturnError if it is not a number in `limits`.
+    """
     if isinstance(returned, Reward):
         return returned
     if returned is None:
         return Reward(value=0.0, outcome=Outcome.UNPARSED)
+    if getattr(returned, "ndim", None) == 0:  # a number of NumPy or torch
+        returned = cast("Any", returned).item()
     number = float(returned) if isinstance(returned, Real) else math.nan
     low, high = limits
     if not low <= number <= high:  # written so that NaN is refused
@@ -251,7 +269,8 @@ def combine(rewards: Mapping[str, Reward | None], recipe: RewardRecipe) -> Rewar
     """Return the reward of an answer from those of the functions, by key; None for one that does not apply.
 
     The value is the mean by weight, in which a penalty counts 1 minus its value. A function without a verdict leaves
-    the answer without one.
+    the answer without one. For `positive_if`, a function that does not apply counts 0, and so does code that fails a
+    test.
     """
     given = {key: reward for key, reward in rewards.items() if reward is not None}
     several = len(rewards) > 1
@@ -259,15 +278,17 @@ def combine(rewards: Mapping[str, Reward | None], recipe: RewardRecipe) -> Rewar
         if not reward.outcome.is_graded:
             detail = f"{key}: {reward.detail}" if several else reward.detail
             return Reward(value=0.0, outcome=reward.outcome, answer=reward.answer, detail=detail)
-    weights = {function.key: function.weight for function in recipe.functions or () if function.key in given}
+    functions = {function.key: function for function in recipe.functions or ()}
     parts = {key: reward.value for key, reward in given.items()}
-    size = sum(map(abs, weights.values()))
-    terms = (abs(weight) * (parts[key] if weight > 0 else 1 - parts[key]) for key, weight in weights.items())
-    value = min(sum(terms) / size, 1.0) if size else 0.0
+    value = _mean(parts, [function for key, function in functions.items() if key in given])
+    decisive = {
+        key: math.floor(part) if isinstance(functions[key], PythonTestsFunction) else part
+        for key, part in parts.items()
+    }
     if recipe.positive_if == "total":
-        positive = value > recipe.threshold
+        positive = _mean(decisive, functions.values()) > recipe.threshold
     else:
-        positive = all(parts.get(key, 0.0) > recipe.threshold for key in recipe.positive_if)
+        positive = all(decisive.get(key, 0.0) > recipe.threshold for key in recipe.positive_if)
     first = next(iter(rewards.values()))
     outcome = Outcome.UNPARSED if first is None else first.outcome
     if several and positive:
@@ -282,6 +303,17 @@ def combine(rewards: Mapping[str, Reward | None], recipe: RewardRecipe) -> Rewar
         detail="; ".join(reward.detail for reward in given.values() if reward.detail),
         parts=parts,
     )
+
+
+def _mean(values: Mapping[str, float], functions: Iterable[RewardFunction]) -> float:
+    """Return the mean of `values` by weight; a function without a value counts 0, also if it is a penalty."""
+    total = size = 0.0
+    for function in functions:
+        size += abs(function.weight)
+        if function.key in values:
+            value = values[function.key]
+            total += abs(function.weight) * (value if function.weight > 0 else 1 - value)
+    return min(total / size, 1.0) if size else 0.0
 
 
 def grade_by_all(functions: Iterable[Function], text: str, problem: Problem, recipe: RewardRecipe) -> Reward:
@@ -314,13 +346,13 @@ def observe(functions: Iterable[Function], problem: Problem) -> str | Reward | N
 def try_functions(functions: Sequence[Function], text: str, problem: Problem) -> None:
     """Call every function once. Raises UserInputError if one raises or returns no reward.
 
-    One with a `check` may raise because of an odd reference, which is for `unreadable` to say.
+    One may raise because of a reference that it cannot read, which is for `unreadable` to say.
     """
     for function in functions:
         try:
             function.grade(text, problem)
         except (Exception, SystemExit) as error:
-            if function.check:
+            if unreadable([function], problem):
                 continue
             source = _source(function.settings)
             what = str(error) if isinstance(error, WrongReturnError) else describe_exception(error)

@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 
 from popo_lite.errors import GradingError, UserInputError
 from popo_lite.grading.functions import combine
-from popo_lite.grading.math import decide_exactly, final_answer
+from popo_lite.grading.math import decide_exactly, final_answer, thinking_open_at
 from popo_lite.recipe import EnvironmentFunction, MathFunction, OwnFunction, RewardRecipe
 from popo_lite.types import Outcome, Problem, Reward, count_outcomes
 
@@ -70,7 +70,8 @@ class Grader(AbstractContextManager["Grader"]):
     def check(self, problems: Sequence[Problem] = ()) -> None:
         """Load the reward functions in one worker, and call them with answers to the first of `problems`.
 
-        Raises UserInputError if loading fails, a function raises or returns no reward, or one of the user's own hangs.
+        Raises UserInputError if loading fails, a function raises or returns no reward, or one of the user's own, or the
+        environment, hangs.
         """
         self._run(self._check, problems[:TRIED_PROBLEMS])
 
@@ -139,6 +140,7 @@ class Grader(AbstractContextManager["Grader"]):
 
     async def _check(self, problems: Sequence[Problem]) -> None:
         await self._ready_worker(0)
+        forms: dict[str, str | None] = {}
         for problem, form in product(problems, TRIED_ANSWERS):
             text, worker = form.format(problem.answer), await self._ready_worker(0)
             line = _line("try", [text, self._content(problem) | {"completion_ids": [0] * len(text.split())}])
@@ -148,7 +150,9 @@ class Grader(AbstractContextManager["Grader"]):
             except TimeoutError:
                 self._workers.pop(0).kill()
                 reply, what = None, f"took more than reward.timeout_seconds = {self._reward.timeout_seconds:g}"
-            if reply is None and any(isinstance(function, OwnFunction) for function in self._reward.functions or ()):
+            if reply is None and any(
+                isinstance(function, OwnFunction | EnvironmentFunction) for function in self._reward.functions or ()
+            ):
                 what = f"{self._names}: grading the answer {text!r:.60} to problem {problem.id} {what}"
                 next_step = "correct the function, or raise reward.timeout_seconds"
                 raise UserInputError(what + worker.stderr_note(), where="reward.functions", next_step=next_step)
@@ -156,7 +160,13 @@ class Grader(AbstractContextManager["Grader"]):
                 what = reply["refused"] + worker.stderr_note()
                 raise UserInputError(what, where="reward.functions", next_step=reply["next_step"])
             if reply is not None:
-                self._fix_forms(reply["forms"])
+                forms |= reply["forms"]
+                self._fix_forms(forms)
+        if None in forms.values():
+            # Both forms gave the same values. The next worker calls the function once for every answer.
+            self._fix_forms({key: form or "conversational" for key, form in forms.items()})
+            if 0 in self._workers:
+                self._workers.pop(0).kill()
 
     def _fix_forms(self, forms: Mapping[str, str | None]) -> None:
         """Let all workers call TRL's functions in the forms that were found."""
@@ -211,7 +221,7 @@ class Grader(AbstractContextManager["Grader"]):
                 more: dict[str, Any] = {"trainer_state": dict(trainer_state)}
                 more |= {"completion_ids": list(completion_ids[index])} if completion_ids else {}
                 more |= {"conversation": list(map(dict, conversations[index]))} if conversations else {}
-                rewards[index] = await self._grade_one(slot, text[-self._reward.max_answer_characters :], problem, more)
+                rewards[index] = await self._grade_one(slot, text, problem, more)
 
         await asyncio.gather(*map(work, range(min(self._reward.workers, len(answers)))))
         return [rewards[index] for index in range(len(answers))]
@@ -240,14 +250,18 @@ class Grader(AbstractContextManager["Grader"]):
         return content | {"question": problem.question, "messages": messages, "meta": dict(problem.meta)}
 
     async def _grade_one(self, slot: int, text: str, problem: Problem, more: dict[str, Any]) -> Reward:
-        functions = self._reward.functions or ()
-        if len(functions) == 1 and isinstance(functions[0], MathFunction):
-            tags, opened = self._reward.thinking_tags, self._thinking_open
-            if decided := decide_exactly(text, problem, thinking_tags=tags, thinking_open=opened):
-                return combine({functions[0].key: decided}, self._reward)
+        functions, tags = self._reward.functions or (), self._reward.thinking_tags
+        start = max(len(text) - self._reward.max_answer_characters, 0)
+        opened, text = thinking_open_at(start, text, tags, self._thinking_open), text[start:]
+        if (
+            len(functions) == 1
+            and isinstance(functions[0], MathFunction)
+            and (decided := decide_exactly(text, problem, thinking_tags=tags, thinking_open=opened))
+        ):
+            return combine({functions[0].key: decided}, self._reward)
         own = any(isinstance(function, OwnFunction | EnvironmentFunction) for function in functions)
         try:
-            line = _line("grade", [text, self._content(problem) | (more if own else {})])
+            line = _line("grade", [text, self._content(problem) | (more if own else {}) | {"thinking_open": opened}])
         except (TypeError, ValueError) as error:
             detail = f"problem {problem.id!r} has a meta value that JSON cannot hold: {error}"
             return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)

@@ -18,7 +18,7 @@ MAX_NESTING = 20  # of brackets; deeper ones hold none either, and the LaTeX par
 _BOX_TOKENS = re.compile(r"(?P<box>\\+(?:boxed|fbox|framebox)\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
 _LAST_BOX = re.compile(r".*\\(?:boxed|fbox|framebox)\s*\{", re.DOTALL)
 _THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+")
-_ANSWER_TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+ANSWER_TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 THINKING_TAGS = ("<think>", "</think>")
 _NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])0*+([0-9]*+)(?:\.([0-9]*+))?")
 
@@ -36,6 +36,12 @@ def after_thinking(text: str, tags: tuple[str, str] = THINKING_TAGS, opened: boo
     if opening in after:
         return None
     return before if not (after.strip() or opened or opening in before or closing in before) else after
+
+
+def thinking_open_at(start: int, text: str, tags: tuple[str, str], opened: bool) -> bool:
+    """Return whether the thinking is open at `start`, from where on the text is graded. `opened`: it was at 0."""
+    last_open, last_closed = (text.rfind(tag, 0, start + len(tag) - 1) for tag in tags)
+    return last_open > last_closed or (opened and last_closed < 0)
 
 
 def last_box(text: str) -> str | None:
@@ -94,7 +100,7 @@ def final_answer(text: str) -> str | None:
     """Return the content of the last box of `text`, or else of its last `<answer>` tags, in normal form; or None."""
     box = last_box(text)
     if box is None:
-        box = next(reversed(_ANSWER_TAGS.findall(text)), None)
+        box = next(reversed(ANSWER_TAGS.findall(text)), None)
     return None if box is None else normalise(box)
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from popo_lite.grading.math import THINKING_TAGS, after_thinking
-
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+from popo_lite.grading.math import ANSWER_TAGS, THINKING_TAGS, after_thinking
 
 
 def grade_reasoning_gym(
@@ -23,15 +20,15 @@ def grade_reasoning_gym(
 ) -> float | None:
     """Return 1 if reasoning-gym's verifier gives the whole score, else 0; None if there is no answer in the text.
 
-    The answer is what follows the thinking, and of that the content of the last `<answer>` tags, if there are any.
-    Partial scores count as 0: most are for the form, or for a wrong answer that contains the right one, which gets 0.99
-    and more if it is long. A policy that is trained on its positives would learn wrong answers.
+    The answer is the content of the last `<answer>` tags after the thinking. Without tags it is all that follows the
+    thinking. Partial scores count as 0, because they would teach wrong answers: most reward the form, and a wrong
+    answer that contains the right one gets up to 0.99.
     """
     meta = problem["meta"]
     if not {"task", "settings", "entry"} <= meta.keys():
         raise ValueError('the problem is not from reasoning-gym; set data.dataset = "reasoning-gym:TASK"')
     answer = after_thinking(text, thinking_tags, thinking_open) or ""
-    answer = (ANSWER.findall(answer) or [answer])[-1].strip()
+    answer = (ANSWER_TAGS.findall(answer) or [answer])[-1].strip()
     if not answer:
         return None
     dataset = _dataset(meta["task"], json.dumps(meta["settings"]))

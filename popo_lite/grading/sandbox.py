@@ -80,7 +80,7 @@ def grade_python_tests(
     report = _run(job, uncontained_reason() is None, timeout_seconds, memory_mib)
     passed, detail = _judge_outputs(report, tests) if tests.pairs else _judge_statements(report, tests)
     value = sum(passed) / len(passed) if passed and (partial or all(passed)) else 0.0
-    outcome = Outcome.CORRECT if value > 0.5 else Outcome.INCORRECT
+    outcome = Outcome.CORRECT if value == 1 else Outcome.INCORRECT
     return Reward(value=value, outcome=outcome, answer=code, detail=detail)
 
 

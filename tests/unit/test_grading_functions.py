@@ -23,6 +23,8 @@ from popo_lite.types import Outcome
         (0.0, 0.0, Outcome.INCORRECT),
         (Fraction(3, 4), 0.75, Outcome.CORRECT),
         (numpy.float32(0.25), 0.25, Outcome.INCORRECT),
+        (numpy.bool_(True), 1.0, Outcome.CORRECT),
+        (numpy.array(0.75), 0.75, Outcome.CORRECT),
         (None, 0.0, Outcome.UNPARSED),
     ],
 )

@@ -142,6 +142,23 @@ def test_only_the_end_of_an_answer_is_graded():
         assert outcomes(grader.grade([near, far])) == ["correct", "unparsed"]
 
 
+@pytest.mark.parametrize("functions", ["math", ["exact"]])
+def test_thinking_that_opens_or_closes_before_the_graded_end_is_noticed(functions):
+    dots, answer = "." * 200 + "\n" * 100, "\\boxed{42}" if functions == "math" else "42"
+    texts = [
+        f"<think>{dots}{answer}",
+        f"<think>{dots}</think>{answer}",
+        f"<think></think>{dots}{answer}",
+        f"{dots}{answer}",
+    ]
+    texts += [f"<think>{'.' * (97 - len(answer))}{answer}"]  # the tag is cut
+    requests = [request(text) for text in texts]
+    with Grader(recipe(functions, max_answer_characters=100, workers=1)) as grader:
+        assert outcomes(grader.grade(requests)) == ["unparsed", *["correct"] * 3, "unparsed"]
+    with Grader(recipe(functions, max_answer_characters=100, workers=1), thinking_open=True) as grader:
+        assert outcomes(grader.grade(requests[:4])) == ["unparsed", "correct", "correct", "unparsed"]
+
+
 # --- the user's functions ---
 
 

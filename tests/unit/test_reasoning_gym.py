@@ -98,6 +98,7 @@ def test_the_answer_is_taken_from_the_text():
         f"<answer>{right}</answer> no, <answer>{wrong}</answer>": 0,
         f"{right}</think>{wrong}": 0,
         f"<answer>{wrong}</answer></think>{right}": 1,
+        f"in `<answer>` tags. `<answer>{right}</answer>`": 1,
         f"<think>{right}</think> ": None,
         "<answer> </answer>": None,
     }.items():

@@ -9,7 +9,7 @@ import pytest
 from popo_lite.callbacks import Callback
 from popo_lite.errors import UserInputError
 from popo_lite.grading import Grader
-from popo_lite.grading.functions import combine
+from popo_lite.grading.functions import combine, load_functions, try_functions
 from popo_lite.recipe import RewardRecipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
@@ -41,7 +41,9 @@ def part(value: float | None, outcome: Outcome | None = None) -> Reward | None:
         ((1, -1), (1.0, 1.0), {}, 0.5, False),  # a penalty
         ((1, -1), (1.0, 0.25), {}, 0.875, True),
         ((1, 0), (1.0, 0.0), {}, 1.0, True),  # only measured
-        ((1, 1), (0.8, None), {}, 0.8, True),  # the second does not apply
+        ((2, 1), (0.8, None), {}, 0.8, True),  # the second does not apply
+        ((2, 1), (None, 1.0), {}, 1.0, False),  # right by the form alone
+        ((2, -1), (0.8, None), {}, 0.8, True),
         ((1, 1), (None, None), {}, 0.0, False),
         ((1, 9), (0.0, 1.0), {"positive_if": ["f0"]}, 0.9, False),
         ((9, 1), (1.0, 0.4), {"positive_if": ["f0", "f1"]}, 0.94, False),
@@ -58,6 +60,14 @@ def test_a_reward_is_the_mean_by_weight(weights, values, settings, value, positi
     unparsed = values[0] is None and not positive
     assert found.outcome is (Outcome.CORRECT if positive else Outcome.UNPARSED if unparsed else Outcome.INCORRECT)
     assert found.parts == {f"f{i}": one for i, one in enumerate(values) if one is not None}
+
+
+@pytest.mark.parametrize("settings", [{}, {"positive_if": ["python_tests"]}, {"threshold": 0.2}])
+def test_code_that_fails_a_test_is_not_positive(settings):
+    recipe = RewardRecipe(functions=[{"name": "python_tests", "partial": True}], **settings)
+    found = combine({"python_tests": part(0.6, Outcome.INCORRECT)}, recipe)
+    assert (found.value, found.positive, found.outcome) == (0.6, False, Outcome.INCORRECT)
+    assert combine({"python_tests": part(1.0)}, recipe).positive
 
 
 def test_no_verdict_of_one_function_is_no_verdict():
@@ -95,6 +105,10 @@ def test_several_functions_grade_in_a_worker():
         ('reward.functions=[{name="regex", pattern="("}]', "is not a regular expression"),
         ('reward.functions=[{name="length"}]', "needs min or max"),
         ('reward.functions=[{name="json_schema"}]', "needs schema or schema_file"),
+        ('reward.functions=["math", {name="numeric", weight=-1}, {name="exact", weight=-1}]',
+         'make an answer positive without "math": their part of the weight, 0.667, is above reward.threshold = 0.5; '
+         'set reward.positive_if = ["math"]'),
+        ('reward.functions=[{name="length", max=9, weight=3}, "math"]', 'set reward.positive_if = ["math"]'),
         ('reward.positive_if=["exact"]', '"exact" is not one of reward.functions, which are "math"'),
         ('reward.functions=[{name="python_tests", timeout_seconds=5}]', 'has timeout_seconds = 5; set it below'),
         ("reward.function=math", "is called reward.functions here"),
@@ -106,6 +120,19 @@ def test_wrong_functions_are_named_when_the_recipe_is_read(override, said):
         load_recipe("tiny_cpu", [override])
     assert said in caught.value.what
     assert len(caught.value.what.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ['reward.functions=["a:accuracy", "a:format"]'],
+        ['reward.functions=[{name="regex", pattern="x"}, {name="math", weight=0}]'],
+        ['reward.functions=[{name="length", max=9, weight=3}, "math"]', 'reward.positive_if=["math"]'],
+        ['reward.functions=["a:f", "a:g", "a:h"]', "reward.threshold=0.7"],
+    ],
+)
+def test_functions_that_cannot_outvote_the_main_one_are_accepted(overrides):
+    assert load_recipe("tiny_cpu", overrides).grading.functions
 
 
 # --- TRL's form ---
@@ -171,6 +198,23 @@ def test_the_form_that_the_trial_finds_holds_for_all_workers(module):
         assert [reward.value for reward in grader.grade([("x", problem_of())] * 8)] == [1.0] * 8
 
 
+def test_a_function_that_takes_both_forms_must_give_the_same_value(module):
+    module(
+        "def f(completions, answer):\n    return [float(a in c) for c, a in zip(completions, answer)]\n"
+        "def both(completions):\n    assert completions[0] != 'x', 'text'\n    return [0.75]\n"
+    )
+    with Grader(RewardRecipe(functions="own:f")) as grader, pytest.raises(UserInputError) as caught:
+        grader.check([problem_of()])
+    assert 'returned 0.0 with completions = "conversational" and 1.0 with completions = "text"' in caught.value.what
+    assert '[{name = "own:f", completions = "text"}]' in caught.value.next_step
+    with Grader(RewardRecipe(functions=[{"name": "own:f", "completions": "text"}])) as grader:  # as advised
+        grader.check([problem_of()])
+        assert grader.grade([("It is 42.", problem_of())])[0].positive
+    with Grader(RewardRecipe(functions="own:both", workers=1)) as grader:
+        grader.check([problem_of()])
+        assert [reward.value for reward in grader.grade([("x", problem_of())])] == [0.75]
+
+
 @pytest.mark.parametrize(
     ("body", "said", "advice"),
     [
@@ -225,6 +269,35 @@ def test_the_trial_of_your_own_form(module, body, said):
     assert "row-7" in caught.value.what
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("time.sleep(99)", "took more than reward.timeout_seconds = 1"),
+        ("os._exit(3)", "ended its process (exit code 3)"),
+    ],
+)
+def test_the_trial_of_an_environment(module, body, said):
+    module(
+        f"import os, time\nclass Game:\n    def reset(self, problem): pass\n    def reward(self): return 0\n"
+        f"    def step(self, text):\n        {body}\n"
+    )
+    reward = RewardRecipe(functions=[{"name": "environment", "environment": "own:Game"}], timeout_seconds=1.0)
+    with Grader(reward) as grader, pytest.raises(UserInputError) as caught:
+        grader.check([problem_of()])
+    assert said in caught.value.what
+
+
+def test_a_built_in_function_that_raises_for_a_readable_reference_is_refused(monkeypatch):
+    def fails(*_: object, **__: object) -> None:
+        raise KeyError("schema")
+
+    monkeypatch.setattr("popo_lite.grading.builtins.last_json", fails)
+    functions = load_functions(RewardRecipe(functions=[{"name": "json_schema", "schema": {}}]), thinking_open=False)
+    problem = {"id": "row-7", "question": "", "messages": [], "answer": "42", "meta": {}}
+    with pytest.raises(UserInputError, match="KeyError: 'schema'"):
+        try_functions(functions, "x", problem)
+
+
 # --- references ---
 
 
@@ -262,7 +335,7 @@ def test_functions_from_notebooks_train_unchanged(tmp_path, monkeypatch):
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     functions = (
         '[{name = "trl_rewards:accuracy_reward", weight = 2.0}, "trl_rewards:soft_format_reward", '
-        '{name = "trl_rewards:xml_count_reward", range = [-1, 0.5], weight = 0.5}]'
+        '{name = "trl_rewards:box_count_reward", range = [-1, 0.5], weight = 0.5}]'
     )
     recipe = load_recipe("tiny_cpu", [
         f"data.dataset={tmp_path / 'sums.jsonl'}", "data.answer_column=solution", f"reward.functions={functions}",
@@ -275,14 +348,14 @@ def test_functions_from_notebooks_train_unchanged(tmp_path, monkeypatch):
     (line,) = map(json.loads, run.metrics_path.read_text().splitlines())
     assert line["outcomes"]["error"] == line["outcomes"]["timeout"] == 0
     assert line["policy_version"] == 1
-    assert line["rewards"].keys() == {f"trl_rewards:{name}_reward" for name in ("accuracy", "soft_format", "xml_count")}
+    assert line["rewards"].keys() == {f"trl_rewards:{name}_reward" for name in ("accuracy", "soft_format", "box_count")}
     assert 0 < line["rewards"]["trl_rewards:accuracy_reward"] < 1
-    assert 0 < line["rewards"]["trl_rewards:xml_count_reward"] <= 1
+    assert 0 < line["rewards"]["trl_rewards:box_count_reward"] <= 1
 
 
 def test_a_range_that_is_too_small_is_noticed_before_the_weights_are_loaded(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr("popo_lite.trainer.load_policy", lambda _: pytest.fail("the weights were loaded"))
     with pytest.raises(UserInputError, match="outside its range"):
-        Trainer(load_recipe("tiny_cpu", ['reward.functions=[{name="trl_rewards:xml_count_reward", range=[0.4, 1]}]']),
+        Trainer(load_recipe("tiny_cpu", ['reward.functions=[{name="trl_rewards:box_count_reward", range=[0.4, 1]}]']),
                 Callback())  # fmt: skip
