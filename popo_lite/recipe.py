@@ -361,7 +361,8 @@ class OwnFunction(RewardFunction):
     range: Annotated[tuple[float, float], Field(strict=False)] = (0.0, 1.0)
     """Least and largest value that it returns; mapped to 0 and 1."""
     completions: Literal["conversational", "text"] | None = None
-    """Form of TRL's `completions`: lists of messages, or text. Unset: the first form that it takes without an error."""
+    """Form of TRL's `completions`: lists of messages, or text. Unset: the form that it takes without an
+    error; if it takes both and their values differ, it is refused."""
 
 
 class MathFunction(RewardFunction):
@@ -425,7 +426,7 @@ class PythonTestsFunction(RewardFunction):
     memory_mib: Positive = 512
     """Memory of the code in MiB."""
     partial: bool = False
-    """The value is the fraction of tests passed. Off: 1 if all pass, else 0."""
+    """The value is the fraction of tests passed. Off: 1 if all pass, else 0. Only code that passes all is positive."""
     allow_uncontained: bool = False
     """Run the code even if this machine cannot contain it."""
 
