@@ -12,10 +12,10 @@ from popo_lite.grading.normalisation import canonical
 from popo_lite.types import Outcome, Problem, Reward
 
 MAX_BOX_CHARACTERS = 1000  # a longer box holds no final answer, and parsing 100,000 characters takes minutes
-MAX_NESTING = 20  # of brackets; deeper ones hold none either, and the LaTeX parser is exponential in the depth
+MAX_NESTING = 20  # of brackets; deeper answers are not final answers, and the LaTeX parser is exponential in the depth
 
 # An escaped character is a token of its own, so that the braces of a set, \{1, 2\}, do not count.
-_BOX_TOKENS = re.compile(r"(?P<box>\\+(?:boxed|fbox|framebox)\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
+_BOX_TOKENS = re.compile(r"(?P<box>(?<!\\)\\+(?:boxed|fbox|framebox)\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
 _LAST_BOX = re.compile(r".*\\(?:boxed|fbox|framebox)\s*\{", re.DOTALL)
 _THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+")
 ANSWER_TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)

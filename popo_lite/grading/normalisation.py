@@ -20,7 +20,7 @@ _CHARACTERS = str.maketrans(
     | {"×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/", "∶": ":", "∞": r"\infty "}
     | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≡": r"\equiv ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp "}
     | {"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "…": r"\ldots "}
-    | {"｛": r"\{", "｝": r"\}", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "º": "°", "€": r"\$", "£": r"\$", "¥": r"\$"}
+    | {"｛": r"\{", "｝": r"\}", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "º": "°"}
     | {
         "∠": r"\angle ",
         "△": r"\triangle ",
@@ -37,6 +37,7 @@ _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 _SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _VULGAR = re.compile("[¼½¾⅐-⅞]")
 _ROOT = re.compile(r"([√∛])\s*(\d+|[A-Za-z]|π|\([^()]*\))")
+_WORD = re.compile(r"\s*(?:\\text\{\s*)?[A-Za-z]{2}")
 _GREEK = re.compile("[\u0370-\u03ff]")
 
 
@@ -88,8 +89,14 @@ def _mixed(match: re.Match[str]) -> str:
     return rf"\frac{{{whole * denominator + numerator}}}{{{denominator}}}"
 
 
+def _conjunction(match: re.Match[str]) -> str:
+    """Return a comma; between words, the "and" stays, as these have no order, and words with commas do."""
+    before, after = match.string[: match.start()], match.string[match.end() :]
+    return ",and " if re.search(r"[A-Za-z]{2}[\s}]*$", before) and _WORD.match(after) else ","
+
+
 def _power_of_ten(match: re.Match[str]) -> str:
-    exponent = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}[match[2]]
+    exponent = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}[match[2]]
     return rf"{match[1]}\cdot 10^{{{exponent}}}\text{{{match[3]}}}"
 
 
@@ -105,7 +112,8 @@ _COMMANDS = {
         ("leq leqslant leqq", r"\le "), ("geq geqslant geqq", r"\ge "), ("neq", r"\ne "), ("lt", "<"), ("gt", ">"),
         ("dots cdots dotsc dotsb", r"\ldots "), ("varnothing", r"\emptyset "), ("degree", "°"), ("colon", ":"),
         ("lbrace", r"\{"), ("rbrace", r"\}"), ("lbrack", "["), ("rbrack", "]"), ("langle", "("), ("rangle", ")"),
-        ("dollar textdollar euro texteuro pounds", r"\$"), ("imath", "i"), ("infin", r"\infty "),
+        ("dollar textdollar", r"\$"), ("euro texteuro", "€"), ("pounds textsterling", "£"), ("prime", "'"),
+        ("imath", "i"), ("infin", r"\infty "),
     )
     for name in names.split()
 }  # fmt: skip
@@ -114,12 +122,12 @@ _RULES: tuple[tuple[str, _Replacement], ...] = (
     (r"\\(?:left|right)\s*\.", ""),
     (r"\\(?:text)?color(?:box)?\s*(?:\[\w*\])?\{[^{}]*\}|\\[hv]?phantom\{[^{}]*\}|\\[hv]space\{[^{}]*\}", ""),
     (r"\\([a-zA-Z]+)", lambda match: _COMMANDS.get(match[1], match[0])),
-    (r"^\s*\*+(.*?)\*+\s*$", r"\1"),  # **5**
+    (r"^\s*+\*++(.*?)\*++\s*$", r"\1"),  # **5**
     (r"\*\*", "^"),  # 2**3
     (r"`|\\!\s*|(?<=.)\\checkmark|(?<!\\)\\\s*$|(?<!\\)\\[()\[\]]", ""),
     (r"(?<!\\)\$(?!\d)|(?<!\\)(?<=[\w})\s])\$", ""),  # delimiters of formulas
     (r"(?<!\\)\$", r"\$"),  # $18.90 is money
-    (r"(?<!\\)\\[,;:> \n]|~|\s+", " "),
+    (r"(?:(?<!\\)\\[,;:> \n]|~|\s)+", " "),
     (r"\\mathbb\s*\{?R\}?(?![a-zA-Z])|\\text\{\s*all real numbers\s*\}", r"(-\\infty,\\infty)"),
     (r"\\mathbb\s*(?=\{[^A-Z])", ""),  # \mathbb{5}; \mathbb{Z} is a set
     # -- words
@@ -135,12 +143,17 @@ _RULES: tuple[tuple[str, _Replacement], ...] = (
     (r"^\s*(?:\\text\{[^{}]*[:=]\s*\}|=|\\approx|\\text\{(?:approximately|about)\s*\})", ""),
     # 7 \text{ (since } 14/2 = 7)
     (r"(?<=[\w})])\s*(?:\\text\{\s*)?\((?:\\text\{\s*)?(?:since|because|as|approx\w*)\b.*$", ""),
-    (r",?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*\}|(?<=[\s,])(?:and|or)(?=\s))", ","),
+    (r",?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*\}|(?<=[\s,])(?:and|or)(?=\s))", _conjunction),
+    (r"^\s*(?:\\text\{)?\s*(?i:no (?:real )?solutions?)\s*\}?[\s.]*$", r"\\emptyset "),
+    (r"(?<=\d)(?:\^\{\\text\{%s\}\}|\^?\{%s\}|\\text\{%s\}|%s(?![a-zA-Z]))" % (("(?:st|nd|rd|th)",) * 4), ""),  # 5th
+    # 2.5 m; after a fraction or a letter, m is a variable
+    (r"^(\s*(?:[A-Za-z]\s*=\s*)?-?[\d.,]+) ([mgshlL](?:/[a-z]+)?)(?=(?:\^\{?[23]\}?)?\s*$)", r"\1\\text{ \2}"),
+    (r"\^\s*\{\s*('+)\s*\}|\^\s*('+)", r"\1\2"),  # f^{\prime}
     (r"(\d)\s*(?:\\text\{\s*to\s*\}|\bto\b|\{\s*:\s*\})\s*(?=\d)", r"\1:"),
     (r"\\text\{\s*([ei])\s*\}", r"\1"),  # Euler's number and the imaginary unit
     (r"\\text\{([^{}]*)\}\s*(/|\\cdot)\s*\\text\{([^{}]*)\}", r"\\text{\1\2\3}"),  # \text{m}/\text{s}
     (r"\\frac\s*\{\s*\\text\{([^{}]*)\}\s*\}\s*\{\s*\\text\{([^{}]*)\}(\^\{?\d\}?)?\s*\}", r"\\text{\1/\2}\3"),
-    (r"(\d)\s*(?:\\text\{\s*)?(thousand|million|billion|trillion)\b([^{}]*)\}?", _power_of_ten),
+    (r"(\d)\s*(?:\\text\{\s*)?(hundred|thousand|million|billion|trillion)\b([^{}]*)\}?", _power_of_ten),
     (r"\\text\{\s*\}", ""),
     # -- signs
     (r"(?<=\d)\s*\\deg(?![a-zA-Z])|\^\s*(?:\{\s*\\circ\s*\}|\\circ|°)|(?<=[\d\s])degrees?\b", "°"),

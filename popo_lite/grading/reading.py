@@ -15,15 +15,17 @@ from popo_lite.grading.normalisation import closing, strip_braces
 
 
 class Reading(NamedTuple):
-    """An answer's kind, its parts, and the name it is given to or the unit it has, if any."""
+    """Hold the kind, parts, name and unit of an answer."""
 
-    kind: str  # value, literal, letter, list, set, union, matrix, equation, or two brackets such as "[)"
+    kind: str  # value, literal, letter, list, set, union, matrix, equation, chain, or two brackets such as "[)"
     parts: tuple[str, ...]
     name: str = ""
-    unit: str | None = ""  # None: a word that is no known unit
+    unit: str = ""
 
 
-_TIME = re.compile(r"0?(1?\d|2[0-4]):([0-5]\d)(?:\s*(?:\\text\{)?\s*([ap])\.?\s?m\.?\s*\}?)?", re.IGNORECASE)
+_TIME = re.compile(
+    r"(?=.*[:a-z])0?(1?\d|2[0-4])(?::([0-5]\d))?(?:\s*(?:\\text\{)?\s*([ap])\.?\s?m\.?\s*\}?)?", re.IGNORECASE
+)
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+")
 _BASE = re.compile(
     r"[({]?\s*([0-9][0-9A-Fa-f]*)\s*[)}]?\s*(?:_[{(\s]*(?:\\text\{)?\s*(?:base\s*\}?\s*)?(\w+)|"
@@ -33,31 +35,48 @@ _BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven
 _CONGRUENCE = re.compile(r"(?:(?P<name>.*?)\\equiv)?(?P<residues>.*?)[({\s]*\\pmod[\s{]*(?P<modulus>[^{}()]*)[\s})]*")
 _LETTER = re.compile(r"\((?:\\text\{)?\s*([A-Za-z])\s*\}?\)(?:\s+(.*)|)|([A-Z])(?:[.:)]\s*(.*))?", re.DOTALL)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z'.-]+(?:[\s,]+[A-Za-z'.-]+)*")
+_DASHES = re.compile(r"\d+(?:--?\d+){1,2}")  # ranges, scores, dates
+_BLANKS = re.compile(r"\d+(?: \d+)+")
+_CAPITALS = re.compile(r"[A-Z]{2,}'*|(?:[A-Z][a-z]?(?:_?\{?\d+\}?)?){2,}")  # HTH, AB, CO_2
 _PRODUCT = re.compile(r"[^aeiouAEIOU]+|[a-dA-D]{2,4}")  # bare letters such as xy or abc, but not a word
+_LETTERS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _RELATION = re.compile(r"\\(?:le|ge)(?![a-zA-Z])|[<>]")
 _SYMBOL = re.compile(
     r"\s*(?:\\[a-zA-Z]+\s*)?(?:\{?[A-Za-z]\}?|\\text\{[^{}]*\}|[A-Za-z]{3,}|\\[a-zA-Z]+)?'*"
-    r"(?:_\{?\w+\}?)?(?:\s*\([A-Za-z0-9, ]*\))?\s*|\s*\([A-Za-z]\s*(?:,\s*[A-Za-z]\s*)+\)\s*"
+    r"(?:_\{?\w+\}?)?(?:\s*\([A-Za-z0-9, ]*\))?\s*|\s*[A-Z]\s*\([^()+*/^-]*\)\s*|"
+    r"\s*\([A-Za-z]\s*(?:,\s*[A-Za-z]\s*)+\)\s*"
 )
 _MATRIX = re.compile(r"[(\[]?\s*\\begin\{([bp]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}\s*[)\]]?", re.DOTALL)
 
 _UNITS = {
     alias: unit
     for unit, aliases in {
-        "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre",
-        "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "s": "second sec", "min": "minute",
-        "h": "hour hr", "day": "day", "week": "week", "month": "month", "yr": "year", "mg": "milligram", "g": "gram",
-        "kg": "kilogram", "lb": "pound", "oz": "ounce", "l": "liter litre", "ml": "milliliter millilitre",
-        "$": "dollar usd buck", "cent": "¢", "°": "degree deg", "rad": "radian", "%": "percent pct", "°c": "", "°f": "",
-        "mi/h": "mph", "km/h": "kph kmh kmph", "m/s": "mps", "n": "newton", "j": "joule", "w": "watt", "hz": "hertz",
+        "m": "meter metre", "in": "inch", "ft": "foot feet", "yd": "yard", "mi": "mile", "s": "second sec",
+        "min": "minute", "h": "hour hr", "day": "", "week": "", "month": "", "yr": "year", "g": "gram gm",
+        "lb": "pound £", "oz": "ounce", "l": "liter litre", "$": "dollar usd buck", "€": "euro eur", "cent": "¢",
+        "yen": "¥", "°": "degree deg", "rad": "radian", "%": "percent pct", "°c": "", "°f": "", "mi/h": "mph",
+        "km/h": "kph kmh kmph", "m/s": "mps", "N": "newton", "J": "joule", "W": "watt", "Hz": "hertz", "Pa": "pascal",
+        "V": "volt", "A": "ampere amp", "Wh": "", "eV": "", "mol": "mole", "cal": "calorie", "B": "byte", "bit": "",
+        "person": "people", "child": "children",
     }.items()
     for alias in (unit, *aliases.split())
 }  # fmt: skip
+_PREFIXES = {"kilo": "k", "mega": "M", "giga": "G", "tera": "T", "hecto": "h", "deci": "d", "centi": "c", "milli": "m"}
+_PREFIXES |= {"micro": "µ", "nano": "n"}
+_SYMBOLS = re.compile(r"([TGMkhdcmuµμn]?)(m|g|l|L|s|N|J|W|Hz|Pa|V|A|Wh|eV|mol|cal|B|bit)")
+_VARIABLES = re.compile(r"[mnhduTGM][gslLNJWVAB]")  # 2mg may be a product; 2 mg is not
+_NAMES = re.compile(rf"({'|'.join(_PREFIXES)})([a-z]+)")
+_NUMBER_WORDS = re.compile(
+    r"\b(?:hundred|thousand|[mbtr]+illion|dozen|score|gross|lakh|crore|pair|couple|hal(?:f|ve)|third|quarter|"
+    r"(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)th|one|two|three|four|five|six|seven|eight|nine|ten)"
+    r"s?\b",
+    re.IGNORECASE,
+)
 _UNIT_END = re.compile(
     r"(?P<value>.*?[\w})!])\s*"
-    r"(?:\\text\{\s*(?P<text>[^{}]+)\}|(?P<sign>°\s*(?:[CF]|\\text\{[CF]\})?|\\?%|\\?\$)|"
-    r"(?P<word>(?<![A-Za-z\\])[A-Za-z]{2,}[A-Za-z/ ]*|(?<=[\d}] )[mgshlL](?:/[a-z]+)?))"
+    r"(?:\\text\{\s*(?P<text>[^{}]+)\}|(?P<sign>°\s*(?:[CF]|\\text\{[CF]\})?|\\?%|\\?\$|[€£¥])|"
+    r"(?P<word>(?<![A-Za-z\\])[A-Za-z]{2,}[A-Za-z/. ]*))"
     r"\s*(?:\^\s*\{?\s*(?P<power>[23])\s*\}?)?",
     re.DOTALL,
 )
@@ -74,7 +93,14 @@ def read(text: str, times: bool = True) -> Reading:
     if r"\ldots" in text:
         return Reading("literal", (re.sub(r"[\s{}]", "", text),))
     if times and (match := _TIME.fullmatch(text)):
-        return Reading("literal", (f"{match[1]}:{match[2]}",), unit=(match[3] or "").lower())
+        hour, half = int(match[1]), (match[3] or "").lower()
+        if not half and not 0 < hour < 13:
+            half = "p" if 12 < hour < 24 else "a"
+        return Reading("literal", (f"{(hour - 1) % 12 + 1}:{match[2] or '00'}",), unit=half)
+    if _DASHES.fullmatch(text):
+        return Reading("literal", (re.sub(r"\b0+(?=\d)", "", text.replace("--", "-")),))
+    if _BLANKS.fullmatch(text):
+        return Reading("literal", (text,))
     if _RATIO.fullmatch(text):
         numbers = [int(number) for number in text.split(":")]
         numbers = [number // (gcd(*numbers) or 1) for number in numbers]
@@ -92,15 +118,19 @@ def read(text: str, times: bool = True) -> Reading:
     words = _TEXT.sub(r"\1", text).strip()
     if match := _LETTER.fullmatch(words):
         return Reading("letter", (match[1] or match[3], match[2] or match[4] or ""))
+    if _CAPITALS.fullmatch(words):
+        return Reading("literal", (re.sub("[_{}]", "", words).lower(),))
     if _WORDS.fullmatch(words) and (r"\text" in text or not _PRODUCT.fullmatch(words)):
-        names = (" ".join(re.findall(r"[a-z']+", name)) for name in words.lower().split(","))
-        return Reading("literal", tuple(sorted(filter(None, names))))
+        together = ",and " in words
+        names = (" ".join(re.findall(r"[a-z']+", name)) for name in words.lower().replace(",and ", ",").split(","))
+        return Reading("literal", tuple(filter(None, names)), unit="and" if together else "")
     return _read_formula(text)
 
 
 def _read_formula(text: str) -> Reading:
     is_set = text.startswith(r"\{") and closing(text[1:]) == len(text) - 2
     parts = split(text[2:-2] if is_set else text, ",|;")
+    parts = [re.sub(r"^and\b", "", part) for part in parts]
     items = tuple(variant for part in parts if part.strip() for variant in _both_signs(part))
     if is_set:
         return read(items[0]) if len(items) == 1 and re.search(r"\d", items[0]) else Reading("set", items)
@@ -114,9 +144,10 @@ def _read_formula(text: str) -> Reading:
         sides.reverse()  # 5 = x
     if len(sides) > 1:
         if _SYMBOL.fullmatch(sides[0]) and sides[0].strip():
-            return read(sides[-1])._replace(name=re.sub(r"\s|\(.*|\\text|[{}]", "", sides[0]) or sides[0].strip())
+            name = re.sub(r"\s|\([a-z](?:,\s*[a-z])*\)$|\\text|[{}]", "", sides[0]) or re.sub(r"\s", "", sides[0])
+            return (read(sides[-1]) if len(sides) == 2 else Reading("chain", tuple(sides[1:])))._replace(name=name)
         if len(sides) > 2 or not re.search(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", text):
-            return read(sides[-1])  # 2^{10} = 1024
+            return Reading("chain", tuple(sides))  # 2^{10} = 1024
         return Reading("equation", tuple(sides))
     if interval := _as_interval(text):
         return interval
@@ -136,28 +167,58 @@ def _read_formula(text: str) -> Reading:
 
 
 def _read_unit(text: str) -> Reading:
-    text, money = re.subn(r"^(-?)\s*\\\$\s*", r"\1", text)
+    money = re.match(r"(-?)\s*(?:\\(\$)|([€£¥]))\s*", text)
+    sign = money and (money[2] or money[3])
+    if money:
+        text = money[1] + text[money.end() :]
     match = _UNIT_END.fullmatch(text)
     if not match or not re.search(r"\d|\\pi|\\sqrt", match["value"]):
-        return Reading("value", (text,), unit="$" if money else "")
-    words = match["text"] or match["sign"] or match["word"]
-    unit = _unit_of(words, match["power"])
-    letters = r"[aeiou]\w{2}" if match["word"] else r"[\w/]{2}"
-    if _NO_UNIT.search(words) or (unit is None and not re.search(letters, words)):
+        return Reading("value", (text,), unit=_unit_of(sign, "") if sign else "")
+    words, bare = match["text"] or match["sign"] or match["word"], match["word"]
+    if _NUMBER_WORDS.search(words):
+        return Reading("literal", (re.sub(r"\\text|[\s{}]", "", text).lower(),))
+    parts = re.findall(r"[A-Za-z]+", re.sub(r"\b(?:sq|square|cu|cubic|per|units?)\b", "", words))
+    if bare:
+        # Without \text, letters are variables if they can be: 2abc, x^2 + 3 abc, \pi r^2 cm.
+        blank = text[match.end("value")] == " "
+        known = all(map(_known_unit, parts)) and (blank or not _VARIABLES.fullmatch(bare))
+        spelled = blank and any(len(p) > 3 and re.search("[aeiou]", p) for p in parts)
+        is_unit = (known or (spelled and min(map(len, parts)) > 1)) and not _LETTERS.search(match["value"])
+    else:
+        is_unit = bool(match["sign"]) or all(map(_known_unit, parts)) or bool(re.search(r"[\w/]{2}", words))
+    if _NO_UNIT.search(words) or not is_unit:
         return Reading("value", (text,))
-    return Reading("value", (match["value"],), unit=unit)
+    return Reading("value", (match["value"],), unit=_unit_of(words, match["power"] or ""))
 
 
-def _unit_of(words: str, power: str | None) -> str | None:
-    """Return the symbol of a unit such as `square centimeters`, or None if a word of it is unknown."""
-    words = re.sub(r"\bper\b", "/", words.lower())
-    for word, value in ((r"\bsq(?:uare)?\b", "2"), (r"\bcu(?:bic)?\b", "3")):
+def _known_unit(word: str) -> str | None:
+    """Return the symbol of a unit. Prefixes of symbols keep their case, as mW and MW differ."""
+    if match := _SYMBOLS.fullmatch(word) or _SYMBOLS.fullmatch(re.sub("^K", "k", word)):
+        return re.sub("[uμ]", "µ", match[1]) + match[2].replace("L", "l")
+    word = word.lower()
+    forms = (word, word.removesuffix("s"), word.removesuffix("es"))
+    if unit := next((_UNITS[form] for form in forms if form in _UNITS), None):
+        return unit
+    if (match := _NAMES.fullmatch(word)) and (unit := _known_unit(match[2])):
+        return _PREFIXES[match[1]] + unit
+    return match[0] if (match := _SYMBOLS.fullmatch(word)) else None  # CM
+
+
+def _unit_of(words: str, power: str) -> str:
+    """Return the symbol of a unit such as `square centimeters`, or else its words in the singular."""
+    for word, value in ((r"\b(?i:sq(?:uare)?)\b\.?", "2"), (r"\b(?i:cu(?:bic)?)\b\.?", "3")):
         words, found = re.subn(word, "", words)
         power = value if found else power
-    words = re.sub(r"\bunits?\b|[\\{}.\s]|text", "", words)
-    forms = [(part, part.removesuffix("s"), part.removesuffix("es")) for part in words.split("/")]
-    units = [next((_UNITS[form] for form in form_list if form in _UNITS), None) for form_list in forms]
-    return "/".join(map(str, units)) + (power or "") if None not in units else "" if not words else None
+    words = re.sub(r"\s*(?:/|\bper\b)\s*", "/", words)
+    words = re.sub(r"\b(?i:units?|of|the|an?)\b|[\\{}.^]|text", "", words).replace("° ", "°")
+    units = ["/".join(map(_unit_or_singular, word.split("/"))) for word in words.split()]
+    return " ".join(units) + power
+
+
+def _unit_or_singular(word: str) -> str:
+    letters, digits = re.fullmatch(r"(.*?)(\d*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+    singular = re.sub("(?:es|e|(?<!s)s)$", "", letters.lower())
+    return (_known_unit(letters) or re.sub("y$", "i", singular)) + digits
 
 
 def _as_interval(text: str) -> Reading | None:

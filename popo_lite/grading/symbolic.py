@@ -11,7 +11,7 @@ from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 from math_verify.parser import NormalizationConfig
-from sympy import Basic, Eq, Expr, I, Rational, Symbol, exp, factorial, nan, oo, zoo
+from sympy import Basic, Eq, Expr, I, Pow, Rational, Symbol, exp, factorial, log, nan, oo, zoo
 from sympy.core.function import AppliedUndef
 
 from popo_lite.grading.math import (
@@ -33,8 +33,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 MAX_BITS = 10**5  # of an exact number; 9^(9^9) would have 10^9
 DIGITS = 50  # to which irrational numbers are compared, relative to their terms
-_POINTS = ((7, 3), (11, 29), (-13, 5))
-"""Where formulas are compared, as p/q for the first variable; see `_at`."""
+_POINTS = ((7, 3, "+"), (11, 29, "+"), (13, 5, "-"), (13, 5, "+-"), (17, 7, "-+"))
+"""Where formulas are compared: p/q for the first variable, and the signs, which repeat; see `_at`."""
 
 _ANSWER_LINE = re.compile(r"\banswer(?:\s+is\b|\s*:)\s*:?[ \t]*([^\n]{1,100})$", re.IGNORECASE | re.MULTILINE)
 _FORMULA = LatexExtractionConfig(
@@ -44,6 +44,16 @@ _FORMULA = LatexExtractionConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last"
     ),
 )
+_GENERIC = re.compile("area|total|answer|ans|result|value|solution|sum|number|probability", re.IGNORECASE)
+_LETTERS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
+_FRACTION = r"\\frac\{\d+\}\{\d+\}"
+_OPERATOR = r"[\s)}]*(?:[+*-]|\\(?:times|cdot|div)(?![a-zA-Z]))[\s({-]*"
+_CALCULATION = re.compile(r"\\(?:sum|prod|i*int)(?![a-zA-Z])" + rf"|{_FRACTION}{_OPERATOR}{_FRACTION}")
+# 2^5 - 1 is an answer, and so is 3 \cdot 10^8
+_INTEGER_CALCULATION = re.compile(
+    rf"(?<![\^_\d])(?<!\^\{{)(?:(?:\d+|{_FRACTION}){_OPERATOR}(?:\d+(?!\s*[\^!\d])|{_FRACTION})|[1-9]\d*\s*/\s*\d)"
+)
+_PRIMED = re.compile("([A-Za-z])('+)")
 _DANGLING = re.compile(r"[+\-*/^_=,]\s*$|\{\s*\}|[([{]\s*[*/^]|[+*/^]\s*[*/^]")
 
 
@@ -122,8 +132,10 @@ def _equal(gold: str, found: str, depth: int = 0) -> bool:
         x, y = read(gold, times=False), read(found, times=False)
     if depth > MAX_NESTING:
         return False
+    if "chain" in (x.kind, y.kind):
+        return _equal_chains(x, y, gold, found, depth)
     names = {x.name, y.name} - {""}
-    if len(names) == 2 and not any(len(name) > 2 and name.isalpha() for name in names):  # not x = 5 and Area = 5
+    if len(names) == 2 and not any(_GENERIC.match(name) for name in names):
         return _equal_equations(gold, found)
     if "letter" in (x.kind, y.kind):
         return _equal_letters(x, y, gold, found, depth)
@@ -135,9 +147,11 @@ def _equal(gold: str, found: str, depth: int = 0) -> bool:
         return False
     kinds = {x.kind, y.kind}
     if x.kind == y.kind == "literal":
-        return x.parts == y.parts
+        return x.parts == y.parts or ("and" in (x.unit, y.unit) and sorted(x.parts) == sorted(y.parts))
     if len(x.parts) != len(y.parts):
         return False
+    x, y = (_in_order(one, other) for one, other in ((x, y), (y, x)))
+    kinds = {x.kind, y.kind}
     if kinds <= {"list", "set"} or kinds == {"union"}:
         remaining = list(y.parts)
         for part in x.parts:
@@ -147,9 +161,33 @@ def _equal(gold: str, found: str, depth: int = 0) -> bool:
             remaining.remove(match)
         return True
     # A pair may lack its brackets; but not an interval that was an inequality, which has a name.
-    if len(kinds) == 2 and (kinds != {"list", "()"} or names):
+    if len(kinds) == 2 and (kinds not in ({"list", "()"}, {"list", "[]"}) or any("(" not in name for name in names)):
         return False
     return all(_equal(part, other, depth + 1) for part, other in zip(x.parts, y.parts, strict=True))
+
+
+def _in_order(x: Reading, other: Reading) -> Reading:
+    """Return `y = 1, x = 2` as the pair (2, 1), if `other` does not name its values; else `x` unchanged."""
+    named = {one.name: part for part in x.parts if (one := read(part)).name} if x.kind == "list" else {}
+    if len(named) < len(x.parts) or not named or any(read(part).name for part in other.parts):
+        return x
+    order = other.name.strip("()").split(",") if other.name else sorted(named)
+    if set(order) != set(named):
+        return x
+    return Reading("()", tuple(re.split("=", named[name], maxsplit=1)[1] for name in order), name=other.name)
+
+
+def _equal_chains(x: Reading, y: Reading, gold: str, found: str, depth: int) -> bool:
+    """Compare `a = b = c` by any of its sides if these are equal; of those with letters, only the last counts."""
+    texts = []
+    for side, text in ((x, gold), (y, found)):
+        last = side.parts[-1]
+        others = [part for part in side.parts[:-1] if side.kind == "chain" and not _LETTERS.search(part)]
+        if not all(_equal_values(read(last), read(part), restated=True) for part in others):
+            return False
+        named = f"{side.name} = " if side.name else ""
+        texts.append([named + part for part in [last, *others]] if side.kind == "chain" else [text])
+    return any(_equal(one, other, depth + 1) for one in texts[0] for other in texts[1])
 
 
 def _equal_letters(x: Reading, y: Reading, gold: str, found: str, depth: int) -> bool:
@@ -160,19 +198,34 @@ def _equal_letters(x: Reading, y: Reading, gold: str, found: str, depth: int) ->
     letter, other = (x, found) if x.kind == "letter" else (y, gold)
     if not letter.parts[1]:
         return _equal_formulas(letter.parts[0], other)
-    return _equal(letter.parts[1], other, depth + 1)
+    return _equal(*((other, letter.parts[1]) if letter is y else (letter.parts[1], other)), depth + 1)
 
 
-def _equal_values(x: Reading, y: Reading) -> bool:
+def _equal_values(x: Reading, y: Reading, *, restated: bool = False) -> bool:
+    """Compare two values with their units. Unless `restated`, 3 + 4 is no answer if the reference is 7."""
     gold, found = x.parts[0], y.parts[0]
+    if not restated and _is_calculation(found, gold):
+        return False
+    if x.unit and y.unit and not _same_unit(x.unit, y.unit):
+        return False
     if "%" in (x.unit, y.unit) and x.unit != y.unit:
-        if (x.unit or "%") != "%" or (y.unit or "%") != "%":
-            return False
         percent, other = (gold, found) if x.unit == "%" else (found, gold)
         return _equal_formulas(percent, other) or _equal_formulas(rf"\frac{{{percent}}}{{100}}", other)
-    if x.unit and y.unit and x.unit != y.unit:
-        return False
     return _equal_formulas(gold, found)
+
+
+def _is_calculation(found: str, gold: str) -> bool:
+    """Say whether `found` is a calculation such as 3 + 4, which may repeat the question, and `gold` its result."""
+    if plain_number(gold):
+        return bool(_CALCULATION.search(found) or _INTEGER_CALCULATION.search(found))
+    return bool(re.fullmatch(f"-?{_FRACTION}", gold) and _CALCULATION.search(found))
+
+
+def _same_unit(x: str, y: str) -> bool:
+    """Say whether two units are equal, or one has more words, such as "red apple" and "apple"."""
+    return x == y or (
+        f"{x} {y}".replace(" ", "").isalpha() and bool({*x.split()} <= {*y.split()} or {*y.split()} <= {*x.split()})
+    )
 
 
 def _equal_formulas(gold: str, found: str) -> bool:
@@ -197,6 +250,11 @@ def _equal_formulas(gold: str, found: str) -> bool:
         return False
 
 
+def _prime(match: re.Match[str]) -> str:
+    """Return y'' as y_{902}, because the parser ignores primes."""
+    return f"{match[1]}_{{{900 + len(match[2])}}}"
+
+
 @lru_cache(maxsize=4096)
 def _parse_formula(text: str) -> Basic | None:
     """Return what math-verify parses a formula to, all of it; None if it cannot."""
@@ -204,7 +262,7 @@ def _parse_formula(text: str) -> Basic | None:
         return None
     try:
         found = parse(
-            rf"\boxed{{{text}}}",
+            rf"\boxed{{{_PRIMED.sub(_prime, text)}}}",
             [_FORMULA],
             fallback_mode="no_fallback",
             extraction_mode="first_match",
@@ -229,8 +287,8 @@ def _unify(expression: Expr) -> Expr:
 def _identical(x: Expr, y: Expr) -> bool:
     """Say whether two expressions are equal: exactly for rational numbers, to `DIGITS` digits for others.
 
-    Formulas are compared at three points; the negative one counts only where both are real, so that
-    1/sqrt(n) is sqrt(1/n), but sqrt(x^2) is not x.
+    Formulas are compared at the points of `_POINTS`. One with a negative number counts only if all roots and
+    logarithms are real there, so that 1/sqrt(n) is sqrt(1/n), but sqrt(x^2) is not x.
     """
     x, y = _unify(x), _unify(y)
     if x == y:
@@ -244,18 +302,27 @@ def _identical(x: Expr, y: Expr) -> bool:
     if not symbols:
         return _is_zero(x - y)
     for point in _POINTS:
-        u, v = _at(point, x, symbols), _at(point, y, symbols)
-        if point[0] < 0 and not (u.is_real and v.is_real):
+        if "-" in point[2] and not all(_is_real(point, side, symbols) for side in (x, y)):
             continue
-        if not _is_zero(u - v):
+        if not _is_zero(_at(point, x, symbols) - _at(point, y, symbols)):
             return False
     return True
 
 
-def _at(point: tuple[int, int], expression: Expr, symbols: set[Symbol]) -> Expr:
+def _is_real(point: tuple[int, int, str], expression: Expr, symbols: set[Symbol]) -> bool:
+    """Say whether `expression` has no root or logarithm of a negative number at a point."""
+    bases = [power.base for power in expression.atoms(Pow) if not power.exp.is_integer]
+    bases += [logarithm.args[0] for logarithm in expression.atoms(log)]
+    return not any(_at(point, base, symbols).is_negative for base in bases)
+
+
+def _at(point: tuple[int, int, str], expression: Expr, symbols: set[Symbol]) -> Expr:
     """Return the value of `expression` with rational numbers for the symbols, in the order of their names."""
-    numerator, denominator = point
-    values = (Rational(numerator * (k + 1) + k, denominator + k) for k in range(len(symbols)))
+    numerator, denominator, signs = point
+    values = (
+        Rational(numerator * (k + 1) + k, denominator + k) * (-1 if signs[k % len(signs)] == "-" else 1)
+        for k in range(len(symbols))
+    )
     return expression.subs(dict(zip(sorted(symbols, key=str), values, strict=True)))
 
 
