@@ -91,7 +91,7 @@ def _mixed(match: re.Match[str]) -> str:
 
 def _conjunction(match: re.Match[str]) -> str:
     """Return a comma; between words, the "and" stays, as these have no order, and words with commas do."""
-    before, after = match.string[: match.start()], match.string[match.end() :]
+    before, after = match.string[max(match.start() - 20, 0) : match.start()], match.string[match.end() :][:20]
     return ",and " if re.search(r"[A-Za-z]{2}[\s}]*$", before) and _WORD.match(after) else ","
 
 
@@ -140,6 +140,7 @@ _RULES: tuple[tuple[str, _Replacement], ...] = (
     (r"\\text\s*\{\s*(\([A-Z]\))\s*([^{}a-zA-Z]*)\}", r"\1 \2"),  # \text{(C) }17
     (r"\\text\s*\{([0-9A-F]+)\}(?=\s*_)", r"\1"),  # 1\text{A}_{16}
     (r"_\s*\\text\s*(\{\w+\})", r"_\1"),
+    (r"^\s*\\text\{\s*([A-Za-z][^{}]*?)\s*[:=]\s*\}", r"\\text{\1}="),  # \text{Boys: } 5
     (r"^\s*(?:\\text\{[^{}]*[:=]\s*\}|=|\\approx|\\text\{(?:approximately|about)\s*\})", ""),
     # 7 \text{ (since } 14/2 = 7)
     (r"(?<=[\w})])\s*(?:\\text\{\s*)?\((?:\\text\{\s*)?(?:since|because|as|approx\w*)\b.*$", ""),

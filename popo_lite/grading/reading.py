@@ -68,7 +68,7 @@ _SYMBOLS = re.compile(r"([TGMkhdcmuµμn]?)(m|g|l|L|s|N|J|W|Hz|Pa|V|A|Wh|eV|mol|
 _VARIABLES = re.compile(r"[mnhduTGM][gslLNJWVAB]")  # 2mg may be a product; 2 mg is not
 _NAMES = re.compile(rf"({'|'.join(_PREFIXES)})([a-z]+)")
 _NUMBER_WORDS = re.compile(
-    r"\b(?:hundred|thousand|[mbtr]+illion|dozen|score|gross|lakh|crore|pair|couple|hal(?:f|ve)|third|quarter|"
+    r"\b(?:squared|cubed|factorial|negative|mil|bn|hundred|thousand|[mbtr]+illion|dozen|score|gross|lakh|crore|pair|couple|hal(?:f|ve)|third|quarter|"
     r"(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)th|one|two|three|four|five|six|seven|eight|nine|ten)"
     r"s?\b",
     re.IGNORECASE,
@@ -80,6 +80,7 @@ _UNIT_END = re.compile(
     r"\s*(?:\^\s*\{?\s*(?P<power>[23])\s*\}?)?",
     re.DOTALL,
 )
+_COMPOUND = re.compile(r"(?:\d+\s*(?:\\text\{[^{}\d\\]+\}|[A-Za-z]{2,})\s*){2,}")  # 7 ft 3 in
 _NO_UNIT = re.compile(
     r"\b(?:if|for|when|where|is|are|not|no|only|except|mod|or|and|more|less|greater|infinite\w*|base|to|by|sin|cos|tan"
     r"|ln|log|exp)\b"
@@ -104,7 +105,7 @@ def read(text: str, times: bool = True) -> Reading:
     if _RATIO.fullmatch(text):
         numbers = [int(number) for number in text.split(":")]
         numbers = [number // (gcd(*numbers) or 1) for number in numbers]
-        if len(numbers) == 2:
+        if len(numbers) == 2 and numbers[1] != 1:  # 14:2 is not 7
             return Reading("value", (rf"\frac{{{numbers[0]}}}{{{numbers[1]}}}",))
         return Reading("literal", (":".join(map(str, numbers)),))
     if match := _BASE.fullmatch(text):
@@ -171,11 +172,15 @@ def _read_unit(text: str) -> Reading:
     sign = money and (money[2] or money[3])
     if money:
         text = money[1] + text[money.end() :]
+    if _COMPOUND.fullmatch(text):
+        amounts = re.findall(r"(\d+)\s*(\\text)?([^\d\\]+)", text)
+        if all(marked or _known_unit(word.strip()) for _, marked, word in amounts):
+            return Reading("literal", tuple(f"{number} {_unit_of(word, '')}" for number, _, word in amounts))
     match = _UNIT_END.fullmatch(text)
     if not match or not re.search(r"\d|\\pi|\\sqrt", match["value"]):
         return Reading("value", (text,), unit=_unit_of(sign, "") if sign else "")
     words, bare = match["text"] or match["sign"] or match["word"], match["word"]
-    if _NUMBER_WORDS.search(words):
+    if _NUMBER_WORDS.search(re.sub(r"\([a-z -]+\)", "", words)):  # 7 (seven)
         return Reading("literal", (re.sub(r"\\text|[\s{}]", "", text).lower(),))
     parts = re.findall(r"[A-Za-z]+", re.sub(r"\b(?:sq|square|cu|cubic|per|units?)\b", "", words))
     if bare:
@@ -195,6 +200,8 @@ def _known_unit(word: str) -> str | None:
     """Return the symbol of a unit. Prefixes of symbols keep their case, as mW and MW differ."""
     if match := _SYMBOLS.fullmatch(word) or _SYMBOLS.fullmatch(re.sub("^K", "k", word)):
         return re.sub("[uμ]", "µ", match[1]) + match[2].replace("L", "l")
+    if len(word) == 1 and word.isupper():  # 7 M
+        return None
     word = word.lower()
     forms = (word, word.removesuffix("s"), word.removesuffix("es"))
     if unit := next((_UNITS[form] for form in forms if form in _UNITS), None):

@@ -48,7 +48,7 @@ _GENERIC = re.compile("area|total|answer|ans|result|value|solution|sum|number|pr
 _LETTERS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
 _FRACTION = r"\\frac\{\d+\}\{\d+\}"
 _OPERATOR = r"[\s)}]*(?:[+*-]|\\(?:times|cdot|div)(?![a-zA-Z]))[\s({-]*"
-_CALCULATION = re.compile(r"\\(?:sum|prod|i*int)(?![a-zA-Z])" + rf"|{_FRACTION}{_OPERATOR}{_FRACTION}")
+_CALCULATION = re.compile(r"\\(?:sum|prod|i*int|lim)(?![a-zA-Z])|\\frac\{d\}" + rf"|{_FRACTION}{_OPERATOR}{_FRACTION}")
 # 2^5 - 1 is an answer, and so is 3 \cdot 10^8
 _INTEGER_CALCULATION = re.compile(
     rf"(?<![\^_\d])(?<!\^\{{)(?:(?:\d+|{_FRACTION}){_OPERATOR}(?:\d+(?!\s*[\^!\d])|{_FRACTION})|[1-9]\d*\s*/\s*\d)"
@@ -170,6 +170,8 @@ def _in_order(x: Reading, other: Reading) -> Reading:
     """Return `y = 1, x = 2` as the pair (2, 1), if `other` does not name its values; else `x` unchanged."""
     named = {one.name: part for part in x.parts if (one := read(part)).name} if x.kind == "list" else {}
     if len(named) < len(x.parts) or not named or any(read(part).name for part in other.parts):
+        return x
+    if other.kind in ("list", "set") and len({name.partition("_")[0] for name in named}) == 1:  # the roots x_1, x_2
         return x
     order = other.name.strip("()").split(",") if other.name else sorted(named)
     if set(order) != set(named):

@@ -451,6 +451,8 @@ RIGHT = [
     ("5", "5 sq units"),
     ("10 m", "10"),
     ("10", "10 km/h"),
+    ("2, 3", "x_1 = 3, x_2 = 2"),
+    ("7", r"7 \text{ (seven)}"),
     ("5", r"5\text{ N}"),
     ("A = 5", "5"),
     ("(3, 4)", "3, 4"),
@@ -490,6 +492,9 @@ RIGHT = [
     ("2.5", "2.5 kg"),
     ("100", "100 students"),
     ("y'=2x", "y' = x+x"),
+    (r"7 \text{ ft } 3 \text{ in}", "7 feet 3 inches"),
+    ("14:2", "7:1"),
+    ("24", r"\text{Total cost: } 24"),
 ]
 
 WRONG = [
@@ -672,6 +677,15 @@ WRONG = [
     (r"\text{Cost} = 5", r"\text{Profit} = 5"),
     ("a = 5, b = 3", "a = 3, b = 5"),
     ("a=5, b=3", "b=5, a=3"),
+    ("7", r"\lim_{x \to 7} x"),
+    ("7", r"\frac{d}{dx} 7x"),
+    ("7", "14:2"),
+    ("7", r"7 \text{ squared}"),
+    ("7", r"7 \text{ M}"),
+    ("7", r"7 \text{ mil}"),
+    (r"7 \text{ feet } 3 \text{ inches}", r"3 \text{ feet } 7 \text{ inches}"),
+    ("7 hours 30 minutes", "30 hours 7 minutes"),
+    (r"\text{Boys: } 5", r"\text{Girls: } 5"),
 ]
 
 
