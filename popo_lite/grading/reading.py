@@ -144,7 +144,7 @@ def _read_formula(text: str) -> Reading:
     if len(sides) == 2 and _SYMBOL.fullmatch(sides[1]) and sides[1].strip() and not _SYMBOL.fullmatch(sides[0]):
         sides.reverse()  # 5 = x
     if len(sides) > 1:
-        if _SYMBOL.fullmatch(sides[0]) and sides[0].strip():
+        if _SYMBOL.fullmatch(sides[0]) and re.search("[A-Za-z]", sides[0]):
             name = re.sub(r"\s|\([a-z](?:,\s*[a-z])*\)$|\\text|[{}]", "", sides[0]) or re.sub(r"\s", "", sides[0])
             return (read(sides[-1]) if len(sides) == 2 else Reading("chain", tuple(sides[1:])))._replace(name=name)
         if len(sides) > 2 or not re.search(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", text):

@@ -33,7 +33,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 MAX_BITS = 10**5  # of an exact number; 9^(9^9) would have 10^9
 DIGITS = 50  # to which irrational numbers are compared, relative to their terms
-_POINTS = ((7, 3, "+"), (11, 29, "+"), (13, 5, "-"), (13, 5, "+-"), (17, 7, "-+"))
+_POINTS = ((7, 3, "+"), (11, 29, "+"), (13, 5, "-"), (13, 5, "+-"), (17, 7, "-+++++++"))
 """Where formulas are compared: p/q for the first variable, and the signs, which repeat; see `_at`."""
 
 _ANSWER_LINE = re.compile(r"\banswer(?:\s+is\b|\s*:)\s*:?[ \t]*([^\n]{1,100})$", re.IGNORECASE | re.MULTILINE)
@@ -135,7 +135,7 @@ def _equal(gold: str, found: str, depth: int = 0) -> bool:
     if "chain" in (x.kind, y.kind):
         return _equal_chains(x, y, gold, found, depth)
     names = {x.name, y.name} - {""}
-    if len(names) == 2 and not any(_GENERIC.match(name) for name in names):
+    if len(names) == 2 and sum(bool(_GENERIC.match(name)) for name in names) != 1:
         return _equal_equations(gold, found)
     if "letter" in (x.kind, y.kind):
         return _equal_letters(x, y, gold, found, depth)
@@ -185,8 +185,9 @@ def _equal_chains(x: Reading, y: Reading, gold: str, found: str, depth: int) -> 
     for side, text in ((x, gold), (y, found)):
         last = side.parts[-1]
         others = [part for part in side.parts[:-1] if side.kind == "chain" and not _LETTERS.search(part)]
-        if not all(_equal_values(read(last), read(part), restated=True) for part in others):
-            return False
+        for part in others:
+            if not _equal(part, last, depth + 1) and not _equal(last, part, depth + 1):
+                return False
         named = f"{side.name} = " if side.name else ""
         texts.append([named + part for part in [last, *others]] if side.kind == "chain" else [text])
     return any(_equal(one, other, depth + 1) for one in texts[0] for other in texts[1])
@@ -203,10 +204,10 @@ def _equal_letters(x: Reading, y: Reading, gold: str, found: str, depth: int) ->
     return _equal(*((other, letter.parts[1]) if letter is y else (letter.parts[1], other)), depth + 1)
 
 
-def _equal_values(x: Reading, y: Reading, *, restated: bool = False) -> bool:
-    """Compare two values with their units. Unless `restated`, 3 + 4 is no answer if the reference is 7."""
+def _equal_values(x: Reading, y: Reading) -> bool:
+    """Compare two values with their units; 3 + 4 is no answer if the reference is 7."""
     gold, found = x.parts[0], y.parts[0]
-    if not restated and _is_calculation(found, gold):
+    if _is_calculation(found, gold):
         return False
     if x.unit and y.unit and not _same_unit(x.unit, y.unit):
         return False

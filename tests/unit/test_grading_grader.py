@@ -115,7 +115,7 @@ def test_an_answer_that_hangs_times_out_and_the_next_is_graded():
     with Grader(recipe(workers=1, timeout_seconds=2.0)) as grader:
         grader.check()
         started = time.monotonic()
-        rewards = grader.grade([*towers, request(HANGS), request(HANGS), request(r"\boxed{6 \cdot 7}")])
+        rewards = grader.grade([*towers, request(HANGS), request(HANGS), request(r"\boxed{\frac{84}{2}}")])
         seconds = time.monotonic() - started
     assert outcomes(rewards) == ["incorrect", "incorrect", "timeout", "timeout", "correct"]
     assert [reward.value for reward in rewards] == [0, 0, 0, 0, 1]
@@ -198,7 +198,7 @@ def test_a_meta_value_that_json_cannot_hold_is_an_error_of_that_problem(function
     assert outcomes(rewards) == ["correct", "error", "correct"]
     assert "problem 'odd'" in rewards[1].detail
     with Grader(recipe()) as grader:  # which mathematics has no use for
-        assert outcomes(grader.grade([request(r"\boxed{6 \cdot 7}", when=object())])) == ["correct"]
+        assert outcomes(grader.grade([request(r"\boxed{\frac{84}{2}}", when=object())])) == ["correct"]
 
 
 def test_printing_and_reading_do_not_touch_the_protocol(function, capfd):
@@ -406,7 +406,7 @@ def test_a_worker_has_one_thread_a_memory_cap_and_no_torch(function):
 
 def test_a_mathematics_worker_does_not_map_torch():
     with Grader(recipe(workers=1)) as grader:
-        grader.grade([request(r"\boxed{6 \cdot 7}")])
+        grader.grade([request(r"\boxed{\frac{84}{2}}")])
         (pid,) = children()
         assert "torch" not in Path(f"/proc/{pid}/maps").read_text()
 

@@ -686,6 +686,9 @@ WRONG = [
     (r"7 \text{ feet } 3 \text{ inches}", r"3 \text{ feet } 7 \text{ inches}"),
     ("7 hours 30 minutes", "30 hours 7 minutes"),
     (r"\text{Boys: } 5", r"\text{Girls: } 5"),
+    ("|abcd|", "abcd"),
+    (r"\text{Total}=5, \text{Area}=3", r"\text{Total}=3, \text{Area}=5"),
+    ("(1,2)", "(1,3) = (1,2)"),
 ]
 
 
