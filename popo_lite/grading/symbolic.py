@@ -168,7 +168,9 @@ def _equal(gold: str, found: str, depth: int = 0) -> bool:
 
 def _in_order(x: Reading, other: Reading) -> Reading:
     """Return `y = 1, x = 2` as the pair (2, 1), if `other` does not name its values; else `x` unchanged."""
-    named = {one.name: part for part in x.parts if (one := read(part)).name} if x.kind == "list" else {}
+    if x.kind != "list":
+        return x
+    named = {one.name: part.split("=") for part in x.parts if "=" in part and (one := read(part)).name}
     if len(named) < len(x.parts) or not named or any(read(part).name for part in other.parts):
         return x
     if other.kind in ("list", "set") and len({name.partition("_")[0] for name in named}) == 1:  # the roots x_1, x_2
@@ -176,7 +178,8 @@ def _in_order(x: Reading, other: Reading) -> Reading:
     order = other.name.strip("()").split(",") if other.name else sorted(named)
     if set(order) != set(named):
         return x
-    return Reading("()", tuple(re.split("=", named[name], maxsplit=1)[1] for name in order), name=other.name)
+    sides = ((name, named[name][0], named[name][-1]) for name in order)
+    return Reading("()", tuple(first if last.strip() == name else last for name, first, last in sides), name=other.name)
 
 
 def _equal_chains(x: Reading, y: Reading, gold: str, found: str, depth: int) -> bool:

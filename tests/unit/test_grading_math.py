@@ -495,6 +495,7 @@ RIGHT = [
     (r"7 \text{ ft } 3 \text{ in}", "7 feet 3 inches"),
     ("14:2", "7:1"),
     ("24", r"\text{Total cost: } 24"),
+    ("(5, 6)", "5 = x, 6 = y"),
 ]
 
 WRONG = [
@@ -689,6 +690,7 @@ WRONG = [
     ("|abcd|", "abcd"),
     (r"\text{Total}=5, \text{Area}=3", r"\text{Total}=3, \text{Area}=5"),
     ("(1,2)", "(1,3) = (1,2)"),
+    ("1, 2", r"x \equiv 1, y \le 2"),
 ]
 
 
