@@ -186,13 +186,15 @@ def _equal_chains(x: Reading, y: Reading, gold: str, found: str, depth: int) -> 
     """Compare `a = b = c` by any of its sides if these are equal; of those with letters, only the last counts."""
     texts = []
     for side, text in ((x, gold), (y, found)):
-        last = side.parts[-1]
-        others = [part for part in side.parts[:-1] if side.kind == "chain" and not _LETTERS.search(part)]
-        for part in others:
-            if not _equal(part, last, depth + 1) and not _equal(last, part, depth + 1):
-                return False
-        named = f"{side.name} = " if side.name else ""
-        texts.append([named + part for part in [last, *others]] if side.kind == "chain" else [text])
+        if side.kind != "chain":
+            texts.append([text])
+            continue
+        *others, last = side.parts
+        others = [part for part in others if not _LETTERS.search(part)]
+        if not all(_equal(part, last, depth + 1) or _equal(last, part, depth + 1) for part in others):
+            return False
+        name = f"{side.name} = " if side.name else ""
+        texts.append([name + part for part in [last, *others]])
     return any(_equal(one, other, depth + 1) for one in texts[0] for other in texts[1])
 
 
