@@ -366,19 +366,19 @@ class OwnFunction(RewardFunction):
 
 
 class MathFunction(RewardFunction):
-    """Is the final answer mathematically equal to the reference?"""
+    """Compare the final answer with the reference as mathematics."""
 
     name: Literal["math"] = "math"
 
 
 class ExactFunction(RewardFunction):
-    """Is the answer the reference and nothing else, but for white space around it?"""
+    """Require the reference and nothing else, apart from white space around it."""
 
     name: Literal["exact"] = "exact"
 
 
 class ChoiceFunction(RewardFunction):
-    """Is the last choice that the answer states the reference, a letter or its index from 0?"""
+    """Compare the last choice that the answer states with the reference, a letter or its index from 0."""
 
     name: Literal["choice"] = "choice"
     choices: Annotated[int, Field(ge=2, le=26)] = 5
@@ -386,7 +386,7 @@ class ChoiceFunction(RewardFunction):
 
 
 class NumericFunction(RewardFunction):
-    """Is the last number of the answer the reference's, within a tolerance? Units are ignored."""
+    """Compare the last numbers of answer and reference, within a tolerance. Units are ignored."""
 
     name: Literal["numeric"] = "numeric"
     tolerance: Rate = 0.0
@@ -396,7 +396,7 @@ class NumericFunction(RewardFunction):
 
 
 class RegexFunction(RewardFunction):
-    """Does a regular expression occur in the text?"""
+    """Search the text for a regular expression."""
 
     name: Literal["regex"] = "regex"
     pattern: str
@@ -404,7 +404,7 @@ class RegexFunction(RewardFunction):
 
 
 class JsonSchemaFunction(RewardFunction):
-    """Is the last JSON value of the answer valid by a JSON Schema?"""
+    """Validate the last JSON value of the answer by a JSON Schema."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -418,7 +418,7 @@ class JsonSchemaFunction(RewardFunction):
 
 
 class PythonTestsFunction(RewardFunction):
-    """Does the code of the answer pass the tests of the problem?"""
+    """Run the code of the answer against the tests of the problem."""
 
     name: Literal["python_tests"] = "python_tests"
     timeout_seconds: Annotated[float, Field(gt=0)] = 3.0
@@ -432,7 +432,7 @@ class PythonTestsFunction(RewardFunction):
 
 
 class LengthFunction(RewardFunction):
-    """Is the text as long as asked? Outside, the value falls linearly: to 0 at length 0 and at twice `max`."""
+    """Score the length of the text. Outside the limits the value falls linearly, to 0 at length 0 and twice `max`."""
 
     name: Literal["length"] = "length"
     min: Positive | None = None
@@ -440,11 +440,11 @@ class LengthFunction(RewardFunction):
     max: Positive | None = None
     """Largest length with the value 1."""
     unit: Literal["words", "characters"] = "words"
-    """What is counted."""
+    """Unit of `min` and `max`."""
 
 
 class LanguageFunction(RewardFunction):
-    """Which fraction of the letters belongs to a script? LaTeX commands are not counted."""
+    """Return the fraction of letters that belong to a script. LaTeX commands are not counted."""
 
     name: Literal["language"] = "language"
     script: Literal[
@@ -526,10 +526,10 @@ class RewardRecipe(Section):
     functions: Annotated[
         tuple[TaggedFunction, ...] | None, Field(strict=False, min_length=1), BeforeValidator(_as_tables)
     ] = None
-    """What grades an answer: a name, or a list of names and tables. Built-in functions: `math`, `exact`, `choice`,
-    `numeric`, `regex`, `json_schema`, `python_tests`, `length`, `language`, `reasoning_gym`, `environment`; your own:
-    `module:name`. The reward is the weighted mean of their values: see docs/rewards.md. Unset: `environment` with a
-    `rollout.environment`, `reasoning_gym` for its datasets, else `math`."""
+    """Functions that grade an answer: a name, or a list of names and tables. Built-in functions: `math`, `exact`,
+    `choice`, `numeric`, `regex`, `json_schema`, `python_tests`, `length`, `language`, `reasoning_gym`,
+    `environment`; your own: `module:name`. The reward is the weighted mean of their values: see docs/rewards.md.
+    Unset: `environment` with a `rollout.environment`, `reasoning_gym` for its datasets, else `math`."""
     positive_if: Literal["total"] | Names = "total"
     """An answer is positive if the reward is above `threshold`, or if each of these functions is."""
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5

@@ -12,7 +12,10 @@ from typing import Any, Protocol
 
 
 class Environment(Protocol):
-    """What `rollout.environment.name` names. The same problem and texts must always lead to the same observations."""
+    """A class that `rollout.environment.name` names.
+
+    The same problem and texts must always lead to the same observations.
+    """
 
     def reset(self, problem: Mapping[str, Any]) -> None:
         """Begin a conversation. `problem` has "id", "question", "messages", "answer" and "meta"."""
