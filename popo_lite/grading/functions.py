@@ -338,6 +338,8 @@ def observe(functions: Iterable[Function], problem: Problem) -> str | Reward | N
     make = next(one.environment for one in functions if one.environment)
     try:
         _, observation, done = play(make, problem, problem["conversation"])
+    except MemoryError:  # which may have left broken state: it ends this process
+        raise
     except (Exception, SystemExit) as error:
         return Reward(value=0.0, outcome=Outcome.ERROR, detail=describe_exception(error))
     return None if done else observation

@@ -34,7 +34,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 MAX_BITS = 10**5  # of an exact number; 9^(9^9) would have 10^9
 DIGITS = 50  # to which irrational numbers are compared, relative to their terms
 _POINTS = ((7, 3, "+"), (11, 29, "+"), (13, 5, "-"), (13, 5, "+-"), (17, 7, "-+++++++"))
-"""Where formulas are compared: p/q for the first variable, and the signs, which repeat; see `_at`."""
+"""Points at which formulas are compared: p/q for the first variable, and the signs, which repeat; see `_at`."""
 
 _ANSWER_LINE = re.compile(r"\banswer(?:\s+is\b|\s*:)\s*:?[ \t]*([^\n]{1,100})$", re.IGNORECASE | re.MULTILINE)
 _FORMULA = LatexExtractionConfig(

@@ -19,7 +19,7 @@ import time
 
 MEMORY_LIMIT_BYTES = 4 * 2**30  # of address space: an answer such as 9^(9^(9^9)) cannot exhaust memory
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-CHECK_SECONDS = 0.5  # of checking references before the reply, so that one that hangs is told from a large request
+CHECK_SECONDS = 0.5  # reply after checking for this long, so that no large request is mistaken for a hang
 
 
 def main() -> None:

@@ -35,7 +35,8 @@ class Game:
     def step(self, text):
         self.heard.append(text)
         if self.trouble and len(self.heard) == 2:
-            {"raise": lambda: 1 / 0, "hang": lambda: time.sleep(60), "die": lambda: os._exit(3)}[self.trouble]()
+            {"raise": lambda: 1 / 0, "hang": lambda: time.sleep(60), "die": lambda: os._exit(3),
+             "memory": lambda: bytearray(2**40)}[self.trouble]()
         return f"more of {self.question}" if self.trouble != "number" else 7, len(self.heard) == self.turns
 
     def reward(self):
@@ -135,6 +136,7 @@ def test_there_is_no_answer_without_room(converse):
         ("number", Outcome.ERROR, "step returned 7 for the observation"),
         ("hang", Outcome.TIMEOUT, "timeout_seconds"),
         ("die", Outcome.ERROR, "ended the worker twice"),
+        ("memory", Outcome.ERROR, "ended the worker twice"),
     ],
 )
 def test_an_environment_in_trouble_ends_its_conversation_without_a_verdict(converse, trouble, outcome, detail):

@@ -58,7 +58,7 @@ def module(tmp_path, monkeypatch):
 
 
 def load(*functions: object):
-    """What `grade` of the first of `functions` is."""
+    """Return what `grade` of the first of `functions` returns."""
     return load_functions(RewardRecipe(functions=list(functions)), thinking_open=False)[0].grade
 
 

@@ -703,7 +703,7 @@ def test_code_in_the_thinking_does_not_count(text, options, outcome):
 
 @pytest.fixture
 def forgotten():
-    """Lets a test try containment anew, and others after it."""
+    """Forget the result of the trial, before and after the test."""
     sandbox.uncontained_reason.cache_clear()
     yield
     sandbox.uncontained_reason.cache_clear()
