@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from popo_lite.api import evaluate, export, train
+    from popo_lite.api import evaluate, export, resume, train
     from popo_lite.callbacks import Callback
     from popo_lite.errors import PopoError
     from popo_lite.recipe import Recipe
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from popo_lite.trainer import RunResult
     from popo_lite.types import EvalResult
 
-__all__ = ["Callback", "EvalResult", "PopoError", "Recipe", "RunResult", "evaluate", "export", "load_recipe", "train"]
+__all__ = ["Callback", "EvalResult", "PopoError", "Recipe", "RunResult", "evaluate", "export", "load_recipe", "resume",
+           "train"]  # fmt: skip
 _MODULES = {
     "Callback": "callbacks", "EvalResult": "types", "PopoError": "errors", "Recipe": "recipe", "RunResult": "trainer",
-    "evaluate": "api", "export": "api", "load_recipe": "recipe_file", "train": "api",
+    "evaluate": "api", "export": "api", "load_recipe": "recipe_file", "resume": "api",
+    "train": "api",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Train, evaluate and export by functions."""
+"""Train, resume, evaluate and export by functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from popo_lite.callbacks import Callback, CallbackList
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.run_folder import RunFolder, dated, find_run_folder, new_run_folder
+from popo_lite.resuming import resumed_run
+from popo_lite.run_folder import RunFolder, dated, go_back, new_run
 
 if TYPE_CHECKING:
     from popo_lite.tools.export.pipeline import ExportReport
@@ -21,7 +22,6 @@ def train(
     recipe: Recipe | str | Path,
     *,
     output: str | Path | None = None,
-    resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> RunResult:
     """Train and return the result: run folder, summary (None if interrupted) and number of steps done.
@@ -29,17 +29,47 @@ def train(
     Args:
         recipe: From `load_recipe`, or a file or the name of a shipped recipe.
         output: Folder of the run; by default a new one in the recipe's `output.dir`.
-        resume: Continue the run in `output`, or by default the newest unfinished one of this recipe and seed.
         callbacks: Each receives the events of the run: see `Callback`.
 
     Raises PopoError (UserInputError, ModelError, EngineError and others) with what to do next.
     """
     settings, name = (recipe, "run") if isinstance(recipe, Recipe) else (load_recipe(recipe), Path(recipe).stem)
-    path = None if output is None else Path(output)
-    resumed = find_run_folder(settings, name, path) if resume else None
-    settings = dated(settings, resumed)
-    with CallbackList(callbacks) as callback, load_trainer(settings, callback) as trainer:
-        return trainer.run(resumed or new_run_folder(settings, name, path), resume=resume)
+    settings = dated(settings)
+    # The folder is taken before anything is loaded; a run that cannot start leaves nothing behind.
+    with (
+        new_run(settings, name, None if output is None else Path(output)) as folder,
+        CallbackList(callbacks) as callback,
+        load_trainer(settings, callback) as trainer,
+    ):
+        return trainer.run(folder)
+
+
+def resume(
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    checkpoint: int | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
+    """Continue the run in the folder `run` from its newest checkpoint; return the result as `train` does.
+
+    Args:
+        run: Folder of the run.
+        overrides: Changes of its recipe, `section.key=value`. One that would make it another experiment is refused.
+            More `train.steps` continue a run that has ended.
+        checkpoint: Go back to the checkpoint after this many steps. Later ones are renamed, and not used any more.
+        callbacks: Each receives the events of the run: see `Callback`.
+
+    Raises PopoError (CheckpointError, UserInputError, ModelError, EngineError and others) with what to do next.
+    """
+    with (
+        resumed_run(Path(run), overrides, checkpoint) as (folder, settings, changes),
+        CallbackList(callbacks) as callback,
+        load_trainer(settings, callback) as trainer,
+    ):
+        if checkpoint is not None:
+            go_back(folder, checkpoint)
+        return trainer.run(folder, resume=True, changes=changes)
 
 
 def load_trainer(
@@ -74,19 +104,21 @@ def evaluate(
     temperature: float | None = None,
     seed: int = 0,
     engine: str | None = None,
+    checkpoint: int | str | None = None,
 ) -> list[EvalResult]:
     """Return the accuracy of runs and models on a run's held-out problems, `samples` answers to each, the same draws.
 
     `run` and `others` are runs, folders of models, GGUF files, or Hub ids. A run is measured in its `weights`, some of
     "base", "adapter" and "siamese" (default: all). `task` is the run or recipe whose problems are asked, by default the
     first run. `problems`, `temperature` and `engine` ("auto", "hf", "vllm" or "server") default to its own. `seed` is
-    that of the sampled answers.
+    that of the sampled answers. `checkpoint` is the number of steps of the runs' checkpoint to measure, or "best"; by
+    default the end's weights or, for a run that has not ended, those of its newest checkpoint.
     """
     from popo_lite.tools.benchmarks.subject import evaluate_models
 
     names, asked = [str(model) for model in (run, *others)], None if task is None else str(task)
     return evaluate_models(names, task=asked, weights=weights, problems=problems, samples=samples,
-                           temperature=temperature, seed=seed, engine=engine)  # fmt: skip
+                           temperature=temperature, seed=seed, engine=engine, checkpoint=checkpoint)  # fmt: skip
 
 
 def export(
@@ -100,11 +132,14 @@ def export(
     gguf: str | None = None,
     prompts: int = 32,
     problems: int | None = None,
+    checkpoint: int | str | None = None,
 ) -> ExportReport:
     """Write a run's model as a folder that transformers loads, check it against the trained policy, and describe it.
 
     `what` is "merged" or "adapter", `weights` "policy" or "siamese". `base` is what to merge into: "trained", the base
-    as it was trained on (dequantised), or "original". `output` is by default RUN/export/WHAT-WEIGHTS. `gguf` is the
+    as it was trained on (dequantised), or "original". `checkpoint` is the number of steps of the checkpoint to export,
+    or "best"; by default the end or, for a run that has not ended, its newest one. `output` is by default
+    RUN/export/WHAT-WEIGHTS, for a checkpoint with its name at the end. `gguf` is the
     type of weights in a GGUF file, such as "q8_0", which is written instead. `dtype` is the precision of the merge, by
     default the recipe's, for a GGUF file "float32". `prompts` and `problems` (default: the recipe's number, 0 for none)
     are what a merged model is checked on.
@@ -113,4 +148,4 @@ def export(
 
     folder = None if output is None else Path(output)
     return export_run(RunFolder(Path(run)), what=what, weights=weights, base=base, output=folder, dtype=dtype,
-                      gguf=gguf, prompts=prompts, problems=problems)  # fmt: skip
+                      gguf=gguf, prompts=prompts, problems=problems, checkpoint=checkpoint)  # fmt: skip

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from popo_lite.curriculum import History, Seen
-from popo_lite.errors import CheckpointError
+from popo_lite.formats import checked, stamped
 from popo_lite.policy.adapters import load_adapter_weights, save_adapter
-from popo_lite.run_folder import write_atomically
+from popo_lite.run_folder import checkpoint_folders, damaged_checkpoint, write_atomically
 from popo_lite.update import Learner
 
 _PREFIX = "step-"
@@ -36,7 +36,7 @@ class Cursor:
     rates since it moved (`data.curriculum`). `totals` sums metrics over all steps, `seconds` times by stage.
     `lowered_budget` is (the recipe's tokens_per_microbatch, what it was lowered to when memory ran out), or empty.
     `start_shapes` counts the first step's answers by shape, `shape_steps` the steps in which a shape took over
-    (`shapes`).
+    (`shapes`). `changes` are the keys of the recipe that were changed when the run was resumed: key, before, now, step.
     """
 
     next_step: int = 0
@@ -53,10 +53,16 @@ class Cursor:
     seconds: dict[str, float] = field(default_factory=dict)
     before: dict[str, Any] | None = None
     lowered_budget: tuple[int, ...] = ()
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
     def add_seconds(self, seconds: dict[str, float]) -> None:
         """Add times by stage."""
         self.seconds |= {stage: self.seconds.get(stage, 0.0) + value for stage, value in seconds.items()}
+
+
+REQUIRED = {"next_step", "next_problem", "history", "level", "level_rates", "entropy_coef", "totals", "seconds"}
+"""Fields without which a run would silently go on differently. All others, and those of later versions, have defaults
+for a run that was started without them."""
 
 
 def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: str, keep: int) -> Path:
@@ -72,7 +78,7 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
         "siamese": {"largest_update": learner.siamese.largest_update},
         "optimizer": {path: value for path, value in state.items() if path not in tensors},
     }
-    text = json.dumps(content, indent=2) + "\n"
+    text = json.dumps(stamped(content), indent=2) + "\n"
     if target.is_dir():
         # Weights after a step are a function of the step; only times and evaluations can have changed.
         write_atomically(target / "cursor.json", text)
@@ -99,10 +105,13 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
 
 
 def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
-    """Restore `learner` from `folder`; return its cursor. Raises CheckpointError if it is damaged or does not fit."""
+    """Restore `learner` from `folder`; return its cursor.
+
+    Raises CheckpointError if it is damaged, too new or does not fit.
+    """
     policy = learner.policy
     try:
-        content = json.loads((folder / "cursor.json").read_text("utf-8"))
+        content = checked(json.loads((folder / "cursor.json").read_text("utf-8")), folder / "cursor.json")
         load_adapter_weights(policy.model, folder / "adapter")
         policy.predictor.load_state_dict(load_file(str(folder / "predictor.safetensors")))
         learner.siamese.load_state(load_file(str(folder / "siamese.safetensors")), **content["siamese"])
@@ -117,21 +126,15 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
         groups = learner.optimizer.state_dict()["param_groups"]
         learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
         policy.version, learner.loss_scale = content["policy_version"], content["loss_scale"]
-        if missing := {entry.name for entry in fields(Cursor)} - content["cursor"].keys():
+        if missing := REQUIRED - content["cursor"].keys():
             raise KeyError(f"the cursor lacks {sorted(missing)}")
-        cursor = Cursor(**content["cursor"])
+        known = {entry.name for entry in fields(Cursor)}
+        cursor = Cursor(**{key: value for key, value in content["cursor"].items() if key in known})
         cursor.history = {problem: Seen(*seen) for problem, seen in cursor.history.items()}
         cursor.lowered_budget = tuple(cursor.lowered_budget)
         return cursor
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        what = f"the checkpoint cannot be read: {type(error).__name__}: {error}"
-        next_step = "delete this folder to resume from the one before it"
-        raise CheckpointError(what, where=str(folder), next_step=next_step) from error
-
-
-def checkpoint_folders(parent: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
-    return sorted(parent.glob(f"{_PREFIX}*"))
+        raise damaged_checkpoint(folder, f"{type(error).__name__}: {error}") from error
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

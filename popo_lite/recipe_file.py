@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from popo_lite.errors import RecipeError, nearest
+from popo_lite.formats import KEY, checked
 from popo_lite.recipe import FUNCTIONS, OBJECTIVES, Objective, OwnFunction, Recipe, Section
 from popo_lite.recipe_rules import NOT_RENAMED, RENAMED, impossible_combinations
 
@@ -52,15 +53,20 @@ SECTIONS = sections_of()
 THERE_ARE = f"there are {', '.join(SECTIONS)}"
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Recipe:
     """Read the recipe at the path `source`, or the shipped recipe of that name, and apply `overrides`.
 
     An override is `section.key=value`. Its value is read as TOML (`8`, `[4, 5]`, `"text"`) and otherwise taken as text,
     so that `model.id=Qwen/Qwen2.5-1.5B` needs no quotes. `data.system_prompt=` unsets a key that may be unset. A later
     override wins. Raises RecipeError with one line for every error of file and overrides.
+
+    `stored` says that a run wrote the file, maybe an older version without a stamp (`formats`).
     """
     errors: list[str] = []
-    document = read_toml(find_recipe(source), str(source))
+    path = find_recipe(source)
+    document = read_toml(path, str(source))
+    if stored or KEY in document:
+        document = checked(document, path)
     written = {name: (f"{source}: ", value) for name, value in _settings(document)}
     for override in overrides:
         try:

@@ -7,115 +7,284 @@ import json
 import os
 import platform
 import re
+import shlex
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Set
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from popo_lite.errors import CheckpointError, UserInputError
+from popo_lite.formats import FORMAT, KEY, checked, stamped
+from popo_lite.lock import locked
 from popo_lite.recipe import Recipe
-from popo_lite.recipe_file import dump_recipe, flatten, load_recipe
+from popo_lite.recipe_file import dump_recipe, load_recipe
 
 if TYPE_CHECKING:
     import torch
 
 
+_PREFIX = "step-"
+_temporary: list[TemporaryDirectory[str]] = []
+"""Adapters of checkpoints, copied: a run that goes on deletes its old checkpoints. They go when the process ends."""
+
+
+def checkpoint_folders(parent: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first. Folders with any other name, such as a user's copy, are not ours.
+
+    The name is `step-` and the number of steps done, in at least six digits.
+    """
+    found = [path for path in parent.glob(f"{_PREFIX}*") if re.fullmatch(_PREFIX + r"\d{6,}", path.name, re.ASCII)]
+    return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Return the number of steps that were done when the checkpoint was written."""
+    return int(folder.name.removeprefix(_PREFIX))
+
+
 class RunFolder:
-    """Name the paths inside a run's folder."""
+    """Name the paths inside a run's folder, lock it, and find the weights in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock_path = path / ".lock"  # held by the process that trains
         self.recipe_path = path / "recipe.toml"  # resolved: every key
+        self.environment_path = path / "environment.json"  # hardware and versions at the start
         self.metrics_path = path / "metrics.jsonl"  # one line per step
         self.samples_path = path / "samples.jsonl"  # a few whole groups per step
         self.evaluations_path = path / "evaluations.jsonl"  # one line per evaluation on held-out problems
         self.data_path = path / "data.json"  # hashes of the training rows and held-out problems
+        self.log_path = path / "log.txt"  # messages, warnings and errors
         self.summary_path = path / "summary.json"  # written at the end
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"  # trained adapter, PEFT format
         self.siamese = path / "siamese"  # averaged adapter, PEFT format
-        self.resume_command = f"popo-lite train {self.recipe_path} --resume --output {path}"
+        self.resume_command = f"popo-lite resume {shlex.quote(str(path))}"
 
-    def trained_adapter(self, weights: str) -> Path:
-        """Return the adapter's folder; `weights` is "policy" or "siamese". Raises CheckpointError before the end."""
-        folder = {"policy": self.adapter, "siamese": self.siamese}.get(weights)
-        if folder is None:
-            what, next_step = f'a run has no weights "{weights}"', 'use "policy" or "siamese"'
-            raise UserInputError(what, where=str(self.path), next_step=next_step)
-        if not self.summary_path.is_file():
-            what = f"the run has not ended, so its {folder.name}/ is not there yet"
-            raise CheckpointError(what, where=str(self.path), next_step=self.resume_command)
-        return folder
+    def locked(self) -> AbstractContextManager[int]:
+        """Lock the folder for a trainer. Raises UserInputError with owner and age if another one has it."""
+        next_step = "wait for it, or stop it: Ctrl-C or SIGTERM saves the last step"
+        return locked(self.lock_path, "another process trains in this folder", next_step)
 
     def recipe(self) -> Recipe:
-        """Return the recipe that the run was started with."""
+        """Return the recipe that the run was started with, with what was changed when it was resumed."""
         if not self.recipe_path.is_file():
             next_step = "give the folder that `popo-lite train` printed, for instance runs/tiny_cpu-seed0"
             what = "there is no run here: recipe.toml is missing"
             raise CheckpointError(what, where=str(self.path), next_step=next_step)
-        return load_recipe(self.recipe_path)
+        return load_recipe(self.recipe_path, stored=True)
+
+    @property
+    def ended(self) -> bool:
+        """True if all steps are done. A run that ended is not, while it trains on for more steps."""
+        return self.summary_path.is_file() and read_json(self.summary_path)["steps"] >= self.recipe().train.steps
+
+    def find_checkpoint(self, which: int | str | None = None) -> Path | None:
+        """Return the checkpoint after `which` steps, or the "best" one; None is the end, or else the newest one.
+
+        Returns None for the end. Raises CheckpointError, which lists the checkpoints, if it is not there.
+        """
+        if which is None and self.ended:
+            return None
+        folders = {checkpoint_step(folder): folder for folder in checkpoint_folders(self.checkpoints)}
+        if not folders:
+            what = "there is no checkpoint" if self.ended else "the run has not ended and has no checkpoint yet"
+            next_step = "leave --checkpoint out" if self.ended else self.resume_command
+            raise CheckpointError(what, where=str(self.checkpoints), next_step=next_step)
+        newest = folders[max(folders)]
+        step, there = max(folders) if which is None else which, f"there are {', '.join(map(str, folders))}"
+        if which == "best":
+            best = self._cursor(newest).get("best")
+            if not best:
+                what = f"no evaluation during training has found a best checkpoint; {there}"
+                next_step = f"--checkpoint {max(folders)}; eval.every makes such evaluations"
+                raise CheckpointError(what, where=str(self.checkpoints), next_step=next_step)
+            step = best["step"]
+        if step not in folders:
+            what = f"there is no checkpoint after {step} steps; {there}"
+            raise CheckpointError(what, where=str(self.checkpoints), next_step=f"--checkpoint {max(folders)}")
+        return folders[int(step)]
+
+    def summary(self, checkpoint: Path | None = None) -> dict[str, Any]:
+        """Return summary.json, or what there is of it in a checkpoint: `after` is None, `of_steps` the recipe's."""
+        if checkpoint is None:
+            return read_json(self.summary_path)
+        cursor = self._cursor(checkpoint)
+        return {
+            "steps": checkpoint_step(checkpoint),
+            "of_steps": self.recipe().train.steps,
+            "before": cursor.get("before"),
+            "after": None,
+            "changes": cursor.get("changes", []),
+            "doubts": cursor.get("doubts", []),
+        }
+
+    def notices(self, which: int | str | None, checkpoint: Path | None) -> list[str]:
+        """Return what a user must know of the weights: which ones were taken unasked, and what speaks against them."""
+        summary = self.summary(checkpoint)
+        unasked = f"the run has not ended; these weights are of its newest checkpoint, after {summary['steps']:,}"
+        first = [f"{unasked} of {summary['of_steps']:,} steps"] if which is None and checkpoint is not None else []
+        return [*first, *summary.get("doubts", [])]
+
+    def trained_adapter(self, weights: str, checkpoint: int | str | None = None) -> Path:
+        """Return a folder with the adapter in PEFT's format; `weights` is "policy" or "siamese".
+
+        `checkpoint` is as in `find_checkpoint`; the adapter of one is copied to a temporary folder.
+        """
+        end = {"policy": self.adapter, "siamese": self.siamese}.get(weights)
+        if end is None:
+            what, next_step = f'a run has no weights "{weights}"', 'use "policy" or "siamese"'
+            raise UserInputError(what, where=str(self.path), next_step=next_step)
+        folder = self.find_checkpoint(checkpoint)
+        if folder is None:
+            return end
+        _temporary.append(TemporaryDirectory(prefix="popo-lite-"))
+        return copy_adapter(folder, weights, Path(_temporary[-1].name) / f"{folder.name}-{weights}")
+
+    def _cursor(self, checkpoint: Path) -> dict[str, Any]:
+        path = checkpoint / "cursor.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise damaged_checkpoint(checkpoint, f"{type(error).__name__}: {error}") from error
+        cursor = checked(content, path).get("cursor")
+        if not isinstance(cursor, dict):
+            raise damaged_checkpoint(checkpoint, "cursor.json holds no cursor")
+        return cursor
 
 
-def new_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder:
-    """Create `output`, or `<output.dir>/<name>-seed<N>` with a number appended if that exists."""
-    if output is not None:
-        if output.exists() and (not output.is_dir() or not all(map(is_leftover, output.iterdir()))):
-            what = "the folder is not empty, and no run is ever overwritten"
-            next_step = "add --resume to continue the run in it, or name another folder"
-            raise UserInputError(what, where=f"--output {output}", next_step=next_step)
-        output.mkdir(parents=True, exist_ok=True)
-        return RunFolder(output)
+def copy_adapter(checkpoint: Path, weights: str, target: Path) -> Path:
+    """Write the policy or siamese of a checkpoint to `target` in PEFT's format; return `target`.
+
+    A checkpoint has the siamese's tensors by the names of parameters, and the policy's as PEFT names them in files.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file, save_file  # adapters have no 16-bit tensors, which numpy lacks
+
+    def stem(
+        name: str,
+    ) -> str:  # of both names: parameters also have the adapter's name, and DoRA's magnitudes a weight
+        return name.replace(".default", "").removesuffix(".weight")
+
+    file = "adapter_model.safetensors"
+    try:
+        shutil.copytree(checkpoint / "adapter", target)
+        if weights == "siamese":
+            average = {stem(name): value for name, value in load_file(checkpoint / "siamese.safetensors").items()}
+            named = {name: average[stem(name)] for name in load_file(target / file)}
+            save_file(named, target / file, metadata={"format": "pt"})
+    except (OSError, KeyError, SafetensorError) as error:
+        raise damaged_checkpoint(checkpoint, f"{type(error).__name__}: {error}") from error
+    return target
+
+
+def damaged_checkpoint(checkpoint: Path, reason: str) -> CheckpointError:
+    """Return the error of a checkpoint that cannot be read; its next step is the newest older one that can."""
+    run = RunFolder(checkpoint.parent.parent)
+    folders = checkpoint_folders(checkpoint.parent)
+    older = folders[: folders.index(checkpoint)] if checkpoint in folders else []
+    sound = next(filter(is_sound, reversed(older)), None)
+    what = f"the checkpoint cannot be read: {reason}"
+    if sound is None:
+        next_step = f"restore it from a backup, or start again: popo-lite train {shlex.quote(str(run.recipe_path))}"
+    else:
+        next_step = f"go on from an older one: {run.resume_command} --checkpoint {checkpoint_step(sound)}"
+    return CheckpointError(what, where=str(checkpoint), next_step=next_step)
+
+
+def is_sound(checkpoint: Path) -> bool:
+    """Check that all files of a checkpoint can be read. Tensors are not: their files' sizes are compared."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for path in [checkpoint / f"{name}.safetensors" for name in ("predictor", "siamese", "optimizer")]:
+            with safe_open(path, "numpy"):
+                pass
+        with safe_open(checkpoint / "adapter" / "adapter_model.safetensors", "numpy"):
+            pass
+        return isinstance(read_json(checkpoint / "cursor.json").get("cursor"), dict)
+    except (OSError, SafetensorError, CheckpointError):
+        return False
+
+
+def go_back(run: RunFolder, step: int) -> None:
+    """Make the checkpoint after `step` steps the newest one: later ones are renamed, and not used any more."""
+    for folder in checkpoint_folders(run.checkpoints):
+        if checkpoint_step(folder) > step:
+            aside = folder.with_name(f"{folder.name}-set-aside")
+            number = 2
+            while aside.exists():
+                aside, number = folder.with_name(f"{folder.name}-set-aside-{number}"), number + 1
+            folder.rename(aside)
+
+
+@contextmanager
+def new_run(recipe: Recipe, name: str, output: Path | None) -> Iterator[RunFolder]:
+    """Create and lock `output`, or `<output.dir>/<name>-seed<N>` with a number appended if that exists.
+
+    Before anything is loaded, so that a second trainer on `output` ends at once. If nothing was written when the block
+    ends, the folder is removed. A folder that a killed process left without a run is used.
+    """
     parent, stem = Path(recipe.output.dir).expanduser(), f"{name}-seed{recipe.train.seed}"
-    for number in range(1, 10_000):
-        candidate = parent / (stem if number == 1 else f"{stem}-{number}")
-        with suppress(FileExistsError):
-            candidate.mkdir(parents=True)
-            return RunFolder(candidate)
+    named = (parent / (stem if number == 1 else f"{stem}-{number}") for number in range(1, 10_000))
+    for path in named if output is None else (output,):
+        run = RunFolder(path)
+        if not _is_free(path):
+            if output is not None:
+                raise _occupied(run)
+            continue
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(run.locked())
+            except UserInputError:  # another process is starting in it
+                if output is not None:
+                    raise
+                continue
+            if not _is_free(path):  # another process has started meanwhile
+                raise _occupied(run)
+            try:
+                yield run
+            finally:
+                if _is_free(path):
+                    _remove(run, made)
+        return
     raise UserInputError(f"{parent} holds 9,999 runs of {name} already", where="output.dir")
 
 
-def find_run_folder(recipe: Recipe, name: str, output: Path | None) -> RunFolder:
-    """Return the run to resume: the one in `output`, or the newest unfinished one of this recipe and seed.
-
-    Raises CheckpointError if there is none, it has ended, or it was started with another recipe.
-    """
-    if output is None:
-        parent, stem = Path(recipe.output.dir).expanduser(), f"{name}-seed{recipe.train.seed}"
-        folders = [file.parent for file in parent.glob("*/recipe.toml")]
-        runs = [path for path in folders if re.fullmatch(rf"{re.escape(stem)}(-\d+)?", path.name)]
-        unfinished = [path for path in runs if not RunFolder(path).summary_path.is_file()]
-        if not unfinished:
-            what = f"no unfinished run of {name} with seed {recipe.train.seed} is in {parent}"
-            next_step = "name its folder with --output, or omit --resume to start a run"
-            raise CheckpointError(what, where="--resume", next_step=next_step)
-        output = max(unfinished, key=lambda path: path.stat().st_mtime)
-    run = RunFolder(output)
-    refuse_other_recipe(run, recipe)
-    return run
+def _is_free(path: Path) -> bool:
+    """Return whether a run can start at `path`: nothing is there, or what a process left that was killed before."""
+    lock = RunFolder(path).lock_path
+    return not path.exists() or (path.is_dir() and all(is_leftover(each) or each == lock for each in path.iterdir()))
 
 
-def dated(recipe: Recipe, run: RunFolder | None = None) -> Recipe:
-    """Return `recipe` with `data.date`: by default that of `run`, or today.
+def _occupied(run: RunFolder) -> UserInputError:
+    what, next_step = "the folder is not empty, and no run is ever overwritten", "name another folder"
+    if run.recipe_path.is_file():
+        what, next_step = "there is a run in it, and no run is ever overwritten", f"{run.resume_command} continues it"
+        next_step += "; for a new run name another folder"
+    return UserInputError(what, where=f"--output {run.path}", next_step=next_step)
+
+
+def _remove(run: RunFolder, made: Iterable[Path]) -> None:
+    """Remove what `new_run` made, inner folders first, and nothing that something else has been put in."""
+    with suppress(OSError):  # Windows removes no open file; what is left is no hindrance
+        for path in run.path.iterdir() if run.path in made else ():
+            path.unlink()
+        for folder in made:
+            folder.rmdir()
+
+
+def dated(recipe: Recipe) -> Recipe:
+    """Return `recipe` with `data.date`, by default today.
 
     It is part of a run's recipe so that the prompts are the same ones when the run is resumed, evaluated or exported.
     """
-    date = recipe.data.date or (run and run.recipe().data.date) or datetime.date.today()
-    return recipe.with_values({"data.date": date})
-
-
-def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
-    """Raise CheckpointError if the run has ended, or if `recipe` would make it another experiment."""
-    if run.summary_path.is_file():
-        what = "the run has ended, there is nothing to resume"
-        next_step = "train on from it in a new run with lora.init_from, or omit --resume"
-        raise CheckpointError(what, where=str(run.path), next_step=next_step)
-    before = run.recipe()
-    recipe = recipe.with_values({"data.date": recipe.data.date or before.data.date})
-    if changed := differences(flatten(before), flatten(recipe), may_change_on_resume(recipe)):
-        what = f"the recipe differs from the one this run was started with: {'; '.join(changed[:5])}"
-        raise CheckpointError(what, where=str(run.recipe_path), next_step=run.resume_command)
+    return recipe.with_values({"data.date": recipe.data.date or datetime.date.today()})
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Set[str] = frozenset()) -> list[str]:
@@ -124,29 +293,25 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Set[
     return [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys if key not in ignored]
 
 
-def may_change_on_resume(recipe: Recipe) -> set[str]:
-    """Return the settings that change speed, bookkeeping and rounding, but not what is learned."""
-    # Dropout masks depend on how the step is split and packed.
-    splitting = (
-        set() if recipe.lora.dropout else {"train.tokens_per_microbatch", "train.packing", "train.shared_prefix"}
-    )
-    return splitting | {
-        "output.dir", "output.samples_per_step", "reward.workers", "rollout.max_num_seqs",
-        "rollout.vllm.gpu_memory_utilization", "train.compile_loss", "train.cpu_threads",
-        "train.gradient_checkpointing", "train.logits_mib", "train.offload_activations", "train.save_steps",
-        "train.save_total_limit",
-    }  # fmt: skip
-
-
 def is_leftover(path: Path) -> bool:
     """Return whether `path` is left over from a `write_atomically` that was killed or found the disk full."""
     return path.name.startswith(".") and path.name.endswith(".partial") and path.is_file()
 
 
-def start_files(run: RunFolder, recipe: Recipe, device: torch.device) -> None:
-    """Write recipe.toml and environment.json."""
-    write_atomically(run.recipe_path, dump_recipe(recipe))
-    write_atomically(run.path / "environment.json", json.dumps(environment(device), indent=2) + "\n")
+def start_files(run: RunFolder, recipe: Recipe, device: torch.device) -> list[str]:
+    """Write recipe.toml and, once, environment.json; return how this environment differs from the one there."""
+    write_atomically(run.recipe_path, f"{KEY} = {FORMAT}\n\n{dump_recipe(recipe)}")
+    now = environment(device)
+    if not run.environment_path.is_file():
+        write_json(run.environment_path, now)
+    return differences(_flat(read_json(run.environment_path)), _flat(now))
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -192,15 +357,30 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line."""
+    """Append one JSON line, with the version of its format."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(json.dumps(stamped(record), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return every line of a JSONL file."""
     # Not str.splitlines: it also splits at separators that answers may contain.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return [checked(json.loads(line), path) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, with the version of its format."""
+    write_atomically(path, json.dumps(stamped(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a run. Raises CheckpointError if it is damaged or too new."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        next_step = "restore it from a backup, or leave this run out"
+        raise CheckpointError(f"is damaged: {error}", where=str(path), next_step=next_step) from error
+    return checked(content, path)
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -218,7 +398,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         except ValueError:  # not JSON, or half a character
             record = None
         if isinstance(record, dict):
-            kept += [line.decode() + "\n"] if keep(record) else []
+            kept += [line.decode() + "\n"] if keep(checked(record, path)) else []
         elif line and number < len(lines):
             next_step = "restore the file, or start a new run in another folder"
             raise CheckpointError(f"line {number} is damaged", where=str(path), next_step=next_step)

@@ -7,8 +7,8 @@ positives, so that POPO never forwards a negative.
 
 from __future__ import annotations
 
-import json
 import math
+import shlex
 import signal
 import threading
 import time
@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 
 from popo_lite.callbacks import Callback
-from popo_lite.checkpoint import Cursor, checkpoint_folders, load_checkpoint, save_checkpoint
+from popo_lite.checkpoint import Cursor, load_checkpoint, save_checkpoint
 from popo_lite.curriculum import Budget, Choice, choose_problems, collect, level_pass_rate, next_level, remember
 from popo_lite.errors import CheckpointError, EngineError, PopoError
 from popo_lite.evaluation import check_references, evaluate, fitting, not_solved
@@ -36,14 +36,17 @@ from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.policy import load_policy
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import Recipe
+from popo_lite.resuming import Change
 from popo_lite.run_folder import (
     RunFolder,
     append_line,
+    checkpoint_folders,
     keep_lines,
     peak_memory_bytes,
+    read_json,
     read_lines,
     start_files,
-    write_atomically,
+    write_json,
 )
 from popo_lite.samplers import open_sampler, pick_engine
 from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
@@ -195,14 +198,19 @@ class Trainer:
 
     # --------------------------------------------------------------------- the run
 
-    def run(self, folder: RunFolder, *, resume: bool = False) -> RunResult:
-        """Train to the last step, or until interrupted; write all that `RunFolder` names to `folder`."""
+    def run(self, folder: RunFolder, *, resume: bool = False, changes: Sequence[Change] = ()) -> RunResult:
+        """Train to the last step, or until interrupted; write all that `RunFolder` names to `folder`.
+
+        `folder` is locked by the caller. `changes` are those of the recipe since the run was last resumed.
+        """
         self.folder = folder
         with self.interrupts:
             if resume:
                 self._restore()
-            start_files(folder, self.recipe, self.policy.device)
-            write_atomically(folder.data_path, json.dumps(self._digests()))
+                self._note_changes(changes)
+            for difference in start_files(folder, self.recipe, self.policy.device):
+                self.callback.message(f"not as when the run started: {difference}")
+            write_json(folder.data_path, self._digests())
             self._prove_sampler(self.callback.message)
             steps, done = self.recipe.train.steps, self.cursor.next_step
             self.callback.start(title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=done)
@@ -456,6 +464,19 @@ class Trainer:
 
         keep_lines(self.folder.evaluations_path, is_kept)
 
+    def _note_changes(self, changes: Sequence[Change]) -> None:
+        """Record and say how the recipe was changed; nothing is, if all steps are done again."""
+        cursor = self.cursor
+        if not (cursor.next_step and changes):
+            return
+        for change in changes:
+            self.callback.message(f"after step {cursor.next_step}: {change['key']} was {change['before']!r} "
+                                  f"and is {change['now']!r}")  # fmt: skip
+            if change["key"] == "objective.entropy_coef":
+                cursor.entropy_coef = getattr(self.recipe.objective, "entropy_coef", 0.0)
+        cursor.changes += [{**change, "step": cursor.next_step} for change in changes]
+        self._checkpoint()  # before recipe.toml is written: a second resume would find nothing changed
+
     def _digests(self) -> dict[str, dict[str, str]]:
         return {"training": digests(self.train_task.training()), "held_out": digests(self.held_out)}
 
@@ -467,10 +488,12 @@ class Trainer:
         path = self.folder.data_path
         if not path.is_file():  # killed before it was written
             return
-        before, now = json.loads(path.read_text(encoding="utf-8")), self._digests()
+        before, now = read_json(path), self._digests()
         if self.cursor.before is not None and (found := changes(before["held_out"], now["held_out"])):
             what = f"the held-out problems changed since training began ({found}), so its effect cannot be measured"
-            next_step = "restore the data, or start a new run: the same command without --resume and --output"
+            next_step = (
+                f"restore the data, or start a new run: popo-lite train {shlex.quote(str(self.folder.recipe_path))}"
+            )
             raise CheckpointError(what, where=str(path), next_step=next_step)
         if found := changes(before["training"], now["training"]):
             self.callback.message(f"the training rows changed since the run began: {found}; it goes on with those now")
@@ -519,9 +542,10 @@ class Trainer:
             "siamese_extra_bytes": self.learner.siamese.extra_bytes,
             "quantized_modules": self.policy.quantized_modules,
             "sampler": sampler_summary(sampler.engine, sampler.swap_seconds, records),
+            "changes": self.cursor.changes,
             "output": str(self.folder.path),
         }
-        write_atomically(self.folder.summary_path, json.dumps(summary, indent=2) + "\n")
+        write_json(self.folder.summary_path, summary)
         return summary
 
     # --------------------------------------------------------------------- helpers

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from popo_lite.cli.train import INTERRUPTED, train
+from popo_lite.cli.train import INTERRUPTED, resume, train
 from popo_lite.errors import EngineError, PopoError
 from popo_lite.tools.bench.command import bench
 from popo_lite.tools.benchmarks.command import eval_
@@ -34,7 +34,9 @@ class _Commands(click.Group):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            next_step = "free some space and rerun the command, train with --resume: what was saved is complete"
+            next_step = (
+                "free some space and rerun the command, `popo-lite resume RUN` for a run: what was saved is complete"
+            )
             shown = PopoError("there is no room left on the disk", where=error.filename, next_step=next_step)
         except RuntimeError as error:
             from popo_lite.policy.memory import is_out_of_memory
@@ -65,5 +67,5 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8")
 
 
-for command in (train, plan, eval_, generate, export, recipe, bench, sweep, compare):
+for command in (train, resume, plan, eval_, generate, export, recipe, bench, sweep, compare):
     main.add_command(command)

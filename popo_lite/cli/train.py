@@ -1,39 +1,49 @@
-"""`popo-lite train`."""
+"""`popo-lite train` and `popo-lite resume`."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from popo_lite.api import load_trainer
 from popo_lite.errors import UserInputError
+from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.run_folder import dated, find_run_folder, new_run_folder
+from popo_lite.resuming import Change, resumed_run
+from popo_lite.run_folder import RunFolder, dated, go_back, new_run
 
 VIEWS = click.Choice(["auto", "live", "plain", "silent"])
 INTERRUPTED = 130
 """Exit code of a run that was stopped by Ctrl-C, as in shells."""
+SET = click.option(
+    "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
+)
+VIEW = click.option(
+    "--view", type=VIEWS, default="auto", show_default=True, help="Live view on a terminal, else one plain line a step."
+)
+IGNORE_PLAN = click.option(
+    "--ignore-plan", is_flag=True, help="Start although the memory plan says that the run does not fit."
+)
+JSON = click.option("as_json", "--json", is_flag=True, help="Print the summary as JSON at the end and nothing else.")
 
 
 @click.command(short_help="Train with a recipe.")
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--seed", type=click.IntRange(min=0), help="Same as --set train.seed=N.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run; default runs/<recipe>-seed<N>.")
-@click.option("--resume", is_flag=True, help="Continue this recipe's newest unfinished run, or the one in --output.")
-@click.option(
-    "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
-)
-@click.option(
-    "--view", type=VIEWS, default="auto", show_default=True, help="Live view on a terminal, else one plain line a step."
-)
-@click.option("--ignore-plan", is_flag=True, help="Start although the memory plan says that the run does not fit.")
-@click.option("as_json", "--json", is_flag=True, help="Print the summary as JSON at the end and nothing else.")
-def train(recipe: str, seed: int | None, output: Path | None, resume: bool, overrides: tuple[str, ...], view: str,
-          ignore_plan: bool, as_json: bool) -> None:  # fmt: skip
+@SET
+@VIEW
+@IGNORE_PLAN
+@JSON
+def train(
+    recipe: str, seed: int | None, output: Path | None, overrides: tuple[str, ...], view: str, ignore_plan: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Train with RECIPE: a TOML file, or the name of a shipped recipe (`popo-lite recipe list`).
 
     Writes a run folder with recipe, metrics, samples, checkpoints, adapters and summary. Ctrl-C finishes the step,
@@ -41,9 +51,38 @@ def train(recipe: str, seed: int | None, output: Path | None, resume: bool, over
 
     On a GPU the memory plan comes first (`popo-lite plan`): a run that will not fit is refused with what to change.
     """
-    settings = load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}"))
-    resumed = find_run_folder(settings, Path(recipe).stem, output) if resume else None
-    settings = dated(settings, resumed)
+    settings = dated(load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}")))
+    # The folder is taken before anything is loaded; a run that cannot start leaves nothing behind.
+    with new_run(settings, Path(recipe).stem, output) as folder:
+        _train(folder, settings, recipe, view, ignore_plan=ignore_plan, as_json=as_json)
+
+
+@click.command(short_help="Continue a run.")
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@SET
+@click.option("--checkpoint", type=click.IntRange(min=1), metavar="N", help="Go back to the checkpoint after N steps.")
+@VIEW
+@IGNORE_PLAN
+@JSON
+def resume(
+    run: Path, overrides: tuple[str, ...], checkpoint: int | None, view: str, ignore_plan: bool, as_json: bool
+) -> None:
+    """Continue RUN, the folder of a run that was stopped or killed, from its newest checkpoint.
+
+    It continues with its own recipe. Keys that change speed or bookkeeping may be --set freely; a change of what is
+    learned from here on, such as of the learning rate or the engine, is recorded in the log and in summary.json; one
+    that would make it another experiment is refused. More steps continue a run that has ended: --set train.steps=N.
+    """
+    with resumed_run(run, overrides, checkpoint) as (folder, settings, changes):
+        _train(folder, settings, str(folder.recipe_path), view, ignore_plan=ignore_plan, as_json=as_json, resume=True,
+               changes=changes, checkpoint=checkpoint)  # fmt: skip
+
+
+def _train(
+    folder: RunFolder, settings: Recipe, recipe: str, view: str, *, ignore_plan: bool, as_json: bool,
+    resume: bool = False, changes: Sequence[Change] = (), checkpoint: int | None = None,
+) -> None:  # fmt: skip
+    """Train in a locked folder and print the summary, or how to continue. `recipe` is its name in errors."""
     # Imported here because it takes seconds: a recipe with errors is refused at once.
     from popo_lite.policy.memory import memory_named
     from popo_lite.tools.console.output import closing_report
@@ -56,12 +95,12 @@ def train(recipe: str, seed: int | None, output: Path | None, resume: bool, over
         except UserInputError as error:
             raise error.within(recipe) from error
         with trainer:
-            # The folder is made after everything has loaded: a run that cannot start leaves nothing behind.
-            folder = resumed or new_run_folder(settings, Path(recipe).stem, output)
+            if checkpoint is not None:
+                go_back(folder, checkpoint)
             # The run handles Ctrl-C itself; one that comes before it starts stops it at its first step.
             default = signal.signal(signal.SIGINT, trainer.interrupts.note)
             with memory_named("before the first step", advice):
-                result = trainer.run(folder, resume=resume)
+                result = trainer.run(folder, resume=resume, changes=changes)
             # One that comes after it must not stop anything. Not a Python handler: the interpreter removes those when
             # it exits, and then the signal would kill it.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -75,6 +114,6 @@ def train(recipe: str, seed: int | None, output: Path | None, resume: bool, over
         click.echo(json.dumps(result.summary))
         return
     question = shlex.quote(question if 0 < len(question) < 80 else "your question")
-    path = result.folder.path
+    path = shlex.quote(str(result.folder.path))
     commands = [f"popo-lite generate {path} {question}", f"popo-lite eval {path}", f"popo-lite export {path}"]
     closing_report(result.summary, commands)

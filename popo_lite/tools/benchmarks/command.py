@@ -13,11 +13,21 @@ from click.core import ParameterSource
 
 from popo_lite.errors import EngineError, UserInputError
 from popo_lite.recipe import EnvironmentRecipe, MathFunction, Recipe
+from popo_lite.tools.checkpoint_option import checkpoint_option
 
 PAPER_PRESET = {"samples": 128, "temperature": 0.7, "top_p": 0.95, "max_tokens": 4096, "system_prompt":
                 r"Please reason step by step, and put your final answer within \boxed{}."}  # fmt: skip
 """How the published evaluation sampled. Its k is 8, the default."""
-HELD_OUT = ("task", "weights", "problems", "samples", "temperature", "seed", "engine")  # options for held-out problems
+HELD_OUT = (
+    "task",
+    "weights",
+    "problems",
+    "samples",
+    "temperature",
+    "seed",
+    "engine",
+    "checkpoint",
+)  # options for held-out problems
 WEIGHTS = click.Choice(["base", "adapter", "siamese"])
 JINJA_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 POSITIVE = click.IntRange(min=1)
@@ -34,6 +44,7 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
 @click.option("--task", metavar="RUN_OR_RECIPE", help="Whose held-out problems, prompts, reward and sampling are used; "
               "default: the first run, or the run of an exported model.")  # fmt: skip
 @click.option("--weights", type=WEIGHTS, multiple=True, help="Weights of runs; may be repeated. Default: all three.")
+@checkpoint_option
 @click.option("--problems", type=POSITIVE, help="Held-out problems; default as in the run's recipe.")
 @click.option("--samples", type=POSITIVE, default=8, help="Sampled answers per problem.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Default as in the run's recipe.")
@@ -97,8 +108,9 @@ def eval_(
         raise
 
 
-def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    from popo_lite.run_folder import write_atomically
+def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...], checkpoint: int | str | None,
+                as_json: bool, **options: Any) -> None:  # fmt: skip
+    from popo_lite.run_folder import write_json
     from popo_lite.tools.benchmarks import run, scores, subject
     from popo_lite.tools.benchmarks.datasets import benchmark_names
     from popo_lite.tools.console.output import progress
@@ -118,8 +130,11 @@ def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...],
         raise UserInputError("needs different whole numbers", where=f"--seeds {written}", next_step="--seeds 0,1,2")
     path = Path(model_or_run).expanduser()
     is_run = (path / "recipe.toml").is_file()
-    model = subject.open_run(path, weights) if is_run else subject.open_model(model_or_run, weights)
+    opened = subject.open_run(path, weights, checkpoint) if is_run else None
+    model = opened or subject.open_model(model_or_run, weights, checkpoint=checkpoint)
     default = path / "benchmarks" if is_run else Path("benchmarks") / Path(model_or_run).name
+    if model.checkpoint is not None:
+        default = default.with_name(f"{default.name}-step-{model.checkpoint}")
     folder = run.EvaluationFolder(options["output"] or default)
     model = replace(model, recipe=with_options(model.recipe, {**options, "date": folder.date()}))
     prepared = run.prepare_all(model.recipe, files, skip_overlong=options["skip_overlong"])
@@ -130,7 +145,7 @@ def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...],
         results = scores.summarise(answers, k)
         contents = {benchmark.name: benchmark.contents for benchmark in prepared}
         content = {"k": k, "benchmarks": contents, "settings": settings, "results": results}
-        write_atomically(folder.path / "results.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder.path / "results.json", content)
     if as_json:
         click.echo(json.dumps({"model": model_or_run, "output": str(folder.path), **content}))
     else:

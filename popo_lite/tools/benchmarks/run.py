@@ -16,17 +16,18 @@ import click
 from popo_lite.errors import CheckpointError, DataError, ModelError
 from popo_lite.evaluation import not_solved
 from popo_lite.grading import Grader
+from popo_lite.lock import locked
 from popo_lite.policy.load import load_config
 from popo_lite.policy.parts import context_of
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import Recipe
-from popo_lite.run_folder import append_line, differences, environment, keep_lines, read_lines, write_atomically
+from popo_lite.run_folder import append_line, differences, environment, keep_lines, read_json, read_lines, write_json
 from popo_lite.samplers import SamplingParams, pick_engine
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.benchmarks.datasets import BENCHMARKS, open_benchmark, unreadable_references, within_tolerance
 from popo_lite.tools.benchmarks.scores import Answers, refuse_ungraded
 from popo_lite.tools.benchmarks.subject import Bar, Subject, active_adapter, open_checked
-from popo_lite.tools.work_folder import locked, refuse_foreign
+from popo_lite.tools.work_folder import refuse_foreign
 from popo_lite.types import Completion, FinishReason, Outcome, Problem, Prompt, Reward
 
 KEY = ("weights", "seed", "benchmark", "problem")
@@ -135,7 +136,7 @@ class EvaluationFolder:
 
     def date(self) -> datetime.date:
         """Return the date in prompts: that of the evaluation here, or today."""
-        settings = json.loads(self.settings_path.read_text("utf-8")) if self.settings_path.is_file() else {}
+        settings = read_json(self.settings_path) if self.settings_path.is_file() else {}
         return datetime.date.fromisoformat(settings["date"]) if "date" in settings else datetime.date.today()
 
     def locked(self) -> AbstractContextManager[int]:
@@ -143,14 +144,14 @@ class EvaluationFolder:
         lock = self.path / ".evaluation.lock"
         if not self.settings_path.is_file():
             refuse_foreign(self.path, "evaluation", {lock})
-        return locked(lock, "another evaluation is running in this folder")
+        return locked(lock, "another evaluation is running in this folder", "wait for it, stop it, or change --output")
 
     def start(self, settings: Mapping[str, Any]) -> None:
         """Write the settings. Raises CheckpointError if the folder holds an evaluation with other settings."""
         if not self.settings_path.is_file():
-            write_atomically(self.settings_path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+            write_json(self.settings_path, settings)
             return
-        before = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        before = read_json(self.settings_path)
         if changed := differences(_flat(before), _flat(json.loads(json.dumps(settings)))):
             changed[5:] = [f"{len(changed) - 5} more differ"] if len(changed) > 5 else []
             what = f"the evaluation in this folder has other settings: {'; '.join(changed)}"
@@ -214,7 +215,7 @@ def answer_all(
         lengths = {"rollout.max_prompt_length": prompt, "rollout.max_completion_length": both - prompt}
         recipe = subject.recipe.with_values(lengths)
         policy = subject.load(recipe)
-        write_atomically(folder.path / "environment.json", json.dumps(environment(policy.device), indent=2) + "\n")
+        write_json(folder.path / "environment.json", environment(policy.device))
         renderer = Renderer(recipe, policy.tokenizer, stop_ids=policy.stop_ids)
         draw = {"temperature": settings["temperature"], "top_p": settings["top_p"]}
         by_name = {benchmark.name: benchmark for benchmark in prepared}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.run_folder import RunFolder, dated
+from popo_lite.run_folder import RunFolder, checkpoint_step, dated, read_json
 from popo_lite.samplers import Sampler, open_sampler
 from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.tasks import Task, open_tasks
@@ -43,11 +42,15 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model and the sets of weights to evaluate: name -> folder of the adapter, None without one."""
+    """A model and the sets of weights to evaluate: name -> folder of the adapter, None without one.
+
+    `checkpoint` is the number of steps of a run's checkpoint; None for the end of a run, and for a model.
+    """
 
     name: str
     recipe: Recipe
     adapters: Mapping[str, Path | None]
+    checkpoint: int | None = None
 
     @property
     def digests(self) -> dict[str, str]:
@@ -77,27 +80,39 @@ class Subject:
         return policy
 
 
-def open_run(path: Path, wanted: Sequence[str]) -> Subject:
-    """Return `wanted` (default: all) weights of a run. Raises CheckpointError before its end, except for the base."""
+def open_run(path: Path, wanted: Sequence[str], checkpoint: int | str | None = None) -> Subject:
+    """Return `wanted` (default: all) weights of a run, of its end or of a `checkpoint` (`RunFolder.find_checkpoint`).
+
+    Raises CheckpointError if there is no such checkpoint. The base needs none.
+    """
     if unknown := [wanted] if isinstance(wanted, str) else sorted({*wanted} - {*RUN_WEIGHTS}):
         next_step = f"give a list of some of {', '.join(RUN_WEIGHTS)}"
         raise UserInputError(f"a run has no weights {', '.join(unknown)}", where=str(path), next_step=next_step)
     folder = RunFolder(path)
     recipe = folder.recipe()
+    names = wanted or RUN_WEIGHTS
+    found = None if set(names) == {"base"} and checkpoint is None else folder.find_checkpoint(checkpoint)
+    step = None if found is None else checkpoint_step(found)
+    if set(names) != {"base"}:
+        for notice in folder.notices(checkpoint, found):
+            click.echo(f"{path}: {notice}", err=True)
     adapters = {
-        name: None if name == "base" else folder.trained_adapter("siamese" if name == "siamese" else "policy")
-        for name in wanted or RUN_WEIGHTS
+        name: None if name == "base" else folder.trained_adapter("siamese" if name == "siamese" else "policy", step)
+        for name in names
     }
-    return Subject(name=path.resolve().name, recipe=recipe, adapters=adapters)
+    return Subject(name=path.resolve().name, recipe=recipe, adapters=adapters, checkpoint=step)
 
 
-def open_model(model: str, wanted: Sequence[str], device: str = "auto") -> Subject:
+def open_model(model: str, wanted: Sequence[str], device: str = "auto", checkpoint: int | str | None = None) -> Subject:
     """Return a model by folder, such as an export, GGUF file or Hub id: 16 bit on a GPU, float32 on a CPU.
 
     `device` is as in `train.device`.
 
-    Raises UserInputError if `wanted` names weights that only a run has, and ModelError for an adapter's folder.
+    Raises UserInputError for `wanted` weights or a `checkpoint`, which only a run has, and ModelError for an adapter.
     """
+    if checkpoint is not None:
+        what = f"{model} is a model, not a run, and has no checkpoints"
+        raise UserInputError(what, where="--checkpoint", next_step="leave --checkpoint out, or name a run's folder")
     if wanted:
         what = f"{model} is a model, not a run, and has no {' or '.join(wanted)}"
         raise UserInputError(what, where="--weights", next_step="leave --weights out, or name a run's folder")
@@ -170,17 +185,23 @@ def task_recipe(models: Sequence[str], task: str | None) -> Recipe:
     raise UserInputError(what, where=models[0], next_step=next_step)
 
 
-def open_subjects(models: Sequence[str], weights: Sequence[str], recipe: Recipe) -> list[Subject]:
-    """Return a subject for each run, model folder or Hub id, all with unlike weights' names, to ask by `recipe`."""
+def open_subjects(
+    models: Sequence[str], weights: Sequence[str], recipe: Recipe, checkpoint: int | str | None = None
+) -> list[Subject]:
+    """Return a subject for each run, model folder or Hub id, all with unlike weights' names, to ask by `recipe`.
+
+    `weights` and `checkpoint` are those of the runs.
+    """
     if repeated := sorted({model for model in models if models.count(model) > 1}):
         raise UserInputError("is named twice", where=repeated[0], next_step="name every run and model once")
     runs = [model for model in models if (Path(model).expanduser() / "recipe.toml").is_file()]
     subjects = []
     for model in models:
         if model in runs:
-            subject = open_run(Path(model).expanduser(), weights)
+            subject = open_run(Path(model).expanduser(), weights, checkpoint)
         else:
-            subject = open_model(model, () if runs else weights, recipe.train.device)
+            of_runs = () if runs else weights
+            subject = open_model(model, of_runs, recipe.train.device, None if runs else checkpoint)
             path = Path(model).expanduser()
             subject = replace(subject, adapters={path.resolve().name if path.exists() else model: None})
         parts = {"model": subject.recipe.model, "lora": subject.recipe.lora}
@@ -195,17 +216,18 @@ def open_subjects(models: Sequence[str], weights: Sequence[str], recipe: Recipe)
 
 def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: Sequence[str] = (),
                     problems: int | None = None, samples: int = 8, temperature: float | None = None, seed: int = 0,
-                    engine: str | None = None, bar: Bar = no_bar) -> list[EvalResult]:  # fmt: skip
+                    engine: str | None = None, checkpoint: int | str | None = None,
+                    bar: Bar = no_bar) -> list[EvalResult]:  # fmt: skip
     """Return a result for each of a run's `weights` (default: all) and for each other model, on the same draws.
 
     `task` is a run or recipe: see `task_recipe`. `problems`, `temperature` and `engine` default to its own; `samples`
-    is per problem. One model is in memory at a time.
+    is per problem. `checkpoint` is as in `open_run`. One model is in memory at a time.
     """
     values = {"rollout.engine": engine, "eval.temperature": temperature, "eval.samples_per_problem": samples}
     recipe = dated(task_recipe(models, task)).with_values(
         {key: value for key, value in values.items() if value is not None}
     )
-    subjects = open_subjects(models, weights, recipe)
+    subjects = open_subjects(models, weights, recipe, checkpoint)
     if problems is not None and problems < 1:
         raise UserInputError("must be at least 1", where=f"problems = {problems}", next_step="leave it out")
     if problems is None and recipe.eval.problems < 1:
@@ -215,7 +237,7 @@ def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: 
     asked = open_tasks(recipe)[1]
     chosen = _askable(subjects, held_out(asked, recipe, problems), recipe)
     if (run := task_run(models, task)) and run.data_path.is_file():
-        before = json.loads(run.data_path.read_text(encoding="utf-8"))["held_out"]
+        before = read_json(run.data_path)["held_out"]
         now: dict[str, str] = {}
         with suppress(DataError):  # there are fewer than before
             now = digests(asked.held_out(recipe.eval.problems))

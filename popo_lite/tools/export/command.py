@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from popo_lite.errors import ExportError, UserInputError
+from popo_lite.tools.checkpoint_option import checkpoint_option
 
 if TYPE_CHECKING:
     from popo_lite.tools.export.pipeline import ExportReport
@@ -35,8 +36,11 @@ PROBLEMS_HELP = "Held-out problems for pass@1 beside the policy's, 0 for none; d
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 @click.option("--what", type=WHAT, default="merged", help="A whole model, which loads without PEFT, or the adapter.")
 @click.option("--weights", type=WEIGHTS, default="policy", help="The trained adapter, or its running average.")
+@checkpoint_option
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Folder to make; default RUN/export/<gguf or what>-<weights>."
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to make; default RUN/export/<gguf or what>-<weights>[-step-N].",
 )
 @click.option("--dtype", type=DTYPES, help=DTYPE_HELP)
 @click.option("--base", type=BASES, default="trained", help=BASE_HELP)
@@ -50,7 +54,7 @@ PROBLEMS_HELP = "Held-out problems for pass@1 beside the policy's, 0 for none; d
 @click.option("--dry-run", is_flag=True, help="Show what --push-to-hub would upload, without network.")
 @click.option("as_json", "--json", is_flag=True, help="Print the report as one JSON object.")
 def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Turn RUN, a folder that `popo-lite train` left, into a model that others can load.
+    """Turn RUN, a folder that `popo-lite train` made, into a model that others can load.
 
     A merged model is loaded again and compared with the trained policy on real prompts and in pass@1. With
     --push-to-hub, an export of the same adapter that is in the folder already is uploaded with your edits of its card,
@@ -120,6 +124,11 @@ def _print_report(report: ExportReport, upload: dict[str, Any] | None) -> None:
         "folder": report.folder,
         "what": report.what,
         "weights": report.weights,
+        **(
+            {}
+            if report.checkpoint is None
+            else {"checkpoint": f"after {report.checkpoint:,} of {report.of_steps:,} steps"}
+        ),
         "base": report.base,
     }
     if report.verification is not None:
@@ -138,6 +147,7 @@ def _remedy_command(run: Path, report: ExportReport) -> str:
 
     better = remedy(str(report.merged_into), str(report.dtype), report.gguf)
     command = ["popo-lite", "export", str(run), "--weights", report.weights, *better.split()]
+    command += [] if report.checkpoint is None else ["--checkpoint", str(report.checkpoint)]
     return shlex.join([*command, "--output", f"{report.folder}-{better.split()[-1]}"])
 
 

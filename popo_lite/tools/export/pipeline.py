@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import click
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
-from popo_lite.run_folder import RunFolder
+from popo_lite.run_folder import RunFolder, checkpoint_step, read_json, write_json
 from popo_lite.samplers.hf import HFSampler
 from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.rendering import Renderer
@@ -54,6 +55,8 @@ class ExportReport:
 
     `dtype`, `merged_into` and `verification` are None for an adapter. `merged_into` is "trained" or "original"; the two
     are the same for a base that was not quantised, which counts as "trained". `gguf` is None for safetensors.
+    `checkpoint` is the number of steps of the checkpoint that was exported, of the recipe's `of_steps`; both are None
+    for the end of a run.
     """
 
     folder: Path
@@ -63,6 +66,8 @@ class ExportReport:
     dtype: str | None
     merged_into: str | None
     adapter_sha256: str
+    checkpoint: int | None = None
+    of_steps: int | None = None
     gguf: str | None = None
     verification: dict[str, Any] | None = None
     reused: bool = False
@@ -89,6 +94,7 @@ def export_run(
     gguf: str | None = None,
     prompts: int = 32,
     problems: int | None = None,
+    checkpoint: int | str | None = None,
     reuse: bool = False,
     progress: verify.Progress = lambda *_: nullcontext(lambda _: None),
 ) -> ExportReport:
@@ -100,17 +106,24 @@ def export_run(
     written instead of safetensors.
     A merged model is loaded again and compared with the trained policy: greedily on `prompts` prompts of the run's
     task, at most `eval.problems`, and in pass@1 on `problems` held-out problems (default: `eval.problems`).
+    `checkpoint` is a number of steps or "best", by default the end or, before the end, the newest checkpoint.
     With `reuse`, an earlier export of the same adapter in `output` is returned.
 
-    Raises CheckpointError for a run that has not ended, UserInputError for an unknown option or one that does not go
+    Raises CheckpointError if there is no such checkpoint, UserInputError for an unknown option or one that does not go
     with `what`, or if `output` is not empty, and ExportError if the merged model is not the trained policy; nothing is
     left behind then. An ExportError of the card alone leaves the complete export.
     """
     _check_options(what, base, dtype, gguf, prompts, problems)
-    recipe = run.recipe()
-    adapter = adapter_folder(run.trained_adapter(weights), key="run folder")
+    recipe, found = run.recipe(), run.find_checkpoint(checkpoint)
+    for notice in run.notices(checkpoint, found):
+        click.echo(notice, err=True)
+    step = None if found is None else checkpoint_step(found)
+    adapter = adapter_folder(run.trained_adapter(weights, step), key="run folder")
+    name = f"{gguf or what}-{weights}{'' if step is None else f'-step-{step}'}"
     report = ExportReport(
-        folder=output if output is not None else run.path / "export" / f"{gguf or what}-{weights}",
+        folder=output if output is not None else run.path / "export" / name,
+        checkpoint=step,
+        of_steps=None if step is None else recipe.train.steps,
         what=what,
         gguf=gguf,
         weights=weights,
@@ -127,11 +140,10 @@ def export_run(
         else:
             verification = _export_merged(recipe, adapter, folder, report, prompts, problems, progress)
             report = replace(report, verification=verification)
-        content = json.dumps(report.content(), indent=2, allow_nan=False) + "\n"
-        (folder / REPORT_FILE).write_text(content, encoding="utf-8")
+        write_json(folder / REPORT_FILE, report.content())
         card, failure = f"# {report.base}, trained with popo-lite\n", None
         try:
-            summary = json.loads(run.summary_path.read_text(encoding="utf-8"))
+            summary = run.summary(found)
             card = model_card(
                 recipe, summary, weights=weights, dtype=report.dtype, gguf=gguf, verification=report.verification
             )
@@ -175,7 +187,7 @@ def _check_options(
 def _earlier(report: ExportReport, reuse: bool) -> ExportReport:
     """Return the export that is in the folder. Raises UserInputError if it is another one or may not be reused."""
     path = report.folder / REPORT_FILE
-    earlier = json.loads(path.read_text(encoding="utf-8")) if reuse and path.is_file() else {}
+    earlier = {"checkpoint": None, "of_steps": None} | read_json(path) if reuse and path.is_file() else {}
     if report.content() != earlier | {"verification": None}:
         what, instead = "the folder is not empty", "remove it, or name another one with --output"
         raise UserInputError(what, where=str(report.folder), next_step=instead)

@@ -100,11 +100,11 @@ def compare(sources: tuple[Path, ...], output: Path | None, reach: float, as_jso
 
     Writes comparison.png, comparison.json and comparison.html, which needs no other file. See docs/experiments.md.
     """
+    from popo_lite.lock import writing
     from popo_lite.run_folder import write_atomically
     from popo_lite.tools.sweep.compare import compare as compare_sources
     from popo_lite.tools.sweep.folder import SweepFolder
     from popo_lite.tools.sweep.report import draw, html_page, print_report
-    from popo_lite.tools.work_folder import writing
 
     comparison = compare_sources(sources, reach=reach)
     is_sweep = len(sources) == 1 and SweepFolder(sources[0]).sweep_path.is_file()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -169,9 +168,9 @@ def read_run(path: Path, *, reach: float) -> RunFigures:
     """
     run = RunFolder(path)
     recipe = run.recipe()
-    if not run.summary_path.is_file():
+    if not run.ended:
         raise CheckpointError("the run has not ended", where=str(path), next_step=run.resume_command)
-    after = json.loads(run.summary_path.read_text(encoding="utf-8"))["after"] or {}
+    after = run.summary()["after"] or {}
     steps = read_lines(run.metrics_path)
     try:
         by_step = {name: [line[name] for line in steps] for name in (*AVERAGED, *TOTALS, *CURVES, "seconds")}

@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from popo_lite.errors import RecipeError, UserInputError, nearest
+from popo_lite.lock import locked, writing
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import SECTIONS, find_recipe, flatten, load_recipe, read_toml, shipped_sweeps, to_toml
-from popo_lite.run_folder import RunFolder, differences, keep_lines, may_change_on_resume, write_atomically
-from popo_lite.tools.work_folder import locked, refuse_foreign, writing
+from popo_lite.resuming import free_keys
+from popo_lite.run_folder import (
+    RunFolder,
+    checkpoint_folders,
+    checkpoint_step,
+    differences,
+    keep_lines,
+    write_atomically,
+)
+from popo_lite.tools.work_folder import refuse_foreign
 
 KEYS = ("recipe", "seeds", "set", "variants", "over")
 SEED = "train.seed"
@@ -188,18 +197,18 @@ class SweepRun:
     @property
     def state(self) -> Literal["finished", "unfinished", "new"]:
         """Return "finished" if the run has ended, "unfinished" if there is something to resume."""
-        if self.folder.summary_path.is_file():
-            return "finished"
-        return "unfinished" if self.folder.recipe_path.is_file() else "new"
+        if not self.folder.recipe_path.is_file():
+            return "new"
+        return "finished" if self.folder.ended else "unfinished"
 
     @property
     def steps_saved(self) -> int:
-        """Return the steps in its newest checkpoint, step-NNNNNN; 0 without one."""
-        return max((int(path.name.partition("-")[2]) for path in self.folder.checkpoints.glob("step-*")), default=0)
+        """Return the steps in its newest checkpoint; 0 without one."""
+        return max(map(checkpoint_step, checkpoint_folders(self.folder.checkpoints)), default=0)
 
     def result(self) -> dict[str, Any]:
         """Return the finished run's line of results.jsonl."""
-        summary = json.loads(self.folder.summary_path.read_text(encoding="utf-8"))
+        summary = self.folder.summary()
         before, after = summary["before"] or {}, summary["after"] or {}
         return {
             "variant": self.variant.name, "seed": self.seed, "overrides": self.variant.overrides,
@@ -221,7 +230,8 @@ class SweepFolder:
 
     def locked(self) -> AbstractContextManager[int]:
         """Lock the folder. Runs inherit the descriptor, so one that outlives a killed sweep keeps the lock."""
-        return locked(self.lock_path, "another sweep, or a run that outlived one, is at work in this folder")
+        busy = "another sweep, or a run that outlived one, is at work in this folder"
+        return locked(self.lock_path, busy, "wait for it, stop it, or change --output")
 
     def runs(self, sweep: Sweep) -> list[SweepRun]:
         """Return every run of the sweep: all variants with the first seed, then with the next."""
@@ -265,7 +275,7 @@ def refuse_other_sweep(folder: SweepFolder, sweep: Sweep) -> None:
     recipes = {variant.name: variant.recipe for variant in sweep.variants}
     for name, _, recipe in before.variants:
         now = recipes.get(name)
-        found = differences(flatten(recipe), flatten(now), may_change_on_resume(now) | {SEED}) if now else ["gone"]
+        found = differences(flatten(recipe), flatten(now), free_keys(now) | {SEED}) if now else ["gone"]
         changes += [f"variant {name}: {each}" for each in found]
     changes[MOST_CHANGES:] = [f"... and {len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
     if changes:

@@ -8,18 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from popo_lite.lock import writing
+from popo_lite.recipe_file import flatten, to_toml
 from popo_lite.run_folder import append_line
 from popo_lite.tools.console.output import open_console, safe
 from popo_lite.tools.console.words import duration
-from popo_lite.tools.sweep.folder import SweepFolder, SweepRun, as_options
-from popo_lite.tools.work_folder import writing
+from popo_lite.tools.sweep.folder import SEED, SweepFolder, SweepRun, as_options
 
 POLL_SECONDS = 0.2
 STOPPING = (
@@ -117,13 +118,20 @@ def execute(folder: SweepFolder, runs: Sequence[SweepRun], jobs: int, lock: int,
 
 
 def train_command(folder: SweepFolder, run: SweepRun, *, ignore_plan: bool = False) -> list[str]:
-    """Return the command of one run."""
+    """Return the command of one run: to train it, or to resume it with what the sweep changed meanwhile."""
+    if run.state == "unfinished":
+        before, now = flatten(run.folder.recipe()), flatten(run.variant.recipe)
+        own = {SEED, "data.date"} - run.settings.keys()  # of the run, not of the variant
+        changed = sorted(key for key in (before.keys() | now.keys()) - own if before.get(key) != now.get(key))
+        command = ["resume", str(run.folder.path)]
+        options: Iterable[str] = [f"{key}={to_toml(now[key]) if key in now else ''}" for key in changed]
+    else:
+        command = ["train", str(folder.recipe_path), "--seed", str(run.seed), "--output", str(run.folder.path)]
+        options = as_options(run.settings)
     return [
         # -P: `-m` would import files of the working folder that have a module's name first.
-        *(sys.executable, "-P", "-m", "popo_lite", "train", str(folder.recipe_path), "--seed", str(run.seed)),
-        *(word for option in as_options(run.settings) for word in ("--set", option)),
-        *("--output", str(run.folder.path), "--view", "plain"),
-        *(["--resume"] if run.state == "unfinished" else []),
+        *(sys.executable, "-P", "-m", "popo_lite", *command, "--view", "plain"),
+        *(word for option in options for word in ("--set", option)),
         *(["--ignore-plan"] if ignore_plan else []),
     ]
 
