@@ -406,9 +406,10 @@ class Trainer:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped_reason"] else 0
         if self._skipped_in_a_row and self._skipped_in_a_row % ADVISE_AFTER == 0:
             advice = (
-                "lower optimizer.learning_rate and start again from an earlier checkpoint"
+                f"go back: {self.folder.resume_command} --checkpoint N --set optimizer.learning_rate=..., a lower one"
                 if record["positives"]
-                else "easier problems (data.filter), more rollout.num_generations or a warm start (lora.init_from) help"
+                else "easier problems (data.filter) or more rollout.num_generations help; or, in a new run, a warm start "
+                "(lora.init_from)"
             )
             self.callback.message(
                 f"{self._skipped_in_a_row} steps changed nothing: {record['skipped_reason']}; {advice}"

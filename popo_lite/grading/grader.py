@@ -434,5 +434,5 @@ def refuse_ungraded(rewards: Sequence[Reward], limit: float, where: str) -> None
         f"reward.max_ungraded_ratio = {limit:g} allows; the first: {' | '.join(details[:2])}",
         where=where,
         next_step="for timeouts raise reward.timeout_seconds or lower reward.max_answer_characters; "
-        "for errors correct reward.functions or the data it names",
+        "for errors correct the functions or the data",
     )

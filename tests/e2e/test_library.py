@@ -68,7 +68,7 @@ def test_train_evaluate_and_export_as_functions(tmp_path):
     assert refused.value.next_step == "use one of merged, adapter"
     assert not (result.folder.path / "export").exists()
     with pytest.raises(popo_lite.PopoError, match="the run has ended"):
-        popo_lite.train(recipe, output=result.folder.path, resume=True)
+        popo_lite.resume(result.folder.path)
 
 
 def test_the_minimal_example_learns():

@@ -62,7 +62,7 @@ def test_the_run_folder_holds_what_it_should(trained):
     run, _ = trained
     assert {path.name for path in run.iterdir()} == {
         "recipe.toml", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl",
-        "checkpoints", "adapter", "siamese", "summary.json",
+        "checkpoints", "adapter", "siamese", "summary.json", ".lock",
     }  # fmt: skip
     metrics = json_lines(run / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(60))
@@ -171,13 +171,10 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(unbroken, tmp_path, co
     out, err = process.communicate(timeout=120)
     if signal.SIGKILL not in signals:
         assert process.returncode == 130, err
-        assert "--resume --output run" in out
+        assert "popo-lite resume run" in out
     assert "Traceback" not in err
     assert not (tmp_path / "run" / "summary.json").exists()
-    refused = command("export", "run")
-    assert refused.returncode == 2
-    assert "--resume" in refused.stderr
-    resumed = command("train", "run/recipe.toml", "--resume", "--output", "run", "--view", "plain")
+    resumed = command("resume", "run", "--view", "plain")
     assert resumed.returncode == 0, resumed.stderr
     assert learned(tmp_path / "run") == learned(unbroken)
     for name in ("samples.jsonl", "evaluations.jsonl"):
@@ -211,7 +208,7 @@ def test_a_killed_run_remembers_what_it_knew_of_its_problems(tmp_path, command):
     assert whole.returncode == 0, whole.stderr
     process = stop_at(tmp_path, 5, signal.SIGKILL, options=options)
     process.communicate(timeout=120)
-    resumed = command("train", "run/recipe.toml", "--resume", "--output", "run", "--view", "plain")
+    resumed = command("resume", "run", "--view", "plain")
     assert resumed.returncode == 0, resumed.stderr
     ours, theirs = (learned(tmp_path / name) for name in ("run", "whole"))
     assert ours == theirs
@@ -226,14 +223,15 @@ def test_a_killed_run_remembers_what_it_knew_of_its_problems(tmp_path, command):
 
 
 def test_only_the_same_unfinished_run_can_be_resumed(unbroken, command):
-    done = command("train", "tiny_cpu", *SMALL, "--resume", "--output", unbroken)
+    done = command("resume", unbroken)
     assert done.returncode == 2
     assert "the run has ended" in done.stderr
-    (unbroken / "summary.json").rename(unbroken / "set-aside.json")
-    done = command("train", "tiny_cpu", *SMALL, "--resume", "--output", unbroken, "--set", "lora.rank=4")
-    (unbroken / "set-aside.json").rename(unbroken / "summary.json")
+    done = command("resume", unbroken, "--set", "lora.rank=4")
     assert done.returncode == 2
-    assert "lora.rank was 16 and is 4" in done.stderr
+    assert "lora.rank was 16 and cannot become 4" in done.stderr
+    done = command("train", "tiny_cpu", *SMALL, "--output", unbroken)
+    assert done.returncode == 2
+    assert f"popo-lite resume {unbroken} continues it" in " ".join(done.stderr.split())
 
 
 def test_a_run_from_the_users_own_file_and_function(tmp_path, command):

@@ -11,7 +11,8 @@ from popo_lite import update as update_module
 from popo_lite.callbacks import Callback
 from popo_lite.errors import EngineError
 from popo_lite.policy.memory import is_out_of_memory
-from popo_lite.run_folder import RunFolder, refuse_other_recipe
+from popo_lite.resuming import resumed_recipe
+from popo_lite.run_folder import RunFolder
 from popo_lite.samplers import SamplingParams
 from popo_lite.types import FinishReason
 from updates import assert_same, groups_of, trainer_of, update
@@ -221,7 +222,7 @@ def test_a_run_with_a_sequence_that_does_not_fit_is_saved_and_goes_on_where_it_d
     assert intro == "resume with one of:"
     assert len(options) > 1
     for option in options:
-        refuse_other_recipe(broken, small(tiny_recipe, *option.split("--set ")[1:]))
+        resumed_recipe(broken, option.split("--set ")[1:])
     assert [folder.name for folder in sorted(broken.checkpoints.iterdir())] == ["step-000002", "step-000003"]
     with trainer_of(recipe) as one:
         one.run(broken, resume=True)

@@ -140,7 +140,7 @@ def test_a_run_continued_ends_bit_for_bit_the_same(run: RunFolder, smollm2: Path
     for name in ("summary.json", "adapter", "siamese"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run_command("train", folder / "recipe.toml", "--resume", "--output", folder)
+    run_command("resume", folder)
     before, after = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (run.path, folder))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -87,7 +87,8 @@ def make_run(tmp_path: Path) -> MakeRun:
             append_line(run.metrics_path, line(step, rate, seed, factor))
         evaluation = {"pass_at_1": after, "pass_at_k": {"1": after, "4": 0.9}, "completion_tokens_mean": 20.0 + seed,
                       "problems": 10}  # fmt: skip
-        run.summary_path.write_text(json.dumps({"after": None if after is None else evaluation}))
+        steps = run.recipe().train.steps
+        run.summary_path.write_text(json.dumps({"steps": steps, "after": None if after is None else evaluation}))
         return path
 
     return make
@@ -152,7 +153,7 @@ def test_smoothing_takes_what_is_there() -> None:
 def test_a_run_that_has_not_ended_is_refused_with_how_to_go_on(make_run: MakeRun) -> None:
     path = make_run("a")
     (path / "summary.json").unlink()
-    with pytest.raises(CheckpointError, match="--resume"):
+    with pytest.raises(CheckpointError, match="popo-lite resume"):
         compare([path], reach=0.8)
 
 

@@ -540,12 +540,12 @@ def test_a_base_stored_in_4_bits_is_dequantised(tmp_path: Path) -> None:
     assert ADAPTER_FILE in export_run(run, what="adapter").files
 
 
-def test_a_run_that_has_not_ended_is_refused(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", PLAIN)
     run.summary_path.unlink()
-    with pytest.raises(CheckpointError, match="has not ended") as caught:
+    with pytest.raises(CheckpointError, match="has no checkpoint yet") as caught:
         export_run(run)
-    assert caught.value.next_step == f"popo-lite train {run.recipe_path} --resume --output {run.path}"
+    assert caught.value.next_step == f"popo-lite resume {run.path}"
     with pytest.raises(CheckpointError, match="there is no run here"):
         export_run(RunFolder(tmp_path / "nowhere"))
 

@@ -101,7 +101,7 @@ def test_training_rows_that_change_before_a_run_is_resumed_are_said(tmp_path, sm
         write(training, answers)
         (tmp_path / "run" / "summary.json").unlink()
         messages = Messages()
-        popo_lite.train(recipe, output=tmp_path / "run", resume=True, callbacks=[messages])
+        popo_lite.resume(tmp_path / "run", callbacks=[messages])
         found.append([text for text in messages.texts if "since the run began" in text])
     said = "the training rows changed since the run began: {}; it goes on with those now"
     assert found == [[], [said.format("1 changed")], [said.format("1 gone")]]
@@ -121,14 +121,14 @@ def test_held_out_problems_that_change_before_a_run_is_resumed_are_refused(tmp_p
     row = int(held_out.partition("/")[2]) - 1
     data.write_text("".join([*lines[:row], lines[row].replace('"answer": "', '"answer": "1'), *lines[row + 1 :]]))
     with pytest.raises(CheckpointError, match=r"held-out problems changed since training began \(1 changed\)"):
-        popo_lite.train(recipe, output=run, resume=True)
+        popo_lite.resume(run)
     assert (run / "data.json").read_text() == before
     popo_lite.evaluate(run, weights=["base"], problems=1, samples=1)
     assert f"1 of 5 held-out problems changed or are gone since {run} was trained" in capsys.readouterr().err
     data.write_text(rows)
     popo_lite.evaluate(run, weights=["base"], problems=1, samples=1)
     assert "held-out problems changed" not in capsys.readouterr().err
-    assert popo_lite.train(recipe, output=run, resume=True).summary is not None
+    assert popo_lite.resume(run).summary is not None
 
 
 class Loaded(Exception):
@@ -142,13 +142,15 @@ def test_a_run_has_the_prompts_of_the_day_on_which_it_started(tmp_path, small, m
         monkeypatch.setattr(run_folder, "datetime", SimpleNamespace(date=SimpleNamespace(today=now.date)))
         monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: now))
 
-    def prompt(*options: str) -> str:
-        """Start a run up to the loading of its model."""
+    def prompt(*arguments: str) -> str:
+        """Start or resume a run up to the loading of its model."""
         with pytest.raises(Loaded) as caught:
             if command:
-                main(["train", str(file), "--output", str(tmp_path / "run"), *options], standalone_mode=False)
+                main(list(arguments), standalone_mode=False)
+            elif arguments[0] == "resume":
+                popo_lite.resume(arguments[1])
             else:
-                popo_lite.train(load_recipe(file), output=tmp_path / "run", resume="--resume" in options)
+                popo_lite.train(load_recipe(file), output=tmp_path / "run")
         recipe = caught.value.args[0]
         start_files(RunFolder(tmp_path / "run"), recipe, torch.device("cpu"))
         return text_of(recipe)
@@ -166,11 +168,11 @@ def test_a_run_has_the_prompts_of_the_day_on_which_it_started(tmp_path, small, m
     template = "{{ strftime_now('%d') }}+{{ messages[0].content }}"
     file = tmp_path / "mine.toml"
     file.write_text(dump_recipe(small(f'data.chat_template="{template}"')))
+    run = str(tmp_path / "run")
     (tmp_path / "run").mkdir()
     on(17)
-    assert prompt() == "17+1"
+    assert prompt("train", str(file), "--output", run) == "17+1"
     on(18)
-    assert prompt("--resume") == text_of(RunFolder(tmp_path / "run").recipe()) == "17+1"
-    file.write_text(file.read_text().replace("[data]", "[data]\ndate = 2026-01-19"))
-    with pytest.raises(CheckpointError, match="data.date was '2026-01-17' and is '2026-01-19'"):
-        popo_lite.train(file, output=tmp_path / "run", resume=True)
+    assert prompt("resume", run) == text_of(RunFolder(tmp_path / "run").recipe()) == "17+1"
+    with pytest.raises(CheckpointError, match="data.date was '2026-01-17' and cannot become '2026-01-19'"):
+        popo_lite.resume(run, ["data.date=2026-01-19"])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from popo_lite.errors import PopoError, UserInputError
-from popo_lite.run_folder import append_line, new_run_folder, read_lines
+from popo_lite.recipe_file import dump_recipe
+from popo_lite.run_folder import append_line, dated, new_run, read_lines
 from popo_lite.tools.sweep.folder import Sweep, SweepFolder, SweepRun, load_sweep, refuse_other_sweep
 from popo_lite.tools.sweep.runner import train_command
 
@@ -90,11 +91,13 @@ def test_what_a_run_that_was_killed_at_its_start_leaves_is_no_hindrance(tmp_path
     run = folder.runs(asked(tmp_path))[0]
     run.folder.path.mkdir(parents=True)
     (run.folder.path / ".recipe.toml.partial").touch()
+    run.folder.lock_path.touch()
     assert run.state == "new"
-    assert new_run_folder(run.variant.recipe, "x", run.folder.path).path == run.folder.path
-    (run.folder.path / ".notes").touch()
-    with pytest.raises(UserInputError, match="not empty"):
-        new_run_folder(run.variant.recipe, "x", run.folder.path)
+    with new_run(run.variant.recipe, "x", run.folder.path) as started:
+        assert started.path == run.folder.path
+        (run.folder.path / ".notes").touch()
+    with pytest.raises(UserInputError, match="not empty"), new_run(run.variant.recipe, "x", run.folder.path):
+        pass
 
 
 def test_what_cannot_be_written_is_told_with_path_and_reason(tmp_path, folder):
@@ -125,7 +128,7 @@ def test_every_variant_has_the_first_seed_before_the_next(tmp_path, folder):
 
 def finish(run: SweepRun) -> None:
     run.folder.path.mkdir(parents=True)
-    run.folder.recipe_path.touch()
+    run.folder.recipe_path.write_text("train.steps = 3")
     summary = {
         "before": {"pass_at_1": 0.25},
         "after": {"pass_at_1": 0.5, "pass_at_k": {"1": 0.5}, "completion_tokens_mean": 9},
@@ -163,10 +166,13 @@ def test_an_unfinished_run_is_resumed_with_the_same_settings(tmp_path, folder):
     run = folder.runs(asked(tmp_path, TWO, "0-1", "lora.rank=4"))[1]
     command = train_command(folder, run)
     assert command[1:6] == ["-P", "-m", "popo_lite", "train", str(folder.recipe_path)]
-    assert "--resume" not in command
     options = [
         "--seed",
         "0",
+        "--output",
+        str(run.folder.path),
+        "--view",
+        "plain",
         "--set",
         "lora.rank=4",
         "--set",
@@ -174,11 +180,14 @@ def test_an_unfinished_run_is_resumed_with_the_same_settings(tmp_path, folder):
         "--set",
         'data.system_prompt="count, don\'t guess"',
     ]
-    assert command[6:14] == options
+    assert command[6:] == options
     run.folder.path.mkdir(parents=True)
-    run.folder.recipe_path.touch()
-    assert train_command(folder, run) == [*command, "--resume"]
-    assert train_command(folder, run, ignore_plan=True) == [*command, "--resume", "--ignore-plan"]
+    run.folder.recipe_path.write_text(dump_recipe(dated(run.variant.recipe)))
+    command = [*command[:4], "resume", str(run.folder.path), "--view", "plain"]
+    assert train_command(folder, run) == command
+    faster = folder.runs(asked(tmp_path, TWO, "0-1", "lora.rank=4", "rollout.max_num_seqs=8"))[1]
+    assert train_command(folder, faster, ignore_plan=True) == [
+        *command, "--set", "rollout.max_num_seqs=8", "--ignore-plan"]  # fmt: skip
 
 
 def test_a_run_goes_on_after_its_checkpoint_and_not_its_last_line(tmp_path, folder):

@@ -13,10 +13,14 @@ from popo_lite.cli import main
 from popo_lite.trainer import Trainer
 
 
-def train(folder: Path, *options: str) -> Result:
+def train(folder: Path) -> Result:
     small = ("train.steps=1", "data.prompts_per_step=2", "rollout.num_generations=2", "eval.problems=2")
     settings = [word for setting in small for word in ("--set", setting)]
-    return CliRunner().invoke(main, ["train", "tiny_cpu", *settings, "--output", str(folder), *options])
+    return CliRunner().invoke(main, ["train", "tiny_cpu", *settings, "--output", str(folder)])
+
+
+def resume(folder: Path) -> Result:
+    return CliRunner().invoke(main, ["resume", str(folder)])
 
 
 def press_before(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -41,9 +45,9 @@ def test_a_signal_while_the_run_starts_stops_it_before_anything_else(tmp_path, m
     assert not (tmp_path / "run" / "evaluations.jsonl").exists()
     with monkeypatch.context() as patch:
         press_before(patch, "_restore")
-        again = train(tmp_path / "run", "--resume")
+        again = resume(tmp_path / "run")
     assert again.exit_code == 130, again.output
-    done = train(tmp_path / "run", "--resume")
+    done = resume(tmp_path / "run")
     assert done.exit_code == 0, done.output
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import signal
+import stat
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -17,7 +17,6 @@ import torch
 from helpers import json_lines
 from popo_lite.checkpoint import (
     Cursor,
-    checkpoint_folders,
     load_checkpoint,
     save_checkpoint,
 )
@@ -30,12 +29,13 @@ from popo_lite.recipe import OptimizerRecipe
 from popo_lite.run_folder import (
     RunFolder,
     append_line,
+    checkpoint_folders,
     environment,
-    find_run_folder,
     keep_lines,
-    new_run_folder,
-    refuse_other_recipe,
+    new_run,
+    read_json,
     start_files,
+    write_json,
 )
 from popo_lite.trainer import Interrupts, StopRequested
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
@@ -234,22 +234,17 @@ def test_state_that_is_moved_away_and_back_is_the_same_state(tiny_recipe, name):
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
-def test_old_checkpoints_go_and_partial_ones_do_not_count(tiny_recipe, tmp_path):
+def test_old_checkpoints_go_and_what_is_none_does_not_count(tiny_recipe, tmp_path):
     learner = learner_of(tiny_recipe())
-    for step in (1, 2, 3):
+    others = [".step-000009.partial", "step-000001-best", "step-9", "step-000009 (copy)", "step-000007.old"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000008").touch()
+    for step in (1, 2, 1_000_000):
         save_checkpoint(tmp_path, learner, replace(CURSOR, next_step=step), base_id="tiny", keep=2)
-    (tmp_path / ".step-000009.partial").mkdir()
-    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-000002", "step-000003"]
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-000002", "step-1000000"]
+    assert all((tmp_path / name).exists() for name in others[1:])
     assert not any(file.suffix in (".pt", ".bin", ".pkl") for file in tmp_path.rglob("*"))
-    newest = checkpoint_folders(tmp_path)[-1]
-    content = json.loads((newest / "cursor.json").read_text())
-    del content["cursor"]["entropy_coef"]
-    (newest / "cursor.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="entropy_coef"):
-        load_checkpoint(newest, learner)
-    (newest / "optimizer.safetensors").write_bytes(b"torn")
-    with pytest.raises(CheckpointError, match="delete this folder"):
-        load_checkpoint(newest, learner)
     assert checkpoint_folders(tmp_path / "nothing") == []
 
 
@@ -260,31 +255,44 @@ def test_a_repeated_checkpoint_brings_the_cursor_up_to_date(tiny_recipe, tmp_pat
     assert load_checkpoint(folder, learner).before == {"pass_at_1": 0.3}
 
 
-def test_run_folders_are_never_overwritten(tiny_recipe, tmp_path):
-    recipe = tiny_recipe(f'output.dir="{tmp_path}"')
-    first, second = (new_run_folder(recipe, "tiny", None) for _ in range(2))
-    assert (first.path.name, second.path.name) == ("tiny-seed0", "tiny-seed0-2")
-    (first.path / "something").touch()
-    with pytest.raises(UserInputError, match="no run is ever overwritten"):
-        new_run_folder(recipe, "tiny", first.path)
+def test_run_folders_are_private_and_never_overwritten(tiny_recipe, tmp_path):
+    recipe, paths = tiny_recipe(f'output.dir="{tmp_path / "runs"}"'), []
+    for _ in range(2):
+        with new_run(recipe, "tiny", None) as run:
+            start_files(run, recipe, torch.device("cpu"))
+        paths.append(run.path)
+    assert [path.name for path in paths] == ["tiny-seed0", "tiny-seed0-2"]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in paths] == [0o700, 0o700]
+    with pytest.raises(UserInputError, match="no run is ever overwritten") as caught, new_run(recipe, "x", paths[0]):
+        pass
+    assert caught.value.next_step.startswith(f"popo-lite resume {paths[0]} continues it")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").touch()
+    with pytest.raises(UserInputError, match="not empty"), new_run(recipe, "x", tmp_path / "notes"):
+        pass
 
 
-def test_resume_finds_the_newest_unfinished_run(tiny_recipe, tmp_path):
-    recipe = tiny_recipe(f'output.dir="{tmp_path}"')
-    with pytest.raises(CheckpointError, match="no unfinished run of tiny with seed 0"):
-        find_run_folder(recipe, "tiny", None)
-    runs = [new_run_folder(recipe, "tiny", None) for _ in range(3)]
-    for age, run in enumerate(reversed(runs)):
-        start_files(run, recipe, torch.device("cpu"))
-        os.utime(run.path, (1e9 - age, 1e9 - age))
-    runs[2].summary_path.write_text("{}")
-    os.utime(runs[2].path, (2e9, 2e9))
-    assert find_run_folder(recipe, "tiny", None).path == runs[1].path
-    environment = json.loads((runs[0].path / "environment.json").read_text())
-    assert environment["packages"]["torch"] == version("torch")
-    refuse_other_recipe(runs[0], tiny_recipe(f'output.dir="{tmp_path}"', "rollout.max_num_seqs=7"))
-    with pytest.raises(CheckpointError, match=r"lora.rank was 16 and is 8"):
-        refuse_other_recipe(runs[0], tiny_recipe("lora.rank=8"))
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_that_cannot_start_leaves_nothing_behind(tiny_recipe, tmp_path, named):
+    recipe, output = tiny_recipe(f'output.dir="{tmp_path / "a" / "b"}"'), tmp_path / "a" / "b" / "tiny-seed0"
+    with pytest.raises(ZeroDivisionError), new_run(recipe, "tiny", output if named else None):
+        raise ZeroDivisionError
+    assert not (tmp_path / "a").exists()
+    output.mkdir(parents=True)  # killed while it loaded
+    (output / ".lock").touch()
+    with pytest.raises(ZeroDivisionError), new_run(recipe, "tiny", output if named else None) as run:
+        assert run.path == output
+        raise ZeroDivisionError
+
+
+def test_the_environment_of_the_start_is_kept(tiny_recipe, tmp_path):
+    run, cpu = RunFolder(tmp_path), torch.device("cpu")
+    assert start_files(run, tiny_recipe(), cpu) == []
+    assert read_json(run.environment_path)["packages"]["torch"] == version("torch")
+    before = read_json(run.environment_path)
+    write_json(run.environment_path, before | {"packages": before["packages"] | {"torch": "2.0"}})
+    assert start_files(run, tiny_recipe(), cpu) == [f"packages.torch was '2.0' and is '{version('torch')}'"]
+    assert read_json(run.environment_path)["packages"]["torch"] == "2.0"
 
 
 def test_a_folder_that_is_no_run_says_so(tmp_path):
