@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from popo_lite.curriculum import History, Seen
+from popo_lite.errors import ModelError
 from popo_lite.formats import checked, stamped
 from popo_lite.policy.adapters import load_adapter_weights, save_adapter
 from popo_lite.run_folder import checkpoint_folders, damaged_checkpoint, write_atomically
@@ -133,7 +134,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
         cursor.history = {problem: Seen(*seen) for problem, seen in cursor.history.items()}
         cursor.lowered_budget = tuple(cursor.lowered_budget)
         return cursor
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, ModelError) as error:
         raise damaged_checkpoint(folder, f"{type(error).__name__}: {error}") from error
 
 

@@ -114,6 +114,8 @@ def refuse_changes(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, 
         reasons = [f"{key} was {before.get(key)!r} and cannot become {now.get(key)!r}: {RULES[key]}" for key in refused]
         options = [word for key in changed for word in ("--set", f"{key}={to_toml(now[key]) if key in now else ''}")]
         command = shlex.join(["popo-lite", "train", str(run.recipe_path), *options])
+        if "objective.algorithm" in refused:  # the other keys of [objective] are none of its
+            command = "write a recipe for this algorithm; popo-lite recipe list has some"
         raise CheckpointError("; ".join(reasons), where=str(run.recipe_path), next_step=f"start a new run: {command}")
 
 

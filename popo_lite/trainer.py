@@ -408,8 +408,8 @@ class Trainer:
             advice = (
                 f"go back: {self.folder.resume_command} --checkpoint N --set optimizer.learning_rate=..., a lower one"
                 if record["positives"]
-                else "easier problems (data.filter) or more rollout.num_generations help; or, in a new run, a warm start "
-                "(lora.init_from)"
+                else "easier problems (data.filter) or more rollout.num_generations help; or, in a new run, a "
+                "warm start (lora.init_from)"
             )
             self.callback.message(
                 f"{self._skipped_in_a_row} steps changed nothing: {record['skipped_reason']}; {advice}"

@@ -255,8 +255,8 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
     except Exception as error:  # of any type: the reason and the settings to change are what helps
         what, next_step = f"the vLLM engine did not start: {_reason(error)}", INSTEAD
         if "memory" in what:
-            next_step = f"lower rollout.vllm.gpu_memory_utilization or rollout.max_num_seqs; or {INSTEAD}; or, in a new run, "
-            next_step += "lower rollout.max_completion_length"
+            next_step = f"lower rollout.vllm.gpu_memory_utilization or rollout.max_num_seqs; or {INSTEAD}"
+            next_step += "; or lower rollout.max_completion_length in a new run"
         raise EngineError(what, where=WHERE, next_step=next_step) from error
     finally:
         torch.set_num_threads(threads)  # the engine changes it
