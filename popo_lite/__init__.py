@@ -4,6 +4,7 @@
 
     recipe = popo_lite.load_recipe("tiny_cpu", ["train.steps=20"])
     result = popo_lite.train(recipe, output="runs/mine")
+    popo_lite.resume("runs/mine", ["train.steps=40"])
     popo_lite.evaluate("runs/mine")
     popo_lite.export("runs/mine", output="merged")
 

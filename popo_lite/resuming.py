@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from popo_lite.errors import CheckpointError
+from popo_lite.errors import CheckpointError, PopoError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import flatten, load_recipe, to_toml
 from popo_lite.run_folder import RunFolder, checkpoint_folders
@@ -127,6 +128,7 @@ def resumed_run(
 
     `checkpoint` is the number of steps to go back to (`go_back`). Raises CheckpointError if there is no such run or
     checkpoint, the run has ended, or a key cannot change, and UserInputError if another process trains it.
+    A PopoError of the block says which advice is only for a new run.
     """
     run = RunFolder(path)
     run.recipe()  # before the lock makes a folder
@@ -134,7 +136,20 @@ def resumed_run(
         recipe, changes = resumed_recipe(run, overrides)
         if checkpoint is not None:
             run.find_checkpoint(checkpoint)
-        yield run, recipe, changes
+        try:
+            yield run, recipe, changes
+        except PopoError as error:
+            error.next_step = _possible(error.next_step)
+            raise
+
+
+def _possible(next_step: str | None) -> str | None:
+    """Return the next step of an error; it says so if it advises what cannot change in a run that has started."""
+    advised = re.findall(r"--set ['\"]?([a-z_.]+)=", next_step or "")
+    fixed = sorted({key for key in advised if RULES.get(key, FREE) not in (FREE, NOTED)})
+    if not fixed or "new run" in (next_step or ""):
+        return next_step
+    return f"{next_step}\n({', '.join(fixed)}: only in a new run)"
 
 
 def _refuse_ended(run: RunFolder, recipe: Recipe) -> None:

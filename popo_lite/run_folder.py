@@ -273,7 +273,7 @@ def _occupied(run: RunFolder) -> UserInputError:
 def _remove(run: RunFolder, made: Iterable[Path]) -> None:
     """Remove what `new_run` made, inner folders first, and nothing that something else has been put in."""
     with suppress(OSError):  # Windows removes no open file; what is left is no hindrance
-        for path in run.path.iterdir() if run.path in made else ():
+        for path in run.path.iterdir():  # the lock, and what `write_atomically` left
             path.unlink()
         for folder in made:
             folder.rmdir()

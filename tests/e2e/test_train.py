@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,16 @@ def test_a_killed_run_remembers_what_it_knew_of_its_problems(tmp_path, command):
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "whole")]
     for key in ("rollouts", "rollout_tokens", "prompts_with_positive", "prompts_skipped"):
         assert summaries[0][key] == summaries[1][key] == sum(line[key] for line in ours), key
+
+
+def test_of_two_runs_started_at_once_in_one_folder_one_trains(tmp_path, command):
+    with ThreadPoolExecutor() as both:
+        arguments = ("train", "tiny_cpu", *SMALL, "--output", "run", "--json")
+        done = list(both.map(lambda _: command(*arguments), range(2)))
+    done.sort(key=lambda each: each.returncode)
+    assert [each.returncode for each in done] == [0, 2], [each.stderr for each in done]
+    assert "another process trains in this folder: process " in " ".join(done[1].stderr.split())
+    assert [line["step"] for line in json_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(6))
 
 
 def test_only_the_same_unfinished_run_can_be_resumed(unbroken, command):

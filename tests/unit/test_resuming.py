@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from popo_lite.errors import CheckpointError, RecipeError
+from popo_lite.errors import CheckpointError, EngineError, RecipeError
 from popo_lite.recipe import OBJECTIVES
 from popo_lite.recipe_file import dump_recipe, load_recipe, schema_of
-from popo_lite.resuming import FREE, NOTED, RULES, free_keys, resumed_recipe
+from popo_lite.resuming import FREE, NOTED, RULES, free_keys, resumed_recipe, resumed_run
 from popo_lite.run_folder import RunFolder, write_json
 
 PACKAGE = Path(__file__).parents[2] / "popo_lite"
@@ -93,6 +93,21 @@ def test_a_run_that_has_ended_trains_on_for_more_steps_alone(run):
     assert f"--set lora.init_from={run.adapter}" in caught.value.next_step
     (run.checkpoints / "step-000060").mkdir(parents=True)
     assert resumed_recipe(run, ["train.steps=80"])[1] == [{"key": "train.steps", "before": 60, "now": 80}]
+
+
+@pytest.mark.parametrize(
+    ("advice", "shown"),
+    [
+        ("--set rollout.engine=hf samples slower", "--set rollout.engine=hf samples slower"),
+        ("--set lora.rank=4 --set 'model.dtype=\"float16\"'", "(lora.rank, model.dtype: only in a new run)"),
+        ("in a new run --set lora.rank=4", "in a new run --set lora.rank=4"),
+        (None, ""),
+    ],
+)
+def test_advice_to_a_resumed_run_says_what_needs_a_new_one(run, advice, shown):
+    with pytest.raises(EngineError) as caught, resumed_run(run.path):
+        raise EngineError("does not fit", next_step=advice)
+    assert (caught.value.next_step or "").split("\n")[-1] == shown
 
 
 # Advice. Modules whose errors and messages come from a run that has started.

@@ -283,6 +283,7 @@ def test_a_run_that_cannot_start_leaves_nothing_behind(tiny_recipe, tmp_path, na
     with pytest.raises(ZeroDivisionError), new_run(recipe, "tiny", output if named else None) as run:
         assert run.path == output
         raise ZeroDivisionError
+    assert list(output.iterdir()) == []
 
 
 def test_the_environment_of_the_start_is_kept(tiny_recipe, tmp_path):
