@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from popo_lite.callbacks import Callback
-from popo_lite.trainer import StageClock, Trainer
+from popo_lite.interrupts import StageClock
+from popo_lite.trainer import Trainer
 from popo_lite.types import Group, Rollout
 from updates import assert_same, backward, groups_of, update
 

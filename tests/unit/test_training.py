@@ -24,6 +24,7 @@ from popo_lite.checkpoint import (
 from popo_lite.curriculum import Seen
 from popo_lite.errors import CheckpointError, PopoError, UserInputError
 from popo_lite.evaluation import pass_at_k
+from popo_lite.interrupts import Interrupts, StopRequested
 from popo_lite.micro_batches import collate, pack
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe import OptimizerRecipe
@@ -37,7 +38,6 @@ from popo_lite.run_folder import (
     refuse_other_recipe,
     start_files,
 )
-from popo_lite.trainer import Interrupts, StopRequested
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
 from popo_lite.update import Learner, build_optimizer, learning_rate_factor, move_state, set_learning_rate
 
