@@ -20,7 +20,7 @@ from torch import Tensor
 from popo_lite.curriculum import History, Seen
 from popo_lite.errors import CheckpointError
 from popo_lite.policy.adapters import load_adapter_weights, save_adapter
-from popo_lite.run_folder import write_atomically
+from popo_lite.run_folder import checkpoint_folders, write_atomically
 from popo_lite.update import Learner
 
 _PREFIX = "step-"
@@ -127,11 +127,6 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
         what = f"the checkpoint cannot be read: {type(error).__name__}: {error}"
         next_step = "delete this folder to resume from the one before it"
         raise CheckpointError(what, where=str(folder), next_step=next_step) from error
-
-
-def checkpoint_folders(parent: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
-    return sorted(parent.glob(f"{_PREFIX}*"))
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

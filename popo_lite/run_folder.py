@@ -22,6 +22,23 @@ if TYPE_CHECKING:
     import torch
 
 
+_PREFIX = "step-"
+
+
+def checkpoint_folders(parent: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first. Folders with any other name, such as a user's copy, are not ours.
+
+    The name is `step-` and the number of steps done, in at least six digits.
+    """
+    found = [path for path in parent.glob(f"{_PREFIX}*") if re.fullmatch(_PREFIX + r"\d{6,}", path.name, re.ASCII)]
+    return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Return the number of steps that were done when the checkpoint was written."""
+    return int(folder.name.removeprefix(_PREFIX))
+
+
 class RunFolder:
     """Name the paths inside a run's folder."""
 
@@ -33,6 +50,7 @@ class RunFolder:
         self.evaluations_path = path / "evaluations.jsonl"  # one line per evaluation on held-out problems
         self.data_path = path / "data.json"  # hashes of the training rows and held-out problems
         self.summary_path = path / "summary.json"  # written at the end
+        self.log_path = path / "log.txt"  # messages, warnings and errors
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"  # trained adapter, PEFT format
         self.siamese = path / "siamese"  # averaged adapter, PEFT format

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from popo_lite.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
+from popo_lite.checkpoint import load_checkpoint, save_checkpoint
 from popo_lite.errors import CheckpointError, EngineError, PopoError
 from popo_lite.evaluation import evaluate
 from popo_lite.interrupts import StopRequested
@@ -19,6 +19,7 @@ from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.run_folder import (
     RunFolder,
     append_line,
+    checkpoint_folders,
     keep_lines,
     peak_memory_bytes,
     read_lines,

@@ -17,7 +17,6 @@ import torch
 from helpers import json_lines
 from popo_lite.checkpoint import (
     Cursor,
-    checkpoint_folders,
     load_checkpoint,
     save_checkpoint,
 )
@@ -31,6 +30,7 @@ from popo_lite.recipe import OptimizerRecipe
 from popo_lite.run_folder import (
     RunFolder,
     append_line,
+    checkpoint_folders,
     environment,
     find_run_folder,
     keep_lines,
