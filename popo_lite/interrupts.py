@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Self
 
@@ -14,13 +14,18 @@ import torch
 
 from popo_lite.callbacks import Callback
 
+HANGUP = getattr(signal, "SIGHUP", None)
+"""What a closed terminal or a lost connection sends. Windows has none."""
+
 
 class StopRequested(Exception):  # noqa: N818  # a request, not an error
     """Ctrl-C came twice: abandon the step in progress."""
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM: the first finishes the step, the second abandons it, never in the middle of an update.
+    """Ctrl-C, SIGTERM, SIGHUP: the first finishes the step, the second abandons it, never in the middle of an update.
+
+    SIGHUP stays ignored if it is, as with nohup.
 
     A signal never raises by itself, because it may come while weights are swapped or half updated. `check` raises, at
     places that call it. Outside the main thread no signal is handled.
@@ -34,7 +39,8 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            hangup = () if self._outlives_terminal() else (HANGUP,)
+            for number in (signal.SIGINT, signal.SIGTERM, *filter(None, hangup)):
                 self._previous[number] = signal.signal(number, self.note)
         return self
 
@@ -48,7 +54,16 @@ class Interrupts:
             self._abandon = True
         else:
             self.requested = True
-            self._notify("finishing this step, then saving; Ctrl-C again abandons the step and saves")
+            with suppress(Exception):  # the message may have come in the middle of another one
+                self._notify("finishing this step, then saving; Ctrl-C again abandons the step and saves")
+
+    def terminal_gone(self) -> None:
+        """Stop after this step, unless the run is to outlive its terminal."""
+        self.requested = self.requested or not self._outlives_terminal()
+
+    @staticmethod
+    def _outlives_terminal() -> bool:
+        return HANGUP is not None and signal.getsignal(HANGUP) is signal.SIG_IGN
 
     def check(self) -> None:
         """Raise StopRequested after a second signal. Call it only while no weight is half changed."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from itertools import chain
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import Cursor
 from popo_lite.evaluation import check_references, fitting, not_solved
+from popo_lite.events import RunEvents
 from popo_lite.grading import TRIED_PROBLEMS, Grader
 from popo_lite.interrupts import Interrupts
 from popo_lite.policy.device import check_cpu_size, check_dtype, cuda_problem, pick_device
@@ -25,6 +27,7 @@ from popo_lite.samplers.probe import SamplerGuard
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.datasets import first
 from popo_lite.update import Learner
+from popo_lite.verdicts import Verdicts
 
 
 class OpenRun:
@@ -42,7 +45,9 @@ class OpenRun:
         *,
         memory_advice: Callable[[], str] = lambda: "popo-lite plan RECIPE shows what takes how much memory",
     ) -> None:
-        self.recipe, self.callback, self.memory_advice = recipe, callback, memory_advice
+        self.recipe, self.memory_advice = recipe, memory_advice
+        self.interrupts = Interrupts(lambda text: self.callback.message(text))
+        self.callback = callback = RunEvents(callback, self.interrupts.terminal_gone)
         # Before anything is opened: the recipe may want a GPU that is not there, or a dtype that it lacks.
         device = pick_device(recipe.train.device)
         check_dtype(recipe.model, device)
@@ -57,7 +62,8 @@ class OpenRun:
             self._open_sampler(stack)
             self._resources = stack.pop_all()
         self.cursor = Cursor(entropy_coef=getattr(recipe.objective, "entropy_coef", 0.0))
-        self.interrupts = Interrupts(callback.message)
+        self._unwritten: list[tuple[Path, Mapping[str, Any]]] = []  # lines for the run's files
+        self.verdicts = Verdicts(recipe)
         self.guard = SamplerGuard(recipe, self.policy, self.sampler, callback.message)
 
     def _open_task(self, stack: ExitStack) -> None:
@@ -84,8 +90,15 @@ class OpenRun:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._resources.close()
+    def __exit__(self, _kind: object = None, error: BaseException | None = None, _trace: object = None) -> None:
+        try:
+            self._resources.close()
+        except Exception:  # of an engine that has died: the error that ended the run must be seen
+            self.callback.log.exception("what the run held could not be closed")
+            if error is None:
+                raise
+        finally:
+            self.callback.close()
 
     # --------------------------------------------------------------------- the run
 

@@ -7,7 +7,6 @@ positives, so that POPO never forwards a negative.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,24 +16,19 @@ from popo_lite.curriculum import Budget, Choice, choose_problems, collect, level
 from popo_lite.interrupts import StageClock
 from popo_lite.metrics import StepRecord, make_record, rollout_metrics, sample_line, sample_views
 from popo_lite.objective import StepPlan, nothing_to_learn, steered_entropy_coef
-from popo_lite.run_folder import append_line, peak_memory_bytes
+from popo_lite.run_folder import peak_memory_bytes
 from popo_lite.run_loop import TOTALS, RunLoop, RunResult
 from popo_lite.samplers.probe import PROBE_PROMPTS
 from popo_lite.seeding import stream_seed
 from popo_lite.shapes import count_takeover, shape_metrics, start_shapes, takeover_message
 from popo_lite.types import Group
-from popo_lite.update import UpdateResult, learning_rate_factor
+from popo_lite.update import RECENT_NORMS, UpdateResult, gradient_problem, learning_rate_factor
 
 __all__ = ["RunResult", "Trainer"]
-
-ADVISE_AFTER = 5
-"""Give advice after this many steps in a row that changed nothing."""
 
 
 class Trainer(RunLoop):
     """One run: everything it holds (`OpenRun`), the loop around its steps (`RunLoop`), and the step."""
-
-    _skipped_in_a_row = 0
 
     def train_step(self, step: int) -> None:
         """Do one step: problems, rollouts, rewards, weights, siamese targets, gradients, optimizer, record, sync."""
@@ -81,24 +75,27 @@ class Trainer(RunLoop):
                     plan, targets, reference_logps, self.cursor.entropy_coef, progress=self._advance
                 )
                 gap = result.gap_mean if gap is None else gap
-                if not math.isfinite(result.grad_norm):
-                    result, skipped = None, "the gradient is not finite"
+                largest = self.recipe.optimizer.max_grad_norm
+                if skipped := gradient_problem(result.grad_norm, self.cursor.recent_grad_norms, largest):
+                    result = None
         if gap is not None:
             self.guard.check(step, gap, checked)
         if result is not None:
             with clock("optimizer"):
                 weights = self.learner.prepare()
                 # From here to the record, weights and cursor belong to different steps: nothing may save or stop.
-                self._consistent = False
-                self.learner.apply(step, result, weights)  # the optimizer's step, then the siamese's average
+                self._consistent, self._updated = False, True
+                rate = self.cursor.learning_rate_scale * self._rate_factor(step)
+                self.learner.apply(result, weights, rate)  # the optimizer's step, then the siamese's average
         self._consistent = False  # also for a skipped step: its record moves the cursor
         self.learner.optimizer.zero_grad(set_to_none=True)
         record = self._record(step, choice, groups, plan, result, skipped, clock.seconds)
-        self._move_cursor(record, choice, groups, result)
-        append_line(self.folder.metrics_path, record)
+        self._move_cursor(record, choice, groups, plan, result)
+        self._unwritten.append((self.folder.metrics_path, record))
         for group in groups[: self.recipe.output.samples_per_step]:
-            append_line(self.folder.samples_path, sample_line(step, group))
+            self._unwritten.append((self.folder.samples_path, sample_line(step, group)))
         self._consistent = True
+        self._write_lines()
         self._report(record, groups)
         # After the record: an engine that does not take the adapter costs no step.
         with clock("sync"):
@@ -129,7 +126,7 @@ class Trainer(RunLoop):
             self.cursor.start_entropy = result.entropy
         if result is not None and self.cursor.start_entropy:
             learned["entropy_over_start"] = result.entropy / self.cursor.start_entropy
-        factor = learning_rate_factor(step, recipe.train.steps, recipe.optimizer)
+        factor = self.cursor.learning_rate_scale * self._rate_factor(step)
         drift, bound = siamese.drift(), siamese.drift_bound()
         forwarded = self.learner.micro_batches.tokens
         before_update = forwarded["siamese"] + forwarded["reference"]  # of which an objective needs one at most
@@ -156,7 +153,12 @@ class Trainer(RunLoop):
         return make_record(values)
 
     def _move_cursor(
-        self, record: StepRecord, choice: Choice, groups: Sequence[Group], result: UpdateResult | None
+        self,
+        record: StepRecord,
+        choice: Choice,
+        groups: Sequence[Group],
+        plan: StepPlan | None,
+        result: UpdateResult | None,
     ) -> None:
         cursor, recipe = self.cursor, self.recipe
         cursor.history = remember(cursor.history, groups, recipe, cursor.next_step)
@@ -168,7 +170,12 @@ class Trainer(RunLoop):
             cursor.level, cursor.level_rates = next_level(
                 cursor.level, rates, recipe.data.curriculum, self.train_task.levels
             )
+        if result is None and plan is not None:
+            cursor.not_finite_steps += 1
+            cursor.not_finite_in_a_row += 1
         if result is not None:
+            cursor.not_finite_in_a_row = 0
+            cursor.recent_grad_norms = [*cursor.recent_grad_norms, result.grad_norm][-RECENT_NORMS:]
             cursor.entropy_coef = steered_entropy_coef(cursor.entropy_coef, result.entropy, recipe.objective)
         asked, budget = recipe.train.tokens_per_microbatch, self.learner.micro_batches.budget_tokens
         cursor.lowered_budget = (asked, budget) if budget < asked else ()
@@ -189,13 +196,8 @@ class Trainer(RunLoop):
                 why, move = f"below data.curriculum.low = {curriculum.low:g}", "back"
             where = f"level {level + 1} of {self.train_task.levels}"
             self.callback.message(f"pass rate {why} over {curriculum.window} steps: {move} to {where}")
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped_reason"] else 0
-        if self._skipped_in_a_row and self._skipped_in_a_row % ADVISE_AFTER == 0:
-            advice = (
-                "lower optimizer.learning_rate and start again from an earlier checkpoint"
-                if record["positives"]
-                else "easier problems (data.filter), more rollout.num_generations or a warm start (lora.init_from) help"
-            )
-            self.callback.message(
-                f"{self._skipped_in_a_row} steps changed nothing: {record['skipped_reason']}; {advice}"
-            )
+        for text in self.verdicts.of(record, equals_base=self.learner.equals_base):
+            self.callback.message(text)
+
+    def _rate_factor(self, step: int) -> float:
+        return learning_rate_factor(step, self.recipe.train.steps, self.recipe.optimizer)

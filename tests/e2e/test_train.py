@@ -62,7 +62,7 @@ def test_the_run_folder_holds_what_it_should(trained):
     run, _ = trained
     assert {path.name for path in run.iterdir()} == {
         "recipe.toml", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl",
-        "checkpoints", "adapter", "siamese", "summary.json",
+        "checkpoints", "adapter", "siamese", "summary.json", "log.txt",
     }  # fmt: skip
     metrics = json_lines(run / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(60))

@@ -278,7 +278,7 @@ def test_the_update_leaves_no_copy_of_the_weights_behind(trainer):
     result = backward(one, one.learner.plan(groups_of(one)))
     before = one.learner.prepare()
     assert len(before) == len(one.policy.trainable_parameters())
-    one.learner.apply(0, result, before)
+    one.learner.apply(result, before, 1.0)
     assert before == []
     assert result.update_norm > 0
 

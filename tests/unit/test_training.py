@@ -53,6 +53,10 @@ CURSOR = Cursor(
     totals={"prompts_skipped": 1, "rollouts": 24},
     seconds={"update": 1.5},
     lowered_budget=(4096, 2000),
+    changes=[{"key": "rollout.engine", "before": "vllm", "now": "hf", "step": 2}],
+    best={"step": 2, "pass_at_1": 0.5},
+    recent_grad_norms=[0.1, 0.25],
+    learning_rate_scale=0.5,
 )
 
 
@@ -240,6 +244,15 @@ def test_old_checkpoints_go_and_partial_ones_do_not_count(tiny_recipe, tmp_path)
         save_checkpoint(tmp_path, learner, replace(CURSOR, next_step=step), base_id="tiny", keep=2)
     (tmp_path / ".step-000009.partial").mkdir()
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-000002", "step-000003"]
+    others = ["step-000001-best", "step-000009.old", "step-12", "step-000008 (copy)", ".step-notes"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    best = replace(CURSOR, best={"step": 2, "pass_at_1": 0.9})
+    for step in (4, 5, 1_000_000):
+        save_checkpoint(tmp_path, learner, replace(best, next_step=step), base_id="tiny", keep=2)
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-000002", "step-000005", "step-1000000"]
+    assert {path.name for path in tmp_path.iterdir() if "step" in path.name} > {*others}
+    assert not (tmp_path / ".step-000009.partial").exists()
     assert not any(file.suffix in (".pt", ".bin", ".pkl") for file in tmp_path.rglob("*"))
     newest = checkpoint_folders(tmp_path)[-1]
     content = json.loads((newest / "cursor.json").read_text())
