@@ -13,8 +13,9 @@ from popo_lite.metrics import StepRecord
 class Callback:
     """Receive the events of a run. Every method does nothing here: override those you need.
 
-    Methods must return at once. `message` may come from a signal handler, in the middle of another call. A callback is
-    a context manager; leaving it calls `close`, also after an error.
+    Methods must return at once. `message` may come from a signal handler, in the middle of another call. A method that
+    raises ends the run, which is saved first. A callback is a context manager; leaving it calls `close`, also after an
+    error.
     """
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
@@ -31,7 +32,10 @@ class Callback:
         """Finish `amount` of the stage's total."""
 
     def step(self, record: StepRecord) -> None:
-        """End a step, whether it changed weights or was skipped."""
+        """End a step, whether it changed weights or was skipped.
+
+        Steps come again after the run went back to a checkpoint.
+        """
 
     def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Receive answers of the latest step, which replace those of the step before.

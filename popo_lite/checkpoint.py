@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -21,10 +22,11 @@ from popo_lite.curriculum import History, Seen
 from popo_lite.errors import ModelError
 from popo_lite.formats import checked, stamped
 from popo_lite.policy.adapters import load_adapter_weights, save_adapter
-from popo_lite.run_folder import checkpoint_folders, damaged_checkpoint, write_atomically
+from popo_lite.run_folder import checkpoint_folders, checkpoint_step, damaged_checkpoint, write_atomically
 from popo_lite.update import Learner
 
 _PREFIX = "step-"
+_OURS = re.compile(r"\.step-\d{6,}\.(partial|old)")
 
 
 @dataclass(kw_only=True)
@@ -38,6 +40,10 @@ class Cursor:
     `lowered_budget` is (the recipe's tokens_per_microbatch, what it was lowered to when memory ran out), or empty.
     `start_shapes` counts the first step's answers by shape, `shape_steps` the steps in which a shape took over
     (`shapes`). `changes` are the keys of the recipe that were changed when the run was resumed: key, before, now, step.
+    `best` is the step and pass@1 of the best evaluation during training. The sampler was last proven to use the adapter
+    after `proven_step` steps; `doubts` say what of the run cannot be trusted. `recent_grad_norms` are those of the
+    last updates. `not_finite_steps` were skipped for their gradient, the last `not_finite_in_a_row` of them without an
+    update in between; `learning_rate_scale` was halved at each of the `rollbacks`.
     """
 
     next_step: int = 0
@@ -55,6 +61,14 @@ class Cursor:
     before: dict[str, Any] | None = None
     lowered_budget: tuple[int, ...] = ()
     changes: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    proven_step: int = 0
+    doubts: list[str] = field(default_factory=list)
+    recent_grad_norms: list[float] = field(default_factory=list)
+    not_finite_steps: int = 0
+    not_finite_in_a_row: int = 0
+    learning_rate_scale: float = 1.0
+    rollbacks: int = 0
 
     def add_seconds(self, seconds: dict[str, float]) -> None:
         """Add times by stage."""
@@ -67,8 +81,13 @@ for a run that was started without them."""
 
 
 def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: str, keep: int) -> Path:
-    """Write `parent/step-NNNNNN` and delete all but the newest `keep`. A folder with such a name is always complete."""
+    """Write `parent/step-NNNNNN` and delete all but the newest `keep` and the best.
+
+    A folder with such a name is always complete. Raises NotFiniteError for weights that are not finite, and OSError or
+    SafetensorError if the disk is full; then nothing has changed.
+    """
     policy = learner.policy
+    learner.refuse_not_finite()
     target = parent / f"{_PREFIX}{cursor.next_step:06d}"
     state = dict(_flat(learner.optimizer.state_dict()["state"]))
     tensors = {path: value for path, value in state.items() if isinstance(value, Tensor)}
@@ -85,24 +104,38 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
         write_atomically(target / "cursor.json", text)
         return target
     for leftover in parent.glob(f".{_PREFIX}*"):  # from a process that was killed while saving
-        shutil.rmtree(leftover)
+        if _OURS.fullmatch(leftover.name):
+            shutil.rmtree(leftover)
     partial = parent / f".{target.name}.partial"
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+        _write(partial, learner, tensors, text, base_id=base_id)
+        partial.replace(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
+        raise
+    for folder in (parent, parent.parent):
+        _sync_to_disk(folder)
+    best = cursor.best and cursor.best["step"]
+    for old in checkpoint_folders(parent)[:-keep]:
+        if checkpoint_step(old) != best:
+            # Rename first: a folder with a checkpoint's name must be complete while it is being deleted, too.
+            shutil.rmtree(old.rename(parent / f".{old.name}.old"), ignore_errors=True)
+    return target
+
+
+def _write(partial: Path, learner: Learner, optimizer: dict[str, Tensor], text: str, *, base_id: str) -> None:
+    """Write all files of a checkpoint to disk; `text` is that of cursor.json."""
+    policy = learner.policy
     save_adapter(policy.model, partial / "adapter", base_id=base_id)
-    files = {"predictor": policy.predictor.state_dict(), "siamese": learner.siamese.average, "optimizer": tensors}
+    files = {"predictor": policy.predictor.state_dict(), "siamese": learner.siamese.average, "optimizer": optimizer}
     for name, values in files.items():
         # Copies: the 8-bit optimizer shares its quantisation maps between parameters, which safetensors refuses.
         copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in values.items()}
         save_file(copies, str(partial / f"{name}.safetensors"))
     (partial / "cursor.json").write_text(text, encoding="utf-8")
-    for path in partial.rglob("*"):
+    for path in (*partial.rglob("*"), partial):
         _sync_to_disk(path)
-    partial.replace(target)
-    _sync_to_disk(parent)
-    for old in checkpoint_folders(parent)[:-keep]:
-        # Rename first: a folder with a checkpoint's name must be complete while it is being deleted, too.
-        shutil.rmtree(old.rename(parent / f".{old.name}.old"))
-    return target
 
 
 def load_checkpoint(folder: Path, learner: Learner) -> Cursor:

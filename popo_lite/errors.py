@@ -58,6 +58,14 @@ class StalePolicyError(EngineError):
     """Raised if the sampler holds another version of the adapter than the policy."""
 
 
+class EngineFailedError(EngineError):
+    """Raised if a running engine fails for no known reason: it may go on once it is opened again."""
+
+
+class NotFiniteError(EngineError):
+    """Raised if log-probs, gradients or weights are not finite, or if gradients explode."""
+
+
 class GradingError(PopoError):
     """Raised if more answers than allowed could not be graded."""
 

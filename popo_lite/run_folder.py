@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import platform
@@ -58,8 +59,8 @@ class RunFolder:
         self.samples_path = path / "samples.jsonl"  # a few whole groups per step
         self.evaluations_path = path / "evaluations.jsonl"  # one line per evaluation on held-out problems
         self.data_path = path / "data.json"  # hashes of the training rows and held-out problems
-        self.log_path = path / "log.txt"  # messages, warnings and errors
         self.summary_path = path / "summary.json"  # written at the end
+        self.log_path = path / "log.txt"  # messages, warnings and errors
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"  # trained adapter, PEFT format
         self.siamese = path / "siamese"  # averaged adapter, PEFT format
@@ -357,9 +358,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line, with the version of its format."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(stamped(record), ensure_ascii=False, allow_nan=False) + "\n")
+    """Append one JSON line, with the version of its format.
+
+    Appends nothing if the disk is full: half a line would spoil the one after it.
+    """
+    line = (json.dumps(stamped(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(line) != len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from popo_lite.chunks import chunk_tokens
+from popo_lite.errors import NotFiniteError
 from popo_lite.fused import fused_loss, refuse_without_compiler, score
 from popo_lite.micro_batches import MicroBatch, MicroBatches
 from popo_lite.objective import LOSSES, StepPlan, Tokens, noisy_target, plan_step, similarity_loss
@@ -75,6 +76,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 # --------------------------------------------------------------------------- the update
+
+EXPLODES = 1_000
+"""An update is skipped if its gradient's norm is over this many times the median of recent ones, and is clipped."""
+RECENT_NORMS, ENOUGH_NORMS = 50, 10
+"""The most norms that the median is taken of, and the fewest."""
+
+
+def gradient_problem(norm: float, recent: Sequence[float], max_norm: float) -> str | None:
+    """Return why an update with a gradient of this norm is skipped, or None. `max_norm` is where clipping starts."""
+    if not math.isfinite(norm):
+        return "the gradient is not finite"
+    usual = statistics.median(recent) if len(recent) >= ENOUGH_NORMS else math.inf
+    if norm > max(EXPLODES * usual, max_norm):
+        return f"the gradient explodes: its norm is {norm:.3g}, and {usual:.3g} in recent steps"
+    return None
+
 
 START_SCALE, LARGEST_SCALE = 2.0**16, 2.0**24
 """Factor of the loss in float16, in which most gradients would be 0 otherwise, and the most that it grows to."""
@@ -355,9 +372,12 @@ class Learner:
         move_state(self.optimizer, self.policy.device)
         return [parameter.detach().clone() for _, parameter in self.policy.trainable_parameters()]
 
-    def apply(self, step: int, result: UpdateResult, before: list[Tensor]) -> None:
-        """Move optimizer, siamese and version together. `before` comes from `prepare` and is emptied."""
-        set_learning_rate(self.optimizer, learning_rate_factor(step, self.recipe.train.steps, self.recipe.optimizer))
+    def apply(self, result: UpdateResult, before: list[Tensor], rate_factor: float) -> None:
+        """Move optimizer, siamese and version together. `before` comes from `prepare` and is emptied.
+
+        `rate_factor` is the fraction of the peak learning rate. Raises NotFiniteError if the weights are damaged now.
+        """
+        set_learning_rate(self.optimizer, rate_factor)
         self.optimizer.step()
         if self.recipe.rollout.vllm.enable_sleep_mode:
             # The optimizer runs once a step; until then its memory belongs to the rollout engine.
@@ -365,10 +385,27 @@ class Learner:
         torch._foreach_sub_(before, [parameter.detach() for _, parameter in self.policy.trainable_parameters()])
         result.update_norm = float(torch.stack(torch._foreach_norm(before)).double().norm())
         before.clear()  # the caller's list would keep them while the rollout engine wakes up
+        if not math.isfinite(result.update_norm):
+            self.refuse_not_finite()
         self.siamese.update(result.update_norm)
         self.policy.version += 1
         if self.loss_scale != 1 and self.policy.version % SCALE_GROWS_EVERY == 0:
             self.loss_scale = min(2 * self.loss_scale, LARGEST_SCALE)
+
+    def refuse_not_finite(self) -> None:
+        """Raise NotFiniteError if a trained or averaged weight is not finite: such weights are never saved."""
+        tensors = [parameter.detach() for _, parameter in self.policy.trainable_parameters()]
+        norms = torch._foreach_norm([*tensors, *self.siamese.average.values()], torch.inf)
+        if not bool(torch.stack(norms).isfinite().all()):
+            next_step = "lower optimizer.learning_rate, then resume from the newest checkpoint"
+            raise NotFiniteError("the trained weights are not finite", next_step=next_step)
+
+    @property
+    def equals_base(self) -> bool:
+        """True as long as every B is 0, so that the adapter adds nothing. Never for DoRA, which also scales."""
+        names = ("lora_B", "lora_embedding_B")
+        factors = [p for name, p in self.policy.adapter_parameters() if any(part in name for part in names)]
+        return not self.recipe.lora.dora and not any(bool(factor.any()) for factor in factors)
 
     def gap_mean(self, rollouts: Sequence[Rollout]) -> float:
         """Return the mean |sampler - policy| log-prob of the rollouts' tokens in nats, by a forward pass."""

@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from popo_lite.errors import EngineError, StalePolicyError
+from popo_lite.errors import NotFiniteError, StalePolicyError
+from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
 from popo_lite.seeding import stream_seed
@@ -136,6 +137,17 @@ class Sampler(AbstractContextManager["Sampler"]):
         self._load(policy_version)
         self.policy_version = policy_version
 
+    def reopen(self) -> None:
+        """Close an engine that failed and open it again with the trainer's current adapter."""
+        self.policy_version = None
+        try:
+            self.close()
+        except Exception:  # of an engine that is dead: what counts is whether a new one starts
+            log.warning("the engine that failed could not be closed", exc_info=True)
+        release_memory()
+        self._open()
+        self.sync(self._policy.version)
+
     def sleep(self) -> None:
         """Give GPU memory back until the next `sync`, if the engine can."""
 
@@ -157,7 +169,7 @@ class Sampler(AbstractContextManager["Sampler"]):
         self.close()
 
 
-def not_finite(where: str, dtype: str = "") -> EngineError:
+def not_finite(where: str, dtype: str = "") -> NotFiniteError:
     """Return the error of log-probs that are not finite, in a model of `dtype`."""
     what = "the model's log-probs are not finite, so its weights or activations are not either"
     if dtype == "float16":
@@ -166,4 +178,4 @@ def not_finite(where: str, dtype: str = "") -> EngineError:
         "go back to an earlier checkpoint with a lower learning rate, popo-lite resume RUN --checkpoint N --set "
     )
     next_step += "optimizer.learning_rate=...; restart servers, "
-    return EngineError(what, where=where, next_step=next_step + "whose caches keep such values")
+    return NotFiniteError(what, where=where, next_step=next_step + "whose caches keep such values")

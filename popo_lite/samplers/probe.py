@@ -100,17 +100,20 @@ class SamplerGuard:
         what = f"log-probs of the {self._sampler.engine} sampler and of the trainer differ by {gap:.3g} nats on average"
         if not gap <= limit:  # NaN must fail, too
             what += f", and {limit:.3g} is the most in {dtype} (rollout.max_gap): "
-            cause, next_step = self._cause(prompts, answers, limit)
+            cause, next_step = self._cause(prompts, answers, limit, where)
             raise EngineError(what + cause, where=where, next_step=next_step)
         if gap > self._reported:
             what += f", which is much in {dtype}; above {limit:.3g} (rollout.max_gap) the run stops: "
-            self._notify(f"{where}: {what}{self._cause(prompts, answers, self._reported)[0]}")
+            self._notify(f"{where}: {what}{self._cause(prompts, answers, self._reported, where)[0]}")
             self._reported = 2 * gap
 
-    def _cause(self, prompts: Sequence[Prompt], answers: Sequence[Completion], limit: float) -> tuple[str, str]:
+    def _cause(
+        self, prompts: Sequence[Prompt], answers: Sequence[Completion], limit: float, where: str
+    ) -> tuple[str, str]:
         """Return why the log-probs of `answers` differ by more than `limit`, and what to do.
 
-        Scoring the answers without packing shows whether packed rows or the engine are the reason.
+        Scoring the answers without packing shows whether packed rows or the engine are the reason. Raises
+        NotFiniteError if the trainer's log-probs are not finite.
         """
         packing, self._policy.packing = self._policy.packing, "off"
         try:
@@ -122,7 +125,7 @@ class SamplerGuard:
         finally:
             self._policy.packing = packing
         if not math.isfinite(plain):
-            return "they are not finite", not_finite("", self._recipe.model.dtype).next_step or ""
+            raise not_finite(where, self._recipe.model.dtype)
         if packing != "off" and plain <= limit:
             return "the trainer's packed rows are the reason", "--set train.packing=false, and please report the model"
         if self._sampler.engine == "hf":

@@ -9,7 +9,8 @@ import shutil
 import tempfile
 import textwrap
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from popo_lite.errors import EngineError
+from popo_lite.errors import EngineError, EngineFailedError
 from popo_lite.policy.adapters import save_adapter
 from popo_lite.policy.load import dequantized_folder, model_source
 from popo_lite.policy.memory import is_out_of_memory, release_memory
@@ -74,17 +75,20 @@ class VLLMSampler(Sampler):
         # This order and no other: weights, the adapter into their memory, and the KV cache into what is left.
         if self._asleep:
             release_memory()  # the engine needs what torch has cached of the update
-            self._engine.wake_up(tags=["weights"])
+            with _failures():
+                self._engine.wake_up(tags=["weights"])
         self._swap(version)
         if self._asleep:
-            self._engine.wake_up(tags=["kv_cache"])
+            with _failures():
+                self._engine.wake_up(tags=["kv_cache"])
             self._asleep = False
 
     def sleep(self) -> None:
         """Give weights and KV cache back to the GPU, the weights to host memory (level 1)."""
         # Level 2 drops the weights, and waking from it with LoRA has crashed or corrupted them.
         if self._can_sleep and not self._asleep:
-            self._engine.sleep(level=1)
+            with _failures():
+                self._engine.sleep(level=1)
             self._asleep = True
 
     def close(self) -> None:
@@ -92,7 +96,9 @@ class VLLMSampler(Sampler):
         try:
             self._folder.cleanup()
         finally:
-            self._engine.engine_core.shutdown()
+            engine, self._engine = self._engine, None  # else its memory would not be free for the next one
+            if engine is not None:
+                engine.engine_core.shutdown()
 
     def _swap(self, version: int) -> None:
         """Make the trainer's current weights, which are `version`, the only adapter in the engine.
@@ -114,16 +120,17 @@ class VLLMSampler(Sampler):
                 self._engine.remove_lora(self._adapter.lora_int_id)
         except Exception as error:  # of any type: a full folder, or an adapter that vLLM does not take
             what = f"the adapter could not be handed to the vLLM engine: {_reason(error)}"
-            where, next_step = WHERE, INSTEAD
             if isinstance(error, OSError | SafetensorError):
-                where, next_step = self._folder.name, "free space there, or point TMPDIR at a folder with space"
-            raise EngineError(what, where=where, next_step=next_step) from error
+                next_step = "free space there, or point TMPDIR at a folder with space"
+                raise EngineError(what, where=self._folder.name, next_step=next_step) from error
+            raise EngineFailedError(what, where=WHERE, next_step=INSTEAD) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if (held := set(self._engine.list_loras())) != {number}:
-            raise EngineError(f"the vLLM engine holds the adapters {sorted(held)} after a swap to {number}")
+            raise EngineFailedError(f"the vLLM engine holds the adapters {sorted(held)} after a swap to {number}")
         if not self._engine.reset_prefix_cache():
-            raise EngineError("the vLLM engine did not reset its prefix cache, so it could answer from old weights")
+            what = "the vLLM engine did not reset its prefix cache, so it could answer from old weights"
+            raise EngineFailedError(what)
         self._adapter = adapter
         self.swap_seconds.append(time.perf_counter() - start)
 
@@ -138,28 +145,28 @@ class VLLMSampler(Sampler):
         answers: dict[str, tuple[list[int], list[float]]] = {}
         try:
             for name, (prompt, seed, max_tokens) in named.items():
-                self._engine.add_request(
-                    name,
-                    {"prompt_token_ids": list(prompt.token_ids)},
-                    EngineParams(
-                        temperature=params.temperature,
-                        top_p=params.top_p,
-                        top_k=0,
-                        max_tokens=max_tokens,
-                        seed=seed,
-                        stop_token_ids=sorted(self._policy.stop_ids),
-                        logprobs=0,  # the sampled token's own
-                        detokenize=False,
-                        output_kind=RequestOutputKind.FINAL_ONLY,
-                    ),
-                    lora_request=self._adapter,
+                options = EngineParams(
+                    temperature=params.temperature,
+                    top_p=params.top_p,
+                    top_k=0,
+                    max_tokens=max_tokens,
+                    seed=seed,
+                    stop_token_ids=sorted(self._policy.stop_ids),
+                    logprobs=0,  # the sampled token's own
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
                 )
+                ids = {"prompt_token_ids": list(prompt.token_ids)}
+                with _failures():
+                    self._engine.add_request(name, ids, options, lora_request=self._adapter)
             while len(answers) < len(named):
-                ended = [output for output in self._step() if output.finished and output.request_id in named]
+                with _failures():
+                    outputs = self._engine.step()
+                ended = [output for output in outputs if output.finished and output.request_id in named]
                 for output in ended:
                     (answer,) = output.outputs
                     if answer.finish_reason not in ("stop", "length"):
-                        raise EngineError(
+                        raise EngineFailedError(
                             f"the vLLM engine ended an answer for the reason {answer.finish_reason!r}",
                             next_step=f"resume; if it happens again, {INSTEAD}",
                         )
@@ -168,17 +175,20 @@ class VLLMSampler(Sampler):
                 finished(len(ended))
         finally:
             if left := named.keys() - answers.keys():  # an error, or `finished` raised
-                self._engine.abort_request(sorted(left))
+                with suppress(Exception):  # of a dead engine, which must not hide why it died
+                    self._engine.abort_request(sorted(left))
         return [answers[name] for name in named]
 
-    def _step(self) -> Any:
-        """Return the engine's outputs of one token. Raises EngineError if it fails, except for want of memory."""
-        try:
-            return self._engine.step()
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise EngineError(f"the vLLM engine failed: {_reason(error)}", where=WHERE, next_step=INSTEAD) from error
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Turn any error of the engine into an EngineFailedError, except that memory ran out."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, MemoryError):
+            raise
+        raise EngineFailedError(f"the vLLM engine failed: {_reason(error)}", where=WHERE, next_step=INSTEAD) from error
 
 
 def why_not(recipe: Recipe) -> str | None:

@@ -63,7 +63,7 @@ def test_the_run_folder_holds_what_it_should(trained):
     run, _ = trained
     assert {path.name for path in run.iterdir()} == {
         "recipe.toml", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl",
-        "checkpoints", "adapter", "siamese", "summary.json", ".lock",
+        "checkpoints", "adapter", "siamese", "summary.json", "log.txt", ".lock",
     }  # fmt: skip
     metrics = json_lines(run / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(60))

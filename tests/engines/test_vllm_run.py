@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from popo_lite.callbacks import Callback
 from popo_lite.errors import EngineError
@@ -94,3 +95,53 @@ def test_the_run_itself_stops_when_the_adapter_is_wrong(tmp_path, monkeypatch, b
             return
         with pytest.raises(EngineError, match="sampler and of the trainer differ by"):
             trainer.run(RunFolder(run))
+
+
+def test_an_engine_that_dies_is_opened_again_and_the_run_ends_as_an_undisturbed_one(tmp_path):
+    recipe = load_recipe(
+        "tiny_vllm",
+        ["data.prompts_per_step=8", "rollout.num_generations=4", "train.steps=5", "train.save_steps=2",
+         "eval.problems=0", "optimizer.warmup_ratio=0.0", "rollout.max_num_seqs=64"],
+    )  # fmt: skip
+
+    def run(name, dies_at=(), resume=False):
+        folder = RunFolder(tmp_path / name)
+        folder.path.mkdir(exist_ok=True)
+        left = list(dies_at)
+        with Trainer(recipe, Callback()) as trainer:
+            sample = trainer.sampler.sample
+
+            def sample_from_the_dying(*arguments, **options):
+                if trainer.cursor.next_step in left and options["stream"][0] == "rollout":
+                    left.remove(trainer.cursor.next_step)
+                    executor = trainer.sampler._engine.engine_core.engine_core.model_executor
+                    execute, calls = executor.execute_model, iter(range(99))
+
+                    def fail(*arguments, **options):
+                        if next(calls) >= 3:  # in the middle of the answers, and for good
+                            raise RuntimeError("the worker died")
+                        return execute(*arguments, **options)
+
+                    executor.execute_model = fail
+                return sample(*arguments, **options)
+
+            trainer.sampler.sample = sample_from_the_dying
+            result = trainer.run(folder, resume=resume)
+        assert left == []
+        return result
+
+    def learned(name):
+        timed = ("seconds", "tokens_per_second", "peak_memory_bytes")
+        lines = read_lines(tmp_path / name / "metrics.jsonl")
+        tensors = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        return [{k: v for k, v in line.items() if k not in timed} for line in lines], {
+            key: tensor.tolist() for key, tensor in tensors.items()
+        }
+
+    run("undisturbed")
+    assert run("once in two steps", dies_at=(1, 3)).summary["steps"] == 5
+    assert learned("once in two steps") == learned("undisturbed")
+    with pytest.raises(EngineError, match="the worker died; all 3 steps are saved"):
+        run("twice in a step", dies_at=(3, 3))
+    run("twice in a step", resume=True)
+    assert learned("twice in a step") == learned("undisturbed")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from helpers import json_lines
-from popo_lite import trainer as trainer_module
+from popo_lite import opening
 from popo_lite.callbacks import Callback
 from popo_lite.errors import ModelError
 from popo_lite.grading import Grader
@@ -64,7 +64,7 @@ def grader(tmp_path_factory) -> Iterator[Grader]:
 
             patch.setattr(pipeline, "release_memory", lambda: None)  # small models need no collection
             patch.setattr(pipeline, "OTHER_BASE_BYTES", 0)  # else it also merges into the weights before NF4
-            for module in (trainer_module, pipeline):
+            for module in (opening, pipeline):
                 patch.setattr(module, "Grader", borrowed)
             yield shared
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from popo_lite.callbacks import Callback
-from popo_lite.trainer import StageClock, Trainer
+from popo_lite.interrupts import StageClock
+from popo_lite.trainer import Trainer
 from popo_lite.types import Group, Rollout
 from updates import assert_same, backward, groups_of, update
 
@@ -277,7 +278,7 @@ def test_the_update_leaves_no_copy_of_the_weights_behind(trainer):
     result = backward(one, one.learner.plan(groups_of(one)))
     before = one.learner.prepare()
     assert len(before) == len(one.policy.trainable_parameters())
-    one.learner.apply(0, result, before)
+    one.learner.apply(result, before, 1.0)
     assert before == []
     assert result.update_norm > 0
 

@@ -158,7 +158,7 @@ def test_an_environment_in_trouble_ends_its_conversation_without_a_verdict(conve
     ],
 )
 def test_what_is_no_environment_is_refused_before_the_model_is_loaded(game, monkeypatch, override, message):
-    monkeypatch.setattr("popo_lite.trainer.load_policy", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("popo_lite.opening.load_policy", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UserInputError, match=message):
         Trainer(game(override), Callback())
 

@@ -20,11 +20,12 @@ from popo_lite.curriculum import (
     remember,
 )
 from popo_lite.errors import RecipeError
+from popo_lite.interrupts import StageClock
 from popo_lite.metrics import rollout_metrics
 from popo_lite.run_folder import RunFolder
 from popo_lite.samplers import SamplingParams
 from popo_lite.tasks import ArithmeticTask, open_tasks
-from popo_lite.trainer import StageClock, Trainer
+from popo_lite.trainer import Trainer
 from popo_lite.types import FinishReason, Group, Outcome, Reward
 
 ADAPTIVE = ('rollout.adaptive.enabled=true', "rollout.adaptive.positives_wanted=2", "rollout.adaptive.round_size=4",

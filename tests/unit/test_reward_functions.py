@@ -355,7 +355,7 @@ def test_functions_from_notebooks_train_unchanged(tmp_path, monkeypatch):
 
 def test_a_range_that_is_too_small_is_noticed_before_the_weights_are_loaded(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr("popo_lite.trainer.load_policy", lambda _: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr("popo_lite.opening.load_policy", lambda _: pytest.fail("the weights were loaded"))
     with pytest.raises(UserInputError, match="outside its range"):
         Trainer(load_recipe("tiny_cpu", ['reward.functions=[{name="trl_rewards:box_count_reward", range=[0.4, 1]}]']),
                 Callback())  # fmt: skip

@@ -23,6 +23,7 @@ from popo_lite.checkpoint import (
 from popo_lite.curriculum import Seen
 from popo_lite.errors import CheckpointError, PopoError, UserInputError
 from popo_lite.evaluation import pass_at_k
+from popo_lite.interrupts import Interrupts, StopRequested
 from popo_lite.micro_batches import collate, pack
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe import OptimizerRecipe
@@ -37,7 +38,6 @@ from popo_lite.run_folder import (
     start_files,
     write_json,
 )
-from popo_lite.trainer import Interrupts, StopRequested
 from popo_lite.types import Completion, FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
 from popo_lite.update import Learner, build_optimizer, learning_rate_factor, move_state, set_learning_rate
 
@@ -53,6 +53,10 @@ CURSOR = Cursor(
     totals={"prompts_skipped": 1, "rollouts": 24},
     seconds={"update": 1.5},
     lowered_budget=(4096, 2000),
+    changes=[{"key": "rollout.engine", "before": "vllm", "now": "hf", "step": 2}],
+    best={"step": 2, "pass_at_1": 0.5},
+    recent_grad_norms=[0.1, 0.25],
+    learning_rate_scale=0.5,
 )
 
 
@@ -236,14 +240,26 @@ def test_state_that_is_moved_away_and_back_is_the_same_state(tiny_recipe, name):
 
 def test_old_checkpoints_go_and_what_is_none_does_not_count(tiny_recipe, tmp_path):
     learner = learner_of(tiny_recipe())
-    others = [".step-000009.partial", "step-000001-best", "step-9", "step-000009 (copy)", "step-000007.old"]
+    others = [
+        ".step-000009.partial",
+        "step-000001-best",
+        "step-9",
+        "step-000009 (copy)",
+        "step-000007.old",
+        ".step-notes",
+    ]
     for name in others:
         (tmp_path / name).mkdir()
     (tmp_path / "step-000008").touch()
-    for step in (1, 2, 1_000_000):
+    for step in (1, 2, 3):
         save_checkpoint(tmp_path, learner, replace(CURSOR, next_step=step), base_id="tiny", keep=2)
-    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-000002", "step-1000000"]
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-000002", "step-000003"]
+    best = replace(CURSOR, best={"step": 2, "pass_at_1": 0.9})
+    for step in (4, 5, 1_000_000):
+        save_checkpoint(tmp_path, learner, replace(best, next_step=step), base_id="tiny", keep=2)
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-000002", "step-000005", "step-1000000"]
     assert all((tmp_path / name).exists() for name in others[1:])
+    assert not (tmp_path / ".step-000009.partial").exists()
     assert not any(file.suffix in (".pt", ".bin", ".pkl") for file in tmp_path.rglob("*"))
     assert checkpoint_folders(tmp_path / "nothing") == []
 

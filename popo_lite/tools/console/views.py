@@ -68,7 +68,7 @@ class RunState(Callback):
                 self._step_ends.append(self.clock() - words.by_stage(record["seconds"])[1])
             self._step_ends.append(self.clock())
             self.records.append(record)
-            self.steps_done += 1
+            self.steps_done = record["step"] + 1  # less than before if the run went back to a checkpoint
 
     def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Remember the answers."""

@@ -1,0 +1,370 @@
+"""The loop around the steps of a run: go on from a checkpoint, evaluate, save, and end however it ends."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from popo_lite.checkpoint import load_checkpoint, save_checkpoint
+from popo_lite.errors import CheckpointError, EngineError, EngineFailedError, NotFiniteError, PopoError
+from popo_lite.evaluation import evaluate
+from popo_lite.faults import explained
+from popo_lite.interrupts import StopRequested
+from popo_lite.metrics import sampler_summary
+from popo_lite.opening import OpenRun
+from popo_lite.policy.adapters import save_adapter
+from popo_lite.resuming import Change
+from popo_lite.run_folder import (
+    RunFolder,
+    append_line,
+    checkpoint_folders,
+    keep_lines,
+    peak_memory_bytes,
+    read_json,
+    read_lines,
+    start_files,
+    write_json,
+)
+from popo_lite.samplers.probe import PROBE_PROMPTS
+from popo_lite.tasks.datasets import changes as data_changes
+from popo_lite.tasks.datasets import digests
+from popo_lite.types import EvalResult
+
+TOTALS = ("prompts_skipped", "prompts_with_positive", "rollouts", "rollout_tokens", "trained_tokens", "shared_tokens")
+"""Metrics whose sum over all steps is part of the summary."""
+
+HISTORY = ("changes", "doubts", "best", "not_finite_steps", "rollbacks", "learning_rate_scale")
+"""Fields of the cursor that are part of the summary: what was out of the ordinary."""
+
+BAD_GRADIENTS = 3
+"""Go back to the newest checkpoint after so many updates in a row that were skipped for their gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended: `summary` is None if it was interrupted; `next_step` steps are done."""
+
+    folder: RunFolder
+    summary: dict[str, Any] | None
+    next_step: int
+
+
+class RunLoop(OpenRun):
+    """Run the steps, and keep what they leave: evaluations, checkpoints, adapters, summary."""
+
+    _consistent = True  # weights and cursor belong to the same step
+    _updated = False  # the weights are not those of the newest checkpoint
+    _due = False  # a checkpoint is to be saved
+    _reopened_at: int | None = None  # the step at which the engine was last opened again
+
+    def train_step(self, step: int) -> None:
+        """Do one step."""
+        raise NotImplementedError
+
+    def run(self, folder: RunFolder, *, resume: bool = False, changes: Sequence[Change] = ()) -> RunResult:
+        """Train to the last step, or until interrupted; write all that `RunFolder` names to `folder`.
+
+        The caller holds the folder's lock. `changes` are those of the recipe since the run was stopped: key, before,
+        now. Whatever ends the run, the last whole step is saved; an error says where.
+        """
+        self.folder = folder
+        self.callback.open_log(folder.log_path)
+        with self.interrupts, self._logged():
+            if resume:
+                self._restore()
+                self._note_changes(changes)
+            for difference in start_files(folder, self.recipe, self.policy.device):
+                self.callback.message(f"not as when the run started: {difference}")
+            write_json(folder.data_path, self._digests())
+            try:
+                self._prove_sampler(self.callback.message)
+                steps, done = self.recipe.train.steps, self.cursor.next_step
+                self.callback.start(title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=done)
+                summary = self._train()
+            except StopRequested:
+                summary = None
+            except BaseException as error:
+                # Before the advice, which may need memory.
+                outcome = self._save_after_error()
+                shown = explained(error, folder, self.memory_advice)
+                if not isinstance(shown, PopoError):
+                    error.add_note(outcome)  # stands below its traceback
+                    self.callback.message(f"{type(error).__name__}: {outcome}")
+                    raise
+                shown.what += f"; {outcome}"
+                if shown is error:
+                    raise
+                raise shown from error
+            if summary is None:
+                self._save()
+        return RunResult(folder=folder, summary=summary, next_step=self.cursor.next_step)
+
+    @contextmanager
+    def _logged(self) -> Iterator[None]:
+        """Write an error that leaves the block to the log, with its traceback."""
+        try:
+            yield
+        except BaseException:
+            self.callback.log.exception("the run ends with an error")
+            raise
+
+    def _train(self) -> dict[str, Any] | None:
+        """Run all that is left, also after an engine has died or numbers went wrong; return as `_go_on` does."""
+        while True:
+            try:
+                return self._go_on()
+            except (EngineFailedError, NotFiniteError) as error:
+                recover = self._recovery(error)
+                if recover is None:
+                    raise
+                self.callback.log.warning("the run recovers from an error", exc_info=True)
+            recover()  # outside the block: a caught error keeps what the engine holds
+
+    def _go_on(self) -> dict[str, Any] | None:
+        """Run all evaluations and steps that are left; return the summary, or None if interrupted."""
+        steps, stop = self.recipe.train.steps, self.interrupts
+        if self.cursor.before is None and self.held_out and not stop.requested:
+            self.cursor.before = self._evaluate("before").summary()
+        if self.cursor.next_step and not stop.requested:
+            self._after_step()  # what an interrupt may have left undone
+        while self.cursor.next_step < steps and not stop.requested:
+            self.train_step(self.cursor.next_step)
+            if self.cursor.not_finite_in_a_row >= BAD_GRADIENTS:
+                what = f"the gradients of {self.cursor.not_finite_in_a_row} updates in a row are not finite, or explode"
+                next_step = f"{self.folder.resume_command} with an earlier --checkpoint and a lower "
+                next_step += "--set optimizer.learning_rate"
+                raise NotFiniteError(what, where=f"step {self.cursor.next_step}", next_step=next_step)
+            self._after_step()
+        if stop.requested:
+            return None
+        return self._finish(self._evaluate("after").summary() if self.held_out else None)
+
+    # --------------------------------------------------------------------- faults
+
+    def _recovery(self, error: PopoError) -> Callable[[], None] | None:
+        """Return what to do about the error so that the run can go on, or None.
+
+        An engine is opened once for each step, and the run goes back to a checkpoint once; the checkpoint must hold
+        other weights than those that went wrong.
+        """
+        step, what = self.cursor.next_step, error.what
+        if self.interrupts.requested:
+            return None
+        if isinstance(error, EngineFailedError):
+            if not self._consistent or self._reopened_at == step:
+                return None
+            self._reopened_at = step
+            return lambda: self._reopen_engine(what)
+        if not self._updated or self.cursor.rollbacks or not checkpoint_folders(self.folder.checkpoints):
+            return None
+        return lambda: self._roll_back(what)
+
+    def _reopen_engine(self, why: str) -> None:
+        """Open the engine again, with the current adapter. Every draw depends on the step alone, so it is repeated."""
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        self.callback.message(f"{why}; the engine is opened again, and step {self.cursor.next_step + 1} is repeated")
+        self.sampler.reopen()
+        self._prove_sampler(self.callback.message)
+
+    def _roll_back(self, why: str) -> None:
+        """Go back to the newest checkpoint with half the learning rate."""
+        before = self.cursor
+        self._consistent = False
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        self._unwritten.clear()
+        self._restore()
+        self.cursor.learning_rate_scale = before.learning_rate_scale / 2
+        self.cursor.rollbacks = before.rollbacks + 1
+        self.cursor.not_finite_steps, self.cursor.not_finite_in_a_row = before.not_finite_steps, 0
+        self._consistent = True
+        self._checkpoint()
+        self.callback.message(
+            f"{why}; back from step {before.next_step} to {self.cursor.next_step}, and on with "
+            f"{self.cursor.learning_rate_scale:g} times the learning rate; the next time the run stops"
+        )
+
+    def _save_after_error(self) -> str:
+        """Save the last whole step, and return what is saved. An error in here never hides the first one."""
+        self.callback.ending = True
+        done, newest = self.cursor.next_step, checkpoint_folders(self.folder.checkpoints)
+        left = f"the newest checkpoint is {newest[-1]}" if newest else "there is no checkpoint"
+        if not self._consistent:
+            return f"this was in the middle of an update, so the steps since the last save are lost; {left}"
+        if not done and self.cursor.before is None:
+            return "no step was done"
+        try:
+            return f"all {done} steps are saved in {self._save()}"
+        except Exception as error:
+            self.callback.log.exception("saving failed")
+            reason = (str(error).splitlines() or [""])[0]
+            return f"saving failed, too ({type(error).__name__}: {reason}); {left}"
+
+    # --------------------------------------------------------------------- checkpoints and evaluation
+
+    def _after_step(self) -> None:
+        """Evaluate and save a checkpoint if they are due, in this order: a checkpoint covers what is recorded."""
+        done, train, every = self.cursor.next_step, self.recipe.train, self.recipe.eval.every
+        is_best = False
+        if every and done % every == 0 and self.cursor.evaluated < done < train.steps and self.held_out:
+            pass_at_1 = self._evaluate(f"step {done}").pass_at_1
+            self.cursor.evaluated = done
+            if is_best := self.cursor.best is None or pass_at_1 > self.cursor.best["pass_at_1"]:
+                self.cursor.best = {"step": done, "pass_at_1": pass_at_1}
+        self._due = self._due or done % train.save_steps == 0 or done == train.steps
+        # Not among bad gradients: the way back from them leads to the weights before.
+        due = self._due and (not self.cursor.not_finite_in_a_row or done == train.steps)
+        if due or is_best:
+            self._checkpoint()
+        if due:
+            self._due = False
+            # After the checkpoint, which is worth having also if the proof fails. In 16 bit the gap alone cannot tell a
+            # stale adapter from rounding.
+            self._prove_sampler(lambda _: None)
+
+    def _prove_sampler(self, notify: Callable[[str], None]) -> None:
+        cursor = self.cursor
+        problems = [self.train_task.train_problem(self.recipe.train.seed, index) for index in range(PROBE_PROMPTS)]
+        try:
+            self.guard.prove([self.renderer.render(problem) for problem in problems], notify)
+        except (EngineFailedError, NotFiniteError):
+            raise  # no verdict on the adapter
+        except EngineError:
+            if cursor.next_step > cursor.proven_step:
+                doubt = f"steps {cursor.proven_step + 1} to {cursor.next_step} are in doubt: since then the "
+                doubt += f"{self.sampler.engine} sampler has not been proven to use the adapter it is given"
+                cursor.doubts = [*dict.fromkeys([*cursor.doubts, doubt])]
+            raise
+        cursor.proven_step = cursor.next_step
+
+    def _save(self) -> Path:
+        """Save the last completed step with all that is recorded of it."""
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        self._write_lines()
+        return self._checkpoint()
+
+    def _write_lines(self) -> None:
+        """Write the records of the last step. Those that a full disk leaves come before the next checkpoint."""
+        while self._unwritten:
+            append_line(*self._unwritten[0])
+            self._unwritten.pop(0)
+
+    def _checkpoint(self) -> Path:
+        self.callback.stage("checkpoint")
+        start = time.perf_counter()
+        base_id, keep = self.recipe.model.id, self.recipe.train.save_total_limit
+        folder = save_checkpoint(self.folder.checkpoints, self.learner, self.cursor, base_id=base_id, keep=keep)
+        self._updated = False
+        self.cursor.add_seconds({"checkpoint": time.perf_counter() - start})
+        self.callback.message(f"checkpoint: {folder}")
+        return folder
+
+    def _note_changes(self, changes: Sequence[Change]) -> None:
+        """Record and say how the recipe was changed; nothing is, if all steps are done again."""
+        cursor = self.cursor
+        if not (cursor.next_step and changes):
+            return
+        for change in changes:
+            key, was, now = (change[name] for name in ("key", "before", "now"))
+            self.callback.message(f"after step {cursor.next_step}: {key} was {was!r} and is {now!r}")
+            if key == "objective.entropy_coef":
+                cursor.entropy_coef = getattr(self.recipe.objective, "entropy_coef", 0.0)
+        cursor.changes += [{**change, "step": cursor.next_step} for change in changes]
+        self._checkpoint()  # before recipe.toml is written: a second resume would find nothing changed
+
+    def _restore(self) -> None:
+        """Go back to the newest checkpoint, or to step 0 if the run was killed before its first."""
+        if checkpoints := checkpoint_folders(self.folder.checkpoints):
+            self.cursor = load_checkpoint(checkpoints[-1], self.learner)
+            self._updated = False
+            self._check_data()
+            self.sampler.sync(self.policy.version)
+            lowered = self.cursor.lowered_budget
+            if lowered and lowered[0] == self.recipe.train.tokens_per_microbatch:  # another budget is a new try
+                self.learner.micro_batches.budget_tokens = lowered[1]
+            for doubt in self.cursor.doubts:
+                self.callback.message(doubt)
+        cursor = self.cursor
+        for path in (self.folder.metrics_path, self.folder.samples_path):
+            keep_lines(path, lambda line: line["step"] < cursor.next_step)
+
+        def is_kept(line: dict[str, Any]) -> bool:
+            if line["when"] == "before":
+                return cursor.before is not None
+            return bool(line["when"] != "after" and line["step"] <= cursor.evaluated)
+
+        keep_lines(self.folder.evaluations_path, is_kept)
+
+    def _digests(self) -> dict[str, dict[str, str]]:
+        return {"training": digests(self.train_task.training()), "held_out": digests(self.held_out)}
+
+    def _check_data(self) -> None:
+        """Say how the training rows differ from those that the run began with.
+
+        Raises CheckpointError if held-out problems do: the evaluations before and after would not be comparable.
+        """
+        path = self.folder.data_path
+        if not path.is_file():  # killed before it was written
+            return
+        before, now = read_json(path), self._digests()
+        if self.cursor.before is not None and (found := data_changes(before["held_out"], now["held_out"])):
+            what = f"the held-out problems changed since training began ({found}), so its effect cannot be measured"
+            recipe = shlex.quote(str(self.folder.recipe_path))
+            next_step = f"restore the data, or start a new run: popo-lite train {recipe}"
+            raise CheckpointError(what, where=str(path), next_step=next_step)
+        if found := data_changes(before["training"], now["training"]):
+            self.callback.message(f"the training rows changed since the run began: {found}; it goes on with those now")
+            same = dict(before["training"].items() & now["training"].items())
+            self.cursor.history = {name: seen for name, seen in self.cursor.history.items() if name in same}
+            if self.cursor.level >= self.train_task.levels:
+                self.cursor.level, self.cursor.level_rates = self.train_task.levels - 1, []
+            self._checkpoint()  # before data.json is written: a second resume would find nothing changed
+
+    def _evaluate(self, when: str) -> EvalResult:
+        recipe = self.recipe
+        self.callback.stage("evaluate", total=len(self.held_out) * recipe.eval.samples_per_problem)
+        result = evaluate(
+            "policy",
+            recipe,
+            self.policy,
+            self.sampler,
+            self.renderer,
+            self.grader,
+            self.eval_task,
+            self.held_out,
+            seed=recipe.train.seed,
+            progress=self._advance,
+        )
+        append_line(self.folder.evaluations_path, {"when": when, "step": self.cursor.next_step, **result.summary()})
+        self.cursor.add_seconds({"evaluate": result.seconds})
+        self.callback.message(f"{when}: pass@1 {result.pass_at_1:.1%} of {result.problems} held-out problems")
+        return result
+
+    def _finish(self, after: dict[str, Any] | None) -> dict[str, Any]:
+        """Write adapter/, siamese/ and summary.json; return the summary."""
+        save_adapter(self.policy.model, self.folder.adapter, base_id=self.recipe.model.id)
+        with self.learner.siamese.swapped():
+            save_adapter(self.policy.model, self.folder.siamese, base_id=self.recipe.model.id)
+        sampler, records = self.sampler, read_lines(self.folder.metrics_path)
+        summary = {
+            "recipe": self.folder.path.name,
+            "seed": self.recipe.train.seed,
+            "algorithm": self.recipe.objective.algorithm,
+            "before": self.cursor.before,
+            "after": after,
+            "steps": self.cursor.next_step,
+            **{name: getattr(self.cursor, name) for name in HISTORY},
+            "seconds": {**self.cursor.seconds, "total": sum(self.cursor.seconds.values())},
+            **{name: self.cursor.totals.get(name, 0) for name in TOTALS},
+            "peak_memory_bytes": peak_memory_bytes(self.policy.device),
+            "siamese_extra_bytes": self.learner.siamese.extra_bytes,
+            "quantized_modules": self.policy.quantized_modules,
+            "sampler": sampler_summary(sampler.engine, sampler.swap_seconds, records),
+            "output": str(self.folder.path),
+        }
+        write_json(self.folder.summary_path, summary)
+        return summary

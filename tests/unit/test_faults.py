@@ -1,0 +1,496 @@
+"""Inject faults. Whatever ends a run, the last whole step is saved, and resumed it ends as an undisturbed one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from helpers import json_lines
+from popo_lite import checkpoint
+from popo_lite.callbacks import Callback
+from popo_lite.errors import EngineError, EngineFailedError, NotFiniteError, PopoError
+from popo_lite.events import LOG_BYTES, RunEvents
+from popo_lite.recipe_file import load_recipe
+from popo_lite.run_folder import RunFolder, checkpoint_folders
+from popo_lite.trainer import Trainer
+from popo_lite.update import gradient_problem
+from popo_lite.verdicts import ADVISE_AFTER, Verdicts
+
+STEPS, SAVED, BROKEN = 5, 2, 3
+"""Steps of the run; a checkpoint is due after two and four of them; the fault comes in the fourth."""
+
+
+class Messages(Callback):
+    """Keep the messages."""
+
+    def __init__(self):
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+class Run:
+    """A small run, whose trainer `disturb` may change before it starts."""
+
+    def __init__(self, path, *overrides):
+        self.recipe = load_recipe(
+            "tiny_cpu",
+            [f"train.steps={STEPS}", f"train.save_steps={SAVED}", "data.prompts_per_step=8", "eval.problems=0",
+             "rollout.num_generations=4", "optimizer.warmup_ratio=0.0", "siamese.head_width=64", *overrides],
+        )  # fmt: skip
+        path.mkdir(exist_ok=True)
+        self.folder = RunFolder(path)
+        self.view = Messages()
+
+    def __call__(self, disturb=lambda _: None, *, resume=False, overrides=(), **options):
+        recipe = self.recipe.with_values(dict(overrides))
+        with Trainer(recipe, self.view) as trainer:
+            disturb(trainer)
+            return trainer.run(self.folder, resume=resume, **options)
+
+    @property
+    def saved(self):
+        return [folder.name for folder in checkpoint_folders(self.folder.checkpoints)]
+
+    @property
+    def cursor(self):
+        newest = checkpoint_folders(self.folder.checkpoints)[-1]
+        return json.loads((newest / "cursor.json").read_text())["cursor"]
+
+    @property
+    def log(self):
+        return self.folder.log_path.read_text()
+
+    def outcome(self):
+        """What the run learned: weights, and metrics without times and memory."""
+        timed = ("seconds", "tokens_per_second", "peak_memory_bytes")
+        lines = [{k: v for k, v in line.items() if k not in timed} for line in json_lines(self.folder.metrics_path)]
+        weights = {}
+        for folder in (self.folder.adapter, self.folder.siamese):
+            tensors = load_file(folder / "adapter_model.safetensors")
+            weights |= {f"{folder.name} {name}": tensor.tolist() for name, tensor in tensors.items()}
+        return lines, weights
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("undisturbed") / "run")
+    run()
+    return run.outcome()
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "run")
+
+
+def at_step(trainer, owner, name, fault, step=BROKEN, times=1):
+    """Let `fault` take the place of a method of `owner` the first `times` it is called in `step`."""
+    method, left = getattr(owner, name), [times]
+
+    def broken(*arguments, **options):
+        if trainer.cursor.next_step == step and left[0]:
+            left[0] -= 1
+            return fault(*arguments, **options)
+        return method(*arguments, **options)
+
+    setattr(owner, name, broken)
+
+
+def raising(error):
+    def fault(*_, **__):
+        raise error
+
+    return fault
+
+
+# --------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "shown", "text"),
+    [
+        (("grader", "grade"), ValueError("bad reward"), ValueError, "bad reward"),
+        (("sampler", "sample"), RuntimeError("CUDA error: device-side assert"), RuntimeError, "device-side assert"),
+        (("learner", "siamese_targets"), AssertionError("no"), AssertionError, "no"),
+        (("learner", "backward"), MemoryError(), PopoError, "the computer ran out of memory"),
+        (("learner", "backward"), torch.OutOfMemoryError("CUDA out of memory"), EngineError, "the GPU ran out of"),
+        (("learner", "prepare"), KeyboardInterrupt("keys"), KeyboardInterrupt, "keys"),
+        (("guard", "check"), EngineError("gap"), EngineError, "gap"),
+    ],
+)  # fmt: skip
+def test_any_error_saves_the_last_whole_step(run, undisturbed, where, error, shown, text):
+    owner, method = where
+    with pytest.raises(shown, match=text) as caught:
+        run(lambda trainer: at_step(trainer, getattr(trainer, owner), method, raising(error)))
+    assert run.saved == ["step-000002", "step-000003"]
+    said = f"all {BROKEN} steps are saved in {run.folder.checkpoints / 'step-000003'}"
+    if isinstance(caught.value, PopoError):
+        assert said in caught.value.what
+    else:
+        assert said in caught.value.__notes__[0]
+        assert f"{shown.__name__}: {said}" in run.view.messages
+    assert "Traceback" in run.log
+    assert said in run.log
+    run(resume=True)
+    assert run.outcome() == undisturbed
+
+
+def test_an_error_between_optimizer_and_record_loses_what_was_not_saved_and_says_so(run, undisturbed):
+    with pytest.raises(ValueError, match="half") as caught:
+        run(lambda trainer: at_step(trainer, trainer.learner.siamese, "update", raising(ValueError("half"))))
+    assert "in the middle of an update" in caught.value.__notes__[0]
+    assert f"the newest checkpoint is {run.folder.checkpoints / 'step-000002'}" in caught.value.__notes__[0]
+    assert run.saved == ["step-000002"]
+    run(resume=True)
+    assert run.outcome() == undisturbed
+
+
+@pytest.mark.parametrize(("method", "done"), [("step", 3), ("message", 4), ("stage", 3)])
+def test_a_callback_that_fails_ends_the_run_and_hinders_no_save(run, undisturbed, method, done):
+    with pytest.raises(ValueError, match="dashboard"):
+        run(lambda trainer: at_step(trainer, run.view, method, raising(ValueError("dashboard")), done, times=99))
+    assert run.saved[-1] == f"step-{done:06d}"
+    run.view = Messages()
+    run(resume=True)
+    assert run.outcome() == undisturbed
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EPIPE])
+def test_a_view_whose_terminal_is_gone_is_dropped_and_the_run_saved(run, undisturbed, code):
+    gone = OSError(code, os.strerror(code))
+    result = run(lambda trainer: at_step(trainer, run.view, "stage", raising(gone), times=99))
+    assert (result.summary, result.next_step) == (None, BROKEN)
+    assert run.saved[-1] == "step-000003"
+    assert "the terminal is gone" in run.log
+    run.view = Messages()
+    run(resume=True)
+    assert run.outcome() == undisturbed
+
+
+def test_a_run_that_is_to_outlive_its_terminal_does(run, undisturbed):
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        gone = OSError(errno.EIO, os.strerror(errno.EIO))
+        assert run(lambda trainer: at_step(trainer, run.view, "stage", raising(gone), times=99)).summary is not None
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
+    assert run.outcome() == undisturbed
+
+
+# --------------------------------------------------------------------- disk
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+FULL_TENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def full_from(monkeypatch, write, within=""):
+    """Let every write of a checkpoint after the first `write` find the disk full; return how many there were."""
+    calls = [0]
+
+    def failing(method, error):
+        def write_or_fail(*arguments, **options):
+            if method is os.fsync or within in " ".join(map(str, arguments)):
+                calls[0] += 1
+                if calls[0] > write:
+                    raise error
+            return method(*arguments, **options)
+
+        return write_or_fail
+
+    monkeypatch.setattr(checkpoint, "save_adapter", failing(checkpoint.save_adapter, FULL_TENSORS))
+    monkeypatch.setattr(checkpoint, "save_file", failing(checkpoint.save_file, FULL_TENSORS))
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, FULL))
+    return calls
+
+
+def test_whichever_write_of_a_checkpoint_fails_the_older_one_stays_whole(run, tmp_path, monkeypatch):
+    with Trainer(run.recipe, Callback()) as trainer:
+        cursor, save = trainer.cursor, partial(checkpoint.save_checkpoint, base_id="tiny", keep=2)
+        save(tmp_path / "saved", trainer.learner, cursor)
+        cursor.next_step = 1
+        with monkeypatch.context() as patch:
+            calls = full_from(patch, 999)
+            save(tmp_path / "another", trainer.learner, cursor)
+        assert calls[0] > 10  # four files of tensors, and every file and folder is synced
+        for write in range(calls[0] - 2):  # the last two sync the folders around a checkpoint that is complete
+            with monkeypatch.context() as patch:
+                full_from(patch, write)
+                with pytest.raises((OSError, SafetensorError)):
+                    save(tmp_path / "saved", trainer.learner, cursor)
+            assert [path.name for path in (tmp_path / "saved").iterdir()] == ["step-000000"], write
+        checkpoint.load_checkpoint(tmp_path / "saved" / "step-000000", trainer.learner)
+
+
+def test_a_full_disk_is_an_error_with_the_place_and_the_next_step(run, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        full_from(patch, 0, within="step-000004")
+        patch.setattr(os, "fsync", os.fsync)
+        with pytest.raises(PopoError, match="the disk is full; saving failed, too") as caught:
+            run()
+    assert caught.value.where == str(run.folder.path)
+    assert f"then continue: {run.folder.resume_command}" in caught.value.next_step
+    assert f"the newest checkpoint is {run.folder.checkpoints / 'step-000002'}" in caught.value.what
+    assert run.saved == ["step-000002"]
+    run(resume=True)
+    assert run.outcome() == undisturbed
+
+
+def test_lines_that_found_the_disk_full_are_written_before_the_checkpoint(run, undisturbed, monkeypatch):
+    def disturb(trainer):
+        at_step(trainer, trainer, "_write_lines", raising(FULL), step=BROKEN + 1)
+
+    with pytest.raises(PopoError, match="the disk is full"):
+        run(disturb)
+    assert len(json_lines(run.folder.metrics_path)) == BROKEN + 1
+    run(resume=True)
+    assert run.outcome() == undisturbed
+
+
+# --------------------------------------------------------------------- engine and proof
+
+
+def test_an_engine_that_dies_is_opened_again_and_the_step_repeated(run, undisturbed):
+    opened = []
+
+    def disturb(trainer):
+        at_step(trainer, trainer.sampler, "_complete", raising(EngineFailedError("died")))
+        trainer.sampler._open = lambda opening=trainer.sampler._open: opened.append(opening())
+
+    assert run(disturb).summary["steps"] == STEPS
+    assert len(opened) == 1
+    assert any("the engine is opened again, and step 4 is repeated" in text for text in run.view.messages)
+    assert run.outcome() == undisturbed
+
+
+def test_an_engine_that_dies_twice_in_a_step_ends_the_run(run, undisturbed):
+    died = raising(EngineFailedError("died", next_step="use hf"))
+    with pytest.raises(EngineFailedError, match="all 3 steps are saved"):
+        run(lambda trainer: at_step(trainer, trainer.sampler, "_complete", died, times=2))
+    run(resume=True)
+    assert run.outcome() == undisturbed
+
+
+def test_a_failed_proof_leaves_a_checkpoint_its_doubts_and_a_way_on(run, undisturbed):
+    def disturb(trainer):
+        at_step(trainer, trainer.guard, "prove", raising(EngineError("stale")), step=4, times=9)
+
+    with pytest.raises(EngineError, match="stale; all 4 steps are saved"):
+        run(disturb)
+    with pytest.raises(EngineError, match="stale"):
+        run(disturb, resume=True)
+    assert run.saved[-1] == "step-000004"
+    [doubt] = run.cursor["doubts"]
+    assert doubt.startswith("steps 3 to 4 are in doubt")
+    summary = run(resume=True, changes=[{"key": "rollout.engine", "before": "vllm", "now": "hf"}]).summary
+    assert doubt in run.view.messages
+    assert summary["doubts"] == [doubt]
+    assert summary["changes"] == [{"key": "rollout.engine", "before": "vllm", "now": "hf", "step": 4}]
+    assert run.outcome() == undisturbed
+
+
+# --------------------------------------------------------------------- numbers
+
+
+def bad_gradients(*steps, norm=math.nan, scales=(1.0,)):
+    """Let gradients of these steps go wrong while the learning rate is scaled so."""
+
+    def disturb(trainer):
+        backward = trainer.learner.backward
+
+        def broken(*arguments, **options):
+            result = backward(*arguments, **options)
+            bad = trainer.cursor.next_step in steps and trainer.cursor.learning_rate_scale in scales
+            return replace(result, grad_norm=norm) if bad else result
+
+        trainer.learner.backward = broken
+
+    return disturb
+
+
+@pytest.mark.parametrize("norm", [math.nan, 1e9])
+def test_a_bad_gradient_is_skipped_and_counted(run, norm):
+    def disturb(trainer):
+        trainer.cursor.recent_grad_norms = [1.0] * 10
+        bad_gradients(1, 2, 4, norm=norm)(trainer)
+
+    summary = run(disturb).summary
+    assert summary["not_finite_steps"] == 3
+    assert summary["rollbacks"] == 0
+    reasons = [line["skipped_reason"] for line in json_lines(run.folder.metrics_path)]
+    assert [reason is not None for reason in reasons] == [False, True, True, False, True]
+    assert reasons[1].startswith("the gradient is not finite" if math.isnan(norm) else "the gradient explodes: its")
+    assert len(run.cursor["recent_grad_norms"]) == 12
+
+
+def test_three_bad_gradients_in_a_row_go_back_with_half_the_learning_rate_and_a_kill_changes_nothing(tmp_path):
+    options = ("train.steps=9", "train.save_steps=3")
+    whole, killed = Run(tmp_path / "whole", *options), Run(tmp_path / "killed", *options)
+    disturb = bad_gradients(4, 5, 6)  # a checkpoint is due among them
+
+    def dying_at(step):
+        def disturb_and_kill(trainer):
+            disturb(trainer)
+            at_step(trainer, trainer.grader, "grade", raising(SystemExit("killed")), step=step, times=1)
+            trainer._save_after_error = lambda: ""
+
+        return disturb_and_kill
+
+    summary = whole(disturb).summary
+    for step in (5, 7, 8):
+        with pytest.raises(SystemExit):
+            killed(dying_at(step), resume=step > 5)
+    assert killed(disturb, resume=True).summary["rollbacks"] == summary["rollbacks"] == 1
+    assert summary["learning_rate_scale"] == 0.5
+    assert killed.outcome() == whole.outcome()
+    lines = json_lines(whole.folder.metrics_path)
+    assert [line["step"] for line in lines] == list(range(9))
+    assert lines[-1]["learning_rate"] < 0.5 * lines[0]["learning_rate"]
+    assert any("with 0.5 times the learning rate" in text for text in whole.view.messages)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 0.5), (1.0,)])
+def test_after_one_way_back_the_run_stops_with_advice(tmp_path, scales):
+    run = Run(tmp_path / "run", "train.steps=9", "train.save_steps=2")
+    disturb = bad_gradients(3, 4, 5, scales=scales)
+    if len(scales) == 1:
+        assert run(disturb).summary["rollbacks"] == 1
+        return
+    with pytest.raises(NotFiniteError, match="3 updates in a row") as caught:
+        run(disturb)
+    assert "a lower --set optimizer.learning_rate" in caught.value.next_step
+    assert run.saved[-1] == "step-000006"  # their weights are whole
+
+
+@pytest.mark.parametrize("damage", ["weights", "log-probs"])
+def test_numbers_that_are_not_finite_go_back_and_are_never_saved(run, damage):
+    def disturb(trainer):
+        weight = trainer.policy.adapter_parameters()[0][1]
+
+        def spoil(*_, **__):
+            weight.data.fill_(math.nan)
+
+        if damage == "weights":
+            at_step(trainer, trainer.learner.optimizer, "step", spoil)
+        else:  # found when the next step samples
+            at_step(trainer, trainer.sampler, "sync", lambda _: spoil() or setattr(trainer, "_updated", True), step=4)
+
+    summary = run(disturb).summary
+    assert summary["rollbacks"] == 1
+    assert summary["steps"] == STEPS
+    for file in run.folder.path.rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values() if tensor.is_floating_point()), file
+
+
+def test_without_a_checkpoint_there_is_no_way_back_and_whole_weights_are_saved(run):
+    with pytest.raises(NotFiniteError, match="all 3 steps are saved") as caught:
+        run(bad_gradients(0, 1, 2), overrides={"train.save_steps": 100})
+    assert f"{run.folder.resume_command} with an earlier --checkpoint" in caught.value.next_step
+
+
+def test_weights_that_are_not_finite_are_not_saved_after_an_error_either(run):
+    def disturb(trainer):
+        def spoil(*_, **__):
+            trainer.policy.adapter_parameters()[0][1].data.fill_(math.nan)
+            raise ValueError("first")
+
+        at_step(trainer, trainer.grader, "grade", spoil)
+
+    with pytest.raises(ValueError, match="first") as caught:
+        run(disturb)
+    assert "saving failed, too (NotFiniteError: the trained weights are not finite)" in caught.value.__notes__[0]
+    assert run.saved == ["step-000002"]
+
+
+def test_what_counts_as_an_exploding_gradient():
+    usual = [0.02] * 10
+    assert gradient_problem(math.inf, [], 1.0) == "the gradient is not finite"
+    assert gradient_problem(1e9, usual[1:], 1.0) is None  # too few to know
+    assert "explodes: its norm is 25" in gradient_problem(25.0, usual, 1.0)
+    assert gradient_problem(19.0, usual, 1.0) is None
+    assert gradient_problem(0.9, [1e-9] * 10, 1.0) is None  # a saturated policy may find something to learn again
+    assert gradient_problem(1e3, [*usual, *[2.0] * 20], 1.0) is None
+
+
+# --------------------------------------------------------------------- best, log, verdicts
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    run = Run(tmp_path / "run", "eval.every=1", "eval.problems=4", "train.save_total_limit=1", "train.steps=4")
+
+    def disturb(trainer):
+        rates = iter((0.1, 0.5, 0.2))
+        evaluate = trainer._evaluate
+        trainer._evaluate = lambda when: replace(
+            evaluate(when), **{} if "step" not in when else {"pass_at_1": next(rates)}
+        )
+
+    assert run(disturb).summary["best"] == {"step": 2, "pass_at_1": 0.5}
+    assert run.saved == ["step-000002", "step-000004"]
+
+
+def test_the_log_has_early_messages_and_no_secrets_and_rotates(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_secret")
+    events = RunEvents(Callback(), lambda: None)
+    events.message("before the folder is there")
+    path = tmp_path / "log.txt"
+    events.open_log(path)
+    events.message("http://user:password@host says hf_secret_secret\x1b[2J\nsecond line")
+    text = path.read_text()
+    assert "before the folder is there" in text
+    assert "secret" not in text
+    assert "password" not in text
+    assert "\\x1b[2J\nsecond line" in text
+    for _ in range(45):
+        events.message("x" * 100_000)
+    events.close()
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["log.txt", "log.txt.1", "log.txt.2"]
+    assert all(file.stat().st_size <= LOG_BYTES for file in files)
+
+
+RECORD = {"step": 0, "skipped_reason": None, "pass_rate": 0.5, "grad_norm": 0.5, "update_norm": 0.1, "loss": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("values", "equals_base", "said"),
+    [
+        ({}, False, ""),
+        ({"grad_norm": 0.0, "update_norm": 0.0}, False, "the gradient is exactly zero"),
+        ({"update_norm": 0.0}, False, "the weights do not move"),
+        ({}, True, "the adapter still equals the base"),
+        ({"loss": 1e-9}, False, "a loss of 0 is normal for grpo"),
+    ],
+)
+def test_verdicts_when_nothing_is_learned(values, equals_base, said):
+    algorithm = "grpo" if "loss" in values else "popo"
+    verdicts = Verdicts(load_recipe("tiny_cpu", [f"objective.algorithm={algorithm}"]))
+    texts = [text for _ in range(3) for text in verdicts.of({**RECORD, **values}, equals_base=equals_base)]
+    assert len(texts) == bool(said)
+    assert all(said in text for text in texts)
+
+
+@pytest.mark.parametrize(("pass_rate", "advice"), [(0.0, "easier problems"), (1.0, "harder problems")])
+def test_a_run_whose_groups_teach_nothing_says_so(pass_rate, advice):
+    record = {**RECORD, "skipped_reason": "no", "pass_rate": pass_rate, "grad_norm": None, "update_norm": None}
+    verdicts = Verdicts(load_recipe("tiny_cpu"))
+    texts = [verdicts.of(record, equals_base=True) for _ in range(ADVISE_AFTER)]
+    assert texts[:-1] == [[]] * (ADVISE_AFTER - 1)
+    assert f"5 steps changed nothing: no; {advice}" in texts[-1][0]
+
+
+def test_a_run_with_a_learning_rate_of_almost_nothing_says_that_weights_do_not_move(run):
+    run(overrides={"optimizer.learning_rate": 1e-40, "optimizer.head_learning_rate": 1e-40, "train.steps": 1})
+    assert any("step 1: the weights do not move" in text for text in run.view.messages)
