@@ -73,25 +73,26 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
         "optimizer": {path: value for path, value in state.items() if path not in tensors},
     }
     text = json.dumps(content, indent=2) + "\n"
+    for leftover in parent.glob(f".{_PREFIX}*"):  # from a process that was killed while saving or deleting
+        shutil.rmtree(leftover)
     if target.is_dir():
         # Weights after a step are a function of the step; only times and evaluations can have changed.
         write_atomically(target / "cursor.json", text)
-        return target
-    for leftover in parent.glob(f".{_PREFIX}*"):  # from a process that was killed while saving
-        shutil.rmtree(leftover)
-    partial = parent / f".{target.name}.partial"
-    partial.mkdir(parents=True)
-    save_adapter(policy.model, partial / "adapter", base_id=base_id)
-    files = {"predictor": policy.predictor.state_dict(), "siamese": learner.siamese.average, "optimizer": tensors}
-    for name, values in files.items():
-        # Copies: the 8-bit optimizer shares its quantisation maps between parameters, which safetensors refuses.
-        copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in values.items()}
-        save_file(copies, str(partial / f"{name}.safetensors"))
-    (partial / "cursor.json").write_text(text, encoding="utf-8")
-    for path in partial.rglob("*"):
-        _sync_to_disk(path)
-    partial.replace(target)
-    _sync_to_disk(parent)
+    else:
+        partial = parent / f".{target.name}.partial"
+        partial.mkdir(parents=True)
+        save_adapter(policy.model, partial / "adapter", base_id=base_id)
+        files = {"predictor": policy.predictor.state_dict(), "siamese": learner.siamese.average, "optimizer": tensors}
+        for name, values in files.items():
+            # Copies: the 8-bit optimizer shares its quantisation maps between parameters, which safetensors refuses.
+            copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in values.items()}
+            save_file(copies, str(partial / f"{name}.safetensors"))
+        (partial / "cursor.json").write_text(text, encoding="utf-8")
+        for path in partial.rglob("*"):
+            _sync_to_disk(path)
+        partial.replace(target)
+        _sync_to_disk(parent)
+    # Also if the folder was there: a process may have been killed before it deleted the older ones.
     for old in checkpoint_folders(parent)[:-keep]:
         # Rename first: a folder with a checkpoint's name must be complete while it is being deleted, too.
         shutil.rmtree(old.rename(parent / f".{old.name}.old"))
