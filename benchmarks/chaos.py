@@ -49,23 +49,25 @@ SMALL = (
 )  # fmt: skip
 RECIPES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "hf": {
-        "fixed budget": (*SMALL, "train.save_total_limit=1"),
-        "adaptive budget, known problems skipped": (
+        "fixed": (*SMALL, "train.save_total_limit=1"),
+        "adaptive": (
             *SMALL, "data.dataset={sums}", "rollout.adaptive.enabled=true", "rollout.skip_known=true",
             "rollout.num_generations=6", "rollout.adaptive.max_rollouts=12", "eval.every=2",
             "train.save_steps=1", "train.steps=8",
         ),
-        "GRPO with a KL term, dropout, 8-bit optimizer, levels": (
+        "grpo": (
             *SMALL, "objective.algorithm=grpo", "objective.kl_coef=0.05", "lora.dropout=0.1",
             "optimizer.name=adamw8bit", "data.dataset={sums}", "data.curriculum.enabled=true",
             "data.curriculum.column=level", "data.curriculum.window=2", "data.curriculum.high=0.4",
         ),
     },
     "vllm": {
-        "fixed budget": (*SMALL, "train.steps=4", "eval.every=2", "train.save_steps=1", "rollout.max_num_seqs=64"),
+        "fixed": (*SMALL, "train.steps=4", "eval.every=2", "train.save_steps=1", "rollout.max_num_seqs=64"),
     },
 }  # fmt: skip
-"""Overrides of `tiny_cpu` or `tiny_vllm`. {sums} is a file of two dozen problems, half of them far too hard."""
+"""Overrides of `tiny_cpu` or `tiny_vllm`: a fixed budget; an adaptive one that skips known problems; GRPO with a KL
+term, dropout, an 8-bit optimizer and levels of difficulty. {sums} is a file of two dozen problems, half far too hard.
+"""
 
 STAGES = (
     "start-up", "start-up of a resumed run", "prompts", "rollout", "grade", "weights", "siamese", "update",
@@ -125,9 +127,9 @@ class Watch(Callback):
             self.enter(appended[path.stem])
         elif event == "open" and path.name == ".summary.json.partial":
             self.enter("end: summary")
-        elif event == "os.mkdir" and re.fullmatch(r"\.step-\d+\.partial", path.name):
-            self.enter("checkpoint: before rename")
-        elif event == "os.mkdir" and path.parent.name == "run" and re.fullmatch(r"\.?adapter(\.partial)?", path.name):
+        elif event != "os.rename" and any(re.fullmatch(r"\.step-\d+\.partial", part) for part in path.parts):
+            self.enter("checkpoint: before rename")  # once for every file that is opened
+        elif event != "os.rename" and re.search(r"(^|/)run/\.?(adapter|siamese)\b", str(path)):
             self.enter("end: adapters")
         elif event == "os.rename" and re.fullmatch(r"step-\d+", path.name):
             self.enter("checkpoint: pruning")
@@ -379,7 +381,7 @@ def _detail(path: Path, other: Path, mine: Any, its: Any, where: str = "") -> st
 
 
 def choose_cases(runs: int, seed: int, times: Mapping[str, Times], stages: Sequence[str]) -> list[Case]:
-    """Choose recipes and kills; with `stages` one kill a run, aimed at each of them in turn."""
+    """Choose recipes and kills; with `stages` one kill a run, at the start of each in turn."""
     source = random.Random(seed)  # noqa: S311
     names = list(times)
     turns: dict[str, list[str]] = {name: [] for name in names}  # the stages of a recipe that are still to be aimed at
@@ -397,12 +399,12 @@ def choose_cases(runs: int, seed: int, times: Mapping[str, Times], stages: Seque
             )
         occurrence = source.choice(list(occurrences) or [1])
         fraction = source.random()
-        if aimed and (occurrences[occurrence] < SHORT or source.random() < 1 / 3):
+        if aimed and (occurrences[occurrence] < SHORT or stages or source.random() < 1 / 3):
             fraction = 0.0
         aims = [Aim(stage=stage, occurrence=occurrence, fraction=fraction)]
         while not stages and len(aims) < 3 and source.random() < 1 / 3:
             start_up = source.random() < 0.5
-            aims.append(Aim(stage="start-up of a resumed run" if start_up else None, fraction=source.random()))
+            aims.append(Aim(stage="start-up of a resumed run" if start_up else None, fraction=source.random() / 2))
         cases.append(Case(number=number, recipe=name, aims=aims))
     return cases
 
@@ -439,10 +441,10 @@ def endure(case: Case, engine: str, folder: Path, times: Times, undisturbed: Pat
     return case
 
 
-def undisturbed_run(engine: str, name: str, place: Path, folder: Path) -> tuple[Times, list[str]]:
+def undisturbed_run(engine: str, name: str, place: Path, folder: Path, *overrides: str) -> tuple[Times, list[str]]:
     """Run a recipe undisturbed in `place`; return how long each stage took, and the modules that it imported."""
     place.mkdir()
-    arguments = train_arguments(engine, RECIPES[engine][name], folder)
+    arguments = train_arguments(engine, (*RECIPES[engine][name], *overrides), folder)
     code, _ = attempt(place, arguments, None, [], fork=engine == "hf")
     if code:
         raise SystemExit(f"the undisturbed run failed with exit code {code}:\n{(place / 'output.txt').read_text()}")
@@ -539,7 +541,10 @@ def main() -> int:
     parser.add_argument("--engine", choices=list(RECIPES), default="hf")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of kills (default: 0)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--stage", action="append", default=[], choices=STAGES, help="aim at this alone; repeatable")
+    parser.add_argument(
+        "--stage", action="append", default=[], choices=STAGES, help="kill at the start of this; repeatable"
+    )
+    parser.add_argument("--recipe", action="append", help="use this alone: fixed, adaptive, grpo; repeatable")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/chaos.json or chaos-vllm.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -548,15 +553,16 @@ def main() -> int:
         aim = spec["aim"] and Aim(**spec["aim"])
         return child(Path(spec["place"]), spec["arguments"], aim, spec["pipe"])
     engine, fork = arguments.engine, arguments.engine == "hf"
+    recipes = arguments.recipe or list(RECIPES[engine])
     runs = arguments.runs or (100 if fork else 20)
     folder = Path(tempfile.mkdtemp(prefix="popo-chaos-"))
     print(f"seed {arguments.seed}, {runs} runs with {engine}, {arguments.jobs} at a time, in {folder}", flush=True)
     write_sums(folder / "sums.jsonl")
     begin = time.perf_counter()
     if fork:
-        import_all(undisturbed_run(engine, next(iter(RECIPES[engine])), folder / "imports", folder)[1])
+        import_all(undisturbed_run(engine, recipes[0], folder / "imports", folder, "train.steps=1")[1])
     times, undisturbed = {}, {}
-    for number, name in enumerate(RECIPES[engine]):
+    for number, name in enumerate(recipes):
         undisturbed[name] = folder / f"undisturbed-{number}"
         times[name], modules = undisturbed_run(engine, name, undisturbed[name], folder)
         if fork:
