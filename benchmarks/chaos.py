@@ -1,10 +1,10 @@
 """Kill runs with SIGKILL, resume them, and compare them with undisturbed ones: `python benchmarks/chaos.py`.
 
-Every run is the real command on the tiny model. A third of the kills come at a random moment of the run, the others in
-a stage that they aim at: at its start, or after a random part of the time that it takes undisturbed. A third of the
-resumed runs are killed again. In the end each run folder must hold the same files as the undisturbed run's, equal byte
-for byte apart from times and memory, and no process of the run may be left. The choice of kills follows from --seed;
-the exact moment of a kill also from the machine's load.
+Every run is the real command on the tiny model. A third of the kills come at a random moment after the start-up, the
+others in a stage that they aim at: at its start, or after a random part of the time that it takes undisturbed. A third
+of the resumed runs are killed again, half of these during their start-up. In the end each run folder must hold the
+same files as the undisturbed run's, equal byte for byte apart from times and memory, and no process of the run may be
+left. The choice of kills follows from --seed; the exact moment of a kill also from the machine's load.
 
 To save time, runs with `hf` are forks of one process that has imported everything; those with vLLM are new processes.
 Folders of runs that differ are kept. Exit code 1 if any run does. Writes benchmarks/results/chaos.json.
@@ -102,10 +102,16 @@ class Watch(Callback):
         self._board[0] = STAGES.index(stage)
         self.trace.append((time.perf_counter(), stage))
         self._seen[stage] += 1
-        if self._aim is not None and (stage, self._seen[stage]) == (self._aim.stage, self._aim.occurrence):
+        if self._aimed_at(stage):
+            assert self._aim is not None
             if self._aim.fraction == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             os.write(self._pipe, b"!")
+
+    def _aimed_at(self, stage: str) -> bool:
+        if self._aim is None or self._aim.stage is None:
+            return self._aim is not None and len(self.trace) == 2  # the first stage after the start-up
+        return (stage, self._seen[stage]) == (self._aim.stage, self._aim.occurrence)
 
     def stage(self, name: str, *, total: int | None = None) -> None:  # noqa: ARG002, D102
         self.enter("checkpoint: begin" if name == "checkpoint" else name)
@@ -146,7 +152,10 @@ class Watch(Callback):
 
 @dataclass(frozen=True, kw_only=True)
 class Aim:
-    """When to kill: after `fraction` of the time that an occurrence (from 1) of `stage` takes, or of the whole run."""
+    """When to kill: after `fraction` of the time that an occurrence (from 1) of `stage` takes.
+
+    Without a stage: of the time from the end of the start-up to the end of the run.
+    """
 
     stage: str | None
     occurrence: int = 1
@@ -270,13 +279,11 @@ def attempt(place: Path, arguments: list[str], aim: Aim | None, times: Times, *,
     try:
         pid = start(place, arguments, aim, sending, fork=fork)
         if aim is not None and aim.fraction:
-            if aim.stage is None:
-                wait_for(pid, aim.fraction * sum(seconds for *_, seconds in times))
-                killed = True
-            else:
-                killed = reached(pid, receiving)
-                lasting = {(stage, number): seconds for stage, number, seconds in times}
-                time.sleep(aim.fraction * lasting.get((aim.stage, aim.occurrence), 0.01) if killed else 0)
+            killed = reached(pid, receiving)
+            lasting = {(stage, number): seconds for stage, number, seconds in times}
+            begun = sum(seconds for stage, _, seconds in times if not stage.startswith("start-up"))
+            seconds = lasting.get((aim.stage, aim.occurrence), 0.0) if aim.stage else begun
+            time.sleep(aim.fraction * seconds if killed else 0)
             if killed:  # it may have ended, but has not been waited for, so the id is its own
                 os.kill(pid, signal.SIGKILL)
         if not wait_for(pid, HANGS_AFTER):
@@ -415,15 +422,14 @@ def endure(case: Case, engine: str, folder: Path, times: Times, undisturbed: Pat
     place.mkdir()
     run, begin = place / "run", time.perf_counter()
     fork = engine == "hf"
-    resumed = [
-        ("start-up of a resumed run", number, seconds) for stage, number, seconds in times if stage == "start-up"
-    ]
+    starting = next(seconds for stage, _, seconds in times if stage == "start-up")
+    times = [*times, ("start-up of a resumed run", 1, starting)]
     try:
         for aim in [*case.aims, None]:
             # A run that was killed before its recipe was written is started again by the same command.
             begun = (run / "recipe.toml").is_file()
             new = train_arguments(engine, RECIPES[engine][case.recipe], folder)
-            code, stage = attempt(place, resume_arguments() if begun else new, aim, [*resumed, *times], fork=fork)
+            code, stage = attempt(place, resume_arguments() if begun else new, aim, times, fork=fork)
             if code == -signal.SIGKILL and aim is not None:
                 case.hit.append(stage)
                 if left := left_processes(place):
