@@ -32,7 +32,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +162,7 @@ class Aim:
     fraction: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.stage} {self.occurrence} + {self.fraction:.0%}" if self.stage else f"{self.fraction:.0%} of the run"
-        )
+        return f"{self.stage} {self.occurrence} + {self.fraction:.0%}" if self.stage else f"{self.fraction:.0%}"
 
 
 @dataclass(kw_only=True)
@@ -208,7 +206,7 @@ def run_command(arguments: list[str], watch: Watch) -> int:
     from popo_lite.cli import main
     from popo_lite.tools.console import views
 
-    open_view, replace, rename = views.open_view, os.replace, os.rename
+    open_view, replace_, rename_ = views.open_view, os.replace, os.rename
 
     def watched(*values: Any, **named: Any) -> Callback:
         return CallbackList([open_view(*values, **named), watch])
@@ -220,7 +218,7 @@ def run_command(arguments: list[str], watch: Watch) -> int:
 
         return moved
 
-    views.open_view, os.replace, os.rename = watched, watching(replace), watching(rename)  # type: ignore[assignment]
+    views.open_view, os.replace, os.rename = watched, watching(replace_), watching(rename_)  # type: ignore[assignment]
     sys.addaudithook(watch.touched)
     try:
         main(arguments)
@@ -425,19 +423,23 @@ def endure(case: Case, engine: str, folder: Path, times: Times, undisturbed: Pat
     starting = next(seconds for stage, _, seconds in times if stage == "start-up")
     times = [*times, ("start-up of a resumed run", 1, starting)]
     try:
-        for aim in [*case.aims, None]:
+        aims = list(case.aims)
+        while not (run / "summary.json").is_file():
             # A run that was killed before its recipe was written is started again by the same command.
             begun = (run / "recipe.toml").is_file()
             new = train_arguments(engine, RECIPES[engine][case.recipe], folder)
+            aim = aims[0] if aims else None
             code, stage = attempt(place, resume_arguments() if begun else new, aim, times, fork=fork)
-            if code == -signal.SIGKILL and aim is not None:
+            if code == -signal.SIGKILL and aims:
                 case.hit.append(stage)
+                aims.pop(0)
                 if left := left_processes(place):
                     raise RuntimeError(f"the processes {left} outlived the run that was killed in {stage}")
-            elif code:
+            elif code or not (run / "summary.json").is_file():
                 raise RuntimeError(f"exit code {code} in {stage}, see output.txt")
-            if (run / "summary.json").is_file():
-                break
+            elif aims and not case.hit:  # faster than the undisturbed run, it ended before it was killed: once more
+                shutil.rmtree(run)
+                aims[0] = replace(aims[0], fraction=aims[0].fraction / 2 if aims[0].fraction > 0.05 else 0.0)
         case.difference = first_difference(run, undisturbed)
     except (OSError, RuntimeError, ValueError) as error:
         case.difference = f"{type(error).__name__}: {error}"
