@@ -206,7 +206,7 @@ def run_command(arguments: list[str], watch: Watch) -> int:
     from popo_lite.cli import main
     from popo_lite.tools.console import views
 
-    open_view, replace_, rename_ = views.open_view, os.replace, os.rename
+    open_view = views.open_view
 
     def watched(*values: Any, **named: Any) -> Callback:
         return CallbackList([open_view(*values, **named), watch])
@@ -218,7 +218,7 @@ def run_command(arguments: list[str], watch: Watch) -> int:
 
         return moved
 
-    views.open_view, os.replace, os.rename = watched, watching(replace_), watching(rename_)  # type: ignore[assignment]
+    views.open_view, os.replace, os.rename = watched, watching(os.replace), watching(os.rename)  # type: ignore[assignment]
     sys.addaudithook(watch.touched)
     try:
         main(arguments)
