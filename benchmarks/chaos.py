@@ -6,7 +6,8 @@ of the resumed runs are killed again, half of these during their start-up. In th
 same files as the undisturbed run's, equal byte for byte apart from times and memory, and no process of the run may be
 left. The choice of kills follows from --seed; the exact moment of a kill also from the machine's load.
 
-To save time, runs with `hf` are forks of one process that has imported everything; those with vLLM are new processes.
+To save time, the runs are forks of one process that has imported everything; with --fresh they are new processes, which
+also differ in the order of sets.
 Folders of runs that differ are kept. Exit code 1 if any run does. Writes benchmarks/results/chaos.json.
 """
 
@@ -414,12 +415,11 @@ def choose_cases(runs: int, seed: int, times: Mapping[str, Times], stages: Seque
     return cases
 
 
-def endure(case: Case, engine: str, folder: Path, times: Times, undisturbed: Path) -> Case:
+def endure(case: Case, engine: str, folder: Path, times: Times, undisturbed: Path, *, fork: bool) -> Case:
     """Train, kill and resume until the run has ended, then compare it."""
     place = folder / f"{case.number:03}"
     place.mkdir()
     run, begin = place / "run", time.perf_counter()
-    fork = engine == "hf"
     starting = next(seconds for stage, _, seconds in times if stage == "start-up")
     times = [*times, ("start-up of a resumed run", 1, starting)]
     try:
@@ -449,11 +449,13 @@ def endure(case: Case, engine: str, folder: Path, times: Times, undisturbed: Pat
     return case
 
 
-def undisturbed_run(engine: str, name: str, place: Path, folder: Path, *overrides: str) -> tuple[Times, list[str]]:
+def undisturbed_run(
+    engine: str, name: str, place: Path, folder: Path, *overrides: str, fork: bool
+) -> tuple[Times, list[str]]:
     """Run a recipe undisturbed in `place`; return how long each stage took, and the modules that it imported."""
     place.mkdir()
     arguments = train_arguments(engine, (*RECIPES[engine][name], *overrides), folder)
-    code, _ = attempt(place, arguments, None, [], fork=engine == "hf")
+    code, _ = attempt(place, arguments, None, [], fork=fork)
     if code:
         raise SystemExit(f"the undisturbed run failed with exit code {code}:\n{(place / 'output.txt').read_text()}")
     trace, count = json.loads((place / "trace.json").read_text()), Counter[str]()
@@ -479,7 +481,10 @@ def import_all(modules: Sequence[str]) -> None:
     """Import what a run imports, so that forks need not. Raises RuntimeError if that started threads."""
     import torch
 
+    from popo_lite.samplers.vllm import ENVIRONMENT
+
     torch.set_num_threads(1)
+    os.environ |= ENVIRONMENT
     for name in modules:
         # Some only exist after others have made them.
         with contextlib.suppress(Exception):
@@ -553,6 +558,7 @@ def main() -> int:
         "--stage", action="append", default=[], choices=STAGES, help="kill at the start of this; repeatable"
     )
     parser.add_argument("--recipe", action="append", help="use this alone: fixed, adaptive, grpo; repeatable")
+    parser.add_argument("--fresh", action="store_true", help="run everything in new processes")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/chaos.json or chaos-vllm.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -560,25 +566,25 @@ def main() -> int:
         spec = json.loads(arguments.child)
         aim = spec["aim"] and Aim(**spec["aim"])
         return child(Path(spec["place"]), spec["arguments"], aim, spec["pipe"])
-    engine, fork = arguments.engine, arguments.engine == "hf"
+    engine, fork = arguments.engine, not arguments.fresh
     recipes = arguments.recipe or list(RECIPES[engine])
-    runs = arguments.runs or (100 if fork else 20)
+    runs = arguments.runs or (100 if engine == "hf" else 20)
     folder = Path(tempfile.mkdtemp(prefix="popo-chaos-"))
     print(f"seed {arguments.seed}, {runs} runs with {engine}, {arguments.jobs} at a time, in {folder}", flush=True)
     write_sums(folder / "sums.jsonl")
     begin = time.perf_counter()
     if fork:
-        import_all(undisturbed_run(engine, recipes[0], folder / "imports", folder, "train.steps=1")[1])
+        import_all(undisturbed_run(engine, recipes[0], folder / "imports", folder, "train.steps=1", fork=fork)[1])
     times, undisturbed = {}, {}
     for number, name in enumerate(recipes):
         undisturbed[name] = folder / f"undisturbed-{number}"
-        times[name], modules = undisturbed_run(engine, name, undisturbed[name], folder)
+        times[name], modules = undisturbed_run(engine, name, undisturbed[name], folder, fork=fork)
         if fork:
             import_all(modules)
     cases = choose_cases(runs, arguments.seed, times, arguments.stage)
 
     def work(case: Case) -> Case:
-        return endure(case, engine, folder, times[case.recipe], undisturbed[case.recipe] / "run")
+        return endure(case, engine, folder, times[case.recipe], undisturbed[case.recipe] / "run", fork=fork)
 
     cases = run_cases(cases, arguments.jobs, folder, work)
     shown = table(cases, times)
@@ -604,7 +610,7 @@ def main() -> int:
         ).stdout.strip(),
         "environment": environment(torch.device("cpu")),
     }
-    output = arguments.output or RESULTS / ("chaos.json" if fork else f"chaos-{engine}.json")
+    output = arguments.output or RESULTS / ("chaos.json" if engine == "hf" else f"chaos-{engine}.json")
     output.write_text(json.dumps(result, indent=1) + "\n")
     if differing:
         print(f"first difference: {describe(differing[0])}\nkept: {folder / format(differing[0].number, '03')}")
