@@ -179,7 +179,7 @@ def linear_names(base: PreTrainedModel) -> set[str]:
 
 def save_adapter(model: PeftModel, folder: Path, *, base_id: str) -> None:
     """Write the adapter as PEFT does, but name the base by its id in the recipe and not by a local path."""
-    config = model.peft_config["default"]
+    config: Any = model.peft_config["default"]
     original, targets = config.base_model_name_or_path, config.target_modules
     config.base_model_name_or_path = base_id
     # PEFT holds a set, whose order changes from process to process: equal adapters are to be equal files.
