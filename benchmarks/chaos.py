@@ -26,7 +26,6 @@ import select
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -604,10 +603,7 @@ def main() -> int:
         "kills": sum(len(case.hit) for case in cases),
         "seconds": round(time.perf_counter() - begin, 1),
         "table": shown.splitlines(),
-        "cases": [asdict(case) for case in cases],
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip(),
+        "cases": [asdict(case) | {"aims": [*map(str, case.aims)]} for case in cases],
         "environment": environment(torch.device("cpu")),
     }
     output = arguments.output or RESULTS / ("chaos.json" if engine == "hf" else f"chaos-{engine}.json")
