@@ -8,6 +8,9 @@
 # make test-engines                           both, and those that need both
 # make study                                  docs/study.md again: some two hours on two cores; goes on where it stopped
 # make study-real                             its part on SmolLM2-135M
+# make chaos                                  100 runs killed and resumed: some ten minutes on two cores
+# make chaos-vllm                             the same with 20 runs and vLLM
+# make soak                                   2,000 short steps: do memory, descriptors and processes stay flat?
 # make check                                  format, lint, types, import contracts
 
 RECIPE ?= recipes/tiny_cpu.toml
@@ -24,8 +27,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo '[gpu]')
 INPUTS := pyproject.toml $(CONSTRAINTS)
 
-.PHONY: train test test-newest test-fakegpu cuda-branches test-vllm test-real test-engines study study-real check docs \
-	clean
+.PHONY: train test test-newest test-fakegpu cuda-branches test-vllm test-real test-engines study study-real chaos \
+	chaos-vllm soak check docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/popo-lite train $(RECIPE) $(ARGS)
@@ -60,6 +63,15 @@ study: $(VENV)/.installed
 
 study-real: $(VENV)/.installed-real
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/study.py --real --jobs 2 $(ARGS)
+
+chaos: $(VENV)/.installed
+	$(BIN)/python benchmarks/chaos.py $(ARGS)
+
+chaos-vllm: $(VENV)/.installed-vllm
+	$(BIN)/python benchmarks/chaos.py --engine vllm $(ARGS)
+
+soak: $(VENV)/.installed
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -99,23 +99,24 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
         "optimizer": {path: value for path, value in state.items() if path not in tensors},
     }
     text = json.dumps(stamped(content), indent=2) + "\n"
+    for leftover in parent.glob(f".{_PREFIX}*"):  # from a process that was killed while saving or deleting
+        if _OURS.fullmatch(leftover.name):
+            shutil.rmtree(leftover)
     if target.is_dir():
         # Weights after a step are a function of the step; only times and evaluations can have changed.
         write_atomically(target / "cursor.json", text)
-        return target
-    for leftover in parent.glob(f".{_PREFIX}*"):  # from a process that was killed while saving
-        if _OURS.fullmatch(leftover.name):
-            shutil.rmtree(leftover)
-    partial = parent / f".{target.name}.partial"
-    try:
-        partial.mkdir(parents=True)
-        _write(partial, learner, tensors, text, base_id=base_id)
-        partial.replace(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
-        raise
-    for folder in (parent, parent.parent):
-        _sync_to_disk(folder)
+    else:
+        partial = parent / f".{target.name}.partial"
+        try:
+            partial.mkdir(parents=True)
+            _write(partial, learner, tensors, text, base_id=base_id)
+            partial.replace(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
+            raise
+        for folder in (parent, parent.parent):
+            _sync_to_disk(folder)
+    # Also if the folder was there: a process may have been killed before it deleted the older ones.
     best = cursor.best and cursor.best["step"]
     for old in checkpoint_folders(parent)[:-keep]:
         if checkpoint_step(old) != best:

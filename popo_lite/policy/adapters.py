@@ -179,13 +179,16 @@ def linear_names(base: PreTrainedModel) -> set[str]:
 
 def save_adapter(model: PeftModel, folder: Path, *, base_id: str) -> None:
     """Write the adapter as PEFT does, but name the base by its id in the recipe and not by a local path."""
-    config = model.peft_config["default"]
-    original, config.base_model_name_or_path = config.base_model_name_or_path, base_id
+    config: Any = model.peft_config["default"]
+    original, targets = config.base_model_name_or_path, config.target_modules
+    config.base_model_name_or_path = base_id
+    # PEFT holds a set, whose order changes from process to process: equal adapters are to be equal files.
+    config.target_modules = targets if isinstance(targets, str) else sorted(targets)
     try:
         # "auto" would ask the Hub about the base's vocabulary; embeddings are frozen here.
         model.save_pretrained(str(folder), save_embedding_layers=False)
     finally:
-        config.base_model_name_or_path = original
+        config.base_model_name_or_path, config.target_modules = original, targets
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; `popo-lite export` writes a real card
 
 

@@ -10,7 +10,7 @@ import torch
 
 from popo_lite.errors import UserInputError
 from popo_lite.policy.load import can_be_built, empty_base, load_config
-from popo_lite.policy.memory import prefer_expandable_segments
+from popo_lite.policy.memory import bound_cpu_caches, prefer_expandable_segments
 from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.recipe_rules import refuse_emulated_bfloat16
 
@@ -27,6 +27,7 @@ def pick_device(wanted: str) -> torch.device:
         what, next_step = cuda_problem() or ("no CUDA GPU is visible to torch", 'set train.device to "auto"')
         raise UserInputError(what, where='train.device = "cuda"', next_step=next_step)
     if wanted == "cpu" or not torch.cuda.is_available():
+        bound_cpu_caches()
         return torch.device("cpu")
     prefer_expandable_segments()
     return torch.device("cuda")

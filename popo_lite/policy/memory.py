@@ -40,6 +40,16 @@ def prefer_expandable_segments() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
+def bound_cpu_caches() -> None:
+    """Let oneDNN and torch's wrapper of it keep 64 compiled products each, unless the user has configured it.
+
+    By default they keep 1,024, each of up to 2 MB and for one number of rows. Nearly every step has other numbers. Both
+    read their variable at the first product.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
+
+
 def release_memory() -> None:
     """Collect unreachable objects and return torch's cached blocks to the GPU.
 

@@ -184,6 +184,7 @@ def test_adapter_round_trip(policy, tiny_recipe, tmp_path):
     save_adapter(policy.model, tmp_path / "adapter", base_id="tiny")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"
+    assert config["target_modules"] == sorted(config["target_modules"])  # not in a set's order
     other = load_policy(tiny_recipe())
     load_adapter_weights(other.model, tmp_path / "adapter")
     for (_, ours), (_, theirs) in zip(policy.adapter_parameters(), other.adapter_parameters(), strict=True):
