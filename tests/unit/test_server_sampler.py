@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from popo_lite.errors import EngineError, StalePolicyError
+from popo_lite.errors import EngineError, PopoError, StalePolicyError
 from popo_lite.policy.policy import load_policy
 from popo_lite.samplers import SamplingParams, server_client
 from popo_lite.samplers.server import ServerSampler, serve_command
@@ -297,11 +297,9 @@ def test_a_redirect_is_not_followed(start, servers):
 
 
 def test_what_is_no_url_is_an_error(start):
-    for port in ("port", "99999", "-1"):
-        with pytest.raises(EngineError, match="is no URL"):
-            start(f"http://127.0.0.1:{port}")
-    with pytest.raises(EngineError, match="missing an 'http://'"):
-        start("127.0.0.1:8000")
+    for url in ("http://127.0.0.1:port", "http://127.0.0.1:99999", "http://127.0.0.1:-1", "127.0.0.1:8000"):
+        with pytest.raises(PopoError, match="is no URL"):
+            start(url)
 
 
 def test_a_passing_failure_is_retried_unnoticed(start, servers):
