@@ -10,6 +10,7 @@ from popo_lite.callbacks import Callback, CallbackList
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder, dated, find_run_folder, new_run_folder
+from popo_lite.trust import GRADING_CODE, MODEL_CODE, refuse_untrusted, trust_own
 
 if TYPE_CHECKING:
     from popo_lite.tools.export.pipeline import ExportReport
@@ -23,6 +24,7 @@ def train(
     output: str | Path | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    trust: bool = False,
 ) -> RunResult:
     """Train and return the result: run folder, summary (None if interrupted) and number of steps done.
 
@@ -31,10 +33,15 @@ def train(
         output: Folder of the run; by default a new one in the recipe's `output.dir`.
         resume: Continue the run in `output`, or by default the newest unfinished one of this recipe and seed.
         callbacks: Each receives the events of the run: see `Callback`.
+        trust: Run the code that the recipe's file names, and remember it. A `Recipe` counts as your own.
 
     Raises PopoError (UserInputError, ModelError, EngineError and others) with what to do next.
     """
     settings, name = (recipe, "run") if isinstance(recipe, Recipe) else (load_recipe(recipe), Path(recipe).stem)
+    if isinstance(recipe, Recipe):
+        trust_own(recipe)
+    else:
+        refuse_untrusted(settings, recipe, trust)
     path = None if output is None else Path(output)
     resumed = find_run_folder(settings, name, path) if resume else None
     settings = dated(settings, resumed)
@@ -74,19 +81,20 @@ def evaluate(
     temperature: float | None = None,
     seed: int = 0,
     engine: str | None = None,
+    trust: bool = False,
 ) -> list[EvalResult]:
     """Return the accuracy of runs and models on a run's held-out problems, `samples` answers to each, the same draws.
 
     `run` and `others` are runs, folders of models, GGUF files, or Hub ids. A run is measured in its `weights`, some of
     "base", "adapter" and "siamese" (default: all). `task` is the run or recipe whose problems are asked, by default the
     first run. `problems`, `temperature` and `engine` ("auto", "hf", "vllm" or "server") default to its own. `seed` is
-    that of the sampled answers.
+    that of the sampled answers. `trust` runs the code that runs and `task` name, and remembers it.
     """
     from popo_lite.tools.benchmarks.subject import evaluate_models
 
     names, asked = [str(model) for model in (run, *others)], None if task is None else str(task)
     return evaluate_models(names, task=asked, weights=weights, problems=problems, samples=samples,
-                           temperature=temperature, seed=seed, engine=engine)  # fmt: skip
+                           temperature=temperature, seed=seed, engine=engine, trust=trust)  # fmt: skip
 
 
 def export(
@@ -100,6 +108,7 @@ def export(
     gguf: str | None = None,
     prompts: int = 32,
     problems: int | None = None,
+    trust: bool = False,
 ) -> ExportReport:
     """Write a run's model as a folder that transformers loads, check it against the trained policy, and describe it.
 
@@ -107,10 +116,12 @@ def export(
     as it was trained on (dequantised), or "original". `output` is by default RUN/export/WHAT-WEIGHTS. `gguf` is the
     type of weights in a GGUF file, such as "q8_0", which is written instead. `dtype` is the precision of the merge, by
     default the recipe's, for a GGUF file "float32". `prompts` and `problems` (default: the recipe's number, 0 for none)
-    are what a merged model is checked on.
+    are what a merged model is checked on. `trust` runs the code that the run names, and remembers it.
     """
     from popo_lite.tools.export.pipeline import export_run
 
     folder = None if output is None else Path(output)
+    only = MODEL_CODE if what == "adapter" else GRADING_CODE
+    refuse_untrusted(RunFolder(Path(run)).recipe(), run, trust, only=only)
     return export_run(RunFolder(Path(run)), what=what, weights=weights, base=base, output=folder, dtype=dtype,
                       gguf=gguf, prompts=prompts, problems=problems)  # fmt: skip

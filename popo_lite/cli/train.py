@@ -13,6 +13,7 @@ from popo_lite.api import load_trainer
 from popo_lite.errors import UserInputError
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import dated, find_run_folder, new_run_folder
+from popo_lite.trust import refuse_untrusted, trust_option
 
 VIEWS = click.Choice(["auto", "live", "plain", "silent"])
 INTERRUPTED = 130
@@ -31,9 +32,10 @@ INTERRUPTED = 130
     "--view", type=VIEWS, default="auto", show_default=True, help="Live view on a terminal, else one plain line a step."
 )
 @click.option("--ignore-plan", is_flag=True, help="Start although the memory plan says that the run does not fit.")
+@trust_option
 @click.option("as_json", "--json", is_flag=True, help="Print the summary as JSON at the end and nothing else.")
 def train(recipe: str, seed: int | None, output: Path | None, resume: bool, overrides: tuple[str, ...], view: str,
-          ignore_plan: bool, as_json: bool) -> None:  # fmt: skip
+          ignore_plan: bool, trust: bool, as_json: bool) -> None:  # fmt: skip
     """Train with RECIPE: a TOML file, or the name of a shipped recipe (`popo-lite recipe list`).
 
     Writes a run folder with recipe, metrics, samples, checkpoints, adapters and summary. Ctrl-C finishes the step,
@@ -42,6 +44,7 @@ def train(recipe: str, seed: int | None, output: Path | None, resume: bool, over
     On a GPU the memory plan comes first (`popo-lite plan`): a run that will not fit is refused with what to change.
     """
     settings = load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}"))
+    refuse_untrusted(settings, recipe, trust, overrides=overrides)
     resumed = find_run_folder(settings, Path(recipe).stem, output) if resume else None
     settings = dated(settings, resumed)
     # Imported here because it takes seconds: a recipe with errors is refused at once.

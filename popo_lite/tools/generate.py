@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
+
 
 @click.command(short_help="Ask the model that a run trained.", context_settings={"show_default": True})
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
@@ -15,15 +17,17 @@ import click
 @click.option("--samples", type=click.IntRange(min=1), default=1, help="Answers to draw.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=0.7)
 @click.option("--seed", type=click.IntRange(min=0), default=0)
+@trust_option
 @click.option("as_json", "--json", is_flag=True, help="Print the answers as JSON.")
 def generate(
-    run: Path, question: str, weights: str, samples: int, temperature: float, seed: int, as_json: bool
+    run: Path, question: str, weights: str, samples: int, temperature: float, seed: int, trust: bool, as_json: bool
 ) -> None:
     """Ask the model that RUN trained a QUESTION."""
     from popo_lite.run_folder import RunFolder
 
     folder = RunFolder(run)
     recipe, adapter = folder.recipe(), folder.trained_adapter(weights)
+    refuse_untrusted(recipe, run, trust, only=MODEL_CODE)
 
     import torch
 
