@@ -21,7 +21,6 @@ from popo_lite.errors import UserInputError
 from popo_lite.recipe import OwnFunction, PythonTestsFunction, Recipe
 from popo_lite.recipe_file import to_toml
 from popo_lite.recipe_rules import is_local_url
-from popo_lite.run_folder import write_atomically
 
 MODEL_CODE = ("model.",)
 """`only` of commands that load the model and grade nothing."""
@@ -136,8 +135,10 @@ def _remember(items: Sequence[str]) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         content = {"format": 1, "trusted": sorted({*trusted, *items})}
-        write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        path.chmod(0o600)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        partial.replace(path)
     except OSError as error:
         what, next_step = f"cannot be written: {error.strerror}", "set XDG_STATE_HOME to a folder of yours"
         raise UserInputError(what, where=str(path), next_step=next_step) from error
