@@ -22,7 +22,6 @@ from rich.text import Text
 
 from popo_lite.errors import PopoError
 from popo_lite.metrics import Unit
-from popo_lite.redaction import redact
 from popo_lite.tools.console import words
 from popo_lite.types import EvalResult
 
@@ -69,7 +68,7 @@ def print_error(error: PopoError, console: Console | None = None) -> None:
     console = console or open_console(sys.stderr)
     parts = (("error", error.what, "bold red"), ("where", error.where, "bold"), ("next", error.next_step, "bold"))
     for label, text, style in parts:
-        for line in redact(text or "").splitlines():
+        for line in (text or "").splitlines():
             # Not a table: its cells would be padded with blanks up to the width of the longest.
             for folded in Text(safe(line, console)).wrap(console, max(console.width - 7, 1)):
                 console.print(Text.assemble((f"{label:<7}", style), folded), soft_wrap=True)

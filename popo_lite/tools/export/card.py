@@ -142,8 +142,7 @@ def _front_matter(recipe: Recipe, library: str, result: Facts) -> str:
         library_name=library,
         pipeline_tag="text-generation",
         tags=[
-            *(["popo"] if recipe.objective.algorithm == "mixed" else []),
-            recipe.objective.algorithm,
+            *family,
             "popo-lite",
             "rlvr",
             "reinforcement-learning",
