@@ -19,6 +19,7 @@ from popo_lite.recipe import (
     ModelRecipe,
     OwnFunction,
     PythonTestsFunction,
+    ReasoningGymFunction,
     Recipe,
     RegexFunction,
     RewardFunction,
@@ -162,6 +163,11 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
     for function in recipe.reward.functions or ():
         if isinstance(function, EnvironmentFunction) and (function.environment or function.options):
             yield ["reward.functions"], "takes environment and options from rollout.environment; leave them out here"
+    if any(isinstance(function, ReasoningGymFunction) for function in recipe.grading.functions or ()):
+        for name, part in (("data", recipe.data), ("eval", recipe.eval)):
+            if part.dataset is not None and not is_gym(part):  # some verifiers run as Python what the problem holds
+                why = f'"reasoning_gym" is for problems of reasoning-gym alone, and {name}.dataset = "{part.dataset}"'
+                yield ["reward.functions", f"{name}.dataset"], f"{why}; name another function or dataset"
     for key, why in _wrong_functions(recipe.grading):
         yield [key], why
     generated = "built-in problems are generated and have no such setting; leave the key out"

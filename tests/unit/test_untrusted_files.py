@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from popo_lite.errors import DataError, ModelError, PopoError
+from popo_lite.errors import DataError, ModelError, PopoError, RecipeError
 from popo_lite.grading.functions import load_functions
 from popo_lite.policy.load import TINY_FOLDER, load_config, load_tokenizer
 from popo_lite.policy.policy import load_policy, load_trained_policy
@@ -205,3 +205,20 @@ def test_code_and_pickles_of_a_dataset_are_not_run(name, tmp_path, mark, monkeyp
         options = [f"data.dataset={dataset}", "data.prompt_column=a", "data.answer_column=b", "data.split=train"]
         with pytest.raises((DataError, PopoError)):
             open_tasks(load_recipe("tiny_cpu", options))
+
+
+def test_the_verifiers_of_reasoning_gym_run_on_its_own_problems_alone(tmp_path: Path) -> None:
+    """Some call `eval` on the problem's entry, which a dataset of a stranger would supply."""
+    (tmp_path / "rows.jsonl").touch()
+    gym = "reasoning-gym:number_sorting"
+    load_recipe("tiny_cpu", [f"data.dataset={gym}", f"eval.dataset={gym}"])
+    file = f"={tmp_path / 'rows.jsonl'}"
+    penalty = 'reward.functions=["math", {name="reasoning_gym", weight=0.0}]'
+    for options in (
+        ["reward.functions=reasoning_gym"],
+        ["reward.functions=reasoning_gym", f"data.dataset{file}"],
+        [penalty, f"data.dataset{file}"],
+        [f"data.dataset={gym}", f"eval.dataset{file}"],
+    ):
+        with pytest.raises(RecipeError, match="is for problems of reasoning-gym alone"):
+            load_recipe("tiny_cpu", options)
