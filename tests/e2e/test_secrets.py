@@ -27,8 +27,10 @@ RECIPE = """
 id = "~/planted-folder/base"
 dtype = "float32"
 [reward]
-functions = ["math", {name = "json_schema", schema_file = "~/planted-folder/shape.json", weight = 0.1}]
+functions = ["math", {name = "json_schema", schema_file = "~/planted-folder/shape.json", weight = 0.1},
+             {name = "mine:judge", weight = 0.1}]
 positive_if = ["math"]
+max_ungraded_ratio = 1.0
 [rollout]
 engine = "hf"
 max_prompt_length = 32
@@ -46,6 +48,17 @@ problems = 4
 """
 
 
+MINE = """
+import os
+
+def leak(text, problem):
+    raise OSError(f"GET https://me:planted-password@host?key=planted-key {os.environ['HF_TOKEN']}")
+
+def judge(text, problem):
+    return leak(text, problem) if "boxed" in text and len(text) % 2 else 1.0
+"""
+
+
 class Watched:
     """Commands in a home folder, with secrets in the environment. `seen` has the command lines of all processes."""
 
@@ -55,6 +68,7 @@ class Watched:
         shutil.copytree(TINY_FOLDER, base, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
         (base.parent / "shape.json").write_text('{"type": "object"}')
         (folder / "mine.toml").write_text(RECIPE)
+        (folder / "mine.py").write_text(MINE)
 
     def run(self, *arguments: str, code: int = 0, **environment: str) -> str:
         known = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
@@ -97,14 +111,15 @@ def found(folder: Path, *secrets: str) -> list[str]:
 @pytest.mark.slow
 def test_planted_secrets_are_found_nowhere(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
-    watched.run("train", "mine.toml", "--output", "run", "--ignore-plan")
+    watched.run("train", "mine.toml", "--output", "run", "--ignore-plan", "--trust")
     watched.run("eval", "run", "--samples", "1")
     watched.run("generate", "run", "What is 17 + 25?")
     for what in ("merged", "adapter"):
         options = ("--push-to-hub", "me/my-model", "--dry-run", "--problems", "0", "--prompts", "2")
         card = watched.run("export", "run", "--what", what, "--output", what, *options)
         assert "planted" not in card
-    tokens = [value for name, value in SECRETS.items() if "proxy" not in name] + ["planted-password"]
+    assert "GET https://***@host?key=*** ***" in (tmp_path / "run" / "samples.jsonl").read_text()
+    tokens = [value for name, value in SECRETS.items() if "proxy" not in name] + ["planted-password", "planted-key"]
     home = str(watched.home)
 
     assert found(tmp_path / "run", *tokens, home) == []
@@ -131,12 +146,8 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_print_no_secret(name: str, tmp_path: Path) -> None:
     watched = Watched(tmp_path)
-    (tmp_path / "mine.py").write_text(
-        "import os\n\ndef leak(text, problem):\n"
-        "    raise OSError(f'GET https://me:planted-password@host?key=planted-key {os.environ[\"HF_TOKEN\"]}')\n"
-    )
     options, code, says = ERRORS[name]
-    printed = watched.run("train", "mine.toml", "--output", "run", "--ignore-plan", *options, code=code)
+    printed = watched.run("train", "mine.toml", "--output", "run", "--ignore-plan", "--trust", *options, code=code)
     assert says in printed
     for secret in ("planted-password", "planted-key", *SECRETS.values()):
         assert secret not in printed
