@@ -242,6 +242,20 @@ def test_what_is_trusted_once_runs_from_then_on(tmp_path):
 
 
 @pytest.mark.slow
+def test_files_of_the_working_folder_take_no_librarys_place(tmp_path):
+    names = ("click", "torch", "numpy", "sympy", "math_verify", "jsonschema", "transformers", "peft", "jinja2", "tqdm")
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'mark')!r}).touch()\n")
+    sizes = ("train.steps=1", "data.prompts_per_step=2", "rollout.num_generations=2", "eval.problems=2")
+    options = [word for size in sizes for word in ("--set", size)]
+    for arguments in (["train", "tiny_cpu", "--output", "run", *options], ["generate", "run", "What is 1 + 1?"]):
+        command = [sys.executable, "-m", "popo_lite", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.slow
 def test_own_code_needs_no_flag(tmp_path, monkeypatch):
     """Given by --set or in a Recipe that was built in Python; its run can be evaluated, too."""
     write_canaries(tmp_path)
