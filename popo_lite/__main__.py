@@ -1,5 +1,13 @@
-"""`python -m popo_lite`."""
+"""Run the command line as `python -m popo_lite`."""
 
-from popo_lite.cli import main
+import sys
 
-main()
+if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        # `-m` puts the working folder first, where a file of a stranger would take the place of a library. Reward
+        # functions are found there all the same: see `trust.import_path`.
+        del sys.path[0]
+
+    from popo_lite.cli import main
+
+    main()

@@ -11,6 +11,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
 from popo_lite.run_folder import RunFolder, dated, go_back, new_run
+from popo_lite.trust import GRADING_CODE, MODEL_CODE, refuse_untrusted, trust_own
 
 if TYPE_CHECKING:
     from popo_lite.tools.export.pipeline import ExportReport
@@ -23,6 +24,7 @@ def train(
     *,
     output: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
+    trust: bool = False,
 ) -> RunResult:
     """Train and return the result: run folder, summary (None if interrupted) and number of steps done.
 
@@ -30,10 +32,15 @@ def train(
         recipe: From `load_recipe`, or a file or the name of a shipped recipe.
         output: Folder of the run; by default a new one in the recipe's `output.dir`.
         callbacks: Each receives the events of the run: see `Callback`.
+        trust: Run the code that the recipe's file names, and remember it. A `Recipe` counts as your own.
 
     Raises PopoError (UserInputError, ModelError, EngineError and others) with what to do next.
     """
     settings, name = (recipe, "run") if isinstance(recipe, Recipe) else (load_recipe(recipe), Path(recipe).stem)
+    if isinstance(recipe, Recipe):
+        trust_own(recipe)
+    else:
+        refuse_untrusted(settings, recipe, trust)
     settings = dated(settings)
     # The folder is taken before anything is loaded; a run that cannot start leaves nothing behind.
     with (
@@ -50,6 +57,7 @@ def resume(
     *,
     checkpoint: int | None = None,
     callbacks: Sequence[Callback] = (),
+    trust: bool = False,
 ) -> RunResult:
     """Continue the run in the folder `run` from its newest checkpoint; return the result as `train` does.
 
@@ -59,11 +67,12 @@ def resume(
             More `train.steps` continue a run that has ended.
         checkpoint: Go back to the checkpoint after this many steps. Later ones are renamed, and not used any more.
         callbacks: Each receives the events of the run: see `Callback`.
+        trust: Run the code that the run's recipe names, and remember it.
 
     Raises PopoError (CheckpointError, UserInputError, ModelError, EngineError and others) with what to do next.
     """
     with (
-        resumed_run(Path(run), overrides, checkpoint) as (folder, settings, changes),
+        resumed_run(Path(run), overrides, checkpoint, trust=trust) as (folder, settings, changes),
         CallbackList(callbacks) as callback,
         load_trainer(settings, callback) as trainer,
     ):
@@ -105,6 +114,7 @@ def evaluate(
     seed: int = 0,
     engine: str | None = None,
     checkpoint: int | str | None = None,
+    trust: bool = False,
 ) -> list[EvalResult]:
     """Return the accuracy of runs and models on a run's held-out problems, `samples` answers to each, the same draws.
 
@@ -113,12 +123,14 @@ def evaluate(
     first run. `problems`, `temperature` and `engine` ("auto", "hf", "vllm" or "server") default to its own. `seed` is
     that of the sampled answers. `checkpoint` is the number of steps of the runs' checkpoint to measure, or "best"; by
     default the end's weights or, for a run that has not ended, those of its newest checkpoint.
+    `trust` runs the code that runs and `task` name, and remembers it.
     """
     from popo_lite.tools.benchmarks.subject import evaluate_models
 
     names, asked = [str(model) for model in (run, *others)], None if task is None else str(task)
     return evaluate_models(names, task=asked, weights=weights, problems=problems, samples=samples,
-                           temperature=temperature, seed=seed, engine=engine, checkpoint=checkpoint)  # fmt: skip
+                           temperature=temperature, seed=seed, engine=engine, checkpoint=checkpoint,
+                           trust=trust)  # fmt: skip
 
 
 def export(
@@ -133,6 +145,7 @@ def export(
     prompts: int = 32,
     problems: int | None = None,
     checkpoint: int | str | None = None,
+    trust: bool = False,
 ) -> ExportReport:
     """Write a run's model as a folder that transformers loads, check it against the trained policy, and describe it.
 
@@ -142,10 +155,12 @@ def export(
     RUN/export/WHAT-WEIGHTS, for a checkpoint with its name at the end. `gguf` is the
     type of weights in a GGUF file, such as "q8_0", which is written instead. `dtype` is the precision of the merge, by
     default the recipe's, for a GGUF file "float32". `prompts` and `problems` (default: the recipe's number, 0 for none)
-    are what a merged model is checked on.
+    are what a merged model is checked on. `trust` runs the code that the run names, and remembers it.
     """
     from popo_lite.tools.export.pipeline import export_run
 
     folder = None if output is None else Path(output)
+    only = MODEL_CODE if what == "adapter" else GRADING_CODE
+    refuse_untrusted(RunFolder(Path(run)).recipe(), run, trust, only=only)
     return export_run(RunFolder(Path(run)), what=what, weights=weights, base=base, output=folder, dtype=dtype,
                       gguf=gguf, prompts=prompts, problems=problems, checkpoint=checkpoint)  # fmt: skip

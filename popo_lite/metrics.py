@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from popo_lite.redaction import redact
 from popo_lite.types import FinishReason, Group, count_outcomes
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def sample_line(step: int, group: Group) -> dict[str, Any]:
             "positive": rollout.reward.positive,
             "rewards": dict(rollout.reward.parts),
             "outcome": rollout.reward.outcome.value,
-            "detail": rollout.reward.detail,
+            "detail": redact(rollout.reward.detail),  # of an error in the user's function, such as a judge's URL
         }
         for rollout in group.rollouts
     ]

@@ -223,6 +223,9 @@ class ServerRecipe(Section):
 
     base_urls: Names = ()
     """URLs of vLLM servers. Their token is read from POPO_SERVER_TOKEN."""
+    allow_http: bool = False
+    """Send prompts, answers and token over plain `http://` to other machines, where others in the network can read
+    them. `http://` to this machine is always allowed."""
     shared_dir: str | None = None
     """Folder that trainer and servers both see, for adapters."""
 

@@ -16,6 +16,7 @@ from popo_lite.errors import RecipeError, nearest
 from popo_lite.formats import KEY, checked
 from popo_lite.recipe import FUNCTIONS, OBJECTIVES, Objective, OwnFunction, Recipe, Section
 from popo_lite.recipe_rules import NOT_RENAMED, RENAMED, impossible_combinations
+from popo_lite.redaction import redact
 
 SHOW_KEYS = "popo-lite recipe show   (every key with its meaning, allowed values and default)"
 LONGEST_VALUE = 120
@@ -104,7 +105,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, stored: bo
             origin = next((written[name][0] for name in names if name in written), f"{source}: ")
             errors.append(f"{origin}{_shown(names[0], settings.get(names[0]))}: {why}")
     if errors:
-        raise RecipeError("\n".join(errors), next_step=SHOW_KEYS)
+        # Not only where it is printed: callers of the library show errors themselves.
+        raise RecipeError(redact("\n".join(errors)), next_step=SHOW_KEYS)
     return recipe
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,11 +19,13 @@ from popo_lite.recipe import (
     ModelRecipe,
     OwnFunction,
     PythonTestsFunction,
+    ReasoningGymFunction,
     Recipe,
     RegexFunction,
     RewardFunction,
     RewardRecipe,
 )
+from popo_lite.redaction import has_login
 
 IMPOSSIBLE = {
     "model.dtype=float64 model.quantization=nf4": 'NF4 computes in "bfloat16", "float16" or "float32"',
@@ -47,6 +50,7 @@ IMPOSSIBLE = {
     "rollout.server.base_urls=() rollout.engine=server": 'is required by rollout.engine = "server"',
     "rollout.server.shared_dir=<unset>| rollout.engine=server": 'is required by rollout.engine = "server"',
     "rollout.server.base_urls!=() rollout.engine!=server": 'is used only with rollout.engine = "server"',
+    "rollout.server.allow_http=True rollout.engine!=server": 'is used only with rollout.engine = "server"',
     "data.digits!=2 data.dataset!=arithmetic eval.dataset!=arithmetic":
         'is for the dataset "arithmetic" alone; leave the key out',
     "data.curriculum.levels!=() data.curriculum.column!=<unset>":
@@ -119,6 +123,12 @@ NOT_RENAMED = {
 """Name of another library's key that is not just another name -> what to do instead."""
 
 
+SERVER_URL = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?(/[A-Za-z0-9._~/-]*)?")
+"""Scheme, host, port and path. So narrow that no client can take another part of it for the host."""
+PROSE = ("data.system_prompt", "data.chat_template", "reward.functions")
+"""Settings in which text of the form of a login may stand for itself."""
+
+
 def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
     """Yield ([key that must change, keys it conflicts with], what is wrong and what to do) for every conflict."""
     for conditions, why in IMPOSSIBLE.items():
@@ -126,6 +136,12 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
             keys = [condition.partition("=")[0].rstrip("!") for condition in conditions.split()]
             yield keys, why.format(recipe=recipe)
     rollout, adaptive = recipe.rollout, recipe.rollout.adaptive
+    for url in rollout.server.base_urls:
+        if wrong := wrong_server_url(url, allow_http=rollout.server.allow_http):
+            yield ["rollout.server.base_urls", "rollout.server.allow_http"], wrong
+    for key, value in _settings(recipe.to_dict()):
+        if key not in (*PROSE, "rollout.server.base_urls") and has_login(str(value)):
+            yield [key], "holds a login, which the run's files would keep; leave it out"
     modules = recipe.lora.target_modules if isinstance(recipe.lora.target_modules, tuple) else ("all-linear",)
     head = next((name for name in modules if name.split(".")[-1] in ("lm_head", "embed_out", "output_layer")), None)
     if head:
@@ -147,6 +163,11 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
     for function in recipe.reward.functions or ():
         if isinstance(function, EnvironmentFunction) and (function.environment or function.options):
             yield ["reward.functions"], "takes environment and options from rollout.environment; leave them out here"
+    if any(isinstance(function, ReasoningGymFunction) for function in recipe.grading.functions or ()):
+        for name, part in (("data", recipe.data), ("eval", recipe.eval)):
+            if part.dataset is not None and not is_gym(part):  # some verifiers run as Python what the problem holds
+                why = f'"reasoning_gym" is for problems of reasoning-gym alone, and {name}.dataset = "{part.dataset}"'
+                yield ["reward.functions", f"{name}.dataset"], f"{why}; name another function or dataset"
     for key, why in _wrong_functions(recipe.grading):
         yield [key], why
     generated = "built-in problems are generated and have no such setting; leave the key out"
@@ -182,6 +203,38 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
         column = "has no levels; name tasks of reasoning-gym, or a file or Hub dataset and data.curriculum.column"
         keys = ["data.curriculum.enabled", "data.dataset", "data.curriculum.column", "data.curriculum.levels"]
         yield keys, f'data.dataset = "{recipe.data.dataset}" {column}'
+
+
+def _settings(table: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (`section.key`, value) of plain data."""
+    for key, value in table.items():
+        if isinstance(value, dict) and section.count(".") < 2:
+            yield from _settings(value, f"{section}{key}.")
+        else:
+            yield section + key, value
+
+
+def is_local_url(url: str) -> bool:
+    """Check whether a server's URL leads to this machine, by a loopback name or address."""
+    found = SERVER_URL.fullmatch(url)
+    host = found[2].strip("[]").lower() if found else ""
+    try:
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def wrong_server_url(url: str, *, allow_http: bool) -> str | None:
+    """Return why the trainer sends nothing to a server's URL, and what to do, or None. The reason repeats no login."""
+    if has_login(url):
+        return "holds a login, which the run's files would keep; leave it out and set POPO_SERVER_TOKEN to the token"
+    if not (found := SERVER_URL.fullmatch(url)):
+        return 'is no URL of a server; write it as "http://127.0.0.1:8000", without a query'
+    if found[1] == "http" and not allow_http and not is_local_url(url):
+        shown = "prompts, answers and the token would cross the network in plain text"
+        return f"{shown}; use https://, or in a private network set rollout.server.allow_http = true"
+    return None
 
 
 def is_gym(part: DatasetRecipe) -> bool:

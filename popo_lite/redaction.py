@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import traceback
 from collections.abc import Iterable
+from types import TracebackType
 
 MASK = "***"
 LOGIN = re.compile(r"(://)[^\s\"'<>]{0,500}@")
@@ -39,3 +42,8 @@ def _secrets() -> Iterable[str]:
         elif login := LOGIN.search(value):  # such as https_proxy
             parts = login[0].removeprefix(login[1]).removesuffix("@").partition(":")
             yield from (part for part in (parts[2],) if len(part) >= SHORTEST_SECRET)
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an uncaught exception as Python does, without secrets. For `sys.excepthook`."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))

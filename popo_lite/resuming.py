@@ -13,6 +13,7 @@ from popo_lite.errors import CheckpointError, PopoError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import flatten, load_recipe, to_toml
 from popo_lite.run_folder import RunFolder, checkpoint_folders
+from popo_lite.trust import refuse_untrusted
 
 Change = dict[str, Any]
 """`key`, its value `before` and `now`; None is unset. The trainer adds the `step` from which it holds."""
@@ -122,18 +123,20 @@ def refuse_changes(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, 
 
 @contextmanager
 def resumed_run(
-    path: Path, overrides: Sequence[str] = (), checkpoint: int | None = None
+    path: Path, overrides: Sequence[str] = (), checkpoint: int | None = None, *, trust: bool = False
 ) -> Iterator[tuple[RunFolder, Recipe, list[Change]]]:
     """Lock the run at `path`; yield it, its recipe with `overrides`, and the changes to record.
 
     `checkpoint` is the number of steps to go back to (`go_back`). Raises CheckpointError if there is no such run or
-    checkpoint, the run has ended, or a key cannot change, and UserInputError if another process trains it.
+    checkpoint, the run has ended, or a key cannot change, and UserInputError if another process trains it or its code
+    is not trusted.
     A PopoError of the block says which advice is only for a new run.
     """
     run = RunFolder(path)
     run.recipe()  # before the lock makes a folder
     with run.locked():
         recipe, changes = resumed_recipe(run, overrides)
+        refuse_untrusted(recipe, path, trust, overrides=overrides)
         if checkpoint is not None:
             run.find_checkpoint(checkpoint)
         try:

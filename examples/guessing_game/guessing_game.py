@@ -1,7 +1,7 @@
 """A game of several turns: guess a number, and hear after each guess whether it is larger or smaller.
 
     cd examples/guessing_game
-    popo-lite train recipe.toml
+    popo-lite train recipe.toml --trust
 
 It trains the built-in toy model on a CPU in minutes.
 """

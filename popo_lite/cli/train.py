@@ -16,6 +16,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import Change, resumed_run
 from popo_lite.run_folder import RunFolder, dated, go_back, new_run
+from popo_lite.trust import refuse_untrusted, trust_option
 
 VIEWS = click.Choice(["auto", "live", "plain", "silent"])
 INTERRUPTED = 130
@@ -39,10 +40,11 @@ JSON = click.option("as_json", "--json", is_flag=True, help="Print the summary a
 @SET
 @VIEW
 @IGNORE_PLAN
+@trust_option
 @JSON
 def train(
     recipe: str, seed: int | None, output: Path | None, overrides: tuple[str, ...], view: str, ignore_plan: bool,
-    as_json: bool,
+    trust: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train with RECIPE: a TOML file, or the name of a shipped recipe (`popo-lite recipe list`).
 
@@ -52,6 +54,7 @@ def train(
     On a GPU the memory plan comes first (`popo-lite plan`): a run that will not fit is refused with what to change.
     """
     settings = dated(load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}")))
+    refuse_untrusted(settings, recipe, trust, overrides=overrides)
     # The folder is taken before anything is loaded; a run that cannot start leaves nothing behind.
     with new_run(settings, Path(recipe).stem, output) as folder:
         _train(folder, settings, recipe, view, ignore_plan=ignore_plan, as_json=as_json)
@@ -63,17 +66,19 @@ def train(
 @click.option("--checkpoint", type=click.IntRange(min=1), metavar="N", help="Go back to the checkpoint after N steps.")
 @VIEW
 @IGNORE_PLAN
+@trust_option
 @JSON
 def resume(
-    run: Path, overrides: tuple[str, ...], checkpoint: int | None, view: str, ignore_plan: bool, as_json: bool
-) -> None:
+    run: Path, overrides: tuple[str, ...], checkpoint: int | None, view: str, ignore_plan: bool, trust: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Continue RUN, the folder of a run that was stopped or killed, from its newest checkpoint.
 
     It continues with its own recipe. Keys that change speed or bookkeeping may be --set freely; a change of what is
     learned from here on, such as of the learning rate or the engine, is recorded in the log and in summary.json; one
     that would make it another experiment is refused. More steps continue a run that has ended: --set train.steps=N.
     """
-    with resumed_run(run, overrides, checkpoint) as (folder, settings, changes):
+    with resumed_run(run, overrides, checkpoint, trust=trust) as (folder, settings, changes):
         _train(folder, settings, str(folder.recipe_path), view, ignore_plan=ignore_plan, as_json=as_json, resume=True,
                changes=changes, checkpoint=checkpoint)  # fmt: skip
 

@@ -157,6 +157,9 @@ def adapter_folder(path: str | Path, *, key: str) -> Path:
 def _check_settings(folder: Path, recipe: LoraRecipe, base: PreTrainedModel) -> None:
     """Raise ModelError if the adapter has other settings than the recipe: PEFT would use the adapter's."""
     config = json.loads((folder / "adapter_config.json").read_text())
+    if (kind := config.get("peft_type")) != "LORA":  # PEFT would load what other kinds name, from the Hub too
+        what, next_step = f"the adapter in {folder} is of the kind {kind!r}", "name the folder of a LoRA adapter"
+        raise ModelError(what, where="lora.init_from", next_step=next_step)
     wanted: dict[str, Any] = {ours: getattr(recipe, ours) for ours in PEFT_NAMES}
     found: dict[str, Any] = {ours: config.get(theirs, False) for ours, theirs in PEFT_NAMES.items()}
     layers = linear_names(base) if recipe.target_modules == "all-linear" else recipe.target_modules

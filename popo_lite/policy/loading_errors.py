@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -78,9 +79,7 @@ REASONS = (
     Reason(
         r"file named \S*model\.safetensors",
         "has no *.safetensors, and no other weights are read",
-        'convert it: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        "[kind.from_pretrained('{id}').save_pretrained('converted') for kind in (M, T)]\", then "
-        "--set model.id=converted",
+        "convert it: python -c {convert}, then --set model.id=converted",
     ),
     Reason(
         "file named config.json|Can't load the configuration|Unrecognized model in",
@@ -106,7 +105,12 @@ REASONS = (
 def loading_error(error: Exception, recipe: ModelRecipe, part: str) -> ModelError:
     """Return the error to raise in place of `error`, which came up while `part` of the model was loaded."""
     text = " ".join(f"{type(cause).__name__}: {cause}" for cause in _causes(error))
-    facts = recipe.model_dump() | {"transformers": metadata.version("transformers")}
+    # The user copies commands: the name in a stranger's recipe must not become a command of its own.
+    facts = recipe.model_dump() | {"transformers": metadata.version("transformers"), "id": shlex.quote(recipe.id)}
+    facts["convert"] = shlex.quote(
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"[kind.from_pretrained({recipe.id!r}).save_pretrained('converted') for kind in (M, T)]"
+    )
     facts["reason"] = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     for reason in REASONS:
         if match := re.search(reason.pattern, text, re.DOTALL):

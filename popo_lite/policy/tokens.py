@@ -10,7 +10,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from popo_lite.errors import ModelError
 from popo_lite.policy.load import load_config, load_generation_config, load_tokenizer
 from popo_lite.recipe import Recipe
-from popo_lite.tasks.rendering import Renderer
+from popo_lite.tasks.rendering import Renderer, applying_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,8 @@ def stop_ids_of(base: Any, tokenizer: PreTrainedTokenizerBase, chat_template: st
     turns, text = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}], ""
     try:
         if chat_template or tokenizer.chat_template:
-            text = str(tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False))
+            with applying_template():
+                text = str(tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False))
     except TemplateSyntaxError as error:
         where = "data.chat_template" if chat_template else f"the tokenizer of {tokenizer.name_or_path}"
         next_step = "correct it, or set data.chat_template (popo-lite eval: --chat-template FILE)"

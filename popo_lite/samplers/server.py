@@ -39,7 +39,7 @@ class ServerSampler(Sampler):
         server = self._recipe.rollout.server
         # The same path must lead there on every machine, so nothing but the home folder is resolved in it.
         self._folder = Path(server.shared_dir or ".").expanduser().absolute() / _new_name()
-        self._servers = [ServerClient(url) for url in server.base_urls]
+        self._servers = [ServerClient(url, allow_http=server.allow_http) for url in server.base_urls]
         self._runner = asyncio.Runner()
         self._closed = False
 

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from popo_lite.errors import EngineError
+from popo_lite.recipe_rules import wrong_server_url
+from popo_lite.redaction import redact
 from popo_lite.samplers.base import Request, SamplingParams, not_finite
 
 log = logging.getLogger(__name__)
@@ -51,9 +53,15 @@ class ServerClient:
     Every method raises ServerError if the server cannot be used, after retries if these may help.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, allow_http: bool = False) -> None:
         import httpx2
         import openai
+
+        where = "rollout.server.base_urls"
+        # Reading a recipe file checks this, too; a recipe may also be built in Python.
+        if why := wrong_server_url(url, allow_http=allow_http):
+            what, _, next_step = why.partition("; ")
+            raise EngineError(f"{redact(url)} {what}", where=where, next_step=next_step or None)
 
         self.url = url.rstrip("/").removesuffix("/v1")
         token = os.environ.get("POPO_SERVER_TOKEN", "").strip()
@@ -80,7 +88,7 @@ class ServerClient:
                 ),
             )
         except (ValueError, httpx2.InvalidURL) as error:
-            where, next_step = "rollout.server.base_urls", 'for instance "http://127.0.0.1:8000"'
+            next_step = 'for instance "http://127.0.0.1:8000"'
             raise EngineError(f"{url} is no URL: {error}", where=where, next_step=next_step) from error
 
     async def connect(self, *, context_tokens: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import date, datetime, time
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -19,6 +21,36 @@ if TYPE_CHECKING:
 
 BASE_TEMPLATE = r"{% for m in messages %}{{ m.content }}\n{% endfor %}"
 """A chat template for a base model, as TOML writes it between quotes."""
+
+TEMPLATE_SECONDS = 20.0
+"""Longest time to apply a chat template to one conversation. It takes less than a millisecond."""
+
+
+@contextmanager
+def applying_template() -> Iterator[None]:
+    """Turn whatever a chat template raises into a TemplateError, and end one that does not end.
+
+    It comes with the model or the recipe. Jinja's sandbox keeps it from reaching anything, but lets it loop for years.
+    Only the main thread, and not on Windows, can be interrupted.
+    """
+
+    def stop(*_: object) -> None:
+        raise TemplateError(f"applying it takes more than {TEMPLATE_SECONDS:g} seconds")
+
+    limited = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, stop) if limited else None
+    try:
+        if limited:
+            signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+        yield
+    except TemplateError:
+        raise
+    except Exception as error:  # such as a range that is too long, or a division by 0
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
+    finally:
+        if limited:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 class Renderer:
@@ -87,7 +119,7 @@ class Renderer:
         messages = self._messages(problem)
         try:
             ids = self._apply(messages)
-        except (TemplateError, TypeError) as error:
+        except TemplateError as error:
             raise self._refused_roles(problem, messages, error) from error
         largest = max(ids, default=0)
         if self._embeddings is not None and largest >= self._embeddings:
@@ -105,20 +137,21 @@ class Renderer:
         return [*system, *map(dict, problem.messages)]
 
     def _apply(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        ids = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            strftime_now=self._day.strftime,  # in place of today's, which changes while a run is stopped
-        )
+        with applying_template():
+            ids = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                strftime_now=self._day.strftime,  # in place of today's, which changes while a run is stopped
+            )
         return tuple(cast("list[int]", ids))
 
     def _refused_roles(self, problem: Problem, messages: list[dict[str, str]], error: Exception) -> ModelError:
         """Return the error for messages that the template refuses: because of the system prompt, or of the row."""
         roles = ", ".join(message["role"] for message in messages)
-        with suppress(TemplateError, TypeError):
+        with suppress(TemplateError):
             if self.system_prompt is not None:
                 self._apply([*map(dict, problem.messages)])
                 what = f"the chat template takes no system prompt in front of this problem (roles {roles}): {error}"
@@ -152,7 +185,7 @@ class Renderer:
     @cached_property
     def opens_thinking(self) -> bool:
         """True if the generation prompt ends with the opening thinking tag, so that answers start inside it."""
-        with suppress(TemplateError, TypeError):  # of a template that refuses this; `check` says why
+        with suppress(TemplateError):  # of a template that refuses this; `check` says why
             prompt = self.tokenizer.decode(list(self._apply([{"role": "user", "content": "?"}])))
             return str(prompt).rstrip().endswith(self._thinking_tags[0])
         return False
@@ -184,12 +217,13 @@ class Renderer:
             {"role": self._role, "content": observation},
         ]
         try:
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+            with applying_template():
+                text = str(
+                    self.tokenizer.apply_chat_template(
+                        messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+                    )
                 )
-            )
-        except (TemplateError, TypeError) as error:
+        except TemplateError as error:
             raise self._no_conversation(str(error)) from error
         following = text.partition(answer)[2]
         ids = self.tokenizer.encode(following, add_special_tokens=False)

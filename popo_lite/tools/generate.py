@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from popo_lite.tools.checkpoint_option import checkpoint_option
+from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 
 
 @click.command(short_help="Ask the model that a run trained.", context_settings={"show_default": True})
@@ -18,16 +19,18 @@ from popo_lite.tools.checkpoint_option import checkpoint_option
 @click.option("--samples", type=click.IntRange(min=1), default=1, help="Answers to draw.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=0.7)
 @click.option("--seed", type=click.IntRange(min=0), default=0)
+@trust_option
 @click.option("as_json", "--json", is_flag=True, help="Print the answers as JSON.")
 def generate(
     run: Path, question: str, weights: str, checkpoint: int | str | None, samples: int, temperature: float, seed: int,
-    as_json: bool,
+    trust: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Ask the model that RUN trained a QUESTION."""
     from popo_lite.run_folder import RunFolder, checkpoint_step
 
     folder = RunFolder(run)
     recipe, saved = folder.recipe(), folder.find_checkpoint(checkpoint)
+    refuse_untrusted(recipe, run, trust, only=MODEL_CODE)
     adapter = folder.trained_adapter(weights, None if saved is None else checkpoint_step(saved))
     for notice in folder.notices(checkpoint, saved):
         click.echo(notice, err=True)

@@ -48,7 +48,7 @@ def test_a_broken_recipe_is_one_clear_message(name, command, tmp_path):
     text, expected = BROKEN[name]
     (tmp_path / "rows.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
     (tmp_path / "broken.toml").write_text(text)
-    done = command("train", "broken.toml")
+    done = command("train", "broken.toml", "--trust")
     assert done.returncode == 2, done.stderr
     message = " ".join(done.stderr.split())
     for part in expected:

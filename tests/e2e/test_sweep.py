@@ -70,7 +70,7 @@ def test_a_failure_ends_no_other_run_and_is_tried_again(tmp_path, command):
         'reward.functions = "mine:right"\n'
     )
     (tmp_path / "mine.py").write_text("def right(text, problem):\n    return problem['answer'] in text\n")
-    done = command("sweep", "study.toml", "--jobs", "2", "--ignore-plan")
+    done = command("sweep", "study.toml", "--jobs", "2", "--ignore-plan", "--trust")
     assert done.returncode == 1, done.stderr
     go_on = "popo-lite sweep runs/study/sweep.toml --output runs/study --jobs 2 --ignore-plan"
     assert done.stderr.endswith(f"To try again:\n  {go_on}\n")

@@ -277,7 +277,7 @@ cpu_threads = 1
 problems = 5
 """
     (tmp_path / "mine.toml").write_text(recipe)
-    done = command("train", "mine.toml")
+    done = command("train", "mine.toml", "--trust")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "mine-seed0"
     lines = json_lines(run / "samples.jsonl")

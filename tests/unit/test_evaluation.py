@@ -565,7 +565,7 @@ def test_servers_receive_top_p(top_p):
         return httpx.Response(200, json={"choices": [choice]})
 
     async def complete():
-        client = ServerClient("http://server")
+        client = ServerClient("http://localhost")
         transport = httpx.AsyncClient(transport=httpx.MockTransport(answer))
         client._client = client._client.with_options(http_client=transport)
         params = SamplingParams(temperature=0.7, top_p=top_p, max_completion_length=8)

@@ -13,8 +13,9 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -25,7 +26,8 @@ from popo_lite.errors import CheckpointError, ExportError, UserInputError
 from popo_lite.policy.adapters import ADAPTER_FILE
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.policy.policy import load_policy, load_trained_policy
-from popo_lite.recipe_file import load_recipe
+from popo_lite.recipe import Recipe
+from popo_lite.recipe_file import load_recipe, shipped_recipes
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
@@ -381,23 +383,89 @@ def test_the_card_tells_what_the_run_came_to(tmp_path: Path) -> None:
     assert "| mean tokens | 12.4 | 23.5 |" in card.text
     assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("pass@1", 0.965)]
     assert "2605.06650" in card.text
-    assert "@article{xu2026popo" in card.text
+    assert "@article{popo2026" in card.text
     assert tomllib.loads(card.text.partition("```toml\n")[2].partition("```")[0])["lora"]["rank"] == 16
 
 
-def test_the_card_names_the_algorithm_and_no_server(tmp_path: Path) -> None:
-    recipe = load_recipe("tiny_cpu", ("objective.algorithm=raft",))
-    server = recipe.rollout.server.model_copy(
-        update={"base_urls": ("http://me:secret@host:1",), "shared_dir": "/mnt/x"}
-    )
-    recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"server": server})})
-    card = model_card(recipe, SUMMARY, weights="policy", dtype=None, verification=None)
-    assert "trained with RAFT" in card
-    assert "raft" in ModelCard(card).data.tags
-    assert "POPO" not in card
-    assert "@article" not in card
+def card_of(recipe: Recipe, **summary: object) -> str:
+    return model_card(recipe, {**SUMMARY, **summary}, weights="policy", dtype=None, verification=None)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "title", "says"),
+    [
+        ("popo", "POPO", "Wrong answers are never trained on."),
+        ("mixed", "POPO and a term against wrong answers", "A further term lowers the likelihood of wrong answers."),
+        ("raft", "RAFT", "mean negative log-likelihood of the right ones"),
+        ("grpo", "GRPO", "trains on all of them"),
+    ],
+)
+def test_the_card_calls_the_algorithm_what_it_is(algorithm: str, title: str, says: str) -> None:
+    card = card_of(load_recipe("tiny_cpu", (f"objective.algorithm={algorithm}",)))
+    assert f"# tiny, trained with {title}\n" in card
+    assert says in card
+    assert ("Wrong answers are never" in card) == (algorithm == "popo")
+    ours = algorithm in ("popo", "mixed")
+    assert ("@article{popo2026" in card) == ("2605.06650" in card) == ("POPO" in card) == ours
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert algorithm in front["tags"]
+    assert ("popo" in front["tags"]) == ours
+    data = ModelCard(card).data
+    assert data == ModelCardData(**front)
+    assert [(result.metric_type, result.metric_value) for result in data.eval_results] == [("pass@1", 0.965)]
+
+
+def test_grpo_recipes_that_ship_are_not_called_popo() -> None:
+    others = [recipe for recipe in map(load_recipe, shipped_recipes()) if recipe.objective.algorithm != "popo"]
+    assert len(others) == 6
+    for recipe in others:
+        card = card_of(recipe)
+        assert "trained with GRPO" in card
+        assert "POPO" not in card
+
+
+def test_the_card_names_no_path_server_or_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/planted-user")
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    planted = "/mnt/planted-disk/deep"
+    recipe = load_recipe("tiny_cpu", [
+        f"model.id={planted}/my-model", "lora.init_from=~/planted-folder/adapter",
+        f"data.dataset={planted}/sums.jsonl",
+        f'reward.functions=["math", {{name="json_schema", schema_file="{planted}/shape.json", weight=0.1}}]',
+        "rollout.environment.name=game:Game", 'reward.positive_if=["math"]', "output.dir=~/planted-folder",
+        f'rollout.environment.options={{data="{planted}/words.txt", api="https://planted-host/v1", size=3}}',
+        'data.system_prompt="/no_think Read /home/planted-user/notes or hf_planted."', "eval.dataset=gsm8k",
+        "eval.config=/home/planted-user/x",
+    ])  # fmt: skip
+    server = {"base_urls": ("http://me:secret@planted-host:1",), "shared_dir": planted}
+    recipe = recipe.with_values({f"rollout.server.{key}": value for key, value in server.items()})
+    changes = [
+        {"step": 30, "key": "lora.init_from", "before": None, "now": f"{planted}/other"},
+        {"step": 40, "key": "optimizer.learning_rate", "before": 2e-5, "now": 1e-5},
+        {"step": 50, "key": "rollout.server.base_urls", "before": [], "now": ["http://planted-host"]},
+    ]
+    card = card_of(recipe, changes=changes, doubts=["steps 41 to 50 were not proved, /home/planted-user/run/log.txt"])
+    assert "planted" not in card.replace("~/run/log.txt", "")
     assert "secret" not in card
-    assert "/mnt/x" not in card
+    shown = tomllib.loads(card.partition("```toml\n")[2].partition("```")[0])
+    assert shown["model"]["id"] == "my-model"
+    assert shown["lora"]["init_from"] == "adapter"
+    assert shown["data"]["dataset"] == "sums.jsonl"
+    assert shown["data"]["system_prompt"] == "/no_think Read ~/notes or ***."
+    assert shown["reward"]["functions"][1]["schema_file"] == "shape.json"
+    assert shown["rollout"]["environment"]["options"] == {"data": "words.txt", "api": "URL", "size": 3}
+    assert "base_urls" not in card or shown["rollout"]["server"]["base_urls"] == []
+    assert '- from step 30 `lora.init_from` was "other", before unset\n' in card
+    assert "- from step 40 `optimizer.learning_rate` was 1e-5, before 2e-5\n" in card
+    assert "- steps 41 to 50 were not proved, ~/run/log.txt\n" in card
+
+
+def test_the_card_of_a_checkpoint_says_so() -> None:
+    recipe = load_recipe("tiny_cpu")
+    assert "after 60 steps of" in card_of(recipe)
+    card = card_of(recipe, steps=20, after=None)
+    assert "after 20 of 60 steps of" in card
+    assert "| pass@1 | 29.5% |" in card
 
 
 @pytest.mark.parametrize("broken", ["license: [", "a: b: c", "- a\n- b", "license: {x: 1}", "\x00"])

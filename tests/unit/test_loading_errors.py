@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def test_weights_in_another_format_can_be_converted_as_the_advice_says(folder, t
     found = refusal(base, recipe)
     assert "has no *.safetensors" in found.what
     monkeypatch.chdir(tmp_path)
-    exec(str(found.next_step).split('"')[1])  # noqa: S102
+    exec(shlex.split(str(found.next_step))[4].rstrip(","))  # noqa: S102
     converted = recipe.with_values({"id": str(tmp_path / "converted")})
     assert torch.equal(base(converted).state_dict()["lm_head.weight"], state["lm_head.weight"])
     load_tokenizer(converted)

@@ -490,6 +490,7 @@ def random_recipe(source: random.Random, algorithm: str) -> Recipe:
     # "arithmetic" is the only one with data.digits, and reasoning-gym's have tasks.
     drawn["data.dataset"] = source.choice([drawn["data.dataset"], "arithmetic", "reasoning-gym:gcd"])
     drawn["eval.dataset"] = source.choice([drawn["eval.dataset"], "reasoning-gym:gcd"])
+    drawn["rollout.server.base_urls"] = source.choice([(), ("https://host:8000", "http://[::1]:8000/a~b")])
     while True:
         tables: dict[str, Any] = {}
         for name, value in drawn.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from popo_lite.errors import EngineError, StalePolicyError
+from popo_lite.errors import EngineError, PopoError, StalePolicyError
 from popo_lite.policy.policy import load_policy
 from popo_lite.samplers import SamplingParams, server_client
 from popo_lite.samplers.server import ServerSampler, serve_command
@@ -41,6 +41,7 @@ class Script(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.connections, self.headers = [], []
         self.room, self.token, self.processed = 512, None, True
+        self.location = ""  # where redirects lead
         self.answer = lambda path, body: None
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -104,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.in_flight -= self.path == "/v1/completions"
         self.send_response(status)
+        if server.location and status // 100 == 3:
+            self.send_header("Location", server.location)
         self.send_header("Content-Length", str(len(text.encode())))
         self.end_headers()
         self.wfile.write(text.encode())
@@ -290,18 +293,33 @@ def test_no_header_of_another_service_is_sent(start, servers, monkeypatch):
         assert not {"x-gateway-key", "openai-organization"} & headers.keys()
 
 
-def test_a_redirect_is_not_followed(start, servers):
-    servers[0].answer = lambda path, body: (307, "") if path == "/v1/models" else None
-    with pytest.raises(EngineError, match="307 to GET /v1/models"):
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(start, servers, monkeypatch, status):
+    """Not even to the same host: the token would go along."""
+    monkeypatch.setenv("POPO_SERVER_TOKEN", "a-secret")
+    servers[0].location = f"{servers[1].url}/v1/models"
+    servers[0].answer = lambda path, body: (status, "") if path == "/v1/models" else None
+    with pytest.raises(EngineError, match=f"{status} to GET /v1/models"):
         start(servers[0].url)
+    assert servers[0].headers[0]["authorization"] == "Bearer a-secret"
+    assert servers[1].headers == []
+
+
+def test_no_proxy_gets_prompts_and_token(start, servers, monkeypatch, tmp_path):
+    monkeypatch.setenv("POPO_SERVER_TOKEN", "a-secret")
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, servers[1].url)
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password another-secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    start(servers[0].url)
+    assert {headers["authorization"] for headers in servers[0].headers} == {"Bearer a-secret"}
+    assert servers[1].headers == []
 
 
 def test_what_is_no_url_is_an_error(start):
-    for port in ("port", "99999", "-1"):
-        with pytest.raises(EngineError, match="is no URL"):
-            start(f"http://127.0.0.1:{port}")
-    with pytest.raises(EngineError, match="missing an 'http://'"):
-        start("127.0.0.1:8000")
+    for url in ("http://127.0.0.1:port", "http://127.0.0.1:99999", "http://127.0.0.1:-1", "127.0.0.1:8000"):
+        with pytest.raises(PopoError, match="is no URL"):
+            start(url)
 
 
 def test_a_passing_failure_is_retried_unnoticed(start, servers):

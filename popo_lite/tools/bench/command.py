@@ -10,6 +10,7 @@ import click
 
 from popo_lite.errors import UserInputError
 from popo_lite.tools.plan.command import parse_size
+from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 
 POSITIVE = click.IntRange(min=1)
 SIZES = {  # option -> the recipe's key that it overrides
@@ -31,10 +32,11 @@ SIZES = {  # option -> the recipe's key that it overrides
 @click.option(
     "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
 )
+@trust_option
 @click.option("as_json", "--json", is_flag=True, help="Print the result as JSON and nothing else.")
 def bench(
     recipe: str, steps: int, positives: int | None, memory_cap: str | None, longest: bool, overrides: tuple[str, ...],
-    as_json: bool, **sizes: int | None,
+    trust: bool, as_json: bool, **sizes: int | None,
 ) -> None:  # fmt: skip
     """Measure a step of RECIPE on this machine before anything is downloaded.
 
@@ -50,6 +52,7 @@ def bench(
     # Before --set, so that a --set which an error advises takes effect.
     overrides = (*(f"{SIZES[name]}={size}" for name, size in sizes.items() if size is not None), *overrides)
     settings = load_recipe(recipe, overrides)
+    refuse_untrusted(settings, recipe, trust, overrides=overrides, only=MODEL_CODE)
 
     import torch
 

@@ -14,20 +14,14 @@ from click.core import ParameterSource
 from popo_lite.errors import EngineError, UserInputError
 from popo_lite.recipe import EnvironmentRecipe, MathFunction, Recipe
 from popo_lite.tools.checkpoint_option import checkpoint_option
+from popo_lite.trust import refuse_untrusted, trust_option
 
 PAPER_PRESET = {"samples": 128, "temperature": 0.7, "top_p": 0.95, "max_tokens": 4096, "system_prompt":
                 r"Please reason step by step, and put your final answer within \boxed{}."}  # fmt: skip
 """How the published evaluation sampled. Its k is 8, the default."""
-HELD_OUT = (
-    "task",
-    "weights",
-    "problems",
-    "samples",
-    "temperature",
-    "seed",
-    "engine",
-    "checkpoint",
-)  # options for held-out problems
+HELD_OUT = ("task", "weights", "problems", "samples", "temperature", "seed", "engine", "checkpoint",
+            "trust")  # fmt: skip
+"""Options for held-out problems."""
 WEIGHTS = click.Choice(["base", "adapter", "siamese"])
 JINJA_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 POSITIVE = click.IntRange(min=1)
@@ -50,6 +44,7 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Default as in the run's recipe.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the sampled answers.")
 @click.option("--engine", type=click.Choice(["auto", "hf", "vllm", "server"]), help="Default as in the run's recipe.")
+@trust_option
 @click.option("as_json", "--json", is_flag=True, help="Print the results as JSON.")
 @click.option("--benchmarks", metavar="paper|NAME,...", help="Measure on these instead of held-out problems.")
 @click.option("--data", multiple=True, metavar="NAME=FILE", help="Read a benchmark from a file; may be repeated.")
@@ -137,6 +132,7 @@ def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...],
         default = default.with_name(f"{default.name}-step-{model.checkpoint}")
     folder = run.EvaluationFolder(options["output"] or default)
     model = replace(model, recipe=with_options(model.recipe, {**options, "date": folder.date()}))
+    refuse_untrusted(model.recipe, model_or_run, options["trust"])
     prepared = run.prepare_all(model.recipe, files, skip_overlong=options["skip_overlong"])
     settings = run.settings_of(model, prepared, {"seeds": seeds, "samples": samples, "top_p": options["top_p"]})
     with folder.locked():

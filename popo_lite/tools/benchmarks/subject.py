@@ -32,6 +32,7 @@ from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.datasets import digests
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.trust import refuse_untrusted
 from popo_lite.types import EvalResult, Problem, Prompt
 
 RUN_WEIGHTS = ("base", "adapter", "siamese")
@@ -216,18 +217,21 @@ def open_subjects(
 
 def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: Sequence[str] = (),
                     problems: int | None = None, samples: int = 8, temperature: float | None = None, seed: int = 0,
-                    engine: str | None = None, checkpoint: int | str | None = None,
+                    engine: str | None = None, checkpoint: int | str | None = None, trust: bool = False,
                     bar: Bar = no_bar) -> list[EvalResult]:  # fmt: skip
     """Return a result for each of a run's `weights` (default: all) and for each other model, on the same draws.
 
     `task` is a run or recipe: see `task_recipe`. `problems`, `temperature` and `engine` default to its own; `samples`
-    is per problem. `checkpoint` is as in `open_run`. One model is in memory at a time.
+    is per problem. `checkpoint` is as in `open_run`. With `trust`, code of the runs and `task` is run and remembered.
+    One model is in memory at a time.
     """
     values = {"rollout.engine": engine, "eval.temperature": temperature, "eval.samples_per_problem": samples}
     recipe = dated(task_recipe(models, task)).with_values(
         {key: value for key, value in values.items() if value is not None}
     )
     subjects = open_subjects(models, weights, recipe, checkpoint)
+    places = dict.fromkeys([*models, *([] if task is None else [task])])
+    refuse_untrusted([subject.recipe for subject in subjects], ", ".join(places), trust)
     if problems is not None and problems < 1:
         raise UserInputError("must be at least 1", where=f"problems = {problems}", next_step="leave it out")
     if problems is None and recipe.eval.problems < 1:

@@ -9,6 +9,7 @@ from typing import Any
 from unicodedata import category
 
 from popo_lite.metrics import Unit
+from popo_lite.redaction import redact
 
 ABSENT = "-"
 # Characters that the console draws with, and an ASCII substitute for each: one for one keeps columns aligned.
@@ -69,10 +70,10 @@ def by_stage(seconds: Mapping[str, float]) -> tuple[dict[str, float], float]:
 
 
 def clean(text: str) -> str:
-    """Return untrusted `text` on one line, without format characters, and with marks for other control characters."""
+    """Return untrusted `text` on one line, without secrets and format characters, control characters as marks."""
     # Models write escape sequences, direction overrides and lone surrogates. Variation selectors change how wide the
     # character before them is drawn.
-    kept = [c for c in " ".join(text.split()) if category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f"]
+    kept = [c for c in " ".join(redact(text).split()) if category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f"]
     return "".join("\ufffd" if category(c)[0] == "C" else c for c in kept)
 
 

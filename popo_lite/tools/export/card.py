@@ -1,7 +1,11 @@
-"""Write the model card: what the model is, how it was trained, its results, and how to load it. No local paths."""
+"""Write the model card: what the model is, how it was trained, its results, and how to load it.
+
+It names no local path, no server and no login, whatever the recipe holds.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,13 +16,18 @@ from jinja2 import Environment
 from popo_lite.policy.gguf import GGUF_SUFFIX
 from popo_lite.policy.load import model_source
 from popo_lite.recipe import OutputRecipe, Recipe
-from popo_lite.recipe_file import dump_recipe, flatten
+from popo_lite.recipe_file import dump_recipe, to_toml
+from popo_lite.redaction import redact
 from popo_lite.tools.console.output import measured
 from popo_lite.tools.console.words import quantity
 from popo_lite.tools.export.verify import base_of, loss_of, remedy, table_of
 
 Facts = Mapping[str, Any]
 LOCAL_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gguf")
+SOURCES = ("id", "init_from", "dataset")  # of models, adapters and problems: local, or on the Hub
+PROSE = ("system_prompt", "chat_template", "pattern", "thinking_tags")  # text that may look like a path: "/no_think"
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
+ALGORITHMS = {"popo": "POPO", "raft": "RAFT", "grpo": "GRPO", "mixed": "POPO and a term against wrong answers"}
 
 
 def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | None, verification: Facts | None,
@@ -28,13 +37,11 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
     environment = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # noqa: S701 - not HTML
     results = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name)}
     figures = measured(results.values()).items()
-    # Servers' addresses may hold a login, and their shared folder is a local path.
-    public: dict[str, Any] = {"output": OutputRecipe(), "rollout.server": type(recipe.rollout.server)()}
-    settings, system_prompt = flatten(recipe), recipe.data.system_prompt
-    sources = ("model.id", "lora.init_from", "data.dataset", "eval.dataset")
-    public |= {key: known_as(settings[key]) for key in sources if settings.get(key) is not None}
+    private: dict[str, Any] = {"output": OutputRecipe(), "rollout.server": type(recipe.rollout.server)()}
+    public = Recipe.model_validate(_public(recipe.with_values(private).to_dict()))
+    system_prompt = recipe.data.system_prompt
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return environment.from_string(template).render(
+    card = environment.from_string(template).render(
         front_matter=_front_matter(
             recipe,
             "gguf" if gguf else "transformers" if dtype else "peft",
@@ -45,6 +52,9 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
         base_file=recipe.model.id.endswith(GGUF_SUFFIX),
         on_hub=recipe.model.id != "tiny" and not is_local(recipe.model.id),
         algorithm=recipe.objective.algorithm,
+        trained_with=ALGORITHMS[recipe.objective.algorithm],
+        planned_steps=recipe.train.steps,
+        changes=_changes(summary),
         summary=summary,
         weights=weights,
         dtype=dtype,
@@ -59,8 +69,43 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
         merged_into=base_of(verification) if verification else None,
         loss=loss_of(verification),
         remedy=remedy(verification["merged_base"], dtype, gguf) if verification and dtype else None,
-        recipe=dump_recipe(recipe.with_values(public)).strip(),
+        recipe=dump_recipe(public).strip(),
     )
+    return redact(_without_home(card))
+
+
+def _public(value: Any, key: str = "") -> Any:
+    """Return plain data of a recipe without local paths and URLs; of a path, the last part stays."""
+    if isinstance(value, dict):
+        return {name: _public(inner, name) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(inner, key) for inner in value]
+    if not isinstance(value, str) or key in PROSE:
+        return value
+    if key in SOURCES:
+        value = known_as(value)
+    path = Path(_without_home(value))
+    return URL.sub("URL", path.name if path.is_absolute() or path.parts[:1] == ("~",) else str(value))
+
+
+def _changes(summary: Facts) -> list[str]:
+    """Return what changed when the run was resumed, without settings that are private."""
+    lines = []
+    for change in summary.get("changes") or ():
+        key = change["key"]
+        if not key.startswith(("output.", "rollout.server.")):
+            before, now = (
+                "unset" if change[at] is None else to_toml(_public(change[at], key.rpartition(".")[2]))
+                for at in ("before", "now")
+            )
+            lines.append(f"from step {change['step']:,} `{key}` was {now}, before {before}")
+    return lines
+
+
+def _without_home(text: str) -> str:
+    """Return `text` with ~ for the home folder."""
+    home = str(Path.home())
+    return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if home != "/" else text
 
 
 def is_local(source: str) -> bool:
@@ -90,11 +135,19 @@ def _front_matter(recipe: Recipe, library: str, result: Facts) -> str:
     task: dict[str, Any] = {"task_type": "text-generation", "dataset_type": dataset, "dataset_name": dataset}
     rates = result.get("pass_at_k", {}).items()
     results = [EvalResult(**task, metric_type=f"pass@{k}", metric_value=rate) for k, rate in rates] or None
+    algorithm: str = recipe.objective.algorithm
+    family = ["popo", "mixed"] if algorithm == "mixed" else [algorithm]
     data = ModelCardData(
         base_model=None if recipe.model.id == "tiny" or is_local(recipe.model.id) else recipe.model.id,
         library_name=library,
         pipeline_tag="text-generation",
-        tags=[recipe.objective.algorithm, "popo-lite", "rlvr", "reinforcement-learning", "lora"],
+        tags=[
+            *family,
+            "popo-lite",
+            "rlvr",
+            "reinforcement-learning",
+            "lora",
+        ],
         model_name=known_as(recipe.model.id).rpartition("/")[2] if results else None,
         eval_results=results,
         **licence,

@@ -13,6 +13,7 @@ import click
 
 from popo_lite.errors import ExportError, UserInputError
 from popo_lite.tools.checkpoint_option import checkpoint_option
+from popo_lite.trust import GRADING_CODE, MODEL_CODE, refuse_untrusted, trust_option
 
 if TYPE_CHECKING:
     from popo_lite.tools.export.pipeline import ExportReport
@@ -52,8 +53,10 @@ PROBLEMS_HELP = "Held-out problems for pass@1 beside the policy's, 0 for none; d
 @click.option("--push-to-hub", "repo_id", metavar="USER/NAME", help="Upload the folder to the Hugging Face Hub.")
 @click.option("--private", is_flag=True, help="Upload to a private repository.")
 @click.option("--dry-run", is_flag=True, help="Show what --push-to-hub would upload, without network.")
+@trust_option
 @click.option("as_json", "--json", is_flag=True, help="Print the report as one JSON object.")
-def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
+def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, trust: bool, as_json: bool,
+           **options: Any) -> None:  # fmt: skip
     """Turn RUN, a folder that `popo-lite train` made, into a model that others can load.
 
     A merged model is loaded again and compared with the trained policy on real prompts and in pass@1. With
@@ -66,7 +69,9 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, as_json
     from popo_lite.run_folder import RunFolder
 
     folder = RunFolder(run)
-    threads = folder.recipe().train.cpu_threads
+    recipe = folder.recipe()
+    refuse_untrusted(recipe, run, trust, only=MODEL_CODE if options["what"] == "adapter" else GRADING_CODE)
+    threads = recipe.train.cpu_threads
     if repo_id is not None:
         _check_repo_id(repo_id)
 

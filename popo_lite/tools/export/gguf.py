@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from popo_lite.recipe import Recipe
+from popo_lite.tasks.rendering import applying_template
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """transformers' `model_type` -> GGUF's architecture, for dense models that transformers can read back."""
@@ -225,7 +226,8 @@ def modelfile(tokenizer: Any, weights: str, recipe: Recipe, stop_ids: Collection
     turn, question, answer = {"role": "user", "content": "<<P>>"}, "{{ .Prompt }}", "{{ .Response }}"
 
     def render(messages: list[dict[str, str]], **options: Any) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        with applying_template():
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     without = render([turn], add_generation_prompt=True)
     try:

@@ -16,6 +16,7 @@ import click
 from popo_lite.errors import UserInputError
 from popo_lite.host_memory import available_bytes
 from popo_lite.tools.simulate import Simulator, refuse
+from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 
 UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 
@@ -33,6 +34,7 @@ UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 @click.option(
     "--simulate", is_flag=True, help="Also run a step of the trainer on a simulated GPU, and count its memory."
 )
+@trust_option
 @click.option("as_json", "--json", is_flag=True, help="Print the plan as one JSON object, sizes in bytes.")
 def plan(
     recipe: str,
@@ -41,6 +43,7 @@ def plan(
     host: str | None,
     overrides: tuple[str, ...],
     simulate: bool,
+    trust: bool,
     as_json: bool,
 ) -> None:
     """Plan the memory of RECIPE phase by phase: a TOML file, or the name of a shipped recipe.
@@ -62,6 +65,7 @@ def plan(
     from popo_lite.tools.plan.vram import Machine, plan_memory
 
     settings = load_recipe(recipe, overrides)
+    refuse_untrusted(settings, recipe, trust, overrides=overrides, only=MODEL_CODE)
     if simulate:
         refuse(settings)
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from popo_lite.errors import UserInputError
+from popo_lite.trust import refuse_untrusted, trust_option
 
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -24,10 +25,11 @@ RATE = click.FloatRange(0, 1, min_open=True)
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of every variant.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
 @click.option("--ignore-plan", is_flag=True, help="Start runs even if the memory plan says that they do not fit.")
+@trust_option
 @click.option("--dry-run", is_flag=True, help="Check every recipe and list the runs; start nothing.")
 @click.option("as_json", "--json", is_flag=True, help="Print only the results, as JSON, at the end.")
 def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tuple[str, ...], jobs: int,
-          ignore_plan: bool, dry_run: bool, as_json: bool) -> None:  # fmt: skip
+          ignore_plan: bool, trust: bool, dry_run: bool, as_json: bool) -> None:  # fmt: skip
     """Train every variant of SWEEP with every seed: a TOML file, or the name of a shipped sweep.
 
     The same command continues a stopped sweep: finished runs are kept, an unfinished one is resumed, a failed one
@@ -58,6 +60,8 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
             cells = [list({**run, "overrides": " ".join(as_options(run["overrides"]))}.values()) for run in listed]
             table(f"{len(runs)} runs", ("variant", "seed", "state", "differs in", "folder"), cells)
         return
+    # Here and not in the runs' processes, for which all settings of the sweep are --set, as if the user typed them.
+    refuse_untrusted([variant.recipe for variant in requested.variants], sweep_file, trust)
     with folder.locked() as lock:
         refuse_other_sweep(folder, requested)  # again: another may have started here meanwhile
         folder.start_files(requested)
