@@ -194,7 +194,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        # A server may send half a surrogate pair, which UTF-8 cannot hold and JSON can.
+        file.write(re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -15,13 +16,17 @@ import click
 @click.option("--samples", type=click.IntRange(min=1), default=1, help="Answers to draw.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=0.7)
 @click.option("--seed", type=click.IntRange(min=0), default=0)
-@click.option("as_json", "--json", is_flag=True, help="Print the answers as JSON.")
+@click.option("as_json", "--json", is_flag=True, help="Print the answers as JSON, with all their control characters.")
 def generate(
     run: Path, question: str, weights: str, samples: int, temperature: float, seed: int, as_json: bool
 ) -> None:
     """Ask the model that RUN trained a QUESTION."""
+    from popo_lite.errors import UserInputError
     from popo_lite.run_folder import RunFolder
+    from popo_lite.tools.console.output import write
 
+    if not question.isprintable() and any("\ud800" <= character <= "\udfff" for character in question):
+        raise UserInputError("is not UTF-8 text", where="QUESTION", next_step="write the question in UTF-8")
     folder = RunFolder(run)
     recipe, adapter = folder.recipe(), folder.trained_adapter(weights)
 
@@ -46,4 +51,4 @@ def generate(
         found = [{"text": a.text, "finish_reason": a.finish_reason.value, "mean_logp": a.mean_logp} for a in answers]
         click.echo(json.dumps({"question": question, "answers": found}))
     else:
-        click.echo("\n".join(answer.text for answer in answers))
+        write("\n".join(answer.text for answer in answers), sys.stdout)

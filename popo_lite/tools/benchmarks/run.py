@@ -11,8 +11,6 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
-
 from popo_lite.errors import CheckpointError, DataError, ModelError
 from popo_lite.evaluation import not_solved
 from popo_lite.grading import Grader
@@ -26,6 +24,7 @@ from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.benchmarks.datasets import BENCHMARKS, open_benchmark, unreadable_references, within_tolerance
 from popo_lite.tools.benchmarks.scores import Answers, refuse_ungraded
 from popo_lite.tools.benchmarks.subject import Bar, Subject, active_adapter, open_checked
+from popo_lite.tools.console.output import notify
 from popo_lite.tools.work_folder import locked, refuse_foreign
 from popo_lite.types import Completion, FinishReason, Outcome, Problem, Prompt, Reward
 
@@ -94,7 +93,7 @@ def prepare(name: str, problems: Sequence[Problem], renderer: Renderer, *, max_c
          f"longest prompt takes {longest_prompt:,} of the context of {context_tokens:,}"),
     ):  # fmt: skip
         if applies:
-            click.echo(f"{name}: {note}", err=True)
+            notify(f"{name}: {note}")
     asked = [[p.problem.id, p.token_ids, p.problem.answer, dict(p.problem.meta)] for p in prompts]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     settings = {"problems": len(fitting), "skipped": skipped, "max_completion_length": limit, "digest": digest}
@@ -206,7 +205,7 @@ def answer_all(
     answers = folder.resume(chunks)
     todo = [chunk for chunk in chunks if answers.keys().isdisjoint(chunk)]
     if answers:
-        click.echo(f"{len(chunks) - len(todo)} of {len(chunks)} parts are in {folder.path} already", err=True)
+        notify(f"{len(chunks) - len(todo)} of {len(chunks)} parts are in {folder.path} already")
     if todo:
         # Enough tokens for the longest prompt, and for every benchmark's longest prompt with its answer.
         prompt = max(benchmark.longest_prompt for benchmark in prepared)

@@ -9,12 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import click
 import torch
 
 from popo_lite.errors import DataError, ModelError, UserInputError
@@ -33,6 +31,7 @@ from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.datasets import digests
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.console.output import notify
 from popo_lite.types import EvalResult, Problem, Prompt
 
 RUN_WEIGHTS = ("base", "adapter", "siamese")
@@ -122,7 +121,7 @@ def open_checked(
     Raises UserInputError if the reward functions cannot be used on the first of `prompts`, and EngineError if these
     show that the sampler ignores its adapter.
     """
-    notify, first = partial(click.echo, err=True), list(islice(prompts, PROBE_PROMPTS))
+    first = list(islice(prompts, PROBE_PROMPTS))
     with Grader(recipe.grading, thinking_open=renderer.opens_thinking) as grader:
         grader.check([prompt.problem for prompt in first])
         with open_sampler(recipe, policy, text=renderer.text, notify=notify) as sampler:
@@ -221,13 +220,13 @@ def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: 
             now = digests(asked.held_out(recipe.eval.problems))
         if other := sum(now.get(name) != digest for name, digest in before.items()):
             what = f"{other:,} of {len(before):,} held-out problems changed or are gone since {run.path} was trained"
-            click.echo(f"{what}; those in their place may have been trained on", err=True)
+            notify(f"{what}; those in their place may have been trained on")
     where = "eval.dataset" if recipe.eval.dataset else "data.dataset"
     with Grader(recipe.grading) as grader:
         grader.check()
         unreadable = check_references(chosen, grader, "held-out problems", where)
     for notice in [*asked.notices, *([not_solved(unreadable, len(chosen), "held-out problems")] if unreadable else [])]:
-        click.echo(notice, err=True)
+        notify(notice)
     return [result for subject in subjects for result in _answer(subject, asked, chosen, seed, bar)]
 
 
