@@ -57,6 +57,15 @@ _PRIMED = re.compile("([A-Za-z])('+)")
 _DANGLING = re.compile(r"[+\-*/^_=,]\s*$|\{\s*\}|[([{]\s*[*/^]|[+*/^]\s*[*/^]")
 
 
+def prepare_math(**_: object) -> dict[str, Any]:
+    """Grade one answer, by which sympy and the parser fill their caches.
+
+    Otherwise the first answer after a hanging one, in a new worker, would pay for that and might be a TIMEOUT itself.
+    """
+    grade_math(r"\boxed{\sqrt{a}\sqrt{b}+1}", {"id": "", "answer": r"1+\sqrt{ab}"})
+    return {}
+
+
 def grade_math(
     text: str,
     problem: Mapping[str, Any],

@@ -370,7 +370,7 @@ THOUGHTS = {
 def corpus() -> Iterator[Case]:
     """Yield every case, controls not among them."""
     for name, text in NUMBERS.items():
-        expected = ANY if name.endswith(("digits", "confusable")) else WRONG
+        expected = ANY if name.endswith(("digits", "circled")) else WRONG
         yield Case(f"number: {name}", boxed(text), "42", expected)
         yield Case(f"unboxed number: {name}", f"the answer is ${text}$", r"\sqrt{42}")
         # Found equal to itself without being computed, or refused.
@@ -385,7 +385,7 @@ def corpus() -> Iterator[Case]:
             yield Case(f"long box: {name}", boxed(text + "1"))
     for kind, texts in (("regex", CATASTROPHIC), ("json", JSON), ("macro", MACROS), ("thought", THOUGHTS)):
         for name, text in texts.items():
-            yield Case(f"{kind}: {name}", text)
+            yield Case(f"{kind}: {name}", text, expected=ANY if kind == "json" and "42" in text else WRONG)
     for kind, texts in (("escape", ESCAPES), ("markup", MARKUP), ("code", CODE)):
         for name, text in texts.items():
             yield Case(f"{kind} in the box: {name}", boxed(text), expected=ANY if "42" in text else WRONG)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from corpus import corpus
-from helpers import record
 
+from helpers import record
 from popo_lite.errors import DataError
 from popo_lite.tools.console import words
 from popo_lite.tools.console.output import closing_report, eval_report, open_console, print_error, table
@@ -129,8 +129,11 @@ def test_a_file_has_no_padding(name):
     elif name == "table":
         table("title", ["a", "b"], [["x", long], ["y", "z"]], console)
     elif name == "eval":
-        shared = dict(problems=1, unreadable=1, samples_per_problem=1, pass_at_1=0.5, pass_at_k={1: 0.5}, seconds=1.0)
-        shared |= dict(task_figures={}, truncated_ratio=0.0, ungraded_ratio=0.0, completion_tokens_mean=1.0)
+        shared = dict.fromkeys(
+            ("truncated_ratio", "ungraded_ratio", "completion_tokens_mean", "seconds", "pass_at_1"), 0.5
+        )
+        shared |= dict.fromkeys(("problems", "unreadable", "samples_per_problem"), 1)
+        shared |= {"pass_at_k": {1: 0.5}, "task_figures": {}}
         eval_report([EvalResult(weights=w, rollout_tokens=1, pass_rates=(0.5,), **shared) for w in ("a", "b")], console)
     elif name == "closing":
         sizes = ("trained_tokens", "shared_tokens", "peak_memory_bytes", "siamese_extra_bytes", "quantized_modules")

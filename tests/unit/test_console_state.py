@@ -1,8 +1,8 @@
 """What a view knows of a run; and the scripted run that the tests of all views play."""
 
 import pytest
-from helpers import record
 
+from helpers import record
 from popo_lite.tools.console.views import RunState
 from popo_lite.tools.console.words import by_stage
 
