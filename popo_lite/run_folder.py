@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from popo_lite.damage import as_object, reading
 from popo_lite.errors import CheckpointError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import dump_recipe, flatten, load_recipe
@@ -193,16 +194,22 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line."""
-    with path.open("a", encoding="utf-8") as file:
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        # A server may send half a surrogate pair, which UTF-8 cannot hold and JSON can.
-        file.write(re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
+    # A server may send half a surrogate pair, which UTF-8 cannot hold; written as \ud800 it is JSON's escape for it.
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return every line of a JSONL file."""
-    # Not str.splitlines: it also splits at separators that answers may contain.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """Return every line of a JSONL file. Raises CheckpointError for a line that is not a JSON object."""
+    with reading(path):
+        # Not str.splitlines: it also splits at separators that answers may contain.
+        lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line:
+            with reading(path, f"line {number}"):
+                records.append(as_object(json.loads(line.decode())))
+    return records
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -217,7 +224,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line.decode()) if line else None
-        except ValueError:  # not JSON, or half a character
+        except (ValueError, RecursionError):  # not JSON, or half a character, or nested too deep
             record = None
         if isinstance(record, dict):
             kept += [line.decode() + "\n"] if keep(record) else []

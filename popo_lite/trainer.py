@@ -24,6 +24,7 @@ import torch
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import Cursor, checkpoint_folders, load_checkpoint, save_checkpoint
 from popo_lite.curriculum import Budget, Choice, choose_problems, collect, level_pass_rate, next_level, remember
+from popo_lite.damage import read_json
 from popo_lite.errors import CheckpointError, EngineError, PopoError
 from popo_lite.evaluation import check_references, evaluate, fitting, not_solved
 from popo_lite.grading import TRIED_PROBLEMS, Grader
@@ -467,7 +468,7 @@ class Trainer:
         path = self.folder.data_path
         if not path.is_file():  # killed before it was written
             return
-        before, now = json.loads(path.read_text(encoding="utf-8")), self._digests()
+        before, now = read_json(path), self._digests()
         if self.cursor.before is not None and (found := changes(before["held_out"], now["held_out"])):
             what = f"the held-out problems changed since training began ({found}), so its effect cannot be measured"
             next_step = "restore the data, or start a new run: the same command without --resume and --output"

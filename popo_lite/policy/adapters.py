@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from popo_lite.damage import read_json
 from popo_lite.errors import ModelError, nearest
 from popo_lite.policy.parts import decoder_of, expert_weights, is_mamba
 from popo_lite.recipe import LoraRecipe
@@ -156,7 +157,7 @@ def adapter_folder(path: str | Path, *, key: str) -> Path:
 
 def _check_settings(folder: Path, recipe: LoraRecipe, base: PreTrainedModel) -> None:
     """Raise ModelError if the adapter has other settings than the recipe: PEFT would use the adapter's."""
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_json(folder / "adapter_config.json")
     wanted: dict[str, Any] = {ours: getattr(recipe, ours) for ours in PEFT_NAMES}
     found: dict[str, Any] = {ours: config.get(theirs, False) for ours, theirs in PEFT_NAMES.items()}
     layers = linear_names(base) if recipe.target_modules == "all-linear" else recipe.target_modules

@@ -11,6 +11,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from popo_lite.damage import read_json, reading
 from popo_lite.errors import CheckpointError, DataError, ModelError
 from popo_lite.evaluation import not_solved
 from popo_lite.grading import Grader
@@ -134,8 +135,9 @@ class EvaluationFolder:
 
     def date(self) -> datetime.date:
         """Return the date in prompts: that of the evaluation here, or today."""
-        settings = json.loads(self.settings_path.read_text("utf-8")) if self.settings_path.is_file() else {}
-        return datetime.date.fromisoformat(settings["date"]) if "date" in settings else datetime.date.today()
+        settings = read_json(self.settings_path) if self.settings_path.is_file() else {}
+        with reading(self.settings_path):
+            return datetime.date.fromisoformat(settings["date"]) if "date" in settings else datetime.date.today()
 
     def locked(self) -> AbstractContextManager[int]:
         """Lock the folder. Raises UserInputError if another evaluation runs in it, or it holds something else."""
@@ -149,7 +151,7 @@ class EvaluationFolder:
         if not self.settings_path.is_file():
             write_atomically(self.settings_path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
             return
-        before = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        before = read_json(self.settings_path)
         if changed := differences(_flat(before), _flat(json.loads(json.dumps(settings)))):
             changed[5:] = [f"{len(changed) - 5} more differ"] if len(changed) > 5 else []
             what = f"the evaluation in this folder has other settings: {'; '.join(changed)}"
@@ -168,7 +170,9 @@ class EvaluationFolder:
         answers: dict[Key, Answers] = {}
         planned = set().union(*chunks)
         for number, line in enumerate(read_lines(self.answers_path), 1):
-            if (key := tuple(map(line.get, KEY))) not in planned or key in answers:
+            with reading(self.answers_path, f"line {number}"):
+                unplanned = (key := tuple(map(line.get, KEY))) not in planned
+            if unplanned or key in answers:
                 what = f"line {number} {'repeats another one' if key in answers else 'is not of this evaluation'}"
                 next_step = "the file was changed; restore it, or start again in another folder with --output"
                 raise CheckpointError(what, where=str(self.answers_path), next_step=next_step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from popo_lite.damage import read_json, reading
 from popo_lite.errors import DataError, ModelError, UserInputError
 from popo_lite.evaluation import check_references, evaluate, fitting, held_out, not_solved
 from popo_lite.grading import Grader
@@ -214,7 +214,8 @@ def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: 
     asked = open_tasks(recipe)[1]
     chosen = _askable(subjects, held_out(asked, recipe, problems), recipe)
     if (run := task_run(models, task)) and run.data_path.is_file():
-        before = json.loads(run.data_path.read_text(encoding="utf-8"))["held_out"]
+        with reading(run.data_path):
+            before = dict(read_json(run.data_path)["held_out"])
         now: dict[str, str] = {}
         with suppress(DataError):  # there are fewer than before
             now = digests(asked.held_out(recipe.eval.problems))

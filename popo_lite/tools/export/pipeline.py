@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from popo_lite.damage import read_json
 from popo_lite.errors import ExportError, ModelError, UserInputError
 from popo_lite.evaluation import evaluate, fitting, held_out
 from popo_lite.grading import Grader
@@ -175,7 +176,7 @@ def _check_options(
 def _earlier(report: ExportReport, reuse: bool) -> ExportReport:
     """Return the export that is in the folder. Raises UserInputError if it is another one or may not be reused."""
     path = report.folder / REPORT_FILE
-    earlier = json.loads(path.read_text(encoding="utf-8")) if reuse and path.is_file() else {}
+    earlier = read_json(path) if reuse and path.is_file() else {}
     if report.content() != earlier | {"verification": None}:
         what, instead = "the folder is not empty", "remove it, or name another one with --output"
         raise UserInputError(what, where=str(report.folder), next_step=instead)
@@ -185,7 +186,7 @@ def _earlier(report: ExportReport, reuse: bool) -> ExportReport:
 def _copy_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:
     save_tokenizer(recipe, folder)
     shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(adapter / "adapter_config.json")
     config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

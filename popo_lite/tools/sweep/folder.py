@@ -15,6 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from popo_lite.damage import read_json, reading
 from popo_lite.errors import RecipeError, UserInputError, nearest
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import SECTIONS, find_recipe, flatten, load_recipe, read_toml, shipped_sweeps, to_toml
@@ -199,7 +200,10 @@ class SweepRun:
 
     def result(self) -> dict[str, Any]:
         """Return the finished run's line of results.jsonl."""
-        summary = json.loads(self.folder.summary_path.read_text(encoding="utf-8"))
+        with reading(self.folder.summary_path):
+            return self._result(read_json(self.folder.summary_path))
+
+    def _result(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         before, after = summary["before"] or {}, summary["after"] or {}
         return {
             "variant": self.variant.name, "seed": self.seed, "overrides": self.variant.overrides,
