@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 
 from popo_lite.errors import PopoError
 from popo_lite.grading import Grader
-from popo_lite.recipe import DatasetRecipe, RewardRecipe
+from popo_lite.recipe import DatasetRecipe, Recipe, RewardRecipe
 from popo_lite.recipe_file import dump_recipe, load_recipe, schema_of, shipped_recipes, to_toml
 from popo_lite.types import Outcome, Problem
 
@@ -129,7 +129,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "exact": {"name": "exact"},
     "choice": {"name": "choice", "choices": 5},
     "numeric": {"name": "numeric", "tolerance": 0.01},
-    "regex": {"name": "regex", "pattern": r"(\w+\s?)+$|^(a|aa)+$"},
+    "regex": {"name": "regex", "pattern": r"^(a|aa)+$|^\w \w$"},
     "json_schema": {"name": "json_schema", "schema": {"type": "object"}, "equals_reference": True},
     "language": {"name": "language", "script": "Greek"},
 }
@@ -359,7 +359,6 @@ def read_run_folder(case: tuple[str, bytes]) -> int:
     for other, good in finished().items():
         (path / other).write_bytes(content if other == name else good)
     run = RunFolder(path)
-    harmless(run.recipe)
     harmless(lambda: compare([path], reach=0.5))
     for file in (run.metrics_path, run.evaluations_path):
         harmless(lambda file=file: read_lines(file))
@@ -369,8 +368,8 @@ def read_run_folder(case: tuple[str, bytes]) -> int:
     evaluation = EvaluationFolder(path)
     harmless(evaluation.date)
     harmless(lambda: evaluation.start({"date": "2026-01-01", "k": 9}))
-    if recipe := harmless(run.recipe):
-        harmless(lambda: SweepRun(folder() / "sweep", Variant("v", {}, recipe), 0, {}).result())
+    variant = Variant("v", {}, Recipe())
+    harmless(lambda: SweepRun(folder() / "sweep", variant, 0, {}).result())
     return 1
 
 
@@ -440,14 +439,66 @@ def read_checkpoint(case: tuple[str, bytes, bool]) -> int:
     if not checked:
         (path / "checksums.json").unlink()
     other = learner()
-    if harmless(lambda: load_checkpoint(path, other)) is None:
+    if (cursor := harmless(lambda: load_checkpoint(path, other))) is None:
         return 1
+    assert type(cursor.next_step) is int
     if checked and name.endswith(".safetensors"):
         assert content == checkpoint()[name], f"{name} differs, and was loaded"
     for _, parameter in other.policy.trainable_parameters():
         parameter.grad = torch.zeros_like(parameter)
     other.optimizer.step()
     return 1
+
+
+# --------------------------------------------------------------------------- found before
+
+RECIPES = [
+    (b"", ["model.id=a\n---\nlicense: mit"]),
+    (b"", [f"data.dataset={'x' * 300}"]),
+    (b"", ["output.dir=\u202egnp.exe"]),
+]
+RUN_FOLDERS = [
+    ("summary.json", b'{"after": 5}'),
+    ("summary.json", b'{"after": {"pass_at_1": "high"}}'),
+    ("summary.json", b"[" * 20_000),
+    ("metrics.jsonl", b"[1]\n"),
+    ("metrics.jsonl", b"\xff\n"),
+    ("metrics.jsonl", b'{"step":' * 20_000 + b"\n{}\n"),
+    ("metrics.jsonl", b""),
+    ("settings.json", b'{"date": 5}'),
+    ("settings.json", b"null"),
+    ("data.json", b"3"),
+    ("adapter_config.json", b"\x00"),
+]
+
+
+def dataset_examples() -> list[Any]:
+    """Return files that ended the command with a traceback."""
+    same = {"prompt_column": None, "answer_column": None, "filter": {}}
+    lines = "\n".join(map(json.dumps, ROWS)).encode()
+    return [
+        (".jsonl", lines, same | {"answer_column": "question"}),
+        (".jsonl", lines + b"\n" + b"[" * 20_000, same),
+        (".json", b"[" * 20_000, same),
+        (".parquet", parquet().replace(b"What is 0 + 0?", b"What is \xb1 + 0?"), same),
+    ]
+
+
+def checkpoint_examples() -> list[Any]:
+    """Return files that were loaded although they are damaged."""
+    state, siamese = checkpoint()["optimizer.safetensors"], checkpoint()["siamese.safetensors"]
+    (size,) = struct.unpack("<Q", state[:8])
+    header = json.loads(state[8 : 8 + size])
+    name = next(key for key, value in header.items() if len(set(value.get("shape", ()))) == 2)
+    header[name]["shape"].reverse()
+    turned = json.dumps(header, separators=(",", ":")).encode()
+    cursor = json.loads(checkpoint()["cursor.json"])
+    return [
+        ("siamese.safetensors", siamese[:-1] + bytes([siamese[-1] ^ 1]), True),
+        ("optimizer.safetensors", struct.pack("<Q", len(turned)) + turned + state[8 + size :], False),
+        ("cursor.json", json.dumps(cursor | {"cursor": cursor["cursor"] | {"next_step": "x"}}).encode(), False),
+        ("cursor.json", b"[" * 20_000, False),
+    ]
 
 
 # --------------------------------------------------------------------------- running
@@ -460,7 +511,7 @@ class Target(NamedTuple):
     check: Callable[[Any], int]
     share: float
     each: int = 1
-    examples: tuple[Any, ...] = ()
+    examples: Callable[[], Sequence[Any]] = tuple
 
 
 TARGETS = {
@@ -468,10 +519,10 @@ TARGETS = {
         f"grade {name}": Target(graded, lambda rows, name=name: grade(name, rows), 0.3 if name == "math" else 0.03, 4)
         for name in FUNCTIONS
     },
-    "recipe": Target(recipes, read_recipe, 0.2),
-    "dataset": Target(datasets, read_dataset, 0.12),
-    "run folder": Target(run_folders, read_run_folder, 0.12),
-    "checkpoint": Target(checkpoints, read_checkpoint, 0.08),
+    "recipe": Target(recipes, read_recipe, 0.2, examples=lambda: RECIPES),
+    "dataset": Target(datasets, read_dataset, 0.12, examples=dataset_examples),
+    "run folder": Target(run_folders, read_run_folder, 0.12, examples=lambda: RUN_FOLDERS),
+    "checkpoint": Target(checkpoints, read_checkpoint, 0.08, examples=checkpoint_examples),
 }
 
 
@@ -508,14 +559,14 @@ def run(name: str, cases: int, *, derandomize: bool) -> int:
         nonlocal done
         done += target.check(case)
 
-    for found in target.examples:
-        check = example(found)(check)
     options = settings(
         max_examples=max(cases // target.each, 1), deadline=None, database=None, derandomize=derandomize,
         suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate, Phase.shrink],
         report_multiple_bugs=False,
     )  # fmt: skip
     with elsewhere():
+        for found in target.examples():
+            check = example(found)(check)
         options(given(target.strategy())(check))()
     return done
 

@@ -3,10 +3,10 @@
 import fuzz
 import pytest
 
-CASES = {"grade math": 300, "recipe": 300, "dataset": 200, "run folder": 200, "checkpoint": 150}
+CASES = {"grade math": 200, "recipe": 200, "dataset": 150}
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_only_messages_and_right_verdicts_come_out(name):
-    cases = CASES.get(name, 100)
+    cases = CASES.get(name, 80)
     assert fuzz.run(name, cases, derandomize=True) >= 0.8 * cases
