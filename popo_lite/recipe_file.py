@@ -19,7 +19,7 @@ from popo_lite.recipe_rules import NOT_RENAMED, RENAMED, impossible_combinations
 SHOW_KEYS = "popo-lite recipe show   (every key with its meaning, allowed values and default)"
 LONGEST_VALUE = 120
 LONGEST_PATH = 4000  # Linux opens no longer ones, and no part of more than 255 bytes
-TEXTS = ("data.chat_template", "data.system_prompt")  # may have several lines
+TEXTS = ("chat_template", "system_prompt", "column")  # ends of keys whose text may have any characters
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 KINDS = {"boolean": "true or false", "integer": "a whole number", "number": "a finite number", "string": "text",
          "array": "a list of text",
@@ -84,7 +84,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             if isinstance(value, str) and not value.strip():
                 unset = f"leave the key out, or unset it by --set {name}=" if schema[name].default is None else "set it"
                 wrong[name] = f"is empty; {unset}"
-            elif isinstance(value, str) and name not in TEXTS and not _is_name(value):
+            elif isinstance(value, str) and not name.endswith(TEXTS) and not _is_name(value):
                 wrong[name] = (
                     "is no name or path: it is too long, or holds characters that cannot be printed; correct it"
                 )
