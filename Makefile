@@ -6,6 +6,7 @@
 # make test-vllm                              the tests that need vLLM, with its CPU build
 # make test-real                              the tests on a real model, SmolLM2-135M, on the CPU
 # make test-engines                           both, and those that need both
+# make fuzz [CASES=20000]                     hostile answers and files: some twenty minutes
 # make study                                  docs/study.md again: some two hours on two cores; goes on where it stopped
 # make study-real                             its part on SmolLM2-135M
 # make chaos                                  100 runs killed and resumed: some ten minutes on two cores
@@ -15,6 +16,7 @@
 
 RECIPE ?= recipes/tiny_cpu.toml
 ARGS ?=
+CASES ?= 20000
 VENV := .venv
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
@@ -27,7 +29,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo '[gpu]')
 INPUTS := pyproject.toml $(CONSTRAINTS)
 
-.PHONY: train test test-newest test-fakegpu cuda-branches test-vllm test-real test-engines study study-real chaos \
+.PHONY: train test fuzz test-newest test-fakegpu cuda-branches test-vllm test-real test-engines study study-real chaos \
 	chaos-vllm soak check docs clean
 
 train: $(VENV)/.installed
@@ -57,6 +59,10 @@ test-real: $(VENV)/.installed-real
 
 test-engines: $(VENV)/.installed-vllm $(VENV)/.installed-real
 	$(PYTEST) -m 'vllm or real' $(ARGS)
+
+fuzz: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 CORPUS_STRIDE=1 $(BIN)/python -m pytest -q -s tests/hostile/test_corpus.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/fuzz.py --cases $(CASES)
 
 study: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study.py --jobs 2 $(ARGS)

@@ -6,7 +6,8 @@
 An error is an exception, or an outcome that says nothing about the answer. math-verify alone: `verify` on what `parse`
 makes of the reference between dollar signs and of the whole text. Speed: `decide_exactly` on 2,000 texts of about 700
 characters that end with a plain number in a box, half of them right; five rounds, each running both in turn in new
-processes. References: `check_math` on 1,000 generated ones with degrees and roots.
+processes. References: `check_math` on 1,000 generated ones with degrees and roots. Verdicts a second: through a
+`Grader` with two workers, over the answers that the two files hold and 5,000 plain ones.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="checkout to compare with")
     parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--job", choices=["ours", "math-verify", "speed", "references"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--job", choices=["ours", "math-verify", "speed", "references", "verdicts"], help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
     if options.job:
         print(json.dumps(run_job(options.job)))
@@ -50,6 +53,7 @@ def main() -> None:
         "verdicts": {name: start("ours", path) for name, path in code.items()}
         | {"math-verify": start("math-verify", ROOT)},
         "references": start("references", ROOT),
+        "verdicts_per_second": start("verdicts", ROOT),
     }
     rounds = [{name: start("speed", path) for name, path in code.items()} for _ in range(ROUNDS)]
     results["answers_per_second"] = {name: [round(speeds[name]) for speeds in rounds] for name in code}
@@ -57,6 +61,7 @@ def main() -> None:
         for file, counts in files.items():
             print(f"{name:12} {file:10} {counts}")
     print("references  ", results["references"])
+    print("verdicts a second, two workers:", results["verdicts_per_second"])
     for name, speeds in results["answers_per_second"].items():
         print(f"{name:12} {statistics.median(speeds):,.0f} plain answers/s, {speeds}")
     if options.json:
@@ -74,6 +79,8 @@ def run_job(job: str) -> Any:
     """Return the result of one job."""
     if job == "speed":
         return plain_answers_per_second()
+    if job == "verdicts":
+        return verdicts_per_second()
     if job == "references":
         return unreadable_references()
     return {name: count(job, path) for name, path in CASES.items()}
@@ -132,6 +139,34 @@ def plain_answers_per_second() -> float:
     seconds = time.perf_counter() - started
     assert sum(reward is not None and reward.value == 1 for reward in verdicts) == len(answers) // 2
     return len(answers) / seconds
+
+
+def verdicts_per_second() -> dict[str, float]:
+    """Grade through two workers: by `exact`, by `math` with plain numbers, and pairs that math-verify must decide.
+
+    Each of the latter is graded once, so that no cache knows it.
+    """
+    from popo_lite.grading import Grader
+    from popo_lite.grading.math import decide_exactly
+    from popo_lite.recipe import RewardRecipe
+
+    pairs = [(case["answer"], problem(case["reference"])) for path in CASES.values() for case in
+             map(json.loads, path.read_text("utf-8").splitlines())]  # fmt: skip
+    plain = [(rf"First, $x = {n}$. \boxed{{{n + n % 2}}}", problem(str(n))) for n in range(5000)]
+    jobs = {
+        "exact": ("exact", [(str(n), problem(str(n + n % 2))) for n in range(5000)]),
+        "math, plain numbers": ("math", plain),
+        "math-verify": ("math", [(text, row) for text, row in pairs if decide_exactly(text, row) is None]),
+    }
+    speeds = {}
+    for name, (function, answers) in jobs.items():
+        with Grader(RewardRecipe.model_validate({"functions": function, "workers": 2})) as grader:
+            grader.grade([("no answer", problem("1")), ("none", problem("1"))])  # starts both workers
+            started = time.perf_counter()
+            rewards = grader.grade(answers)
+            speeds[name] = round(len(answers) / (time.perf_counter() - started), 1)
+            assert all(reward.outcome.is_graded for reward in rewards)
+    return speeds
 
 
 def unreadable_references() -> dict[str, float]:

@@ -5,20 +5,23 @@ There is no random state to save: every draw of a run is a function of the seed 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from popo_lite.curriculum import History, Seen
+from popo_lite.curriculum import History
 from popo_lite.errors import ModelError
 from popo_lite.formats import checked, stamped
 from popo_lite.policy.adapters import load_adapter_weights, save_adapter
@@ -27,6 +30,8 @@ from popo_lite.update import Learner
 
 _PREFIX = "step-"
 _OURS = re.compile(r"\.step-\d{6,}\.(partial|old)")
+_CHECKSUMS = "checksums.json"
+_MOMENTS = ({"exp_avg", "exp_avg_sq"}, {"state1", "state2"})  # of torch's AdamW and of bitsandbytes'
 
 
 @dataclass(kw_only=True)
@@ -135,6 +140,7 @@ def _write(partial: Path, learner: Learner, optimizer: dict[str, Tensor], text: 
         copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in values.items()}
         save_file(copies, str(partial / f"{name}.safetensors"))
     (partial / "cursor.json").write_text(text, encoding="utf-8")
+    (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial), indent=2) + "\n", encoding="utf-8")
     for path in (*partial.rglob("*"), partial):
         _sync_to_disk(path)
 
@@ -146,10 +152,21 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
     """
     policy = learner.policy
     try:
+        # A flipped bit in a tensor is no error to safetensors.
+        if (folder / _CHECKSUMS).is_file():
+            found, expected = _checksums(folder), json.loads((folder / _CHECKSUMS).read_text("utf-8"))
+            if other := [name for name in {**expected, **found} if found.get(name) != expected.get(name)]:
+                raise ValueError(f"{other[0]} is not what was saved")
         content = checked(json.loads((folder / "cursor.json").read_text("utf-8")), folder / "cursor.json")
-        load_adapter_weights(policy.model, folder / "adapter")
-        policy.predictor.load_state_dict(load_file(str(folder / "predictor.safetensors")))
-        learner.siamese.load_state(load_file(str(folder / "siamese.safetensors")), **content["siamese"])
+        if missing := REQUIRED - content["cursor"].keys():
+            raise KeyError(f"the cursor lacks {sorted(missing)}")
+        cursor = TypeAdapter(Cursor).validate_python(content["cursor"])
+        version, loss_scale = int(content["policy_version"]), float(content["loss_scale"])
+        largest_update, average = content["siamese"]["largest_update"], load_file(str(folder / "siamese.safetensors"))
+        if average.keys() != learner.siamese.average.keys():
+            raise KeyError(
+                f"other weights in the siamese: {sorted(average.keys() ^ learner.siamese.average.keys())[0]}"
+            )
         state: dict[int, dict[str, Any]] = {}
         for path, value in {**load_file(str(folder / "optimizer.safetensors")), **content["optimizer"]}.items():
             number, *keys, last = path.split("/")
@@ -157,19 +174,41 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
             for key in keys:
                 target = target.setdefault(key, {})
             target[last] = value
+        _check_optimizer_state(state, learner)
+        load_adapter_weights(policy.model, folder / "adapter")
+        policy.predictor.load_state_dict(load_file(str(folder / "predictor.safetensors")))
+        learner.siamese.load_state(average, float(largest_update))
         # Parameter groups hold settings of the recipe, which is the same, so only the state is loaded.
         groups = learner.optimizer.state_dict()["param_groups"]
         learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        policy.version, learner.loss_scale = content["policy_version"], content["loss_scale"]
-        if missing := REQUIRED - content["cursor"].keys():
-            raise KeyError(f"the cursor lacks {sorted(missing)}")
-        known = {entry.name for entry in fields(Cursor)}
-        cursor = Cursor(**{key: value for key, value in content["cursor"].items() if key in known})
-        cursor.history = {problem: Seen(*seen) for problem, seen in cursor.history.items()}
-        cursor.lowered_budget = tuple(cursor.lowered_budget)
+        policy.version, learner.loss_scale = version, loss_scale
         return cursor
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, ModelError) as error:
-        raise damaged_checkpoint(folder, f"{type(error).__name__}: {error}") from error
+    # JSON may hold any type at any place, or be nested too deep for the parser.
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, SafetensorError,
+            ModelError) as error:  # fmt: skip
+        detail = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise damaged_checkpoint(folder, detail) from error
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Return relative path -> SHA-256 of the files with weights. Not of cursor.json, which is written again."""
+    sums = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _check_optimizer_state(state: dict[int, dict[str, Any]], learner: Learner) -> None:
+    """Raise ValueError if the state does not fit the parameters: torch would notice at the next step, or never."""
+    shapes = [parameter.shape for group in learner.optimizer.param_groups for parameter in group["params"]]
+    for number, entry in state.items():
+        entry = entry | entry.get("__bnb_optimizer_quant_state__", {})
+        if not 0 <= number < len(shapes) or not any(names <= entry.keys() for names in _MOMENTS):
+            raise ValueError(f"the optimizer's state {number} has {sorted(entry)}")
+        for name in set().union(*_MOMENTS) & entry.keys():
+            if entry[name].shape != shapes[number]:
+                raise ValueError(f"{name} of the optimizer's state {number} has the shape {tuple(entry[name].shape)}")
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

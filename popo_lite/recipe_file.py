@@ -20,6 +20,8 @@ from popo_lite.redaction import redact
 
 SHOW_KEYS = "popo-lite recipe show   (every key with its meaning, allowed values and default)"
 LONGEST_VALUE = 120
+LONGEST_PATH = 4000  # Linux opens no longer ones, and no part of more than 255 bytes
+TEXTS = ("chat_template", "system_prompt", "column")  # ends of keys whose text may have any characters
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 KINDS = {"boolean": "true or false", "integer": "a whole number", "number": "a finite number", "string": "text",
          "array": "a list of text",
@@ -89,6 +91,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, stored: bo
             if isinstance(value, str) and not value.strip():
                 unset = f"leave the key out, or unset it by --set {name}=" if schema[name].default is None else "set it"
                 wrong[name] = f"is empty; {unset}"
+            elif isinstance(value, str) and not name.endswith(TEXTS) and not _is_name(value):
+                wrong[name] = (
+                    "is no name or path: it is too long, or holds characters that cannot be printed; correct it"
+                )
         except ValidationError as error:
             if name == "reward.functions" and (place := error.errors()[0]["loc"]):
                 wrong[name] = _wrong_function(value, place)
@@ -108,6 +114,16 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, stored: bo
         # Not only where it is printed: callers of the library show errors themselves.
         raise RecipeError(redact("\n".join(errors)), next_step=SHOW_KEYS)
     return recipe
+
+
+def _is_name(text: str) -> bool:
+    """Say whether `text` can name a file or something on the Hub.
+
+    Names go into model cards and commands, where a line break would begin something else.
+    """
+    return (
+        text.isprintable() and len(text) <= LONGEST_PATH and all(len(part.encode()) <= 255 for part in text.split("/"))
+    )
 
 
 def shipped_folder() -> Path:
@@ -133,6 +149,9 @@ def find_recipe(source: str | Path) -> Path:
 
     A missing path such as `recipes/tiny_cpu.toml` is refused: the user would not notice that a shipped recipe ran.
     """
+    if not _is_name(str(source)):
+        what = f"{to_toml(str(source))[:LONGEST_VALUE]}: is no path, it is too long or holds characters that cannot be "
+        raise RecipeError(f"{what}printed", next_step="popo-lite recipe list")
     path, name, shipped = Path(source), str(source).removesuffix(".toml"), shipped_recipes()
     if path.is_file() or name in shipped:
         return path if path.is_file() else shipped[name]
@@ -159,10 +178,11 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 def to_toml(value: Any) -> str:
     """Return a value on one line of TOML; a table is written inline."""
     if isinstance(value, str):
-        # JSON's escapes are TOML's as well, but JSON lets through DEL, the C1 controls, two separators that end a line,
-        # and lone surrogates.
-        text = json.dumps(value, ensure_ascii=False)
-        return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+        # JSON's escapes are TOML's as well, but JSON lets through DEL, the C1 controls, separators that end a line,
+        # marks that reverse the order of what is read, and lone surrogates.
+        shown = (c if c.isprintable() else f"\\U{ord(c):08x}" if c > "\uffff" else f"\\u{ord(c):04x}" for c in
+                 json.dumps(value, ensure_ascii=False))  # fmt: skip
+        return "".join(shown)
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(to_toml, value))}]"
     if isinstance(value, dict):

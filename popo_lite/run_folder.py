@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from popo_lite.errors import CheckpointError, UserInputError
-from popo_lite.formats import FORMAT, KEY, checked, stamped
+from popo_lite.formats import FORMAT, KEY, checked, read_json, reading, stamped
 from popo_lite.lock import locked
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import dump_recipe, load_recipe
@@ -362,7 +362,8 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
     Appends nothing if the disk is full: half a line would spoil the one after it.
     """
-    line = (json.dumps(stamped(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+    # A server may send half a surrogate pair, which UTF-8 cannot hold; written as \\ud800 it is JSON's escape for it.
+    line = json.dumps(stamped(record), ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
     with path.open("ab", buffering=0) as file:
         end = file.tell()
         if file.write(line) != len(line):
@@ -371,24 +372,21 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return every line of a JSONL file."""
-    # Not str.splitlines: it also splits at separators that answers may contain.
-    return [checked(json.loads(line), path) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """Return every line of a JSONL file. Raises CheckpointError for a line that is not a JSON object."""
+    with reading(path):
+        # Not str.splitlines: it also splits at separators that answers may contain.
+        lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line:
+            with reading(path, f"line {number}"):
+                records.append(checked(json.loads(line.decode()), path))
+    return records
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, with the version of its format."""
     write_atomically(path, json.dumps(stamped(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a run. Raises CheckpointError if it is damaged or too new."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        next_step = "restore it from a backup, or leave this run out"
-        raise CheckpointError(f"is damaged: {error}", where=str(path), next_step=next_step) from error
-    return checked(content, path)
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -403,7 +401,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line.decode()) if line else None
-        except ValueError:  # not JSON, or half a character
+        except (ValueError, RecursionError):  # not JSON, or half a character, or nested too deep
             record = None
         if isinstance(record, dict):
             kept += [line.decode() + "\n"] if keep(checked(record, path)) else []

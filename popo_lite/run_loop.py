@@ -14,6 +14,7 @@ from popo_lite.checkpoint import load_checkpoint, save_checkpoint
 from popo_lite.errors import CheckpointError, EngineError, EngineFailedError, NotFiniteError, PopoError
 from popo_lite.evaluation import evaluate
 from popo_lite.faults import explained
+from popo_lite.formats import read_json
 from popo_lite.interrupts import StopRequested
 from popo_lite.metrics import sampler_summary
 from popo_lite.opening import OpenRun
@@ -25,7 +26,6 @@ from popo_lite.run_folder import (
     checkpoint_folders,
     keep_lines,
     peak_memory_bytes,
-    read_json,
     read_lines,
     start_files,
     write_json,

@@ -33,6 +33,8 @@ class _Commands(click.Group):
         except PopoError as error:
             shown = error
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise click.UsageError(f"the path {str(error.filename)[:60]!r}... is too long") from error
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             next_step = (

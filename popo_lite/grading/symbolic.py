@@ -57,6 +57,15 @@ _PRIMED = re.compile("([A-Za-z])('+)")
 _DANGLING = re.compile(r"[+\-*/^_=,]\s*$|\{\s*\}|[([{]\s*[*/^]|[+*/^]\s*[*/^]")
 
 
+def prepare_math(**_: object) -> dict[str, Any]:
+    """Grade one answer, by which sympy and the parser fill their caches.
+
+    Otherwise the first answer after a hanging one, in a new worker, would pay for that and might be a TIMEOUT itself.
+    """
+    grade_math(r"\boxed{\sqrt{a}\sqrt{b}+1}", {"id": "", "answer": r"1+\sqrt{ab}"})
+    return {}
+
+
 def grade_math(
     text: str,
     problem: Mapping[str, Any],
@@ -97,6 +106,7 @@ def check_math(problem: Mapping[str, Any]) -> str | None:
 def _extract(text: str) -> str | None:
     """Return what math-verify takes for the final answer of a text without a box, or else what follows "answer:"."""
     text = re.sub(r"\*\*|__|`|\\text(?:bf|it|rm)?\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"[^\S\n]+", " ", text)  # math-verify takes time in proportion to the square of a run of blanks
     found = parse(text, parsing_timeout=None, raise_on_error=False)
     lines: list[str] = _ANSWER_LINE.findall(text)
     return next((item for item in found if isinstance(item, str)), lines[-1] if lines else None)

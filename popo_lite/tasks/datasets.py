@@ -82,6 +82,9 @@ class DatasetTask:
             prompts = PROMPT_COLUMNS if part.prompt_column is None else [part.prompt_column]
             self._prompt_column = _column(prompts, f"{section}.prompt_column", columns)
             self._answer_column = _column([part.answer_column or "answer"], f"{section}.answer_column", columns)
+            if self._prompt_column == self._answer_column:
+                what = f'would take column "{self._prompt_column}" for both the question and the answer'
+                raise DataError(what, next_step=f"name different ones in {section}.prompt_column and .answer_column")
             self._training = _filtered(part.filter, f"{section}.filter", self._rows, columns)[: part.limit]
             self._level_values = self._read_levels(level_column, columns)
             if errors := self._cell_errors():
@@ -405,6 +408,7 @@ def read_records(path: Path) -> Any:
     """Return a Parquet file as a table, and any other as a list of one `Record` per row, in order."""
     from datasets import Dataset
     from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
 
     if path.suffix not in SUFFIXES:
         raise DataError(f"is not a file of a known kind ({', '.join(SUFFIXES)})", next_step="name such a file")
@@ -414,13 +418,15 @@ def read_records(path: Path) -> Any:
         raise DataError("there is no such file", next_step=next_step)
     try:
         if path.suffix == ".parquet":
-            return Dataset.from_parquet(str(path))
+            rows = Dataset.from_parquet(str(path))
+            rows.data.table.validate(full=True)  # a damaged file may hold text that is not UTF-8
+            return rows
         if encoding := _other_encoding(path):
             what, copy = f"is {encoding}, not UTF-8", shlex.quote(str(path.with_stem(f"{path.stem}-utf8")))
             command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {copy}"
             raise DataError(what, next_step=f"save it as UTF-8: {command}")
         return _csv_records(path) if path.suffix == ".csv" else _json_records(path)
-    except (OSError, ValueError, csv.Error, DatasetsError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, DatasetsError, ArrowException) as error:
         raise DataError(f"cannot be read: {_one_line(error)}", next_step="correct the file or rewrite it") from error
 
 
@@ -482,6 +488,8 @@ def _object(line: str) -> dict[str, Any] | str:
         return f"{error.msg} (column {error.colno})"
     except ValueError:  # Python refuses integers of thousands of digits
         return "an integer has more digits than can be read"
+    except RecursionError:
+        return "it is nested too deep"
     return row if isinstance(row, dict) else "not a JSON object"
 
 

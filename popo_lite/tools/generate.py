@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -20,20 +21,24 @@ from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=0.7)
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @trust_option
-@click.option("as_json", "--json", is_flag=True, help="Print the answers as JSON.")
+@click.option("as_json", "--json", is_flag=True, help="Print the answers as JSON, with all their control characters.")
 def generate(
     run: Path, question: str, weights: str, checkpoint: int | str | None, samples: int, temperature: float, seed: int,
     trust: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Ask the model that RUN trained a QUESTION."""
+    from popo_lite.errors import UserInputError
     from popo_lite.run_folder import RunFolder, checkpoint_step
+    from popo_lite.tools.console.output import notify, write
 
+    if not question.isprintable() and any("\ud800" <= character <= "\udfff" for character in question):
+        raise UserInputError("is not UTF-8 text", where="QUESTION", next_step="write the question in UTF-8")
     folder = RunFolder(run)
     recipe, saved = folder.recipe(), folder.find_checkpoint(checkpoint)
     refuse_untrusted(recipe, run, trust, only=MODEL_CODE)
     adapter = folder.trained_adapter(weights, None if saved is None else checkpoint_step(saved))
     for notice in folder.notices(checkpoint, saved):
-        click.echo(notice, err=True)
+        notify(notice)
 
     import torch
 
@@ -56,4 +61,4 @@ def generate(
         found = [{"text": a.text, "finish_reason": a.finish_reason.value, "mean_logp": a.mean_logp} for a in answers]
         click.echo(json.dumps({"question": question, "answers": found}))
     else:
-        click.echo("\n".join(answer.text for answer in answers))
+        write("\n".join(answer.text for answer in answers), sys.stdout)

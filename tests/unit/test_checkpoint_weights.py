@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 import popo_lite
 from popo_lite.cli import main
 from popo_lite.errors import CheckpointError, UserInputError
+from popo_lite.formats import read_json
 from popo_lite.recipe_file import load_recipe
-from popo_lite.run_folder import RunFolder, read_json
+from popo_lite.run_folder import RunFolder
 
 SMALL = ["train.steps=3", "train.save_steps=1", "train.save_total_limit=3", "data.prompts_per_step=2",
          "rollout.num_generations=4", "rollout.max_completion_length=24", "rollout.engine=hf", "lora.rank=2",

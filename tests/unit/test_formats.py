@@ -18,10 +18,10 @@ from helpers import json_lines
 from popo_lite import formats
 from popo_lite.cli import main
 from popo_lite.errors import CheckpointError
-from popo_lite.formats import checked, stamped
+from popo_lite.formats import checked, read_json, stamped
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_recipe
-from popo_lite.run_folder import RunFolder, append_line, is_sound, read_json, read_lines
+from popo_lite.run_folder import RunFolder, append_line, is_sound, read_lines
 
 OLD = Path(__file__).parents[1] / "fixtures" / "run-version-0"
 

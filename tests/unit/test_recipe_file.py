@@ -19,6 +19,7 @@ from popo_lite.errors import RecipeError
 from popo_lite.recipe import OBJECTIVES, Recipe, Section
 from popo_lite.recipe_file import (
     SECTIONS,
+    TEXTS,
     allowed_values,
     dump_recipe,
     find_recipe,
@@ -484,6 +485,9 @@ def random_recipe(source: random.Random, algorithm: str) -> Recipe:
         for section, keys in sections_of(algorithm).items()
         for key, field in keys_of(keys).items()
     }
+    for name, value in drawn.items():
+        if isinstance(value, str) and not name.endswith(TEXTS):
+            drawn[name] = "".join(filter(str.isprintable, value))
     drawn["objective.algorithm"] = algorithm
     first = (drawn["reward.functions"] or [{"name": "math"}])[0]
     drawn["reward.positive_if"] = source.choice(["total", [first.get("label") or first["name"]]])
@@ -588,3 +592,22 @@ def test_other_values_are_set_by_key_and_an_unknown_key_is_an_error():
     assert (recipe.rollout.adaptive.enabled, recipe.lora.rank) == (False, 16)
     with pytest.raises(KeyError, match="ModelRecipe has no key 'attention'"):
         recipe.with_values({"model.attention": "sdpa"})
+
+
+@pytest.mark.parametrize(
+    "override", ["model.id=a\n---\nlicense: mit", "output.dir=\u202egnp.exe", f"data.dataset={'x' * 300}"]
+)
+def test_a_name_is_printable_and_a_file_can_have_it(override: str) -> None:
+    with pytest.raises(RecipeError, match="is no name or path"):
+        load_recipe("tiny_cpu", [override])
+
+
+def test_a_recipe_written_shows_marks_that_reverse_the_order_of_what_is_read() -> None:
+    shown = to_toml("a\u202eb\U000e0041\x9b\ud800")
+    assert shown == r'"a\u202eb\U000e0041\u009b\ud800"'
+
+
+@pytest.mark.parametrize("source", ["x" * 300, "a\nb"])
+def test_a_source_that_is_no_path_is_refused(source: str) -> None:
+    with pytest.raises(RecipeError, match="is no path"):
+        load_recipe(source)

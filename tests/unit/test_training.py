@@ -23,6 +23,7 @@ from popo_lite.checkpoint import (
 from popo_lite.curriculum import Seen
 from popo_lite.errors import CheckpointError, PopoError, UserInputError
 from popo_lite.evaluation import pass_at_k
+from popo_lite.formats import read_json
 from popo_lite.interrupts import Interrupts, StopRequested
 from popo_lite.micro_batches import collate, pack
 from popo_lite.policy.policy import load_policy
@@ -34,7 +35,6 @@ from popo_lite.run_folder import (
     environment,
     keep_lines,
     new_run,
-    read_json,
     start_files,
     write_json,
 )

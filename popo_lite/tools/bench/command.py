@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from functools import partial
 
 import click
 
@@ -59,13 +58,13 @@ def bench(
     from popo_lite.policy.device import pick_device
     from popo_lite.policy.load import import_unsloth
     from popo_lite.tools.bench import measure, report
+    from popo_lite.tools.console.output import notify
 
     if settings.model.backend == "unsloth":
         import_unsloth()
     if settings.train.cpu_threads:
         torch.set_num_threads(settings.train.cpu_threads)
 
-    notify = partial(click.echo, err=True)
     try:
         cap = None if memory_cap is None else parse_size(memory_cap, "--memory-cap")
         if (cap or longest) and pick_device(settings.train.device).type == "cpu":

@@ -11,22 +11,22 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
-
 from popo_lite.errors import CheckpointError, DataError, ModelError
 from popo_lite.evaluation import not_solved
+from popo_lite.formats import read_json, reading
 from popo_lite.grading import Grader
 from popo_lite.lock import locked
 from popo_lite.policy.load import load_config
 from popo_lite.policy.parts import context_of
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import Recipe
-from popo_lite.run_folder import append_line, differences, environment, keep_lines, read_json, read_lines, write_json
+from popo_lite.run_folder import append_line, differences, environment, keep_lines, read_lines, write_json
 from popo_lite.samplers import SamplingParams, pick_engine
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.benchmarks.datasets import BENCHMARKS, open_benchmark, unreadable_references, within_tolerance
 from popo_lite.tools.benchmarks.scores import Answers, refuse_ungraded
 from popo_lite.tools.benchmarks.subject import Bar, Subject, active_adapter, open_checked
+from popo_lite.tools.console.output import notify
 from popo_lite.tools.work_folder import refuse_foreign
 from popo_lite.types import Completion, FinishReason, Outcome, Problem, Prompt, Reward
 
@@ -95,7 +95,7 @@ def prepare(name: str, problems: Sequence[Problem], renderer: Renderer, *, max_c
          f"longest prompt takes {longest_prompt:,} of the context of {context_tokens:,}"),
     ):  # fmt: skip
         if applies:
-            click.echo(f"{name}: {note}", err=True)
+            notify(f"{name}: {note}")
     asked = [[p.problem.id, p.token_ids, p.problem.answer, dict(p.problem.meta)] for p in prompts]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     settings = {"problems": len(fitting), "skipped": skipped, "max_completion_length": limit, "digest": digest}
@@ -137,7 +137,8 @@ class EvaluationFolder:
     def date(self) -> datetime.date:
         """Return the date in prompts: that of the evaluation here, or today."""
         settings = read_json(self.settings_path) if self.settings_path.is_file() else {}
-        return datetime.date.fromisoformat(settings["date"]) if "date" in settings else datetime.date.today()
+        with reading(self.settings_path):
+            return datetime.date.fromisoformat(settings["date"]) if "date" in settings else datetime.date.today()
 
     def locked(self) -> AbstractContextManager[int]:
         """Lock the folder. Raises UserInputError if another evaluation runs in it, or it holds something else."""
@@ -170,7 +171,9 @@ class EvaluationFolder:
         answers: dict[Key, Answers] = {}
         planned = set().union(*chunks)
         for number, line in enumerate(read_lines(self.answers_path), 1):
-            if (key := tuple(map(line.get, KEY))) not in planned or key in answers:
+            with reading(self.answers_path, f"line {number}"):
+                unplanned = (key := tuple(map(line.get, KEY))) not in planned
+            if unplanned or key in answers:
                 what = f"line {number} {'repeats another one' if key in answers else 'is not of this evaluation'}"
                 next_step = "the file was changed; restore it, or start again in another folder with --output"
                 raise CheckpointError(what, where=str(self.answers_path), next_step=next_step)
@@ -207,7 +210,7 @@ def answer_all(
     answers = folder.resume(chunks)
     todo = [chunk for chunk in chunks if answers.keys().isdisjoint(chunk)]
     if answers:
-        click.echo(f"{len(chunks) - len(todo)} of {len(chunks)} parts are in {folder.path} already", err=True)
+        notify(f"{len(chunks) - len(todo)} of {len(chunks)} parts are in {folder.path} already")
     if todo:
         # Enough tokens for the longest prompt, and for every benchmark's longest prompt with its answer.
         prompt = max(benchmark.longest_prompt for benchmark in prepared)

@@ -8,16 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import click
 import torch
 
 from popo_lite.errors import DataError, ModelError, UserInputError
 from popo_lite.evaluation import check_references, evaluate, fitting, held_out, not_solved
+from popo_lite.formats import read_json, reading
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, empty_adapter, load_adapter_weights
 from popo_lite.policy.device import computes_bfloat16, pick_device
@@ -26,12 +25,13 @@ from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.run_folder import RunFolder, checkpoint_step, dated, read_json
+from popo_lite.run_folder import RunFolder, checkpoint_step, dated
 from popo_lite.samplers import Sampler, open_sampler
 from popo_lite.samplers.probe import PROBE_PROMPTS, SamplerGuard
 from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.datasets import digests
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.console.output import notify
 from popo_lite.trust import refuse_untrusted
 from popo_lite.types import EvalResult, Problem, Prompt
 
@@ -96,7 +96,7 @@ def open_run(path: Path, wanted: Sequence[str], checkpoint: int | str | None = N
     step = None if found is None else checkpoint_step(found)
     if set(names) != {"base"}:
         for notice in folder.notices(checkpoint, found):
-            click.echo(f"{path}: {notice}", err=True)
+            notify(f"{path}: {notice}")
     adapters = {
         name: None if name == "base" else folder.trained_adapter("siamese" if name == "siamese" else "policy", step)
         for name in names
@@ -138,7 +138,7 @@ def open_checked(
     Raises UserInputError if the reward functions cannot be used on the first of `prompts`, and EngineError if these
     show that the sampler ignores its adapter.
     """
-    notify, first = partial(click.echo, err=True), list(islice(prompts, PROBE_PROMPTS))
+    first = list(islice(prompts, PROBE_PROMPTS))
     with Grader(recipe.grading, thinking_open=renderer.opens_thinking) as grader:
         grader.check([prompt.problem for prompt in first])
         with open_sampler(recipe, policy, text=renderer.text, notify=notify) as sampler:
@@ -241,19 +241,20 @@ def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: 
     asked = open_tasks(recipe)[1]
     chosen = _askable(subjects, held_out(asked, recipe, problems), recipe)
     if (run := task_run(models, task)) and run.data_path.is_file():
-        before = read_json(run.data_path)["held_out"]
+        with reading(run.data_path):
+            before = dict(read_json(run.data_path)["held_out"])
         now: dict[str, str] = {}
         with suppress(DataError):  # there are fewer than before
             now = digests(asked.held_out(recipe.eval.problems))
         if other := sum(now.get(name) != digest for name, digest in before.items()):
             what = f"{other:,} of {len(before):,} held-out problems changed or are gone since {run.path} was trained"
-            click.echo(f"{what}; those in their place may have been trained on", err=True)
+            notify(f"{what}; those in their place may have been trained on")
     where = "eval.dataset" if recipe.eval.dataset else "data.dataset"
     with Grader(recipe.grading) as grader:
         grader.check()
         unreadable = check_references(chosen, grader, "held-out problems", where)
     for notice in [*asked.notices, *([not_solved(unreadable, len(chosen), "held-out problems")] if unreadable else [])]:
-        click.echo(notice, err=True)
+        notify(notice)
     return [result for subject in subjects for result in _answer(subject, asked, chosen, seed, bar)]
 
 

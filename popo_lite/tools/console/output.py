@@ -52,15 +52,32 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     for index, column in enumerate(columns):
         cells = [row[index] for row in shown if row[index]]
         numeric = bool(cells) and all(isinstance(cell, str) and _NUMBER.fullmatch(cell) for cell in cells)
-        built.add_column(safe(column, console), justify="right" if numeric else "left", overflow="fold")
+        built.add_column(Text(safe(column, console)), justify="right" if numeric else "left", overflow="fold")
     for row in shown:
         built.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    console.print(Text(safe(title, console), "bold"), built, "", sep="\n")
+    parts = (Text(safe(title, console), "bold"), built, "")
+    if console.is_terminal:
+        console.print(*parts, sep="\n")
+        return
+    # In a file, a cell of 500 characters would add 500 blanks to the line of every other cell of its column.
+    with console.capture() as captured:
+        console.print(*parts, sep="\n")
+    console.out("\n".join(line.rstrip() for line in captured.get().split("\n")), end="", highlight=False)
 
 
 def safe(text: str, console: Console) -> str:
     """Return `text` on one line, without control characters, in the console's encoding."""
     return words.encodable(words.clean(text), console.encoding)
+
+
+def notify(text: str) -> None:
+    """Print untrusted lines, such as a notice that quotes a dataset, to standard error."""
+    write(text, sys.stderr)
+
+
+def write(text: str, stream: TextIO) -> None:
+    """Print untrusted `text` line by line, without control characters, in the stream's encoding. Nothing is folded."""
+    print(words.encodable(words.printable(text), getattr(stream, "encoding", None) or "utf-8"), file=stream)
 
 
 def print_error(error: PopoError, console: Console | None = None) -> None:
@@ -213,4 +230,4 @@ def _print_results(results: Mapping[str, Mapping[str, Any]], below: str, console
     if unreadable := max(result.get("unreadable", 0) for result in results.values()):
         below = f"{unreadable:,} problems cannot be graded and count as not solved.\n{below}"
     if below:
-        console.print(Text(words.encodable(below, console.encoding)))
+        console.print(Text(words.encodable(words.printable(below), console.encoding)))

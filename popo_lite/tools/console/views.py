@@ -22,6 +22,7 @@ from popo_lite.tools.console import words
 Clock = Callable[[], float]  # returns seconds that only grow
 
 _LINE = ("pass_rate", "loss", "entropy", "entropy_over_start", "siamese_cosine", "completion_tokens_mean")
+MOST_SHOWN = 4000  # characters of a notice's line: no screen shows more, and it is drawn twice a second
 GROUPS = ("groups_all_right", "groups_some_right", "groups_none_right", "groups_ungraded")
 
 
@@ -77,7 +78,7 @@ class RunState(Callback):
 
     def message(self, text: str) -> None:
         """Remember the notice and when it came."""
-        self.notices += [f"{datetime.now():%H:%M:%S}  {words.clean(line)}" for line in text.splitlines()]
+        self.notices += [f"{datetime.now():%H:%M:%S}  {words.clean(line[:MOST_SHOWN])}" for line in text.splitlines()]
 
     def pace(self) -> tuple[float | None, float | None]:
         """Return the median seconds between the ends of two recent steps, and the seconds left at this pace."""

@@ -12,6 +12,7 @@ from popo_lite.metrics import Unit
 from popo_lite.redaction import redact
 
 ABSENT = "-"
+MAX_ACCENTS = 3  # on one letter, more than any language needs
 # Characters that the console draws with, and an ASCII substitute for each: one for one keeps columns aligned.
 _SUBSTITUTES = str.maketrans("━╸╺─█▇▆▅▄▃▂▁▓░…✓✗·×±\ufffd", "=  -#%*+=-:.+.~vx|x~?")
 
@@ -70,11 +71,28 @@ def by_stage(seconds: Mapping[str, float]) -> tuple[dict[str, float], float]:
 
 
 def clean(text: str) -> str:
-    """Return untrusted `text` on one line, without secrets and format characters, control characters as marks."""
+    """Return untrusted `text` on one line, without secrets and format characters, other control characters as marks."""
+    return _drawable(" ".join(redact(text).split()))
+
+
+def printable(text: str) -> str:
+    """Return untrusted `text` as `clean` does, but with its lines and blanks; a tab becomes blanks."""
+    return "\n".join(_drawable(line.expandtabs()) for line in redact(text).splitlines())
+
+
+def _drawable(line: str) -> str:
     # Models write escape sequences, direction overrides and lone surrogates. Variation selectors change how wide the
-    # character before them is drawn.
-    kept = [c for c in " ".join(redact(text).split()) if category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f"]
-    return "".join("\ufffd" if category(c)[0] == "C" else c for c in kept)
+    # character before them is drawn, and many accents on one letter are drawn over the lines above and below.
+    if line.isascii() and line.isprintable():
+        return line
+    kept, accents = [], 0
+    for character in line:
+        kind = category(character)
+        accents = accents + 1 if kind in ("Mn", "Me") else 0
+        if kind == "Cf" or accents > MAX_ACCENTS or "\ufe00" <= character <= "\ufe0f" or character >= "\U000e0000":
+            continue
+        kept.append("\ufffd" if kind[0] == "C" else character)
+    return "".join(kept)
 
 
 def encodable(text: str, encoding: str) -> str:

@@ -78,7 +78,7 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, trust: 
     import torch
     from rich.text import Text
 
-    from popo_lite.tools.console.output import open_console, progress
+    from popo_lite.tools.console.output import open_console, progress, write
     from popo_lite.tools.export.pipeline import export_run
     from popo_lite.tools.export.verify import loss_of
 
@@ -104,7 +104,7 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, trust: 
         console.print(Text(f"  {_remedy_command(run, report)}\n", "cyan"), soft_wrap=True)
     if planned is not None:
         visibility = "private" if private else "public"
-        click.echo(f"Would be uploaded to {repo_id}, {visibility}. Its card, README.md:\n\n{planned['card']}")
+        write(f"Would be uploaded to {repo_id}, {visibility}. Its card, README.md:\n\n{planned['card']}", sys.stdout)
 
 
 def _check_repo_id(repo_id: str) -> None:

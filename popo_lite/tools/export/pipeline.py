@@ -23,6 +23,7 @@ from torch import Tensor
 
 from popo_lite.errors import ExportError, ModelError, UserInputError
 from popo_lite.evaluation import evaluate, fitting, held_out
+from popo_lite.formats import read_json
 from popo_lite.grading import Grader
 from popo_lite.policy.adapters import ADAPTER_FILE, adapter_folder
 from popo_lite.policy.gguf import convert_gguf
@@ -31,7 +32,7 @@ from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
-from popo_lite.run_folder import RunFolder, checkpoint_step, read_json, write_json
+from popo_lite.run_folder import RunFolder, checkpoint_step, write_json
 from popo_lite.samplers.hf import HFSampler
 from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.rendering import Renderer
@@ -197,7 +198,7 @@ def _earlier(report: ExportReport, reuse: bool) -> ExportReport:
 def _copy_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:
     save_tokenizer(recipe, folder)
     shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(adapter / "adapter_config.json")
     config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

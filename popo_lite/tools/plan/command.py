@@ -56,7 +56,7 @@ def plan(
     GPU and without weights. That takes some 20 seconds.
     """
     from popo_lite.recipe_file import load_recipe
-    from popo_lite.tools.console.output import open_console
+    from popo_lite.tools.console.output import notify, open_console
     from popo_lite.tools.plan.advice import advice_for
     from popo_lite.tools.plan.report import plan_report
     from popo_lite.tools.plan.shapes import UnknownArchitectureError, load_shape
@@ -77,7 +77,7 @@ def plan(
         except UserInputError as refused:
             what = f"{error.what}, and {refused.what}"
             raise UserInputError(what, where=refused.where, next_step=refused.next_step) from error
-        click.echo(f"{error.what}; simulating a step instead, which takes some 20 seconds", err=True)
+        notify(f"{error.what}; simulating a step instead, which takes some 20 seconds")
     host_bytes, host_source = (None, "not judged") if host is None else (parse_size(host, "--host"), "--host")
     vram_bytes, others_bytes, source, others_source = 24 * 2**30, 0, "--vram", "none counted"
     capability = ADA

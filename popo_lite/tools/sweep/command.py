@@ -41,7 +41,7 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
         next_step = "use WSL2, or train the variants one by one with `popo-lite train RECIPE --set ...`"
         raise UserInputError("sweeps do not run on Windows", next_step=next_step)
 
-    from popo_lite.tools.console.output import table
+    from popo_lite.tools.console.output import notify, table
     from popo_lite.tools.console.words import share
     from popo_lite.tools.sweep.folder import SweepFolder, as_options, load_sweep, refuse_other_sweep
     from popo_lite.tools.sweep.runner import SweepView, execute
@@ -79,7 +79,7 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
     if failures:
         click.echo(f"{len(failures)} of {len(runs)} runs failed:", err=True)
     for each in failures:
-        click.echo(f"  {each['variant']} seed {each['seed']}: {each['message']}\n    {each['log']}", err=True)
+        notify(f"  {each['variant']} seed {each['seed']}: {each['message']}\n    {each['log']}")
     options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--ignore-plan"] if ignore_plan else [])]
     same_command = shlex.join(["popo-lite", "sweep", str(folder.sweep_path), "--output", str(folder.path), *options])
     if interrupted:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from popo_lite.errors import CheckpointError, UserInputError
+from popo_lite.formats import reading
 from popo_lite.recipe_file import flatten
 from popo_lite.run_folder import RunFolder, read_lines
 from popo_lite.tools.sweep.folder import SweepFolder, load_sweep, named_values
@@ -170,8 +171,19 @@ def read_run(path: Path, *, reach: float) -> RunFigures:
     recipe = run.recipe()
     if not run.ended:
         raise CheckpointError("the run has not ended", where=str(path), next_step=run.resume_command)
-    after = run.summary()["after"] or {}
+    with reading(run.summary_path):
+        after = dict(run.summary()["after"] or {})
     steps = read_lines(run.metrics_path)
+    with reading(run.metrics_path):
+        figures, curves = _figures_of(run, steps, after, reach)
+        problems = after.get("problems", 0) + 0
+    return RunFigures(path, recipe.train.seed, figures, curves, problems)
+
+
+def _figures_of(
+    run: RunFolder, steps: Sequence[Mapping[str, Any]], after: Mapping[str, Any], reach: float
+) -> tuple[dict[str, Any], Mapping[str, Values]]:
+    """Return the figures and curves of a run with these records. `after` is its evaluation after training."""
     try:
         by_step = {name: [line[name] for line in steps] for name in (*AVERAGED, *TOTALS, *CURVES, "seconds")}
     except KeyError as error:
@@ -200,7 +212,10 @@ def read_run(path: Path, *, reach: float) -> RunFigures:
     # Not smoothed: these do not jump from step to step.
     curves["siamese_drift"] = by_step["siamese_drift"]
     curves["trained_tokens"] = list(itertools.accumulate(by_step["trained_tokens"]))
-    return RunFigures(path, recipe.train.seed, figures, curves, after.get("problems", 0))
+    for value in itertools.chain(figures.values(), *curves.values()):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{value} in place of a number")
+    return figures, curves
 
 
 def smoothed(values: Values) -> list[float | None]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from popo_lite.errors import RecipeError, UserInputError, nearest
+from popo_lite.formats import reading
 from popo_lite.lock import locked, writing
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import SECTIONS, find_recipe, flatten, load_recipe, read_toml, shipped_sweeps, to_toml
@@ -208,7 +209,10 @@ class SweepRun:
 
     def result(self) -> dict[str, Any]:
         """Return the finished run's line of results.jsonl."""
-        summary = self.folder.summary()
+        with reading(self.folder.summary_path):
+            return self._result(self.folder.summary())
+
+    def _result(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         before, after = summary["before"] or {}, summary["after"] or {}
         return {
             "variant": self.variant.name, "seed": self.seed, "overrides": self.variant.overrides,
