@@ -81,6 +81,7 @@ PIECES = {
 }
 RUNS = {  # command -> what it would run; the other commands run nothing
     "train": PIECES.keys(),
+    "resume": PIECES.keys(),
     "sweep": PIECES.keys(),
     "eval": PIECES.keys(),
     "export": {"model", "grader", "game"},
@@ -182,7 +183,7 @@ def test_no_command_runs_code_that_is_not_trusted(path, stranger):
         "eval run --task tiny_cpu",
         "plan canary.toml --simulate",
         "bench canary.toml --longest",
-        "train canary.toml --resume --output run",
+        "resume run --set train.steps=9",
         "train canary.toml --set train.steps=2",
         "sweep sweep.toml --jobs 2 --set rollout.environment.name=canary_game:Game",
         "export run --what adapter",

@@ -111,7 +111,17 @@ def test_advice_to_a_resumed_run_says_what_needs_a_new_one(run, advice, shown):
 
 
 # Advice. Modules whose errors and messages come from a run that has started.
-WHILE_RUNNING = ("trainer.py", "update.py", "micro_batches.py", "host_memory.py", "samplers/*.py", "grading/grader.py")
+WHILE_RUNNING = (
+    "trainer.py",
+    "run_loop.py",
+    "verdicts.py",
+    "faults.py",
+    "update.py",
+    "micro_batches.py",
+    "host_memory.py",
+    "samplers/*.py",
+    "grading/grader.py",
+)
 KEY = re.compile("|".join(sorted(map(re.escape, KEYS), key=len, reverse=True)))
 ADVICE = re.compile(r"--set |lower|raise|set |smaller|larger|fewer|help|easier|use ")
 

@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -94,7 +93,7 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = (), seeds: str | N
     else:
         errors.append(f"{source}: recipe: must name the base recipe, a shipped one or a path ending in .toml")
     if base:
-        shared |= {key: attrgetter(key)(base) for key in overridden}
+        shared |= {key: flatten(base).get(key) for key in overridden}
         for name, changes in named.items():
             place = f"{source}: variant {name}: "
             # From the file and not from `base`: defaults that depend on other settings are resolved per variant.
