@@ -1,9 +1,11 @@
 """What a view knows of a run; and the scripted run that the tests of all views play."""
 
+import io
+
 import pytest
 
 from helpers import record
-from popo_lite.tools.console.views import RunState
+from popo_lite.tools.console.views import SHOWN, PlainView, RunState
 from popo_lite.tools.console.words import by_stage
 
 HOSTILE = "[/red] \x1b[31m\x1b[2J\x9b2J bell\x07 \u202e \ud800 [bold]markup[/] 日本語 👩\u200d🔬\tnul\x00\r\n"
@@ -87,6 +89,15 @@ def test_time_left_is_the_median_pace_times_the_steps_left():
         clock[0] += took
         state.step(record(42))
     assert (state.steps_done, *state.pace()) == (45, 11.0, 55.0)
+
+
+@pytest.mark.parametrize(("view", "kept"), [(RunState(), SHOWN), (PlainView(io.StringIO()), 1)])
+def test_a_long_run_does_not_fill_memory_with_its_records(view, kept):
+    for step in range(SHOWN + 5):
+        view.step(skipped(step) if step < 3 else record(step))
+    assert len(view.records) == kept
+    assert view.records[-1]["step"] == SHOWN + 4
+    assert (view.skips, view.steps_done) == (3, SHOWN + 5)
 
 
 def test_the_total_among_the_seconds_is_no_stage():

@@ -289,7 +289,7 @@ def test_planning_and_comparing_need_no_torch() -> None:
 def test_set_takes_settings_that_are_tables(write: Write) -> None:
     path = write('recipe = "tiny_cpu"\n[variants.a]\nlora.rank = 4\n')
     functions = 'reward.functions=["math", {name="length", max=40}]'
-    sweep = load_sweep(path, [functions, "lora.target_modules=[\"q_proj\"]"])
+    sweep = load_sweep(path, [functions, 'lora.target_modules=["q_proj"]'])
     for recipe in (sweep.base, sweep.variants[0].recipe):
         assert [function.name for function in recipe.reward.functions or ()] == ["math", "length"]
         assert recipe.lora.target_modules == ("q_proj",)

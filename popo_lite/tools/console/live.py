@@ -218,12 +218,12 @@ def _progress(state: RunState) -> RenderableType:
     below = "no step has ended yet"
     if records:
         far += f"   {words.duration(left)} left"
-        reason, skips = records[-1]["skipped_reason"], sum(r["skipped_reason"] is not None for r in records)
+        reason, skips, steps = records[-1]["skipped_reason"], state.skips, state.steps_done - state.first_step
         below = f"{words.duration(pace)} a step"
         below += f"   done about {words.clock_time(datetime.now(), left)}" if left else ""
-        below += f"   {skips} of {len(records)} steps skipped" if skips else ""
+        below += f"   {skips} of {steps} steps skipped" if skips else ""
         if reason is not None:
-            below = f"step {done} changed no weights ({skips} of {len(records)} skipped): {words.clean(reason)}"
+            below = f"step {done} changed no weights ({skips} of {steps} skipped): {words.clean(reason)}"
     ran = words.duration(state.clock() - state.stage_since) if state.stage_name else ""
     if stage_total := state.stage_total:
         ran = f"{state.stage_done / stage_total:4.0%}   {state.stage_done:,} of {stage_total:,}   {ran}"

@@ -26,6 +26,10 @@ MOST_SHOWN = 4000  # characters of a notice's line: no screen shows more, and it
 GROUPS = ("groups_all_right", "groups_some_right", "groups_none_right", "groups_ungraded")
 
 
+SHOWN = 1000
+"""Records that are kept for trends. Each takes some 10 kB."""
+
+
 class RunState(Callback):
     """Remember what the run reported."""
 
@@ -37,7 +41,8 @@ class RunState(Callback):
         self.facts: dict[str, str] = {}
         self.stage_name, self.stage_done, self.stage_since, self.started = "", 0, 0.0, clock()
         self.stage_total: int | None = None
-        self.records: list[StepRecord] = []
+        self.records: deque[StepRecord] = deque(maxlen=SHOWN)
+        self.skips = 0
         self.notices: list[str] = []
         self._step_ends: deque[float] = deque(maxlen=20)
         self._samples: deque[Mapping[str, Any]] = deque()
@@ -69,6 +74,7 @@ class RunState(Callback):
                 self._step_ends.append(self.clock() - words.by_stage(record["seconds"])[1])
             self._step_ends.append(self.clock())
             self.records.append(record)
+            self.skips += record["skipped_reason"] is not None
             self.steps_done = record["step"] + 1  # less than before if the run went back to a checkpoint
 
     def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -88,7 +94,7 @@ class RunState(Callback):
         return median, median * max(self.total_steps - self.steps_done, 0)
 
     def trend(self, name: str) -> list[float | None]:
-        """Return a metric, a task figure, or `reward NAME` at each step. None means that the step had none."""
+        """Return a metric, a task figure, or `reward NAME` at each of the last `SHOWN` steps; None if one had none."""
         rewards = [{f"reward {key}": value for key, value in record["rewards"].items()} for record in self.records]
         values = [
             {**record["task_figures"], **own, **record}.get(name)
@@ -124,6 +130,7 @@ class PlainView(RunState):
 
     def __init__(self, stream: TextIO, *, heartbeat_seconds: float = 30.0, clock: Clock = time.monotonic) -> None:
         super().__init__(clock)
+        self.records = deque(maxlen=1)  # it shows no trends
         self._stream, self._heartbeat_seconds, self._printed = stream, heartbeat_seconds, clock()
         self._done = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="popo-lite heartbeat", daemon=True)
