@@ -35,15 +35,15 @@ def skipped(step: int) -> dict:
     return record(step, skipped_reason=reason, pass_rate=0.0, positives=0, **none)
 
 
-def play(view, clock=None, steps: int = STEPS) -> None:
-    """The first `steps` of 60 steps, 12 seconds each; stops in the middle of a rollout."""
+def play(view, clock=None, steps: int = STEPS, done: int = 0) -> None:
+    """The next `steps` of 60 steps, 12 seconds each, after `done`; stops in the middle of a rollout."""
     for step in range(steps):
         view.stage("rollout", total=256)
         view.advance(256)
         view.stage("update")
         if clock is not None:
             clock[0] += 12.0
-        view.step(skipped(step) if step in SKIPPED else record(step))
+        view.step({**(skipped(step) if step in SKIPPED else record(step)), "step": done + step})
         view.samples(
             [
                 {
@@ -83,11 +83,11 @@ def test_time_left_is_the_median_pace_times_the_steps_left():
     state.start(title="t", facts={}, total_steps=50, first_step=40)
     clock[0] = 500.0  # an evaluation before training is no step
     assert state.pace() == (None, None)
-    state.step(record(41))
+    state.step(record(40))
     assert state.pace()[0] == pytest.approx(12.2, abs=1e-9)
-    for took in (10.0, 11.0, 300.0, 10.0):
+    for step, took in enumerate((10.0, 11.0, 300.0, 10.0), 41):
         clock[0] += took
-        state.step(record(42))
+        state.step(record(step))
     assert (state.steps_done, *state.pace()) == (45, 11.0, 55.0)
 
 

@@ -23,7 +23,7 @@ def test_plain_prints_a_line_a_step():
     stream = io.StringIO()
     with PlainView(stream, clock=lambda: clock[0]) as view:
         view.start(title="train " + HOSTILE, facts=FACTS, total_steps=60, first_step=5)
-        play(view, clock)
+        play(view, clock, done=5)
         view.message("two\nlines\x1b[2J")
     lines = stream.getvalue().splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d  ", line) for line in lines)
