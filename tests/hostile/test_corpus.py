@@ -6,10 +6,13 @@ and no control may change its verdict.
 
 import json
 import os
-import resource
+import re
 import time
+from contextlib import suppress
 from itertools import cycle, pairwise
+from pathlib import Path
 
+import psutil
 import pytest
 from corpus import ANY, CANARY, CONTROLS, RIGHT, WRONG, Case, corpus
 
@@ -104,6 +107,15 @@ def request(case: Case, number: int) -> tuple[str, Problem]:
     return case.text, Problem(id=f"p-{number}", messages=(question,), answer=case.reference)
 
 
+def peak_mib() -> float:
+    """Return the most memory that a worker which is alive has had, MiB."""
+    found = [0]
+    for worker in psutil.Process().children():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{worker.pid}/status").read_text()))
+    return max(found) / 1024
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_case_hangs_runs_or_changes_a_neighbours_verdict(name, tmp_path, monkeypatch):
     if name == "python_tests" and (reason := sandbox.uncontained_reason()):
@@ -114,14 +126,14 @@ def test_no_case_hangs_runs_or_changes_a_neighbours_verdict(name, tmp_path, monk
     settings = {"functions": functions if isinstance(functions, list) else [functions], "timeout_seconds": TIMEOUT}
     if name == "several":
         settings["positive_if"] = ["math"]
-    slowest, wrong, outcomes = 0.0, [], dict.fromkeys(map(str, Outcome), 0)
+    slowest, peak, wrong, outcomes = 0.0, 0.0, [], dict.fromkeys(map(str, Outcome), 0)
     with Grader(RewardRecipe.model_validate(settings)) as grader:
         unreadable = grader.unreadable([request(case, number)[1] for number, case in enumerate(cases)])
         for number, (case, beside) in enumerate(zip(cases, pairwise(cycle(controls)), strict=False)):
             batch = [beside[0], case, beside[1]]
             began = time.monotonic()
             rewards = grader.grade([request(one, number) for one in batch])
-            slowest = max(slowest, time.monotonic() - began)
+            slowest, peak = max(slowest, time.monotonic() - began), max(peak, peak_mib())
             for one, reward in zip(batch, rewards, strict=True):
                 if one is not case:  # its reference is readable and its verdict known
                     if (reward.outcome is Outcome.CORRECT) != (one.expected == RIGHT) or not reward.outcome.is_graded:
@@ -132,7 +144,6 @@ def test_no_case_hangs_runs_or_changes_a_neighbours_verdict(name, tmp_path, monk
                 if accepted or refused or (reward.outcome is Outcome.ERROR and f"p-{number}" not in unreadable):
                     wrong.append((case.name, reward))
             outcomes[rewards[1].outcome] += 1
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"{name}: {len(cases)} cases, {outcomes}, slowest {slowest:.1f} s, peak of a worker {peak:.0f} MiB")  # noqa: T201
     assert wrong == []
     assert slowest < LONGEST

@@ -261,7 +261,7 @@ def test_the_models_own_decoding_grows_with_its_batch_and_a_server_takes_nothing
     served = recipe_of(
         "1_5b",
         "rollout.engine=server",
-        'rollout.server.base_urls=["http://x"]',
+        'rollout.server.base_urls=["https://x"]',
         "rollout.server.shared_dir=/x",
         "rollout.vllm.enable_sleep_mode=false",
     )

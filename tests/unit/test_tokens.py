@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-import popo_lite.trainer
+import popo_lite.opening
 from popo_lite.callbacks import Callback
 from popo_lite.errors import ModelError, PopoError
 from popo_lite.policy.load import TINY_FOLDER, load_tokenizer
@@ -51,7 +51,7 @@ def model(tmp_path: Path, tiny_recipe) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def no_weights(monkeypatch) -> None:
-    monkeypatch.setattr(popo_lite.trainer, "load_policy", lambda _: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr(popo_lite.opening, "load_policy", lambda _: pytest.fail("the weights were loaded"))
 
 
 def full_tokenizer():

@@ -48,7 +48,6 @@ def test_code_is_found_without_importing_anything(tmp_path):
         "builtins:exec": '"builtins:exec" (built into Python)',
         ".relative:f": '".relative:f" (not found)',
         "../single:f": '"../single:f" (not found)',
-        "two\nlines:f": '"two\\nlines:f" (not found)',
     }.items():
         assert code_in(own(name)) == [f"reward.functions: {place.replace('HERE', str(tmp_path / 'here'))}"]
     for name in ("timeit:timeit", "os:system", "popo_lite.grading.builtins:grade_exact"):
