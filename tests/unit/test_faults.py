@@ -421,7 +421,7 @@ def test_ctrl_c_around_and_among_bad_gradients_changes_nothing(tmp_path, limit):
     ends = []
     while not ends or ends[-1] is None:
         ends.append(stopped(lambda trainer: (bad(trainer), stop(trainer)), resume=bool(ends)).summary)
-    assert len(ends) == 6
+    assert len(ends) == 5  # the one "in step 5" comes in the evaluation before it, and abandons that
     assert ends[-1]["rollbacks"] == 1
     assert stopped.outcome() == whole.outcome()
 
