@@ -10,6 +10,10 @@ from typing import Any, Self
 from popo_lite.metrics import StepRecord
 
 
+class TerminalGone(OSError):  # noqa: N818  # an event, not always an error
+    """Raised by a view if its terminal is closed, or if nothing reads its pipe any more."""
+
+
 class Callback:
     """Receive the events of a run. Every method does nothing here: override those you need.
 
@@ -73,5 +77,11 @@ class CallbackList(Callback):
         self._entered.close()
 
     def _call_all(self, method: str, *values: Any, **named: Any) -> None:
+        gone = None
         for callback in self._callbacks:
-            getattr(callback, method)(*values, **named)
+            try:
+                getattr(callback, method)(*values, **named)
+            except TerminalGone as error:  # the others do not need the terminal
+                gone = error
+        if gone is not None:
+            raise gone

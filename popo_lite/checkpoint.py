@@ -85,8 +85,10 @@ REQUIRED = {"next_step", "next_problem", "history", "level", "level_rates", "ent
 for a run that was started without them."""
 
 
-def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: str, keep: int) -> Path:
-    """Write `parent/step-NNNNNN` and delete all but the newest `keep` and the best.
+def save_checkpoint(
+    parent: Path, learner: Learner, cursor: Cursor, *, base_id: str, keep: int, keep_too: Path | None = None
+) -> Path:
+    """Write `parent/step-NNNNNN` and delete all but the newest `keep`, the best, and `keep_too`.
 
     A folder with such a name is always complete. Raises NotFiniteError for weights that are not finite, and OSError or
     SafetensorError if the disk is full; then nothing has changed.
@@ -124,7 +126,7 @@ def save_checkpoint(parent: Path, learner: Learner, cursor: Cursor, *, base_id: 
     # Also if the folder was there: a process may have been killed before it deleted the older ones.
     best = cursor.best and cursor.best["step"]
     for old in checkpoint_folders(parent)[:-keep]:
-        if checkpoint_step(old) != best:
+        if checkpoint_step(old) != best and old != keep_too:
             # Rename first: a folder with a checkpoint's name must be complete while it is being deleted, too.
             shutil.rmtree(old.rename(parent / f".{old.name}.old"), ignore_errors=True)
     return target
@@ -141,8 +143,7 @@ def _write(partial: Path, learner: Learner, optimizer: dict[str, Tensor], text: 
         save_file(copies, str(partial / f"{name}.safetensors"))
     (partial / "cursor.json").write_text(text, encoding="utf-8")
     (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial), indent=2) + "\n", encoding="utf-8")
-    for path in (*partial.rglob("*"), partial):
-        _sync_to_disk(path)
+    sync_folder(partial)
 
 
 def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
@@ -218,6 +219,12 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{path}/{key}" if path else str(key))
     else:
         yield path, value
+
+
+def sync_folder(folder: Path) -> None:
+    """Write a folder with all that it holds through to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _sync_to_disk(path)
 
 
 def _sync_to_disk(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import logging.handlers
 import re
@@ -11,26 +10,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from popo_lite.callbacks import Callback
+from popo_lite.callbacks import Callback, TerminalGone
 from popo_lite.redaction import redact
 
 LOG_BYTES, OLDER_LOGS = 1_000_000, 2
 """log.txt becomes log.txt.1 at this size, and so on; the oldest is deleted."""
 
-TERMINAL_GONE = {errno.EIO, errno.EPIPE, errno.ENXIO, errno.EBADF}
-"""What writing to a closed terminal or to a pipe without a reader fails with."""
-
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class RunEvents(Callback):
-    """Pass events on to `callback`; messages also go to the log, those before `open_log` once it is open.
+    """Pass events on to `callback`, and messages also to the log; `open_log` writes those that came before it.
 
-    A callback that raises gets nothing more, so that the run can be saved. If that is because its terminal is gone, the
-    error goes no further and `terminal_gone` is called. While the run is `ending`, no error goes further.
+    A callback that raises gets nothing more, so that the run can be saved. While the run is `ending`, its error goes no
+    further. TerminalGone never does: `terminal_gone` is called, and the callback gets further events, because it may
+    pass them on to others.
     """
 
     ending = False
+    _terminal_is_gone = False
 
     def __init__(self, callback: Callback, terminal_gone: Callable[[], None]) -> None:
         self._callback: Callback | None = callback
@@ -50,7 +48,7 @@ class RunEvents(Callback):
         self.log.handlers = [file]
 
     def close(self) -> None:
-        """Close the log. Who made the callback closes it."""
+        """Close the log. The callback is closed by the code that made it."""
         for handler in self.log.handlers:
             handler.close()
 
@@ -62,15 +60,16 @@ class RunEvents(Callback):
             return
         try:
             getattr(callback, method)(*values, **named)
-        except Exception as error:
-            self._callback = None
-            if isinstance(error, OSError) and error.errno in TERMINAL_GONE:
+        except TerminalGone as error:
+            if not self._terminal_is_gone:
+                self._terminal_is_gone = True
                 self.log.warning("the terminal is gone, so nothing is shown any more: %s", error)
                 self._terminal_gone()
-            elif self.ending:
-                self.log.exception("the callback failed")
-            else:
+        except Exception:
+            self._callback = None
+            if not self.ending:
                 raise
+            self.log.exception("the callback failed")
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):

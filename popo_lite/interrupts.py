@@ -15,7 +15,7 @@ import torch
 from popo_lite.callbacks import Callback
 
 HANGUP = getattr(signal, "SIGHUP", None)
-"""What a closed terminal or a lost connection sends. Windows has none."""
+"""Signal of a closed terminal or a lost connection. Windows has none."""
 
 
 class StopRequested(Exception):  # noqa: N818  # a request, not an error

@@ -606,7 +606,7 @@ class TrainRecipe(Section):
     save_steps: Positive = 50
     """Steps between checkpoints. The last step always writes one."""
     save_total_limit: Positive = 2
-    """Newest checkpoints to keep. The best one by `eval.every` stays as well."""
+    """Newest checkpoints to keep. The best one by `eval.every` and the one for a rollback stay as well."""
 
 
 class EvalRecipe(DatasetRecipe):

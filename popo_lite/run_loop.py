@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from popo_lite.checkpoint import load_checkpoint, save_checkpoint
+from popo_lite.checkpoint import load_checkpoint, save_checkpoint, sync_folder
 from popo_lite.errors import CheckpointError, EngineError, EngineFailedError, NotFiniteError, PopoError
 from popo_lite.evaluation import evaluate
 from popo_lite.faults import explained
@@ -24,6 +25,9 @@ from popo_lite.run_folder import (
     RunFolder,
     append_line,
     checkpoint_folders,
+    checkpoint_step,
+    go_back,
+    is_sound,
     keep_lines,
     peak_memory_bytes,
     read_lines,
@@ -42,7 +46,7 @@ HISTORY = ("changes", "doubts", "best", "not_finite_steps", "rollbacks", "learni
 """Fields of the cursor that are part of the summary: what was out of the ordinary."""
 
 BAD_GRADIENTS = 3
-"""Go back to the newest checkpoint after so many updates in a row that were skipped for their gradient."""
+"""Roll back after so many updates in a row that were skipped for their gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,6 @@ class RunLoop(OpenRun):
     """Run the steps, and keep what they leave: evaluations, checkpoints, adapters, summary."""
 
     _consistent = True  # weights and cursor belong to the same step
-    _updated = False  # the weights are not those of the newest checkpoint
-    _due = False  # a checkpoint is to be saved
     _reopened_at: int | None = None  # the step at which the engine was last opened again
 
     def train_step(self, step: int) -> None:
@@ -82,7 +84,6 @@ class RunLoop(OpenRun):
                 self.callback.message(f"not as when the run started: {difference}")
             write_json(folder.data_path, self._digests())
             try:
-                self._prove_sampler(self.callback.message)
                 steps, done = self.recipe.train.steps, self.cursor.next_step
                 self.callback.start(title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=done)
                 summary = self._train()
@@ -128,17 +129,14 @@ class RunLoop(OpenRun):
     def _go_on(self) -> dict[str, Any] | None:
         """Run all evaluations and steps that are left; return the summary, or None if interrupted."""
         steps, stop = self.recipe.train.steps, self.interrupts
+        if not stop.requested:
+            self._prove_sampler(self.callback.message)
         if self.cursor.before is None and self.held_out and not stop.requested:
             self.cursor.before = self._evaluate("before").summary()
         if self.cursor.next_step and not stop.requested:
             self._after_step()  # what an interrupt may have left undone
         while self.cursor.next_step < steps and not stop.requested:
             self.train_step(self.cursor.next_step)
-            if self.cursor.not_finite_in_a_row >= BAD_GRADIENTS:
-                what = f"the gradients of {self.cursor.not_finite_in_a_row} updates in a row are not finite, or explode"
-                next_step = f"{self.folder.resume_command} with an earlier --checkpoint and a lower "
-                next_step += "--set optimizer.learning_rate"
-                raise NotFiniteError(what, where=f"step {self.cursor.next_step}", next_step=next_step)
             self._after_step()
         if stop.requested:
             return None
@@ -149,35 +147,53 @@ class RunLoop(OpenRun):
     def _recovery(self, error: PopoError) -> Callable[[], None] | None:
         """Return what to do about the error so that the run can go on, or None.
 
-        An engine is opened once for each step, and the run goes back to a checkpoint once; the checkpoint must hold
-        other weights than those that went wrong.
+        An engine is opened once for each step, and the run rolls back once, also after Ctrl-C: a resume would not start
+        from weights that went wrong.
         """
         step, what = self.cursor.next_step, error.what
-        if self.interrupts.requested:
-            return None
         if isinstance(error, EngineFailedError):
-            if not self._consistent or self._reopened_at == step:
+            if self.interrupts.requested or not self._consistent or self._reopened_at == step:
                 return None
             self._reopened_at = step
-            return lambda: self._reopen_engine(what)
-        if not self._updated or self.cursor.rollbacks or not checkpoint_folders(self.folder.checkpoints):
+            return partial(self._reopen_engine, what)
+        target = self._rollback_target()
+        if target is None or self.cursor.rollbacks:
             return None
-        return lambda: self._roll_back(what)
+        return partial(self._roll_back, target, what)
+
+    def _rollback_target(self) -> Path | None:
+        """Return the newest checkpoint with other weights than the current ones, or None.
+
+        Those after a multiple of train.save_steps come first: a run that was stopped has others, too, and must end as
+        one that was not.
+        """
+
+        def order(folder: Path) -> tuple[bool, int]:
+            step = checkpoint_step(folder)
+            return step > 0 and step % self.recipe.train.save_steps == 0, step
+
+        for folder in sorted(checkpoint_folders(self.folder.checkpoints), key=order, reverse=True):
+            if is_sound(folder):
+                content = read_json(folder / "cursor.json")
+                if content.get("policy_version") != self.policy.version:
+                    return folder
+        return None
 
     def _reopen_engine(self, why: str) -> None:
-        """Open the engine again, with the current adapter. Every draw depends on the step alone, so it is repeated."""
+        """Open the engine again, with the current adapter. Draws depend on the step alone, so no number changes."""
         self.learner.optimizer.zero_grad(set_to_none=True)
-        self.callback.message(f"{why}; the engine is opened again, and step {self.cursor.next_step + 1} is repeated")
+        done = self.cursor.next_step
+        self.callback.message(f"{why}; the engine is opened again, and the run goes on after step {done}")
         self.sampler.reopen()
-        self._prove_sampler(self.callback.message)
 
-    def _roll_back(self, why: str) -> None:
-        """Go back to the newest checkpoint with half the learning rate."""
+    def _roll_back(self, target: Path, why: str) -> None:
+        """Go back to the checkpoint `target` with half the learning rate; later checkpoints are renamed."""
         before = self.cursor
         self._consistent = False
         self.learner.optimizer.zero_grad(set_to_none=True)
         self._unwritten.clear()
-        self._restore()
+        self._restore(checkpoint_step(target))
+        self._note_changes([change for change in before.changes if change["step"] > self.cursor.next_step])
         self.cursor.learning_rate_scale = before.learning_rate_scale / 2
         self.cursor.rollbacks = before.rollbacks + 1
         self.cursor.not_finite_steps, self.cursor.not_finite_in_a_row = before.not_finite_steps, 0
@@ -209,19 +225,21 @@ class RunLoop(OpenRun):
     def _after_step(self) -> None:
         """Evaluate and save a checkpoint if they are due, in this order: a checkpoint covers what is recorded."""
         done, train, every = self.cursor.next_step, self.recipe.train, self.recipe.eval.every
+        if (bad := self.cursor.not_finite_in_a_row) >= BAD_GRADIENTS:
+            what = f"the gradients of {bad} updates in a row are not finite, or explode"
+            next_step = f"{self.folder.resume_command} with an earlier --checkpoint and a lower "
+            next_step += "--set optimizer.learning_rate"
+            raise NotFiniteError(what, where=f"step {done}", next_step=next_step)
         is_best = False
         if every and done % every == 0 and self.cursor.evaluated < done < train.steps and self.held_out:
             pass_at_1 = self._evaluate(f"step {done}").pass_at_1
             self.cursor.evaluated = done
             if is_best := self.cursor.best is None or pass_at_1 > self.cursor.best["pass_at_1"]:
                 self.cursor.best = {"step": done, "pass_at_1": pass_at_1}
-        self._due = self._due or done % train.save_steps == 0 or done == train.steps
-        # Not among bad gradients: the way back from them leads to the weights before.
-        due = self._due and (not self.cursor.not_finite_in_a_row or done == train.steps)
+        due = done % train.save_steps == 0 or done == train.steps
         if due or is_best:
             self._checkpoint()
         if due:
-            self._due = False
             # After the checkpoint, which is worth having also if the proof fails. In 16 bit the gap alone cannot tell a
             # stale adapter from rounding.
             self._prove_sampler(lambda _: None)
@@ -256,31 +274,40 @@ class RunLoop(OpenRun):
     def _checkpoint(self) -> Path:
         self.callback.stage("checkpoint")
         start = time.perf_counter()
-        base_id, keep = self.recipe.model.id, self.recipe.train.save_total_limit
-        folder = save_checkpoint(self.folder.checkpoints, self.learner, self.cursor, base_id=base_id, keep=keep)
-        self._updated = False
+        folder = save_checkpoint(
+            self.folder.checkpoints,
+            self.learner,
+            self.cursor,
+            base_id=self.recipe.model.id,
+            keep=self.recipe.train.save_total_limit,
+            keep_too=self._rollback_target(),
+        )
         self.cursor.add_seconds({"checkpoint": time.perf_counter() - start})
         self.callback.message(f"checkpoint: {folder}")
         return folder
 
     def _note_changes(self, changes: Sequence[Change]) -> None:
-        """Record and say how the recipe was changed; nothing is, if all steps are done again."""
+        """Record and report changes of the recipe. Without a checkpoint the run starts again, so there are none."""
         cursor = self.cursor
-        if not (cursor.next_step and changes):
+        if not (changes and checkpoint_folders(self.folder.checkpoints)):
             return
         for change in changes:
             key, was, now = (change[name] for name in ("key", "before", "now"))
             self.callback.message(f"after step {cursor.next_step}: {key} was {was!r} and is {now!r}")
             if key == "objective.entropy_coef":
                 cursor.entropy_coef = getattr(self.recipe.objective, "entropy_coef", 0.0)
+            if key == "optimizer.learning_rate":  # a new try, with just this rate
+                cursor.learning_rate_scale, cursor.not_finite_in_a_row = 1.0, 0
         cursor.changes += [{**change, "step": cursor.next_step} for change in changes]
         self._checkpoint()  # before recipe.toml is written: a second resume would find nothing changed
 
-    def _restore(self) -> None:
-        """Go back to the newest checkpoint, or to step 0 if the run was killed before its first."""
+    def _restore(self, step: int | None = None) -> None:
+        """Go back to the checkpoint after `step` steps, by default the newest, or to step 0 if there is none."""
         if checkpoints := checkpoint_folders(self.folder.checkpoints):
-            self.cursor = load_checkpoint(checkpoints[-1], self.learner)
-            self._updated = False
+            source = next((path for path in checkpoints if checkpoint_step(path) == step), checkpoints[-1])
+            self.cursor = load_checkpoint(source, self.learner)
+            if step is not None:
+                go_back(self.folder, step)  # not before: the checkpoint may be damaged
             self._check_data()
             self.sampler.sync(self.policy.version)
             lowered = self.cursor.lowered_budget
@@ -349,6 +376,8 @@ class RunLoop(OpenRun):
         save_adapter(self.policy.model, self.folder.adapter, base_id=self.recipe.model.id)
         with self.learner.siamese.swapped():
             save_adapter(self.policy.model, self.folder.siamese, base_id=self.recipe.model.id)
+        for folder in (self.folder.adapter, self.folder.siamese, self.folder.path):
+            sync_folder(folder)  # summary.json says that they are there, also after a power cut
         sampler, records = self.sampler, read_lines(self.folder.metrics_path)
         summary = {
             "recipe": self.folder.path.name,

@@ -84,7 +84,7 @@ class Trainer(RunLoop):
             with clock("optimizer"):
                 weights = self.learner.prepare()
                 # From here to the record, weights and cursor belong to different steps: nothing may save or stop.
-                self._consistent, self._updated = False, True
+                self._consistent = False
                 rate = self.cursor.learning_rate_scale * self._rate_factor(step)
                 self.learner.apply(result, weights, rate)  # the optimizer's step, then the siamese's average
         self._consistent = False  # also for a skipped step: its record moves the cursor
@@ -96,7 +96,7 @@ class Trainer(RunLoop):
             self._unwritten.append((self.folder.samples_path, sample_line(step, group)))
         self._consistent = True
         self._write_lines()
-        self._report(record, groups)
+        self._report(record, groups, plan)
         # After the record: an engine that does not take the adapter costs no step.
         with clock("sync"):
             self.sampler.sync(self.policy.version)
@@ -183,7 +183,7 @@ class Trainer(RunLoop):
             cursor.totals[name] = cursor.totals.get(name, 0) + record[name]
         cursor.add_seconds(record["seconds"])
 
-    def _report(self, record: StepRecord, groups: Sequence[Group]) -> None:
+    def _report(self, record: StepRecord, groups: Sequence[Group], plan: StepPlan | None) -> None:
         self.callback.step(record)
         count = max(self.recipe.output.samples_per_step, 1)
         self.callback.samples(sample_views(record["step"], groups, count))
@@ -196,7 +196,7 @@ class Trainer(RunLoop):
                 why, move = f"below data.curriculum.low = {curriculum.low:g}", "back"
             where = f"level {level + 1} of {self.train_task.levels}"
             self.callback.message(f"pass rate {why} over {curriculum.window} steps: {move} to {where}")
-        for text in self.verdicts.of(record, equals_base=self.learner.equals_base):
+        for text in self.verdicts.of(record, planned=plan is not None, equals_base=self.learner.equals_base):
             self.callback.message(text)
 
     def _rate_factor(self, step: int) -> float:

@@ -252,15 +252,17 @@ class Learner:
         In float16 all is done again with a smaller loss scale while gradients overflow. `progress` gets the number of
         sequences that are done, a negative one if they are done again, and may raise.
         """
-        start = self.loss_scale
-        result = self._backward(plan, targets, reference_logps, entropy_coef, progress)
-        while not math.isfinite(result.grad_norm) and self.loss_scale > SCALE_DIVISOR:
-            self.loss_scale /= SCALE_DIVISOR
-            self.micro_batches.tokens["update"] = 0
-            progress(-len(plan.sequences))
+        start, found = self.loss_scale, False
+        try:
             result = self._backward(plan, targets, reference_logps, entropy_coef, progress)
-        if not math.isfinite(result.grad_norm):  # not for want of a smaller scale
-            self.loss_scale = start
+            while not (found := math.isfinite(result.grad_norm)) and self.loss_scale > SCALE_DIVISOR:
+                self.loss_scale /= SCALE_DIVISOR
+                self.micro_batches.tokens["update"] = 0
+                progress(-len(plan.sequences))
+                result = self._backward(plan, targets, reference_logps, entropy_coef, progress)
+        finally:
+            if not found:  # no scale helps, or the step was not finished and is done again with this one
+                self.loss_scale = start
         return result
 
     def _backward(
@@ -379,6 +381,7 @@ class Learner:
         """
         set_learning_rate(self.optimizer, rate_factor)
         self.optimizer.step()
+        self.policy.version += 1  # before any check can fail: no checkpoint of this version holds these weights
         if self.recipe.rollout.vllm.enable_sleep_mode:
             # The optimizer runs once a step; until then its memory belongs to the rollout engine.
             move_state(self.optimizer, torch.device("cpu"))
@@ -388,7 +391,6 @@ class Learner:
         if not math.isfinite(result.update_norm):
             self.refuse_not_finite()
         self.siamese.update(result.update_norm)
-        self.policy.version += 1
         if self.loss_scale != 1 and self.policy.version % SCALE_GROWS_EVERY == 0:
             self.loss_scale = min(2 * self.loss_scale, LARGEST_SCALE)
 

@@ -22,12 +22,15 @@ class Verdicts:
         self._in_a_row: Counter[str] = Counter()
         self._said_loss = False
 
-    def of(self, record: StepRecord, *, equals_base: bool) -> list[str]:
-        """Return what to tell the user of a step. `equals_base`: the adapter changes nothing in the base."""
+    def of(self, record: StepRecord, *, planned: bool, equals_base: bool) -> list[str]:
+        """Return what to tell the user of a step.
+
+        `planned`: its answers had something to learn from. `equals_base`: the adapter changes nothing in the base.
+        """
         optimizer, step = self._recipe.optimizer, record["step"] + 1
         skipped, gradient, moved = (record[name] for name in ("skipped_reason", "grad_norm", "update_norm"))
         found = {
-            "skipped": skipped is not None,
+            "skipped": not planned,
             "no gradient": gradient == 0,
             "no change": bool(gradient) and moved == 0,
             "base": skipped is None and equals_base,
@@ -35,10 +38,8 @@ class Verdicts:
         self._in_a_row = Counter({name: self._in_a_row[name] + 1 for name, is_so in found.items() if is_so})
         texts = []
         if (count := self._in_a_row["skipped"]) and count % ADVISE_AFTER == 0:
-            advice = (
-                "easier problems (data.filter) or more rollout.num_generations help; or, in a new run, a warm start "
-            )
-            advice += "(lora.init_from)"
+            advice = "easier problems (data.filter) or more rollout.num_generations help; "
+            advice += "or, in a new run, a warm start (lora.init_from)"
             if record["pass_rate"] > 0.5:
                 advice = "harder problems (data.filter, data.curriculum) help: most answers are right"
             texts.append(f"{count} steps changed nothing: {skipped}; {advice}")

@@ -174,8 +174,6 @@ def not_finite(where: str, dtype: str = "") -> NotFiniteError:
     what = "the model's log-probs are not finite, so its weights or activations are not either"
     if dtype == "float16":
         what += " (float16 ends at 65,504; a new run in model.dtype = bfloat16 or float32 goes further)"
-    next_step = (
-        "go back to an earlier checkpoint with a lower learning rate, popo-lite resume RUN --checkpoint N --set "
-    )
-    next_step += "optimizer.learning_rate=...; restart servers, "
-    return NotFiniteError(what, where=where, next_step=next_step + "whose caches keep such values")
+    next_step = "resume from an earlier --checkpoint with a lower --set optimizer.learning_rate; "
+    next_step += "restart servers, whose caches keep such values"
+    return NotFiniteError(what, where=where, next_step=next_step)

@@ -126,9 +126,11 @@ class VLLMSampler(Sampler):
             raise EngineFailedError(what, where=WHERE, next_step=INSTEAD) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        if (held := set(self._engine.list_loras())) != {number}:
+        with _failures():
+            held, is_reset = set(self._engine.list_loras()), self._engine.reset_prefix_cache()
+        if held != {number}:
             raise EngineFailedError(f"the vLLM engine holds the adapters {sorted(held)} after a swap to {number}")
-        if not self._engine.reset_prefix_cache():
+        if not is_reset:
             what = "the vLLM engine did not reset its prefix cache, so it could answer from old weights"
             raise EngineFailedError(what)
         self._adapter = adapter

@@ -14,6 +14,7 @@ from helpers import json_lines
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import load_checkpoint
 from popo_lite.errors import ModelError, UserInputError
+from popo_lite.interrupts import StopRequested
 from popo_lite.policy import device
 from popo_lite.policy.device import check_cpu_size, check_dtype, cuda_problem, pick_device
 from popo_lite.policy.policy import check_logits, load_policy
@@ -67,6 +68,21 @@ def test_an_overflow_repeats_the_update_with_a_smaller_scale(tiny_recipe):
         scale = learner.loss_scale
         assert not math.isfinite(backward(trainer, learner.plan(groups)).grad_norm)
         assert learner.loss_scale == scale
+
+
+def test_an_update_that_is_stopped_keeps_its_scale(tiny_recipe):
+    with trainer_of(tiny_recipe("model.dtype=float16", *SMALL)) as trainer:
+        groups, learner = groups_of(trainer), trainer.learner
+        learner.loss_scale = 2.0**40
+
+        def stop(amount):
+            if amount < 0:  # the second try begins
+                raise StopRequested
+
+        plan = learner.plan(groups)
+        with pytest.raises(StopRequested):
+            learner.backward(plan, learner.siamese_targets(0, plan), None, 0.0, progress=stop)
+        assert learner.loss_scale == 2.0**40
 
 
 def shared(plan):

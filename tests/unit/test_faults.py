@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
 import signal
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +20,12 @@ from safetensors.torch import load_file
 
 from helpers import json_lines
 from popo_lite import checkpoint
-from popo_lite.callbacks import Callback
+from popo_lite.callbacks import Callback, CallbackList, TerminalGone
 from popo_lite.errors import EngineError, EngineFailedError, NotFiniteError, PopoError
 from popo_lite.events import LOG_BYTES, RunEvents
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder, checkpoint_folders
+from popo_lite.tools.console.views import PlainView
 from popo_lite.trainer import Trainer
 from popo_lite.update import gradient_problem
 from popo_lite.verdicts import ADVISE_AFTER, Verdicts
@@ -167,26 +171,39 @@ def test_a_callback_that_fails_ends_the_run_and_hinders_no_save(run, undisturbed
     assert run.outcome() == undisturbed
 
 
+class Stream(io.StringIO):
+    """A terminal, which fails once `code` is set."""
+
+    code = 0
+
+    def write(self, text):
+        if self.code:
+            raise OSError(self.code, os.strerror(self.code))
+        return super().write(text)
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.EPIPE])
-def test_a_view_whose_terminal_is_gone_is_dropped_and_the_run_saved(run, undisturbed, code):
-    gone = OSError(code, os.strerror(code))
-    result = run(lambda trainer: at_step(trainer, run.view, "stage", raising(gone), times=99))
-    assert (result.summary, result.next_step) == (None, BROKEN)
-    assert run.saved[-1] == "step-000003"
-    assert "the terminal is gone" in run.log
+@pytest.mark.parametrize("ignores_hangup", [False, True])
+def test_a_terminal_that_is_gone_ends_the_run_or_not_and_no_other_callback(run, undisturbed, code, ignores_hangup):
+    stream, tracker = Stream(), Messages()
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores_hangup else signal.SIG_DFL)
+    try:
+        with CallbackList([PlainView(stream, heartbeat_seconds=0.1), tracker]) as run.view:
+            result = run(lambda trainer: at_step(trainer, trainer, "_report", lambda *_: setattr(stream, "code", code)))
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
+    assert run.log.count("the terminal is gone") == 1
+    assert tracker.messages[-1] == f"checkpoint: {run.folder.checkpoints / run.saved[-1]}"
+    assert (result.summary is not None) == ignores_hangup
     run.view = Messages()
     run(resume=True)
     assert run.outcome() == undisturbed
 
 
-def test_a_run_that_is_to_outlive_its_terminal_does(run, undisturbed):
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        gone = OSError(errno.EIO, os.strerror(errno.EIO))
-        assert run(lambda trainer: at_step(trainer, run.view, "stage", raising(gone), times=99)).summary is not None
-    finally:
-        signal.signal(signal.SIGHUP, hangup)
-    assert run.outcome() == undisturbed
+def test_a_broken_pipe_of_another_callback_is_an_error(run):
+    with pytest.raises(BrokenPipeError, match="tracker") as caught:
+        run(lambda trainer: at_step(trainer, run.view, "step", raising(BrokenPipeError(errno.EPIPE, "tracker")), 4))
+    assert not isinstance(caught.value, TerminalGone)
 
 
 # --------------------------------------------------------------------- disk
@@ -259,19 +276,32 @@ def test_lines_that_found_the_disk_full_are_written_before_the_checkpoint(run, u
     assert run.outcome() == undisturbed
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc names the file of a descriptor")
+def test_the_adapters_are_on_the_disk_before_the_summary_says_so(run, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (synced.append(str(Path(f"/proc/self/fd/{file}").readlink())), sync(file))
+    )
+    run(overrides={"train.steps": 1})
+    before = synced[: synced.index(str(run.folder.path / ".summary.json.partial"))]
+    for folder in (run.folder.adapter, run.folder.siamese):
+        assert {str(path) for path in (folder, *folder.iterdir())} <= set(before)
+
+
 # --------------------------------------------------------------------- engine and proof
 
 
-def test_an_engine_that_dies_is_opened_again_and_the_step_repeated(run, undisturbed):
+@pytest.mark.parametrize("method", ["_complete", "_load"])
+def test_an_engine_that_dies_is_opened_again_and_no_step_is_lost(run, undisturbed, method):
     opened = []
 
     def disturb(trainer):
-        at_step(trainer, trainer.sampler, "_complete", raising(EngineFailedError("died")))
+        at_step(trainer, trainer.sampler, method, raising(EngineFailedError("died")))
         trainer.sampler._open = lambda opening=trainer.sampler._open: opened.append(opening())
 
     assert run(disturb).summary["steps"] == STEPS
     assert len(opened) == 1
-    assert any("the engine is opened again, and step 4 is repeated" in text for text in run.view.messages)
+    assert any("the engine is opened again, and the run goes on after step 3" in text for text in run.view.messages)
     assert run.outcome() == undisturbed
 
 
@@ -349,6 +379,7 @@ def test_three_bad_gradients_in_a_row_go_back_with_half_the_learning_rate_and_a_
         return disturb_and_kill
 
     summary = whole(disturb).summary
+    assert "step-000006-set-aside" in [path.name for path in whole.folder.checkpoints.iterdir()]
     for step in (5, 7, 8):
         with pytest.raises(SystemExit):
             killed(dying_at(step), resume=step > 5)
@@ -358,7 +389,82 @@ def test_three_bad_gradients_in_a_row_go_back_with_half_the_learning_rate_and_a_
     lines = json_lines(whole.folder.metrics_path)
     assert [line["step"] for line in lines] == list(range(9))
     assert lines[-1]["learning_rate"] < 0.5 * lines[0]["learning_rate"]
-    assert any("with 0.5 times the learning rate" in text for text in whole.view.messages)
+    assert any("back from step 7 to 3, and on with 0.5 times" in text for text in whole.view.messages)
+
+
+def stopping_at(*steps):
+    """Press Ctrl-C in each of these steps, once."""
+    left = set(steps)
+
+    def disturb(trainer):
+        grade = trainer.grader.grade
+
+        def pressed(*arguments, **options):
+            if trainer.cursor.next_step in left:
+                left.remove(trainer.cursor.next_step)
+                trainer.interrupts.note(signal.SIGINT, None)
+            return grade(*arguments, **options)
+
+        trainer.grader.grade = pressed
+
+    return disturb
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_ctrl_c_around_and_among_bad_gradients_changes_nothing(tmp_path, limit):
+    options = ("train.steps=9", "train.save_steps=3", f"train.save_total_limit={limit}", "eval.every=5",
+               "eval.problems=4")  # fmt: skip
+    whole, stopped = Run(tmp_path / "whole", *options), Run(tmp_path / "stopped", *options)
+    bad = bad_gradients(4, 5, 6)
+    assert whole(bad).summary["rollbacks"] == 1  # the best checkpoint is saved among them
+    stop = stopping_at(3, 4, 5, 6, 7)
+    ends = []
+    while not ends or ends[-1] is None:
+        ends.append(stopped(lambda trainer: (bad(trainer), stop(trainer)), resume=bool(ends)).summary)
+    assert len(ends) == 5  # the one "in step 5" comes in the evaluation before it, and abandons that
+    assert ends[-1]["rollbacks"] == 1
+    assert stopped.outcome() == whole.outcome()
+
+
+def test_a_callback_that_fails_after_the_third_bad_gradient_changes_nothing(tmp_path):
+    options = ("train.steps=9", "train.save_steps=3")
+    whole, failed = Run(tmp_path / "whole", *options), Run(tmp_path / "failed", *options)
+    bad = bad_gradients(4, 5, 6)
+    whole(bad)
+    with pytest.raises(ValueError, match="tracker"):
+        failed(lambda trainer: (bad(trainer), at_step(trainer, failed.view, "step", raising(ValueError("tracker")), 7)))
+    failed.view = Messages()
+    failed(bad, resume=True)
+    assert failed.outcome() == whole.outcome()
+
+
+def test_changes_outlive_a_rollback_and_a_new_learning_rate_is_not_halved(tmp_path):
+    run = Run(tmp_path / "run", "train.steps=9", "train.save_steps=3", "optimizer.schedule=constant")
+    coef = {"key": "objective.entropy_coef", "before": 0.01, "now": 0.5}
+    run(lambda trainer: (bad_gradients(4)(trainer), stopping_at(4)(trainer)))
+    changed = {"overrides": {"objective.entropy_coef": 0.5}, "changes": [coef]}
+    assert run(bad_gradients(5, 6), resume=True, **changed).summary["changes"] == [{**coef, "step": 3}]
+    coefs = [line["entropy_coef"] for line in json_lines(run.folder.metrics_path)]
+    assert coefs == [coefs[0]] * 3 + [0.5] * 6
+    assert run.cursor["learning_rate_scale"] == 0.5
+    rate = {"key": "optimizer.learning_rate", "before": 1.0, "now": 0.001}
+    longer = {"objective.entropy_coef": 0.5, "optimizer.learning_rate": 0.001, "train.steps": 10}
+    run(resume=True, overrides=longer, changes=[rate])
+    assert json_lines(run.folder.metrics_path)[-1]["learning_rate"] == 0.001
+
+
+def test_changes_after_the_evaluation_before_the_first_step_count(tmp_path):
+    run = Run(tmp_path / "run", "eval.problems=4")
+
+    def disturb(trainer):
+        evaluate = trainer._evaluate
+        trainer._evaluate = lambda when: (trainer.interrupts.note(signal.SIGINT, None), evaluate(when))[1]
+
+    assert run(disturb).next_step == 0
+    changes = [{"key": "objective.entropy_coef", "before": 0.01, "now": 0.5}]
+    summary = run(resume=True, overrides={"objective.entropy_coef": 0.5}, changes=changes).summary
+    assert summary["changes"] == [{**changes[0], "step": 0}]
+    assert {line["entropy_coef"] for line in json_lines(run.folder.metrics_path)} == {0.5}
 
 
 @pytest.mark.parametrize("scales", [(1.0, 0.5), (1.0,)])
@@ -374,21 +480,26 @@ def test_after_one_way_back_the_run_stops_with_advice(tmp_path, scales):
     assert run.saved[-1] == "step-000006"  # their weights are whole
 
 
-@pytest.mark.parametrize("damage", ["weights", "log-probs"])
-def test_numbers_that_are_not_finite_go_back_and_are_never_saved(run, damage):
+@pytest.mark.parametrize(
+    ("method", "step", "value", "said"),
+    [
+        ("optimizer", 3, math.nan, "the trained weights are not finite; back from step 3 to 2"),
+        ("sync", 3, 1e30, "log-probs are not finite, so its weights or activations are not either; back from step 3"),
+        ("sync", 4, 1e30, "activations are not either; back from step 4 to 2"),  # found after the checkpoint is saved
+    ],
+)
+def test_numbers_that_are_not_finite_go_back_and_are_never_saved(run, method, step, value, said):
     def disturb(trainer):
-        weight = trainer.policy.adapter_parameters()[0][1]
-
         def spoil(*_, **__):
-            weight.data.fill_(math.nan)
+            for _, weight in trainer.policy.adapter_parameters():
+                weight.data.fill_(value)
 
-        if damage == "weights":
-            at_step(trainer, trainer.learner.optimizer, "step", spoil)
-        else:  # found when the next step samples
-            at_step(trainer, trainer.sampler, "sync", lambda _: spoil() or setattr(trainer, "_updated", True), step=4)
+        owner, name = {"optimizer": (trainer.learner.optimizer, "step"), "sync": (trainer.sampler, "_load")}[method]
+        at_step(trainer, owner, name, spoil, step=step)
 
     summary = run(disturb).summary
     assert summary["rollbacks"] == 1
+    assert any(said in text for text in run.view.messages)
     assert summary["steps"] == STEPS
     for file in run.folder.path.rglob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(file).values() if tensor.is_floating_point()), file
@@ -477,7 +588,9 @@ RECORD = {"step": 0, "skipped_reason": None, "pass_rate": 0.5, "grad_norm": 0.5,
 def test_verdicts_when_nothing_is_learned(values, equals_base, said):
     algorithm = "grpo" if "loss" in values else "popo"
     verdicts = Verdicts(load_recipe("tiny_cpu", [f"objective.algorithm={algorithm}"]))
-    texts = [text for _ in range(3) for text in verdicts.of({**RECORD, **values}, equals_base=equals_base)]
+    texts = [
+        text for _ in range(3) for text in verdicts.of({**RECORD, **values}, planned=True, equals_base=equals_base)
+    ]
     assert len(texts) == bool(said)
     assert all(said in text for text in texts)
 
@@ -486,7 +599,9 @@ def test_verdicts_when_nothing_is_learned(values, equals_base, said):
 def test_a_run_whose_groups_teach_nothing_says_so(pass_rate, advice):
     record = {**RECORD, "skipped_reason": "no", "pass_rate": pass_rate, "grad_norm": None, "update_norm": None}
     verdicts = Verdicts(load_recipe("tiny_cpu"))
-    texts = [verdicts.of(record, equals_base=True) for _ in range(ADVISE_AFTER)]
+    bad_gradients = [verdicts.of(record, planned=True, equals_base=True) for _ in range(ADVISE_AFTER)]
+    assert bad_gradients == [[]] * ADVISE_AFTER
+    texts = [verdicts.of(record, planned=False, equals_base=True) for _ in range(ADVISE_AFTER)]
     assert texts[:-1] == [[]] * (ADVISE_AFTER - 1)
     assert f"5 steps changed nothing: no; {advice}" in texts[-1][0]
 

@@ -27,7 +27,7 @@ from rich.text import Text
 
 from popo_lite.metrics import METRICS
 from popo_lite.tools.console import words
-from popo_lite.tools.console.views import GROUPS, Clock, RunState
+from popo_lite.tools.console.views import GROUPS, Clock, RunState, writing
 
 # Metrics, with what stands beside their values if the step has it.
 _LEARNING = {
@@ -69,7 +69,7 @@ class LiveView(RunState):
     def start(self, **facts: Any) -> None:
         """Take the screen."""
         super().start(**facts)
-        with ExitStack() as taken:
+        with writing(), ExitStack() as taken:
             # Undone in reverse order: the screen is given back before other output may reach it.
             taken.enter_context(caught_output(self._catch))
             # If terminal and program disagree about the width of a character, a line may be too long. With automatic
@@ -113,8 +113,9 @@ class LiveView(RunState):
             self._other_count += 1
 
     def _print(self, *lines: str) -> None:
-        for line in lines:
-            self._console.out(words.encodable(line, self._console.encoding), highlight=False)
+        with writing():
+            for line in lines:
+                self._console.out(words.encodable(line, self._console.encoding), highlight=False)
 
 
 class _LineCatcher(io.TextIOBase):

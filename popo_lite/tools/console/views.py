@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import statistics
@@ -9,12 +10,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import pairwise
 from typing import Any, Literal, TextIO
 
-from popo_lite.callbacks import Callback
+from popo_lite.callbacks import Callback, TerminalGone
 from popo_lite.errors import UserInputError
 from popo_lite.metrics import METRICS, StepRecord
 from popo_lite.tools.console import words
@@ -28,6 +30,17 @@ GROUPS = ("groups_all_right", "groups_some_right", "groups_none_right", "groups_
 
 SHOWN = 1000
 """Records that are kept for trends. Each takes some 10 kB."""
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Raise TerminalGone if a write inside fails because the terminal, or the reader of the pipe, is gone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EPIPE, errno.ENXIO, errno.EBADF):
+            raise TerminalGone(error.errno, error.strerror) from error
+        raise
 
 
 class RunState(Callback):
@@ -133,7 +146,7 @@ class PlainView(RunState):
         self.records = deque(maxlen=1)  # it shows no trends
         self._stream, self._heartbeat_seconds, self._printed = stream, heartbeat_seconds, clock()
         self._done = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="popo-lite heartbeat", daemon=True)
+        self._heart = threading.Thread(target=self._live, name="popo-lite heartbeat", daemon=True)
 
     def start(self, **facts: Any) -> None:
         """Print title and facts."""
@@ -157,6 +170,10 @@ class PlainView(RunState):
         if self._heart.ident is not None:
             self._heart.join()
 
+    def _live(self) -> None:
+        with suppress(TerminalGone):  # the run finds out by itself
+            self._beat()
+
     def _beat(self) -> None:
         wait = self._heartbeat_seconds
         while not self._done.wait(wait):
@@ -171,7 +188,7 @@ class PlainView(RunState):
 
     def _print(self, *lines: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"  # that of io.StringIO is None
-        with self.lock:
+        with self.lock, writing():
             for line in lines:
                 self._stream.write(words.encodable(f"{datetime.now():%H:%M:%S}  {line}", encoding) + "\n")
             self._stream.flush()
