@@ -14,7 +14,7 @@ from popo_lite.checkpoint import load_checkpoint, save_checkpoint
 from popo_lite.errors import CheckpointError, EngineError, EngineFailedError, NotFiniteError, PopoError
 from popo_lite.evaluation import evaluate
 from popo_lite.faults import explained
-from popo_lite.formats import read_json
+from popo_lite.formats import read_json, reading
 from popo_lite.interrupts import StopRequested
 from popo_lite.metrics import sampler_summary
 from popo_lite.opening import OpenRun
@@ -24,6 +24,8 @@ from popo_lite.run_folder import (
     RunFolder,
     append_line,
     checkpoint_folders,
+    checkpoint_step,
+    go_back,
     keep_lines,
     peak_memory_bytes,
     read_lines,
@@ -66,17 +68,19 @@ class RunLoop(OpenRun):
         """Do one step."""
         raise NotImplementedError
 
-    def run(self, folder: RunFolder, *, resume: bool = False, changes: Sequence[Change] = ()) -> RunResult:
+    def run(self, folder: RunFolder, *, resume: bool = False, changes: Sequence[Change] = (),
+            checkpoint: int | None = None) -> RunResult:  # fmt: skip
         """Train to the last step, or until interrupted; write all that `RunFolder` names to `folder`.
 
         The caller holds the folder's lock. `changes` are those of the recipe since the run was stopped: key, before,
-        now. Whatever ends the run, the last whole step is saved; an error says where.
+        now. `checkpoint` is the number of steps to go back to, by default as many as the newest checkpoint has.
+        Whatever ends the run, the last whole step is saved; an error says where.
         """
         self.folder = folder
         self.callback.open_log(folder.log_path)
         with self.interrupts, self._logged():
             if resume:
-                self._restore()
+                self._restore(checkpoint)
                 self._note_changes(changes)
             for difference in start_files(folder, self.recipe, self.policy.device):
                 self.callback.message(f"not as when the run started: {difference}")
@@ -276,10 +280,15 @@ class RunLoop(OpenRun):
         cursor.changes += [{**change, "step": cursor.next_step} for change in changes]
         self._checkpoint()  # before recipe.toml is written: a second resume would find nothing changed
 
-    def _restore(self) -> None:
-        """Go back to the newest checkpoint, or to step 0 if the run was killed before its first."""
-        if checkpoints := checkpoint_folders(self.folder.checkpoints):
-            self.cursor = load_checkpoint(checkpoints[-1], self.learner)
+    def _restore(self, step: int | None = None) -> None:
+        """Go back to the checkpoint after `step` steps, by default the newest, or to step 0 if there is none."""
+        if not (checkpoints := checkpoint_folders(self.folder.checkpoints)):
+            self.callback.message("there is no checkpoint: the run starts again at step 1")
+        else:
+            source = next((path for path in checkpoints if checkpoint_step(path) == step), checkpoints[-1])
+            self.cursor = load_checkpoint(source, self.learner)
+            if step is not None:
+                go_back(self.folder, step)  # not before: the checkpoint may be damaged
             self._updated = False
             self._check_data()
             self.sampler.sync(self.policy.version)
@@ -310,7 +319,10 @@ class RunLoop(OpenRun):
         path = self.folder.data_path
         if not path.is_file():  # killed before it was written
             return
-        before, now = read_json(path), self._digests()
+        with reading(path):
+            content = read_json(path)
+            before = {name: dict(content[name]) for name in ("training", "held_out")}
+        now = self._digests()
         if self.cursor.before is not None and (found := data_changes(before["held_out"], now["held_out"])):
             what = f"the held-out problems changed since training began ({found}), so its effect cannot be measured"
             recipe = shlex.quote(str(self.folder.recipe_path))
