@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from popo_lite.errors import RecipeError, UserInputError, nearest
-from popo_lite.formats import reading
+from popo_lite.formats import reading, stamped
 from popo_lite.lock import locked, writing
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import SECTIONS, find_recipe, flatten, load_recipe, read_toml, shipped_sweeps, to_toml
@@ -256,7 +256,7 @@ class SweepFolder:
         """Replace results.jsonl and return its lines."""
         lines = [run.result() for run in runs if run.state == "finished"]
         with writing(self.results_path):
-            write_atomically(self.results_path, "".join(json.dumps(line) + "\n" for line in lines))
+            write_atomically(self.results_path, "".join(json.dumps(stamped(line)) + "\n" for line in lines))
         return lines
 
     def forget_failure(self, run: SweepRun) -> None:
