@@ -22,7 +22,16 @@ from popo_lite.formats import checked, read_json, stamped
 from popo_lite.policy.adapters import read_config
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_recipe
-from popo_lite.run_folder import RunFolder, append_line, checkpoint_folders, is_sound, read_lines
+from popo_lite.run_folder import (
+    CHECKSUMS,
+    RunFolder,
+    append_line,
+    checkpoint_folders,
+    checksums,
+    is_sound,
+    read_lines,
+    write_json,
+)
 
 OLD = Path(__file__).parents[1] / "fixtures" / "run-version-0"
 
@@ -155,6 +164,7 @@ def test_a_damaged_checkpoint_names_the_one_to_go_on_from_and_the_command(run, d
 def test_without_a_sound_checkpoint_no_other_is_named(run):
     newest = two_checkpoints(run)
     for checkpoint in checkpoint_folders(run.checkpoints):
+        write_json(checkpoint / CHECKSUMS, {"files": checksums(checkpoint)})
         assert is_sound(checkpoint)
         (checkpoint / "siamese.safetensors").write_bytes(b"torn")
         assert not is_sound(checkpoint)

@@ -100,9 +100,8 @@ def open_run(path: Path, wanted: Sequence[str], checkpoint: int | str | None = N
         name: None if name == "base" else folder.trained_adapter("siamese" if name == "siamese" else "policy", found)
         for name in names
     }
-    return Subject(
-        name=path.resolve().name, recipe=recipe, adapters=adapters, checkpoint=checkpoint_step(found) if found else None
-    )
+    step = checkpoint_step(found) if found else None
+    return Subject(name=path.resolve().name, recipe=recipe, adapters=adapters, checkpoint=step)
 
 
 def open_model(model: str, wanted: Sequence[str], device: str = "auto", checkpoint: int | str | None = None) -> Subject:

@@ -208,19 +208,17 @@ class SweepRun:
 
     def result(self) -> dict[str, Any]:
         """Return the finished run's line of results.jsonl."""
+        summary = self.folder.summary()
         with reading(self.folder.summary_path):
-            return self._result(self.folder.summary())
-
-    def _result(self, summary: Mapping[str, Any]) -> dict[str, Any]:
-        before, after = summary["before"] or {}, summary["after"] or {}
-        return {
-            "variant": self.variant.name, "seed": self.seed, "overrides": self.variant.overrides,
-            "run": f"{self.variant.name}/{self.folder.path.name}",
-            "steps": summary["steps"], "pass_at_1_before": before.get("pass_at_1"),
-            **{key: after.get(key) for key in ("pass_at_1", "pass_at_k", "completion_tokens_mean")},
-            **{key: summary[key] for key in ("rollouts", "rollout_tokens", "trained_tokens", "peak_memory_bytes")},
-            "seconds": summary["seconds"]["total"],
-        }  # fmt: skip
+            before, after = summary["before"] or {}, summary["after"] or {}
+            return {
+                "variant": self.variant.name, "seed": self.seed, "overrides": self.variant.overrides,
+                "run": f"{self.variant.name}/{self.folder.path.name}",
+                "steps": summary["steps"], "pass_at_1_before": before.get("pass_at_1"),
+                **{key: after.get(key) for key in ("pass_at_1", "pass_at_k", "completion_tokens_mean")},
+                **{key: summary[key] for key in ("rollouts", "rollout_tokens", "trained_tokens", "peak_memory_bytes")},
+                "seconds": summary["seconds"]["total"],
+            }  # fmt: skip
 
 
 class SweepFolder:
