@@ -192,15 +192,6 @@ def train_arguments(engine: str, overrides: Sequence[str], folder: Path) -> list
             "plain"]  # fmt: skip
 
 
-def resume_arguments() -> list[str]:
-    """Return the command line that resumes `./run`."""
-    from popo_lite.cli import main
-
-    if "resume" in main.commands:
-        return ["resume", "run", "--view", "plain"]
-    return ["train", "run/recipe.toml", "--resume", "--output", "run", "--view", "plain"]
-
-
 def run_command(arguments: list[str], watch: Watch) -> int:
     """Run the real command in this process; return its exit code."""
     from popo_lite.cli import main
@@ -427,8 +418,9 @@ def endure(case: Case, engine: str, folder: Path, times: Times, undisturbed: Pat
             # A run that was killed before its recipe was written is started again by the same command.
             begun = (run / "recipe.toml").is_file()
             new = train_arguments(engine, RECIPES[engine][case.recipe], folder)
+            arguments = ["resume", "run", "--view", "plain"] if begun else new
             aim = aims[0] if aims else None
-            code, stage = attempt(place, resume_arguments() if begun else new, aim, times, fork=fork)
+            code, stage = attempt(place, arguments, aim, times, fork=fork)
             if code == -signal.SIGKILL and aims:
                 case.hit.append(stage)
                 aims.pop(0)

@@ -10,7 +10,7 @@ from popo_lite.callbacks import Callback, CallbackList
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
-from popo_lite.run_folder import RunFolder, dated, go_back, new_run
+from popo_lite.run_folder import RunFolder, dated, new_run
 from popo_lite.trust import GRADING_CODE, MODEL_CODE, refuse_untrusted, trust_own
 
 if TYPE_CHECKING:
@@ -72,13 +72,11 @@ def resume(
     Raises PopoError (CheckpointError, UserInputError, ModelError, EngineError and others) with what to do next.
     """
     with (
-        resumed_run(Path(run), overrides, checkpoint, trust=trust) as (folder, settings, changes),
+        resumed_run(Path(run), overrides, checkpoint, trust=trust) as (folder, settings, options),
         CallbackList(callbacks) as callback,
         load_trainer(settings, callback) as trainer,
     ):
-        if checkpoint is not None:
-            go_back(folder, checkpoint)
-        return trainer.run(folder, resume=True, changes=changes)
+        return trainer.run(folder, **options)
 
 
 def load_trainer(

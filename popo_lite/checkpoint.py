@@ -5,13 +5,11 @@ There is no random state to save: every draw of a run is a function of the seed 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,20 @@ from popo_lite.curriculum import History
 from popo_lite.errors import ModelError
 from popo_lite.formats import checked, stamped
 from popo_lite.policy.adapters import load_adapter_weights, save_adapter
-from popo_lite.run_folder import checkpoint_folders, checkpoint_step, damaged_checkpoint, write_atomically
+from popo_lite.run_folder import (
+    CHECKSUMS,
+    changed_files,
+    checkpoint_folders,
+    checkpoint_step,
+    checksums,
+    damaged_checkpoint,
+    flat,
+    write_atomically,
+    write_json,
+)
 from popo_lite.update import Learner
 
-_PREFIX = "step-"
 _OURS = re.compile(r"\.step-\d{6,}\.(partial|old)")
-_CHECKSUMS = "checksums.json"
 _MOMENTS = ({"exp_avg", "exp_avg_sq"}, {"state1", "state2"})  # of torch's AdamW and of bitsandbytes'
 
 
@@ -95,8 +101,8 @@ def save_checkpoint(
     """
     policy = learner.policy
     learner.refuse_not_finite()
-    target = parent / f"{_PREFIX}{cursor.next_step:06d}"
-    state = dict(_flat(learner.optimizer.state_dict()["state"]))
+    target = parent / f"step-{cursor.next_step:06d}"
+    state = flat(learner.optimizer.state_dict()["state"], "/")
     tensors = {path: value for path, value in state.items() if isinstance(value, Tensor)}
     content = {
         "cursor": asdict(cursor),
@@ -106,7 +112,7 @@ def save_checkpoint(
         "optimizer": {path: value for path, value in state.items() if path not in tensors},
     }
     text = json.dumps(stamped(content), indent=2) + "\n"
-    for leftover in parent.glob(f".{_PREFIX}*"):  # from a process that was killed while saving or deleting
+    for leftover in parent.glob(".step-*"):  # from a process that was killed while saving or deleting
         if _OURS.fullmatch(leftover.name):
             shutil.rmtree(leftover)
     if target.is_dir():
@@ -142,7 +148,7 @@ def _write(partial: Path, learner: Learner, optimizer: dict[str, Tensor], text: 
         copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in values.items()}
         save_file(copies, str(partial / f"{name}.safetensors"))
     (partial / "cursor.json").write_text(text, encoding="utf-8")
-    (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial), indent=2) + "\n", encoding="utf-8")
+    write_json(partial / CHECKSUMS, {"files": checksums(partial)})
     sync_folder(partial)
 
 
@@ -154,10 +160,8 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
     policy = learner.policy
     try:
         # A flipped bit in a tensor is no error to safetensors.
-        if (folder / _CHECKSUMS).is_file():
-            found, expected = _checksums(folder), json.loads((folder / _CHECKSUMS).read_text("utf-8"))
-            if other := [name for name in {**expected, **found} if found.get(name) != expected.get(name)]:
-                raise ValueError(f"{other[0]} is not what was saved")
+        if changed := changed_files(folder):
+            raise ValueError(f"{changed[0]} is not what was saved")
         content = checked(json.loads((folder / "cursor.json").read_text("utf-8")), folder / "cursor.json")
         if missing := REQUIRED - content["cursor"].keys():
             raise KeyError(f"the cursor lacks {sorted(missing)}")
@@ -191,15 +195,6 @@ def load_checkpoint(folder: Path, learner: Learner) -> Cursor:
         raise damaged_checkpoint(folder, detail) from error
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """Return relative path -> SHA-256 of the files with weights. Not of cursor.json, which is written again."""
-    sums = {}
-    for path in sorted(folder.rglob("*.safetensors")):
-        with path.open("rb") as file:
-            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
-
-
 def _check_optimizer_state(state: dict[int, dict[str, Any]], learner: Learner) -> None:
     """Raise ValueError if the state does not fit the parameters: torch would notice at the next step, or never."""
     shapes = [parameter.shape for group in learner.optimizer.param_groups for parameter in group["params"]]
@@ -210,15 +205,6 @@ def _check_optimizer_state(state: dict[int, dict[str, Any]], learner: Learner) -
         for name in set().union(*_MOMENTS) & entry.keys():
             if entry[name].shape != shapes[number]:
                 raise ValueError(f"{name} of the optimizer's state {number} has the shape {tuple(entry[name].shape)}")
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (path such as `3/exp_avg`, leaf) of nested dicts; bitsandbytes nests its quantisation state."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{path}/{key}" if path else str(key))
-    else:
-        yield path, value
 
 
 def sync_folder(folder: Path) -> None:

@@ -56,7 +56,7 @@ def checked(content: Any, path: Path) -> dict[str, Any]:
 
 @contextmanager
 def reading(path: Path, place: str = "") -> Iterator[None]:
-    """Raise CheckpointError for whatever goes wrong inside, where the content of the file at `path` is read or used.
+    """Raise CheckpointError if the block, which reads or uses the content of the file at `path`, fails.
 
     `place` says where in the file, such as "line 3".
     """

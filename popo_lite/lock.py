@@ -59,8 +59,7 @@ def _owner(file: IO[str]) -> str:
         file.seek(1)  # Windows locks the first byte against reading
         owner = json.loads(file.read())
         age = datetime.datetime.now().astimezone() - datetime.datetime.fromisoformat(owner["since"])
-        return (
-            f"process {owner['pid']:d} on {owner['host']}, for {datetime.timedelta(seconds=int(age.total_seconds()))}"
-        )
+        seconds = datetime.timedelta(seconds=int(age.total_seconds()))
+        return f"process {owner['pid']:d} on {owner['host']}, for {seconds}"
     except (OSError, ValueError, TypeError, KeyError):
         return "an unknown process"  # it has not written its name yet

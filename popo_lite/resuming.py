@@ -12,7 +12,7 @@ from typing import Any
 from popo_lite.errors import CheckpointError, PopoError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import flatten, load_recipe, to_toml
-from popo_lite.run_folder import RunFolder, checkpoint_folders
+from popo_lite.run_folder import RunFolder, changed_keys, checkpoint_folders
 from popo_lite.trust import refuse_untrusted
 
 Change = dict[str, Any]
@@ -22,6 +22,8 @@ FREE = "free"
 """Changes speed, bookkeeping and rounding, but not what is learned."""
 NOTED = "noted"
 """Changes what is learned from here on: allowed, and recorded in the log, the checkpoints and summary.json."""
+WAITING = 3
+"""Steps by which a checkpoint may be late: none is written among bad gradients, and so many in a row end the run."""
 
 _BASE = "the adapter belongs to the base as it was"
 _WEIGHTS = "the saved weights would not fit, or would mean something else"
@@ -39,7 +41,8 @@ def _keys(rule: str, section: str, names: str) -> dict[str, str]:
 RULES: Mapping[str, str] = {
     **_keys(_BASE, "model", "id revision quantization double_quantization dtype"),
     **_keys(NOTED, "model", "backend attn_implementation trust_remote_code"),
-    **_keys(_WEIGHTS, "lora", "rank alpha dropout target_modules rslora dora"),
+    **_keys(_WEIGHTS, "lora", "rank alpha target_modules rslora dora"),
+    **_keys(NOTED, "lora", "dropout"),
     **_keys(_START, "lora", "init_from"),
     **_keys(_WEIGHTS, "siamese", "head_width"),
     **_keys(NOTED, "siamese", "tau"),
@@ -83,16 +86,17 @@ RULES: Mapping[str, str] = {
 def free_keys(recipe: Recipe) -> set[str]:
     """Return the keys that change nothing of what is learned."""
     # Dropout masks depend on how the step is split and packed.
-    splitting = (
-        {"train.tokens_per_microbatch", "train.packing", "train.shared_prefix"} if recipe.lora.dropout else set()
-    )
-    return {key for key, rule in RULES.items() if rule == FREE} - splitting
+    splitting = {"train.tokens_per_microbatch", "train.packing", "train.shared_prefix"}
+    return {key for key, rule in RULES.items() if rule == FREE} - (splitting if recipe.lora.dropout else set())
 
 
-def resumed_recipe(run: RunFolder, overrides: Sequence[str] = ()) -> tuple[Recipe, list[Change]]:
+def resumed_recipe(
+    run: RunFolder, overrides: Sequence[str] = (), checkpoint: int | None = None
+) -> tuple[Recipe, list[Change]]:
     """Return the run's recipe with `overrides`, as for `load_recipe`, and the changes to record.
 
-    Raises CheckpointError if one of them cannot change in a run, or if the run has ended and cannot train on.
+    `checkpoint` is the number of steps to go back to. Raises CheckpointError if there is no such checkpoint, a key
+    cannot change in a run, or nothing is left to train or to go on from.
     """
     recipe = run.recipe()
     before = flatten(recipe)
@@ -102,15 +106,14 @@ def resumed_recipe(run: RunFolder, overrides: Sequence[str] = ()) -> tuple[Recip
     recipe = load_recipe(run.recipe_path, overrides, stored=True)
     now = flatten(recipe)
     refuse_changes(run, before, now)
-    _refuse_ended(run, recipe)
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    noted = [key for key in changed if key not in free_keys(recipe)]
+    _refuse_without_steps(run, recipe, checkpoint)
+    noted = [key for key in changed_keys(before, now) if key not in free_keys(recipe)]
     return recipe, [{"key": key, "before": before.get(key), "now": now.get(key)} for key in noted]
 
 
 def refuse_changes(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise CheckpointError if a key has another value that cannot change in a run; it says why."""
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    changed = changed_keys(before, now)
     refused = [key for key in changed if RULES[key] not in (FREE, NOTED)]
     if refused:
         reasons = [f"{key} was {before.get(key)!r} and cannot become {now.get(key)!r}: {RULES[key]}" for key in refused]
@@ -124,23 +127,19 @@ def refuse_changes(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, 
 @contextmanager
 def resumed_run(
     path: Path, overrides: Sequence[str] = (), checkpoint: int | None = None, *, trust: bool = False
-) -> Iterator[tuple[RunFolder, Recipe, list[Change]]]:
-    """Lock the run at `path`; yield it, its recipe with `overrides`, and the changes to record.
+) -> Iterator[tuple[RunFolder, Recipe, dict[str, Any]]]:
+    """Lock the run at `path`; yield it, its recipe with `overrides`, and the options of `Trainer.run`.
 
-    `checkpoint` is the number of steps to go back to (`go_back`). Raises CheckpointError if there is no such run or
-    checkpoint, the run has ended, or a key cannot change, and UserInputError if another process trains it or its code
-    is not trusted.
-    A PopoError of the block says which advice is only for a new run.
+    Raises CheckpointError if there is no such run, and as `resumed_recipe` does, and UserInputError if another process
+    trains it or its code is not trusted. A PopoError of the block says which advice is only for a new run.
     """
     run = RunFolder(path)
     run.recipe()  # before the lock makes a folder
     with run.locked():
-        recipe, changes = resumed_recipe(run, overrides)
+        recipe, changes = resumed_recipe(run, overrides, checkpoint)
         refuse_untrusted(recipe, path, trust, overrides=overrides)
-        if checkpoint is not None:
-            run.find_checkpoint(checkpoint)
         try:
-            yield run, recipe, changes
+            yield run, recipe, {"resume": True, "changes": changes, "checkpoint": checkpoint}
         except PopoError as error:
             error.next_step = _possible(error.next_step)
             raise
@@ -155,18 +154,19 @@ def _possible(next_step: str | None) -> str | None:
     return f"{next_step}\n({', '.join(fixed)}: only in a new run)"
 
 
-def _refuse_ended(run: RunFolder, recipe: Recipe) -> None:
+def _refuse_without_steps(run: RunFolder, recipe: Recipe, checkpoint: int | None) -> None:
     """Raise CheckpointError if there is nothing left to train, or nothing to go on from."""
-    if not run.summary_path.is_file():
-        return
-    done = run.summary()["steps"]
-    if recipe.train.steps <= done:
-        what, next_step = (
-            f"the run has ended after {done:,} steps",
-            f"{run.resume_command} --set train.steps={2 * done}",
-        )
-        raise CheckpointError(what, where=str(run.path), next_step=f"{next_step} trains on, to that step")
-    if not checkpoint_folders(run.checkpoints):
-        what = "the run has ended and its checkpoints are gone, so it cannot train on"
-        start = shlex.join(["popo-lite", "train", str(run.recipe_path), "--set", f"lora.init_from={run.adapter}"])
-        raise CheckpointError(what, where=str(run.path), next_step=f"start a new run from its adapter: {start}")
+    has_ended = run.summary_path.is_file()
+    if checkpoint is not None:
+        run.find_checkpoint(checkpoint)
+    if has_ended and recipe.train.steps <= (done := run.summary()["steps"] if checkpoint is None else checkpoint):
+        next_step = f"{run.resume_command} --set train.steps={2 * done} trains on, to that step"
+        raise CheckpointError(f"the run has ended after {done:,} steps", where=str(run.path), next_step=next_step)
+    steps = run.metrics_path.read_bytes().count(b"\n") if run.metrics_path.is_file() else 0
+    must_have_some = has_ended or steps > run.recipe().train.save_steps + WAITING
+    if must_have_some and not checkpoint_folders(run.checkpoints):
+        start = ["popo-lite", "train", str(run.recipe_path)]
+        start += ["--set", f"lora.init_from={run.adapter}"] if has_ended else []
+        next_step = f"restore them from a backup, or start a new run: {shlex.join(start)}"
+        what = "the checkpoints are gone, so the run cannot go on"
+        raise CheckpointError(what, where=str(run.checkpoints), next_step=next_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from popo_lite.errors import CheckpointError, UserInputError
 from popo_lite.formats import FORMAT, KEY, checked, read_json, reading, stamped
-from popo_lite.lock import locked
+from popo_lite.lock import locked, writing
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import dump_recipe, load_recipe
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 
-_PREFIX = "step-"
+CHECKSUMS = "checksums.json"
 _temporary: list[TemporaryDirectory[str]] = []
 """Adapters of checkpoints, copied: a run that goes on deletes its old checkpoints. They go when the process ends."""
 
@@ -38,13 +39,13 @@ def checkpoint_folders(parent: Path) -> list[Path]:
 
     The name is `step-` and the number of steps done, in at least six digits.
     """
-    found = [path for path in parent.glob(f"{_PREFIX}*") if re.fullmatch(_PREFIX + r"\d{6,}", path.name, re.ASCII)]
+    found = [path for path in parent.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name, re.ASCII)]
     return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
 
 
 def checkpoint_step(folder: Path) -> int:
     """Return the number of steps that were done when the checkpoint was written."""
-    return int(folder.name.removeprefix(_PREFIX))
+    return int(folder.name.removeprefix("step-"))
 
 
 class RunFolder:
@@ -82,7 +83,7 @@ class RunFolder:
     @property
     def ended(self) -> bool:
         """True if all steps are done. A run that ended is not, while it trains on for more steps."""
-        return self.summary_path.is_file() and read_json(self.summary_path)["steps"] >= self.recipe().train.steps
+        return self.summary_path.is_file() and self.summary()["steps"] >= self.recipe().train.steps
 
     def find_checkpoint(self, which: int | str | None = None) -> Path | None:
         """Return the checkpoint after `which` steps, or the "best" one; None is the end, or else the newest one.
@@ -99,12 +100,13 @@ class RunFolder:
         newest = folders[max(folders)]
         step, there = max(folders) if which is None else which, f"there are {', '.join(map(str, folders))}"
         if which == "best":
-            best = self._cursor(newest).get("best")
+            with reading(newest / "cursor.json"):
+                best = self._cursor(newest).get("best")
+                step = int(best["step"]) if best else 0
             if not best:
                 what = f"no evaluation during training has found a best checkpoint; {there}"
                 next_step = f"--checkpoint {max(folders)}; eval.every makes such evaluations"
                 raise CheckpointError(what, where=str(self.checkpoints), next_step=next_step)
-            step = best["step"]
         if step not in folders:
             what = f"there is no checkpoint after {step} steps; {there}"
             raise CheckpointError(what, where=str(self.checkpoints), next_step=f"--checkpoint {max(folders)}")
@@ -113,7 +115,9 @@ class RunFolder:
     def summary(self, checkpoint: Path | None = None) -> dict[str, Any]:
         """Return summary.json, or what there is of it in a checkpoint: `after` is None, `of_steps` the recipe's."""
         if checkpoint is None:
-            return read_json(self.summary_path)
+            with reading(self.summary_path):
+                summary = read_json(self.summary_path)
+                return {**summary, "steps": int(summary["steps"])}
         cursor = self._cursor(checkpoint)
         return {
             "steps": checkpoint_step(checkpoint),
@@ -129,33 +133,27 @@ class RunFolder:
         summary = self.summary(checkpoint)
         unasked = f"the run has not ended; these weights are of its newest checkpoint, after {summary['steps']:,}"
         first = [f"{unasked} of {summary['of_steps']:,} steps"] if which is None and checkpoint is not None else []
-        return [*first, *summary.get("doubts", [])]
+        with reading(self.summary_path if checkpoint is None else checkpoint / "cursor.json"):
+            return [*first, *map(str, summary.get("doubts", []))]
 
-    def trained_adapter(self, weights: str, checkpoint: int | str | None = None) -> Path:
+    def trained_adapter(self, weights: str, checkpoint: Path | None = None) -> Path:
         """Return a folder with the adapter in PEFT's format; `weights` is "policy" or "siamese".
 
-        `checkpoint` is as in `find_checkpoint`; the adapter of one is copied to a temporary folder.
+        That of a checkpoint is copied to a temporary folder; None is the end.
         """
         end = {"policy": self.adapter, "siamese": self.siamese}.get(weights)
         if end is None:
             what, next_step = f'a run has no weights "{weights}"', 'use "policy" or "siamese"'
             raise UserInputError(what, where=str(self.path), next_step=next_step)
-        folder = self.find_checkpoint(checkpoint)
-        if folder is None:
+        if checkpoint is None:
             return end
         _temporary.append(TemporaryDirectory(prefix="popo-lite-"))
-        return copy_adapter(folder, weights, Path(_temporary[-1].name) / f"{folder.name}-{weights}")
+        return copy_adapter(checkpoint, weights, Path(_temporary[-1].name) / f"{checkpoint.name}-{weights}")
 
     def _cursor(self, checkpoint: Path) -> dict[str, Any]:
         path = checkpoint / "cursor.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise damaged_checkpoint(checkpoint, f"{type(error).__name__}: {error}") from error
-        cursor = checked(content, path).get("cursor")
-        if not isinstance(cursor, dict):
-            raise damaged_checkpoint(checkpoint, "cursor.json holds no cursor")
-        return cursor
+        with reading(path):
+            return dict(read_json(path)["cursor"])
 
 
 def copy_adapter(checkpoint: Path, weights: str, target: Path) -> Path:
@@ -166,9 +164,8 @@ def copy_adapter(checkpoint: Path, weights: str, target: Path) -> Path:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file  # adapters have no 16-bit tensors, which numpy lacks
 
-    def stem(
-        name: str,
-    ) -> str:  # of both names: parameters also have the adapter's name, and DoRA's magnitudes a weight
+    # Parameters also have the adapter's name, and DoRA's magnitudes a weight.
+    def stem(name: str) -> str:
         return name.replace(".default", "").removesuffix(".weight")
 
     file = "adapter_model.safetensors"
@@ -185,6 +182,10 @@ def copy_adapter(checkpoint: Path, weights: str, target: Path) -> Path:
 
 def damaged_checkpoint(checkpoint: Path, reason: str) -> CheckpointError:
     """Return the error of a checkpoint that cannot be read; its next step is the newest older one that can."""
+    if not checkpoint.is_dir():
+        what = "the run that trains here has deleted this checkpoint meanwhile"
+        next_step = "rerun the command, or choose another --checkpoint; train.save_total_limit keeps more"
+        return CheckpointError(what, where=str(checkpoint), next_step=next_step)
     run = RunFolder(checkpoint.parent.parent)
     folders = checkpoint_folders(checkpoint.parent)
     older = folders[: folders.index(checkpoint)] if checkpoint in folders else []
@@ -198,22 +199,38 @@ def damaged_checkpoint(checkpoint: Path, reason: str) -> CheckpointError:
 
 
 def is_sound(checkpoint: Path) -> bool:
-    """Check that all files of a checkpoint can be read. Tensors are not: their files' sizes are compared."""
-    from safetensors import SafetensorError, safe_open
-
+    """Check that the cursor of a checkpoint can be read, and that its other files are as they were saved."""
     try:
-        for path in [checkpoint / f"{name}.safetensors" for name in ("predictor", "siamese", "optimizer")]:
-            with safe_open(path, "numpy"):
-                pass
-        with safe_open(checkpoint / "adapter" / "adapter_model.safetensors", "numpy"):
-            pass
-        return isinstance(read_json(checkpoint / "cursor.json").get("cursor"), dict)
-    except (OSError, SafetensorError, CheckpointError):
+        with reading(checkpoint):
+            cursor = read_json(checkpoint / "cursor.json")["cursor"]
+            return isinstance(cursor, dict) and not changed_files(checkpoint)
+    except CheckpointError:
         return False
 
 
+def checksums(checkpoint: Path) -> dict[str, str]:
+    """Return relative path -> SHA-256 of the files with weights. Not of cursor.json, which is written again."""
+    sums = {}
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            sums[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def changed_files(checkpoint: Path) -> list[str]:
+    """Return the files of a checkpoint that are not as they were saved; none if it was saved without checksums."""
+    path = checkpoint / CHECKSUMS
+    if not path.is_file():
+        return []
+    expected = checked(json.loads(path.read_text("utf-8")), path)["files"]
+    return changed_keys(expected, checksums(checkpoint))
+
+
 def go_back(run: RunFolder, step: int) -> None:
-    """Make the checkpoint after `step` steps the newest one: later ones are renamed, and not used any more."""
+    """Make the checkpoint after `step` steps the newest one; the run has not ended any more.
+
+    Later ones are renamed, and not used any more.
+    """
     for folder in checkpoint_folders(run.checkpoints):
         if checkpoint_step(folder) > step:
             aside = folder.with_name(f"{folder.name}-set-aside")
@@ -221,6 +238,7 @@ def go_back(run: RunFolder, step: int) -> None:
             while aside.exists():
                 aside, number = folder.with_name(f"{folder.name}-set-aside-{number}"), number + 1
             folder.rename(aside)
+    run.summary_path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -234,20 +252,18 @@ def new_run(recipe: Recipe, name: str, output: Path | None) -> Iterator[RunFolde
     named = (parent / (stem if number == 1 else f"{stem}-{number}") for number in range(1, 10_000))
     for path in named if output is None else (output,):
         run = RunFolder(path)
-        if not _is_free(path):
-            if output is not None:
-                raise _occupied(run)
-            continue
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         with ExitStack() as stack:
             try:
+                _refuse_occupied(run)
                 stack.enter_context(run.locked())
-            except UserInputError:  # another process is starting in it
+                _refuse_occupied(run)  # again: another process may have started and ended meanwhile
+            except UserInputError:
                 if output is not None:
                     raise
                 continue
-            if not _is_free(path):  # another process has started meanwhile
-                raise _occupied(run)
+            with writing(path):
+                path.chmod(0o700)  # also of a folder that was there
             try:
                 yield run
             finally:
@@ -258,17 +274,19 @@ def new_run(recipe: Recipe, name: str, output: Path | None) -> Iterator[RunFolde
 
 
 def _is_free(path: Path) -> bool:
-    """Return whether a run can start at `path`: nothing is there, or what a process left that was killed before."""
+    """Return whether a run can start at `path`: nothing is there, or only what a killed process left."""
     lock = RunFolder(path).lock_path
     return not path.exists() or (path.is_dir() and all(is_leftover(each) or each == lock for each in path.iterdir()))
 
 
-def _occupied(run: RunFolder) -> UserInputError:
+def _refuse_occupied(run: RunFolder) -> None:
+    if _is_free(run.path):
+        return
     what, next_step = "the folder is not empty, and no run is ever overwritten", "name another folder"
     if run.recipe_path.is_file():
         what, next_step = "there is a run in it, and no run is ever overwritten", f"{run.resume_command} continues it"
         next_step += "; for a new run name another folder"
-    return UserInputError(what, where=f"--output {run.path}", next_step=next_step)
+    raise UserInputError(what, where=f"--output {run.path}", next_step=next_step)
 
 
 def _remove(run: RunFolder, made: Iterable[Path]) -> None:
@@ -288,10 +306,24 @@ def dated(recipe: Recipe) -> Recipe:
     return recipe.with_values({"data.date": recipe.data.date or datetime.date.today()})
 
 
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys with another value, sorted; a missing key has the value None."""
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+
+
+def flat(table: Mapping[Any, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Return path -> value for every value of nested tables; a path is the keys, joined by `separator`."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        path = f"{prefix}{key}"
+        found |= flat(value, separator, path + separator) if isinstance(value, Mapping) else {path: value}
+    return found
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Set[str] = frozenset()) -> list[str]:
     """Return `KEY was VALUE and is VALUE` for each key with another value, sorted by key."""
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys if key not in ignored]
+    keys = [key for key in changed_keys(before, now) if key not in ignored]
+    return [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys]
 
 
 def is_leftover(path: Path) -> bool:
@@ -305,14 +337,7 @@ def start_files(run: RunFolder, recipe: Recipe, device: torch.device) -> list[st
     now = environment(device)
     if not run.environment_path.is_file():
         write_json(run.environment_path, now)
-    return differences(_flat(read_json(run.environment_path)), _flat(now))
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
+    return differences(flat(read_json(run.environment_path)), flat(now))
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -404,7 +429,8 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         except (ValueError, RecursionError):  # not JSON, or half a character, or nested too deep
             record = None
         if isinstance(record, dict):
-            kept += [line.decode() + "\n"] if keep(checked(record, path)) else []
+            with reading(path, f"line {number}"):
+                kept += [line.decode() + "\n"] if keep(checked(record, path)) else []
         elif line and number < len(lines):
             next_step = "restore the file, or start a new run in another folder"
             raise CheckpointError(f"line {number} is damaged", where=str(path), next_step=next_step)

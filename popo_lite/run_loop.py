@@ -15,7 +15,7 @@ from popo_lite.checkpoint import load_checkpoint, save_checkpoint, sync_folder
 from popo_lite.errors import CheckpointError, EngineError, EngineFailedError, NotFiniteError, PopoError
 from popo_lite.evaluation import evaluate
 from popo_lite.faults import explained
-from popo_lite.formats import read_json
+from popo_lite.formats import read_json, reading
 from popo_lite.interrupts import StopRequested
 from popo_lite.metrics import sampler_summary
 from popo_lite.opening import OpenRun
@@ -68,17 +68,19 @@ class RunLoop(OpenRun):
         """Do one step."""
         raise NotImplementedError
 
-    def run(self, folder: RunFolder, *, resume: bool = False, changes: Sequence[Change] = ()) -> RunResult:
+    def run(self, folder: RunFolder, *, resume: bool = False, changes: Sequence[Change] = (),
+            checkpoint: int | None = None) -> RunResult:  # fmt: skip
         """Train to the last step, or until interrupted; write all that `RunFolder` names to `folder`.
 
         The caller holds the folder's lock. `changes` are those of the recipe since the run was stopped: key, before,
-        now. Whatever ends the run, the last whole step is saved; an error says where.
+        now. `checkpoint` is the number of steps to go back to, by default as many as the newest checkpoint has.
+        Whatever ends the run, the last whole step is saved; an error says where.
         """
         self.folder = folder
         self.callback.open_log(folder.log_path)
         with self.interrupts, self._logged():
             if resume:
-                self._restore()
+                self._restore(checkpoint)
                 self._note_changes(changes)
             for difference in start_files(folder, self.recipe, self.policy.device):
                 self.callback.message(f"not as when the run started: {difference}")
@@ -303,7 +305,9 @@ class RunLoop(OpenRun):
 
     def _restore(self, step: int | None = None) -> None:
         """Go back to the checkpoint after `step` steps, by default the newest, or to step 0 if there is none."""
-        if checkpoints := checkpoint_folders(self.folder.checkpoints):
+        if not (checkpoints := checkpoint_folders(self.folder.checkpoints)):
+            self.callback.message("there is no checkpoint: the run starts again at step 1")
+        else:
             source = next((path for path in checkpoints if checkpoint_step(path) == step), checkpoints[-1])
             self.cursor = load_checkpoint(source, self.learner)
             if step is not None:
@@ -337,7 +341,10 @@ class RunLoop(OpenRun):
         path = self.folder.data_path
         if not path.is_file():  # killed before it was written
             return
-        before, now = read_json(path), self._digests()
+        with reading(path):
+            content = read_json(path)
+            before = {name: dict(content[name]) for name in ("training", "held_out")}
+        now = self._digests()
         if self.cursor.before is not None and (found := data_changes(before["held_out"], now["held_out"])):
             what = f"the held-out problems changed since training began ({found}), so its effect cannot be measured"
             recipe = shlex.quote(str(self.folder.recipe_path))

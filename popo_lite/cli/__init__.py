@@ -37,9 +37,7 @@ class _Commands(click.Group):
                 raise click.UsageError(f"the path {str(error.filename)[:60]!r}... is too long") from error
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            next_step = (
-                "free some space and rerun the command, `popo-lite resume RUN` for a run: what was saved is complete"
-            )
+            next_step = "free some space and rerun the command, `popo-lite resume RUN` for a run; saves are complete"
             shown = PopoError("there is no room left on the disk", where=error.filename, next_step=next_step)
         except RuntimeError as error:
             from popo_lite.policy.memory import is_out_of_memory

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,8 +14,8 @@ from popo_lite.api import load_trainer
 from popo_lite.errors import UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.resuming import Change, resumed_run
-from popo_lite.run_folder import RunFolder, dated, go_back, new_run
+from popo_lite.resuming import resumed_run
+from popo_lite.run_folder import RunFolder, dated, new_run
 from popo_lite.trust import refuse_untrusted, trust_option
 
 VIEWS = click.Choice(["auto", "live", "plain", "silent"])
@@ -78,16 +78,17 @@ def resume(
     learned from here on, such as of the learning rate or the engine, is recorded in the log and in summary.json; one
     that would make it another experiment is refused. More steps continue a run that has ended: --set train.steps=N.
     """
-    with resumed_run(run, overrides, checkpoint, trust=trust) as (folder, settings, changes):
-        _train(folder, settings, str(folder.recipe_path), view, ignore_plan=ignore_plan, as_json=as_json, resume=True,
-               changes=changes, checkpoint=checkpoint)  # fmt: skip
+    with resumed_run(run, overrides, checkpoint, trust=trust) as (folder, settings, options):
+        _train(folder, settings, str(folder.recipe_path), view, ignore_plan=ignore_plan, as_json=as_json, **options)
 
 
 def _train(
-    folder: RunFolder, settings: Recipe, recipe: str, view: str, *, ignore_plan: bool, as_json: bool,
-    resume: bool = False, changes: Sequence[Change] = (), checkpoint: int | None = None,
+    folder: RunFolder, settings: Recipe, recipe: str, view: str, *, ignore_plan: bool, as_json: bool, **options: Any
 ) -> None:  # fmt: skip
-    """Train in a locked folder and print the summary, or how to continue. `recipe` is its name in errors."""
+    """Train in a locked folder and print the summary, or how to continue.
+
+    `recipe` is its name in errors; `options` are those of `Trainer.run`.
+    """
     # Imported here because it takes seconds: a recipe with errors is refused at once.
     from popo_lite.policy.memory import memory_named
     from popo_lite.tools.console.output import closing_report
@@ -100,12 +101,10 @@ def _train(
         except UserInputError as error:
             raise error.within(recipe) from error
         with trainer:
-            if checkpoint is not None:
-                go_back(folder, checkpoint)
             # The run handles Ctrl-C itself; one that comes before it starts stops it at its first step.
             default = signal.signal(signal.SIGINT, trainer.interrupts.note)
             with memory_named("before the first step", advice):
-                result = trainer.run(folder, resume=resume, changes=changes)
+                result = trainer.run(folder, **options)
             # One that comes after it must not stop anything. Not a Python handler: the interpreter removes those when
             # it exits, and then the signal would kill it.
             signal.signal(signal.SIGINT, signal.SIG_IGN)

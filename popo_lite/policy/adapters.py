@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from popo_lite.errors import ModelError, nearest
-from popo_lite.formats import read_json
+from popo_lite.formats import reading
 from popo_lite.policy.parts import decoder_of, expert_weights, is_mamba
 from popo_lite.recipe import LoraRecipe
 from popo_lite.seeding import stream_seed
@@ -155,9 +155,16 @@ def adapter_folder(path: str | Path, *, key: str) -> Path:
     return folder
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of adapter_config.json, which is PEFT's own file. Raises CheckpointError if it is damaged."""
+    path = folder / "adapter_config.json"
+    with reading(path):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
 def _check_settings(folder: Path, recipe: LoraRecipe, base: PreTrainedModel) -> None:
     """Raise ModelError if the adapter has other settings than the recipe: PEFT would use the adapter's."""
-    config = read_json(folder / "adapter_config.json")
+    config = read_config(folder)
     if (kind := config.get("peft_type")) != "LORA":  # PEFT would load what other kinds name, from the Hub too
         what, next_step = f"the adapter in {folder} is of the kind {kind!r}", "name the folder of a LoRA adapter"
         raise ModelError(what, where="lora.init_from", next_step=next_step)

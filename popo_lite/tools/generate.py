@@ -28,7 +28,7 @@ def generate(
 ) -> None:  # fmt: skip
     """Ask the model that RUN trained a QUESTION."""
     from popo_lite.errors import UserInputError
-    from popo_lite.run_folder import RunFolder, checkpoint_step
+    from popo_lite.run_folder import RunFolder
     from popo_lite.tools.console.output import notify, write
 
     if not question.isprintable() and any("\ud800" <= character <= "\udfff" for character in question):
@@ -36,7 +36,7 @@ def generate(
     folder = RunFolder(run)
     recipe, saved = folder.recipe(), folder.find_checkpoint(checkpoint)
     refuse_untrusted(recipe, run, trust, only=MODEL_CODE)
-    adapter = folder.trained_adapter(weights, None if saved is None else checkpoint_step(saved))
+    adapter = folder.trained_adapter(weights, saved)
     for notice in folder.notices(checkpoint, saved):
         notify(notice)
 

@@ -31,7 +31,7 @@ def ended(request, tmp_path_factory) -> RunFolder:
 
 @pytest.mark.parametrize("weights", ["policy", "siamese"])
 def test_the_last_checkpoint_has_the_weights_of_the_end_in_the_same_format(ended, weights):
-    end, copy = ended.trained_adapter(weights), ended.trained_adapter(weights, 3)
+    end, copy = ended.trained_adapter(weights), ended.trained_adapter(weights, ended.find_checkpoint(3))
     assert end == ended.path / {"policy": "adapter", "siamese": "siamese"}[weights]
     assert copy.parent.parent != ended.path
     assert {path.name for path in copy.iterdir()} == {path.name for path in end.iterdir()}
@@ -39,7 +39,7 @@ def test_the_last_checkpoint_has_the_weights_of_the_end_in_the_same_format(ended
     theirs, ours = (load_file(path / "adapter_model.safetensors") for path in (end, copy))
     assert theirs.keys() == ours.keys()
     assert all((theirs[name] == ours[name]).all() and theirs[name].dtype == ours[name].dtype for name in theirs)
-    earlier = load_file(ended.trained_adapter(weights, 1) / "adapter_model.safetensors")
+    earlier = load_file(ended.trained_adapter(weights, ended.find_checkpoint(1)) / "adapter_model.safetensors")
     assert any((earlier[name] != ours[name]).any() for name in ours)
 
 
@@ -70,6 +70,8 @@ def test_the_checkpoint_is_chosen_by_number_as_the_best_or_the_newest(ended, tmp
     with pytest.raises(CheckpointError, match="no evaluation during training has found a best checkpoint"):
         ended.find_checkpoint("best")
     shutil.rmtree(run.checkpoints)
+    with pytest.raises(CheckpointError, match="has deleted this checkpoint meanwhile"):
+        run.trained_adapter("policy", newest)
     with pytest.raises(CheckpointError, match="has not ended and has no checkpoint yet") as caught:
         run.find_checkpoint()
     assert caught.value.next_step == f"popo-lite resume {run.path}"

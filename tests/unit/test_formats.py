@@ -19,9 +19,19 @@ from popo_lite import formats
 from popo_lite.cli import main
 from popo_lite.errors import CheckpointError
 from popo_lite.formats import checked, read_json, stamped
+from popo_lite.policy.adapters import read_config
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_recipe
-from popo_lite.run_folder import RunFolder, append_line, is_sound, read_lines
+from popo_lite.run_folder import (
+    CHECKSUMS,
+    RunFolder,
+    append_line,
+    checkpoint_folders,
+    checksums,
+    is_sound,
+    read_lines,
+    write_json,
+)
 
 OLD = Path(__file__).parents[1] / "fixtures" / "run-version-0"
 
@@ -62,6 +72,14 @@ def test_a_file_of_a_newer_version_is_refused_and_left_alone(run, name):
         popo_lite.resume(run.path)
     assert (caught.value.where, caught.value.next_step) == (str(path), "pip install --upgrade popo-lite")
     assert path.read_bytes() == before
+
+
+def test_the_configuration_of_an_adapter_is_pefts_and_has_no_format_of_ours(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"format": "new in PEFT", "r": 4}')
+    assert read_config(tmp_path) == {"format": "new in PEFT", "r": 4}
+    (tmp_path / "adapter_config.json").write_text("[]]")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_config(tmp_path)
 
 
 def test_what_an_older_version_wrote_is_upgraded_step_by_step(run, monkeypatch):
@@ -145,13 +163,49 @@ def test_a_damaged_checkpoint_names_the_one_to_go_on_from_and_the_command(run, d
 
 def test_without_a_sound_checkpoint_no_other_is_named(run):
     newest = two_checkpoints(run)
-    for checkpoint in run.checkpoints.iterdir():
+    for checkpoint in checkpoint_folders(run.checkpoints):
+        write_json(checkpoint / CHECKSUMS, {"files": checksums(checkpoint)})
+        assert is_sound(checkpoint)
         (checkpoint / "siamese.safetensors").write_bytes(b"torn")
         assert not is_sound(checkpoint)
+        if checkpoint != newest:  # a run that cannot go back to it can still go on
+            with pytest.raises(CheckpointError, match="cannot be read"):
+                popo_lite.resume(run.path, checkpoint=1)
+            assert newest.is_dir()
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         popo_lite.resume(run.path)
     assert caught.value.where == str(newest)
     assert f"or start again: popo-lite train {run.recipe_path}" in caught.value.next_step
+
+
+ENDED = {"steps": 4, "doubts": []}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", {}),
+        ("summary.json", {"steps": "many"}),
+        ("summary.json", ENDED | {"doubts": 3}),
+        ("data.json", {}),
+        ("data.json", {"training": [1], "held_out": {}}),
+        ("metrics.jsonl", {"x": 1}),
+        ("evaluations.jsonl", {"x": 1}),
+        ("checkpoints/step-000002/cursor.json", {"cursor": {"best": "x"}}),
+        ("checkpoints/step-000002/cursor.json", {"cursor": {"best": {"step": []}}}),
+        ("checkpoints/step-000002/cursor.json", {"cursor": 3}),
+    ],
+)
+def test_a_file_with_other_content_than_a_run_writes_is_an_error_that_names_it(run, name, content):
+    (run.path / name).write_text(json.dumps(content) + "\n")
+    with pytest.raises(CheckpointError, match="is damaged") as caught:
+        if name.startswith("checkpoints"):
+            run.find_checkpoint("best")
+        elif "doubts" in content:
+            run.notices(None, run.find_checkpoint())
+        else:
+            popo_lite.resume(run.path)
+    assert caught.value.where.startswith(str(run.path / name))
 
 
 def test_changes_are_recorded_once_and_survive_a_second_resume(run):
@@ -188,4 +242,16 @@ def test_a_run_that_has_ended_trains_on_and_keeps_its_adapter_until_the_new_end(
     assert run.find_checkpoint() is not None  # not the old end
     assert popo_lite.resume(run.path).summary["steps"] == 6
     assert run.ended
-    assert (run.adapter / "adapter_model.safetensors").read_bytes() != first
+    second = (run.adapter / "adapter_model.safetensors").read_bytes()
+    assert second != first
+    weights = run.checkpoints / "step-000006" / "siamese.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    assert not is_sound(weights.parent)
+    assert popo_lite.resume(run.path, checkpoint=4).summary["steps"] == 6
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == second
+
+
+def test_a_run_without_checkpoints_says_that_it_starts_again(run):
+    shutil.rmtree(run.checkpoints)
+    assert popo_lite.resume(run.path).summary["steps"] == 4
+    assert "there is no checkpoint: the run starts again at step 1" in run.log_path.read_text()

@@ -13,7 +13,7 @@ from popo_lite.errors import CheckpointError, EngineError, RecipeError
 from popo_lite.recipe import OBJECTIVES
 from popo_lite.recipe_file import dump_recipe, load_recipe, schema_of
 from popo_lite.resuming import FREE, NOTED, RULES, free_keys, resumed_recipe, resumed_run
-from popo_lite.run_folder import RunFolder, write_json
+from popo_lite.run_folder import RunFolder, append_line, write_json
 
 PACKAGE = Path(__file__).parents[2] / "popo_lite"
 KEYS = {key for algorithm in OBJECTIVES for key in schema_of(algorithm)}
@@ -34,10 +34,12 @@ def test_every_key_of_the_schema_has_a_rule_and_no_other():
 
 def test_a_changed_key_is_free_noted_or_refused_with_the_reason(run):
     recipe, changes = resumed_recipe(run, ["rollout.max_num_seqs=7", "optimizer.learning_rate=1e-6", "lora.rank=16",
-                                           "objective.target_entropy=0.5", "data.dataset=mine.jsonl"])  # fmt: skip
+                                           "objective.target_entropy=0.5", "data.dataset=mine.jsonl",
+                                           "lora.dropout=0.1"])  # fmt: skip
     assert recipe.rollout.max_num_seqs == 7
     assert changes == [
         {"key": "data.dataset", "before": "arithmetic", "now": "mine.jsonl"},
+        {"key": "lora.dropout", "before": 0.0, "now": 0.1},
         {"key": "objective.target_entropy", "before": None, "now": 0.5},
         {"key": "optimizer.learning_rate", "before": 0.002, "now": 1e-06},
     ]
@@ -91,8 +93,23 @@ def test_a_run_that_has_ended_trains_on_for_more_steps_alone(run):
     with pytest.raises(CheckpointError, match="checkpoints are gone") as caught:
         resumed_recipe(run, ["train.steps=80"])
     assert f"--set lora.init_from={run.adapter}" in caught.value.next_step
-    (run.checkpoints / "step-000060").mkdir(parents=True)
+    for step in (40, 60):
+        (run.checkpoints / f"step-{step:06}").mkdir(parents=True)
     assert resumed_recipe(run, ["train.steps=80"])[1] == [{"key": "train.steps", "before": 60, "now": 80}]
+    assert resumed_recipe(run, checkpoint=40) == (run.recipe(), [])
+    with pytest.raises(CheckpointError, match="ended after 60 steps"):
+        resumed_recipe(run, checkpoint=60)
+
+
+def test_a_run_whose_checkpoints_were_deleted_keeps_its_metrics_and_is_refused(run):
+    saved_every = run.recipe().train.save_steps
+    for step in range(saved_every + 3):  # the first checkpoint may wait for three bad gradients
+        append_line(run.metrics_path, {"step": step})
+    assert resumed_recipe(run) == (run.recipe(), [])
+    append_line(run.metrics_path, {"step": saved_every + 3})
+    with pytest.raises(CheckpointError, match="the checkpoints are gone") as caught:
+        resumed_recipe(run, ["train.save_steps=1000"])
+    assert f"start a new run: popo-lite train {run.recipe_path}" in caught.value.next_step
 
 
 @pytest.mark.parametrize(

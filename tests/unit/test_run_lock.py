@@ -18,7 +18,7 @@ import popo_lite
 from popo_lite.cli import main
 from popo_lite.errors import UserInputError
 from popo_lite.recipe_file import dump_recipe, load_recipe
-from popo_lite.run_folder import RunFolder
+from popo_lite.run_folder import RunFolder, new_run
 
 HOLD = """
 import sys, time
@@ -106,6 +106,29 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_not_held(run, monkeypatch):
     monkeypatch.setattr(lock.filelock, "lock_descriptor", take)
     with pytest.raises(UserInputError, match="an unknown process"), run.locked():
         pass
+
+
+def test_a_run_that_started_meanwhile_is_no_hindrance_unless_its_folder_was_asked_for(tmp_path, monkeypatch):
+    recipe = load_recipe("tiny_cpu", [f"output.dir={tmp_path}"])
+    locked = RunFolder.locked
+
+    def other_first(run: RunFolder):
+        if not run.path.name.endswith("-2"):
+            run.path.mkdir(exist_ok=True)
+            run.recipe_path.write_text("")
+        return locked(run)
+
+    monkeypatch.setattr(RunFolder, "locked", other_first)
+    with new_run(recipe, "x", None) as run:
+        assert run.path == tmp_path / "x-seed0-2"
+    with pytest.raises(UserInputError, match="there is a run in it"), new_run(recipe, "x", tmp_path / "asked"):
+        pass
+
+
+def test_an_empty_folder_that_was_there_becomes_private(tmp_path):
+    tmp_path.chmod(0o755)
+    with new_run(load_recipe("tiny_cpu"), "x", tmp_path):
+        assert tmp_path.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_trained_run_frees_its_folder(run, tmp_path):

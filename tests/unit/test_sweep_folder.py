@@ -143,6 +143,7 @@ def test_results_are_the_finished_runs(tmp_path, folder):
     finish(runs[3])
     assert [run.state for run in runs] == ["new", "new", "new", "finished"]
     folder.write_results(runs)
+    assert json.loads(folder.results_path.read_text())["format"] == 1
     (line,) = read_lines(folder.results_path)
     assert (line["variant"], line["seed"], line["run"]) == ("b", 1, "b/seed-1")
     assert line["overrides"] == {"objective.entropy_coef": 0.0, "data.system_prompt": "count, don't guess"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -73,15 +74,15 @@ def sweep(folder: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     return run
 
 
-def press_when_ready(folder: SweepFolder, *variants: str) -> None:
-    """Ctrl-C once what these variants run has said that it is ready."""
+def press_when_ready(folder: SweepFolder, *variants: str, number: int = signal.SIGINT) -> None:
+    """Send the signal, by default Ctrl-C, once what these variants run has said that it is ready."""
     logs = [folder.path / variant / "seed-0.log" for variant in variants]
 
     def press() -> None:
         deadline = time.monotonic() + 60
         while not all(log.is_file() and "ready" in log.read_text() for log in logs) and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=press, daemon=True).start()
 
@@ -96,6 +97,17 @@ def test_one_signal_stops_and_a_crash_is_still_a_failure(folder, sweep):
     assert (failure["variant"], failure["exit_code"], failure["message"]) == ("b", 1, "boom")
     assert interrupted
     assert [line["variant"] for line in read_lines(folder.failures_path)] == ["b"]
+
+
+def test_a_closed_terminal_stops_the_runs(folder, sweep):
+    class Gone(Impatient):
+        def message(self, text: str) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+    press_when_ready(folder, "a", "b", number=signal.SIGHUP)
+    watcher = Gone(presses=1)
+    assert sweep(watcher, a=OBEYS, b=OBEYS) == ([], True)
+    assert sorted(watcher.ends) == [("a seed 0", "stopped"), ("b seed 0", "stopped")]
 
 
 def test_the_third_signal_kills_what_does_not_hear(folder, sweep):

@@ -20,7 +20,7 @@ from popo_lite.policy.load import load_config
 from popo_lite.policy.parts import context_of
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import Recipe
-from popo_lite.run_folder import append_line, differences, environment, keep_lines, read_lines, write_json
+from popo_lite.run_folder import append_line, differences, environment, flat, keep_lines, read_lines, write_json
 from popo_lite.samplers import SamplingParams, pick_engine
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.benchmarks.datasets import BENCHMARKS, open_benchmark, unreadable_references, within_tolerance
@@ -153,7 +153,7 @@ class EvaluationFolder:
             write_json(self.settings_path, settings)
             return
         before = read_json(self.settings_path)
-        if changed := differences(_flat(before), _flat(json.loads(json.dumps(settings)))):
+        if changed := differences(flat(before), flat(json.loads(json.dumps(settings)))):
             changed[5:] = [f"{len(changed) - 5} more differ"] if len(changed) > 5 else []
             what = f"the evaluation in this folder has other settings: {'; '.join(changed)}"
             next_step = "use the same settings to resume it, or name another folder with --output"
@@ -181,13 +181,6 @@ class EvaluationFolder:
         finished = {key for chunk in chunks if answers.keys() >= set(chunk) for key in chunk}
         keep_lines(self.answers_path, lambda line: tuple(map(line.get, KEY)) in finished)
         return {key: line for key, line in answers.items() if key in finished}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def plan_chunks(benchmarks: Sequence[PreparedBenchmark], settings: Mapping[str, Any]) -> list[dict[Key, Prompt]]:

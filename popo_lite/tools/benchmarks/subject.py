@@ -93,14 +93,14 @@ def open_run(path: Path, wanted: Sequence[str], checkpoint: int | str | None = N
     recipe = folder.recipe()
     names = wanted or RUN_WEIGHTS
     found = None if set(names) == {"base"} and checkpoint is None else folder.find_checkpoint(checkpoint)
-    step = None if found is None else checkpoint_step(found)
     if set(names) != {"base"}:
         for notice in folder.notices(checkpoint, found):
             notify(f"{path}: {notice}")
     adapters = {
-        name: None if name == "base" else folder.trained_adapter("siamese" if name == "siamese" else "policy", step)
+        name: None if name == "base" else folder.trained_adapter("siamese" if name == "siamese" else "policy", found)
         for name in names
     }
+    step = checkpoint_step(found) if found else None
     return Subject(name=path.resolve().name, recipe=recipe, adapters=adapters, checkpoint=step)
 
 

@@ -125,17 +125,10 @@ def _print_report(report: ExportReport, upload: dict[str, Any] | None) -> None:
     from popo_lite.tools.console.output import table
     from popo_lite.tools.export.verify import base_of, table_of
 
-    facts: dict[str, Any] = {
-        "folder": report.folder,
-        "what": report.what,
-        "weights": report.weights,
-        **(
-            {}
-            if report.checkpoint is None
-            else {"checkpoint": f"after {report.checkpoint:,} of {report.of_steps:,} steps"}
-        ),
-        "base": report.base,
-    }
+    facts: dict[str, Any] = {"folder": report.folder, "what": report.what, "weights": report.weights}
+    if report.checkpoint is not None:
+        facts["checkpoint"] = f"after {report.checkpoint:,} of {report.of_steps:,} steps"
+    facts["base"] = report.base
     if report.verification is not None:
         facts |= {"merged into": base_of(report.verification), "precision": report.gguf or report.dtype}
     facts |= {"repository": upload["url"], "visibility": "private" if upload["private"] else "public"} if upload else {}

@@ -25,7 +25,7 @@ from popo_lite.errors import ExportError, ModelError, UserInputError
 from popo_lite.evaluation import evaluate, fitting, held_out
 from popo_lite.formats import read_json
 from popo_lite.grading import Grader
-from popo_lite.policy.adapters import ADAPTER_FILE, adapter_folder
+from popo_lite.policy.adapters import ADAPTER_FILE, adapter_folder, read_config
 from popo_lite.policy.gguf import convert_gguf
 from popo_lite.policy.load import load_config, load_tokenizer, write_dequantized_base
 from popo_lite.policy.memory import release_memory
@@ -118,8 +118,8 @@ def export_run(
     recipe, found = run.recipe(), run.find_checkpoint(checkpoint)
     for notice in run.notices(checkpoint, found):
         click.echo(notice, err=True)
-    step = None if found is None else checkpoint_step(found)
-    adapter = adapter_folder(run.trained_adapter(weights, step), key="run folder")
+    step, summary = None if found is None else checkpoint_step(found), run.summary(found)
+    adapter = adapter_folder(run.trained_adapter(weights, found), key="run folder")
     name = f"{gguf or what}-{weights}{'' if step is None else f'-step-{step}'}"
     report = ExportReport(
         folder=output if output is not None else run.path / "export" / name,
@@ -144,7 +144,6 @@ def export_run(
         write_json(folder / REPORT_FILE, report.content())
         card, failure = f"# {report.base}, trained with popo-lite\n", None
         try:
-            summary = run.summary(found)
             card = model_card(
                 recipe, summary, weights=weights, dtype=report.dtype, gguf=gguf, verification=report.verification
             )
@@ -198,7 +197,7 @@ def _earlier(report: ExportReport, reuse: bool) -> ExportReport:
 def _copy_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:
     save_tokenizer(recipe, folder)
     shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
-    config = read_json(adapter / "adapter_config.json")
+    config = read_config(adapter)
     config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -33,7 +33,8 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
     """Train every variant of SWEEP with every seed: a TOML file, or the name of a shipped sweep.
 
     The same command continues a stopped sweep: finished runs are kept, an unfinished one is resumed, a failed one
-    is retried. Variants and seeds may be added; other changes are refused. Ctrl-C stops the running processes after
+    is retried. Variants and seeds may be added, and keys changed that `popo-lite resume` accepts freely, such as
+    train.save_steps; other changes are refused. Ctrl-C stops the running processes after
     their step; a second one abandons the step and saves; a third kills them.
     A run that fails does not end the others; the exit code is 1 then. See docs/experiments.md.
     """

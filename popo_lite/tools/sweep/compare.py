@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from popo_lite.errors import CheckpointError, UserInputError
 from popo_lite.formats import reading
 from popo_lite.recipe_file import flatten
-from popo_lite.run_folder import RunFolder, read_lines
+from popo_lite.run_folder import RunFolder, changed_keys, read_lines
 from popo_lite.tools.sweep.folder import SweepFolder, load_sweep, named_values
 
 BOOKKEEPING = ("train.seed", "data.date", "output.dir", "output.samples_per_step")  # may differ within a group
@@ -71,8 +71,7 @@ def compare(sources: Sequence[Path], *, reach: float) -> dict[str, Any]:
     # Single runs are grouped by recipe, apart from BOOKKEEPING, and named after the settings that differ.
     single = [read_run(source, reach=reach) for source in sources if source not in sweeps]
     recipes = [flatten(RunFolder(run.path).recipe()) for run in single]
-    keys = sorted(set().union(*recipes).difference(BOOKKEEPING))
-    differing = [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
+    differing = sorted({key for recipe in recipes for key in changed_keys(recipes[0], recipe)}.difference(BOOKKEEPING))
     alike: dict[str, list[RunFigures]] = {}
     for one, recipe in zip(single, recipes, strict=True):
         alike.setdefault(", ".join(named_values(recipe, differing)), []).append(one)

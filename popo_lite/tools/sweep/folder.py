@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from popo_lite.errors import RecipeError, UserInputError, nearest
-from popo_lite.formats import reading
+from popo_lite.formats import reading, stamped
 from popo_lite.lock import locked, writing
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import SECTIONS, find_recipe, flatten, load_recipe, read_toml, shipped_sweeps, to_toml
@@ -208,19 +208,17 @@ class SweepRun:
 
     def result(self) -> dict[str, Any]:
         """Return the finished run's line of results.jsonl."""
+        summary = self.folder.summary()
         with reading(self.folder.summary_path):
-            return self._result(self.folder.summary())
-
-    def _result(self, summary: Mapping[str, Any]) -> dict[str, Any]:
-        before, after = summary["before"] or {}, summary["after"] or {}
-        return {
-            "variant": self.variant.name, "seed": self.seed, "overrides": self.variant.overrides,
-            "run": f"{self.variant.name}/{self.folder.path.name}",
-            "steps": summary["steps"], "pass_at_1_before": before.get("pass_at_1"),
-            **{key: after.get(key) for key in ("pass_at_1", "pass_at_k", "completion_tokens_mean")},
-            **{key: summary[key] for key in ("rollouts", "rollout_tokens", "trained_tokens", "peak_memory_bytes")},
-            "seconds": summary["seconds"]["total"],
-        }  # fmt: skip
+            before, after = summary["before"] or {}, summary["after"] or {}
+            return {
+                "variant": self.variant.name, "seed": self.seed, "overrides": self.variant.overrides,
+                "run": f"{self.variant.name}/{self.folder.path.name}",
+                "steps": summary["steps"], "pass_at_1_before": before.get("pass_at_1"),
+                **{key: after.get(key) for key in ("pass_at_1", "pass_at_k", "completion_tokens_mean")},
+                **{key: summary[key] for key in ("rollouts", "rollout_tokens", "trained_tokens", "peak_memory_bytes")},
+                "seconds": summary["seconds"]["total"],
+            }  # fmt: skip
 
 
 class SweepFolder:
@@ -256,7 +254,7 @@ class SweepFolder:
         """Replace results.jsonl and return its lines."""
         lines = [run.result() for run in runs if run.state == "finished"]
         with writing(self.results_path):
-            write_atomically(self.results_path, "".join(json.dumps(line) + "\n" for line in lines))
+            write_atomically(self.results_path, "".join(json.dumps(stamped(line)) + "\n" for line in lines))
         return lines
 
     def forget_failure(self, run: SweepRun) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.text import Text
 
 from popo_lite.lock import writing
 from popo_lite.recipe_file import flatten, to_toml
-from popo_lite.run_folder import append_line
+from popo_lite.run_folder import append_line, changed_keys
 from popo_lite.tools.console.output import open_console, safe
 from popo_lite.tools.console.words import duration
 from popo_lite.tools.sweep.folder import SEED, SweepFolder, SweepRun, as_options
@@ -71,8 +72,9 @@ def execute(folder: SweepFolder, runs: Sequence[SweepRun], jobs: int, lock: int,
             *, ignore_plan: bool = False) -> tuple[list[dict[str, Any]], bool]:  # fmt: skip
     """Run all of `runs` that have not finished, `jobs` at a time; one that was begun is resumed.
 
-    Returns the lines added to failures.jsonl, and whether Ctrl-C left runs to do. SIGINT and SIGTERM start nothing more
-    and are passed on as STOPPING says. Raises PopoError, after stopping the runs, if a file cannot be written.
+    Returns the lines added to failures.jsonl, and whether Ctrl-C left runs to do. SIGINT, SIGTERM and SIGHUP start
+    nothing more and are passed on as STOPPING says. Raises PopoError, after stopping the runs, if a file cannot be
+    written.
     """
     waiting = [run for run in runs if run.state != "finished"]
     working: list[_Process] = []
@@ -83,16 +85,18 @@ def execute(folder: SweepFolder, runs: Sequence[SweepRun], jobs: int, lock: int,
     def pass_on_next_signal() -> None:
         nonlocal passed_on
         if working and passed_on < min(len(signals), len(STOPPING)):
-            watcher.message(STOPPING[passed_on])
             passed_on += 1
             for popen in [process.popen for process in working if process.popen.poll() is None]:
                 if passed_on < len(STOPPING):
                     popen.send_signal(signal.SIGINT)
                 else:  # The whole session, which the run leads: an engine's processes would keep the GPU.
                     os.killpg(popen.pid, signal.SIGKILL)
+            with suppress(OSError):  # the terminal may be gone
+                watcher.message(STOPPING[passed_on - 1])
 
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # ignored under nohup
     handlers = {number: signal.signal(number, lambda number, _: signals.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
+                for number in (signal.SIGINT, signal.SIGTERM, *hangup)}  # fmt: skip
     try:
         while working or (waiting and not signals):
             while waiting and len(working) < jobs and not signals:
@@ -122,7 +126,7 @@ def train_command(folder: SweepFolder, run: SweepRun, *, ignore_plan: bool = Fal
     if run.state == "unfinished":
         before, now = flatten(run.folder.recipe()), flatten(run.variant.recipe)
         own = {SEED, "data.date"} - run.settings.keys()  # of the run, not of the variant
-        changed = sorted(key for key in (before.keys() | now.keys()) - own if before.get(key) != now.get(key))
+        changed = [key for key in changed_keys(before, now) if key not in own]
         command = ["resume", str(run.folder.path)]
         options: Iterable[str] = [f"{key}={to_toml(now[key]) if key in now else ''}" for key in changed]
     else:
