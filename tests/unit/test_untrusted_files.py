@@ -20,6 +20,7 @@ from popo_lite.policy.load import TINY_FOLDER, load_config, load_tokenizer
 from popo_lite.policy.policy import load_policy, load_trained_policy
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe_file import load_recipe
+from popo_lite.run_folder import new_run
 from popo_lite.tasks import open_tasks, rendering
 from popo_lite.types import Problem
 from runs import finished_run
@@ -223,6 +224,17 @@ def test_code_and_pickles_of_a_dataset_are_not_run(folder, name, tmp_path, mark,
         options = [f"data.dataset={dataset}", "data.prompt_column=a", "data.answer_column=b", "data.split=train"]
         with pytest.raises(PopoError):
             open_tasks(load_recipe("tiny_cpu", options))
+
+
+def test_a_folder_for_runs_loses_no_file(tmp_path: Path) -> None:
+    """`output.dir` may be any folder of the user's, and a run that writes nothing is removed again."""
+    mine = tmp_path / "tiny-seed0" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with new_run(load_recipe("tiny_cpu", [f"output.dir={tmp_path}", "train.seed=0"]), "tiny", None) as run:
+        assert run.path == tmp_path / "tiny-seed0-2"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine"
 
 
 def test_the_verifiers_of_reasoning_gym_run_on_its_own_problems_alone(tmp_path: Path) -> None:
