@@ -16,12 +16,15 @@ from popo_lite.errors import RecipeError, nearest
 from popo_lite.formats import KEY, checked
 from popo_lite.recipe import FUNCTIONS, OBJECTIVES, Objective, OwnFunction, Recipe, Section
 from popo_lite.recipe_rules import NOT_RENAMED, RENAMED, impossible_combinations
-from popo_lite.redaction import redact
+from popo_lite.redaction import has_login, redact
 
 SHOW_KEYS = "popo-lite recipe show   (every key with its meaning, allowed values and default)"
 LONGEST_VALUE = 120
 LONGEST_PATH = 4000  # Linux opens no longer ones, and no part of more than 255 bytes
 TEXTS = ("chat_template", "system_prompt", "column")  # ends of keys whose text may have any characters
+PROSE = ("data.system_prompt", "data.chat_template", "reward.functions", "rollout.server.base_urls")
+"""Settings that may contain text that looks like a login, or have a rule of their own for it."""
+HOLDS_LOGIN = "holds a login, which the run's files would keep; leave it out"
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 KINDS = {"boolean": "true or false", "integer": "a whole number", "number": "a finite number", "string": "text",
          "array": "a list of text",
@@ -92,9 +95,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, stored: bo
                 unset = f"leave the key out, or unset it by --set {name}=" if schema[name].default is None else "set it"
                 wrong[name] = f"is empty; {unset}"
             elif isinstance(value, str) and not name.endswith(TEXTS) and not _is_name(value):
-                wrong[name] = (
-                    "is no name or path: it is too long, or holds characters that cannot be printed; correct it"
-                )
+                wrong[name] = "is not a valid path: too long, or contains unprintable characters; correct it"
         except ValidationError as error:
             if name == "reward.functions" and (place := error.errors()[0]["loc"]):
                 wrong[name] = _wrong_function(value, place)
@@ -106,7 +107,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, stored: bo
     # Wrong keys keep their defaults here only so that the other settings can be checked together.
     recipe = Recipe.model_validate({"objective": {"algorithm": algorithm}}).with_values(values)
     settings = flatten(recipe)
-    for names, why in impossible_combinations(recipe):
+    logins = [([name], HOLDS_LOGIN) for name, value in settings.items() if name not in PROSE and has_login(str(value))]
+    for names, why in [*impossible_combinations(recipe), *logins]:
         if wrong.keys().isdisjoint(names):
             origin = next((written[name][0] for name in names if name in written), f"{source}: ")
             errors.append(f"{origin}{_shown(names[0], settings.get(names[0]))}: {why}")
@@ -150,8 +152,8 @@ def find_recipe(source: str | Path) -> Path:
     A missing path such as `recipes/tiny_cpu.toml` is refused: the user would not notice that a shipped recipe ran.
     """
     if not _is_name(str(source)):
-        what = f"{to_toml(str(source))[:LONGEST_VALUE]}: is no path, it is too long or holds characters that cannot be "
-        raise RecipeError(f"{what}printed", next_step="popo-lite recipe list")
+        what = "is not a valid path: too long, or contains unprintable characters"
+        raise RecipeError(f"{to_toml(str(source))[:LONGEST_VALUE]}: {what}", next_step="popo-lite recipe list")
     path, name, shipped = Path(source), str(source).removesuffix(".toml"), shipped_recipes()
     if path.is_file() or name in shipped:
         return path if path.is_file() else shipped[name]

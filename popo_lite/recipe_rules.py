@@ -124,9 +124,7 @@ NOT_RENAMED = {
 
 
 SERVER_URL = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?(/[A-Za-z0-9._~/-]*)?")
-"""Scheme, host, port and path. So narrow that no client can take another part of it for the host."""
-PROSE = ("data.system_prompt", "data.chat_template", "reward.functions")
-"""Settings in which text of the form of a login may stand for itself."""
+"""Scheme, host, port and path. Strict, so that every HTTP client finds the same host."""
 
 
 def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
@@ -139,9 +137,6 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
     for url in rollout.server.base_urls:
         if wrong := wrong_server_url(url, allow_http=rollout.server.allow_http):
             yield ["rollout.server.base_urls", "rollout.server.allow_http"], wrong
-    for key, value in _settings(recipe.to_dict()):
-        if key not in (*PROSE, "rollout.server.base_urls") and has_login(str(value)):
-            yield [key], "holds a login, which the run's files would keep; leave it out"
     modules = recipe.lora.target_modules if isinstance(recipe.lora.target_modules, tuple) else ("all-linear",)
     head = next((name for name in modules if name.split(".")[-1] in ("lm_head", "embed_out", "output_layer")), None)
     if head:
@@ -205,15 +200,6 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
         yield keys, f'data.dataset = "{recipe.data.dataset}" {column}'
 
 
-def _settings(table: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (`section.key`, value) of plain data."""
-    for key, value in table.items():
-        if isinstance(value, dict) and section.count(".") < 2:
-            yield from _settings(value, f"{section}{key}.")
-        else:
-            yield section + key, value
-
-
 def is_local_url(url: str) -> bool:
     """Check whether a server's URL leads to this machine, by a loopback name or address."""
     found = SERVER_URL.fullmatch(url)
@@ -222,7 +208,7 @@ def is_local_url(url: str) -> bool:
         address = ipaddress.ip_address(host)
         return address.is_loopback or address.is_unspecified
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        return host == "localhost"  # a name server may answer for names below it
 
 
 def wrong_server_url(url: str, *, allow_http: bool) -> str | None:

@@ -1,7 +1,7 @@
 """Run code that a recipe or run folder names only if its user made it or trusts it. Free of torch.
 
 What is trusted is remembered for the user, as direnv does it: a name with the file that it leads to, found without
-importing anything, so the same name elsewhere is another one.
+importing anything, so the same name in another file must be trusted again.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 import click
+from filelock import FileLock
 
 from popo_lite.errors import UserInputError
 from popo_lite.recipe import OwnFunction, PythonTestsFunction, Recipe
@@ -23,9 +24,10 @@ from popo_lite.recipe_file import to_toml
 from popo_lite.recipe_rules import is_local_url
 
 MODEL_CODE = ("model.",)
-"""`only` of commands that load the model and grade nothing."""
+"""Key prefixes checked by commands that only load the model."""
 GRADING_CODE = ("model.", "reward.", "rollout.environment.")
-"""`only` of commands that also grade, and sample from the loaded model."""
+"""Key prefixes checked by commands that also grade, and sample from the loaded model."""
+NOT_FOUND = "(not found)"
 
 trust_option = click.option(
     "--trust", is_flag=True, help="Run the code that the recipe or run names, and remember it: you have read it."
@@ -47,17 +49,20 @@ def refuse_untrusted(
 ) -> None:
     """Raise UserInputError if a recipe, read from the file or folder `source`, names code that is not trusted.
 
-    With `trust` all of it becomes trusted, for good. So do settings that `overrides`, as `--set` takes them, give by
-    their own key. `only` has the beginnings of the keys whose code the caller may run.
+    With `trust` all of it becomes trusted, for good, except what is not found: a later file would be trusted unread. So
+    do settings that `overrides`, as `--set` takes them, give by their own key. `only` has the beginnings of the keys
+    whose code the caller may run.
     """
     recipes = [recipe] if isinstance(recipe, Recipe) else recipe
     typed = {override.partition("=")[0].strip() for override in overrides}
     named = {f"{key}: {what}": key for each in recipes for key, what in _items(each) if key.startswith(tuple(only))}
     trusted = _trusted() if named else set()
     new = [what for what in named if what not in trusted]
-    if refused := [] if trust else [what for what in new if named[what] not in typed]:
+    if refused := [what for what in new if named[what] not in typed and (not trust or what.endswith(NOT_FOUND))]:
         what = "\n".join(["it would run code that is not trusted yet:", *refused])
         next_step = "read it; then add --trust (in Python: trust=True), which is remembered"
+        if trust:
+            next_step = "only what is found can be trusted: start popo-lite in the folder of that module"
         raise UserInputError(what, where=str(source), next_step=next_step)
     _remember(new)
 
@@ -68,10 +73,17 @@ def trust_own(recipe: Recipe) -> None:
         _remember(code_in(recipe))
 
 
-def import_path() -> list[str]:
-    """Return where the grading processes look for modules: as this process does, then in the working folder."""
-    here = str(Path.cwd())
-    return [*(entry or here for entry in sys.path), here]
+def find_module(name: str) -> tuple[ModuleSpec | None, bool]:
+    """Find the user's module without importing it; say whether the working folder has to be on the path for that.
+
+    It is not there otherwise: libraries try to import optional packages, of which any folder may hold a namesake.
+    """
+    with suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            return spec, False
+    # Also for folders without an __init__.py, which Python joins to others of that name on the path.
+    return PathFinder.find_spec(name, [*sys.path, str(Path.cwd())]), True
 
 
 def _items(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -79,7 +91,7 @@ def _items(recipe: Recipe) -> Iterator[tuple[str, str]]:
     model, environment, server = recipe.model, recipe.rollout.environment, recipe.rollout.server
     if model.trust_remote_code:
         folder = Path(model.id).expanduser()
-        place = str(folder.resolve()) if folder.exists() else f"{model.id} at {model.revision or 'any revision'}"
+        place = str(folder.resolve()) if folder.is_dir() else f"{model.id} at {model.revision or 'any revision'}"
         yield "model.trust_remote_code", f"Python code that comes with {to_toml(place)}"
     for function in recipe.reward.functions or ():
         if isinstance(function, OwnFunction):
@@ -87,8 +99,10 @@ def _items(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if isinstance(function, PythonTestsFunction) and function.allow_uncontained:
             yield "reward.functions", "python_tests with allow_uncontained: code that the model writes, not contained"
     if environment.name is not None:
-        options = f" with {to_toml(environment.options)}" if environment.options else ""
-        yield "rollout.environment.name", f"{to_toml(environment.name)} {_place(environment.name)}{options}"
+        place = f"{to_toml(environment.name)} {_place(environment.name)}"
+        yield "rollout.environment.name", place
+        if environment.options:
+            yield "rollout.environment.options", f"{to_toml(environment.options)} for {place}"
     for url in server.base_urls if recipe.rollout.engine == "server" else ():
         if not is_local_url(url):
             yield "rollout.server.base_urls", f"{to_toml(url)}, which gets the prompts and POPO_SERVER_TOKEN"
@@ -100,15 +114,12 @@ def _place(name: str) -> str:
     The file is that of the first part of the name: the rest is inside it.
     """
     top = name.partition(":")[0].partition(".")[0]
-    if top in sys.builtin_module_names:
+    spec, _ = find_module(top)
+    if spec is not None and spec.origin in ("built-in", "frozen"):
         return "(built into Python)"
-    spec = None
-    with suppress(ImportError, ValueError):
-        # The second one asks the hooks of editable installations as well.
-        spec = PathFinder.find_spec(top, import_path()) or importlib.util.find_spec(top)
     places = [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
     files = " and ".join(to_toml(str(Path(place).resolve())) for place in places)
-    return f"in {files}" if files else "(not found)"
+    return f"in {files}" if files else NOT_FOUND
 
 
 def _store() -> Path:
@@ -129,16 +140,19 @@ def _trusted() -> set[str]:
 
 
 def _remember(items: Sequence[str]) -> None:
-    path = _store()
-    if not items or not {*items} - (trusted := _trusted()):
+    path, found = _store(), {item for item in items if not item.endswith(NOT_FOUND)}
+    if not found or found <= _trusted():
         return
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        content = {"format": 1, "trusted": sorted({*trusted, *items})}
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        partial.replace(path)
+        with FileLock(path.with_suffix(".lock")):  # the runs of a sweep write at the same time
+            content = {"format": 1, "trusted": sorted(_trusted() | found)}
+            partial = path.with_suffix(".partial")
+            with os.fdopen(
+                os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+            ) as file:
+                file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            partial.replace(path)
     except OSError as error:
         what, next_step = f"cannot be written: {error.strerror}", "set XDG_STATE_HOME to a folder of yours"
         raise UserInputError(what, where=str(path), next_step=next_step) from error

@@ -6,9 +6,14 @@ So they hold no state between requests: a worker that hung or died costs one req
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
+
+from popo_lite.trust import find_module
 
 
 class Environment(Protocol):
@@ -27,11 +32,19 @@ class Environment(Protocol):
         """Return the reward of the conversation so far, in [0, 1]; None for no answer in it."""
 
 
+def import_own(name: str) -> ModuleType:
+    """Import a module of the user's, if need be from the working folder, which stays the last on the path."""
+    _, needs_folder = find_module(name.partition(".")[0])
+    if needs_folder and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    return importlib.import_module(name)
+
+
 def prepare_environment(environment: str, options: Mapping[str, Any], **_: object) -> dict[str, Any]:
     """Return {"make": makes an environment}. Raises ValueError if there is no such class or it lacks a method."""
     module, kind = environment.split(":")
     try:
-        make = partial(getattr(importlib.import_module(module), kind), **options)
+        make = partial(getattr(import_own(module), kind), **options)
         made = make()
         for method in ("reset", "step", "reward"):
             getattr(made, method)

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from popo_lite.errors import UserInputError, nearest
-from popo_lite.grading.environment import Environment, play
-from popo_lite.recipe import OwnFunction, PythonTestsFunction, RewardFunction, RewardRecipe
+from popo_lite.grading.environment import Environment, import_own, play
+from popo_lite.recipe import EnvironmentFunction, OwnFunction, PythonTestsFunction, RewardFunction, RewardRecipe
 from popo_lite.types import Outcome, Reward
 
 MODULES = {
@@ -62,10 +62,14 @@ def load_functions(reward: RewardRecipe, *, thinking_open: bool) -> list[Functio
     `thinking_open` says whether the prompt ends with the opening thinking tag.
     """
     thinking = {"thinking_tags": reward.thinking_tags, "thinking_open": thinking_open}
-    return [
-        _load_own(settings) if isinstance(settings, OwnFunction) else _load_builtin(settings, thinking)
-        for settings in reward.functions or ()
-    ]
+    functions = reward.functions or ()
+    loaded: dict[str, Function] = {}
+    # First those that import libraries alone: the user's may put the working folder on the path.
+    for settings in sorted(functions, key=lambda one: isinstance(one, OwnFunction | EnvironmentFunction)):
+        loaded[settings.key] = (
+            _load_own(settings) if isinstance(settings, OwnFunction) else _load_builtin(settings, thinking)
+        )
+    return [loaded[settings.key] for settings in functions]
 
 
 def _load_builtin(settings: RewardFunction, thinking: Mapping[str, object]) -> Function:
@@ -111,7 +115,7 @@ def _load_own(settings: OwnFunction) -> Function:
 
     module_name, _, attribute = name.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        module = import_own(module_name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             reason = f"there is no module {error.name!r} on sys.path or in {Path.cwd()}"

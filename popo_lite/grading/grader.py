@@ -28,7 +28,6 @@ from popo_lite.errors import GradingError, UserInputError
 from popo_lite.grading.functions import combine
 from popo_lite.grading.math import decide_exactly, final_answer, thinking_open_at
 from popo_lite.recipe import EnvironmentFunction, MathFunction, OwnFunction, RewardRecipe
-from popo_lite.trust import import_path
 from popo_lite.types import Outcome, Problem, Reward, count_outcomes
 
 STARTUP_SECONDS = 120.0  # for importing the reward functions; not charged to any answer
@@ -298,11 +297,12 @@ class Grader(AbstractContextManager["Grader"]):
         """Return the worker of `slot`; if there is none, start one and wait until it has loaded the functions."""
         if slot in self._workers:
             return self._workers[slot]
-        worker = self._workers[slot] = _Worker()
+        worker, here = _Worker(), str(Path.cwd())
+        self._workers[slot] = worker
         settings = {
             "reward": self._reward.model_dump(mode="json"),
             "thinking_open": self._thinking_open,
-            "path": import_path(),
+            "path": [entry or here for entry in sys.path],
         }
         try:
             reply = await worker.ask(json.dumps(settings).encode() + b"\n", STARTUP_SECONDS)

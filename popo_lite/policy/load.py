@@ -12,13 +12,14 @@ import inspect
 import json
 import logging
 import math
-from functools import partial
+import os
+from functools import partial, wraps
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub.constants import SAFETENSORS_INDEX_FILE
+from huggingface_hub.constants import HF_HOME, SAFETENSORS_INDEX_FILE
 from safetensors.torch import save_file
 from torch import nn
 
@@ -30,6 +31,7 @@ from popo_lite.policy.loading_errors import loading_error
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.parts import decoder_of, expert_weights
 from popo_lite.recipe import ModelRecipe, Recipe
+from popo_lite.recipe_file import to_toml
 from popo_lite.recipe_rules import stored_in_4_bits
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks.rendering import keeps_text
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 """The model `tiny`, which ships with the package."""
+
+CODE_SOURCES: set[str] = set()
+"""Models whose Python code this process may import."""
 
 DEQUANTIZED_FILE_BYTES = 2**30
 """Largest file of a dequantised base, except for one with a single larger tensor."""
@@ -208,6 +213,8 @@ def import_unsloth() -> None:
         raise ModelError("unsloth needs a CUDA GPU and torch sees none", where=where, next_step=instead)
     if importlib.util.find_spec("unsloth") is None:
         raise ModelError("unsloth is not installed", where=where, next_step='pip install "popo-lite[gpu]"')
+    # It imports the modules that it finds there, by default in the working folder.
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(HF_HOME) / "popo-lite" / "unsloth"))
     import unsloth  # noqa: F401
 
 
@@ -369,6 +376,31 @@ def _reads_4_bit(conversion: Any) -> bool:
     return any(isinstance(operation, Bnb4bitDeserialize) for operation in getattr(conversion, "operations", ()))
 
 
+def allow_code_of(source: str) -> None:
+    """Let transformers, and vLLM through it, import Python code of the model `source`, and of no other that it names.
+
+    A config can name a class as `another/model--module.Class`, and an adapter another base.
+    """
+    from transformers import dynamic_module_utils
+    from transformers.generation import utils
+
+    CODE_SOURCES.add(source)
+    original = inspect.unwrap(dynamic_module_utils.get_cached_module_file)
+
+    @wraps(original)
+    def module_file(model: Any, *arguments: Any, **options: Any) -> Any:
+        if str(model) not in CODE_SOURCES:
+            what = f"the model names Python code of another one, {to_toml(str(model))}"
+            next_step = (
+                "read that code, copy it into the model's folder, and remove the prefix NAME-- in its JSON files"
+            )
+            raise ModelError(what, where="model.trust_remote_code", next_step=next_step)
+        return original(model, *arguments, **options)
+
+    for module in (dynamic_module_utils, utils):
+        vars(module)["get_cached_module_file"] = module_file
+
+
 def _from_pretrained(loader: Any, recipe: ModelRecipe, part: str, **options: Any) -> Any:
     """Call `loader.from_pretrained`. Raises ModelError that names model and `part` and says what to do.
 
@@ -383,8 +415,12 @@ def _from_pretrained(loader: Any, recipe: ModelRecipe, part: str, **options: Any
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     options |= {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
     source, whole = model_source(recipe), part == "model" and recipe.backend == "transformers"
+    if recipe.trust_remote_code:
+        allow_code_of(source)
     try:
         loaded = loader.from_pretrained(source, **options, **({"output_loading_info": True} if whole else {}))
+    except ModelError:
+        raise
     except Exception as error:  # whatever the library or a model's own code raises
         if is_out_of_memory(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise

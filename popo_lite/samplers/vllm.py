@@ -38,8 +38,9 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONSAFEPATH": "1",  # it starts Python with -m, which would import files of the working folder first
 }
-"""Read by vLLM when it is imported; the user's own settings stay."""
+"""Read by vLLM when it is imported, and by what it starts; the user's own settings stay."""
 
 MEMORY_BACKED = Path("/dev/shm")  # noqa: S108  # a private folder is made in it
 """Adapters pass from trainer to engine here, without a disk, if there is space; else in the temporary folder."""

@@ -381,7 +381,8 @@ def load_table(part: DatasetRecipe, section: Literal["data", "eval"]) -> tuple[s
                 raise DataError(what, next_step="correct these places in the file")
             rows = [row for _, row in rows]
     elif dataset in KNOWN or path.is_dir() or is_hub_id:
-        unknown = (str(path) if path.is_dir() else dataset, None, "train", "test")
+        # The library reads names of its own, such as "pandas", from other files, even pickles.
+        unknown = (str(path.resolve()) if path.is_dir() else dataset, None, "train", "test")
         hub_id, config, train_split, eval_split = KNOWN.get(dataset, unknown)
         split = part.split or (train_split if section == "data" else eval_split)
         if split is None:

@@ -26,6 +26,10 @@ TEMPLATE_SECONDS = 20.0
 """Longest time to apply a chat template to one conversation. It takes less than a millisecond."""
 
 
+class TakesTooLongError(BaseException):
+    """Raised while a template is applied. No Exception: Jinja catches these as it computes constants."""
+
+
 @contextmanager
 def applying_template() -> Iterator[None]:
     """Turn whatever a chat template raises into a TemplateError, and end one that does not end.
@@ -35,16 +39,19 @@ def applying_template() -> Iterator[None]:
     """
 
     def stop(*_: object) -> None:
-        raise TemplateError(f"applying it takes more than {TEMPLATE_SECONDS:g} seconds")
+        raise TakesTooLongError
 
     limited = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGALRM, stop) if limited else None
     try:
         if limited:
-            signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+            # Again and again: something may still catch it.
+            signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS, TEMPLATE_SECONDS)
         yield
     except TemplateError:
         raise
+    except TakesTooLongError as error:
+        raise TemplateError(f"applying it takes more than {TEMPLATE_SECONDS:g} seconds") from error
     except Exception as error:  # such as a range that is too long, or a division by 0
         raise TemplateError(f"{type(error).__name__}: {error}") from error
     finally:

@@ -229,6 +229,9 @@ def test_what_is_trusted_once_runs_from_then_on(tmp_path):
     store = tmp_path / "state" / "popo-lite" / "trusted.json"
     assert store.stat().st_mode & 0o777 == 0o600
     assert ran("generate", "run", "1 + 1") == {"model"}
+    assert ran("plan", "own.toml") == set()  # its sizes are in config.json
+    assert ran("plan", "own.toml", "--simulate", "--set", "train.device=auto") == {"model"}
+    assert ran("bench", "own.toml") == {"model"}
     assert ran("train", "own.toml", code=2) == set()  # what the other command showed was less
     assert ran("train", "own.toml", "--trust", "--ignore-plan") == {"model", "grader", "game"}
     assert ran("train", "own.toml", "--output", "again", "--ignore-plan") == {"model", "grader", "game"}
@@ -243,15 +246,37 @@ def test_what_is_trusted_once_runs_from_then_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_files_of_the_working_folder_take_no_librarys_place(tmp_path):
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_files_of_the_working_folder_take_no_librarys_place(engine, tmp_path):
     names = ("click", "torch", "numpy", "sympy", "math_verify", "jsonschema", "transformers", "peft", "jinja2", "tqdm")
-    for name in names:
+    # Not installed, but tried by sympy and jsonschema.
+    optional = (
+        "gmpy2",
+        "flint",
+        "fqdn",
+        "idna",
+        "rfc3339_validator",
+        "rfc3987",
+        "webcolors",
+        "jsonpointer",
+        "isoduration",
+    )
+    for name in (*names, *optional):
         (tmp_path / f"{name}.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'mark')!r}).touch()\n")
-    sizes = ("train.steps=1", "data.prompts_per_step=2", "rollout.num_generations=2", "eval.problems=2")
-    options = [word for size in sizes for word in ("--set", size)]
+    environment = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path / "cache")}  # else it starts fewer processes
+    sizes = (
+        f"rollout.engine={engine}",
+        "train.steps=1",
+        "data.prompts_per_step=2",
+        "rollout.num_generations=2",
+        "eval.problems=2",
+    )
+    schema = '{name="json_schema", schema={type="object"}, weight=0.1}'
+    functions = (f'reward.functions=["math", {schema}]', 'reward.positive_if=["math"]')
+    options = [word for each in (*sizes, *functions) for word in ("--set", each)]
     for arguments in (["train", "tiny_cpu", "--output", "run", *options], ["generate", "run", "What is 1 + 1?"]):
         command = [sys.executable, "-m", "popo_lite", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     assert not (tmp_path / "mark").exists()
 

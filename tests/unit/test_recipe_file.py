@@ -598,7 +598,7 @@ def test_other_values_are_set_by_key_and_an_unknown_key_is_an_error():
     "override", ["model.id=a\n---\nlicense: mit", "output.dir=\u202egnp.exe", f"data.dataset={'x' * 300}"]
 )
 def test_a_name_is_printable_and_a_file_can_have_it(override: str) -> None:
-    with pytest.raises(RecipeError, match="is no name or path"):
+    with pytest.raises(RecipeError, match="is not a valid path"):
         load_recipe("tiny_cpu", [override])
 
 
@@ -609,5 +609,5 @@ def test_a_recipe_written_shows_marks_that_reverse_the_order_of_what_is_read() -
 
 @pytest.mark.parametrize("source", ["x" * 300, "a\nb"])
 def test_a_source_that_is_no_path_is_refused(source: str) -> None:
-    with pytest.raises(RecipeError, match="is no path"):
+    with pytest.raises(RecipeError, match="is not a valid path"):
         load_recipe(source)

@@ -71,7 +71,7 @@ def test_a_login_in_another_setting_is_refused(tmp_path):
     assert "pa55word" not in str(caught.value)
 
 
-LOCAL = ["http://127.0.0.1:8000", "http://127.9.9.9", "http://[::1]:8000/v1", "http://localhost", "http://a.localhost:1",
+LOCAL = ["http://127.0.0.1:8000", "http://127.9.9.9", "http://[::1]:8000/v1", "http://localhost",
          "http://0.0.0.0:8000", "http://LOCALHOST:80"]  # fmt: skip
 ELSEWHERE = ["http://10.0.0.7:8000", "http://localhost.example.org", "http://127.0.0.1.example.org", "http://[fe80::1]",
              "http://node7:8000/v1", "http://2130706433"]  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -46,6 +48,7 @@ def test_code_is_found_without_importing_anything(tmp_path):
         "space.inner:f": '"space.inner:f" in "HERE/space"',
         "nowhere.at.all:f": '"nowhere.at.all:f" (not found)',
         "builtins:exec": '"builtins:exec" (built into Python)',
+        "os:system": '"os:system" (built into Python)',
         ".relative:f": '".relative:f" (not found)',
         "../single:f": '"../single:f" (not found)',
     }.items():
@@ -62,14 +65,15 @@ def test_every_kind_of_code_is_listed():
         'reward.functions=["exact", {name="python_tests", allow_uncontained=true}, {name="a:f", weight=0.1}]',
         'reward.positive_if=["exact"]', "rollout.environment.name=b:C", 'rollout.environment.options={command="rm"}',
         "model.trust_remote_code=true", "model.id=me/model", "model.revision=abc", *server,
-        'rollout.server.base_urls=["http://localhost:1", "https://host:2"]',
+        'rollout.server.base_urls=["http://localhost:1", "https://host.localhost:2"]',
     ])  # fmt: skip
     assert [line.replace('"', "") for line in code_in(recipe)] == [
         "model.trust_remote_code: Python code that comes with me/model at abc",
         "reward.functions: python_tests with allow_uncontained: code that the model writes, not contained",
         "reward.functions: a:f (not found)",
-        "rollout.environment.name: b:C (not found) with { command = rm }",
-        "rollout.server.base_urls: https://host:2, which gets the prompts and POPO_SERVER_TOKEN",
+        "rollout.environment.name: b:C (not found)",
+        "rollout.environment.options: { command = rm } for b:C (not found)",
+        "rollout.server.base_urls: https://host.localhost:2, which gets the prompts and POPO_SERVER_TOKEN",
     ]
 
 
@@ -83,7 +87,8 @@ def test_trust_is_for_this_code_in_this_place(tmp_path, monkeypatch, store):
     refuse_untrusted(recipe, "another.toml")
     assert store.stat().st_mode & 0o777 == 0o600
     assert store.parent.stat().st_mode & 0o777 == 0o700
-    for other in (own("mine:g"), own("mine:f", "rollout.environment.name=mine:f"), own("mine.f:f")):
+    environment = ("rollout.environment.name=mine:C", "rollout.environment.options={a=1}")
+    for other in (own("mine:g"), own("mine:f", *environment), own("mine.f:f")):
         with pytest.raises(UserInputError):
             refuse_untrusted(other, "their.toml")
     (tmp_path / "there").mkdir()
@@ -93,7 +98,40 @@ def test_trust_is_for_this_code_in_this_place(tmp_path, monkeypatch, store):
         refuse_untrusted(recipe, "their.toml")
 
 
-def test_only_what_is_shown_is_trusted():
+def test_what_is_not_found_is_never_trusted(tmp_path, store):
+    recipe = own("mine:f", "rollout.environment.name=mine:C", "rollout.environment.options={a=1}")
+    with pytest.raises(UserInputError, match="mine:f.*not found") as caught:
+        refuse_untrusted(recipe, "their.toml", trust=True)
+    assert "--trust" not in caught.value.next_step
+    typed = ["reward.functions=mine:f", "rollout.environment.name=mine:C", "rollout.environment.options={}"]
+    refuse_untrusted(recipe, "their.toml", overrides=typed)  # loading it will say what is wrong
+    trust_own(recipe)
+    assert not store.exists()
+    (tmp_path / "here" / "mine.py").touch()
+    with pytest.raises(UserInputError, match="mine.py"):
+        refuse_untrusted(recipe, "their.toml")
+
+
+def test_a_file_named_as_a_model_is_no_folder(tmp_path):
+    (tmp_path / "here" / "me").mkdir()
+    (tmp_path / "here" / "me" / "model").touch()  # transformers would ask the Hub
+    recipe = load_recipe("tiny_cpu", ["model.trust_remote_code=true", "model.id=me/model"])
+    assert code_in(recipe) == ['model.trust_remote_code: Python code that comes with "me/model at any revision"']
+
+
+def test_processes_that_trust_at_the_same_time_lose_nothing(tmp_path, store):
+    """As the runs of a sweep do."""
+    program = (
+        "import sys; from popo_lite.trust import _remember\n"
+        "for number in range(40): _remember([f'reward.functions: {sys.argv[1]}-{number}'])"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", program, name], env={**os.environ}) for name in "abc"]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    assert len(json.loads(store.read_text())["trusted"]) == 120
+
+
+def test_only_what_is_shown_is_trusted(tmp_path):
+    (tmp_path / "here" / "mine.py").touch()
     recipe = own("mine:f", "model.trust_remote_code=true", "model.id=me/model")
     refuse_untrusted(recipe, "their.toml", trust=True, only=MODEL_CODE)
     with pytest.raises(UserInputError) as caught:
@@ -102,17 +140,22 @@ def test_only_what_is_shown_is_trusted():
     assert "me/model" not in caught.value.what
 
 
-def test_a_setting_on_the_command_line_is_the_users_own():
-    recipe = own("mine:f", "model.trust_remote_code=true", "model.id=me/model")
-    typed = ["reward.functions=mine:f", "model.id=me/model"]
+def test_a_setting_on_the_command_line_is_the_users_own(tmp_path):
+    (tmp_path / "here" / "mine.py").touch()
+    environment = ("rollout.environment.name=mine:C", "rollout.environment.options={command=1}")
+    recipe = own("mine:f", "model.trust_remote_code=true", "model.id=me/model", *environment)
+    typed = ["reward.functions=mine:f", "model.id=me/model", environment[0]]
     with pytest.raises(UserInputError) as caught:
         refuse_untrusted(recipe, "their.toml", overrides=typed)
     assert "mine:f" not in caught.value.what
-    refuse_untrusted(recipe, "their.toml", overrides=[*typed, "model.trust_remote_code=true"])
+    assert "rollout.environment.name" not in caught.value.what
+    assert "rollout.environment.options: { command = 1 }" in caught.value.what
+    refuse_untrusted(recipe, "their.toml", overrides=[*typed, "model.trust_remote_code=true", environment[1]])
     refuse_untrusted(recipe, "runs/their-seed0")  # the run that it made
 
 
-def test_a_store_that_cannot_be_used_is_an_error_and_trusts_nothing(store, monkeypatch):
+def test_a_store_that_cannot_be_used_is_an_error_and_trusts_nothing(tmp_path, store):
+    (tmp_path / "here" / "mine.py").touch()
     store.parent.mkdir(parents=True)
     for text in ("", "[]", "{}", '{"trusted": 1}'):
         store.write_text(text)

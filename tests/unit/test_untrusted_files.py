@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from popo_lite.errors import DataError, ModelError, PopoError, RecipeError
+from popo_lite.errors import ModelError, PopoError, RecipeError
 from popo_lite.grading.functions import load_functions
 from popo_lite.policy.load import TINY_FOLDER, load_config, load_tokenizer
 from popo_lite.policy.policy import load_policy, load_trained_policy
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe_file import load_recipe
+from popo_lite.run_folder import new_run
 from popo_lite.tasks import open_tasks, rendering
 from popo_lite.types import Problem
 from runs import finished_run
@@ -92,6 +93,19 @@ def test_code_of_a_model_is_not_imported(model: Path, mark: Path) -> None:
         load_tokenizer(recipe.model)
 
 
+@pytest.mark.parametrize("file", ["config", "tokenizer_config"])
+def test_trusted_code_of_a_model_is_not_that_of_another(file: str, model: Path, tmp_path: Path, mark: Path) -> None:
+    (tmp_path / "other").mkdir()
+    code(tmp_path / "other", mark, "own")
+    kind = "AutoConfig" if file == "config" else "AutoTokenizer"
+    name = f"{tmp_path / 'other'}--own.Own"
+    edit(model / f"{file}.json", auto_map={kind: name if file == "config" else [None, name]})
+    recipe = load_recipe("tiny_cpu", [f"model.id={model}", "model.trust_remote_code=true"])
+    with pytest.raises(ModelError, match="names Python code of another one") as caught:
+        load_config(recipe.model) if file == "config" else load_tokenizer(recipe.model)
+    assert caught.value.where == "model.trust_remote_code"
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -141,6 +155,8 @@ def test_a_chat_template_cannot_leave_its_sandbox(template: str, mark: Path) -> 
         "{{ 1 / 0 }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ messages[7].content.x }}",
+        "{{ 9 ** (9 ** 8) }}",
+        "{% if 9 ** (9 ** 8) %}{{ 8 ** (9 ** 8) }}{% endif %}",
     ],
 )
 @pytest.mark.parametrize("origin", ["recipe", "model"])
@@ -194,17 +210,31 @@ def json_to_toml(value: dict[str, object]) -> str:
 
 
 @pytest.mark.parametrize("name", ["own.py", "data.pkl", "data.pt", "dataset_infos.json"])
-def test_code_and_pickles_of_a_dataset_are_not_run(name, tmp_path, mark, monkeypatch) -> None:
+@pytest.mark.parametrize("folder", ["own", "pandas"])  # the latter is a reader of pickles in the library
+def test_code_and_pickles_of_a_dataset_are_not_run(folder, name, tmp_path, mark, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own").mkdir()
-    if name.endswith(".py"):
-        code(tmp_path / "own", mark, "own")
-    else:
-        (tmp_path / "own" / name).write_bytes(pickle.dumps(Bomb(mark)))
-    for dataset in ("own", f"own/{name}", "./own"):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / folder).mkdir()
+    for place in (tmp_path, tmp_path / folder):
+        if name.endswith(".py"):
+            code(place, mark, "own")
+        else:
+            (place / name).write_bytes(pickle.dumps(Bomb(mark)))
+    for dataset in (folder, f"{folder}/{name}", f"./{folder}"):
         options = [f"data.dataset={dataset}", "data.prompt_column=a", "data.answer_column=b", "data.split=train"]
-        with pytest.raises((DataError, PopoError)):
+        with pytest.raises(PopoError):
             open_tasks(load_recipe("tiny_cpu", options))
+
+
+def test_a_folder_for_runs_loses_no_file(tmp_path: Path) -> None:
+    """`output.dir` may be any folder of the user's, and a run that writes nothing is removed again."""
+    mine = tmp_path / "tiny-seed0" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with new_run(load_recipe("tiny_cpu", [f"output.dir={tmp_path}", "train.seed=0"]), "tiny", None) as run:
+        assert run.path == tmp_path / "tiny-seed0-2"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine"
 
 
 def test_the_verifiers_of_reasoning_gym_run_on_its_own_problems_alone(tmp_path: Path) -> None:
