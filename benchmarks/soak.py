@@ -5,10 +5,11 @@ The tiny model, 3 x 4 short answers a step, a checkpoint every 50 steps, an eval
 descriptors, threads, child processes, and the bytes of the run folder's files. Lines are fitted to what follows the
 first quarter, the warm-up. Standard errors allow for residuals that follow their predecessor (AR(1)).
 
-What is in use is "flat" if its slope is less than two standard errors above zero, or if even the slope plus two
-standard errors would add less than 1 % in 10,000 steps: this finds leaks. Resident memory is no measure of them, as
-allocators keep the fragments between blocks that were freed. So it may grow, but its line may add at most 5 % in 10,000
-steps, and so may that of virtual memory. malloc's bytes need mallinfo2 of glibc 2.33; elsewhere they are left out.
+What malloc has in use is "flat" if its slope is less than two standard errors above zero, or if even the slope plus two
+standard errors would add less than 1 % in 10,000 steps: this finds leaks of tensors. Resident memory is no measure of
+them, as the allocator keeps the fragments between blocks that were freed. So it may grow, but its line may add at most
+5 % in 10,000 steps; so may virtual memory and Python's blocks, among which are these measurements. malloc's bytes need
+mallinfo2 of glibc 2.33; elsewhere they are left out.
 
 Counts are flat if none is higher after the warm-up than at its end. Files that a step appends to must grow along a line
 (R^2 above 0.99), that of evaluations along a line over the evaluations, the log at most to its limit, and the others
@@ -56,15 +57,15 @@ OVERRIDES = (
 )  # fmt: skip
 """Answers must sometimes be right and must not all become so, else most steps would be skipped."""
 EVERY = 20
-IN_USE = ("malloc", "python_blocks")
-MEMORY = ("rss", "vms")
+IN_USE = ("malloc",)
+MEMORY = ("python_blocks", "rss", "vms")
 COUNTS = ("descriptors", "threads", "children")
 APPENDED = ("metrics.jsonl", "samples.jsonl")
 """Files to which every step appends."""
 LONG_RUN = 10_000
 """Steps of a run that lasts a night."""
 MOST_ADDED = 0.05
-"""Part of resident or virtual memory that a long run may add."""
+"""Part of each of `MEMORY` that a long run may add."""
 LOG_LIMIT = LOG_BYTES * (1 + OLDER_LOGS)
 """Bytes of log.txt with its older files."""
 
