@@ -11,7 +11,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
 from popo_lite.run_folder import RunFolder, dated, new_run
-from popo_lite.trust import GRADING_CODE, MODEL_CODE, refuse_untrusted, trust_own
+from popo_lite.trust import refuse_untrusted, trust_own
 
 if TYPE_CHECKING:
     from popo_lite.tools.export.pipeline import ExportReport
@@ -158,7 +158,5 @@ def export(
     from popo_lite.tools.export.pipeline import export_run
 
     folder = None if output is None else Path(output)
-    only = MODEL_CODE if what == "adapter" else GRADING_CODE
-    refuse_untrusted(RunFolder(Path(run)).recipe(), run, trust, only=only)
     return export_run(RunFolder(Path(run)), what=what, weights=weights, base=base, output=folder, dtype=dtype,
-                      gguf=gguf, prompts=prompts, problems=problems, checkpoint=checkpoint)  # fmt: skip
+                      gguf=gguf, prompts=prompts, problems=problems, checkpoint=checkpoint, trust=trust)  # fmt: skip

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import sys
-import traceback
-from collections.abc import Iterable
-from types import TracebackType
+from collections.abc import Iterator
+from urllib.parse import unquote
 
 MASK = "***"
-LOGIN = re.compile(r"(://)[^\s\"'<>]{0,500}@")
-"""A URL's login. A password may hold any sign, so everything up to the last @ of the word belongs to it.
-
-The length is bounded because text without end may come from a model.
-"""
-QUERY = re.compile(r"([?&][\w.-]*(?:token|key|secret|password|signature|credential)=)[^\s\"'<>&#]+", re.IGNORECASE)
-SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
+LOGIN = re.compile(r"(?<=://)[^\s\"'<>\[\]/?#]+@")
+"""A URL's login. It ends at the first /, ? or #, as URLs define it, so that matching stays linear."""
+QUERY = re.compile(
+    r"([?&](?:[\w.-]*(?:token|secret|password|signature|credential)|(?:[\w.-]*(?:access|api|auth|private|secret)[_.-]?)?key)=)"
+    r"[^\s\"'<>&#]+",
+    re.IGNORECASE,
+)
+SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASS|PASSWORD|PASSWD|CREDENTIAL|(?<=_)(PAT|PWD))S?(_\d+)?$", re.IGNORECASE)
 """Environment variables that hold a secret: HF_TOKEN, POPO_SERVER_TOKEN, WANDB_API_KEY and the like."""
-SHORTEST_SECRET = 6
-"""Characters. A shorter value is more likely a switch, and masking it would garble the text."""
+SHORTEST_SECRET = 8
+"""Characters. A shorter value is more likely a switch or a word, and masking it would corrupt the text."""
 
 
 def redact(text: str) -> str:
     """Return `text` without the logins of URLs and without the secrets of the environment."""
     for secret in sorted(_secrets(), key=len, reverse=True):  # one may be a part of another
         text = text.replace(secret, MASK)
-    return QUERY.sub(rf"\1{MASK}", LOGIN.sub(rf"\1{MASK}@", text))
+    return QUERY.sub(rf"\1{MASK}", LOGIN.sub(f"{MASK}@", text))
 
 
 def has_login(text: str) -> bool:
@@ -34,16 +34,14 @@ def has_login(text: str) -> bool:
     return LOGIN.search(text) is not None
 
 
-def _secrets() -> Iterable[str]:
-    """Yield the values of environment variables with a secret's name, and the logins of all others' URLs."""
+def _secrets() -> Iterator[str]:
+    """Yield the values of environment variables with a secret's name, and the passwords in the URLs of all others.
+
+    Each as it is, and as `repr` and JSON write it.
+    """
     for name, value in os.environ.items():
-        if SECRET_NAME.search(name):
-            yield from (part for part in {value, value.strip()} if len(part) >= SHORTEST_SECRET)
-        elif login := LOGIN.search(value):  # such as https_proxy
-            parts = login[0].removeprefix(login[1]).removesuffix("@").partition(":")
-            yield from (part for part in (parts[2],) if len(part) >= SHORTEST_SECRET)
-
-
-def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an uncaught exception as Python does, without secrets. For `sys.excepthook`."""
-    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+        logins = LOGIN.findall(value)  # such as https_proxy
+        found = [value] if SECRET_NAME.search(name) else [login[:-1].partition(":")[2] for login in logins]
+        for secret in {form.strip() for each in found for form in (each, unquote(each))}:
+            if len(secret) >= SHORTEST_SECRET:
+                yield from (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1])

@@ -11,7 +11,6 @@ import click
 
 from popo_lite.cli.train import INTERRUPTED, resume, train
 from popo_lite.errors import EngineError, PopoError
-from popo_lite.redaction import print_traceback
 from popo_lite.tools.bench.command import bench
 from popo_lite.tools.benchmarks.command import eval_
 from popo_lite.tools.export.command import export
@@ -63,6 +62,8 @@ def main() -> None:
     popo-lite bench recipes/qwen_7b_lora.toml      what a step takes here, before anything is downloaded
     popo-lite train recipes/qwen_1_5b_lora.toml    Qwen2.5-Math-1.5B on a GPU
     """
+    from popo_lite.tools.console.output import print_traceback
+
     sys.excepthook = print_traceback
     if sys.platform == "win32":  # there, the encoding of a redirected stream lacks most characters
         for stream in (sys.stdout, sys.stderr):

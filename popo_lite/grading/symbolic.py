@@ -58,7 +58,7 @@ _DANGLING = re.compile(r"[+\-*/^_=,]\s*$|\{\s*\}|[([{]\s*[*/^]|[+*/^]\s*[*/^]")
 
 
 def prepare_math(**_: object) -> dict[str, Any]:
-    """Grade one answer, by which sympy and the parser fill their caches.
+    """Grade one answer, to fill the caches of sympy and the parser.
 
     Otherwise the first answer after a hanging one, in a new worker, would pay for that and might be a TIMEOUT itself.
     """
@@ -106,7 +106,8 @@ def check_math(problem: Mapping[str, Any]) -> str | None:
 def _extract(text: str) -> str | None:
     """Return what math-verify takes for the final answer of a text without a box, or else what follows "answer:"."""
     text = re.sub(r"\*\*|__|`|\\text(?:bf|it|rm)?\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"[^\S\n]+", " ", text)  # math-verify takes time in proportion to the square of a run of blanks
+    # math-verify takes time in proportion to the square of a run of blanks. Short runs stay: 1<tab>000 is not 1 000.
+    text = re.sub(r"[^\S\n]{3,}", " " * 3, text)
     found = parse(text, parsing_timeout=None, raise_on_error=False)
     lines: list[str] = _ANSWER_LINE.findall(text)
     return next((item for item in found if isinstance(item, str)), lines[-1] if lines else None)

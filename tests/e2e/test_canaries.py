@@ -230,7 +230,6 @@ def test_what_is_trusted_once_runs_from_then_on(tmp_path):
     assert store.stat().st_mode & 0o777 == 0o600
     assert ran("generate", "run", "1 + 1") == {"model"}
     assert ran("plan", "own.toml") == set()  # its sizes are in config.json
-    assert ran("plan", "own.toml", "--simulate", "--set", "train.device=auto") == {"model"}
     assert ran("bench", "own.toml") == {"model"}
     assert ran("train", "own.toml", code=2) == set()  # what the other command showed was less
     assert ran("train", "own.toml", "--trust", "--ignore-plan") == {"model", "grader", "game"}

@@ -169,6 +169,51 @@ def test_generate_paints_nothing_and_its_json_is_exact(monkeypatch, tmp_path):
     assert [answer["text"] for answer in json.loads(printed)["answers"]] == TEXTS
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_export_paints_nothing_and_neither_does_its_card(as_json, monkeypatch, tmp_path):
+    """The command itself, of a stranger's run: its doubts, changes and figures are the corpus."""
+    from popo_lite.tools.export.command import export
+
+    run = finished(tmp_path)
+    summary = json.loads((run / "summary.json").read_text())
+    texts = [text[:300] for text in TEXTS]
+    summary["doubts"] = texts
+    summary["changes"] = [{"step": 1, "key": t, "before": None, "now": t} for t in texts]
+    summary["changes"] += [{"step": 1, "key": "optimizer.schedule", "before": t, "now": t} for t in texts]
+    summary["after"]["task_figures"] = dict.fromkeys(texts, 0.5)
+    (run / "summary.json").write_text(json.dumps(summary))
+    options = ["--what", "adapter", "--push-to-hub", "me/it", "--dry-run", *(["--json"] if as_json else [])]
+    found = CliRunner().invoke(export, [str(run), *options], catch_exceptions=False)
+    assert found.exit_code == 0
+    assert "boxed{42}" in found.stderr  # the notices
+    assert_harmless(found.stderr)
+    assert_harmless(found.stdout)
+    card = (run / "export" / "adapter-policy" / "README.md").read_text()
+    assert_harmless(card)
+    assert "boxed{42}" in card.partition("## Doubts")[2].partition("## Method")[0]
+    assert re.search(r"(?<!\\)<[a-zA-Z/!]", re.sub("```.*?```", "", card, flags=re.DOTALL)) is None
+
+
+def test_an_uncaught_error_paints_nothing():
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from corpus import corpus
+from popo_lite.cli import main
+from popo_lite.tools import recipe_docs
+def fail():
+    raise RuntimeError("".join(text[:2000] for case in corpus() for text in (case.text, case.reference)))
+recipe_docs.template_toml = fail
+main(["recipe", "show"], standalone_mode=False)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert shown.returncode == 1
+    text = shown.stderr.decode()
+    assert "Traceback" in text
+    assert "boxed{42}" in text
+    assert_harmless(text)
+
+
 def finished(folder: Path) -> Path:
     from runs import finished_run
 

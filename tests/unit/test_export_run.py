@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -16,6 +17,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from huggingface_hub import ModelCard, ModelCardData
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -27,7 +29,7 @@ from popo_lite.policy.adapters import ADAPTER_FILE
 from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.policy.policy import load_policy, load_trained_policy
 from popo_lite.recipe import Recipe
-from popo_lite.recipe_file import load_recipe, shipped_recipes
+from popo_lite.recipe_file import load_recipe, shipped_recipes, to_toml
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
@@ -443,6 +445,8 @@ def test_the_card_names_no_path_server_or_login(monkeypatch: pytest.MonkeyPatch)
         {"step": 30, "key": "lora.init_from", "before": None, "now": f"{planted}/other"},
         {"step": 40, "key": "optimizer.learning_rate", "before": 2e-5, "now": 1e-5},
         {"step": 50, "key": "rollout.server.base_urls", "before": [], "now": ["http://planted-host"]},
+        {"step": 60, "key": "rollout.environment.options", "before": {}, "now": {"data": f"{planted}/words.txt"}},
+        {"step": 70, "key": "reward.functions", "before": None, "now": [{"schema_file": f"{planted}/other.json"}]},
     ]
     card = card_of(recipe, changes=changes, doubts=["steps 41 to 50 were not proved, /home/planted-user/run/log.txt"])
     assert "planted" not in card.replace("~/run/log.txt", "")
@@ -453,11 +457,73 @@ def test_the_card_names_no_path_server_or_login(monkeypatch: pytest.MonkeyPatch)
     assert shown["data"]["dataset"] == "sums.jsonl"
     assert shown["data"]["system_prompt"] == "/no_think Read ~/notes or ***."
     assert shown["reward"]["functions"][1]["schema_file"] == "shape.json"
-    assert shown["rollout"]["environment"]["options"] == {"data": "words.txt", "api": "URL", "size": 3}
+    assert shown["rollout"]["environment"].get("options", {}) == {}
     assert "base_urls" not in card or shown["rollout"]["server"]["base_urls"] == []
     assert '- from step 30 `lora.init_from` was "other", before unset\n' in card
     assert "- from step 40 `optimizer.learning_rate` was 1e-5, before 2e-5\n" in card
     assert "- steps 41 to 50 were not proved, ~/run/log.txt\n" in card
+
+
+def test_settings_that_only_look_like_paths_are_shown_as_they_are() -> None:
+    schema = {"$id": "/a/b", "properties": {"id": {"const": "/c/d"}, "dataset": {"const": "https://host/e"}}}
+    recipe = load_recipe("tiny_cpu", [
+        "data.dataset=gsm8k", 'data.filter={path = "/api/v1/users", id = "/x/y"}', "eval.dataset=https://host/private/set",
+        "data.system_prompt=Answer as in https://host/style.",
+        f"reward.functions=[{{name = 'math'}}, {{name = 'json_schema', weight = 0.1, schema = {to_toml(schema)}}}]",
+        'reward.positive_if=["math"]',
+    ])  # fmt: skip
+    shown = tomllib.loads(card_of(recipe).partition("```toml\n")[2].partition("```")[0])
+    expected = recipe.to_dict()
+    assert shown["eval"].pop("dataset") == "set"
+    del expected["eval"]["dataset"]
+    for section in ("data", "eval", "reward"):
+        assert shown[section] == expected[section]
+
+
+@pytest.mark.parametrize("home", ["/root", "/home/me.x"])
+def test_only_the_home_folder_itself_is_masked(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", home)
+    doubts = [f"{home}/run, file://{home}/x; https://host.co{home}/y; {home}less"]
+    card = card_of(load_recipe("tiny_cpu", [f"model.id={home[1:]}/model"]), doubts=doubts)
+    assert f"https://huggingface.co{home}/model" in card
+    assert f"- ~/run, file://~/x; https://host.co{home}/y; {home}less\n" in card
+
+
+HOSTILE = '<img src=x onerror=alert(1)>`*x*`[a](http://b)\x1b[31m\u202e\n# Heading\n"); import os #'
+
+
+def test_text_of_strangers_is_only_text_in_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's name and revision, doubts, changes and figures: no markup, and no other code in the example."""
+    monkeypatch.chdir(tmp_path)
+    name = HOSTILE.replace("/", ":")
+    recipe = load_recipe("tiny_cpu").with_values({"model.revision": HOSTILE})
+    changes = [{"step": 1, "key": key, "before": None, "now": HOSTILE} for key in (HOSTILE, "optimizer.schedule")]
+    after = {**SUMMARY["after"], "task_figures": {HOSTILE: 0.5}}  # type: ignore[dict-item]
+    for model in ("someone/model", f"{tmp_path}/{name}", f"someone/{name}"):
+        card = card_of(recipe.with_values({"model.id": model}), doubts=[HOSTILE], changes=changes, after=after)
+        code = card.partition("```python\n")[2].partition("```")[0]
+        nodes = list(ast.walk(ast.parse(code)))
+        assert HOSTILE in {node.value for node in nodes if isinstance(node, ast.Constant)}
+        assert "os" not in {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        prose = "".join(re.split("```.*?```", card.split("---\n", 2)[2], flags=re.DOTALL))
+        page = MarkdownIt("commonmark").enable("table").render(prose)
+        assert "Heading" in page
+        assert re.findall("<img|<em>|<a href=.http://b", page) == []
+        assert page.count("<h1>") == 1
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", prose)
+    assert "from step 1 `optimizer.schedule` was " in card
+    assert "from step 1 `<img" not in card
+
+
+def test_an_export_of_code_that_is_not_trusted_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the function itself, not only by the command."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    run = finished_run(tmp_path / "run", PLAIN, "reward.functions=somebody:grade")
+    for options in ({}, {"gguf": "f32"}):
+        with pytest.raises(UserInputError, match="not trusted"):
+            export_run(run, output=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    export_run(run, what="adapter", output=tmp_path / "out")  # needs no grading
 
 
 def test_the_card_of_a_checkpoint_says_so() -> None:

@@ -247,6 +247,12 @@ def test_algebra_finds_different_answers_different(text, answer):
     assert (reward.outcome, reward.value) == (Outcome.INCORRECT, 0.0)
 
 
+@pytest.mark.parametrize("blank", ["\t", "  ", "   ", "\u3000", "\t" * 30])
+def test_blanks_that_part_numbers_do_not_join_them(blank):
+    assert symbolic(f"The final answer is 1{blank}000", "1000").outcome == Outcome.INCORRECT
+    assert symbolic(f"The final answer is{blank}1 000", "1000").outcome == Outcome.CORRECT
+
+
 def test_text_without_an_answer_is_unparsed():
     assert symbolic("I give up.", "42") == Reward(value=0.0, outcome=Outcome.UNPARSED)
     garbled = symbolic(r"\boxed{\frac{}}", "42")

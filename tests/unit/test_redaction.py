@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from popo_lite.errors import RecipeError
 from popo_lite.recipe_file import load_recipe
 from popo_lite.recipe_rules import is_local_url, wrong_server_url
-from popo_lite.redaction import redact
+from popo_lite.redaction import SHORTEST_SECRET, redact
 
 
 @pytest.mark.parametrize(
@@ -17,25 +20,67 @@ from popo_lite.redaction import redact
     [
         ("no connection to http://me:pa55word@host:8000/v1.", "no connection to http://***@host:8000/v1."),
         ("https://only-user@host", "https://***@host"),
-        ("a sign in it: http://me:p@ss/wo?rd#1@host", "a sign in it: http://***@host"),
+        ("a sign in it: http://me:p@s:s!@host/a@b", "a sign in it: http://***@host/a@b"),
+        pytest.param(f"long: http://me:{'x' * 9000}@host", "long: http://***@host", id="long"),
+        (
+            "?X-Amz-Signature=a0&apiKey=b1&key=c2&hub.access_key=d3",
+            "?X-Amz-Signature=***&apiKey=***&key=***&hub.access_key=***",
+        ),
         ("1http://me:x@host HTTPS://ME:X@HOST", "1http://***@host HTTPS://***@HOST"),
         ("GET https://host/v1?a=1&api_key=abcdef&b=2", "GET https://host/v1?a=1&api_key=***&b=2"),
         ("the token is hf_planted_1234, twice: hf_planted_1234", "the token is ***, twice: ***"),
         ("the proxy's password pr0xy-pass", "the proxy's password ***"),
         ("me@host.org, https://host.org/a and 5 @ 2", "me@host.org, https://host.org/a and 5 @ 2"),
-        ("a switch: true", "a switch: true"),
+        ("a switch: true, a word: python_tests", "a switch: true, a word: python_tests"),
+        ("https://medium.com/@user/post https://unpkg.com/react@18.2/x.js", None),
+        ("[site](https://host.org)|[mail](mailto:me@host.org), https://host?to=me@host.org, https://host#@me", None),
+        ("https://host/a?sort_key=name&monkey=1", None),
     ],
 )
 def test_secrets_are_masked_and_nothing_else(text, masked, monkeypatch):
+    monkeypatch.setenv("APP_KEY", "python")
     monkeypatch.setenv("HF_TOKEN", "hf_planted_1234")
     monkeypatch.setenv("all_proxy", "http://me:pr0xy-pass@proxy:3128")
     monkeypatch.setenv("USE_TOKEN", "true")
-    assert redact(text) == masked
+    assert redact(text) == (text if masked is None else masked)
+
+
+@pytest.mark.parametrize("name", ["GITHUB_PAT", "DB_PASS", "db_pwd", "OPENAI_API_KEYS", "MY_TOKEN_1", "AWS_SECRETS"])
+def test_names_of_variables_that_hold_secrets(name, monkeypatch):
+    monkeypatch.setenv(name, "planted-123")
+    assert redact("it is planted-123") == "it is ***"
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=SHORTEST_SECRET), st.text())
+def test_no_spelling_of_a_secret_is_left(secret, text):
+    secret = secret.strip()
+    assume(len(secret) >= SHORTEST_SECRET and secret not in text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", secret)
+        for spelled in (secret, repr(secret), json.dumps(secret), repr(OSError(secret)), json.dumps([f"a {secret}"])):
+            shown = redact(f"{text} {spelled}")
+            assert secret not in shown
+            assert repr(secret)[1:-1] not in shown
+            assert json.dumps(secret)[1:-1] not in shown
+
+
+def test_a_proxy_password_is_masked_as_libraries_decode_it(monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://me:planted%21%40pass@proxy:1 http://you:another-one@proxy")
+    assert redact("Basic me:planted!@pass, planted%21%40pass, another-one") == "Basic me:***, ***, ***"
 
 
 def test_a_long_text_takes_no_time():
     start = time.perf_counter()
-    for text in ("a" * 10**6, "://" * 10**5, "?token" * 10**5, "@" * 10**6):
+    for text in (
+        "a" * 10**6,
+        "://" * 10**5,
+        "://" + "a" * 10**6,
+        "://a" * 10**5,
+        "?" + "key" * 10**5,
+        "?api_key" * 10**5,
+        "?token" * 10**5,
+        "@" * 10**6,
+    ):
         redact(text)
     assert time.perf_counter() - start < 5
 

@@ -7,10 +7,12 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
+from types import TracebackType
 from typing import Any, TextIO
 
 from rich import box
@@ -78,6 +80,11 @@ def notify(text: str) -> None:
 def write(text: str, stream: TextIO) -> None:
     """Print untrusted `text` line by line, without control characters, in the stream's encoding. Nothing is folded."""
     print(words.encodable(words.printable(text), getattr(stream, "encoding", None) or "utf-8"), file=stream)
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an uncaught exception as Python does, but as untrusted text. For `sys.excepthook`."""
+    write("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), sys.stderr)
 
 
 def print_error(error: PopoError, console: Console | None = None) -> None:

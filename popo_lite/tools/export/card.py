@@ -1,6 +1,8 @@
 """Write the model card: what the model is, how it was trained, its results, and how to load it.
 
-It names no local path, no server and no login, whatever the recipe holds.
+It shows only the last part of the name of a model, adapter, dataset or schema that is a local file or a URL, and leaves
+out the output folder, servers and the options of an environment. In all other text it masks only secrets and the home
+folder.
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ from popo_lite.policy.load import model_source
 from popo_lite.recipe import OutputRecipe, Recipe
 from popo_lite.recipe_file import dump_recipe, to_toml
 from popo_lite.redaction import redact
+from popo_lite.resuming import RULES
+from popo_lite.tools.console import words
 from popo_lite.tools.console.output import measured
 from popo_lite.tools.console.words import quantity
 from popo_lite.tools.export.verify import base_of, loss_of, remedy, table_of
 
 Facts = Mapping[str, Any]
 LOCAL_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gguf")
-SOURCES = ("id", "init_from", "dataset")  # of models, adapters and problems: local, or on the Hub
-PROSE = ("system_prompt", "chat_template", "pattern", "thinking_tags")  # text that may look like a path: "/no_think"
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
+SOURCES = ("model.id", "lora.init_from", "data.dataset", "eval.dataset")  # local, or on the Hub
+HIDDEN = ("output.", "rollout.server.", "rollout.environment.options")
+MARKUP = re.compile(r"[\\`*<>\[\]&|#!]")
 ALGORITHMS = {"popo": "POPO", "raft": "RAFT", "grpo": "GRPO", "mixed": "POPO and a term against wrong answers"}
 
 
@@ -37,10 +41,16 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
     environment = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # noqa: S701 - not HTML
     results = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name)}
     figures = measured(results.values()).items()
-    private: dict[str, Any] = {"output": OutputRecipe(), "rollout.server": type(recipe.rollout.server)()}
-    public = Recipe.model_validate(_public(recipe.with_values(private).to_dict()))
+    hidden = {
+        "output": OutputRecipe(), "rollout.server": type(recipe.rollout.server)(), "rollout.environment.options": {},
+    }  # fmt: skip
+    public = recipe.with_values(hidden).to_dict()
+    for section, name in (key.split(".") for key in (*SOURCES, "reward.functions")):
+        if name in public.get(section, {}):
+            public[section][name] = _public(f"{section}.{name}", public[section][name])
     system_prompt = recipe.data.system_prompt
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    environment.filters["inert"] = inert
     card = environment.from_string(template).render(
         front_matter=_front_matter(
             recipe,
@@ -63,40 +73,47 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
         max_tokens=recipe.rollout.max_completion_length,
         results=results,
         # How long the measurement took says nothing about the model.
-        rows=[[label, *(quantity(v, unit) for v in values)] for (label, unit), values in figures if unit != "seconds"],
+        rows=[
+            [inert(label), *(quantity(v, unit) for v in values)]
+            for (label, unit), values in figures
+            if unit != "seconds"
+        ],
         verified=verification,
         verified_table=table_of(verification) if verification else (),
         merged_into=base_of(verification) if verification else None,
         loss=loss_of(verification),
         remedy=remedy(verification["merged_base"], dtype, gguf) if verification and dtype else None,
-        recipe=dump_recipe(public).strip(),
+        recipe=dump_recipe(Recipe.model_validate(public)).strip(),
     )
     return redact(_without_home(card))
 
 
-def _public(value: Any, key: str = "") -> Any:
-    """Return plain data of a recipe without local paths and URLs; of a path, the last part stays."""
-    if isinstance(value, dict):
-        return {name: _public(inner, name) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_public(inner, key) for inner in value]
-    if not isinstance(value, str) or key in PROSE:
-        return value
-    if key in SOURCES:
-        value = known_as(value)
-    path = Path(_without_home(value))
-    return URL.sub("URL", path.name if path.is_absolute() or path.parts[:1] == ("~",) else str(value))
+def inert(text: str) -> str:
+    """Return untrusted text on one line of Markdown that shows it as it is: no markup, HTML or control characters."""
+    return MARKUP.sub(r"\\\g<0>", words.clean(text))
+
+
+def _public(key: str, value: Any) -> Any:
+    """Return the value of a recipe's key with the last part of a local path or URL in place of the whole."""
+    if key in SOURCES and isinstance(value, str):
+        return known_as(value)
+    if key == "reward.functions" and isinstance(value, list | tuple):
+        return [_public_function(function) if isinstance(function, Mapping) else function for function in value]
+    return value
+
+
+def _public_function(function: Facts) -> Facts:
+    file = function.get("schema_file")
+    return function if file is None else {**function, "schema_file": Path(str(file)).name}
 
 
 def _changes(summary: Facts) -> list[str]:
     """Return what changed when the run was resumed, without settings that are private."""
     lines = []
     for change in summary.get("changes") or ():
-        key = change["key"]
-        if not key.startswith(("output.", "rollout.server.")):
+        if (key := change["key"]) in RULES and not key.startswith(HIDDEN):
             before, now = (
-                "unset" if change[at] is None else to_toml(_public(change[at], key.rpartition(".")[2]))
-                for at in ("before", "now")
+                "unset" if change[at] is None else inert(to_toml(_public(key, change[at]))) for at in ("before", "now")
             )
             lines.append(f"from step {change['step']:,} `{key}` was {now}, before {before}")
     return lines
@@ -105,13 +122,15 @@ def _changes(summary: Facts) -> list[str]:
 def _without_home(text: str) -> str:
     """Return `text` with ~ for the home folder."""
     home = str(Path.home())
-    return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if home != "/" else text
+    return re.sub(rf"(?<![\w.]){re.escape(home)}(?![\w.-])", "~", text) if home != "/" else text
 
 
 def is_local(source: str) -> bool:
-    """Return True if a setting names a local file or folder and not something on the Hub."""
+    """Return True if a setting names a local file or folder, or a URL, and not something on the Hub."""
     path = Path(source).expanduser()
-    return path.exists() or path.is_absolute() or source.startswith(".") or path.suffix in LOCAL_FILES
+    return (
+        path.exists() or path.is_absolute() or source.startswith(".") or "://" in source or path.suffix in LOCAL_FILES
+    )
 
 
 def known_as(source: str) -> str:
@@ -135,19 +154,12 @@ def _front_matter(recipe: Recipe, library: str, result: Facts) -> str:
     task: dict[str, Any] = {"task_type": "text-generation", "dataset_type": dataset, "dataset_name": dataset}
     rates = result.get("pass_at_k", {}).items()
     results = [EvalResult(**task, metric_type=f"pass@{k}", metric_value=rate) for k, rate in rates] or None
-    algorithm: str = recipe.objective.algorithm
-    family = ["popo", "mixed"] if algorithm == "mixed" else [algorithm]
+    algorithms = {"mixed": ["popo", "mixed"]}.get(recipe.objective.algorithm, [recipe.objective.algorithm])
     data = ModelCardData(
         base_model=None if recipe.model.id == "tiny" or is_local(recipe.model.id) else recipe.model.id,
         library_name=library,
         pipeline_tag="text-generation",
-        tags=[
-            *family,
-            "popo-lite",
-            "rlvr",
-            "reinforcement-learning",
-            "lora",
-        ],
+        tags=[*algorithms, "popo-lite", "rlvr", "reinforcement-learning", "lora"],
         model_name=known_as(recipe.model.id).rpartition("/")[2] if results else None,
         eval_results=results,
         **licence,

@@ -13,7 +13,7 @@ import click
 
 from popo_lite.errors import ExportError, UserInputError
 from popo_lite.tools.checkpoint_option import checkpoint_option
-from popo_lite.trust import GRADING_CODE, MODEL_CODE, refuse_untrusted, trust_option
+from popo_lite.trust import trust_option
 
 if TYPE_CHECKING:
     from popo_lite.tools.export.pipeline import ExportReport
@@ -69,9 +69,7 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, trust: 
     from popo_lite.run_folder import RunFolder
 
     folder = RunFolder(run)
-    recipe = folder.recipe()
-    refuse_untrusted(recipe, run, trust, only=MODEL_CODE if options["what"] == "adapter" else GRADING_CODE)
-    threads = recipe.train.cpu_threads
+    threads = folder.recipe().train.cpu_threads
     if repo_id is not None:
         _check_repo_id(repo_id)
 
@@ -84,7 +82,7 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, trust: 
 
     if threads:
         torch.set_num_threads(threads)
-    report = export_run(folder, reuse=repo_id is not None, progress=progress, **options)
+    report = export_run(folder, reuse=repo_id is not None, progress=progress, trust=trust, **options)
     upload = planned = None
     if repo_id is not None:
         path = report.folder / "README.md"

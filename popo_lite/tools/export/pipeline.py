@@ -17,7 +17,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import click
 import torch
 from torch import Tensor
 
@@ -36,10 +35,12 @@ from popo_lite.run_folder import RunFolder, checkpoint_step, write_json
 from popo_lite.samplers.hf import HFSampler
 from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.console.output import notify
 from popo_lite.tools.export import verify
-from popo_lite.tools.export.card import is_local, known_as, model_card
+from popo_lite.tools.export.card import inert, is_local, known_as, model_card
 from popo_lite.tools.export.gguf import BLOCK_KINDS, EXACT_KINDS, GGUF_KINDS, check_gguf, modelfile, write_gguf
 from popo_lite.tools.export.merge import BASES, load_unmerged, merge, write_model
+from popo_lite.trust import GRADING_CODE, MODEL_CODE, refuse_untrusted
 from popo_lite.types import EvalResult, Problem
 
 NOT_WRITABLE = (errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
@@ -96,6 +97,7 @@ def export_run(
     prompts: int = 32,
     problems: int | None = None,
     checkpoint: int | str | None = None,
+    trust: bool = False,
     reuse: bool = False,
     progress: verify.Progress = lambda *_: nullcontext(lambda _: None),
 ) -> ExportReport:
@@ -108,16 +110,19 @@ def export_run(
     A merged model is loaded again and compared with the trained policy: greedily on `prompts` prompts of the run's
     task, at most `eval.problems`, and in pass@1 on `problems` held-out problems (default: `eval.problems`).
     `checkpoint` is a number of steps or "best", by default the end or, before the end, the newest checkpoint.
+    With `trust`, code that the run names is run and remembered.
     With `reuse`, an earlier export of the same adapter in `output` is returned.
 
-    Raises CheckpointError if there is no such checkpoint, UserInputError for an unknown option or one that does not go
-    with `what`, or if `output` is not empty, and ExportError if the merged model is not the trained policy; nothing is
-    left behind then. An ExportError of the card alone leaves the complete export.
+    Raises CheckpointError if there is no such checkpoint, UserInputError for code that is not trusted, for an unknown
+    option or one that does not go with `what`, or if `output` is not empty, and ExportError if the merged model is not
+    the trained policy; nothing is left behind then. An ExportError of the card alone leaves the complete export.
     """
     _check_options(what, base, dtype, gguf, prompts, problems)
-    recipe, found = run.recipe(), run.find_checkpoint(checkpoint)
+    recipe = run.recipe()
+    refuse_untrusted(recipe, run.path, trust, only=MODEL_CODE if what == "adapter" else GRADING_CODE)
+    found = run.find_checkpoint(checkpoint)
     for notice in run.notices(checkpoint, found):
-        click.echo(notice, err=True)
+        notify(notice)
     step, summary = None if found is None else checkpoint_step(found), run.summary(found)
     adapter = adapter_folder(run.trained_adapter(weights, found), key="run folder")
     name = f"{gguf or what}-{weights}{'' if step is None else f'-step-{step}'}"
@@ -142,7 +147,7 @@ def export_run(
             verification = _export_merged(recipe, adapter, folder, report, prompts, problems, progress)
             report = replace(report, verification=verification)
         write_json(folder / REPORT_FILE, report.content())
-        card, failure = f"# {report.base}, trained with popo-lite\n", None
+        card, failure = f"# {inert(report.base)}, trained with popo-lite\n", None
         try:
             card = model_card(
                 recipe, summary, weights=weights, dtype=report.dtype, gguf=gguf, verification=report.verification
