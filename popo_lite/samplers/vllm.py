@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import filelock
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -46,6 +47,8 @@ MEMORY_BACKED = Path("/dev/shm")  # noqa: S108  # a private folder is made in it
 """Adapters pass from trainer to engine here, without a disk, if there is space; else in the temporary folder."""
 
 PREFIX = "popo-lite-adapter-"
+STARTING_SECONDS = 60
+"""A folder that is not locked may belong to a process that has just made it."""
 
 WHERE = 'rollout.engine = "vllm"'
 INSTEAD = '--set rollout.engine="hf" samples from the trainer\'s own model'
@@ -66,9 +69,12 @@ class VLLMSampler(Sampler):
         # Containers often have only 64 MB of shared memory.
         needed = 2 * sum(p.numel() * p.element_size() for _, p in policy.adapter_parameters())
         in_memory = os.access(MEMORY_BACKED, os.W_OK) and shutil.disk_usage(MEMORY_BACKED).free > needed
+        _delete_leftovers(MEMORY_BACKED)
         self._folder = tempfile.TemporaryDirectory(
             prefix=f"{PREFIX}{os.getpid()}-", dir=MEMORY_BACKED if in_memory else None, ignore_cleanup_errors=True
         )
+        self._lock = os.open(self._folder.name, os.O_RDONLY)
+        filelock.lock_descriptor(self._lock)
         self._adapter: Any = None  # vLLM's LoRARequest; it goes with every request
         self._engine = _start_engine(policy, self._recipe)  # last: nothing after it can leave it running
 
@@ -95,6 +101,7 @@ class VLLMSampler(Sampler):
     def close(self) -> None:
         """Shut the engine down and delete all files."""
         try:
+            os.close(self._lock)
             self._folder.cleanup()
         finally:
             engine, self._engine = self._engine, None  # else its memory would not be free for the next one
@@ -181,6 +188,19 @@ class VLLMSampler(Sampler):
                 with suppress(Exception):  # of a dead engine, which must not hide why it died
                     self._engine.abort_request(sorted(left))
         return [answers[name] for name in named]
+
+
+def _delete_leftovers(parent: Path) -> None:
+    """Delete the folders of killed processes, whose adapters would stay in memory. Living ones hold a lock."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # it is another user's, or was deleted meanwhile
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                old = time.time() - folder.stat().st_mtime > STARTING_SECONDS
+                if old and filelock.lock_descriptor(handle, blocking=False):
+                    shutil.rmtree(folder)
+            finally:
+                os.close(handle)
 
 
 @contextmanager

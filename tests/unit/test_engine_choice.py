@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+import filelock
 import pytest
 from pydantic import BaseModel, ValidationError, model_validator
 
@@ -74,6 +77,19 @@ def test_running_out_of_memory_is_not_hidden(refusing, tiny_recipe):
     recipe = tiny_recipe("rollout.engine=auto")
     with pytest.raises(EngineError, match="No available memory"):
         open_sampler(recipe, load_policy(recipe), text=str, notify=print)
+
+
+def test_folders_of_killed_processes_are_deleted_and_those_of_living_ones_are_not(tmp_path):
+    kept = {"of another program", f"{vllm.PREFIX}1-new", f"{vllm.PREFIX}2-held"}
+    for name in (*kept, f"{vllm.PREFIX}3-left"):
+        (tmp_path / name / "7").mkdir(parents=True)
+        if not name.endswith("new"):
+            os.utime(tmp_path / name, (0, 0))
+    handle = os.open(tmp_path / f"{vllm.PREFIX}2-held", os.O_RDONLY)
+    filelock.lock_descriptor(handle)
+    vllm._delete_leftovers(tmp_path)
+    os.close(handle)
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_a_failing_token_is_an_error_with_a_way_out():
