@@ -109,7 +109,7 @@ def test_a_family_trains_and_exports_or_is_refused_by_name(name, grader, tmp_pat
         checkpointing_changes_nothing(policy)
         sampled = sample(trainer)
     run.recipe_path.write_text(dump_recipe(recipe))  # with problems to check the export on
-    target = pipeline.export_run(run, prompts=1, problems=0, output=tmp_path / "merged").folder
+    target = pipeline.export_run(run, prompts=1, problems=0, output=tmp_path / "merged", trust=True).folder
     for tokens, start, logps in sampled:
         found = plain_logps(target, family, recipe, tokens)[start - 1 :]
         torch.testing.assert_close(found, torch.tensor(logps), rtol=0, atol=1e-3)
