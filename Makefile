@@ -6,7 +6,7 @@
 # make test-vllm                              the tests that need vLLM, with its CPU build
 # make test-real                              the tests on a real model, SmolLM2-135M, on the CPU
 # make test-engines                           both, and those that need both
-# make fuzz [CASES=20000]                     hostile answers and files: some twenty minutes
+# make fuzz [CASES=20000]                     hostile answers and files: some fifteen minutes
 # make study                                  docs/study.md again: some two hours on two cores; goes on where it stopped
 # make study-real                             its part on SmolLM2-135M
 # make chaos                                  100 runs killed and resumed: some ten minutes on two cores
