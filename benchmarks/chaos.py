@@ -75,7 +75,7 @@ STAGES = (
     "checkpoint: begin", "checkpoint: before rename", "checkpoint: between rename and pruning", "checkpoint: pruning",
     "between steps", "end: adapters", "end: summary", "after the end",
 )  # fmt: skip
-"""Stages of a run, in order. Those with a colon are told apart by the files that the run touches."""
+"""Stages of a run, in order. Stages with a colon are recognised by the files that the run touches."""
 
 UNCOMPARED = re.compile(r"log\.txt(\.\d+)?|\.lock")
 """Files that tell how often a run was started."""

@@ -1,4 +1,4 @@
-"""Lock a folder against a second process, which is told who holds it. Free of torch."""
+"""Lock a folder, and tell a second process who holds it. Free of torch."""
 
 from __future__ import annotations
 

@@ -22,8 +22,6 @@ FREE = "free"
 """Changes speed, bookkeeping and rounding, but not what is learned."""
 NOTED = "noted"
 """Changes what is learned from here on: allowed, and recorded in the log, the checkpoints and summary.json."""
-WAITING = 3
-"""Steps by which a checkpoint may be late: none is written among bad gradients, and so many in a row end the run."""
 
 _BASE = "the adapter belongs to the base as it was"
 _WEIGHTS = "the saved weights would not fit, or would mean something else"
@@ -60,7 +58,7 @@ RULES: Mapping[str, str] = {
     **_keys(FREE, "rollout.server", "shared_dir allow_http"),
     **_keys(NOTED, "rollout.adaptive", "enabled positives_wanted round_size max_rollouts"),
     **_keys(_PROMPTS, "rollout.environment", "name options max_turns role"),
-    # The hashes of rows and held-out problems are compared: other held-out problems are refused, other rows are told.
+    # Hashes are compared: changed held-out problems are refused, and changed rows are reported.
     **_keys(NOTED, "data", "dataset config split prompt_column answer_column filter limit tasks digits "
             "overlong_prompts prompts_per_step"),
     **_keys(_PROMPTS, "data", "system_prompt chat_template date"),
@@ -163,7 +161,7 @@ def _refuse_without_steps(run: RunFolder, recipe: Recipe, checkpoint: int | None
         next_step = f"{run.resume_command} --set train.steps={2 * done} trains on, to that step"
         raise CheckpointError(f"the run has ended after {done:,} steps", where=str(run.path), next_step=next_step)
     steps = run.metrics_path.read_bytes().count(b"\n") if run.metrics_path.is_file() else 0
-    must_have_some = has_ended or steps > run.recipe().train.save_steps + WAITING
+    must_have_some = has_ended or steps > run.recipe().train.save_steps
     if must_have_some and not checkpoint_folders(run.checkpoints):
         start = ["popo-lite", "train", str(run.recipe_path)]
         start += ["--set", f"lora.init_from={run.adapter}"] if has_ended else []

@@ -222,8 +222,7 @@ def changed_files(checkpoint: Path) -> list[str]:
     path = checkpoint / CHECKSUMS
     if not path.is_file():
         return []
-    expected = checked(json.loads(path.read_text("utf-8")), path)["files"]
-    return changed_keys(expected, checksums(checkpoint))
+    return changed_keys(read_json(path)["files"], checksums(checkpoint))
 
 
 def go_back(run: RunFolder, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,22 +52,22 @@ BAD_GRADIENTS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """How a run ended: `summary` is None if it was interrupted; `next_step` steps are done."""
+    """Describe the end of a run. `summary` is None if it was interrupted; `next_step` steps are done."""
 
     folder: RunFolder
     summary: dict[str, Any] | None
     next_step: int
 
 
-class RunLoop(OpenRun):
+class RunLoop(OpenRun, ABC):
     """Run the steps, and keep what they leave: evaluations, checkpoints, adapters, summary."""
 
     _consistent = True  # weights and cursor belong to the same step
     _reopened_at: int | None = None  # the step at which the engine was last opened again
 
+    @abstractmethod
     def train_step(self, step: int) -> None:
         """Do one step."""
-        raise NotImplementedError
 
     def run(self, folder: RunFolder, *, resume: bool = False, changes: Sequence[Change] = (),
             checkpoint: int | None = None) -> RunResult:  # fmt: skip
@@ -383,8 +384,7 @@ class RunLoop(OpenRun):
         save_adapter(self.policy.model, self.folder.adapter, base_id=self.recipe.model.id)
         with self.learner.siamese.swapped():
             save_adapter(self.policy.model, self.folder.siamese, base_id=self.recipe.model.id)
-        for folder in (self.folder.adapter, self.folder.siamese, self.folder.path):
-            sync_folder(folder)  # summary.json says that they are there, also after a power cut
+        sync_folder(self.folder.path)  # summary.json says that both are there, also after a power cut
         sampler, records = self.sampler, read_lines(self.folder.metrics_path)
         summary = {
             "recipe": self.folder.path.name,

@@ -78,7 +78,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 # --------------------------------------------------------------------------- the update
 
 EXPLODES = 1_000
-"""An update is skipped if its gradient's norm is over this many times the median of recent ones, and is clipped."""
+"""An update is skipped if its gradient is clipped and its norm exceeds this many times the median of recent norms."""
 RECENT_NORMS, ENOUGH_NORMS = 50, 10
 """The most norms that the median is taken of, and the fewest."""
 
