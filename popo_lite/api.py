@@ -11,6 +11,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
 from popo_lite.run_folder import RunFolder, dated, new_run
+from popo_lite.tools.reporting import reporters
 from popo_lite.trust import refuse_untrusted, trust_own
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def train(
     # The folder is taken before anything is loaded; a run that cannot start leaves nothing behind.
     with (
         new_run(settings, name, None if output is None else Path(output)) as folder,
-        CallbackList(callbacks) as callback,
+        CallbackList([*callbacks, *reporters(folder, settings)]) as callback,
         load_trainer(settings, callback) as trainer,
     ):
         return trainer.run(folder)
@@ -73,7 +74,7 @@ def resume(
     """
     with (
         resumed_run(Path(run), overrides, checkpoint, trust=trust) as (folder, settings, options),
-        CallbackList(callbacks) as callback,
+        CallbackList([*callbacks, *reporters(folder, settings)]) as callback,
         load_trainer(settings, callback) as trainer,
     ):
         return trainer.run(folder, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 from popo_lite.metrics import StepRecord
@@ -47,6 +48,16 @@ class Callback:
         Each has "step", "question", "reference" (the right answer), and the texts "right" and "wrong" or None.
         """
 
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Receive an evaluation on held-out problems, a line of evaluations.jsonl.
+
+        It has "when" ("before", "after", or "step N"), "step", the number of steps done, and what
+        `EvalResult.summary` has.
+        """
+
+    def saved(self, checkpoint: Path) -> None:
+        """Receive the folder of a complete checkpoint. It is deleted when newer ones replace it."""
+
     def message(self, text: str) -> None:
         """Receive a notice that must not be lost, such as the folder of a checkpoint. May come before `start`."""
 
@@ -60,12 +71,16 @@ class Callback:
         self.close()
 
 
+EVENTS = ("start", "stage", "advance", "step", "samples", "evaluated", "saved", "message")
+"""The methods of `Callback` that receive an event."""
+
+
 class CallbackList(Callback):
     """Pass every call on to several callbacks, in order; enter and close all of them."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._callbacks, self._entered = callbacks, ExitStack()
-        for method in ("start", "stage", "advance", "step", "samples", "message"):
+        for method in EVENTS:
             setattr(self, method, partial(self._call_all, method))
 
     def __enter__(self) -> Self:

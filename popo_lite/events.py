@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from popo_lite.callbacks import Callback, TerminalGone
+from popo_lite.callbacks import EVENTS, Callback, TerminalGone
 from popo_lite.redaction import redact
 
 LOG_BYTES, OLDER_LOGS = 1_000_000, 2
@@ -36,7 +36,7 @@ class RunEvents(Callback):
         self._early = logging.handlers.BufferingHandler(capacity=1_000)
         self.log = logging.Logger("popo-lite run")  # of this run alone
         self.log.addHandler(self._early)
-        for method in ("start", "stage", "advance", "step", "samples", "message"):
+        for method in EVENTS:
             setattr(self, method, partial(self._call, method))
 
     def open_log(self, path: Path) -> None:

@@ -629,6 +629,16 @@ class OutputRecipe(Section):
     """Folder for run folders."""
     samples_per_step: Annotated[int, Field(ge=0)] = 2
     """Prompts per step whose answers go to samples.jsonl."""
+    report_to: Annotated[tuple[Literal["trackio", "wandb", "tensorboard"], ...], Field(strict=False)] = ()
+    """Trackers that receive the metrics, evaluations and samples, each an extra of the same name. A tracker that fails
+    does not stop the run."""
+    project: str = "popo-lite"
+    """Project in trackers."""
+    hub_model_id: Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")] | None = None
+    """Repository on the Hub, `user/name`, to which the adapter of every checkpoint is uploaded. A failed upload does
+    not stop the run."""
+    hub_private_repo: bool = True
+    """Make that repository private if it does not exist yet."""
 
 
 class Recipe(Section):

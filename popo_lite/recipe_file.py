@@ -229,6 +229,8 @@ def _in_words(schema: dict[str, Any]) -> str:
         return (
             "a table of tasks, each with a table of settings" if "items" not in schema else "a list of tables by task"
         )
+    if isinstance(inner, dict) and "enum" in inner:
+        return f"a list of {_in_words(inner).removeprefix('one of ')}"
     if isinstance(inner, dict) and any(member["type"] == "array" for member in inner.get("anyOf", ())):
         return f"{KINDS['object']}, or lists of these"
     limits = " and ".join(f"{words} {schema[name]:g}" for name, words in BOUNDS.items() if name in schema)

@@ -76,7 +76,7 @@ RULES: Mapping[str, str] = {
     **_keys(_MEASURE, "eval", "dataset config split prompt_column answer_column filter limit tasks problems "
             "samples_per_problem temperature"),
     **_keys(FREE, "eval", "every"),
-    **_keys(FREE, "output", "dir samples_per_step"),
+    **_keys(FREE, "output", "dir samples_per_step report_to project hub_model_id hub_private_repo"),
 }  # fmt: skip
 """`section.key` -> FREE, NOTED, or the reason for which it cannot change."""
 

@@ -287,6 +287,7 @@ class RunLoop(OpenRun, ABC):
         )
         self.cursor.add_seconds({"checkpoint": time.perf_counter() - start})
         self.callback.message(f"checkpoint: {folder}")
+        self.callback.saved(folder)
         return folder
 
     def _note_changes(self, changes: Sequence[Change]) -> None:
@@ -374,8 +375,10 @@ class RunLoop(OpenRun, ABC):
             seed=recipe.train.seed,
             progress=self._advance,
         )
-        append_line(self.folder.evaluations_path, {"when": when, "step": self.cursor.next_step, **result.summary()})
+        record = {"when": when, "step": self.cursor.next_step, **result.summary()}
+        append_line(self.folder.evaluations_path, record)
         self.cursor.add_seconds({"evaluate": result.seconds})
+        self.callback.evaluated(record)
         self.callback.message(f"{when}: pass@1 {result.pass_at_1:.1%} of {result.problems} held-out problems")
         return result
 

@@ -11,11 +11,13 @@ from typing import Any
 import click
 
 from popo_lite.api import load_trainer
+from popo_lite.callbacks import CallbackList
 from popo_lite.errors import UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
 from popo_lite.run_folder import RunFolder, dated, new_run
+from popo_lite.tools.reporting import reporters
 from popo_lite.trust import refuse_untrusted, trust_option
 
 VIEWS = click.Choice(["auto", "live", "plain", "silent"])
@@ -95,7 +97,8 @@ def _train(
     from popo_lite.tools.console.views import open_view
 
     advice = f"popo-lite plan {shlex.quote(recipe)}   (what takes how much memory, and what to change)"
-    with open_view("silent" if as_json else view) as watcher:  # type: ignore[arg-type]  # click checks the choice
+    screen = open_view("silent" if as_json else view)  # type: ignore[arg-type]  # click checks the choice
+    with CallbackList([screen, *reporters(folder, settings)]) as watcher:
         try:
             trainer = load_trainer(settings, watcher, ignore_plan=ignore_plan, advice=advice)
         except UserInputError as error:
