@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+INTERRUPTED = 130
+"""Exit code of a command that was stopped by Ctrl-C, as in shells."""
+
 
 class PopoError(Exception):
     """Report a failure that the user can act on.

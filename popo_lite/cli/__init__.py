@@ -4,24 +4,50 @@ from __future__ import annotations
 
 import errno
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any
 
 import click
 
-from popo_lite.cli.train import INTERRUPTED, resume, train
-from popo_lite.errors import EngineError, PopoError
-from popo_lite.tools.bench.command import bench
-from popo_lite.tools.benchmarks.command import eval_
-from popo_lite.tools.export.command import export
-from popo_lite.tools.generate import generate
-from popo_lite.tools.plan.command import plan
-from popo_lite.tools.recipe_docs import recipe
-from popo_lite.tools.sweep.command import compare, sweep
+from popo_lite.errors import INTERRUPTED, EngineError, PopoError
+
+COMMANDS = {
+    "train": ("popo_lite.cli.train:train", "Train with a recipe."),
+    "resume": ("popo_lite.cli.train:resume", "Continue a run."),
+    "plan": ("popo_lite.tools.plan.command:plan", "Say whether a recipe fits a GPU, and what to change."),
+    "bench": ("popo_lite.tools.bench.command:bench", "Measure a recipe's step with random weights."),
+    "recipe": ("popo_lite.tools.recipe_docs:recipe", "Show and check recipes."),
+    "eval": (
+        "popo_lite.tools.benchmarks.command:eval_",
+        "Measure a run or any model on held-out problems or benchmarks.",
+    ),
+    "generate": ("popo_lite.tools.generate:generate", "Ask the model that a run trained."),
+    "export": ("popo_lite.tools.export.command:export", "Turn a run into a model that others can load."),
+    "sweep": ("popo_lite.tools.sweep.command:sweep", "Train variants of a recipe with several seeds."),
+    "compare": ("popo_lite.tools.sweep.command:compare", "Compare runs and sweeps."),
+}
+"""Name of a command -> where it is defined, and its line in `popo-lite --help`."""
 
 
 class _Commands(click.Group):
-    """Print a PopoError, a full disk or a full GPU as a message, without a traceback, and exit with its code."""
+    """Import a command when it is used; print a PopoError, a full disk or a full GPU as a message, without traceback.
+
+    The exit code is that of the error.
+    """
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[name][0].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -68,7 +94,3 @@ def main() -> None:
     if sys.platform == "win32":  # there, the encoding of a redirected stream lacks most characters
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8")
-
-
-for command in (train, resume, plan, eval_, generate, export, recipe, bench, sweep, compare):
-    main.add_command(command)

@@ -12,7 +12,7 @@ import click
 
 from popo_lite.api import load_trainer
 from popo_lite.callbacks import CallbackList
-from popo_lite.errors import UserInputError
+from popo_lite.errors import INTERRUPTED, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
@@ -21,8 +21,6 @@ from popo_lite.tools.reporting import reporters
 from popo_lite.trust import refuse_untrusted, trust_option
 
 VIEWS = click.Choice(["auto", "live", "plain", "silent"])
-INTERRUPTED = 130
-"""Exit code of a run that was stopped by Ctrl-C, as in shells."""
 SET = click.option(
     "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
 )
@@ -35,7 +33,7 @@ IGNORE_PLAN = click.option(
 JSON = click.option("as_json", "--json", is_flag=True, help="Print the summary as JSON at the end and nothing else.")
 
 
-@click.command(short_help="Train with a recipe.")
+@click.command()
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--seed", type=click.IntRange(min=0), help="Same as --set train.seed=N.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run; default runs/<recipe>-seed<N>.")
@@ -62,7 +60,7 @@ def train(
         _train(folder, settings, recipe, view, ignore_plan=ignore_plan, as_json=as_json)
 
 
-@click.command(short_help="Continue a run.")
+@click.command()
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 @SET
 @click.option("--checkpoint", type=click.IntRange(min=1), metavar="N", help="Go back to the checkpoint after N steps.")

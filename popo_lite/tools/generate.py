@@ -12,7 +12,7 @@ from popo_lite.tools.checkpoint_option import checkpoint_option
 from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 
 
-@click.command(short_help="Ask the model that a run trained.", context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True})
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 @click.argument("question")
 @click.option("--weights", type=click.Choice(["policy", "siamese"]), default="policy")

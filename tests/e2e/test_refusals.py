@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -96,7 +97,7 @@ def test_a_full_gpu_is_told_with_what_to_do(name, monkeypatch):
     def run(**_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(main.commands[name], "callback", run)
+    monkeypatch.setattr(main.get_command(click.Context(main), name), "callback", run)
     done = CliRunner().invoke(main, [name, "run", *(["question"] if name == "generate" else [])])
     assert done.exit_code == 1
     assert "the GPU ran out of memory" in done.stderr

@@ -19,7 +19,7 @@ SIZES = {  # option -> the recipe's key that it overrides
 }
 
 
-@click.command(short_help="Measure a recipe's step with random weights.")
+@click.command()
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--steps", type=POSITIVE, default=3, show_default=True, help="Measured steps, after one more.")
 @click.option("--prompts", type=POSITIVE, help="Same as --set data.prompts_per_step=N.")

@@ -32,7 +32,7 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
         ctx.default_map = PAPER_PRESET
 
 
-@click.command("eval", short_help="Measure a run or any model, on held-out problems or benchmarks.",
+@click.command("eval",
                context_settings={"show_default": True})  # fmt: skip
 @click.argument("models", metavar="MODEL_OR_RUN...", nargs=-1, required=True)
 @click.option("--task", metavar="RUN_OR_RECIPE", help="Whose held-out problems, prompts, reward and sampling are used; "

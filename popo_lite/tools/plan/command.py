@@ -21,7 +21,7 @@ from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 
 
-@click.command(short_help="Say whether a recipe fits a GPU, and what to change.")
+@click.command()
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--vram", metavar="SIZE", help="Memory of the GPU, e.g. 24GiB; default: nvidia-smi's figure, else 24GiB.")
 @click.option("--others", metavar="SIZE", help="Part that other processes hold; default: nvidia-smi's, 0 with --vram.")

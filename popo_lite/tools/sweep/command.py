@@ -18,7 +18,7 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 RATE = click.FloatRange(0, 1, min_open=True)
 
 
-@click.command(short_help="Train variants of a recipe with several seeds.")
+@click.command()
 @click.argument("sweep_file", metavar="SWEEP")
 @click.option("--output", type=PATH, help="Folder of the sweep; default <output.dir>/<SWEEP>.")
 @click.option("seeds", "--seeds", metavar="SEEDS", help="Seeds instead of the file's, such as 0-4 or 0,3.")
@@ -92,7 +92,7 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
     click.echo(f"Next\n  popo-lite compare {shlex.quote(str(folder.path))}", err=as_json)
 
 
-@click.command(short_help="Compare runs and sweeps.")
+@click.command()
 @click.argument("sources", metavar="RUN_OR_SWEEP...", nargs=-1, required=True, type=FOLDER)
 @click.option("--output", type=PATH, help="Folder of the page; default comparison, for one sweep <SWEEP>/comparison.")
 @click.option("--reach", type=RATE, default=0.8, show_default=True, help="Pass rate up to which costs are counted.")
