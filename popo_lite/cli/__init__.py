@@ -19,7 +19,7 @@ COMMANDS = {
     "recipe": ("popo_lite.tools.recipe_docs:recipe", "Show and check recipes."),
     "eval": (
         "popo_lite.tools.benchmarks.command:eval_",
-        "Measure a run or any model on held-out problems or benchmarks.",
+        "Measure runs and models, on held-out problems or benchmarks.",
     ),
     "generate": ("popo_lite.tools.generate:generate", "Ask the model that a run trained."),
     "export": ("popo_lite.tools.export.command:export", "Turn a run into a model that others can load."),
@@ -64,6 +64,8 @@ class _Commands(click.Group):
                 raise
             next_step = "free some space and rerun the command, `popo-lite resume RUN` for a run; saves are complete"
             shown = PopoError("there is no room left on the disk", where=error.filename, next_step=next_step)
+        except click.exceptions.Exit:  # how --help ends; it is a RuntimeError
+            raise
         except RuntimeError as error:
             from popo_lite.policy.memory import is_out_of_memory
 
@@ -88,9 +90,13 @@ def main() -> None:
     popo-lite bench recipes/qwen_7b_lora.toml      what a step takes here, before anything is downloaded
     popo-lite train recipes/qwen_1_5b_lora.toml    Qwen2.5-Math-1.5B on a GPU
     """
-    from popo_lite.tools.console.output import print_traceback
-
-    sys.excepthook = print_traceback
+    sys.excepthook = _print_traceback
     if sys.platform == "win32":  # there, the encoding of a redirected stream lacks most characters
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8")
+
+
+def _print_traceback(*error: Any) -> None:
+    from popo_lite.tools.console.output import print_traceback
+
+    print_traceback(*error)
