@@ -395,11 +395,15 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return every line of a JSONL file. Raises CheckpointError for a line that is not a JSON object."""
+def read_lines(path: Path, *, growing: bool = False) -> list[dict[str, Any]]:
+    """Return every line of a JSONL file. Raises CheckpointError for a line that is not a JSON object.
+
+    If the file is `growing`, a last line without its end is left out: a run is writing it, or was killed meanwhile.
+    """
     with reading(path):
         # Not str.splitlines: it also splits at separators that answers may contain.
-        lines = path.read_bytes().split(b"\n")
+        *lines, last = path.read_bytes().split(b"\n")
+    lines += [] if growing else [last]
     records = []
     for number, line in enumerate(lines, 1):
         if line:
@@ -439,6 +443,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace the content of `path` by `text`; after a crash it holds either the old content or the new."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # in a stranger's run folder it may be a link to another file
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -1,8 +1,6 @@
 """Write the model card: what the model is, how it was trained, its results, and how to load it.
 
-It shows only the last part of the name of a model, adapter, dataset or schema that is a local file or a URL, and leaves
-out the output folder, servers and the options of an environment. In all other text it masks only secrets and the home
-folder.
+Private settings are left out (tools/public.py). In all other text it masks only secrets and the home folder.
 """
 
 from __future__ import annotations
@@ -17,19 +15,16 @@ from jinja2 import Environment
 
 from popo_lite.policy.gguf import GGUF_SUFFIX
 from popo_lite.policy.load import model_source
-from popo_lite.recipe import OutputRecipe, Recipe
-from popo_lite.recipe_file import dump_recipe, to_toml
+from popo_lite.recipe import Recipe
+from popo_lite.recipe_file import dump_recipe
 from popo_lite.redaction import redact
-from popo_lite.resuming import RULES
 from popo_lite.tools.console import words
 from popo_lite.tools.console.output import measured
 from popo_lite.tools.console.words import quantity
 from popo_lite.tools.export.verify import base_of, loss_of, remedy, table_of
+from popo_lite.tools.public import is_local, known_as, public_changes, public_recipe, without_home
 
 Facts = Mapping[str, Any]
-LOCAL_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gguf")
-SOURCES = ("model.id", "lora.init_from", "data.dataset", "eval.dataset")  # local, or on the Hub
-HIDDEN = ("output.", "rollout.server.", "rollout.environment.options")
 MARKUP = re.compile(r"[\\`*<>\[\]&|#!]")
 ALGORITHMS = {"popo": "POPO", "raft": "RAFT", "grpo": "GRPO", "mixed": "POPO and a term against wrong answers"}
 
@@ -41,13 +36,6 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
     environment = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # noqa: S701 - not HTML
     results = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name)}
     figures = measured(results.values()).items()
-    hidden = {
-        "output": OutputRecipe(), "rollout.server": type(recipe.rollout.server)(), "rollout.environment.options": {},
-    }  # fmt: skip
-    public = recipe.with_values(hidden).to_dict()
-    for section, name in (key.split(".") for key in (*SOURCES, "reward.functions")):
-        if name in public.get(section, {}):
-            public[section][name] = _public(f"{section}.{name}", public[section][name])
     system_prompt = recipe.data.system_prompt
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     environment.filters["inert"] = inert
@@ -83,9 +71,9 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
         merged_into=base_of(verification) if verification else None,
         loss=loss_of(verification),
         remedy=remedy(verification["merged_base"], dtype, gguf) if verification and dtype else None,
-        recipe=dump_recipe(Recipe.model_validate(public)).strip(),
+        recipe=dump_recipe(public_recipe(recipe)).strip(),
     )
-    return redact(_without_home(card))
+    return redact(without_home(card))
 
 
 def inert(text: str) -> str:
@@ -93,49 +81,10 @@ def inert(text: str) -> str:
     return MARKUP.sub(r"\\\g<0>", words.clean(text))
 
 
-def _public(key: str, value: Any) -> Any:
-    """Return the value of a recipe's key with the last part of a local path or URL in place of the whole."""
-    if key in SOURCES and isinstance(value, str):
-        return known_as(value)
-    if key == "reward.functions" and isinstance(value, list | tuple):
-        return [_public_function(function) if isinstance(function, Mapping) else function for function in value]
-    return value
-
-
-def _public_function(function: Facts) -> Facts:
-    file = function.get("schema_file")
-    return function if file is None else {**function, "schema_file": Path(str(file)).name}
-
-
 def _changes(summary: Facts) -> list[str]:
     """Return what changed when the run was resumed, without settings that are private."""
-    lines = []
-    for change in summary.get("changes") or ():
-        if (key := change["key"]) in RULES and not key.startswith(HIDDEN):
-            before, now = (
-                "unset" if change[at] is None else inert(to_toml(_public(key, change[at]))) for at in ("before", "now")
-            )
-            lines.append(f"from step {change['step']:,} `{key}` was {now}, before {before}")
-    return lines
-
-
-def _without_home(text: str) -> str:
-    """Return `text` with ~ for the home folder."""
-    home = str(Path.home())
-    return re.sub(rf"(?<![\w.]){re.escape(home)}(?![\w.-])", "~", text) if home != "/" else text
-
-
-def is_local(source: str) -> bool:
-    """Return True if a setting names a local file or folder, or a URL, and not something on the Hub."""
-    path = Path(source).expanduser()
-    return (
-        path.exists() or path.is_absolute() or source.startswith(".") or "://" in source or path.suffix in LOCAL_FILES
-    )
-
-
-def known_as(source: str) -> str:
-    """Return the public name of a model or dataset: its Hub id, or the last part of a local path."""
-    return Path(source).expanduser().name if is_local(source) else source
+    changes = ((step, key, inert(before), inert(now)) for step, key, before, now in public_changes(summary))
+    return [f"from step {step:,} `{key}` was {now}, before {before}" for step, key, before, now in changes]
 
 
 def _front_matter(recipe: Recipe, library: str, result: Facts) -> str:

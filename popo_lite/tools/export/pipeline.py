@@ -37,9 +37,10 @@ from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.console.output import notify
 from popo_lite.tools.export import verify
-from popo_lite.tools.export.card import inert, is_local, known_as, model_card
+from popo_lite.tools.export.card import inert, model_card
 from popo_lite.tools.export.gguf import BLOCK_KINDS, EXACT_KINDS, GGUF_KINDS, check_gguf, modelfile, write_gguf
 from popo_lite.tools.export.merge import BASES, load_unmerged, merge, write_model
+from popo_lite.tools.public import is_local, known_as
 from popo_lite.trust import GRADING_CODE, MODEL_CODE, refuse_untrusted
 from popo_lite.types import EvalResult, Problem
 
