@@ -1,0 +1,1 @@
+"""Write a run's report: one HTML page that needs no network."""

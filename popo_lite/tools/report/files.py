@@ -1,0 +1,125 @@
+"""Read the files of a run for its report, also while it trains. The files may be old, damaged or a stranger's."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from popo_lite.errors import CheckpointError
+from popo_lite.formats import read_json, reading
+from popo_lite.metrics import StepRecord
+from popo_lite.recipe import Recipe
+from popo_lite.run_folder import RunFolder, checkpoint_folders, read_lines
+
+LOG_BYTES = 100_000
+"""Bytes read from the end of log.txt, which may have a megabyte."""
+LARGEST = 1e15
+"""A larger figure is damage: no metric is that large, and sums and differences of larger ones may overflow."""
+
+State = Literal["finished", "running", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """What the files of a run say. `summary` lacks what is only known at the end if the run has not ended."""
+
+    folder: RunFolder
+    recipe: Recipe
+    state: State
+    steps: Sequence[StepRecord]
+    evaluations: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    log: str
+    unreadable: Sequence[str]
+    """Files that are left out because they cannot be read."""
+
+
+def read_run(path: Path) -> RunFiles:
+    """Read the run at `path`. Raises CheckpointError if there is none, or its metrics are damaged."""
+    run = RunFolder(path)
+    recipe = run.recipe()
+    steps = read_lines(run.metrics_path, growing=True) if run.metrics_path.is_file() else []
+    for number, record in enumerate(steps, 1):
+        with reading(run.metrics_path, f"line {number}"):
+            if not 0 <= record["step"] + 1 <= LARGEST:
+                raise ValueError(f"a run has no step {record['step']}")
+    evaluations = read_lines(run.evaluations_path, growing=True) if run.evaluations_path.is_file() else []
+    evaluations = [line for line in evaluations if number_in(line, "pass_at_1") is not None]
+    state: State = "finished" if run.ended else "running" if is_running(run) else "stopped"
+    unreadable: list[str] = []
+    summary: Mapping[str, Any] = {}
+    if state == "finished":
+        summary = run.summary()
+    else:
+        for folder in reversed(checkpoint_folders(run.checkpoints)):
+            try:
+                summary = run.summary(folder)
+                break
+            except CheckpointError as error:
+                if folder.is_dir():  # else the run has deleted it meanwhile
+                    unreadable.append(str(error))
+    environment: Mapping[str, Any] = {}
+    try:
+        environment = read_json(run.environment_path) if run.environment_path.is_file() else {}
+    except CheckpointError as error:
+        unreadable.append(str(error))
+    return RunFiles(
+        folder=run, recipe=recipe, state=state, steps=steps, evaluations=evaluations, summary=summary,
+        environment=environment, log=_end_of(run.log_path), unreadable=unreadable,
+    )  # fmt: skip
+
+
+def number_in(table: Any, *keys: str) -> float | None:
+    """Return the number at `keys` of nested tables, or None if there is none that can be drawn."""
+    for key in keys:
+        table = table.get(key) if isinstance(table, Mapping) else None
+    return table if _is_number(table) else None
+
+
+def names_in(records: Sequence[StepRecord], metric: str) -> list[str]:
+    """Return the names that a metric with several figures, such as `rewards`, has in any record."""
+    tables = [record[metric] for record in records if isinstance(record.get(metric), Mapping)]
+    return list(dict.fromkeys(str(name) for table in tables for name in table))
+
+
+def is_running(run: RunFolder) -> bool:
+    """Return True if the process that took the run's lock last is alive on this machine.
+
+    The lock itself is not tried: that would make a trainer fail that starts at this moment.
+    """
+    import psutil
+
+    with suppress(OSError, ValueError, TypeError, KeyError, OverflowError, psutil.Error):
+        owner = json.loads(run.lock_path.read_text(encoding="utf-8").strip("\n\0"))
+        began = psutil.Process(owner["pid"]).create_time()
+        # Another process may have got the number since.
+        return bool(
+            owner["host"] == platform.node() and began <= datetime.fromisoformat(owner["since"]).timestamp() + 1
+        )
+    return False
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= LARGEST and math.isfinite(value)
+
+
+def _end_of(path: Path) -> str:
+    """Return the last whole lines of a text file, or nothing if there is none."""
+    if not path.is_file():
+        return ""
+    with reading(path), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - LOG_BYTES))
+        text = file.read(LOG_BYTES)
+    return (text if size <= LOG_BYTES else text.partition(b"\n")[2]).decode(errors="replace")
