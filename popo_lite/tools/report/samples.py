@@ -14,7 +14,7 @@ ROWS = 4
 """Prompts shown."""
 MOMENTS = 5
 """Steps at which a prompt that comes again is shown."""
-GLANCE, LONGEST = 600, 4000
+GLANCE, LONGEST = 400, 4000
 """Characters of a text that are shown at once, and on a click: half of them its beginning, half its end."""
 
 
@@ -115,7 +115,7 @@ def _answer(answer: Mapping[str, Any]) -> dict[str, Any]:
     tokens = answer.get("tokens")
     return {
         "text": shortened(text),
-        "whole": shortened(text, LONGEST) if len(text) > GLANCE else None,
+        "whole": shortened(text, LONGEST) if shortened(text) != text else None,
         "positive": bool(answer["positive"]),
         "tokens": tokens if isinstance(tokens, int) else None,
         "cut": answer.get("finish_reason") == "length",
@@ -125,7 +125,7 @@ def _answer(answer: Mapping[str, Any]) -> dict[str, Any]:
 
 def shortened(text: str, longest: int = GLANCE) -> str:
     """Return `text` without its middle if it is long: the end of an answer has its result."""
-    if len(text) <= longest:
+    if len(text) <= 1.25 * longest:  # else a few characters are left out for a longer remark
         return text
     left_out = len(text) - longest
     return f"{text[: longest // 2]}\n[... {left_out:,} characters ...]\n{text[-longest // 2 :]}"
