@@ -134,13 +134,15 @@ def stranger(canaries, tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if "comparison" not in path.name)  # what `compare` may write
+    pages = ("comparison", "report.html")  # what `compare` and `report` may write
+    return sorted(path for path in folder.rglob("*") if not path.name.startswith(pages))
 
 
 def leaves(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     if isinstance(command, click.Group):
-        for name, inner in command.commands.items():
-            yield from leaves(inner, (*path, name))
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            yield from leaves(command.get_command(context, name), (*path, name))
     else:
         yield path, command
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import shlex
 import statistics
@@ -12,9 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jinja2
-from markupsafe import Markup
 
 from popo_lite.errors import PopoError
 from popo_lite.formats import reading
@@ -25,9 +20,10 @@ from popo_lite.recipe_file import dump_recipe
 from popo_lite.run_folder import write_atomically
 from popo_lite.tools.console import words
 from popo_lite.tools.console.output import measured, noise
-from popo_lite.tools.public import known_as, public_changes, public_recipe, without_home
+from popo_lite.tools.public import known_as, public_changes, public_recipe
 from popo_lite.tools.report.charts import charts
 from popo_lite.tools.report.files import RunFiles, names_in, number_in, read_run
+from popo_lite.tools.report.html import render
 from popo_lite.tools.report.samples import chosen_samples
 from popo_lite.tools.sweep.compare import ratio_interval
 
@@ -80,25 +76,6 @@ def page(files: RunFiles) -> str:
             environment=list(_environment(files.environment)), commands=list(_next_commands(files)),
             folder=files.folder.path.name, written=f"{datetime.now():%Y-%m-%d %H:%M}",
         )  # fmt: skip
-
-
-def render(template: Path, **values: Any) -> str:
-    """Return the page that `template` makes of `values`; every text among them is untrusted."""
-    folders = jinja2.FileSystemLoader([template.parent, Path(__file__).parent])
-    environment = jinja2.Environment(
-        loader=folders, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown
-    )
-    script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # The policy allows this script by its digest: one that a model wrote would not run even if it got into the page.
-    environment.globals |= {"script": Markup(script), "script_digest": Markup(digest)}  # noqa: S704  # our own files
-    return environment.get_template(template.name).render(**values)
-
-
-def _shown(value: Any) -> Any:
-    """Return untrusted text without secrets, home folder, and characters that draw over others or turn text around."""
-    is_text = isinstance(value, str) and not isinstance(value, Markup)  # a macro's result is Markup
-    return without_home(words.printable(value)) if is_text else value
 
 
 # ------------------------------------------------------------------------- the result

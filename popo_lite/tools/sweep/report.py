@@ -7,15 +7,16 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 from rich.console import Console
 from rich.text import Text
 
 from popo_lite.metrics import METRICS
 from popo_lite.tools.console.output import open_console, safe, table
 from popo_lite.tools.console.words import ABSENT
+from popo_lite.tools.report.html import render
 from popo_lite.tools.sweep.compare import CURVES, Values
 
 if TYPE_CHECKING:  # matplotlib is imported inside functions: no other command should wait for it
@@ -61,7 +62,8 @@ def print_report(comparison: Mapping[str, Any], console: Console | None = None) 
 def html_page(comparison: Mapping[str, Any], png: bytes) -> str:
     """Return plots and tables as one HTML file with the image inside it, without network or script."""
     names = [group["name"] for group in comparison["groups"]]
-    return jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE).render(
+    return render(
+        Path(__file__).with_name("comparison.html.jinja"),
         title=f"Comparison of {', '.join(names)}", runs=sum(len(group["runs"]) for group in comparison["groups"]),
         bands="bands" if len(names) <= len(COLOURS) else f"the band (of {names[0]} alone)",
         lines=dict(zip(names, itertools.cycle(LINES), strict=False)), smoothing_steps=comparison["smoothing_steps"],
@@ -200,34 +202,3 @@ def _draw_ends(axis: Axes, key: str, unit: str, factor: float, groups: Sequence[
 
 def _scaled(values: Values, factor: float) -> list[float]:
     return [math.nan if value is None else value * factor for value in values]
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { max-width: 1200px; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #222;
-       font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; } img { width: 100%; height: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
-th, td { padding: .25rem .9rem .25rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #ddd; }
-tbody th { font-weight: 600; } .wide { overflow-x: auto; }
-i { display: inline-block; width: 1.7em; margin-right: .5em; vertical-align: middle; }
-</style></head><body>
-<h1>{{ title }}</h1>
-<p>{{ runs }} runs. Lines are means over seeds, {{ bands }} 95 % intervals; diamonds are means, bars 95 % intervals,
-dots single runs. Curves of rates, lengths and entropies are trailing means of {{ smoothing_steps }} steps.</p>
-<img src="data:image/png;base64,{{ image }}" alt="{{ title }}">
-{% for heading, columns, rows in tables %}
-<h2>{{ heading }}</h2>
-<div class="wide"><table>
-<thead><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in rows %}
-<tr><th><i style="border-top: .2em {{ lines[row[0]][1] }} {{ lines[row[0]][0] }}"></i>{{ row[0] }}</th>
-{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody></table></div>
-{% endfor %}
-<ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
-</body></html>
-"""
