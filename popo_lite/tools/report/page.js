@@ -18,7 +18,8 @@ for (const figure of document.querySelectorAll("figure[data-chart]")) {
       xs.forEach((each, i) => { if (Math.abs(each - x) < Math.abs(xs[nearest] - x)) nearest = i; });
       const line = document.createElement("div");
       line.className = "s" + colour;
-      line.append(document.createElement("i"), `${label} ${shown(ys[nearest])}`);
+      const away = Math.abs(xs[nearest] - x) > Math.max(1, (last - first) / 50) ? ` (step ${xs[nearest]})` : "";
+      line.append(document.createElement("i"), `${label} ${shown(ys[nearest])}${away}`);
       tip.append(line);
     }
     cursor.hidden = tip.hidden = false;

@@ -40,7 +40,9 @@ def chosen_samples(path: Path) -> list[dict[str, Any]]:
         by_problem: dict[str, list[Line]] = {}
         for line in lines:
             by_problem.setdefault(line.problem, []).append(line)
-        again = [found for found in by_problem.values() if found[0].step < found[-1].step]
+        # A prompt that came twice in a short time shows no change.
+        half = (lines[-1].step - lines[0].step) / 2 if lines else 0
+        again = [found for found in by_problem.values() if found[-1].step - found[0].step >= max(half, 1)]
         # Those seen over the longest part of the run, then those with right and wrong answers.
         again.sort(key=lambda found: (found[0].step - found[-1].step, -sum(line.kinds for line in found)))
         rows = []
@@ -80,6 +82,7 @@ def _early_to_late(lines: Sequence[Line], count: int) -> Iterator[list[Line]]:
     first, last = lines[0].step, lines[-1].step
     bounds = [first + (last - first) * part / 10 for part in (0, 1.5, 4.25, 5.75, 8.5, 10)]
     parts = [[line for line in lines if low <= line.step <= high] for low, high in list(pairwise(bounds))[::2]]
+    parts[-1].reverse()  # the very last ones rather than those just before
     parts = [sorted(part, key=lambda line: -line.kinds)[:count] for part in parts]
     if first == last:
         parts = parts[:1]
