@@ -104,23 +104,22 @@ def verdict(files: RunFiles) -> str:
         rate = f"; before training pass@1 is {_rate(measured_at[0])}" if measured_at else ""
         return f"No step is done yet{rate}."
     if len(measured_at) < 2:
-        start, end = (_mean(part, "pass_rate") for part in _ends(files.steps))
-        return f"The pass rate of training answers went from {words.share(start)} to {words.share(end)} in {cost}. " + (
-            "There is one evaluation on held-out problems so far."
-            if measured_at
-            else "Nothing was measured on held-out problems."
-        )
+        start, end = (words.share(_mean(part, "pass_rate")) for part in _ends(files.steps))
+        rate = f"went from {start} to {end} in" if done > 1 else f"is {end} after"
+        held_out = "There is one evaluation" if measured_at else "Nothing was measured"
+        so_far = " so far" if measured_at else ""
+        return f"The pass rate of training answers {rate} {cost}. {held_out} on held-out problems{so_far}."
     before, now = measured_at[0], measured_at[-1]
     first, last = before["pass_at_1"], now["pass_at_1"]
     problems = max(1, min(int(number_in(each, "problems") or 1) for each in (before, now)))
     margin = noise(first, last, problems)
     change = "rose" if last > first else "fell"
     rates = f"from {_rate(before)} to {_rate(now)} on {_counted(problems, 'held-out problem')}"
+    rates += "" if files.state == "finished" else f" at step {now['step']:,}"
     if abs(last - first) <= margin:
         chance = f"differences within ±{100 * margin:.1f} points may be chance"
         return f"pass@1 did not change measurably: {rates} ({chance}), in {cost}."
-    at = "" if files.state == "finished" else f" at step {now.get('step'):,}"
-    return f"pass@1 {change} {rates}{at}, in {cost}."
+    return f"pass@1 {change} {rates}, in {cost}."
 
 
 def _rate(line: Mapping[str, Any]) -> str:
@@ -133,7 +132,7 @@ def _tiles(files: RunFiles) -> Iterator[tuple[str, str]]:
     found = evaluations(files)
     if found:
         rates = [words.share(line["pass_at_1"]) for line in found[:1] + found[1:][-1:]]
-        yield "held-out pass@1", " \u2192 ".join(rates)
+        yield "held-out pass@1", " → ".join(rates)
     done = files.steps[-1]["step"] + 1 if files.steps else 0
     yield "steps", f"{done:,}" if files.state == "finished" else f"{done:,} of {files.recipe.train.steps:,}"
     yield "time", words.duration(_seconds(files)[1])
