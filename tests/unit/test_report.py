@@ -266,7 +266,8 @@ def test_in_a_browser(hostile, tmp_path):
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
         for name, path in pages.items():
-            for width, scheme, scripts in ((1280, "light", True), (390, "dark", True), (390, "light", False)):
+            screens = ((390, "dark", True), (1280, "light", True), (390, "light", False))
+            for width, scheme, scripts in screens if name == "hostile" else screens[:1]:
                 context = browser.new_context(
                     viewport={"width": width, "height": 800}, color_scheme=scheme, java_script_enabled=scripts
                 )
