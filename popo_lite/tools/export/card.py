@@ -188,7 +188,7 @@ def _front_matter(recipe: Recipe, kind: str, before: Facts | None, result: Facts
         values = {key: getattr(found, key, None) for key in ("license", "license_name", "license_link")}
         licence = {key: value for key, value in values.items() if isinstance(value, str)}
     dataset = recipe.eval.dataset or recipe.data.dataset
-    task = {
+    task: dict[str, Any] = {
         "task_type": "text-generation", "dataset_type": _hub_dataset(dataset) or known_as(dataset),
         "dataset_name": known_as(dataset),
     }  # fmt: skip

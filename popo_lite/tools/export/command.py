@@ -14,7 +14,7 @@ from popo_lite.tools.checkpoint_option import checkpoint_option
 from popo_lite.trust import trust_option
 
 if TYPE_CHECKING:
-    from popo_lite.tools.export.pipeline import ExportReport
+    from popo_lite.tools.export.folder import ExportReport
 
 WHAT = click.Choice(["merged", "adapter"])
 WEIGHTS = click.Choice(["policy", "siamese"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -54,11 +53,6 @@ class ExportReport:
     def content(self) -> dict[str, Any]:
         """Return the content of export.json."""
         return {key: value for key, value in asdict(self).items() if key != "folder"}
-
-
-def adapter_hash(adapter: Path) -> str:
-    """Return the SHA-256 of an adapter's weights."""
-    return hashlib.sha256((adapter / ADAPTER_FILE).read_bytes()).hexdigest()
 
 
 def write_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:

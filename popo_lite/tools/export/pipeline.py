@@ -30,11 +30,10 @@ from popo_lite.samplers.hf import HFSampler
 from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.console.output import notify
-from popo_lite.tools.export import EXPORTS, verify
+from popo_lite.tools.export import EXPORTS, adapter_hash, verify
 from popo_lite.tools.export.card import known_as
 from popo_lite.tools.export.folder import (
     ExportReport,
-    adapter_hash,
     complete_folder,
     describe,
     save_tokenizer,

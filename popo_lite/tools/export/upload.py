@@ -47,7 +47,7 @@ def plan_upload(folder: Path, repo_id: str, revision: str | None = None) -> Uplo
     Raises UserInputError for a link, which could lead to any file of this machine, and for a card with wrong metadata.
     """
     from huggingface_hub import ModelCard
-    from yaml import YAMLError
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     files = {}
     for path in sorted(folder.rglob("*")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,12 +17,15 @@ from popo_lite.metrics import StepRecord
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import RunFolder, checkpoint_step, copy_adapter, write_json
 from popo_lite.tools.console.output import notify
+from popo_lite.tools.export import EXPORTS, adapter_hash
 from popo_lite.tools.export.upload import check_login, check_repo_id, plan_upload, upload
 
 UPLOADED_FILE = "hub.json"
 """File of a run with the hashes of the adapters that it uploaded: a repository with one of them is its own."""
 PATIENCE = 60.0
 """Seconds that the end of a run waits for uploads."""
+QUIET = 1.0
+"""Seconds after which that wait is said."""
 WHERE = "output.hub_model_id"
 
 
@@ -33,6 +36,8 @@ class _Snapshot:
     step: int
     folder: TemporaryDirectory[str]
     summary: Mapping[str, Any]
+    adapter_sha256: str
+    own: Sequence[str]  # hashes of the adapters that the run has uploaded
 
 
 class HubUploads(Callback):
@@ -79,14 +84,18 @@ class HubUploads(Callback):
         try:
             summary = self._run.summary(checkpoint) | ({"after": self._evaluation} if is_evaluated else {})
             folder = TemporaryDirectory(prefix="popo-lite-hub-")
-            copy_adapter(checkpoint, "policy", Path(folder.name) / "adapter")
+            found = adapter_hash(copy_adapter(checkpoint, "policy", Path(folder.name) / "adapter"))
+            # Before it is sent: a killed process would otherwise not know its own upload when it is resumed. Not in the
+            # thread: the run looks through its folder to sync it to the disk, where no file may come and go.
+            own = [*dict.fromkeys([*self._own_uploads(), found])]
+            write_json(self._run.path / UPLOADED_FILE, {"adapters": own})
         except (OSError, PopoError) as error:  # a full disk, for instance
-            self._failed(step, f"{type(error).__name__}: {error}")
+            self._failed(step, f"{type(error).__name__}: {error}".splitlines()[0])
         else:
             with self._changed:
                 if self._waiting is not None:  # newer ones replace it
                     self._waiting.folder.cleanup()
-                self._waiting = _Snapshot(step, folder, summary)
+                self._waiting = _Snapshot(step, folder, summary, found, own)
                 self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="popo-lite uploads", daemon=True)
@@ -101,17 +110,21 @@ class HubUploads(Callback):
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        if self._is_pending():
+        if not self._wait(QUIET):
             self._say(f"waiting at most {PATIENCE:.0f} s for the upload to {self._repo_id}")
-            with self._changed:
-                self._changed.wait_for(lambda: not self._is_pending(), timeout=PATIENCE)
+            self._wait(PATIENCE)
         is_late = self._is_pending()
         self._tell()
         if is_late or self._failure is not None:
             reason = f"it was not finished in {PATIENCE:.0f} s" if is_late else self._failure
             self._say(
-                f"the checkpoint after {step} steps is not on the Hub: {reason}. To upload it:\n{self._by_hand(step)}"
+                f"the checkpoint after step {step} is not on the Hub: {reason}. To upload it:\n{self._by_hand(step)}"
             )
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait for the thread; return True if all is sent or has failed."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._is_pending(), timeout=seconds)
 
     def _is_pending(self) -> bool:
         return self._is_busy or self._waiting is not None
@@ -127,7 +140,7 @@ class HubUploads(Callback):
         with self._changed:
             if self._failure is None:
                 self._notices.append(
-                    f"the checkpoint after {step} steps could not be uploaded to {self._repo_id}: {reason}; "
+                    f"the checkpoint after step {step} could not be uploaded to {self._repo_id}: {reason}; "
                     "the next one is tried again, and the run goes on"
                 )
             self._failure = reason
@@ -137,20 +150,28 @@ class HubUploads(Callback):
         run = shlex.quote(str(self._run.path))
         options = " --private" if self._recipe.output.hub_private_repo else ""
         options += " --overwrite" if self._uploaded is not None else ""
-        folder = shlex.quote(str(self._run.path / "export" / f"adapter-policy-step-{step}"))
+        folder = shlex.quote(str(self._run.path / EXPORTS / f"adapter-policy-step-{step}"))
         return (
             f"  popo-lite export {run} --what adapter --checkpoint {step}\n"
             f"  popo-lite push {folder} {self._repo_id}{options}"
         )
 
+    def _own_uploads(self) -> list[str]:
+        path = self._run.path / UPLOADED_FILE
+        if not path.is_file():
+            return []
+        with reading(path):
+            return list(read_json(path)["adapters"])
+
     # ------------------------------------------------------------------------- in the thread
 
     def _work(self) -> None:
-        from huggingface_hub.utils import disable_progress_bars, logging
+        from huggingface_hub.utils.logging import set_verbosity_error
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         # Bars and warnings about retries would be drawn into the view; what failed in the end is said.
         disable_progress_bars()
-        logging.set_verbosity_error()
+        set_verbosity_error()  # type: ignore[no-untyped-call]
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting is not None or self._is_closed)
@@ -166,7 +187,7 @@ class HubUploads(Callback):
             else:
                 with self._changed:
                     if self._uploaded is None or self._failure is not None:
-                        self._notices.append(f"the checkpoint after {snapshot.step} steps is at {url}")
+                        self._notices.append(f"the checkpoint after step {snapshot.step} is at {url}")
                     self._uploaded, self._failure = snapshot.step, None
             snapshot.folder.cleanup()
             with self._changed:
@@ -176,7 +197,7 @@ class HubUploads(Callback):
     def _upload(self, snapshot: _Snapshot) -> str:
         """Write what an exported adapter has, and upload it; return the repository's address."""
         from popo_lite.tools.export.card import known_as
-        from popo_lite.tools.export.folder import ExportReport, adapter_hash, describe, save_tokenizer, write_adapter
+        from popo_lite.tools.export.folder import ExportReport, describe, save_tokenizer, write_adapter
 
         folder, adapter = Path(self._folder.name), Path(snapshot.folder.name) / "adapter"
         if not any(folder.iterdir()):
@@ -191,25 +212,15 @@ class HubUploads(Callback):
             base=known_as(self._recipe.model.id),
             dtype=None,
             merged_into=None,
-            adapter_sha256=adapter_hash(adapter),
+            adapter_sha256=snapshot.adapter_sha256,
         )
         if (failure := describe(folder, report, self._recipe, snapshot.summary)) is not None:
             raise failure
-        # Before it is sent: a killed process would otherwise not know its own upload when it is resumed.
-        own = [*dict.fromkeys([*self._own_uploads(), report.adapter_sha256])]
-        write_json(self._run.path / UPLOADED_FILE, {"adapters": own})
         done = upload(
             plan_upload(folder, self._repo_id),
-            message=f"Checkpoint after {snapshot.step} of {report.of_steps} steps",
+            message=f"Checkpoint after step {snapshot.step} of {report.of_steps}",
             private=self._recipe.output.hub_private_repo,
-            may_replace=lambda there: there.get("what") == "adapter" and there.get("adapter_sha256") in own,
+            may_replace=lambda there: there.get("what") == "adapter" and there.get("adapter_sha256") in snapshot.own,
             where=WHERE,
         )
         return str(done["url"])
-
-    def _own_uploads(self) -> list[str]:
-        path = self._run.path / UPLOADED_FILE
-        if not path.is_file():
-            return []
-        with reading(path):
-            return list(read_json(path)["adapters"])
