@@ -72,7 +72,9 @@ def push(
     if as_json:
         click.echo(json.dumps(result, allow_nan=False))
     else:
-        _print(result, report)
+        options = {"--private": private, "--overwrite": overwrite, "--revision": revision}
+        given = [part for name, value in options.items() if value for part in (name, value) if isinstance(part, str)]
+        _print(result, report, shlex.join(["popo-lite", "push", str(export), repo_id, *given]))
 
 
 def _export_at(path: Path, where: str) -> Path:
@@ -92,7 +94,8 @@ def _export_at(path: Path, where: str) -> Path:
     raise UserInputError(what, where=where, next_step=next_step)
 
 
-def _print(result: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+def _print(result: Mapping[str, Any], report: Mapping[str, Any], command: str) -> None:
+    """Print what was, or would be, uploaded; `command` uploads it."""
     from popo_lite.tools.console.output import table, write
 
     visibility = "private" if result["private"] else "public, or as your account's default says"
@@ -107,7 +110,7 @@ def _print(result: Mapping[str, Any], report: Mapping[str, Any]) -> None:
     files = [(name, f"{size:,}") for name, size in result["files"].items()]
     table("Files", ("file", "bytes"), [*files, ("in all", f"{sum(result['files'].values()):,}")])
     if result["dry_run"]:
-        write(f"README.md, the card:\n\n{result['card']}", sys.stdout)
+        write(f"README.md, the card:\n\n{result['card']}\nTo upload it:\n  {command}", sys.stdout)
         return
     write(f"{result['url']}\n{_use(result, report)}", sys.stdout)
 

@@ -43,8 +43,11 @@ def hub() -> Iterator[Hub]:
         yield served
 
 
-def login(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    return {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+def login(hub: Hub, tmp_path: Path, token: str = TOKEN) -> dict[str, str]:
+    """As `hf auth login` leaves it: a token in the environment would be masked in all output."""
+    path = tmp_path / "token"
+    path.write_text(token)
+    return {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN_PATH": str(path), "HF_HOME": str(tmp_path / "home")}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -63,6 +66,7 @@ def test_a_dry_run_shows_what_a_push_uploads_byte_for_byte(adapter: Path, tmp_pa
     assert "A line of my own." in planned
     for name, data in contents(adapter).items():
         assert re.search(rf"^{re.escape(name)} +{len(data):,}$", planned, re.MULTILINE), name
+    assert planned.endswith(f"To upload it:\n  popo-lite push {adapter} {REPO} --private\n")
     assert hub.requests == []
     assert before == {path: path.read_bytes() for path in adapter.iterdir()}
 
@@ -151,18 +155,18 @@ def test_a_broken_upload_is_continued(exports: Path, tmp_path: Path, hub: Hub) -
 
 
 def test_what_the_hub_refuses_is_explained(adapter: Path, tmp_path: Path, hub: Hub) -> None:
-    here = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    here = {"HF_ENDPOINT": hub.endpoint}
 
     def refused(*options: str, code: int = 1, **changes: str) -> str:
         return " ".join(popo_lite("push", adapter, REPO, *options, code=code, **{**here, **changes}).stderr.split())
 
     assert "nobody is logged in" in refused(code=2)
     assert hub.requests == []
-    wrong = refused(HF_TOKEN="hf_something_else")
+    wrong = refused(**login(hub, tmp_path, "hf_something_else"))
     assert "does not know this login" in wrong
     assert "hf auth login" in wrong
     assert "hf_something_else" not in wrong
-    here["HF_TOKEN"] = TOKEN
+    here |= login(hub, tmp_path)
     for path, status, message, says in (
         ("repos/create", 403, "You don't have the rights", "this login may not write there: You don't have the rights"),
         ("repos/create", 429, "Slow down", "too many requests"),

@@ -195,7 +195,7 @@ def explained(error: BaseException, folder: Path) -> tuple[str, str]:
     again = "then the same command again, which continues"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE forbids it", f"set HF_HUB_OFFLINE=0, {again}"
-    if isinstance(error, TransportError):
+    if isinstance(error, TransportError) or said.startswith("Network error"):  # of Xet, which is not httpx
         return f"the Hub cannot be reached ({type(error).__name__}: {said})", f"check the network, {again}"
     if said.startswith("Invalid metadata"):
         return f"the Hub refused the card: {said}", f"correct {folder / CARD}, {again}"
