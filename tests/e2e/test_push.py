@@ -191,6 +191,20 @@ def test_what_the_hub_refuses_is_explained(adapter: Path, tmp_path: Path, hub: H
     assert hub.files(REPO) == {}
 
 
+def test_what_was_not_looked_at_is_not_replaced(adapter: Path, tmp_path: Path, hub: Hub) -> None:
+    answer = hub.answer
+
+    def meanwhile(method: str, path: str, body: bytes) -> tuple[int, object, dict[str, str]]:
+        if path.endswith("validate-yaml"):  # after the repository was looked at
+            hub.repos[REPO].heads["main"] = f"{9:040x}"
+        return answer(method, path, body)
+
+    hub.answer = meanwhile  # type: ignore[method-assign]
+    refused = popo_lite("push", adapter, REPO, code=1, **login(hub, tmp_path)).stderr
+    assert "the repository was changed meanwhile" in refused
+    assert hub.files(REPO) == {}
+
+
 def test_mistakes_are_refused_without_network(exports: Path, adapter: Path, tmp_path: Path) -> None:
     for name in ("no-user", "some body/name", "a/b/c"):
         assert "is not the name of a repository" in popo_lite("push", adapter, name, "--dry-run", code=2).stderr
