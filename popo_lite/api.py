@@ -15,7 +15,7 @@ from popo_lite.tools.reporting import reporters
 from popo_lite.trust import refuse_untrusted, trust_own
 
 if TYPE_CHECKING:
-    from popo_lite.tools.export.pipeline import ExportReport
+    from popo_lite.tools.export.folder import ExportReport
     from popo_lite.trainer import RunResult, Trainer
     from popo_lite.types import EvalResult
 

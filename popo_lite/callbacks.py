@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,9 @@ class Callback:
     raises ends the run, which is saved first. A callback is a context manager; leaving it calls `close`, also after an
     error.
     """
+
+    def connect(self, say: Callable[[str], None]) -> None:
+        """Receive a function that shows a notice and writes it to the log. Call it in the run's own thread."""
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
         """Begin a run. `facts` are shown in order: model, adapters, data, device, run folder.
@@ -71,7 +74,7 @@ class Callback:
         self.close()
 
 
-EVENTS = ("start", "stage", "advance", "step", "samples", "evaluated", "saved", "message")
+EVENTS = ("connect", "start", "stage", "advance", "step", "samples", "evaluated", "saved", "message")
 """The methods of `Callback` that receive an event."""
 
 

@@ -638,7 +638,7 @@ class OutputRecipe(Section):
     """Repository on the Hub, `user/name`, to which the adapter of every checkpoint is uploaded. A failed upload does
     not stop the run."""
     hub_private_repo: bool = True
-    """Make that repository private if it does not exist yet."""
+    """Make that repository private. One that others can see is refused then."""
 
 
 class Recipe(Section):

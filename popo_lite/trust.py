@@ -106,6 +106,8 @@ def _items(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for url in server.base_urls if recipe.rollout.engine == "server" else ():
         if not is_local_url(url):
             yield "rollout.server.base_urls", f"{to_toml(url)}, which gets the prompts and POPO_SERVER_TOKEN"
+    if (repo := recipe.output.hub_model_id) is not None:
+        yield "output.hub_model_id", f"{to_toml(repo)}, to which adapters and recipe are uploaded with your login"
 
 
 def _place(name: str) -> str:

@@ -24,6 +24,7 @@ COMMANDS = {
     "report": ("popo_lite.tools.report.command:report", "Show a run as one HTML page."),
     "generate": ("popo_lite.tools.generate:generate", "Ask the model that a run trained."),
     "export": ("popo_lite.tools.export.command:export", "Turn a run into a model that others can load."),
+    "push": ("popo_lite.tools.push:push", "Upload an export to the Hugging Face Hub."),
     "sweep": ("popo_lite.tools.sweep.command:sweep", "Train variants of a recipe with several seeds."),
     "compare": ("popo_lite.tools.sweep.command:compare", "Compare runs and sweeps."),
 }

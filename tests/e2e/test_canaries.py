@@ -71,6 +71,7 @@ problems = 2
 """
 SERVER = RECIPE.replace('"hf"', '"server"') + (
     '[rollout.server]\nbase_urls = ["https://canary.invalid"]\nshared_dir = "shared"\n'
+    '[output]\nhub_model_id = "canary/hub"\n'
 )
 SWEEP = 'recipe = "canary.toml"\n[variants.plain]\n[variants.other]\ntrain.steps = 2\n'
 PIECES = {
@@ -78,6 +79,7 @@ PIECES = {
     "grader": "canary_grader:grade",
     "game": "canary_game:Game",
     "server": "canary.invalid",
+    "hub": "canary/hub",
 }
 RUNS = {  # command -> what it would run; the other commands run nothing
     "train": PIECES.keys(),
@@ -111,6 +113,7 @@ def write_canaries(folder: Path) -> None:
     popo_lite.train(
         popo_lite.load_recipe(folder / "own.toml", [*own, "rollout.environment.name="]), output=folder / "run"
     )
+    popo_lite.export(folder / "run", what="adapter")
     (folder / "run" / "recipe.toml").write_text(SERVER)
 
 
@@ -142,7 +145,9 @@ def leaves(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple
     if isinstance(command, click.Group):
         context = click.Context(command)
         for name in command.list_commands(context):
-            yield from leaves(command.get_command(context, name), (*path, name))
+            inner = command.get_command(context, name)
+            assert inner is not None
+            yield from leaves(inner, (*path, name))
     else:
         yield path, command
 
@@ -154,6 +159,8 @@ ARGUMENTS = {
     "RECIPE...": "canary.toml",
     "SWEEP": "sweep.toml",
     "RUN": "run",
+    "EXPORT": "run",
+    "USER/NAME": "me/it",
     "RUN_OR_SWEEP...": "run",
     "MODEL_OR_RUN...": "run",
     "question": "What is 1 + 1?",
@@ -164,7 +171,8 @@ ARGUMENTS = {
 def test_no_command_runs_code_that_is_not_trusted(path, stranger):
     command = COMMANDS[path]
     arguments = [ARGUMENTS[p.metavar or str(p.name)] for p in command.params if isinstance(p, click.Argument)]
-    more = ["--set", "train.steps=9"] if path == ("resume",) else []  # the run has ended
+    # The run has ended, and nobody is logged in.
+    more = {("resume",): ["--set", "train.steps=9"], ("push",): ["--dry-run"]}.get(path, [])
     done = CliRunner().invoke(main, [*path, *arguments, *more])
     names = [option for p in command.params for option in p.opts]
     assert ("--trust" in names) == (path[0] in RUNS), "list the command in RUNS if it can run code"

@@ -115,8 +115,8 @@ def test_planted_secrets_are_found_nowhere(tmp_path: Path) -> None:
     watched.run("eval", "run", "--samples", "1")
     watched.run("generate", "run", "What is 17 + 25?")
     for what in ("merged", "adapter"):
-        options = ("--push-to-hub", "me/my-model", "--dry-run", "--problems", "0", "--prompts", "2")
-        card = watched.run("export", "run", "--what", what, "--output", what, *options)
+        watched.run("export", "run", "--what", what, "--output", what, "--problems", "0", "--prompts", "2")
+        card = watched.run("push", what, "me/my-model", "--dry-run")
         assert "planted" not in card
     assert "GET https://***@host?key=*** ***" in (tmp_path / "run" / "samples.jsonl").read_text()
     tokens = [value for name, value in SECRETS.items() if "proxy" not in name] + ["planted-password", "planted-key"]

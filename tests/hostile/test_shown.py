@@ -173,6 +173,7 @@ def test_generate_paints_nothing_and_its_json_is_exact(monkeypatch, tmp_path):
 def test_export_paints_nothing_and_neither_does_its_card(as_json, monkeypatch, tmp_path):
     """The command itself, of a stranger's run: its doubts, changes and figures are the corpus."""
     from popo_lite.tools.export.command import export
+    from popo_lite.tools.push import push
 
     run = finished(tmp_path)
     summary = json.loads((run / "summary.json").read_text())
@@ -182,12 +183,16 @@ def test_export_paints_nothing_and_neither_does_its_card(as_json, monkeypatch, t
     summary["changes"] += [{"step": 1, "key": "optimizer.schedule", "before": t, "now": t} for t in texts]
     summary["after"]["task_figures"] = dict.fromkeys(texts, 0.5)
     (run / "summary.json").write_text(json.dumps(summary))
-    options = ["--what", "adapter", "--push-to-hub", "me/it", "--dry-run", *(["--json"] if as_json else [])]
-    found = CliRunner().invoke(export, [str(run), *options], catch_exceptions=False)
+    options = ["--json"] if as_json else []
+    found = CliRunner().invoke(export, [str(run), "--what", "adapter", *options], catch_exceptions=False)
     assert found.exit_code == 0
     assert "boxed{42}" in found.stderr  # the notices
     assert_harmless(found.stderr)
     assert_harmless(found.stdout)
+    planned = CliRunner().invoke(push, [str(run), "me/it", "--dry-run", *options], catch_exceptions=False)
+    assert planned.exit_code == 0
+    assert "boxed{42}" in planned.stdout
+    assert_harmless(planned.stdout)
     card = (run / "export" / "adapter-policy" / "README.md").read_text()
     assert_harmless(card)
     assert "boxed{42}" in card.partition("## Doubts")[2].partition("## Method")[0]

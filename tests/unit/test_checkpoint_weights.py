@@ -94,8 +94,8 @@ def test_the_commands_take_a_checkpoint(ended, tmp_path, monkeypatch):
     assert report["folder"] == str(run.path / "export" / "merged-policy-step-2")
     assert (report["checkpoint"], report["of_steps"]) == (2, 3)
     assert "after 2 of 3 steps" in (Path(report["folder"]) / "README.md").read_text()
-    again = call("export", "--checkpoint", "2", "--prompts", "2", "--push-to-hub", "me/it", "--dry-run", "--json")
-    assert json.loads(again.stdout)["reused"], again.output
+    pushed = call("push", "me/it", "--dry-run", "--json")
+    assert json.loads(pushed.stdout)["folder"] == report["folder"], pushed.output
     measured = call("eval", "--checkpoint", "1", "--weights", "siamese", "--samples", "1", "--json")
     assert [result["weights"] for result in json.loads(measured.stdout)["results"]] == ["siamese"]
     for arguments in (("generate", "1 + 1"), ("export",), ("eval",)):

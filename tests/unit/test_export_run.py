@@ -34,7 +34,7 @@ from popo_lite.run_folder import RunFolder
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.benchmarks import subject
-from popo_lite.tools.export import pipeline
+from popo_lite.tools.export import folder, pipeline
 from popo_lite.tools.export.card import model_card
 from popo_lite.tools.export.pipeline import export_run
 from runs import SUMMARY, finished_run
@@ -383,7 +383,8 @@ def test_the_card_tells_what_the_run_came_to(tmp_path: Path) -> None:
     assert "| pass@1 | 29.5% | 96.5% |" in card.text
     assert "| step by step | 30.0% | 30.0% |" in card.text
     assert "| mean tokens | 12.4 | 23.5 |" in card.text
-    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("pass@1", 0.965)]
+    assert "| pass@1, 95% interval | 23.6% to 36.2% | 92.8% to 98.4% |" in card.text
+    assert "pass@1 changed by +67.0 points, 95% interval +60.1 to +73.9, on 200 problems." in card.text
     assert "2605.06650" in card.text
     assert "@article{popo2026" in card.text
     assert tomllib.loads(card.text.partition("```toml\n")[2].partition("```")[0])["lora"]["rank"] == 16
@@ -414,7 +415,7 @@ def test_the_card_calls_the_algorithm_what_it_is(algorithm: str, title: str, say
     assert ("popo" in front["tags"]) == ours
     data = ModelCard(card).data
     assert data == ModelCardData(**front)
-    assert [(result.metric_type, result.metric_value) for result in data.eval_results] == [("pass@1", 0.965)]
+    assert [result.metric_value for result in data.eval_results] == [0.965, 0.295]
 
 
 def test_grpo_recipes_that_ship_are_not_called_popo() -> None:
@@ -532,6 +533,37 @@ def test_the_card_of_a_checkpoint_says_so() -> None:
     card = card_of(recipe, steps=20, after=None)
     assert "after 20 of 60 steps of" in card
     assert "| pass@1 | 29.5% |" in card
+    assert "pass@1 changed" not in card
+    assert ModelCard(card).data.eval_results is None
+
+
+@pytest.mark.parametrize(
+    ("options", "relation"),
+    [
+        ({"dtype": None}, "adapter"),
+        ({"dtype": "float32"}, "finetune"),
+        ({"dtype": "float32", "gguf": "bf16"}, "quantized"),
+    ],
+)
+def test_the_card_says_what_the_hub_links(options: dict[str, Any], relation: str, tmp_path: Path) -> None:
+    def data_of(*overrides: str) -> Any:
+        recipe = load_recipe("gemma3_1b", overrides)
+        return ModelCard(model_card(recipe, SUMMARY, weights="policy", verification=None, **options)).data
+
+    data = data_of()
+    assert (data.base_model, data.base_model_relation) == ("google/gemma-3-1b-it", relation)
+    assert data.datasets == ["openai/gsm8k"]
+    assert {result.dataset_type for result in data.eval_results} == {"openai/gsm8k"}
+    local = data_of(f"data.dataset={tmp_path}/sums.jsonl", f"model.id={tmp_path}/base", "eval.dataset=")
+    assert (local.base_model, getattr(local, "base_model_relation", None), local.datasets) == (None, None, None)
+
+
+def test_the_licence_is_the_bases_own(tmp_path: Path) -> None:
+    base = Path(shutil.copytree(TINY_FOLDER, tmp_path / "base"))
+    named = "license: other\nlicense_name: mine\nlicense_link: https://example.org/licence\n"
+    (base / "README.md").write_text(f"---\n{named}---\n# Base\n")
+    card = card_of(load_recipe("tiny_cpu", [f"model.id={base}"]))
+    assert all(line in card.splitlines() for line in named.splitlines())
 
 
 @pytest.mark.parametrize("broken", ["license: [", "a: b: c", "- a\n- b", "license: {x: 1}", "\x00"])
@@ -550,11 +582,10 @@ def test_a_card_that_cannot_be_written_loses_no_export(
     def fail(*_: object, **__: object) -> str:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(pipeline, "model_card", fail)
+    monkeypatch.setattr(folder, "model_card", fail)
     with pytest.raises(ExportError, match="its card could not be written: ZeroDivisionError: division by zero"):
         export_run(plain_run, what="adapter", output=tmp_path / "adapter")
     assert {"adapter_model.safetensors", "export.json", "README.md"} <= traces(tmp_path / "adapter")
-    assert export_run(plain_run, what="adapter", output=tmp_path / "adapter", reuse=True).reused
 
 
 # --------------------------------------------------------------------------------------------- refusals
@@ -689,9 +720,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("mine")
-    for reuse in (False, True):
-        with pytest.raises(UserInputError, match="not empty"):
-            export_run(run, output=full, reuse=reuse)
+    with pytest.raises(UserInputError, match="not empty"):
+        export_run(run, output=full)
     assert traces(full) == {"mine.txt"}
     with pytest.raises(UserInputError, match="not empty"):
         export_run(run, output=full / "mine.txt")
@@ -700,19 +730,3 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "model.safetensors" in export_run(run, output=empty, prompts=4, problems=0).files
-
-
-def test_an_earlier_export_is_reused_only_for_the_same_thing(tmp_path: Path) -> None:
-    run = finished_run(tmp_path / "run", PLAIN)
-    first = export_run(run, prompts=4, problems=0)
-    card = first.folder / "README.md"
-    card.write_text(card.read_text() + "\nA line of my own.\n")
-    again = export_run(run, prompts=4, problems=0, reuse=True)
-    assert again.reused
-    assert (again.verification, again.files) == (first.verification, first.files)
-    assert "A line of my own." in card.read_text()
-    with pytest.raises(UserInputError, match="not empty"):
-        export_run(run, dtype="bfloat16", prompts=4, problems=0, reuse=True)
-    shutil.copyfile(run.siamese / ADAPTER_FILE, run.adapter / ADAPTER_FILE)
-    with pytest.raises(UserInputError, match="not empty"):
-        export_run(run, prompts=4, problems=0, reuse=True)

@@ -18,14 +18,20 @@ from popo_lite.policy.load import model_source
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import dump_recipe
 from popo_lite.redaction import redact
+from popo_lite.tasks.datasets import KNOWN
 from popo_lite.tools.console import words
-from popo_lite.tools.console.output import measured
+from popo_lite.tools.console.output import measured, noise, points
 from popo_lite.tools.console.words import quantity
 from popo_lite.tools.export.verify import base_of, loss_of, remedy, table_of
 from popo_lite.tools.public import is_local, known_as, public_changes, public_recipe, without_home
+from popo_lite.tools.sweep.compare import ratio_interval
 
 Facts = Mapping[str, Any]
 MARKUP = re.compile(r"[\\`*<>\[\]&|#!]")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LIBRARIES = {"merged": "transformers", "adapter": "peft", "gguf": "gguf"}
+RELATIONS = {"merged": "finetune", "adapter": "adapter", "gguf": "quantized"}
+"""The Hub's words for how a model derives from its base."""
 ALGORITHMS = {"popo": "POPO", "raft": "RAFT", "grpo": "GRPO", "mixed": "POPO and a term against wrong answers"}
 
 
@@ -35,15 +41,16 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # noqa: S701 - not HTML
     results = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name)}
-    figures = measured(results.values()).items()
+    measured_as = "siamese" if weights == "siamese" else "after"
     system_prompt = recipe.data.system_prompt
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     environment.filters["inert"] = inert
     card = environment.from_string(template).render(
         front_matter=_front_matter(
             recipe,
-            "gguf" if gguf else "transformers" if dtype else "peft",
-            results.get("siamese" if weights == "siamese" else "after", {}),
+            "gguf" if gguf else "merged" if dtype else "adapter",
+            results.get("before"),
+            results.get(measured_as),
         ),
         model=recipe.model,
         known_as=known_as(recipe.model.id),
@@ -60,12 +67,8 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
         messages=[*system, {"role": "user", "content": "What is 17 + 25?"}],
         max_tokens=recipe.rollout.max_completion_length,
         results=results,
-        # How long the measurement took says nothing about the model.
-        rows=[
-            [inert(label), *(quantity(v, unit) for v in values)]
-            for (label, unit), values in figures
-            if unit != "seconds"
-        ],
+        rows=_rows(results),
+        gain=_gain(results.get("before"), results.get(measured_as)),
         verified=verification,
         verified_table=table_of(verification) if verification else (),
         merged_into=base_of(verification) if verification else None,
@@ -87,8 +90,34 @@ def _changes(summary: Facts) -> list[str]:
     return [f"from step {step:,} `{key}` was {now}, before {before}" for step, key, before, now in changes]
 
 
-def _front_matter(recipe: Recipe, library: str, result: Facts) -> str:
-    """Return the card's YAML. The licence is the one that the base's own card names; unknown if it cannot be read."""
+def _rows(results: Facts) -> list[list[str]]:
+    """Return the rows of the table of results; under pass@1, its interval."""
+    rows = []
+    for (label, unit), values in measured(results.values()).items():
+        if unit == "seconds":  # how long the measurement took says nothing about the model
+            continue
+        rows.append([inert(label), *(quantity(value, unit) for value in values)])
+        if label == "pass@1":
+            intervals = [ratio_interval(result["pass_at_1"], result["problems"]) for result in results.values()]
+            rows.append(["pass@1, 95% interval", *(f"{each['low']:.1%} to {each['high']:.1%}" for each in intervals)])
+    return rows
+
+
+def _gain(before: Facts | None, after: Facts | None) -> str | None:
+    """Return one sentence that says by how much pass@1 changed, with its interval."""
+    if before is None or after is None:
+        return None
+    gap, problems = after["pass_at_1"] - before["pass_at_1"], min(before["problems"], after["problems"])
+    margin = noise(before["pass_at_1"], after["pass_at_1"], problems)
+    return f"pass@1 changed by {points(gap, gap - margin, gap + margin)}, on {problems:,} problems."
+
+
+def _front_matter(recipe: Recipe, kind: str, before: Facts | None, result: Facts | None) -> str:
+    """Return the card's YAML for a `kind` of export: "merged", "adapter" or "gguf".
+
+    The licence is the one that the base's own card names; unknown if it cannot be read. `before` and `result` are the
+    evaluations before training and of these weights, if they were measured.
+    """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
     path = Path(model_source(recipe.model)) / "README.md"
@@ -99,18 +128,40 @@ def _front_matter(recipe: Recipe, library: str, result: Facts) -> str:
         found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
         values = {key: getattr(found, key, None) for key in ("license", "license_name", "license_link")}
         licence = {key: value for key, value in values.items() if isinstance(value, str)}
-    dataset = known_as(recipe.eval.dataset or recipe.data.dataset)
-    task: dict[str, Any] = {"task_type": "text-generation", "dataset_type": dataset, "dataset_name": dataset}
-    rates = result.get("pass_at_k", {}).items()
-    results = [EvalResult(**task, metric_type=f"pass@{k}", metric_value=rate) for k, rate in rates] or None
+    dataset = recipe.eval.dataset or recipe.data.dataset
+    task: dict[str, Any] = {
+        "task_type": "text-generation", "dataset_type": _hub_dataset(dataset) or known_as(dataset),
+        "dataset_name": known_as(dataset),
+    }  # fmt: skip
+    results = [
+        EvalResult(
+            **task,
+            metric_type=f"pass@{k}",
+            metric_name=f"pass@{k}{of}",
+            metric_value=rate,
+            metric_args={"problems": each["problems"], "samples_per_problem": each["samples_per_problem"]},
+        )
+        for each, of in ((result, ""), (before, " before training"))
+        if result and each  # those of before alone say nothing about this model
+        for k, rate in each["pass_at_k"].items()
+    ]
+    on_hub, trained_on = not (recipe.model.id == "tiny" or is_local(recipe.model.id)), _hub_dataset(recipe.data.dataset)
     algorithms = {"mixed": ["popo", "mixed"]}.get(recipe.objective.algorithm, [recipe.objective.algorithm])
     data = ModelCardData(
-        base_model=None if recipe.model.id == "tiny" or is_local(recipe.model.id) else recipe.model.id,
-        library_name=library,
+        base_model=recipe.model.id if on_hub else None,
+        base_model_relation=RELATIONS[kind] if on_hub else None,
+        datasets=[trained_on] if trained_on else None,
+        library_name=LIBRARIES[kind],
         pipeline_tag="text-generation",
         tags=[*algorithms, "popo-lite", "rlvr", "reinforcement-learning", "lora"],
         model_name=known_as(recipe.model.id).rpartition("/")[2] if results else None,
-        eval_results=results,
+        eval_results=results or None,
         **licence,
     )
     return data.to_yaml().strip()
+
+
+def _hub_dataset(name: str) -> str | None:
+    """Return a dataset's id on the Hub; None for a local file and for problems that are generated."""
+    name = KNOWN[name][0] if name in KNOWN else name
+    return name if HUB_ID.fullmatch(name) and not is_local(name) else None

@@ -6,13 +6,8 @@ the rounding of its weights, and would shift the original weights by as much.
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -22,68 +17,37 @@ from torch import Tensor
 
 from popo_lite.errors import ExportError, ModelError, UserInputError
 from popo_lite.evaluation import evaluate, fitting, held_out
-from popo_lite.formats import read_json
 from popo_lite.grading import Grader
-from popo_lite.policy.adapters import ADAPTER_FILE, adapter_folder, read_config
+from popo_lite.policy.adapters import adapter_folder
 from popo_lite.policy.gguf import convert_gguf
 from popo_lite.policy.load import load_config, load_tokenizer, write_dequantized_base
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
-from popo_lite.run_folder import RunFolder, checkpoint_step, write_json
+from popo_lite.run_folder import RunFolder, checkpoint_step
 from popo_lite.samplers.hf import HFSampler
 from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.console.output import notify
-from popo_lite.tools.export import verify
-from popo_lite.tools.export.card import inert, model_card
+from popo_lite.tools.export import EXPORTS, adapter_hash, verify
+from popo_lite.tools.export.folder import (
+    ExportReport,
+    complete_folder,
+    describe,
+    save_tokenizer,
+    write_adapter,
+)
 from popo_lite.tools.export.gguf import BLOCK_KINDS, EXACT_KINDS, GGUF_KINDS, check_gguf, modelfile, write_gguf
 from popo_lite.tools.export.merge import BASES, load_unmerged, merge, write_model
-from popo_lite.tools.public import is_local, known_as
+from popo_lite.tools.public import known_as
 from popo_lite.trust import GRADING_CODE, MODEL_CODE, refuse_untrusted
 from popo_lite.types import EvalResult, Problem
 
-NOT_WRITABLE = (errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
-REPORT_FILE = "export.json"
 UNMERGED_ANSWERS = 4
 """Answers on which the merge itself is checked, on the CPU, if the policy was trained on another base."""
 OTHER_BASE_BYTES = 2**30
 """Size of the written weights up to which an export also measures a merge into the other base."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportReport:
-    """Describe an export. `reused` says that it existed before.
-
-    `dtype`, `merged_into` and `verification` are None for an adapter. `merged_into` is "trained" or "original"; the two
-    are the same for a base that was not quantised, which counts as "trained". `gguf` is None for safetensors.
-    `checkpoint` is the number of steps of the checkpoint that was exported, of the recipe's `of_steps`; both are None
-    for the end of a run.
-    """
-
-    folder: Path
-    what: str
-    weights: str
-    base: str
-    dtype: str | None
-    merged_into: str | None
-    adapter_sha256: str
-    checkpoint: int | None = None
-    of_steps: int | None = None
-    gguf: str | None = None
-    verification: dict[str, Any] | None = None
-    reused: bool = False
-
-    @property
-    def files(self) -> dict[str, int]:
-        """Bytes of every file in the folder."""
-        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in found}
-
-    def content(self) -> dict[str, Any]:
-        """Return the content of export.json."""
-        return {key: value for key, value in asdict(self).items() if key not in ("folder", "reused")}
 
 
 def export_run(
@@ -99,7 +63,6 @@ def export_run(
     problems: int | None = None,
     checkpoint: int | str | None = None,
     trust: bool = False,
-    reuse: bool = False,
     progress: verify.Progress = lambda *_: nullcontext(lambda _: None),
 ) -> ExportReport:
     """Write the run's model to `output` (default `RUN/export/<gguf or what>-<weights>`) and describe it in its card.
@@ -112,7 +75,6 @@ def export_run(
     task, at most `eval.problems`, and in pass@1 on `problems` held-out problems (default: `eval.problems`).
     `checkpoint` is a number of steps or "best", by default the end or, before the end, the newest checkpoint.
     With `trust`, code that the run names is run and remembered.
-    With `reuse`, an earlier export of the same adapter in `output` is returned.
 
     Raises CheckpointError if there is no such checkpoint, UserInputError for code that is not trusted, for an unknown
     option or one that does not go with `what`, or if `output` is not empty, and ExportError if the merged model is not
@@ -128,7 +90,7 @@ def export_run(
     adapter = adapter_folder(run.trained_adapter(weights, found), key="run folder")
     name = f"{gguf or what}-{weights}{'' if step is None else f'-step-{step}'}"
     report = ExportReport(
-        folder=output if output is not None else run.path / "export" / name,
+        folder=output if output is not None else run.path / EXPORTS / name,
         checkpoint=step,
         of_steps=None if step is None else recipe.train.steps,
         what=what,
@@ -137,25 +99,19 @@ def export_run(
         base=known_as(recipe.model.id),
         dtype=(dtype or ("float32" if gguf else recipe.model.dtype)) if what == "merged" else None,
         merged_into=_merged_into(base, recipe.model) if what == "merged" else None,
-        adapter_sha256=hashlib.sha256((adapter / ADAPTER_FILE).read_bytes()).hexdigest(),
+        adapter_sha256=adapter_hash(adapter),
     )
     if report.folder.is_file() or (report.folder.is_dir() and any(report.folder.iterdir())):
-        return _earlier(report, reuse)
-    with _complete_folder(report.folder) as folder:
+        next_step = "remove it, or name another one with --output"
+        raise UserInputError("the folder is not empty", where=str(report.folder), next_step=next_step)
+    with complete_folder(report.folder) as folder:
         if report.dtype is None:
-            _copy_adapter(recipe, adapter, folder)
+            save_tokenizer(recipe, folder)
+            write_adapter(recipe, adapter, folder)
         else:
             verification = _export_merged(recipe, adapter, folder, report, prompts, problems, progress)
             report = replace(report, verification=verification)
-        write_json(folder / REPORT_FILE, report.content())
-        card, failure = f"# {inert(report.base)}, trained with popo-lite\n", None
-        try:
-            card = model_card(
-                recipe, summary, weights=weights, dtype=report.dtype, gguf=gguf, verification=report.verification
-            )
-        except Exception as error:  # whatever it is, it must not cost the model that was written and checked
-            failure = error
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        failure = describe(folder, report, recipe, summary)
     if failure is not None:
         what = f"the model is exported, but its card could not be written: {type(failure).__name__}: {failure}"
         where = str(report.folder / "README.md")
@@ -188,24 +144,6 @@ def _check_options(
         if what == "adapter" and given:
             error = f"--{name} is for merged models; {why}"
             raise UserInputError(error, where="--what adapter", next_step=f"leave --{name} out")
-
-
-def _earlier(report: ExportReport, reuse: bool) -> ExportReport:
-    """Return the export that is in the folder. Raises UserInputError if it is another one or may not be reused."""
-    path = report.folder / REPORT_FILE
-    earlier = {"checkpoint": None, "of_steps": None} | read_json(path) if reuse and path.is_file() else {}
-    if report.content() != earlier | {"verification": None}:
-        what, instead = "the folder is not empty", "remove it, or name another one with --output"
-        raise UserInputError(what, where=str(report.folder), next_step=instead)
-    return replace(report, verification=earlier["verification"], reused=True)
-
-
-def _copy_adapter(recipe: Recipe, adapter: Path, folder: Path) -> None:
-    save_tokenizer(recipe, folder)
-    shutil.copyfile(adapter / ADAPTER_FILE, folder / ADAPTER_FILE)
-    config = read_config(adapter)
-    config["base_model_name_or_path"] = None if is_local(recipe.model.id) else recipe.model.id
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _merged_into(base: str, model: ModelRecipe) -> str:
@@ -402,32 +340,3 @@ def _refuse_other_model(
     else:
         # From the policy, other base weights differ. Compare with the same base and an unmerged adapter instead.
         verify.refuse_beyond_rounding(dtype, *verify.differences(unmerged, logps[:UNMERGED_ANSWERS]))
-
-
-def save_tokenizer(recipe: Recipe, folder: Path) -> None:
-    """Write the tokenizer with the chat template of the training."""
-    tokenizer: Any = load_tokenizer(recipe.model)
-    tokenizer.chat_template = recipe.data.chat_template or tokenizer.chat_template
-    tokenizer.save_pretrained(str(folder))
-
-
-@contextmanager
-def _complete_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder to fill. It becomes `target` when the block ends, and is removed if the block raises."""
-    target = target.absolute()
-    parent = next(parent for parent in target.parents if parent.exists())
-    partial = parent / f".{'-'.join(target.relative_to(parent).parts)}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    try:
-        partial.mkdir()
-        yield partial
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.replace(target)
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE:
-            raise
-        what = f"the export could not be written: {error.strerror}"
-        next_step = "name a folder with enough space that can be written to with --output"
-        raise ExportError(what, where=str(target), next_step=next_step) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
