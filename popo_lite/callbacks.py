@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,9 @@ class Callback:
     raises ends the run, which is saved first. A callback is a context manager; leaving it calls `close`, also after an
     error.
     """
+
+    def attach(self, say: Callable[[str], None]) -> None:
+        """Receive, before any event, a function that sends a message to the log and to all callbacks."""
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
         """Begin a run. `facts` are shown in order: model, adapters, data, device, run folder.
@@ -82,6 +85,10 @@ class CallbackList(Callback):
         self._callbacks, self._entered = callbacks, ExitStack()
         for method in EVENTS:
             setattr(self, method, partial(self._call_all, method))
+
+    def attach(self, say: Callable[[str], None]) -> None:  # noqa: D102
+        for callback in self._callbacks:
+            callback.attach(say)
 
     def __enter__(self) -> Self:
         for callback in self._callbacks:
