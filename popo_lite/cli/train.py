@@ -52,6 +52,10 @@ def train(
     saves, and says how to continue; a second Ctrl-C abandons the step and saves.
 
     On a GPU the memory plan comes first (`popo-lite plan`): a run that will not fit is refused with what to change.
+
+    \b
+    Example:
+      popo-lite train tiny_cpu
     """
     settings = dated(load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}")))
     refuse_untrusted(settings, recipe, trust, overrides=overrides)
@@ -77,6 +81,10 @@ def resume(
     It continues with its own recipe. Keys that change speed or bookkeeping may be --set freely; a change of what is
     learned from here on, such as of the learning rate or the engine, is recorded in the log and in summary.json; one
     that would make it another experiment is refused. More steps continue a run that has ended: --set train.steps=N.
+
+    \b
+    Example:
+      popo-lite resume runs/tiny_cpu-seed0 --set train.steps=62
     """
     with resumed_run(run, overrides, checkpoint, trust=trust) as (folder, settings, options):
         _train(folder, settings, str(folder.recipe_path), view, ignore_plan=ignore_plan, as_json=as_json, **options)

@@ -26,7 +26,12 @@ def generate(
     run: Path, question: str, weights: str, checkpoint: int | str | None, samples: int, temperature: float, seed: int,
     trust: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Ask the model that RUN trained a QUESTION."""
+    """Ask the model that RUN trained a QUESTION.
+
+    \b
+    Example:
+      popo-lite generate runs/tiny_cpu-seed0 'What is 17 + 25?'
+    """
     from popo_lite.errors import UserInputError
     from popo_lite.run_folder import RunFolder
     from popo_lite.tools.console.output import notify, write

@@ -47,7 +47,12 @@ def recipe() -> None:
 
 @recipe.command("list")
 def list_() -> None:
-    """List the recipes that come with popo-lite."""
+    """List the recipes that come with popo-lite.
+
+    \b
+    Example:
+      popo-lite recipe list
+    """
     shipped = recipe_file.shipped_recipes()
     width = max(map(len, shipped), default=0)
     for name, path in shipped.items():
@@ -65,6 +70,10 @@ def show(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print RECIPE, a path or a shipped name, with defaults and overrides filled in.
 
     Without RECIPE, print a template: every key with its meaning, allowed values and default.
+
+    \b
+    Example:
+      popo-lite recipe show tiny_cpu
     """
     if source is None:
         if overrides:
@@ -82,6 +91,10 @@ def check(sources: tuple[str, ...], as_json: bool) -> None:
     """Check recipes, given as paths or shipped names, and print all of their errors.
 
     Nothing is loaded or downloaded. The exit code is 2 if a recipe has an error.
+
+    \b
+    Example:
+      popo-lite recipe check tiny_cpu
     """
     errors: dict[str, list[str]] = {source: [] for source in sources}
     for source in sources:

@@ -88,7 +88,7 @@ def test_trackio_has_every_value(tracked):
     assert ids[0][1].startswith("one-")
     config = json.loads(configs[0][0])
     assert config["lora.rank"] == 16
-    assert "private" not in configs[0][0]
+    assert "private/place" not in json.dumps(config)
     samples = found[4]["samples"]["_value"]
     assert {"question", "reference", "right", "wrong"} == samples[0].keys()
     assert samples[0]["question"] in {line["question"] for line in json_lines(tracked.samples_path)}

@@ -45,6 +45,10 @@ def bench(
 
     Exit code 0: measured; 1: memory ran out (the result says in which stage), or an engine failed or is missing; 2:
     error in the recipe or the command line.
+
+    \b
+    Example:
+      popo-lite bench tiny_cpu --steps 1
     """
     from popo_lite.recipe_file import load_recipe
 

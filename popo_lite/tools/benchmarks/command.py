@@ -70,6 +70,10 @@ def eval_(
     a model's folder, such as an export, a GGUF file, or a Hub id. All answer the same problems on the same random
     draws. With --benchmarks one of them is measured on published benchmarks; answers are kept, so the same command
     resumes a killed evaluation.
+
+    \b
+    Example:
+      popo-lite eval runs/tiny_cpu-seed0 --problems 8
     """
     given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
     options_given = {param.name: param.opts[0] for param in given}

@@ -62,6 +62,10 @@ def export(run: Path, repo_id: str | None, private: bool, dry_run: bool, trust: 
     A merged model is loaded again and compared with the trained policy on real prompts and in pass@1. With
     --push-to-hub, an export of the same adapter that is in the folder already is uploaded with your edits of its card,
     README.md. Only the card's line `model_id = ...`, which a GGUF file's card lacks, is changed, to USER/NAME.
+
+    \b
+    Example:
+      popo-lite export runs/tiny_cpu-seed0
     """
     if repo_id is None and (private or dry_run):
         raise click.UsageError(f"{'--private' if private else '--dry-run'} goes with --push-to-hub USER/NAME")

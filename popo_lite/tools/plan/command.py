@@ -54,6 +54,10 @@ def plan(
 
     With --simulate, and for an architecture that the plan does not know, the trainer's code runs at real size without a
     GPU and without weights. That takes some 20 seconds.
+
+    \b
+    Example:
+      popo-lite plan qwen_7b_lora --vram 24GiB
     """
     from popo_lite.recipe_file import load_recipe
     from popo_lite.tools.console.output import notify, open_console

@@ -77,7 +77,7 @@ class Wandb:
         """Record values of a step."""
         self._run.log({**values, STEP: step})
 
-    def table(self, step: int, name: str, columns: list[str], rows: list[list[str]]) -> None:
+    def table(self, step: int, name: str, columns: list[Any], rows: list[list[str]]) -> None:
         """Record a table of texts."""
         self._run.log({name: self._wandb.Table(columns=columns, data=rows), STEP: step})
 
@@ -135,7 +135,7 @@ class TensorBoard:
         self._writer.add_event(self._event(wall_time=time.time(), **content))
 
 
-TRACKERS = {"trackio": Trackio, "wandb": Wandb, "tensorboard": TensorBoard}
+TRACKERS: dict[str, Any] = {"trackio": Trackio, "wandb": Wandb, "tensorboard": TensorBoard}
 
 
 def main() -> None:
@@ -147,7 +147,8 @@ def main() -> None:
     if sys.argv[1] == "wandb-login":
         print("ok" if has_wandb_login() else "no login")  # noqa: T201
         return
-    tracker, finished = None, False
+    tracker: Any = None
+    finished = False
     for line in sys.stdin:
         call, values = json.loads(line)
         if tracker is None:

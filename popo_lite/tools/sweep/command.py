@@ -37,6 +37,10 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
     train.save_steps; other changes are refused. Ctrl-C stops the running processes after
     their step; a second one abandons the step and saves; a third kills them.
     A run that fails does not end the others; the exit code is 1 then. See docs/experiments.md.
+
+    \b
+    Example:
+      popo-lite sweep tiny_components --dry-run
     """
     if os.name != "posix":  # a run cannot be stopped after its step there
         next_step = "use WSL2, or train the variants one by one with `popo-lite train RECIPE --set ...`"
@@ -104,6 +108,10 @@ def compare(sources: tuple[Path, ...], output: Path | None, reach: float, as_jso
     others are compared with the first group, paired by seed.
 
     Writes comparison.png, comparison.json and comparison.html, which needs no other file. See docs/experiments.md.
+
+    \b
+    Example:
+      popo-lite compare runs/tiny_cpu-seed0
     """
     from popo_lite.lock import writing
     from popo_lite.run_folder import write_atomically
