@@ -17,6 +17,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
 from popo_lite.run_folder import RunFolder, dated, new_run
+from popo_lite.tools.completion import complete_recipe, complete_run
 from popo_lite.tools.reporting import reporters
 from popo_lite.trust import refuse_untrusted, trust_option
 
@@ -34,7 +35,7 @@ JSON = click.option("as_json", "--json", is_flag=True, help="Print the summary a
 
 
 @click.command()
-@click.argument("recipe", metavar="RECIPE")
+@click.argument("recipe", metavar="RECIPE", shell_complete=complete_recipe)
 @click.option("--seed", type=click.IntRange(min=0), help="Same as --set train.seed=N.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run; default runs/<recipe>-seed<N>.")
 @SET
@@ -65,7 +66,7 @@ def train(
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN", shell_complete=complete_run)
 @SET
 @click.option("--checkpoint", type=click.IntRange(min=1), metavar="N", help="Go back to the checkpoint after N steps.")
 @VIEW

@@ -9,11 +9,12 @@ from pathlib import Path
 import click
 
 from popo_lite.tools.checkpoint_option import checkpoint_option
+from popo_lite.tools.completion import complete_run
 from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN", shell_complete=complete_run)
 @click.argument("question")
 @click.option("--weights", type=click.Choice(["policy", "siamese"]), default="policy")
 @checkpoint_option

@@ -27,6 +27,7 @@ from popo_lite.recipe import (
     RewardRecipe,
     Section,
 )
+from popo_lite.tools.completion import complete_recipe
 
 COMMENT_COLUMNS = 100
 DESCRIBED: dict[str, type[Section]] = {**recipe_file.SECTIONS, "objective": Objective}
@@ -61,7 +62,7 @@ def list_() -> None:
 
 
 @recipe.command()
-@click.argument("source", metavar="[RECIPE]", required=False)
+@click.argument("source", metavar="[RECIPE]", required=False, shell_complete=complete_recipe)
 @click.option(
     "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
 )
@@ -85,7 +86,7 @@ def show(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @recipe.command()
-@click.argument("sources", metavar="RECIPE...", nargs=-1, required=True)
+@click.argument("sources", metavar="RECIPE...", nargs=-1, required=True, shell_complete=complete_recipe)
 @click.option("as_json", "--json", is_flag=True, help="Print a JSON list with the errors of each recipe.")
 def check(sources: tuple[str, ...], as_json: bool) -> None:
     """Check recipes, given as paths or shipped names, and print all of their errors.
