@@ -14,14 +14,15 @@ COPY recipes recipes
 COPY popo_lite popo_lite
 RUN pip install --no-cache-dir --constraint constraints.txt '.[gpu,trackers]'
 
-# Not root: a run needs no more than its folder and the cache. Another user: docker run --user "$(id -u):$(id -g)".
-RUN useradd --create-home --uid 1000 popo \
+# Not root: a run needs no more than /work and the volume with caches. HOME is there too, so that any other user, such
+# as docker run --user "$(id -u):$(id -g)", can write what torch, Triton and vLLM keep.
+RUN useradd --home-dir /cache --uid 1000 popo \
     && mkdir -p /cache /work \
     && chmod 1777 /cache /work
 USER popo
-ENV HF_HOME=/cache/huggingface \
-    XDG_CACHE_HOME=/cache \
-    XDG_STATE_HOME=/cache/state \
+ENV HOME=/cache \
+    USER=popo \
+    HF_HOME=/cache/huggingface \
     PYTHONUNBUFFERED=1
 VOLUME /cache
 WORKDIR /work
