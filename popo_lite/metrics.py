@@ -24,11 +24,16 @@ StepRecord = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """Describe a metric. `ratios`, `counts`, and most in `seconds` and `tokens/s` map a figure, outcome or stage."""
+    """Describe a metric. `ratios`, `counts`, and most in `seconds` and `tokens/s` map a figure, outcome or stage.
+
+    `trl` is the name of the same quantity in TRL's GRPOTrainer, which trackers get as well; docs/trackers.md has what
+    differs. For a metric that is a mapping, {} stands for the key; a name without {} is that of the sum.
+    """
 
     label: str
     unit: Unit
     meaning: str
+    trl: str | None = None
 
 
 METRICS: Mapping[str, Metric] = {
@@ -49,14 +54,29 @@ METRICS: Mapping[str, Metric] = {
     "groups_ungraded": Metric("ungraded", "count", "Groups in which no answer could be graded."),
     "outcomes": Metric("outcomes", "counts", "Rollouts by outcome of grading."),
     "pass_rate": Metric("pass rate", "ratio", "Fraction of positives in the first round of rollouts."),
-    "rewards": Metric("rewards", "ratios", "Mean value of each reward function where it applies, first round."),
+    "reward_mean": Metric(
+        "reward", "ratio", "Mean reward of the answers that could be graded, first round.", trl="reward"
+    ),
+    "equal_rewards_ratio": Metric(
+        "equal rewards", "ratio", "Fraction of graded groups whose rewards are all equal.", trl="frac_reward_zero_std"
+    ),
+    "rewards": Metric(
+        "rewards", "ratios", "Mean value of each reward function where it applies, first round.", trl="rewards/{}/mean"
+    ),
     "unique_answers_mean": Metric("different", "number", "Different final answers per prompt, first round."),
     "top_shape": Metric("top shape", "text", "Most frequent shape (shapes.py) of positives, shared by two prompts."),
     "top_shape_ratio": Metric("same shape", "ratio", "Fraction of positives with this shape."),
     "top_shape_start_ratio": Metric("at start", "ratio", "Fraction of the first step's answers with this shape."),
     "task_figures": Metric("task", "ratios", "Figures that the task itself defines, first round."),
-    "truncated_ratio": Metric("truncated", "ratio", "Fraction of answers cut off at the length limit, first round."),
-    "completion_tokens_mean": Metric("mean tokens", "tokens", "Mean length of answers, first round."),
+    "truncated_ratio": Metric(
+        "truncated",
+        "ratio",
+        "Fraction of answers cut off at the length limit, first round.",
+        trl="completions/clipped_ratio",
+    ),
+    "completion_tokens_mean": Metric(
+        "mean tokens", "tokens", "Mean length of answers, first round.", trl="completions/mean_length"
+    ),
     "positive_tokens_mean": Metric("positive tokens", "tokens", "Mean length of positives."),
     "rollout_tokens": Metric("rollout tokens", "tokens", "Tokens sampled."),
     "rollouts_per_positive_prompt": Metric("rollouts per hit", "number", "Rollouts per prompt with a positive."),
@@ -68,32 +88,37 @@ METRICS: Mapping[str, Metric] = {
     "trained_tokens": Metric("trained tokens", "tokens", "Tokens that the update forwarded."),
     "shared_tokens": Metric("shared tokens", "tokens", "Tokens saved by computing prompts and equal answers once."),
     # what was learned from it
-    "loss": Metric("loss", "number", "The step's loss."),
+    "loss": Metric("loss", "number", "The step's loss.", trl="loss"),
     "loss_policy": Metric("policy", "number", "Policy term: L_nll, or GRPO's surrogate with its KL term."),
     "loss_similarity": Metric("similarity", "number", "L_sim, before its coefficient."),
     "loss_entropy": Metric("entropy", "nats", "L_ent, minus the mean entropy, before its coefficient."),
     "entropy": Metric("token entropy", "nats", "Mean entropy over the tokens of the entropy term."),
     "entropy_over_start": Metric("of start", "ratio", "Entropy over that of the first step."),
-    "entropy_coef": Metric("entropy_coef", "number", "Coefficient of the entropy term in this step."),
+    "entropy_coef": Metric(
+        "entropy_coef", "number", "Coefficient of the entropy term in this step.", trl="entropy_coef"
+    ),
     "effective_sample_size": Metric("eff. positives", "number", "1 / sum w^2, mean over prompts."),
     "effective_sample_ratio": Metric("eff. ratio", "ratio", "The same over the number of positives."),
     "siamese_cosine": Metric("cosine", "number", "Weighted mean cosine between predictions and siamese targets."),
     "siamese_drift": Metric("drift", "number", "L2 distance between trained and averaged weights."),
     "siamese_drift_over_bound": Metric("of bound", "ratio", "Drift over the bound of Lemma 3.2."),
     "logp_gap_mean": Metric(
-        "logp gap", "nats", "Mean |sampler - policy| log-prob of the trained tokens, with `lora.dropout`."
+        "logp gap",
+        "nats",
+        "Mean |sampler - policy| log-prob of the trained tokens, with `lora.dropout`.",
+        trl="sampling/sampling_logp_difference/mean",
     ),
     "logp_gap_p99": Metric("logp gap p99", "nats", "99th percentile of the same."),
-    "logp_gap_max": Metric("logp gap max", "nats", "Largest of the same."),
+    "logp_gap_max": Metric("logp gap max", "nats", "Largest of the same.", trl="sampling/sampling_logp_difference/max"),
     "logp_k3": Metric("k3", "nats", "Estimate of KL(sampler || policy) (Schulman 2020)."),
-    "grad_norm": Metric("gradient norm", "number", "Global gradient norm before clipping."),
+    "grad_norm": Metric("gradient norm", "number", "Global gradient norm before clipping.", trl="grad_norm"),
     "update_norm": Metric("update norm", "number", "L2 norm of the weight change."),
-    "learning_rate": Metric("learning rate", "number", "Learning rate of the adapters."),
+    "learning_rate": Metric("learning rate", "number", "Learning rate of the adapters.", trl="learning_rate"),
     "head_learning_rate": Metric("head learning rate", "number", "Learning rate of the predictor head."),
     "micro_batches": Metric("micro-batches", "count", "Micro-batches of the update."),
     "microbatch_tokens": Metric("micro-batch tokens", "tokens", "Token budget of a micro-batch."),
     # what it took
-    "seconds": Metric("seconds", "seconds", "Wall-clock seconds by stage."),
+    "seconds": Metric("seconds", "seconds", "Wall-clock seconds by stage.", trl="step_time"),
     "tokens_per_second": Metric("tokens/s", "tokens/s", "Throughput by stage."),
     "peak_memory_bytes": Metric("peak memory", "bytes", "CUDA: most bytes reserved. CPU: most resident bytes."),
 }
@@ -122,7 +147,8 @@ def rollout_metrics(groups: Sequence[Group], task: Task, *, first_round: int) ->
     answers = [{r.reward.answer for r in group.rollouts[:first_round]} - {None} for group in groups]
     tokens = sum(len(r.completion.sampler_logps) for r in rollouts)
     verdicts = [[r for r in group.rollouts if r.reward.outcome.is_graded] for group in graded]
-    mixed = [r for verdict in verdicts if len({r.reward.value for r in verdict}) > 1 for r in verdict]
+    unequal = [verdict for verdict in verdicts if len({r.reward.value for r in verdict}) > 1]
+    values = [r.reward.value for r in first if r.reward.outcome.is_graded]
     return {
         "prompts": len(groups),
         "prompts_with_positive": with_positive,
@@ -135,6 +161,8 @@ def rollout_metrics(groups: Sequence[Group], task: Task, *, first_round: int) ->
         "groups_ungraded": len(groups) - len(graded),
         "outcomes": count_outcomes([rollout.reward for rollout in rollouts]),
         "pass_rate": statistics.fmean(rollout.reward.positive for rollout in first),
+        "reward_mean": statistics.fmean(values) if values else None,
+        "equal_rewards_ratio": (len(graded) - len(unequal)) / len(graded) if graded else None,
         "rewards": _means([rollout.reward.parts for rollout in first]),
         "unique_answers_mean": statistics.fmean(map(len, answers)),
         "task_figures": dict(task.figures([rollout.completion.text for rollout in first])),
@@ -149,7 +177,7 @@ def rollout_metrics(groups: Sequence[Group], task: Task, *, first_round: int) ->
         "sampled_entropy": -statistics.fmean(logp for r in first for logp in r.completion.sampler_logps),
         "tokens_of_all": sum(r.tokens for r in rollouts),
         "tokens_of_positives": sum(r.tokens for r in positives),
-        "tokens_of_mixed_groups": sum(r.tokens for r in mixed),
+        "tokens_of_mixed_groups": sum(r.tokens for verdict in unequal for r in verdict),
     }
 
 

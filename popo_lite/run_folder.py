@@ -59,6 +59,7 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"  # one line per step
         self.samples_path = path / "samples.jsonl"  # a few whole groups per step
         self.evaluations_path = path / "evaluations.jsonl"  # one line per evaluation on held-out problems
+        self.trackers_path = path / "trackers.json"  # the run's id in trackers; a resumed run has the same
         self.data_path = path / "data.json"  # hashes of the training rows and held-out problems
         self.summary_path = path / "summary.json"  # written at the end
         self.log_path = path / "log.txt"  # messages, warnings and errors

@@ -87,10 +87,10 @@ def main() -> None:
     """Make a language model better at something that can be checked, on one consumer GPU.
 
     \b
-    popo-lite train tiny_cpu                       the whole method in minutes, on any CPU
-    popo-lite plan recipes/qwen_7b_lora.toml       whether a run fits this GPU, and what to change
-    popo-lite bench recipes/qwen_7b_lora.toml      what a step takes here, before anything is downloaded
-    popo-lite train recipes/qwen_1_5b_lora.toml    Qwen2.5-Math-1.5B on a GPU
+    popo-lite train tiny_cpu          the whole method in minutes, on any CPU
+    popo-lite plan qwen_7b_lora       whether a run fits this GPU, and what to change
+    popo-lite bench qwen_7b_lora      what a step takes here, before anything is downloaded
+    popo-lite train qwen_1_5b_lora    Qwen2.5-Math-1.5B on a GPU
     """
     sys.excepthook = _print_traceback
     if sys.platform == "win32":  # there, the encoding of a redirected stream lacks most characters

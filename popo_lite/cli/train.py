@@ -17,6 +17,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
 from popo_lite.run_folder import RunFolder, dated, new_run
+from popo_lite.tools.completion import complete_recipe, complete_run
 from popo_lite.tools.reporting import reporters
 from popo_lite.trust import refuse_untrusted, trust_option
 
@@ -34,7 +35,7 @@ JSON = click.option("as_json", "--json", is_flag=True, help="Print the summary a
 
 
 @click.command()
-@click.argument("recipe", metavar="RECIPE")
+@click.argument("recipe", metavar="RECIPE", shell_complete=complete_recipe)
 @click.option("--seed", type=click.IntRange(min=0), help="Same as --set train.seed=N.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run; default runs/<recipe>-seed<N>.")
 @SET
@@ -52,6 +53,10 @@ def train(
     saves, and says how to continue; a second Ctrl-C abandons the step and saves.
 
     On a GPU the memory plan comes first (`popo-lite plan`): a run that will not fit is refused with what to change.
+
+    \b
+    Example:
+      popo-lite train tiny_cpu
     """
     settings = dated(load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}")))
     refuse_untrusted(settings, recipe, trust, overrides=overrides)
@@ -61,7 +66,7 @@ def train(
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN", shell_complete=complete_run)
 @SET
 @click.option("--checkpoint", type=click.IntRange(min=1), metavar="N", help="Go back to the checkpoint after N steps.")
 @VIEW
@@ -77,6 +82,10 @@ def resume(
     It continues with its own recipe. Keys that change speed or bookkeeping may be --set freely; a change of what is
     learned from here on, such as of the learning rate or the engine, is recorded in the log and in summary.json; one
     that would make it another experiment is refused. More steps continue a run that has ended: --set train.steps=N.
+
+    \b
+    Example:
+      popo-lite resume runs/tiny_cpu-seed0 --set train.steps=62
     """
     with resumed_run(run, overrides, checkpoint, trust=trust) as (folder, settings, options):
         _train(folder, settings, str(folder.recipe_path), view, ignore_plan=ignore_plan, as_json=as_json, **options)

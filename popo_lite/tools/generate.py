@@ -9,11 +9,12 @@ from pathlib import Path
 import click
 
 from popo_lite.tools.checkpoint_option import checkpoint_option
+from popo_lite.tools.completion import complete_run
 from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN", shell_complete=complete_run)
 @click.argument("question")
 @click.option("--weights", type=click.Choice(["policy", "siamese"]), default="policy")
 @checkpoint_option
@@ -26,7 +27,12 @@ def generate(
     run: Path, question: str, weights: str, checkpoint: int | str | None, samples: int, temperature: float, seed: int,
     trust: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Ask the model that RUN trained a QUESTION."""
+    """Ask the model that RUN trained a QUESTION.
+
+    \b
+    Example:
+      popo-lite generate runs/tiny_cpu-seed0 'What is 17 + 25?'
+    """
     from popo_lite.errors import UserInputError
     from popo_lite.run_folder import RunFolder
     from popo_lite.tools.console.output import notify, write

@@ -27,6 +27,7 @@ from popo_lite.recipe import (
     RewardRecipe,
     Section,
 )
+from popo_lite.tools.completion import complete_recipe
 
 COMMENT_COLUMNS = 100
 DESCRIBED: dict[str, type[Section]] = {**recipe_file.SECTIONS, "objective": Objective}
@@ -47,7 +48,12 @@ def recipe() -> None:
 
 @recipe.command("list")
 def list_() -> None:
-    """List the recipes that come with popo-lite."""
+    """List the recipes that come with popo-lite.
+
+    \b
+    Example:
+      popo-lite recipe list
+    """
     shipped = recipe_file.shipped_recipes()
     width = max(map(len, shipped), default=0)
     for name, path in shipped.items():
@@ -56,7 +62,7 @@ def list_() -> None:
 
 
 @recipe.command()
-@click.argument("source", metavar="[RECIPE]", required=False)
+@click.argument("source", metavar="[RECIPE]", required=False, shell_complete=complete_recipe)
 @click.option(
     "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
 )
@@ -65,6 +71,10 @@ def show(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print RECIPE, a path or a shipped name, with defaults and overrides filled in.
 
     Without RECIPE, print a template: every key with its meaning, allowed values and default.
+
+    \b
+    Example:
+      popo-lite recipe show tiny_cpu
     """
     if source is None:
         if overrides:
@@ -76,12 +86,16 @@ def show(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @recipe.command()
-@click.argument("sources", metavar="RECIPE...", nargs=-1, required=True)
+@click.argument("sources", metavar="RECIPE...", nargs=-1, required=True, shell_complete=complete_recipe)
 @click.option("as_json", "--json", is_flag=True, help="Print a JSON list with the errors of each recipe.")
 def check(sources: tuple[str, ...], as_json: bool) -> None:
     """Check recipes, given as paths or shipped names, and print all of their errors.
 
     Nothing is loaded or downloaded. The exit code is 2 if a recipe has an error.
+
+    \b
+    Example:
+      popo-lite recipe check tiny_cpu
     """
     errors: dict[str, list[str]] = {source: [] for source in sources}
     for source in sources:

@@ -154,7 +154,7 @@ def opened(run: RunFolder, monkeypatch: pytest.MonkeyPatch, upload: Try) -> tupl
     monkeypatch.setattr(uploads, "upload", send)
     said: list[str] = []
     sender = HubUploads(run, run.recipe())
-    sender.connect(said.append)
+    sender.attach(said.append)
     return sender, said
 
 

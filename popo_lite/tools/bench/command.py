@@ -8,6 +8,7 @@ import shlex
 import click
 
 from popo_lite.errors import UserInputError
+from popo_lite.tools.completion import complete_recipe
 from popo_lite.tools.plan.command import parse_size
 from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 
@@ -20,7 +21,7 @@ SIZES = {  # option -> the recipe's key that it overrides
 
 
 @click.command()
-@click.argument("recipe", metavar="RECIPE")
+@click.argument("recipe", metavar="RECIPE", shell_complete=complete_recipe)
 @click.option("--steps", type=POSITIVE, default=3, show_default=True, help="Measured steps, after one more.")
 @click.option("--prompts", type=POSITIVE, help="Same as --set data.prompts_per_step=N.")
 @click.option("--prompt-tokens", type=POSITIVE, help="Same as --set rollout.max_prompt_length=N.")
@@ -45,6 +46,10 @@ def bench(
 
     Exit code 0: measured; 1: memory ran out (the result says in which stage), or an engine failed or is missing; 2:
     error in the recipe or the command line.
+
+    \b
+    Example:
+      popo-lite bench tiny_cpu --steps 1
     """
     from popo_lite.recipe_file import load_recipe
 

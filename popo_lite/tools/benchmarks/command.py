@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from popo_lite.errors import EngineError, UserInputError
 from popo_lite.recipe import EnvironmentRecipe, MathFunction, Recipe
 from popo_lite.tools.checkpoint_option import checkpoint_option
+from popo_lite.tools.completion import complete_run
 from popo_lite.trust import refuse_untrusted, trust_option
 
 PAPER_PRESET = {"samples": 128, "temperature": 0.7, "top_p": 0.95, "max_tokens": 4096, "system_prompt":
@@ -34,7 +35,7 @@ def _use_preset(ctx: click.Context, _parameter: click.Parameter, preset: str | N
 
 @click.command("eval",
                context_settings={"show_default": True})  # fmt: skip
-@click.argument("models", metavar="MODEL_OR_RUN...", nargs=-1, required=True)
+@click.argument("models", metavar="MODEL_OR_RUN...", nargs=-1, required=True, shell_complete=complete_run)
 @click.option("--task", metavar="RUN_OR_RECIPE", help="Whose held-out problems, prompts, reward and sampling are used; "
               "default: the first run, or the run of an exported model.")  # fmt: skip
 @click.option("--weights", type=WEIGHTS, multiple=True, help="Weights of runs; may be repeated. Default: all three.")
@@ -70,6 +71,10 @@ def eval_(
     a model's folder, such as an export, a GGUF file, or a Hub id. All answer the same problems on the same random
     draws. With --benchmarks one of them is measured on published benchmarks; answers are kept, so the same command
     resumes a killed evaluation.
+
+    \b
+    Example:
+      popo-lite eval runs/tiny_cpu-seed0 --problems 8
     """
     given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
     options_given = {param.name: param.opts[0] for param in given}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from popo_lite.tools.checkpoint_option import checkpoint_option
+from popo_lite.tools.completion import complete_run
 from popo_lite.trust import trust_option
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ PROBLEMS_HELP = "Held-out problems for pass@1 beside the policy's, 0 for none; d
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN", shell_complete=complete_run)
 @click.option("--what", type=WHAT, default="merged", help="A whole model, which loads without PEFT, or the adapter.")
 @click.option("--weights", type=WEIGHTS, default="policy", help="The trained adapter, or its running average.")
 @checkpoint_option

@@ -15,6 +15,7 @@ import click
 
 from popo_lite.errors import UserInputError
 from popo_lite.host_memory import available_bytes
+from popo_lite.tools.completion import complete_recipe
 from popo_lite.tools.simulate import Simulator, refuse
 from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 
@@ -22,7 +23,7 @@ UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 
 
 @click.command()
-@click.argument("recipe", metavar="RECIPE")
+@click.argument("recipe", metavar="RECIPE", shell_complete=complete_recipe)
 @click.option("--vram", metavar="SIZE", help="Memory of the GPU, e.g. 24GiB; default: nvidia-smi's figure, else 24GiB.")
 @click.option("--others", metavar="SIZE", help="Part that other processes hold; default: nvidia-smi's, 0 with --vram.")
 @click.option(
@@ -54,6 +55,10 @@ def plan(
 
     With --simulate, and for an architecture that the plan does not know, the trainer's code runs at real size without a
     GPU and without weights. That takes some 20 seconds.
+
+    \b
+    Example:
+      popo-lite plan qwen_7b_lora --vram 24GiB
     """
     from popo_lite.recipe_file import load_recipe
     from popo_lite.tools.console.output import notify, open_console

@@ -64,7 +64,7 @@ class HubUploads(Callback):
         self._newest: Path | None = None
         self._evaluation: Mapping[str, Any] = {}
 
-    def connect(self, say: Callable[[str], None]) -> None:  # noqa: D102
+    def attach(self, say: Callable[[str], None]) -> None:  # noqa: D102
         self._say = say
 
     def step(self, record: StepRecord) -> None:  # noqa: ARG002

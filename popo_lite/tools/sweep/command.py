@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from popo_lite.errors import UserInputError
+from popo_lite.tools.completion import complete_run_or_sweep, complete_sweep
 from popo_lite.trust import refuse_untrusted, trust_option
 
 PATH = click.Path(path_type=Path)
@@ -19,7 +20,7 @@ RATE = click.FloatRange(0, 1, min_open=True)
 
 
 @click.command()
-@click.argument("sweep_file", metavar="SWEEP")
+@click.argument("sweep_file", metavar="SWEEP", shell_complete=complete_sweep)
 @click.option("--output", type=PATH, help="Folder of the sweep; default <output.dir>/<SWEEP>.")
 @click.option("seeds", "--seeds", metavar="SEEDS", help="Seeds instead of the file's, such as 0-4 or 0,3.")
 @click.option("overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of every variant.")
@@ -37,6 +38,10 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
     train.save_steps; other changes are refused. Ctrl-C stops the running processes after
     their step; a second one abandons the step and saves; a third kills them.
     A run that fails does not end the others; the exit code is 1 then. See docs/experiments.md.
+
+    \b
+    Example:
+      popo-lite sweep tiny_components --dry-run
     """
     if os.name != "posix":  # a run cannot be stopped after its step there
         next_step = "use WSL2, or train the variants one by one with `popo-lite train RECIPE --set ...`"
@@ -93,7 +98,9 @@ def sweep(sweep_file: str, output: Path | None, seeds: str | None, overrides: tu
 
 
 @click.command()
-@click.argument("sources", metavar="RUN_OR_SWEEP...", nargs=-1, required=True, type=FOLDER)
+@click.argument(
+    "sources", metavar="RUN_OR_SWEEP...", nargs=-1, required=True, type=FOLDER, shell_complete=complete_run_or_sweep
+)
 @click.option("--output", type=PATH, help="Folder of the page; default comparison, for one sweep <SWEEP>/comparison.")
 @click.option("--reach", type=RATE, default=0.8, show_default=True, help="Pass rate up to which costs are counted.")
 @click.option("as_json", "--json", is_flag=True, help="Print only the figures, as JSON.")
@@ -104,6 +111,10 @@ def compare(sources: tuple[Path, ...], output: Path | None, reach: float, as_jso
     others are compared with the first group, paired by seed.
 
     Writes comparison.png, comparison.json and comparison.html, which needs no other file. See docs/experiments.md.
+
+    \b
+    Example:
+      popo-lite compare runs/tiny_cpu-seed0
     """
     from popo_lite.lock import writing
     from popo_lite.run_folder import write_atomically
