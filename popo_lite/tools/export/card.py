@@ -19,7 +19,7 @@ from popo_lite.policy.gguf import GGUF_SUFFIX
 from popo_lite.policy.load import model_source
 from popo_lite.recipe import OutputRecipe, Recipe
 from popo_lite.recipe_file import dump_recipe, to_toml
-from popo_lite.redaction import redact
+from popo_lite.redaction import redact, without_home
 from popo_lite.resuming import RULES
 from popo_lite.tools.console import words
 from popo_lite.tools.console.output import measured
@@ -41,13 +41,6 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
     environment = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # noqa: S701 - not HTML
     results = {name: summary[name] for name in ("before", "after", "siamese") if summary.get(name)}
     figures = measured(results.values()).items()
-    hidden = {
-        "output": OutputRecipe(), "rollout.server": type(recipe.rollout.server)(), "rollout.environment.options": {},
-    }  # fmt: skip
-    public = recipe.with_values(hidden).to_dict()
-    for section, name in (key.split(".") for key in (*SOURCES, "reward.functions")):
-        if name in public.get(section, {}):
-            public[section][name] = _public(f"{section}.{name}", public[section][name])
     system_prompt = recipe.data.system_prompt
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     environment.filters["inert"] = inert
@@ -83,9 +76,21 @@ def model_card(recipe: Recipe, summary: Facts, *, weights: str, dtype: str | Non
         merged_into=base_of(verification) if verification else None,
         loss=loss_of(verification),
         remedy=remedy(verification["merged_base"], dtype, gguf) if verification and dtype else None,
-        recipe=dump_recipe(Recipe.model_validate(public)).strip(),
+        recipe=dump_recipe(public_recipe(recipe)).strip(),
     )
-    return redact(_without_home(card))
+    return redact(without_home(card))
+
+
+def public_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe without private settings, and with the last part of a local path or URL in place of it."""
+    hidden = {
+        "output": OutputRecipe(), "rollout.server": type(recipe.rollout.server)(), "rollout.environment.options": {},
+    }  # fmt: skip
+    public = recipe.with_values(hidden).to_dict()
+    for section, name in (key.split(".") for key in (*SOURCES, "reward.functions")):
+        if name in public.get(section, {}):
+            public[section][name] = _public(f"{section}.{name}", public[section][name])
+    return Recipe.model_validate(public)
 
 
 def inert(text: str) -> str:
@@ -117,12 +122,6 @@ def _changes(summary: Facts) -> list[str]:
             )
             lines.append(f"from step {change['step']:,} `{key}` was {now}, before {before}")
     return lines
-
-
-def _without_home(text: str) -> str:
-    """Return `text` with ~ for the home folder."""
-    home = str(Path.home())
-    return re.sub(rf"(?<![\w.]){re.escape(home)}(?![\w.-])", "~", text) if home != "/" else text
 
 
 def is_local(source: str) -> bool:
