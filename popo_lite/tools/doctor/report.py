@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 STATUS_WIDTH, NAME_WIDTH = 9, max(len(check.name) for check in CHECKS) + 2
 INDENT = " " * (STATUS_WIDTH + NAME_WIDTH)
+INDENT_OF_REASONS = 28
 NARROWEST = 30
 """Columns for the text; in a terminal that leaves fewer, lines are folded by the terminal."""
 
@@ -45,8 +46,9 @@ def show_summary(findings: Sequence[Finding], seconds: float, console: Console) 
         f"\n{', '.join(f'{count} {status}' for status, count in counts.items())} in {duration(seconds)}", markup=False
     )
     console.print("\nNext", style="bold")
-    for command in next_commands(findings):
-        console.print(f"  {command}", style="cyan", markup=False, soft_wrap=True)
+    for command, why in next_commands(findings).items():
+        console.print(f"  {command:<{INDENT_OF_REASONS}}", style="cyan", end="", markup=False)
+        console.print(why, markup=False, soft_wrap=True)
 
 
 def counted(findings: Sequence[Finding]) -> dict[str, int]:
@@ -55,14 +57,14 @@ def counted(findings: Sequence[Finding]) -> dict[str, int]:
     return {status: counts[status] for status in STYLES if counts[status]}
 
 
-def next_commands(findings: Sequence[Finding]) -> list[str]:
-    """Return what to run next."""
+def next_commands(findings: Sequence[Finding]) -> dict[str, str]:
+    """Return what to run next, and why."""
     if any(finding.status == "failed" for finding in findings):
-        return ["popo-lite doctor                 once what failed is fixed"]
-    return [
-        "popo-lite train tiny_cpu         the whole method in minutes, on any CPU",
-        "popo-lite init                   a recipe of your own",
-    ]
+        return {"popo-lite doctor": "once what failed is fixed"}
+    return {
+        "popo-lite train tiny_cpu": "the whole method in minutes, on any CPU",
+        "popo-lite init": "a recipe of your own",
+    }
 
 
 def show_bundle(path: Path, files: Sequence[str], console: Console) -> None:
