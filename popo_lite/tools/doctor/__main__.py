@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 
+from popo_lite.errors import PopoError
 from popo_lite.redaction import redact
 from popo_lite.tools.doctor.findings import CHECKS, REPORT, Finding
 
@@ -28,14 +29,19 @@ def main() -> None:
         except Exception as error:
             import traceback
 
-            trace = redact(traceback.format_exc()).splitlines()
-            reason = next((line for line in str(error).splitlines() if line.strip()), "")
-            what, facts = redact(f"{type(error).__name__}: {reason}"), {"stderr": trace[-30:]}
-            failed = Finding(name=check.name, status="failed", what=what, next_step=REPORT, facts=facts)
+            what, next_step = f"{type(error).__name__}: {_first_line(error)}", REPORT
+            if isinstance(error, PopoError):
+                what, next_step = error.what, error.next_step or REPORT
+            facts = {"stderr": redact(traceback.format_exc()).splitlines()[-30:]}
+            failed = Finding(name=check.name, status="failed", what=redact(what), next_step=next_step, facts=facts)
             print(json.dumps(failed.as_json()), file=answers, flush=True)
         print(json.dumps({"done": time.perf_counter() - start}), file=answers, flush=True)
     answers.close()
     os._exit(0)  # an engine that was half started may keep Python from ending
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "")
 
 
 if __name__ == "__main__":

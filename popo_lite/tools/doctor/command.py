@@ -53,7 +53,7 @@ def doctor(quick: bool, bundle: Path | None, run: Path | None, as_json: bool) ->
     if as_json:
         findings += run_checks(quick, lambda _: None)
     else:
-        with console.status("") as status:  # shows nothing without a terminal
+        with console.status("", spinner="line") as status:  # shows nothing without a terminal
             for finding in run_checks(quick, lambda name: status.update(f"checking: {name}")):
                 findings.append(finding)
                 report.show(finding, console)

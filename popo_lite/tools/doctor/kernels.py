@@ -71,6 +71,7 @@ def torch_and_gpus() -> Iterator[Finding]:
     if not count:
         what = "not checked: no GPU that torch can use; the checks below run on the CPU"
         yield Finding(name="gpu", status="skipped", what=what)
+    pick_device("auto")  # before the first allocation, as in a run: it configures the allocator
     for index in range(count):
         yield from _gpu(torch.device("cuda", index))
 

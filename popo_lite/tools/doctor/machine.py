@@ -31,6 +31,8 @@ LITTLE_SHARED = GIB
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 PCI_DEVICES, KERNEL = Path("/sys/bus/pci/devices"), Path("/proc/sys/kernel/osrelease")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # measured only
+DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+"""There if a driver is loaded, in Linux and in WSL."""
 NVIDIA, DISPLAY = "0x10de", "0x03"
 DRIVERS = "https://www.nvidia.com/drivers"
 QUERY_SECONDS = 20
@@ -204,7 +206,9 @@ def driver() -> Iterator[Finding]:
     """Yield the NVIDIA driver, or why there is none, and who uses its GPUs."""
     name, tool = "driver", shutil.which("nvidia-smi")
     if tool is None:
-        if not nvidia_hardware():
+        if any(device.exists() for device in DEVICES):
+            yield Finding(name=name, status="skipped", what="not checked: nvidia-smi is not here; torch is asked below")
+        elif not nvidia_hardware():
             yield Finding(name=name, status="skipped", what="not checked: no NVIDIA GPU")
         elif in_container():
             what = "an NVIDIA GPU is in this machine, and the container has no access to it"

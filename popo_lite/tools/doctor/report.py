@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from popo_lite.tools.console.output import safe
 from popo_lite.tools.console.words import duration
 from popo_lite.tools.doctor.findings import CHECKS, Finding
@@ -25,12 +27,13 @@ NARROWEST = 30
 
 def show(finding: Finding, console: Console) -> None:
     """Print a finding, and below it what to do."""
-    console.print(f"{finding.status:<{STATUS_WIDTH}}", style=STYLES[finding.status], end="", markup=False)
-    text = _folded(safe(finding.what, console), console.width)
-    console.print(f"{finding.name:<{NAME_WIDTH}}{text}", markup=False, soft_wrap=True)
+    status, style = f"{finding.status:<{STATUS_WIDTH}}", STYLES[finding.status]
+    what = _folded(safe(finding.what, console), console.width)
+    line = Text.assemble((status, style), f"{finding.name:<{NAME_WIDTH}}{what}")
     if finding.next_step:
-        text = _folded(f"next: {safe(finding.next_step, console)}", console.width)
-        console.print(f"{INDENT}{text}", style="cyan", markup=False, soft_wrap=True)
+        next_step = _folded(f"next: {safe(finding.next_step, console)}", console.width)
+        line.append(f"\n{INDENT}{next_step}", "cyan")
+    console.print(line, soft_wrap=True)
 
 
 def _folded(text: str, width: int) -> str:
@@ -47,8 +50,7 @@ def show_summary(findings: Sequence[Finding], seconds: float, console: Console) 
     )
     console.print("\nNext", style="bold")
     for command, why in next_commands(findings).items():
-        console.print(f"  {command:<{INDENT_OF_REASONS}}", style="cyan", end="", markup=False)
-        console.print(why, markup=False, soft_wrap=True)
+        console.print(Text.assemble((f"  {command:<{INDENT_OF_REASONS}}", "cyan"), why), soft_wrap=True)
 
 
 def counted(findings: Sequence[Finding]) -> dict[str, int]:
