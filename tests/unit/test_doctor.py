@@ -87,7 +87,7 @@ def test_terminals(monkeypatch, environment, encoding, said):
         def isatty(self):
             return True
 
-    monkeypatch.setattr(sys, "stdout", Terminal(io.BytesIO(), encoding=encoding))
+    monkeypatch.setattr(sys, "__stdout__", Terminal(io.BytesIO(), encoding=encoding))
     for name, value in {"COLUMNS": "100", **environment}.items():
         monkeypatch.setenv(name, value)
     found = only(machine.terminal())
@@ -301,6 +301,14 @@ def test_nf4_that_quantises_wrongly(monkeypatch):
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *values: 1.1 * right(*values))
     found = only(kernels.nf4())
     assert (found.status, "quantises wrongly" in found.what) == ("failed", True)
+
+
+def test_a_bitsandbytes_without_a_library_for_torchs_cuda(monkeypatch):
+    monkeypatch.setattr(kernels, "run_device", lambda: (torch.device("cuda"), torch.bfloat16))
+    monkeypatch.setattr(bnb.cextension, "lib", bnb.cextension.ErrorHandlerMockBNBNativeLibrary("No CUDA 14 binary"))
+    found = only(kernels.nf4())
+    assert (found.status, "has no library" in found.what, "No CUDA 14 binary" in found.what) == ("failed", True, True)
+    assert "pip install 'bitsandbytes" in found.next_step
 
 
 def test_attention_between_sequences_is_found(monkeypatch):

@@ -57,7 +57,8 @@ def vllm() -> Iterator[Finding]:
         yield Finding(name="vllm", status="failed", what=f"{about}: {error.what}", next_step=error.next_step)
         return
     took = duration(time.perf_counter() - start)
-    yield Finding(name="vllm", status="ok", what=f"{about} starts, sleeps and closes in {took}; {proof}")
+    does = "starts, sleeps, wakes" if device.type == "cuda" else "starts"
+    yield Finding(name="vllm", status="ok", what=f"{about} {does} and closes in {took}; {proof}")
 
 
 def _prove(recipe: Recipe) -> str:
@@ -74,21 +75,17 @@ def _prove(recipe: Recipe) -> str:
 def unsloth() -> Iterator[Finding]:
     """Yield whether unsloth can be imported, which patches transformers and peft."""
     if importlib.util.find_spec("unsloth") is None:
-        what, install = (
-            'not checked: unsloth is not installed, and only model.backend = "unsloth" needs it',
-            'pip install "popo-lite[gpu]"',
-        )
-        yield Finding(name="unsloth", status="skipped", what=what, next_step=install)
+        what = 'not checked: unsloth is not installed, and only model.backend = "unsloth" needs it'
+        yield Finding(name="unsloth", status="skipped", what=what, next_step='pip install "popo-lite[gpu]"')
         return
     from popo_lite.policy.load import import_unsloth
 
     try:
         import_unsloth()
     except Exception as error:  # of any type: it patches other packages when it is imported
-        what = (
-            f"unsloth {_version('unsloth')} cannot be imported: {(str(error).strip() or repr(error)).splitlines()[0]}"
-        )
-        next_step = '--set model.backend="transformers"; or pip install --force-reinstall --no-deps unsloth unsloth_zoo'
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        what = f"unsloth {_version('unsloth')} cannot be imported: {reason}"
+        next_step = '--set model.backend="transformers"; or pip install --force-reinstall "popo-lite[gpu]"'
         yield Finding(name="unsloth", status="failed", what=what, next_step=next_step)
         return
     yield Finding(name="unsloth", status="ok", what=f"unsloth {_version('unsloth')} can be imported")
@@ -104,9 +101,8 @@ def measured_step() -> Iterator[Finding]:
             result = measure.bench(recipe, steps=1, positives=None, memory_cap_bytes=None, notify=lambda _: None)
             yield judge_step(recipe_name, result)
             return
-    what = (
-        f"not measured: none of {', '.join(MEASURED)} fits the {size(torch.cuda.mem_get_info(device)[0])} that are free"
-    )
+    free = size(torch.cuda.mem_get_info(device)[0])
+    what = f"not measured: none of {', '.join(MEASURED)} fits the {free} that are free"
     yield Finding(name=name, status="warning", what=what, next_step=f"popo-lite plan {MEASURED[-1]}")
 
 

@@ -33,6 +33,7 @@ from popo_lite.tools.bench import synthetic
 from popo_lite.tools.console.words import memory as size
 from popo_lite.tools.doctor.findings import REPORT, Finding
 from popo_lite.tools.doctor.machine import gpu_users
+from popo_lite.tools.doctor.packages import install_command, required
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES
 from popo_lite.types import Group, Outcome, Reward, Rollout
 from popo_lite.update import Learner
@@ -182,7 +183,8 @@ def nf4() -> Iterator[Finding]:
         what = f"bitsandbytes {version} has no library for CUDA {torch.version.cuda}, which torch is built for"
         if reason := str(vars(library).get("error_msg", "")).strip():
             what += f": {reason.splitlines()[0]}"
-        next_step = 'pip install --force-reinstall --no-deps "bitsandbytes>=0.50,<0.51"; unset BNB_CUDA_VERSION'
+        ours = next(one for one in required() if one.name == "bitsandbytes")
+        next_step = f"unset BNB_CUDA_VERSION; {install_command(ours)} --force-reinstall --no-deps"
         yield Finding(name="nf4", status="failed", what=what, next_step=next_step)
         return
     source = torch.Generator().manual_seed(0)

@@ -169,9 +169,10 @@ def shared_memory() -> Iterator[Finding]:
 
 def terminal() -> Iterator[Finding]:
     """Yield what the terminal can show."""
-    encoding, columns = sys.stdout.encoding or "unknown", shutil.get_terminal_size().columns
+    stream = sys.__stdout__ or sys.stdout  # the latter is a stand-in while a spinner turns
+    encoding, columns = stream.encoding or "unknown", shutil.get_terminal_size().columns
     kind = os.environ.get("TERM", "not set")
-    if not sys.stdout.isatty():
+    if not stream.isatty():
         what = f"not checked: the output is not a terminal ({encoding})"
         yield Finding(name="terminal", status="skipped", what=what)
         return

@@ -85,7 +85,7 @@ def _out_of_range(versions: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             requirement.marker.evaluate({"extra": extra}) for extra in ("gpu", "vllm-cpu", "server", "tasks")
         )
         version = versions.get(canonicalize_name(requirement.name))
-        command = _install(requirement)
+        command = install_command(requirement)
         if version is None:
             if always:
                 yield f"{requirement.name} is not installed, and popo-lite needs it", command
@@ -106,10 +106,11 @@ def _conflicts(versions: Mapping[str, str]) -> Iterator[tuple[str, str]]:
                 what += f", and {version} is installed"
                 ours = next((one for one in required() if canonicalize_name(one.name) == name), None)
                 # What popo-lite does not use gives way.
-                yield what, f"pip uninstall -y {name}" if ours is None else _install(ours)
+                yield what, f"pip uninstall -y {name}" if ours is None else install_command(ours)
 
 
-def _install(requirement: Requirement) -> str:
+def install_command(requirement: Requirement) -> str:
+    """Return the command that installs a version as required."""
     return f"pip install {shlex.quote(f'{requirement.name}{requirement.specifier}')}"
 
 
