@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import unquote
 
 MASK = "***"
@@ -27,6 +28,12 @@ def redact(text: str) -> str:
     for secret in sorted(_secrets(), key=len, reverse=True):  # one may be a part of another
         text = text.replace(secret, MASK)
     return QUERY.sub(rf"\1{MASK}", LOGIN.sub(f"{MASK}@", text))
+
+
+def without_home(text: str) -> str:
+    """Return `text` with ~ for the home folder."""
+    home = str(Path.home())
+    return re.sub(rf"(?<![\w.]){re.escape(home)}(?![\w.-])", "~", text) if home != "/" else text
 
 
 def has_login(text: str) -> bool:

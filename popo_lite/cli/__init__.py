@@ -12,6 +12,7 @@ import click
 from popo_lite.errors import INTERRUPTED, EngineError, PopoError
 
 COMMANDS = {
+    "doctor": ("popo_lite.tools.doctor.command:doctor", "Check this machine, and write bug reports."),
     "train": ("popo_lite.cli.train:train", "Train with a recipe."),
     "resume": ("popo_lite.cli.train:resume", "Continue a run."),
     "plan": ("popo_lite.tools.plan.command:plan", "Say whether a recipe fits a GPU, and what to change."),

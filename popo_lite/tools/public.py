@@ -6,7 +6,6 @@ folder, servers and the options of an environment are left out.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,6 @@ def public_changes(summary: Mapping[str, Any]) -> Iterator[tuple[int, str, str, 
                 "unset" if change[at] is None else to_toml(_public(key, change[at])) for at in ("before", "now")
             )
             yield change["step"], key, before, now
-
-
-def without_home(text: str) -> str:
-    """Return `text` with ~ for the home folder."""
-    home = str(Path.home())
-    return re.sub(rf"(?<![\w.]){re.escape(home)}(?![\w.-])", "~", text) if home != "/" else text
 
 
 def is_local(source: str) -> bool:

@@ -17,13 +17,13 @@ from popo_lite.policy.gguf import GGUF_SUFFIX
 from popo_lite.policy.load import model_source
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import dump_recipe
-from popo_lite.redaction import redact
+from popo_lite.redaction import redact, without_home
 from popo_lite.tasks.datasets import KNOWN
 from popo_lite.tools.console import words
 from popo_lite.tools.console.output import measured, noise, points
 from popo_lite.tools.console.words import quantity
 from popo_lite.tools.export.verify import base_of, loss_of, remedy, table_of
-from popo_lite.tools.public import is_local, known_as, public_changes, public_recipe, without_home
+from popo_lite.tools.public import is_local, known_as, public_changes, public_recipe
 from popo_lite.tools.sweep.compare import ratio_interval
 
 Facts = Mapping[str, Any]

@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from popo_lite.redaction import without_home
 from popo_lite.tools.console import words
-from popo_lite.tools.public import without_home
 
 
 def render(template: Path, **values: Any) -> str:

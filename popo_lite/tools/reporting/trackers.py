@@ -27,7 +27,7 @@ from popo_lite.errors import UserInputError
 from popo_lite.formats import read_json
 from popo_lite.metrics import METRICS, StepRecord
 from popo_lite.recipe import Recipe
-from popo_lite.redaction import redact
+from popo_lite.redaction import redact, without_home
 from popo_lite.run_folder import RunFolder, flat, read_lines, write_json
 from popo_lite.tools.console.words import clean, printable
 
@@ -274,7 +274,7 @@ def _run_id(run: RunFolder) -> str:
 
 def _config(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe by key, in the form of model cards: without private settings, secrets and the home folder."""
-    from popo_lite.tools.public import public_recipe, without_home
+    from popo_lite.tools.public import public_recipe
 
     values: dict[str, Any] = json.loads(redact(without_home(json.dumps(public_recipe(recipe).to_dict()))))
     return flat(values)
