@@ -64,7 +64,7 @@ def _fenced(text: str, language: str) -> str:
 def _escaped(text: str) -> str:
     """Return text in which Markdown finds no markup, except for code in backticks; pages of docs/ become links."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
-    parts[::2] = [re.sub(r"([<*\[\]\\])", r"\\\1", part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"([*\[\]\\])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
     return re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", "".join(parts))
 
 
