@@ -10,8 +10,8 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-LINK = re.compile(r"(?<!!)\[((?:[^\[\]`]|`[^`]*`)+)\]\(([^)\s#]*)(#[^)\s]*)?\)")
-IMAGE = re.compile(r'(src="|!\[[^\]]*\]\()docs/')
+LINK = re.compile(r"(?<!!)\[((?:[^\[\]`]|`[^`]*`|!\[[^\]]*\]\([^)]*\))+)\]\(([^)\s#]*)(#[^)\s]*)?\)")
+IMAGE = re.compile(r'(src(?:set)?="|!\[[^\]]*\]\()docs/')
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 
 
