@@ -26,7 +26,9 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(
     r"^<!-- run: (.+) -->$|^(<!-- output(?: (\d+)\+(\d+))?: (.+) -->\n```\w*\n)((?:.*\n)*?)(?=```$)", re.MULTILINE
 )
-CHANGING = re.compile(r"(?:[\d.]+ (?:ms|s|min|h|[KMG]iB)\b|\d+:\d\d(?::\d\d)?|(?<= s) +\d+%|[━╸╺]+| {2,})+")
+CHANGING = re.compile(
+    r"(?:[\d.]+ (?:ms|s|min|h|[KMG]iB)\b|\d+:\d\d(?::\d\d)?| +\d+%(?= *[━╸╺]*$)|[━╸╺]+| {2,})+", re.MULTILINE
+)
 
 
 def refreshed(page: str, folder: Path) -> tuple[str, list[str]]:
