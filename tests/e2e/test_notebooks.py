@@ -33,7 +33,7 @@ def test_a_notebook_runs_without_a_gpu_and_a_network(path, tmp_path, monkeypatch
     assert SHORT in "".join(cell.source for cell in notebook.cells)
     work = tmp_path / "work"
     work.mkdir()
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(work)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(work)}}).execute()
     # A shell command that fails raises nothing.
     outputs = [json.dumps(cell.get("outputs", [])) for cell in notebook.cells]
     failed = [text for text in outputs if re.search(r"No such command|Traceback|error(?:\\u001b\[0m)? {2}", text)]
