@@ -13,10 +13,14 @@
 # make chaos-vllm                             the same with 20 runs and vLLM
 # make soak                                   2,000 short steps: do memory, descriptors and processes stay flat?
 # make check                                  format, lint, types, import contracts
+# make docs                                   docs/recipes.md, cards.md, cli.md and recipes/template.toml again
+# make outputs [PAGES=start.md]               run the commands of pages again, and write what they print
+# make site                                   the pages as a site, site/index.html; make serve: at http://127.0.0.1:8000
 
 RECIPE ?= recipes/tiny_cpu.toml
 ARGS ?=
 CASES ?= 20000
+PAGES ?=
 VENV := .venv
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
@@ -30,7 +34,7 @@ EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo '[gpu]')
 INPUTS := pyproject.toml $(CONSTRAINTS)
 
 .PHONY: train test fuzz test-newest test-fakegpu cuda-branches test-vllm test-real test-engines study study-real chaos \
-	chaos-vllm soak check docs clean
+	chaos-vllm soak check docs outputs site serve clean
 
 train: $(VENV)/.installed
 	$(BIN)/popo-lite train $(RECIPE) $(ARGS)
@@ -87,6 +91,16 @@ check: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m popo_lite.tools.recipe_docs
+	$(BIN)/python -m popo_lite.cli.docs
+
+outputs: $(VENV)/.installed-dev
+	$(BIN)/python docs/outputs.py $(PAGES)
+
+site: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+serve: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean:
 	rm -rf $(VENV) .venv-newest build dist *.egg-info
