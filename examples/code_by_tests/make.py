@@ -36,18 +36,26 @@ def taught(source: random.Random) -> tuple[str, str]:
     return question(words, n), f"def f(x):\n    return {code.format(n=n)}"
 
 
-def main() -> None:
-    """Write the problems and the model."""
-    from popo_lite.tools.tiny_model import teach
-
+def problems() -> list[dict[str, str]]:
+    """Return the rows of problems.jsonl."""
     rows = []
     for words, (_, value) in KINDS.items():
         for n in range(2, 41):
-            # Tests on both sides of n: one that only large numbers pass would let `return x` pass for the larger one.
+            # On both sides of n: with large numbers alone, `return x` would pass for the larger one.
             tests = [f"assert f({x}) == {value(x, n)}" for x in (-3, 0, n - 1, n + 5)]
             rows.append({"question": question(words, n), "answer": json.dumps(tests)})
     random.Random(0).shuffle(rows)  # noqa: S311
-    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def main() -> None:
+    """Write the problems and the model."""
+    import torch
+
+    from popo_lite.tools.tiny_model import teach
+
+    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems()), encoding="utf-8")
+    torch.set_num_threads(1)  # more are slower at this size
     teach(Path("tiny"), pair=taught, tokens=448, steps=300, batch=64)
 
 

@@ -40,14 +40,21 @@ def taught(source: random.Random) -> tuple[str, str]:
     return text, json.dumps(person)
 
 
+def problems() -> list[dict[str, str]]:
+    """Return the rows of problems.jsonl."""
+    source = random.Random(1)  # noqa: S311
+    found = dict(problem(source) for _ in range(400))
+    return [{"text": text, "record": json.dumps(record)} for text, record in found.items()]
+
+
 def main() -> None:
     """Write the problems and the model."""
+    import torch
+
     from popo_lite.tools.tiny_model import teach
 
-    source = random.Random(1)  # noqa: S311
-    found = dict(text_and_record for text_and_record in (problem(source) for _ in range(400)))
-    rows = ({"text": text, "record": json.dumps(record)} for text, record in found.items())
-    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems()), encoding="utf-8")
+    torch.set_num_threads(1)  # more are slower at this size
     teach(Path("tiny"), pair=taught, tokens=448, steps=400, batch=64)
 
 

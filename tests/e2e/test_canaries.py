@@ -159,10 +159,13 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_no_command_runs_code_that_is_not_trusted(path, stranger):
+def test_no_command_runs_code_that_is_not_trusted(path, stranger, tmp_path):
     command = COMMANDS[path]
     arguments = [ARGUMENTS[p.metavar or str(p.name)] for p in command.params if isinstance(p, click.Argument)]
-    more = ["--set", "train.steps=9"] if path == ("resume",) else []  # the run has ended
+    options = {"resume": ["--set", "train.steps=9"],  # the run has ended
+               "init": ["--model", "canary_model", "--card", "cpu", "--yes", "--output", str(tmp_path / "new.toml")],
+               }  # fmt: skip
+    more = options.get(path[0], [])
     done = CliRunner().invoke(main, [*path, *arguments, *more])
     names = [option for p in command.params for option in p.opts]
     assert ("--trust" in names) == (path[0] in RUNS), "list the command in RUNS if it can run code"

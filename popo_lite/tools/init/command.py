@@ -169,7 +169,7 @@ class Session:
         for note in facts.notes:
             self.say(f"  {note}")
         if model.id == "tiny" and name != "arithmetic":
-            note = "tiny only knows sums of two numbers, so few of its answers will be right"
+            note = "tiny was only taught sums of two numbers; expect no right answers to other questions"
             facts = replace(facts, notes=(*facts.notes, note))
             self.say(f"  {note}")
         return facts

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from popo_lite.errors import DataError
-from popo_lite.recipe import DataRecipe, Recipe
+from popo_lite.recipe import DataRecipe, EvalRecipe, Recipe
 from popo_lite.recipe_rules import is_gym
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.datasets import KNOWN, PROMPT_COLUMNS, SUFFIXES, DatasetTask, load_table
@@ -24,7 +24,7 @@ MEASURED = 1000
 """Prompts that are tokenised, those with the most bytes first."""
 PROMPT_NAMES = (*PROMPT_COLUMNS, "instruction", "input", "query", "text", "source")
 ANSWER_NAMES = ("answer", "final_answer", "solution", "reference", "target", "label", "output", "expected", "tests",
-                "gold", "record")  # fmt: skip
+                "gold", "record", "result")  # fmt: skip
 """Usual names of columns, the likeliest first."""
 KINDS = {
     "number": "numbers",
@@ -86,7 +86,7 @@ def look_at_data(part: DataRecipe) -> DataFacts:
     """Return what the problems that `part` names are like. Raises DataError if they cannot be used as they are."""
     name = part.dataset
     try:
-        task = open_tasks(Recipe(data=part))[0]
+        task = open_tasks(Recipe(data=part, eval=EvalRecipe(problems=0)))[0]  # the file may have few rows
     except DataError as error:
         if name not in KNOWN or not is_unreachable(error):
             raise
