@@ -194,6 +194,17 @@ def test_free_text_needs_a_function_of_your_own(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
 
 
+def test_names_of_columns_are_shown_without_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "is_terminal", lambda: True)
+    rows = [{"text": f"{n} + 1?", "a\x1b[31mb": n + 1} for n in range(9)]
+    write_rows("odd.jsonl", rows)
+    done = init("--model", "tiny", "--data", "odd.jsonl", "--card", "cpu", "--reward", "math", "--output", "o.toml",
+                answers="text\na\x1b[31mb\n")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "\x1b[31m" not in done.output.replace("a\x1b[31mb\n", "")  # what was typed is echoed
+    assert "\x1b" not in Path("o.toml").read_text()
+
+
 def test_options_of_a_built_in_function() -> None:
     reward = '{name = "numeric", tolerance = 0.5}'
     written("--model", "tiny", "--data", "arithmetic", "--reward", reward, "--card", "cpu", "--output", "r.toml")
@@ -224,11 +235,12 @@ def test_it_never_overwrites() -> None:
 def test_it_asks_again_and_takes_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "is_terminal", lambda: True)
     Path("taken.toml").write_text("precious")
-    answers = "./no-such-folder\n\nno-such-data\n\n\ncpu\ntaken.toml\nmine.toml\n"
+    answers = "./no-such-folder\n\nno-such-data\n\n\n24 cards\ncpu\ntaken.toml\nmine.toml\n"
     done = init(answers=answers)
     assert done.exit_code == 0, done.output
     assert "there is no such folder" in done.output
     assert "is neither a known name" in done.output
+    assert "'24 cards' is no amount of memory" in done.output
     assert "taken.toml exists and is not overwritten" in done.output
     assert "popo-lite train mine.toml" in done.output
     recipe = load_recipe("mine.toml")

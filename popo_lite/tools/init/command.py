@@ -81,7 +81,10 @@ class Asker:
     def ask(self, question: str, default: str | None, option: str) -> str:
         """Return the answer to a question. Without a terminal and a default, raise UserInputError naming `option`."""
         if self.asks:
-            return str(click.prompt(question, default=default)).strip()
+            from popo_lite.tools.console.words import clean
+
+            shown = clean(question if default is None else f"{question} [{default}]")  # a column may have any name
+            return str(click.prompt(shown, default=default, show_default=False)).strip()
         if default is None:
             raise UserInputError(f"{question}: there is no sensible default", where=option, next_step=f"give {option}")
         return default
@@ -116,9 +119,7 @@ class Session:
             problems = self.data(data, facts, columns)
         functions, why, proposal = self.reward(reward, problems)
         if card is None and self.ask.asks:
-            shown = "cpu" if not here.on_gpu else f"{here.machine.vram_bytes / 2**30:.4g}GiB"
-            answer = self.ask.ask(f"Card ({here.described()}; another one: 24GiB, or cpu)", shown, "--card")
-            here = here if answer == shown else find_card(answer)
+            here = self.card(here)
         self.say(f"  {here.described()}")
         settings, plan = self.decide(facts, problems, functions, why, proposal, here)
         recipe = to_recipe(settings)
@@ -208,6 +209,18 @@ class Session:
         named = functions if isinstance(functions, str) else None
         why = "your own function: it gets the text and the problem" if named and ":" in named else "as you asked"
         return functions, why, proposal if proposal and named == proposal.functions else None
+
+    def card(self, here: Card) -> Card:
+        """Return the card that the user names; ask again if it is none."""
+        from popo_lite.tools.init.draft import find_card
+
+        shown = f"{here.machine.vram_bytes / 2**30:.4g}GiB" if here.on_gpu else "cpu"
+        while True:
+            answer = self.ask.ask(f"Card ({here.described()}; another one: 24GiB, or cpu)", shown, "--card")
+            try:
+                return here if answer == shown else find_card(answer)
+            except UserInputError as error:
+                self.say(f"  {error.what}; {error.next_step}")
 
     def decide(
         self, model: ModelFacts, data: DataFacts, functions: Any, why: str, proposal: Any, card: Card
