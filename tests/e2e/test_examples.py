@@ -55,17 +55,22 @@ def test_the_recipes_are_valid(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("example", ["json_extraction", "code_by_tests"], indirect=True)
-def test_some_of_the_taught_answers_are_right_and_most_are_not(example: Path) -> None:
-    """Checked with the real reward on what the tiny model is taught."""
-    recipe, taught, source = load_recipe("recipe.toml"), make(example.name).taught, random.Random(0)
-    pairs = dict(taught(source) for _ in range(40_000))
-    problems = open_tasks(recipe)[0].held_out(20)
+def test_the_reward_tells_the_taught_slips_from_right_answers(example: Path) -> None:
+    recipe, module, source = load_recipe("recipe.toml"), make(example.name), random.Random(0)
+    answers = dict(module.taught(source) for _ in range(40_000))
+    problems = [problem for problem in open_tasks(recipe)[0].held_out(20) if problem.question in answers]
+    right = {problem.question: problem.answer for problem in problems}
+    if example.name == "code_by_tests":
+        codes = {module.question(words, n): code.format(n=n) for words, (code, _) in module.KINDS.items()
+                 for n in range(2, 41)}  # fmt: skip
+        right = {question: f"def f(x):\n    return {code}" for question, code in codes.items()}
     with Grader(recipe.grading) as grader:
-        rewards = grader.grade([(pairs[p.question], p) for p in problems if p.question in pairs])
-    assert 0 < sum(reward.positive for reward in rewards) < len(rewards) / 2
+        rewards = grader.grade([(answers[problem.question], problem) for problem in problems])
+    expected = [answers[problem.question] == right[problem.question] for problem in problems]
+    assert {True, False} == set(expected)
+    assert [reward.positive for reward in rewards] == expected
     if example.name == "json_extraction":
-        wrong = [reward.parts["partial_credit:fields"] for reward in rewards if not reward.positive]
-        assert all(0 < part < 1 for part in wrong)
+        assert all(0 < reward.parts["partial_credit:fields"] < 1 for reward in rewards if not reward.positive)
 
 
 @pytest.mark.parametrize("example", ["json_extraction", "code_by_tests", "guessing_game"], indirect=True)
