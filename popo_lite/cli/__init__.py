@@ -17,6 +17,7 @@ COMMANDS = {
     "resume": ("popo_lite.cli.train:resume", "Continue a run."),
     "plan": ("popo_lite.tools.plan.command:plan", "Say whether a recipe fits a GPU, and what to change."),
     "bench": ("popo_lite.tools.bench.command:bench", "Measure a recipe's step with random weights."),
+    "init": ("popo_lite.tools.init.command:init", "Write a first recipe that fits, and explain it."),
     "recipe": ("popo_lite.tools.recipe_docs:recipe", "Show and check recipes."),
     "eval": (
         "popo_lite.tools.benchmarks.command:eval_",

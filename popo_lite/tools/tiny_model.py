@@ -8,6 +8,7 @@ find. `python -m popo_lite.tools.tiny_model FOLDER` teaches it again (a few minu
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from popo_lite.tasks.generated import is_held_out
 
 TINY_CONTEXT_TOKENS = 1024
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
+TeachingPair = Callable[[random.Random], tuple[str, str]]
+"""Returns a question and an answer of a teaching text."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -61,7 +64,7 @@ def teaching_pair(source: random.Random) -> tuple[str, str]:
     return question, f"\\boxed{{{result}}}"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(pair: TeachingPair = teaching_pair, tokens: int = 320) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE with single digits, learned from the teaching text; EOS differs from PAD."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -70,12 +73,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     source = random.Random(0)  # noqa: S311
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=tokens,
         special_tokens=[AddedToken(text, special=True) for text in (PAD, END, SYSTEM, USER, ASSISTANT)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((part for _ in range(500) for part in teaching_pair(source)), trainer)
+    tokenizer.train_from_iterator((part for _ in range(500) for part in pair(source)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -87,10 +90,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def teaching_batch(tokenizer: PreTrainedTokenizerFast, size: int, source: random.Random) -> dict[str, torch.Tensor]:
+def teaching_batch(
+    tokenizer: PreTrainedTokenizerFast, size: int, source: random.Random, pair: TeachingPair = teaching_pair
+) -> dict[str, torch.Tensor]:
     """Return input ids and labels, each [size, T]; labels are -100 outside the answer. Causality hides the padding."""
     ids, labels = [], []
-    for question, answer in (teaching_pair(source) for _ in range(size)):
+    for question, answer in (pair(source) for _ in range(size)):
         turns = [{"role": "user", "content": question}]
         prompt: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         answered = [*tokenizer.encode(answer), tokenizer.eos_token_id]
@@ -100,9 +105,11 @@ def teaching_batch(tokenizer: PreTrainedTokenizerFast, size: int, source: random
     return {"input_ids": padded, "labels": pad_sequence(labels, True, -100)}
 
 
-def teach(folder: Path, *, steps: int = 1000, batch: int = 128) -> list[float]:
-    """Teach the model, write it and its tokenizer to `folder` in bfloat16, and return the loss of each step."""
-    tokenizer = build_tokenizer()
+def teach(
+    folder: Path, *, pair: TeachingPair = teaching_pair, tokens: int = 320, steps: int = 1000, batch: int = 128
+) -> list[float]:
+    """Teach a new model, write it and its tokenizer to `folder` in bfloat16, and return the loss of each step."""
+    tokenizer = build_tokenizer(pair, tokens)
     # Head size 32 and a vocabulary in multiples of 64 are what rollout engines accept.
     config = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,
@@ -123,7 +130,7 @@ def teach(folder: Path, *, steps: int = 1000, batch: int = 128) -> list[float]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
     source, losses = random.Random(stream_seed("tiny/teach", 0)), []  # noqa: S311
     for step in range(steps):
-        loss = model(**teaching_batch(tokenizer, batch, source)).loss
+        loss = model(**teaching_batch(tokenizer, batch, source, pair)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

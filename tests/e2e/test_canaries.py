@@ -168,11 +168,16 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_no_command_runs_code_that_is_not_trusted(path, stranger):
+def test_no_command_runs_code_that_is_not_trusted(path, stranger, tmp_path):
     command = COMMANDS[path]
     arguments = [ARGUMENTS[p.metavar or str(p.name)] for p in command.params if isinstance(p, click.Argument)]
     # The run has ended, nobody is logged in, and vLLM would take a minute.
-    options = {"resume": ["--set", "train.steps=9"], "push": ["--dry-run"], "doctor": ["--quick"]}
+    options = {
+        "resume": ["--set", "train.steps=9"],
+        "push": ["--dry-run"],
+        "doctor": ["--quick"],
+        "init": ["--model", "canary_model", "--card", "cpu", "--yes", "--output", str(tmp_path / "new.toml")],
+    }
     more = options.get(path[0], [])
     done = CliRunner().invoke(main, [*path, *arguments, *more])
     names = [option for p in command.params for option in p.opts]

@@ -1,0 +1,1 @@
+"""`popo-lite init`: look at model, data, reward and card, and write a recipe that fits."""
