@@ -22,6 +22,7 @@ COMMANDS = {
         "Measure runs and models, on held-out problems or benchmarks.",
     ),
     "chat": ("popo_lite.tools.chat.command:chat", "Talk with a trained model, and compare it with its base."),
+    "serve": ("popo_lite.tools.serve:serve", "Serve a run or a merged model by vLLM, with OpenAI's API."),
     "generate": ("popo_lite.tools.generate:generate", "Ask the model that a run trained."),
     "export": ("popo_lite.tools.export.command:export", "Turn a run into a model that others can load."),
     "sweep": ("popo_lite.tools.sweep.command:sweep", "Train variants of a recipe with several seeds."),
