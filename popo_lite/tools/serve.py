@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from popo_lite.errors import EngineError, UserInputError
+from popo_lite.errors import EngineError, PopoError, UserInputError
 from popo_lite.tools.checkpoint_option import checkpoint_option
 from popo_lite.tools.serve_process import GRACE_SECONDS
 from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
@@ -79,6 +78,10 @@ def serve(
     A run's adapter is served over the base that it was trained on, which is served beside it as `base`. If the
     environment variable VLLM_API_KEY is set, clients must send it.
     """
+    import torch
+
+    from popo_lite.policy.load import model_source
+    from popo_lite.recipe import VLLMRecipe
     from popo_lite.tools.benchmarks.subject import open_model, open_run, task_run
     from popo_lite.tools.console.output import notify, progress
 
@@ -90,8 +93,10 @@ def serve(
         recipe = subject.recipe
     else:
         subject = open_model(model, [weights] if weights else (), checkpoint=checkpoint)
-        recipe = run.recipe() if (run := task_run([model], None)) else subject.recipe
-        recipe = recipe.with_values({"model": subject.recipe.model})
+        recipe = subject.recipe
+        if run := task_run([model], None):  # an export, in the folder of its run
+            recipe = recipe.with_values({"data": run.recipe().data, "rollout": run.recipe().rollout})
+            recipe = recipe.with_values({"rollout.vllm": VLLMRecipe()})
     refuse_untrusted(recipe, model, trust, only=MODEL_CODE)
 
     from popo_lite.samplers.vllm import why_not
@@ -107,14 +112,15 @@ def serve(
         options = _common_options(recipe, folder, max_model_len) | {"host": host, "port": port}
         probe = None
         if is_run:
-            # In a process of its own, so that all its memory, also of the GPU, is free again for the server.
-            with progress("reading the run"), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                of_run, probe = pool.submit(_prepare, subject, max_model_len, folder).result()
+            with progress("reading the run"):
+                of_run, probe = _in_own_process(_prepare, subject, max_model_len, folder)
             options = of_run | options | {"served_model_name": BASE, "lora_modules": f"{name}={folder / 'adapter'}"}
         else:
-            options |= {"model": subject.recipe.model.id, "dtype": recipe.model.dtype, "served_model_name": name}
-        if recipe.train.device != "cpu":
+            options |= {"model": model_source(recipe.model), "dtype": recipe.model.dtype, "served_model_name": name}
+        if recipe.train.device != "cpu" and torch.cuda.is_available():
             options["gpu_memory_utilization"] = gpu_memory_utilization
+        else:
+            options["enforce_eager"] = True  # compiling takes longer than it saves
         key = os.environ.get("VLLM_API_KEY")
         url = _url(host, port)
         with _server(_flags(options), environment) as server:
@@ -126,6 +132,7 @@ def serve(
             try:
                 server.process.wait()
             except KeyboardInterrupt:
+                server.forward = None  # its last lines are those of libraries
                 notify("stopping the server")
                 return
             raise server.failure("the server ended")
@@ -218,7 +225,7 @@ def _prepare(subject: Subject, max_model_len: int | None, folder: Path) -> tuple
         lengths = {"rollout.max_prompt_length": max_model_len - 1, "rollout.max_completion_length": 1}
         recipe = recipe.with_values(lengths)
     options = base_options(policy, recipe)
-    options["enforce_eager"] = recipe.rollout.vllm.enforce_eager or policy.device.type == "cpu"
+    options["enforce_eager"] = recipe.rollout.vllm.enforce_eager
     coarse = recipe.rollout.vllm.base == "bf16" or recipe.rollout.vllm.kv_cache_dtype == "fp8"
     dtype = torch.bfloat16 if coarse else policy.head.weight.dtype
     return options, Probe(
@@ -226,6 +233,38 @@ def _prepare(subject: Subject, max_model_len: int | None, folder: Path) -> tuple
         logps=dict(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)),
         limit=recipe.rollout.max_gap or MAX_GAP_NATS[dtype],
     )
+
+
+def _in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what `work` returns in another process, whose memory, also of the GPU, is then free for the server."""
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, work, arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        outcome = receiver.recv()
+    except EOFError as error:
+        process.join()
+        what = f"the process that reads the run ended with exit code {process.exitcode}"
+        next_step = (
+            "free some memory and rerun the command" if process.exitcode == -9 else "please report what it printed"
+        )
+        raise EngineError(what, next_step=next_step) from error
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(outcome, PopoError):
+        raise outcome
+    return outcome
+
+
+def _send(sender: Any, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    try:
+        sender.send(work(*arguments))
+    except PopoError as error:
+        sender.send(error)
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:

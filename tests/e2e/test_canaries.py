@@ -86,6 +86,8 @@ RUNS = {  # command -> what it would run; the other commands run nothing
     "eval": PIECES.keys(),
     "export": {"model", "grader", "game"},
     "generate": {"model"},
+    "chat": {"model"},
+    "serve": {"model"},
     "plan": {"model"},
     "bench": {"model"},
 }
@@ -139,8 +141,9 @@ def files_in(folder: Path) -> list[Path]:
 
 def leaves(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     if isinstance(command, click.Group):
-        for name, inner in command.commands.items():
-            yield from leaves(inner, (*path, name))
+        context = click.Context(command)
+        for name in command.list_commands(context):  # commands are imported when they are asked for
+            yield from leaves(command.get_command(context, name), (*path, name))
     else:
         yield path, command
 
@@ -154,6 +157,8 @@ ARGUMENTS = {
     "RUN": "run",
     "RUN_OR_SWEEP...": "run",
     "MODEL_OR_RUN...": "run",
+    "MODEL_OR_RUN": "run",
+    "RUN_OR_FOLDER": "run",
     "question": "What is 1 + 1?",
 }
 

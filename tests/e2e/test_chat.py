@@ -261,20 +261,25 @@ class Terminal:
     def text(self):
         return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
 
-    def send(self, keys, prompt="policy"):
-        """Type `keys` once the chat waits for them with this prompt."""
+    def send(self, keys, prompt="policy", *, ends=False):
+        """Type `keys` when the chat waits for them with this prompt; unless that `ends` it, until it has taken them."""
         self.wait(f"\n{prompt}>\n")
         os.write(self._master, keys)
+        while not ends and f"\n{prompt}>\n" in self.text:
+            self._read()
 
-    def wait(self, *texts, seconds=40):
+    def wait(self, *texts, seconds=60):
         """Wait until one of `texts` is on the screen, and return it."""
         limit = time.monotonic() + seconds
         while not (found := next((text for text in texts if text in self.text), None)):
             assert time.monotonic() < limit, self.text
-            if select.select([self._master], [], [], 0.1)[0]:
-                with suppress(OSError):
-                    self._stream.feed(os.read(self._master, 65536))
+            self._read()
         return found
+
+    def _read(self):
+        if select.select([self._master], [], [], 0.1)[0]:
+            with suppress(OSError):
+                self._stream.feed(os.read(self._master, 65536))
 
     def close(self):
         self.process.kill()
@@ -323,7 +328,7 @@ def test_on_a_terminal(terminal, run):
     assert "stopped)" in terminal.text
     terminal.send(b"/nonsense\r")
     terminal.wait("there is no command /nonsense")
-    terminal.send(b"\x04")
+    terminal.send(b"\x04", ends=True)
     terminal.wait(f"popo-lite push {run}")
     assert f"popo-lite export {run}" in terminal.text
     assert terminal.process.wait(30) == 0

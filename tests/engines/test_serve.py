@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -142,5 +143,10 @@ def test_what_cannot_be_served_is_refused_before_anything_is_loaded(run, tmp_pat
     code, text = serve(dora.path, "--port", port)
     assert code == 1
     assert "popo-lite chat" in text
+    broken = shutil.copytree(run.path, tmp_path / "broken")
+    (broken / "adapter" / "adapter_model.safetensors").unlink()
+    code, text = serve(broken, "--port", port)  # another process finds it
+    assert code == 2
+    assert "lacks adapter_model.safetensors" in text
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "vLLM is not installed" in serve(run.path, "--port", port)[1]

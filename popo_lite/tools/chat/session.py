@@ -274,4 +274,4 @@ class Session:
         except OSError as error:
             what = f"{path} cannot be written: {error.strerror}"
             raise UserInputError(what, next_step="name a file in a folder of yours") from error
-        self.screen.note(f"saved {len(self.turns):,} messages with their answers to {shlex.quote(str(path))}")
+        self.screen.note(f"saved the conversation to {shlex.quote(str(path))}")
