@@ -24,6 +24,8 @@ COMMANDS = {
         "Measure runs and models, on held-out problems or benchmarks.",
     ),
     "report": ("popo_lite.tools.report.command:report", "Show a run as one HTML page."),
+    "chat": ("popo_lite.tools.chat.command:chat", "Talk with a trained model, and compare it with its base."),
+    "serve": ("popo_lite.tools.serve:serve", "Serve a run or a merged model by vLLM, with OpenAI's API."),
     "generate": ("popo_lite.tools.generate:generate", "Ask the model that a run trained."),
     "export": ("popo_lite.tools.export.command:export", "Turn a run into a model that others can load."),
     "push": ("popo_lite.tools.push:push", "Upload an export to the Hugging Face Hub."),

@@ -248,33 +248,38 @@ def engine_options(recipe: Recipe, rank: int) -> dict[str, Any]:
     }
 
 
+def base_options(policy: Policy, recipe: Recipe) -> dict[str, Any]:
+    """Return `engine_options`, and those of the base that `rollout.vllm.base` names; it is dequantised if need be."""
+    vllm = recipe.rollout.vllm
+    config: Any = policy.model.peft_config["default"]
+    # PEFT gives the fused experts of some models a multiple of the rank.
+    options = engine_options(recipe, max(config.r, *config.rank_pattern.values(), 0))
+    options["kv_cache_dtype"] = vllm.kv_cache_dtype
+    if vllm.base == "nf4":
+        options["quantization"] = "bitsandbytes"
+    elif vllm.base == "bf16" and recipe.model.dtype != "float16":
+        options["dtype"] = "bfloat16"
+    if policy.device.type != "cuda":
+        # A prompt prefilled in parts rewinds its request's random generator, which only CUDA generators can do.
+        tokens = max(4096, recipe.rollout.sequence_tokens)
+        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
+    if vllm.base == "dequantized" and policy.quantized_modules:
+        return options | {"model": str(dequantized_folder(policy, recipe.model))}
+    return options | {"model": model_source(recipe.model), "revision": recipe.model.revision}
+
+
 def _start_engine(policy: Policy, recipe: Recipe) -> Any:
     """Start an engine over the base that `rollout.vllm.base` names."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
     vllm, on_gpu = recipe.rollout.vllm, policy.device.type == "cuda"
-    config: Any = policy.model.peft_config["default"]
-    # PEFT gives the fused experts of some models a multiple of the rank.
-    options = engine_options(recipe, max(config.r, *config.rank_pattern.values(), 0))
-    if vllm.base == "nf4":
-        options["quantization"] = "bitsandbytes"
-    elif vllm.base == "bf16" and recipe.model.dtype != "float16":
-        options["dtype"] = "bfloat16"
-    if not on_gpu:
-        # A prompt prefilled in parts rewinds its request's random generator, which only CUDA generators can do.
-        tokens = max(4096, recipe.rollout.sequence_tokens)
-        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
-    if vllm.base == "dequantized" and policy.quantized_modules:
-        options["model"] = str(dequantized_folder(policy, recipe.model))
-    else:
-        options |= {"model": model_source(recipe.model), "revision": recipe.model.revision}
+    options = base_options(policy, recipe)
     threads = torch.get_num_threads()
     try:
         with _class_of_its_own(policy):
             engine = LLMEngine.from_engine_args(
                 EngineArgs(
-                    kv_cache_dtype=vllm.kv_cache_dtype,
                     gpu_memory_utilization=vllm.gpu_memory_utilization,
                     enforce_eager=vllm.enforce_eager,
                     enable_prefix_caching=True,

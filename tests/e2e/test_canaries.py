@@ -88,6 +88,8 @@ RUNS = {  # command -> what it would run; the other commands run nothing
     "eval": PIECES.keys(),
     "export": {"model", "grader", "game"},
     "generate": {"model"},
+    "chat": {"model"},
+    "serve": {"model"},
     "plan": {"model"},
     "bench": {"model"},
 }
@@ -163,6 +165,8 @@ ARGUMENTS = {
     "USER/NAME": "me/it",
     "RUN_OR_SWEEP...": "run",
     "MODEL_OR_RUN...": "run",
+    "MODEL_OR_RUN": "run",
+    "RUN_OR_FOLDER": "run",
     "question": "What is 1 + 1?",
 }
 

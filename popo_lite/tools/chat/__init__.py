@@ -1,0 +1,1 @@
+"""Talk with a trained model in the terminal."""
