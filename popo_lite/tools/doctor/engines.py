@@ -27,11 +27,11 @@ from popo_lite.tools.doctor.findings import REPORT, Finding
 
 ENGINE_SHARE = 0.3
 """Part of the GPU for vLLM here: enough for its kernels' workspaces, and free on a card with a desktop on it."""
-MEASURED = ("qwen_1_5b_lora", "llama3_2_1b", "smollm2_135m")
-"""Recipes to measure, the first one that fits: their shapes are known without a download."""
+MEASURED = "qwen_1_5b_lora"
+"""The recipe that is measured: it fits the smallest cards, and its shape is known without a download."""
 MEASURED_SIZE = {
     "rollout.engine": "hf", "data.prompts_per_step": 2, "rollout.num_generations": 8,
-    "rollout.max_prompt_length": 256, "rollout.max_completion_length": 256, "train.device": "auto",
+    "rollout.max_prompt_length": 256, "rollout.max_completion_length": 512, "train.device": "auto",
 }  # fmt: skip
 EXPECTED_RATIOS = (0.8, 1.05)
 """Measured over planned peak memory; the plan is made not to be too small."""
@@ -93,29 +93,28 @@ def unsloth() -> Iterator[Finding]:
 
 def measured_step() -> Iterator[Finding]:
     """Yield the time of a step of a shipped recipe with random weights, and its memory beside the plan's."""
-    device, name = pick_device("auto"), "measured step"
-    for recipe_name in MEASURED:
-        recipe = measured_recipe(recipe_name, device)
-        plan = measure.plan_here(recipe, device, torch.cuda.mem_get_info(device)[0])
-        if plan is not None and plan.fits:
-            result = measure.bench(recipe, steps=1, positives=None, memory_cap_bytes=None, notify=lambda _: None)
-            yield judge_step(recipe_name, result)
-            return
-    free = size(torch.cuda.mem_get_info(device)[0])
-    what = f"not measured: none of {', '.join(MEASURED)} fits the {free} that are free"
-    yield Finding(name=name, status="warning", what=what, next_step=f"popo-lite plan {MEASURED[-1]}")
+    device = pick_device("auto")
+    free_bytes = torch.cuda.mem_get_info(device)[0]
+    recipe = measured_recipe(device)
+    plan = measure.plan_here(recipe, device, free_bytes)
+    if plan is not None and not plan.fits:
+        what = f"not measured: {MEASURED} needs {size(plan.peak.total_bytes)}, and {size(free_bytes)} are free"
+        next_step = f"end what uses the GPU; popo-lite plan {MEASURED} says what would make it fit"
+        yield Finding(name="measured step", status="warning", what=what, next_step=next_step)
+        return
+    yield judge_step(measure.bench(recipe, steps=1, positives=None, memory_cap_bytes=None, notify=lambda _: None))
 
 
-def measured_recipe(name: str, device: torch.device) -> Recipe:
-    """Return a shipped recipe in the size that is measured here."""
-    recipe = load_recipe(name).with_values(MEASURED_SIZE)
+def measured_recipe(device: torch.device) -> Recipe:
+    """Return the shipped recipe that is measured, in the size in which it is."""
+    recipe = load_recipe(MEASURED).with_values(MEASURED_SIZE)
     return recipe if computes_bfloat16(device) else recipe.with_values({"model.dtype": "float16"})
 
 
-def judge_step(recipe: str, result: Mapping[str, Any]) -> Finding:
+def judge_step(result: Mapping[str, Any]) -> Finding:
     """Return the result of `bench` as a finding: a step that runs out of memory that was planned is a failure."""
     name, count = "measured step", result["size"]
-    what = f"{recipe}, {count['prompts']} x {count['num_generations']} answers of {count['prompt_tokens']} + "
+    what = f"{MEASURED}, {count['prompts']} x {count['num_generations']} answers of {count['prompt_tokens']} + "
     what += f"{count['completion_tokens']} tokens by {result['engine']}: "
     facts = {"bench": result}
     if result["out_of_memory"] is not None:
