@@ -24,6 +24,7 @@ from popo_lite.recipe_file import dump_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.chat.model import open_chat, open_subject
+from popo_lite.tools.chat.pieces import Pieces
 from popo_lite.tools.chat.session import Session
 from popo_lite.tools.console.chat import ChatScreen
 from runs import finished_run
@@ -225,6 +226,17 @@ def test_a_model_that_is_no_run(chat, tmp_path):
     again = chat(QUESTION, model=model, options=["--chat-template", template])
     assert again.stderr == ""
     assert again.stdout == chat(QUESTION, model=TINY_FOLDER).stdout
+
+
+def test_ctrl_c_ends_a_script(chat, monkeypatch):
+    def stop(*_, final=False):
+        if not final:
+            raise KeyboardInterrupt
+        return ()
+
+    monkeypatch.setattr("popo_lite.tools.chat.model.SHOW_SECONDS", 0)
+    monkeypatch.setattr(Pieces, "push", stop)
+    assert chat(QUESTION, QUESTION, code=130).stdout.strip() == ""
 
 
 def test_text_that_is_not_utf8_is_refused(run):

@@ -130,6 +130,8 @@ class Session:
 
     def _report(self, message: str, adapter: bool, answer: Answer) -> None:
         """Print the answer as JSON, or why it ended if it did not end by itself."""
+        if answer.finish_reason == "interrupted" and self.screen.plain:
+            raise KeyboardInterrupt  # without a terminal it ends the chat
         if self.as_json:
             click.echo(json.dumps({"message": message, **self._content(adapter, answer)}))
         elif answer.finish_reason == "interrupted":

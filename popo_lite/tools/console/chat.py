@@ -27,11 +27,11 @@ class ChatScreen:
     """Write answers to standard output. `plain` is for files and pipes; `silent` writes no answers."""
 
     def __init__(self, *, plain: bool, silent: bool = False) -> None:
-        self._console, self._plain, self._silent = open_console(sys.stdout), plain, silent
+        self.plain, self._silent, self._console = plain, silent, open_console(sys.stdout)
 
     def note(self, text: str) -> None:
         """Print lines about the chat, to standard error if standard output is for answers alone."""
-        console = open_console(sys.stderr) if self._plain else self._console
+        console = open_console(sys.stderr) if self.plain else self._console
         for line in text.splitlines():
             console.print(Text(words.encodable(words.printable(line), console.encoding), "dim"), soft_wrap=True)
 
@@ -39,7 +39,7 @@ class ChatScreen:
         """Yield what draws each answer, in this order. A single one is written without its label."""
         if self._silent:
             return nullcontext([list] * len(labels))
-        if len(labels) > 1 and not self._plain and self._console.width >= SIDE_BY_SIDE:
+        if len(labels) > 1 and not self.plain and self._console.width >= SIDE_BY_SIDE:
             return self._columns(labels)
         return self._rows(labels)
 
@@ -57,8 +57,10 @@ class ChatScreen:
             for part in self._drawn(pieces):
                 self._console.print(part, end="", soft_wrap=True)
 
-        yield [partial(draw, label) for label in labels]
-        self._console.print()
+        try:
+            yield [partial(draw, label) for label in labels]
+        finally:
+            self._console.print()
 
     @contextmanager
     def _columns(self, labels: Sequence[str]) -> Iterator[Sequence[Draw]]:
