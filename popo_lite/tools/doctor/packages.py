@@ -65,7 +65,7 @@ def tested_versions() -> dict[str, set[str]]:
     package = Path(popo_lite.__file__).parent
     tested: dict[str, set[str]] = {}
     for file in TESTED:
-        path = next(path for path in (package / file, package.parent / file) if path.is_file())
+        path = package / file if (package / file).is_file() else package.parent / file
         for line in path.read_text("utf-8").splitlines():
             if pinned := re.fullmatch(r"([\w.-]+)==([\w.]+)", line.strip()):
                 tested.setdefault(canonicalize_name(pinned[1]), set()).add(pinned[2])
