@@ -139,7 +139,12 @@ def files_in(folder: Path) -> list[Path]:
 
 def leaves(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     if isinstance(command, click.Group):
-        for name, inner in command.commands.items():
+        context = click.Context(command)
+        for name in command.list_commands(
+            context
+        ):  # not `commands`: popo-lite's own are imported when they are asked for
+            inner = command.get_command(context, name)
+            assert inner is not None
             yield from leaves(inner, (*path, name))
     else:
         yield path, command
