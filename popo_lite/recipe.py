@@ -647,7 +647,7 @@ class Recipe(Section):
     model: ModelRecipe = ModelRecipe()
     lora: LoraRecipe = LoraRecipe()
     siamese: SiameseRecipe = SiameseRecipe()
-    objective: AnyObjective = Field(PopoObjective(), discriminator="algorithm")
+    objective: AnyObjective = Field(default=PopoObjective(), discriminator="algorithm")
     rollout: RolloutRecipe = RolloutRecipe()
     data: DataRecipe = DataRecipe()
     reward: RewardRecipe = RewardRecipe()

@@ -23,7 +23,7 @@ from popo_lite.policy.device import computes_bfloat16, pick_device
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy, load_trained_policy
 from popo_lite.policy.tokens import open_renderer
-from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
+from popo_lite.recipe import ModelRecipe, Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder, checkpoint_step, dated
 from popo_lite.samplers import Sampler, open_sampler
@@ -126,7 +126,7 @@ def open_model(model: str, wanted: Sequence[str], device: str = "auto", checkpoi
     place = pick_device(device)
     narrow: Literal["bfloat16", "float16"] = "bfloat16" if computes_bfloat16(place) else "float16"
     base = ModelRecipe(id=name, quantization="none", dtype="float32" if place.type == "cpu" else narrow)
-    return Subject(name=name, recipe=Recipe(model=base, objective=PopoObjective()), adapters={"model": None})
+    return Subject(name=name, recipe=Recipe(model=base), adapters={"model": None})
 
 
 @contextmanager

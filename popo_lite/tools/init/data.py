@@ -75,7 +75,7 @@ def columns_of(name: str) -> dict[str, list[Any]]:
 
 def likely_columns(columns: Mapping[str, Sequence[Any]]) -> tuple[str | None, str | None, bool]:
     """Return the likely columns of prompts and answers, and whether both have the names that a recipe needs not say."""
-    lower = {name.lower(): name for name in reversed(columns)}
+    lower = {name.lower(): name for name in reversed(list(columns))}
     prompts = [lower[name] for name in PROMPT_NAMES if name in lower]
     answers = [lower[name] for name in ANSWER_NAMES if name in lower and lower[name] not in prompts[:1]]
     sure = sum(name in columns for name in PROMPT_COLUMNS) == 1 and "answer" in columns

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from popo_lite.errors import ModelError
 from popo_lite.policy.loading_errors import loading_error
-from popo_lite.recipe import ModelRecipe, Recipe
+from popo_lite.recipe import ModelRecipe, PopoObjective, Recipe
 from popo_lite.recipe_file import load_recipe, shipped_recipes
 from popo_lite.tools.init.hub import is_unreachable
 from popo_lite.tools.plan.shapes import ModelShape, UnknownArchitectureError, load_shape, parameter_counts
@@ -112,7 +112,7 @@ def shipped_for(name: str) -> tuple[str, Recipe] | None:
         return None
     recipes = {key: load_recipe(path) for key, path in shipped_recipes().items() if key != "template"}
     made = ((key, recipe) for key, recipe in recipes.items() if recipe.model.id == name)
-    return next((one for one in made if one[1].objective.algorithm == "popo"), None)
+    return next((one for one in made if type(one[1].objective) is PopoObjective), None)
 
 
 def open_tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
