@@ -23,8 +23,8 @@ class Callback:
     error.
     """
 
-    def attach(self, say: Callable[[str], None]) -> None:
-        """Receive, before any event, a function that sends a message to the log and to all callbacks."""
+    def connect(self, say: Callable[[str], None]) -> None:
+        """Receive a function that shows a notice and writes it to the log. Call it in the run's own thread."""
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
         """Begin a run. `facts` are shown in order: model, adapters, data, device, run folder.
@@ -85,10 +85,6 @@ class CallbackList(Callback):
         self._callbacks, self._entered = callbacks, ExitStack()
         for method in EVENTS:
             setattr(self, method, partial(self._call_all, method))
-
-    def attach(self, say: Callable[[str], None]) -> None:  # noqa: D102
-        for callback in self._callbacks:
-            callback.attach(say)
 
     def __enter__(self) -> Self:
         for callback in self._callbacks:

@@ -235,7 +235,7 @@ def test_a_tracker_that_fails_is_reported_once(kind, fake, tmp_path, monkeypatch
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 3.0)
     said: list[str] = []
     with Tracker("trackio", RunFolder(tmp_path), load_recipe("tiny_cpu")) as tracker:
-        tracker.attach(said.append)
+        tracker.connect(said.append)
         tracker.start(title="one", facts={}, total_steps=9, first_step=0)
         began = time.perf_counter()
         for step in range(9):
@@ -255,7 +255,7 @@ def test_a_tracker_that_falls_behind_is_given_up(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "QUEUED", 20)
     said: list[str] = []
     with Tracker("trackio", RunFolder(tmp_path), load_recipe("tiny_cpu")) as tracker:
-        tracker.attach(said.append)
+        tracker.connect(said.append)
         tracker.start(title="one", facts={}, total_steps=9, first_step=0)
         for step in range(100):  # more than the pipe holds, too
             tracker.step(record(step, rewards={f"reward_{i}": 0.5 for i in range(99)}))

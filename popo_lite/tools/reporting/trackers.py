@@ -112,7 +112,7 @@ class Tracker(Callback):
         self._gone = threading.Event()  # the process takes nothing more
         self._tokens: dict[int, int] = {}  # step -> tokens of it
 
-    def attach(self, say: Callable[[str], None]) -> None:  # noqa: D102
+    def connect(self, say: Callable[[str], None]) -> None:  # noqa: D102
         self._say = say
 
     @_contained
