@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from popo_lite.controls import Controls
 from popo_lite.metrics import StepRecord
 
 
@@ -22,6 +23,9 @@ class Callback:
     raises ends the run, which is saved first. A callback is a context manager; leaving it calls `close`, also after an
     error.
     """
+
+    def attach(self, controls: Controls) -> None:
+        """Receive the controls of the run before it starts, to pause it or to ask for more: see `Controls.request`."""
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
         """Begin a run. `facts` are shown in order: model, adapters, data, device, run folder.
@@ -48,11 +52,14 @@ class Callback:
         Each has "step", "question", "reference" (the right answer), and the texts "right" and "wrong" or None.
         """
 
+    def sampled(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Receive answers that were asked for (`Controls.request("sample")`), as `samples` has them."""
+
     def evaluated(self, record: Mapping[str, Any]) -> None:
         """Receive an evaluation on held-out problems, a line of evaluations.jsonl.
 
-        It has "when" ("before", "after", or "step N"), "step", the number of steps done, and what
-        `EvalResult.summary` has.
+        It has "when" ("before", "after", "step N", or "asked" for one that was asked for), "step", the number of steps
+        done, and what `EvalResult.summary` has.
         """
 
     def saved(self, checkpoint: Path) -> None:
@@ -71,7 +78,7 @@ class Callback:
         self.close()
 
 
-EVENTS = ("start", "stage", "advance", "step", "samples", "evaluated", "saved", "message")
+EVENTS = ("attach", "start", "stage", "advance", "step", "samples", "sampled", "evaluated", "saved", "message")
 """The methods of `Callback` that receive an event."""
 
 

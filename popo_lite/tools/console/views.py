@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import pairwise
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 from popo_lite.callbacks import Callback, TerminalGone
+from popo_lite.controls import Action, Controls
 from popo_lite.errors import UserInputError
 from popo_lite.metrics import METRICS, StepRecord
 from popo_lite.tools.console import words
@@ -27,6 +28,26 @@ _LINE = ("pass_rate", "loss", "entropy", "entropy_over_start", "siamese_cosine",
 MOST_SHOWN = 4000  # characters of a notice's line: no screen shows more, and it is drawn twice a second
 GROUPS = ("groups_all_right", "groups_some_right", "groups_none_right", "groups_ungraded")
 
+
+PAUSED = "paused"
+"""The stage of a run that waits."""
+
+
+class Key(NamedTuple):
+    """What a key asks for, in a word and in full."""
+
+    action: Action
+    short: str
+    meaning: str
+
+
+KEYS = {
+    "p": Key("pause", "pause", "pause after this step and give the GPU back; p again continues"),
+    "s": Key("sample", "sample", "answer a few held-out problems with the current weights, after this step"),
+    "e": Key("evaluate", "evaluate", "evaluate on all held-out problems, after this step"),
+    "c": Key("checkpoint", "checkpoint", "save a checkpoint after this step"),
+    "q": Key("stop", "quit", "finish this step, save and stop, as one Ctrl-C does"),
+}
 
 SHOWN = 1000
 """Records that are kept for trends. Each takes some 10 kB."""
@@ -59,8 +80,19 @@ class RunState(Callback):
         self.notices: list[str] = []
         self._step_ends: deque[float] = deque(maxlen=20)
         self._samples: deque[Mapping[str, Any]] = deque()
+        self._asked: deque[Mapping[str, Any]] = deque()  # samples that were asked for: they come first
         self._sample: Mapping[str, Any] | None = None  # shown until then
         self._sample_until = -math.inf
+        self.evaluations: list[Mapping[str, Any]] = []
+        self.controls: Controls | None = None
+        self.changes = 0  # counts what was reported, except the progress of a stage
+        self.keys: Mapping[str, Key] = {}  # those that work now
+        self.help_shown = False
+        self.before_the_first_step = "no step has ended yet"
+
+    def attach(self, controls: Controls) -> None:
+        """Remember what takes requests."""
+        self.controls = controls
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
         """Remember the facts and start the clock."""
@@ -68,12 +100,16 @@ class RunState(Callback):
         self.first_step = self.steps_done = first_step
         self.facts = {words.clean(key): words.clean(value) for key, value in facts.items()}
         self.started = self.clock()
+        self.changes += 1
 
     def stage(self, name: str, *, total: int | None = None) -> None:
         """Begin counting the stage's work."""
         with self.lock:
+            now = self.clock()
+            if self.stage_name == PAUSED:  # a pause is no part of a step
+                self._step_ends = deque((end + now - self.stage_since for end in self._step_ends), maxlen=20)
             self.stage_name, self.stage_total = words.clean(name), total
-            self.stage_done, self.stage_since = 0, self.clock()
+            self.stage_done, self.stage_since = 0, now
 
     def advance(self, amount: int) -> None:
         """Count work of the stage."""
@@ -87,6 +123,7 @@ class RunState(Callback):
                 self._step_ends.append(self.clock() - words.by_stage(record["seconds"])[1])
             self._step_ends.append(self.clock())
             self.records.append(record)
+            self.changes += 1
             self.skips += record["skipped_reason"] is not None
             self.steps_done = record["step"] + 1  # less than before if the run went back to a checkpoint
 
@@ -94,10 +131,25 @@ class RunState(Callback):
         """Remember the answers."""
         with self.lock:
             self._samples = deque(samples)
+            self.changes += 1
+
+    def sampled(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Remember answers that were asked for, to show them next."""
+        with self.lock:
+            self._asked = deque({**sample, "asked": True} for sample in samples)
+            self.changes += 1
+            self._sample_until = -math.inf
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Remember the evaluation."""
+        with self.lock:
+            self.evaluations.append(record)
+            self.changes += 1
 
     def message(self, text: str) -> None:
         """Remember the notice and when it came."""
         self.notices += [f"{datetime.now():%H:%M:%S}  {words.clean(line[:MOST_SHOWN])}" for line in text.splitlines()]
+        self.changes += 1
 
     def pace(self) -> tuple[float | None, float | None]:
         """Return the median seconds between the ends of two recent steps, and the seconds left at this pace."""
@@ -117,11 +169,21 @@ class RunState(Callback):
 
     def sample(self) -> Mapping[str, Any] | None:
         """Return the sample to show now. Each stays long enough to be read, however fast steps are."""
-        if self._samples and self.clock() >= self._sample_until:
-            self._sample = self._samples[0]
-            self._samples.rotate(-1)
+        waiting = self._asked or self._samples
+        if waiting and self.clock() >= self._sample_until:
+            self._sample = waiting[0]
+            if self._asked:
+                self._asked.popleft()
+            else:
+                self._samples.rotate(-1)
             self._sample_until = self.clock() + 10.0
         return self._sample
+
+    def shown_samples(self, count: int) -> list[Mapping[str, Any]]:
+        """Return up to `count` samples to show now: the one whose turn it is, and those after it."""
+        first = self.sample()
+        others = [sample for sample in (*self._asked, *self._samples) if sample is not first]
+        return [] if first is None else [first, *others[: count - 1]]
 
     def step_line(self) -> str:
         """Return the latest step as one line of `name value` pairs, with two blanks between the pairs."""
@@ -159,6 +221,15 @@ class PlainView(RunState):
         with self.lock:
             super().step(record)
             self._print(self.step_line())
+
+    def sampled(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Print answers that were asked for."""
+        for sample in samples:
+            mark, answer = ("wrong", sample["wrong"]) if sample["right"] is None else ("right", sample["right"])
+            asked = (words.clean(sample[name])[:MOST_SHOWN] for name in ("question", "reference"))
+            self._print(
+                "question: {} (the answer is {})".format(*asked), f"  {mark}: {words.clean(answer)[:MOST_SHOWN]}"
+            )
 
     def message(self, text: str) -> None:
         """Print the notice."""
