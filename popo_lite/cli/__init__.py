@@ -14,6 +14,7 @@ from popo_lite.errors import INTERRUPTED, EngineError, PopoError
 COMMANDS = {
     "train": ("popo_lite.cli.train:train", "Train with a recipe."),
     "resume": ("popo_lite.cli.train:resume", "Continue a run."),
+    "watch": ("popo_lite.tools.watch:watch", "Follow a run from another terminal, or look at one."),
     "plan": ("popo_lite.tools.plan.command:plan", "Say whether a recipe fits a GPU, and what to change."),
     "bench": ("popo_lite.tools.bench.command:bench", "Measure a recipe's step with random weights."),
     "recipe": ("popo_lite.tools.recipe_docs:recipe", "Show and check recipes."),

@@ -125,7 +125,8 @@ def dashboard(state: RunState, console: Console, remembered: Remembered) -> list
     column = partial(_column, state, console=console, blank=blank, remembered=remembered)
     if two:
         lines = column([above], width, left_over)
-        lines += _joined(*(column(sections, part, left_over - len(lines)) for sections in (left, right)), part)
+        columns = [column(sections, part, left_over - len(lines)) for sections in (left, right)]
+        lines += _joined(columns[0], columns[1], part)
     else:
         lines = column([above, *left], width, left_over)
     lines = lines[:left_over]
@@ -167,7 +168,7 @@ def _lines(section: Section, rows: int, console: Console, options: ConsoleOption
 
 def _joined(left: list[list[Segment]], right: list[list[Segment]], width: int) -> list[list[Segment]]:
     """Return two columns side by side; each has its margins."""
-    pairs = zip_longest(left, right, fillvalue=[])
+    pairs = zip_longest(left, right, fillvalue=list[Segment]())
     return [[*Segment.adjust_line_length(first, width + 3), *second] for first, second in pairs]
 
 
@@ -233,7 +234,8 @@ def _progress(state: RunState, width: int) -> RenderableType:
             text = f"step {done} changed no weights ({skips} of {steps} skipped): {words.clean(reason)}"
         below = Text(text)
     if state.stage_name == PAUSED:
-        below = Text("paused: p continues, q saves and stops", "bold magenta")
+        text = "paused: p continues, q saves and stops" if "p" in state.keys else "paused"
+        below = Text(text, "bold magenta")
     ran = words.duration(state.clock() - state.stage_since) if state.stage_name else ""
     if stage_total := state.stage_total:
         ran = f"{state.stage_done / stage_total:4.0%}   {state.stage_done:,} of {stage_total:,}   {ran}"

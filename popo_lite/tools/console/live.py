@@ -62,6 +62,7 @@ class LiveView(RunState):
                 taken.callback(signal.signal, STOP_SIGNAL, signal.signal(STOP_SIGNAL, self._stopped))
             self._typed = Keys()
             taken.callback(self._typed.close)
+            self._note_keys()
             if in_foreground(self._console.file):
                 self._screen.take()
             thread = threading.Thread(target=self._run, name="popo-lite screen", daemon=True)
@@ -132,10 +133,13 @@ class LiveView(RunState):
             if self._stopping or not in_foreground(self._console.file):
                 return
             self._screen.take()  # again, after Ctrl-Z and fg
-            self.keys = self._possible_keys if self._typed.possible and self.controls is not None else {}
+            self._note_keys()
             with self._console.capture() as captured:
                 self._console.print(self.render(), end="")
-            self._screen.draw(captured.get().rstrip("\n").split("\n"), tuple(self._console.size))
+            self._screen.draw(captured.get().rstrip("\n").split("\n"), (self._console.width, self._console.height))
+
+    def _note_keys(self) -> None:
+        self.keys = self._possible_keys if self._typed.possible and self.controls is not None else {}
 
     def _stopped(self, number: int, _frame: object) -> None:
         """Give the terminal back, stop as Ctrl-Z does, and go on when the process is continued."""

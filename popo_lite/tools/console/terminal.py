@@ -7,7 +7,7 @@ import select
 import sys
 import threading
 from collections.abc import Sequence
-from typing import TextIO
+from typing import IO
 
 try:
     import termios
@@ -22,7 +22,7 @@ else:
 TAKE, GIVE = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[H\x1b[2J", "\x1b[?25h\x1b[?1049l\x1b[?7h"
 
 
-def in_foreground(stream: TextIO) -> bool:
+def in_foreground(stream: IO[str]) -> bool:
     """Return False if the terminal belongs to another job, such as the shell after Ctrl-Z."""
     try:
         return os.tcgetpgrp(stream.fileno()) == os.getpgrp()
@@ -33,7 +33,7 @@ def in_foreground(stream: TextIO) -> bool:
 class Screen:
     """The alternate screen of a terminal. A line is written only if it changed, so little goes over a slow line."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self._lines: list[str] = []
         self._size = (0, 0)
@@ -75,7 +75,7 @@ class Keys:
     `read` takes the terminal's line mode away while the process is in the foreground, `release` brings it back.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.__stdin__
         self.possible = KEYS_POSSIBLE and self._stream is not None and _is_terminal(self._stream)
         self._fd = self._stream.fileno() if self.possible and self._stream is not None else -1
@@ -135,7 +135,7 @@ class Keys:
             tty.setcbreak(self._fd, termios.TCSANOW)
 
 
-def _is_terminal(stream: TextIO) -> bool:
+def _is_terminal(stream: IO[str]) -> bool:
     try:
         return stream.isatty() and stream.fileno() >= 0
     except (OSError, ValueError):  # closed, or replaced by an object without a descriptor

@@ -33,6 +33,9 @@ PAUSED = "paused"
 """The stage of a run that waits."""
 
 
+VIEWS = ("auto", "live", "plain", "silent")
+
+
 class Key(NamedTuple):
     """What a key asks for, in a word and in full."""
 
@@ -85,6 +88,7 @@ class RunState(Callback):
         self._sample_until = -math.inf
         self.evaluations: list[Mapping[str, Any]] = []
         self.controls: Controls | None = None
+        self.said: datetime | None = None  # when, if not now
         self.changes = 0  # counts what was reported, except the progress of a stage
         self.keys: Mapping[str, Key] = {}  # those that work now
         self.help_shown = False
@@ -122,6 +126,8 @@ class RunState(Callback):
                 # The time since the start would count the evaluation before the first step as part of it.
                 self._step_ends.append(self.clock() - words.by_stage(record["seconds"])[1])
             self._step_ends.append(self.clock())
+            while self.records and self.records[-1]["step"] >= record["step"]:  # the run went back to a checkpoint
+                self.skips -= self.records.pop()["skipped_reason"] is not None
             self.records.append(record)
             self.changes += 1
             self.skips += record["skipped_reason"] is not None
@@ -148,7 +154,9 @@ class RunState(Callback):
 
     def message(self, text: str) -> None:
         """Remember the notice and when it came."""
-        self.notices += [f"{datetime.now():%H:%M:%S}  {words.clean(line[:MOST_SHOWN])}" for line in text.splitlines()]
+        self.notices += [
+            f"{self.said or datetime.now():%H:%M:%S}  {words.clean(line[:MOST_SHOWN])}" for line in text.splitlines()
+        ]
         self.changes += 1
 
     def pace(self) -> tuple[float | None, float | None]:
@@ -254,28 +262,39 @@ class PlainView(RunState):
                     doing = self.stage_name or "preparing"
                     doing += f" {self.stage_done:,} of {self.stage_total:,}" if self.stage_total else ""
                     doing += f", {words.duration(now - self.stage_since)} in this stage" if self.stage_name else ""
-                    self._print(f"running: {doing}, {words.duration(now - self.started)} in all")
+                    doing = doing if self.stage_name == PAUSED else f"running: {doing}"
+                    self._print(f"{doing}, {words.duration(now - self.started)} in all")
                 wait = self._heartbeat_seconds - (now - self._printed)
 
     def _print(self, *lines: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"  # that of io.StringIO is None
         with self.lock, writing():
             for line in lines:
-                self._stream.write(words.encodable(f"{datetime.now():%H:%M:%S}  {line}", encoding) + "\n")
+                self._stream.write(words.encodable(f"{self.said or datetime.now():%H:%M:%S}  {line}", encoding) + "\n")
             self._stream.flush()
             self._printed = self.clock()
             if self._heart.ident is None and not self._done.is_set():
                 self._heart.start()  # with the first line: loading a model, before the run starts, takes time as well
 
 
-def open_view(mode: Literal["auto", "live", "plain", "silent"] = "auto", stream: TextIO | None = None) -> Callback:
+def open_view(
+    mode: Literal["auto", "live", "plain", "silent"] = "auto",
+    stream: TextIO | None = None,
+    *,
+    keys: Mapping[str, Key] = KEYS,
+) -> Callback:
     """Return the view for `stream`, by default standard output. Without a terminal `live` raises UserInputError.
 
-    `auto` is live on a terminal that can move its cursor, and plain anywhere else. NO_COLOR removes the colours.
+    `auto` is live on a terminal that can move its cursor and in a notebook, and plain anywhere else. NO_COLOR removes
+    the colours. `keys` are those of the live view on a terminal.
     """
-    stream = stream or sys.stdout
     if mode == "silent":
         return Callback()
+    if stream is None and mode != "plain" and in_notebook():
+        from popo_lite.tools.console.notebook import NotebookView
+
+        return NotebookView()
+    stream = stream or sys.stdout
     can_move = stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
     if mode == "live" and not can_move:
         what = "the live view needs a terminal that can move its cursor, and standard output is not one"
@@ -286,4 +305,10 @@ def open_view(mode: Literal["auto", "live", "plain", "silent"] = "auto", stream:
 
     from popo_lite.tools.console.live import LiveView
 
-    return LiveView(Console(file=stream, highlight=False))
+    return LiveView(Console(file=stream, highlight=False), keys=keys)
+
+
+def in_notebook() -> bool:
+    """Return True in a cell of Jupyter, Colab or VS Code, whose output can be replaced."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
