@@ -220,7 +220,7 @@ def test_a_shipped_recipe_takes_what_the_plan_says(simulator: Simulator, name: s
 
 
 @pytest.mark.parametrize(
-    "name", slow_unless(("state stays on the GPU", "DoRA"), ("adamw8bit", "paged", "DoRA", "state stays on the GPU"))
+    "name", slow_unless(("state stays on the GPU",), ("adamw8bit", "paged", "DoRA", "state stays on the GPU"))
 )
 def test_a_pause_gives_the_gpu_back_and_takes_it_again(simulator: Simulator, narrow: Path, name: str) -> None:
     recipe = recipe_of(narrow, *SETTINGS[name], "rollout.max_completion_length=96", "train.tokens_per_microbatch=1024")
