@@ -135,12 +135,12 @@ def main() -> None:
     train = [sys.executable, "-m", "popo_lite", "train", "tiny_cpu", "--set", "eval.every=20"]
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        for size in ((80, 24), (200, 60)):
-            frames = record(size, 2.0, train, Path(folder))
-            (IMAGES / f"live-{size[0]}x{size[1]}.svg").write_text(picture([frames[len(frames) * 3 // 4]]))
-        frames = record((100, 30), 1.0, train, Path(folder))
+        frames = record((80, 24), 1.0, train, Path(folder))
+        (IMAGES / "live-80x24.svg").write_text(picture([frames[len(frames) * 3 // 4]]))
         chosen = [frames[index * (len(frames) - 1) // 15] for index in range(16)]
         (IMAGES / "training.svg").write_text(picture(chosen))
+        frames = record((200, 60), 1.0, train, Path(folder))
+        (IMAGES / "live-200x60.svg").write_text(picture([frames[len(frames) * 3 // 4]]))
 
 
 if __name__ == "__main__":
