@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from popo_lite.callbacks import Callback, CallbackList
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
 from popo_lite.run_folder import RunFolder, dated, new_run
+from popo_lite.tools.console.views import open_view
 from popo_lite.tools.reporting import reporters
 from popo_lite.trust import refuse_untrusted, trust_own
 
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
     from popo_lite.trainer import RunResult, Trainer
     from popo_lite.types import EvalResult
 
+View = Literal["auto", "live", "plain", "silent"]
+
 
 def train(
     recipe: Recipe | str | Path,
     *,
     output: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
+    view: View = "silent",
     trust: bool = False,
 ) -> RunResult:
     """Train and return the result: run folder, summary (None if interrupted) and number of steps done.
@@ -33,6 +37,7 @@ def train(
         recipe: From `load_recipe`, or a file or the name of a shipped recipe.
         output: Folder of the run; by default a new one in the recipe's `output.dir`.
         callbacks: Each receives the events of the run: see `Callback`.
+        view: What is shown: "auto" is a live view in a notebook and on a terminal, and plain lines anywhere else.
         trust: Run the code that the recipe's file names, and remember it. A `Recipe` counts as your own.
 
     Raises PopoError (UserInputError, ModelError, EngineError and others) with what to do next.
@@ -46,7 +51,7 @@ def train(
     # The folder is taken before anything is loaded; a run that cannot start leaves nothing behind.
     with (
         new_run(settings, name, None if output is None else Path(output)) as folder,
-        CallbackList([*callbacks, *reporters(folder, settings)]) as callback,
+        CallbackList([open_view(view), *callbacks, *reporters(folder, settings)]) as callback,
         load_trainer(settings, callback) as trainer,
     ):
         return trainer.run(folder)
@@ -58,6 +63,7 @@ def resume(
     *,
     checkpoint: int | None = None,
     callbacks: Sequence[Callback] = (),
+    view: View = "silent",
     trust: bool = False,
 ) -> RunResult:
     """Continue the run in the folder `run` from its newest checkpoint; return the result as `train` does.
@@ -68,13 +74,14 @@ def resume(
             More `train.steps` continue a run that has ended.
         checkpoint: Go back to the checkpoint after this many steps. Later ones are renamed, and not used any more.
         callbacks: Each receives the events of the run: see `Callback`.
+        view: What is shown, as in `train`.
         trust: Run the code that the run's recipe names, and remember it.
 
     Raises PopoError (CheckpointError, UserInputError, ModelError, EngineError and others) with what to do next.
     """
     with (
         resumed_run(Path(run), overrides, checkpoint, trust=trust) as (folder, settings, options),
-        CallbackList([*callbacks, *reporters(folder, settings)]) as callback,
+        CallbackList([open_view(view), *callbacks, *reporters(folder, settings)]) as callback,
         load_trainer(settings, callback) as trainer,
     ):
         return trainer.run(folder, **options)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from popo_lite.controls import Controls
 from popo_lite.metrics import StepRecord
 
 
@@ -23,8 +24,8 @@ class Callback:
     error.
     """
 
-    def connect(self, say: Callable[[str], None]) -> None:
-        """Receive a function that shows a notice and writes it to the log. Call it in the run's own thread."""
+    def attach(self, controls: Controls) -> None:
+        """Receive the controls of the run before it starts, to show notices, pause it or ask for more."""
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
         """Begin a run. `facts` are shown in order: model, adapters, data, device, run folder.
@@ -51,11 +52,14 @@ class Callback:
         Each has "step", "question", "reference" (the right answer), and the texts "right" and "wrong" or None.
         """
 
+    def sampled(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Receive answers that were asked for (`Controls.request("sample")`), as `samples` has them."""
+
     def evaluated(self, record: Mapping[str, Any]) -> None:
         """Receive an evaluation on held-out problems, a line of evaluations.jsonl.
 
-        It has "when" ("before", "after", or "step N"), "step", the number of steps done, and what
-        `EvalResult.summary` has.
+        It has "when" ("before", "after", "step N", or "asked" for one that was asked for), "step", the number of steps
+        done, and what `EvalResult.summary` has.
         """
 
     def saved(self, checkpoint: Path) -> None:
@@ -74,7 +78,7 @@ class Callback:
         self.close()
 
 
-EVENTS = ("connect", "start", "stage", "advance", "step", "samples", "evaluated", "saved", "message")
+EVENTS = ("attach", "start", "stage", "advance", "step", "samples", "sampled", "evaluated", "saved", "message")
 """The methods of `Callback` that receive an event."""
 
 

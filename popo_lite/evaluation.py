@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
+from typing import Any
 
 from popo_lite.conversation import grade_completions, sample_completions
 from popo_lite.errors import DataError
@@ -121,6 +122,44 @@ def evaluate(
         seconds=time.perf_counter() - start,
         pass_rates=tuple(count / samples_per_problem for count in right),
     )
+
+
+def draw_samples(
+    recipe: Recipe,
+    policy: Policy,
+    sampler: Sampler,
+    renderer: Renderer,
+    grader: Grader,
+    problems: Sequence[Problem],
+    *,
+    stream: tuple[int | str, ...],
+    progress: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    """Sample an answer to each problem, and grade it; return views of them: see `Callback.samples`."""
+    longest = recipe.rollout.max_completion_length
+    answers = sample_completions(
+        [renderer.render(problem) for problem in problems],
+        recipe,
+        sampler,
+        grader,
+        renderer,
+        count=1,
+        params=SamplingParams(temperature=recipe.eval.temperature, max_completion_length=longest),
+        policy_version=policy.version,
+        stream=stream,
+        finished=progress,
+    )
+    pairs = [(answer, problem) for [answer], problem in zip(answers, problems, strict=True)]
+    rewards = grade_completions(grader, pairs, step=recipe.train.steps, steps=recipe.train.steps)
+    return [
+        {
+            "question": problem.question,
+            "reference": problem.answer,
+            "right": answer.text if reward.positive else None,
+            "wrong": None if reward.positive else answer.text,
+        }
+        for (answer, problem), reward in zip(pairs, rewards, strict=True)
+    ]
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

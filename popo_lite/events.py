@@ -38,7 +38,6 @@ class RunEvents(Callback):
         self.log.addHandler(self._early)
         for method in EVENTS:
             setattr(self, method, partial(self._call, method))
-        callback.connect(self.message)
 
     def open_log(self, path: Path) -> None:
         """Write to `path` from now on."""

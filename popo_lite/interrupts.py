@@ -57,6 +57,11 @@ class Interrupts:
             with suppress(Exception):  # the message may have come in the middle of another one
                 self._notify("finishing this step, then saving; Ctrl-C again abandons the step and saves")
 
+    def stop(self) -> None:
+        """Finish the step and stop, as after one signal. Any thread may call it."""
+        if not self.requested:
+            self.note(0, None)
+
     def terminal_gone(self) -> None:
         """Stop after this step, unless the run is to outlive its terminal."""
         self.requested = self.requested or not self._outlives_terminal()

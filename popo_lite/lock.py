@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,9 @@ def locked(lock: Path, busy: str, next_step: str) -> Iterator[int]:
     with file:
         with writing(lock):
             free = filelock.lock_descriptor(file.fileno(), blocking=False)
+            if not free:  # it may only be `owner_of`, which holds it for an instant
+                time.sleep(0.05)
+                free = filelock.lock_descriptor(file.fileno(), blocking=False)
             # The last owner may have removed the file in between; the next one would lock another.
             free = free and lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())
         if not free:
@@ -51,6 +55,16 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         next_step = "fix this and rerun the command; finished work is kept"
         raise PopoError(f"cannot be written: {error.strerror}", where=str(path), next_step=next_step) from error
+
+
+def owner_of(lock: Path) -> str | None:
+    """Return who holds the lock, or None if nobody does. Writes nothing, and holds the lock for an instant itself."""
+    try:
+        with lock.open(encoding="utf-8") as file:
+            free = filelock.lock_descriptor(file.fileno(), blocking=False)
+            return None if free else _owner(file)
+    except OSError:  # no such file, or a file system without locks
+        return None
 
 
 def _owner(file: IO[str]) -> str:

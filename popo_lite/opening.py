@@ -12,6 +12,7 @@ import torch
 
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import Cursor
+from popo_lite.controls import Controls
 from popo_lite.evaluation import check_references, fitting, not_solved
 from popo_lite.events import RunEvents
 from popo_lite.grading import TRIED_PROBLEMS, Grader
@@ -31,7 +32,7 @@ from popo_lite.verdicts import Verdicts
 
 
 class OpenRun:
-    """Everything that a run holds. Use as a context manager.
+    """Everything that a run holds. Use as a context manager. `controls` takes requests while it trains.
 
     `memory_advice` returns what to change in the recipe when GPU memory runs out.
     """
@@ -48,6 +49,7 @@ class OpenRun:
         self.recipe, self.memory_advice = recipe, memory_advice
         self.interrupts = Interrupts(lambda text: self.callback.message(text))
         self.callback = callback = RunEvents(callback, self.interrupts.terminal_gone)
+        self.controls = Controls(self.interrupts.stop, callback.message)
         # Before anything is opened: the recipe may want a GPU that is not there, or a dtype that it lacks.
         device = pick_device(recipe.train.device)
         check_dtype(recipe.model, device)

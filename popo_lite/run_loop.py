@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from popo_lite.checkpoint import load_checkpoint, save_checkpoint, sync_folder
-from popo_lite.errors import CheckpointError, EngineError, EngineFailedError, NotFiniteError, PopoError
-from popo_lite.evaluation import evaluate
+from popo_lite.errors import (
+    CheckpointError,
+    EngineError,
+    EngineFailedError,
+    GradingError,
+    NotFiniteError,
+    PopoError,
+)
+from popo_lite.evaluation import draw_samples, evaluate
 from popo_lite.faults import explained
 from popo_lite.formats import read_json, reading
 from popo_lite.interrupts import StopRequested
 from popo_lite.metrics import sampler_summary
 from popo_lite.opening import OpenRun
+from popo_lite.pausing import Pause
 from popo_lite.policy.adapters import save_adapter
 from popo_lite.resuming import Change
 from popo_lite.run_folder import (
@@ -46,6 +54,9 @@ TOTALS = ("prompts_skipped", "prompts_with_positive", "rollouts", "rollout_token
 HISTORY = ("changes", "doubts", "best", "not_finite_steps", "rollbacks", "learning_rate_scale")
 """Fields of the cursor that are part of the summary: what was out of the ordinary."""
 
+ASKED_SAMPLES = 3
+"""Problems that are answered when samples are asked for. The next time it is the next ones' turn."""
+
 BAD_GRADIENTS = 3
 """Roll back after so many updates in a row that were skipped for their gradient."""
 
@@ -63,6 +74,7 @@ class RunLoop(OpenRun, ABC):
     """Run the steps, and keep what they leave: evaluations, checkpoints, adapters, summary."""
 
     _consistent = True  # weights and cursor belong to the same step
+    _asked = 0  # how often samples were asked for
     _reopened_at: int | None = None  # the step at which the engine was last opened again
 
     @abstractmethod
@@ -79,6 +91,7 @@ class RunLoop(OpenRun, ABC):
         """
         self.folder = folder
         self.callback.open_log(folder.log_path)
+        self.callback.attach(self.controls)
         with self.interrupts, self._logged():
             if resume:
                 self._restore(checkpoint)
@@ -138,12 +151,72 @@ class RunLoop(OpenRun, ABC):
             self.cursor.before = self._evaluate("before").summary()
         if self.cursor.next_step and not stop.requested:
             self._after_step()  # what an interrupt may have left undone
+        self._serve()
         while self.cursor.next_step < steps and not stop.requested:
             self.train_step(self.cursor.next_step)
             self._after_step()
+            self._serve()
         if stop.requested:
             return None
         return self._finish(self._evaluate("after").summary() if self.held_out else None)
+
+    # --------------------------------------------------------------------- controls
+
+    def _serve(self) -> None:
+        """Do what was asked for since the last step. None of it changes a draw or a weight of the run."""
+        while not self.interrupts.requested:
+            if self.controls.pausing:
+                self._pause()
+            elif (action := self.controls.take()) is None:
+                return
+            elif action == "checkpoint":
+                self._checkpoint()
+            elif action == "sample":
+                self._show_samples()
+            elif not self.held_out:
+                self.callback.message("nothing to evaluate on: eval.problems is 0")
+            else:
+                try:
+                    self._evaluate("asked")
+                except GradingError as error:  # the run does not depend on this evaluation
+                    self.callback.message(f"no evaluation: {error}")
+
+    def _pause(self) -> None:
+        """Wait with an empty GPU until the run is to continue or stop. A run that stops is saved from host memory."""
+        self.callback.stage("paused")
+        pause = Pause(self.learner, self.sampler)
+        self.controls.paused = True
+        where = f"after step {self.cursor.next_step} of {self.recipe.train.steps}"
+        self.callback.message(f"paused {where}{pause.freed}; Ctrl-C saves and stops")
+        while self.controls.paused and not self.interrupts.requested:
+            self.controls.wait(0.2)
+            if self.controls.pausing or self.interrupts.requested:
+                continue
+            if problem := pause.end():
+                self.callback.message(problem)
+                self.controls.request("pause")
+            else:
+                self.controls.paused = False
+                self.callback.message(f"continued {where}")
+        self.controls.paused = False
+
+    def _show_samples(self) -> None:
+        """Draw and grade an answer to each of a few held-out problems, or training problems, and show them."""
+        self.callback.stage("sample")
+        done, self._asked = self.cursor.next_step, self._asked + 1
+        problems = self.held_out or [
+            self.train_task.train_problem(self.recipe.train.seed, index) for index in range(8 * ASKED_SAMPLES)
+        ]
+        start = (self._asked - 1) * ASKED_SAMPLES
+        chosen = [problems[index % len(problems)] for index in range(start, start + min(ASKED_SAMPLES, len(problems)))]
+        drawn = draw_samples(
+            self.recipe, self.policy, self.sampler, self.renderer, self.grader, chosen,
+            stream=("asked", self.recipe.train.seed, done, self._asked), progress=self._advance,
+        )  # fmt: skip
+        right = sum(sample["right"] is not None for sample in drawn)
+        kind = "held-out" if self.held_out else "training"
+        self.callback.sampled([{**sample, "step": done - 1} for sample in drawn])
+        self.callback.message(f"after step {done}: {right} of {len(drawn)} answers to {kind} problems are right")
 
     # --------------------------------------------------------------------- faults
 
@@ -328,6 +401,8 @@ class RunLoop(OpenRun, ABC):
         def is_kept(line: dict[str, Any]) -> bool:
             if line["when"] == "before":
                 return cursor.before is not None
+            if line["when"] == "asked":
+                return bool(line["step"] <= cursor.next_step)
             return bool(line["when"] != "after" and line["step"] <= cursor.evaluated)
 
         keep_lines(self.folder.evaluations_path, is_kept)
@@ -379,6 +454,7 @@ class RunLoop(OpenRun, ABC):
         append_line(self.folder.evaluations_path, record)
         self.cursor.add_seconds({"evaluate": result.seconds})
         self.callback.evaluated(record)
+        when = f"asked for after step {record['step']}" if when == "asked" else when
         self.callback.message(f"{when}: pass@1 {result.pass_at_1:.1%} of {result.problems} held-out problems")
         return result
 

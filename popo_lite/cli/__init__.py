@@ -13,24 +13,25 @@ from popo_lite.errors import INTERRUPTED, EngineError, PopoError
 
 COMMANDS = {
     "doctor": ("popo_lite.tools.doctor.command:doctor", "Check this machine, and write bug reports."),
-    "train": ("popo_lite.cli.train:train", "Train with a recipe."),
-    "resume": ("popo_lite.cli.train:resume", "Continue a run."),
-    "plan": ("popo_lite.tools.plan.command:plan", "Say whether a recipe fits a GPU, and what to change."),
-    "bench": ("popo_lite.tools.bench.command:bench", "Measure a recipe's step with random weights."),
     "init": ("popo_lite.tools.init.command:init", "Write a first recipe that fits, and explain it."),
     "recipe": ("popo_lite.tools.recipe_docs:recipe", "Show and check recipes."),
+    "plan": ("popo_lite.tools.plan.command:plan", "Say whether a recipe fits a GPU, and what to change."),
+    "bench": ("popo_lite.tools.bench.command:bench", "Measure a recipe's step with random weights."),
+    "train": ("popo_lite.cli.train:train", "Train with a recipe."),
+    "resume": ("popo_lite.cli.train:resume", "Continue a run."),
+    "watch": ("popo_lite.tools.watch:watch", "Follow a run from another terminal, or look at one."),
+    "report": ("popo_lite.tools.report.command:report", "Show a run as one HTML page."),
     "eval": (
         "popo_lite.tools.benchmarks.command:eval_",
         "Measure runs and models, on held-out problems or benchmarks.",
     ),
-    "report": ("popo_lite.tools.report.command:report", "Show a run as one HTML page."),
+    "compare": ("popo_lite.tools.sweep.command:compare", "Compare runs and sweeps."),
+    "sweep": ("popo_lite.tools.sweep.command:sweep", "Train variants of a recipe with several seeds."),
+    "generate": ("popo_lite.tools.generate:generate", "Ask the model that a run trained."),
     "chat": ("popo_lite.tools.chat.command:chat", "Talk with a trained model, and compare it with its base."),
     "serve": ("popo_lite.tools.serve:serve", "Serve a run or a merged model by vLLM, with OpenAI's API."),
-    "generate": ("popo_lite.tools.generate:generate", "Ask the model that a run trained."),
     "export": ("popo_lite.tools.export.command:export", "Turn a run into a model that others can load."),
     "push": ("popo_lite.tools.push:push", "Upload an export to the Hugging Face Hub."),
-    "sweep": ("popo_lite.tools.sweep.command:sweep", "Train variants of a recipe with several seeds."),
-    "compare": ("popo_lite.tools.sweep.command:compare", "Compare runs and sweeps."),
 }
 """Name of a command -> where it is defined, and its line in `popo-lite --help`."""
 

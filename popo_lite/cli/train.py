@@ -18,15 +18,19 @@ from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
 from popo_lite.run_folder import RunFolder, dated, new_run
 from popo_lite.tools.completion import complete_recipe, complete_run
+from popo_lite.tools.console.views import VIEWS
 from popo_lite.tools.reporting import reporters
 from popo_lite.trust import refuse_untrusted, trust_option
 
-VIEWS = click.Choice(["auto", "live", "plain", "silent"])
 SET = click.option(
     "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
 )
 VIEW = click.option(
-    "--view", type=VIEWS, default="auto", show_default=True, help="Live view on a terminal, else one plain line a step."
+    "--view",
+    type=click.Choice(VIEWS),
+    default="auto",
+    show_default=True,
+    help="Live view on a terminal, else one plain line a step.",
 )
 IGNORE_PLAN = click.option(
     "--ignore-plan", is_flag=True, help="Start although the memory plan says that the run does not fit."

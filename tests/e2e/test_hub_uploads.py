@@ -18,6 +18,7 @@ from huggingface_hub.utils.logging import set_verbosity_warning
 import popo_lite as popo_lite_
 from fake_hub import TOKEN, Hub, popo_lite, serve
 from popo_lite.callbacks import Callback
+from popo_lite.controls import Controls
 from popo_lite.errors import ExportError, UserInputError
 from popo_lite.policy.adapters import ADAPTER_FILE
 from popo_lite.recipe import Recipe
@@ -154,7 +155,7 @@ def opened(run: RunFolder, monkeypatch: pytest.MonkeyPatch, upload: Try) -> tupl
     monkeypatch.setattr(uploads, "upload", send)
     said: list[str] = []
     sender = HubUploads(run, run.recipe())
-    sender.attach(said.append)
+    sender.attach(Controls(print, said.append))
     return sender, said
 
 

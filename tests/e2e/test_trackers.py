@@ -16,6 +16,7 @@ from click.testing import CliRunner
 import popo_lite
 from helpers import json_lines, record
 from popo_lite.cli import main
+from popo_lite.controls import Controls
 from popo_lite.errors import UserInputError
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
@@ -235,7 +236,7 @@ def test_a_tracker_that_fails_is_reported_once(kind, fake, tmp_path, monkeypatch
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 3.0)
     said: list[str] = []
     with Tracker("trackio", RunFolder(tmp_path), load_recipe("tiny_cpu")) as tracker:
-        tracker.connect(said.append)
+        tracker.attach(Controls(print, said.append))
         tracker.start(title="one", facts={}, total_steps=9, first_step=0)
         began = time.perf_counter()
         for step in range(9):
@@ -255,7 +256,7 @@ def test_a_tracker_that_falls_behind_is_given_up(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "QUEUED", 20)
     said: list[str] = []
     with Tracker("trackio", RunFolder(tmp_path), load_recipe("tiny_cpu")) as tracker:
-        tracker.connect(said.append)
+        tracker.attach(Controls(print, said.append))
         tracker.start(title="one", facts={}, total_steps=9, first_step=0)
         for step in range(100):  # more than the pipe holds, too
             tracker.step(record(step, rewards={f"reward_{i}": 0.5 for i in range(99)}))

@@ -214,3 +214,18 @@ def test_a_run_of_an_architecture_without_a_plan_is_refused_by_simulation(
 def test_a_shipped_recipe_takes_what_the_plan_says(simulator: Simulator, name: str) -> None:
     recipe = load_recipe(ROOT / "recipes" / f"{name}.toml")
     hold_against_plan(simulator.run(recipe, extrapolate=True), recipe)
+
+
+# ---------------------------------------------------------------------- a pause
+
+
+@pytest.mark.parametrize(
+    "name", slow_unless(("state stays on the GPU",), ("adamw8bit", "paged", "DoRA", "state stays on the GPU"))
+)
+def test_a_pause_gives_the_gpu_back_and_takes_it_again(simulator: Simulator, narrow: Path, name: str) -> None:
+    recipe = recipe_of(narrow, *SETTINGS[name], "rollout.max_completion_length=96", "train.tokens_per_microbatch=1024")
+    found = simulator.run(recipe, pause=True)
+    workspaces = 2 * 8_519_680  # cuBLAS keeps them, one for each direction
+    # What is left are maps that bitsandbytes shares between optimizers, and what PEFT's copies for DoRA leave.
+    assert found["while_paused"] - workspaces < 0.03 * (found["before_pause"] - workspaces)
+    assert found["after_pause"] == found["before_pause"]

@@ -135,3 +135,36 @@ def test_the_loop_needs_neither_rich_nor_torch_to_be_watched():
     code += "print(sorted({'rich', 'torch'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_notebook_gets_one_output_that_is_replaced(monkeypatch):
+    from types import SimpleNamespace
+
+    from popo_lite.tools.console.notebook import NotebookView
+
+    shown = []
+    handle = SimpleNamespace(update=shown.append)
+
+    def display(picture, display_id):
+        shown.append(picture)
+        return handle
+
+    output = SimpleNamespace(HTML=lambda html: html, display=display)
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell, display=output))
+    monkeypatch.setitem(sys.modules, "IPython.display", output)
+    assert isinstance(open_view("plain"), PlainView)
+    clock = [0.0]
+    view = open_view("auto")
+    assert isinstance(view, NotebookView)
+    view.clock = lambda: clock[0]
+    with view:
+        view.start(title="train " + HOSTILE, facts=FACTS, total_steps=60, first_step=0)
+        play(view)
+        assert len(shown) == 1  # no time has passed
+        play(view, clock)
+    assert 20 < len(shown) <= 2 + 3 * STEPS
+    assert "step 30/60" in shown[-1]
+    assert "pass rate" in shown[-1]
+    assert "\x1b" not in shown[-1]
+    assert "<script" not in view.html()

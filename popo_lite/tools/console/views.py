@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import pairwise
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 from popo_lite.callbacks import Callback, TerminalGone
+from popo_lite.controls import Action, Controls
 from popo_lite.errors import UserInputError
 from popo_lite.metrics import METRICS, StepRecord
 from popo_lite.tools.console import words
@@ -27,6 +28,29 @@ _LINE = ("pass_rate", "loss", "entropy", "entropy_over_start", "siamese_cosine",
 MOST_SHOWN = 4000  # characters of a notice's line: no screen shows more, and it is drawn twice a second
 GROUPS = ("groups_all_right", "groups_some_right", "groups_none_right", "groups_ungraded")
 
+
+PAUSED = "paused"
+"""The stage of a run that waits."""
+
+
+VIEWS = ("auto", "live", "plain", "silent")
+
+
+class Key(NamedTuple):
+    """What a key asks for, in a word and in full."""
+
+    action: Action
+    short: str
+    meaning: str
+
+
+KEYS = {
+    "p": Key("pause", "pause", "pause after this step and give the GPU back; p again continues"),
+    "s": Key("sample", "sample", "answer a few held-out problems with the current weights, after this step"),
+    "e": Key("evaluate", "evaluate", "evaluate on all held-out problems, after this step"),
+    "c": Key("checkpoint", "checkpoint", "save a checkpoint after this step"),
+    "q": Key("stop", "quit", "finish this step, save and stop, as one Ctrl-C does"),
+}
 
 SHOWN = 1000
 """Records that are kept for trends. Each takes some 10 kB."""
@@ -59,8 +83,20 @@ class RunState(Callback):
         self.notices: list[str] = []
         self._step_ends: deque[float] = deque(maxlen=20)
         self._samples: deque[Mapping[str, Any]] = deque()
+        self._asked: deque[Mapping[str, Any]] = deque()  # samples that were asked for: they come first
         self._sample: Mapping[str, Any] | None = None  # shown until then
         self._sample_until = -math.inf
+        self.evaluations: list[Mapping[str, Any]] = []
+        self.controls: Controls | None = None
+        self.said: datetime | None = None  # when, if not now
+        self.changes = 0  # counts what was reported, except the progress of a stage
+        self.keys: Mapping[str, Key] = {}  # those that work now
+        self.help_shown = False
+        self.before_the_first_step = "no step has ended yet"
+
+    def attach(self, controls: Controls) -> None:
+        """Remember what takes requests."""
+        self.controls = controls
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
         """Remember the facts and start the clock."""
@@ -68,12 +104,16 @@ class RunState(Callback):
         self.first_step = self.steps_done = first_step
         self.facts = {words.clean(key): words.clean(value) for key, value in facts.items()}
         self.started = self.clock()
+        self.changes += 1
 
     def stage(self, name: str, *, total: int | None = None) -> None:
         """Begin counting the stage's work."""
         with self.lock:
+            now = self.clock()
+            if self.stage_name == PAUSED:  # a pause is no part of a step
+                self._step_ends = deque((end + now - self.stage_since for end in self._step_ends), maxlen=20)
             self.stage_name, self.stage_total = words.clean(name), total
-            self.stage_done, self.stage_since = 0, self.clock()
+            self.stage_done, self.stage_since = 0, now
 
     def advance(self, amount: int) -> None:
         """Count work of the stage."""
@@ -86,7 +126,10 @@ class RunState(Callback):
                 # The time since the start would count the evaluation before the first step as part of it.
                 self._step_ends.append(self.clock() - words.by_stage(record["seconds"])[1])
             self._step_ends.append(self.clock())
+            while self.records and self.records[-1]["step"] >= record["step"]:  # the run went back to a checkpoint
+                self.skips -= self.records.pop()["skipped_reason"] is not None
             self.records.append(record)
+            self.changes += 1
             self.skips += record["skipped_reason"] is not None
             self.steps_done = record["step"] + 1  # less than before if the run went back to a checkpoint
 
@@ -94,10 +137,27 @@ class RunState(Callback):
         """Remember the answers."""
         with self.lock:
             self._samples = deque(samples)
+            self.changes += 1
+
+    def sampled(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Remember answers that were asked for, to show them next."""
+        with self.lock:
+            self._asked = deque({**sample, "asked": True} for sample in samples)
+            self.changes += 1
+            self._sample_until = -math.inf
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Remember the evaluation."""
+        with self.lock:
+            self.evaluations.append(record)
+            self.changes += 1
 
     def message(self, text: str) -> None:
         """Remember the notice and when it came."""
-        self.notices += [f"{datetime.now():%H:%M:%S}  {words.clean(line[:MOST_SHOWN])}" for line in text.splitlines()]
+        self.notices += [
+            f"{self.said or datetime.now():%H:%M:%S}  {words.clean(line[:MOST_SHOWN])}" for line in text.splitlines()
+        ]
+        self.changes += 1
 
     def pace(self) -> tuple[float | None, float | None]:
         """Return the median seconds between the ends of two recent steps, and the seconds left at this pace."""
@@ -117,11 +177,21 @@ class RunState(Callback):
 
     def sample(self) -> Mapping[str, Any] | None:
         """Return the sample to show now. Each stays long enough to be read, however fast steps are."""
-        if self._samples and self.clock() >= self._sample_until:
-            self._sample = self._samples[0]
-            self._samples.rotate(-1)
+        waiting = self._asked or self._samples
+        if waiting and self.clock() >= self._sample_until:
+            self._sample = waiting[0]
+            if self._asked:
+                self._asked.popleft()
+            else:
+                self._samples.rotate(-1)
             self._sample_until = self.clock() + 10.0
         return self._sample
+
+    def shown_samples(self, count: int) -> list[Mapping[str, Any]]:
+        """Return up to `count` samples to show now: the one whose turn it is, and those after it."""
+        first = self.sample()
+        others = [sample for sample in (*self._asked, *self._samples) if sample is not first]
+        return [] if first is None else [first, *others[: count - 1]]
 
     def step_line(self) -> str:
         """Return the latest step as one line of `name value` pairs, with two blanks between the pairs."""
@@ -160,6 +230,15 @@ class PlainView(RunState):
             super().step(record)
             self._print(self.step_line())
 
+    def sampled(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Print answers that were asked for."""
+        for sample in samples:
+            mark, answer = ("wrong", sample["wrong"]) if sample["right"] is None else ("right", sample["right"])
+            asked = (words.clean(sample[name])[:MOST_SHOWN] for name in ("question", "reference"))
+            self._print(
+                "question: {} (the answer is {})".format(*asked), f"  {mark}: {words.clean(answer)[:MOST_SHOWN]}"
+            )
+
     def message(self, text: str) -> None:
         """Print the notice."""
         self._print(*map(words.clean, text.splitlines()))
@@ -183,28 +262,39 @@ class PlainView(RunState):
                     doing = self.stage_name or "preparing"
                     doing += f" {self.stage_done:,} of {self.stage_total:,}" if self.stage_total else ""
                     doing += f", {words.duration(now - self.stage_since)} in this stage" if self.stage_name else ""
-                    self._print(f"running: {doing}, {words.duration(now - self.started)} in all")
+                    doing = doing if self.stage_name == PAUSED else f"running: {doing}"
+                    self._print(f"{doing}, {words.duration(now - self.started)} in all")
                 wait = self._heartbeat_seconds - (now - self._printed)
 
     def _print(self, *lines: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"  # that of io.StringIO is None
         with self.lock, writing():
             for line in lines:
-                self._stream.write(words.encodable(f"{datetime.now():%H:%M:%S}  {line}", encoding) + "\n")
+                self._stream.write(words.encodable(f"{self.said or datetime.now():%H:%M:%S}  {line}", encoding) + "\n")
             self._stream.flush()
             self._printed = self.clock()
             if self._heart.ident is None and not self._done.is_set():
                 self._heart.start()  # with the first line: loading a model, before the run starts, takes time as well
 
 
-def open_view(mode: Literal["auto", "live", "plain", "silent"] = "auto", stream: TextIO | None = None) -> Callback:
+def open_view(
+    mode: Literal["auto", "live", "plain", "silent"] = "auto",
+    stream: TextIO | None = None,
+    *,
+    keys: Mapping[str, Key] = KEYS,
+) -> Callback:
     """Return the view for `stream`, by default standard output. Without a terminal `live` raises UserInputError.
 
-    `auto` is live on a terminal that can move its cursor, and plain anywhere else. NO_COLOR removes the colours.
+    `auto` is live on a terminal that can move its cursor and in a notebook, and plain anywhere else. NO_COLOR removes
+    the colours. `keys` are those of the live view on a terminal.
     """
-    stream = stream or sys.stdout
     if mode == "silent":
         return Callback()
+    if stream is None and mode != "plain" and in_notebook():
+        from popo_lite.tools.console.notebook import NotebookView
+
+        return NotebookView()
+    stream = stream or sys.stdout
     can_move = stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
     if mode == "live" and not can_move:
         what = "the live view needs a terminal that can move its cursor, and standard output is not one"
@@ -215,4 +305,10 @@ def open_view(mode: Literal["auto", "live", "plain", "silent"] = "auto", stream:
 
     from popo_lite.tools.console.live import LiveView
 
-    return LiveView(Console(file=stream, highlight=False))
+    return LiveView(Console(file=stream, highlight=False), keys=keys)
+
+
+def in_notebook() -> bool:
+    """Return True in a cell of Jupyter, Colab or VS Code, whose output can be replaced."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from popo_lite.callbacks import Callback
+from popo_lite.controls import Controls
 from popo_lite.errors import PopoError
 from popo_lite.formats import read_json, reading
 from popo_lite.metrics import StepRecord
@@ -64,8 +65,8 @@ class HubUploads(Callback):
         self._newest: Path | None = None
         self._evaluation: Mapping[str, Any] = {}
 
-    def attach(self, say: Callable[[str], None]) -> None:  # noqa: D102
-        self._say = say
+    def attach(self, controls: Controls) -> None:  # noqa: D102
+        self._say = controls.say
 
     def step(self, record: StepRecord) -> None:  # noqa: ARG002
         """Say what the thread has to say."""

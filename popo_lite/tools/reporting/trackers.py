@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from popo_lite.callbacks import Callback
+from popo_lite.controls import Controls
 from popo_lite.errors import UserInputError
 from popo_lite.formats import read_json
 from popo_lite.metrics import METRICS, StepRecord
@@ -112,8 +113,8 @@ class Tracker(Callback):
         self._gone = threading.Event()  # the process takes nothing more
         self._tokens: dict[int, int] = {}  # step -> tokens of it
 
-    def connect(self, say: Callable[[str], None]) -> None:  # noqa: D102
-        self._say = say
+    def attach(self, controls: Controls) -> None:  # noqa: D102
+        self._say = controls.say
 
     @_contained
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:  # noqa: ARG002, D102

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from popo_lite.pausing import Pause
 from popo_lite.policy.load import empty_base
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.parts import context_of
@@ -40,11 +41,13 @@ def simulate(
     capability: Sequence[int] = (8, 9),
     enforce: bool = False,
     extrapolate: bool = False,
+    pause: bool = False,
 ) -> dict[str, Any]:
     """Return the peaks of a step of `recipe`, the second one, by phase, and the smallest card it runs on.
 
     With `enforce`, memory runs out at `vram_bytes`. With `extrapolate` models of a few layers are run, if all layers of
-    the recipe's are alike. No rollout engine is simulated. Raises UserInputError if a sequence exceeds the context.
+    the recipe's are alike. With `pause` the run is paused after the step and continued. No rollout engine
+    is simulated. Raises UserInputError if a sequence exceeds the context.
     """
     start = time.perf_counter()
     config = synthetic.architecture(recipe.model)
@@ -55,7 +58,7 @@ def simulate(
     traces = []
     for depth in depths:
         device.reset(vram_bytes=vram_bytes, capability=(capability[0], capability[1]), enforce=enforce)
-        traces.append(_trace(device, recipe, lengths, layers=depth if len(depths) > 1 else None))
+        traces.append(_trace(device, recipe, lengths, layers=depth if len(depths) > 1 else None, pause=pause))
     busy = [name for name in PHASES if traces[0].levels(name)]  # without a similarity term siamese is not
     result: dict[str, Any] = {"phases": {name: _peak(traces, name, depths, layers) for name in busy}}
     # Segments are not linear in the number of layers: what they waste is taken from the deepest model that was run.
@@ -188,7 +191,7 @@ class _Trace:
         return by_place
 
 
-def _trace(device: SimulatedDevice, recipe: Recipe, lengths: Sequence[int], layers: int | None) -> _Trace:
+def _trace(device: SimulatedDevice, recipe: Recipe, lengths: Sequence[int], layers: int | None, pause: bool) -> _Trace:
     gc.collect()
     gc.freeze()  # a run collects often, and would look at all modules each time
     recorder, facts = _Recorder(device), dict[str, Any]()
@@ -197,11 +200,23 @@ def _trace(device: SimulatedDevice, recipe: Recipe, lengths: Sequence[int], laye
             trainer.measure(1)
             facts |= {key: recorder.records[-1][key] for key in ("micro_batches", "microbatch_tokens")}
             facts |= {"packing": trainer.policy.packing, "notices": recorder.notices}
+            if pause:
+                facts |= _paused(trainer)
             del trainer
     finally:
         release_memory()
     reserved = {name: card - CUDA_CONTEXT_BYTES for name, (_, card) in recorder.peaks.items()}
     return _Trace(device.events, device.places, recorder.starts, reserved, facts)
+
+
+def _paused(trainer: synthetic.BenchTrainer) -> dict[str, int]:
+    """Pause and continue; return the bytes of tensors before, meanwhile and after, cuBLAS' workspaces included."""
+    before = torch.cuda.memory_allocated()
+    pause = Pause(trainer.learner, trainer.sampler)
+    meanwhile = torch.cuda.memory_allocated()
+    if problem := pause.end():
+        raise RuntimeError(problem)
+    return {"before_pause": before, "while_paused": meanwhile, "after_pause": torch.cuda.memory_allocated()}
 
 
 # ---------------------------------------------------------------------- all layers from a few

@@ -1,0 +1,71 @@
+"""Ask a run that trains to pause, sample, evaluate, save or stop. Thread-safe, and free of torch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
+
+from popo_lite.errors import UserInputError
+
+Action = Literal["pause", "continue", "sample", "evaluate", "checkpoint", "stop"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
+
+MEANINGS: Mapping[Action, str] = {
+    "pause": "pause or continue",
+    "sample": "show a few answers",
+    "evaluate": "evaluate now",
+    "checkpoint": "save a checkpoint",
+    "stop": "finish the step, save and stop",
+}
+
+
+class Controls:
+    """Requests to a run. It serves them between two steps; "stop" does what one Ctrl-C does.
+
+    Any thread may call `request`, also before the run starts. `paused` is True while the run waits. `say` shows a
+    notice and writes it to the log; call it in the run's own thread.
+    """
+
+    def __init__(self, stop: Callable[[], None], say: Callable[[str], None]) -> None:
+        self._stop = stop
+        self.say = say
+        self._changed = threading.Condition()
+        self._waiting: list[Action] = []
+        self._pausing = False
+        self.paused = False
+
+    def request(self, action: Action) -> None:
+        """Ask for an action. Asking twice before it is done asks once. Raises UserInputError for an unknown one."""
+        if action not in ACTIONS:
+            raise UserInputError(f"a run has no control {action!r}", next_step=f"use one of {', '.join(ACTIONS)}")
+        with self._changed:
+            if action in ("pause", "continue"):
+                self._pausing = action == "pause"
+            elif action != "stop" and action not in self._waiting:
+                self._waiting.append(action)
+            self._changed.notify_all()
+        if action == "stop":
+            self._stop()
+
+    @property
+    def pausing(self) -> bool:
+        """True from the request to pause until the one to continue."""
+        return self._pausing
+
+    @property
+    def waiting(self) -> tuple[Action, ...]:
+        """What was asked for and is not done yet."""
+        with self._changed:
+            first: tuple[Action, ...] = ("pause",) if self._pausing and not self.paused else ()
+            return (*first, *self._waiting)
+
+    def take(self) -> Action | None:
+        """Return the oldest request, which counts as done from now on; None if there is none. For the run."""
+        with self._changed:
+            return self._waiting.pop(0) if self._waiting else None
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the next request, at most so long. For the run."""
+        with self._changed:
+            self._changed.wait(seconds)
