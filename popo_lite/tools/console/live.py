@@ -120,6 +120,7 @@ class LiveView(RunState):
 
     def _run(self) -> None:
         try:
+            self.press(self._typed.read(0))  # keys work before they are shown
             while not self._ends:
                 self._draw()
                 self.press(self._typed.read(self._refresh_seconds))
