@@ -122,7 +122,6 @@ def _train(
             # One that comes after it must not stop anything. Not a Python handler: the interpreter removes those when
             # it exits, and then the signal would kill it.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            question = trainer.held_out[0].question if trainer.held_out else ""
     if result.summary is None:
         done = f"stopped after {result.next_step} of {settings.train.steps} steps; saved. To continue:"
         click.echo(f"{done}\n  {result.folder.resume_command}{' --ignore-plan' if ignore_plan else ''}", err=as_json)
@@ -131,7 +130,5 @@ def _train(
     if as_json:
         click.echo(json.dumps(result.summary))
         return
-    question = shlex.quote(question if 0 < len(question) < 80 else "your question")
     path = shlex.quote(str(result.folder.path))
-    commands = [f"popo-lite generate {path} {question}", f"popo-lite eval {path}", f"popo-lite export {path}"]
-    closing_report(result.summary, commands)
+    closing_report(result.summary, [f"popo-lite {command} {path}" for command in ("report", "chat", "eval", "export")])

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from popo_lite.errors import UserInputError
+from popo_lite.tools.completion import complete_run
 from popo_lite.tools.export import EXPORTS, REPORT_FILE
 
 SAME = ("what", "weights", "gguf", "dtype", "merged_into", "adapter_sha256")
@@ -20,7 +21,7 @@ SAME = ("what", "weights", "gguf", "dtype", "merged_into", "adapter_sha256")
 
 
 @click.command()
-@click.argument("export", type=click.Path(path_type=Path), metavar="EXPORT")
+@click.argument("export", type=click.Path(path_type=Path), shell_complete=complete_run, metavar="EXPORT")
 @click.argument("repo_id", metavar="USER/NAME")
 @click.option("--private", is_flag=True, help="Only you can see it. A repository that others can see is refused.")
 @click.option("--dry-run", is_flag=True, help="Show what would be uploaded, and the card; no network, no login.")

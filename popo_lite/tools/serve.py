@@ -27,6 +27,7 @@ import click
 
 from popo_lite.errors import EngineError, PopoError, UserInputError
 from popo_lite.tools.checkpoint_option import checkpoint_option
+from popo_lite.tools.completion import complete_run
 from popo_lite.tools.serve_process import GRACE_SECONDS
 from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 
@@ -55,7 +56,7 @@ class Probe:
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("model", metavar="RUN_OR_FOLDER")
+@click.argument("model", shell_complete=complete_run, metavar="RUN_OR_FOLDER")
 @click.option("--weights", type=click.Choice(["policy", "siamese"]), help="Weights of a run.  [default: policy]")
 @checkpoint_option
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 lets other machines in.")
@@ -77,6 +78,10 @@ def serve(
 
     A run's adapter is served over the base that it was trained on, which is served beside it as `base`. If the
     environment variable VLLM_API_KEY is set, clients must send it.
+
+    \b
+    Example:
+      popo-lite serve runs/tiny_cpu-seed0
     """
     import torch
 

@@ -21,6 +21,7 @@ from popo_lite.lock import owner_of
 from popo_lite.metrics import METRICS, Unit
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import RunFolder, checkpoint_folders
+from popo_lite.tools.completion import complete_run
 from popo_lite.tools.console import words
 from popo_lite.tools.console.views import PAUSED, VIEWS, Key, RunState, open_view
 
@@ -200,7 +201,7 @@ def _facts(run: RunFolder, recipe: Recipe) -> Mapping[str, str]:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run", type=click.Path(path_type=Path), shell_complete=complete_run, metavar="RUN")
 @click.option(
     "--view",
     type=click.Choice(VIEWS),

@@ -18,6 +18,7 @@ QUICK = ("train.steps=2", "data.prompts_per_step=2", "rollout.num_generations=4"
          "eval.problems=8")  # fmt: skip
 
 ELSEWHERE = {
+    "serve": "it needs vLLM and does not end; tests/engines/test_serve.py runs it",
     "train": "the fixture runs it, in two steps; tests/e2e/test_train.py does all of them",
 }
 """Commands whose example is not run here, and why."""

@@ -12,6 +12,7 @@ import click
 
 from popo_lite.errors import PopoError, UserInputError
 from popo_lite.tools.checkpoint_option import checkpoint_option
+from popo_lite.tools.completion import complete_run
 from popo_lite.trust import trust_option
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ MODEL_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("model", metavar="MODEL_OR_RUN")
+@click.argument("model", shell_complete=complete_run, metavar="MODEL_OR_RUN")
 @click.option("--weights", type=click.Choice(["policy", "siamese"]), help="Weights of a run.  [default: policy]")
 @checkpoint_option
 @click.option("--compare", is_flag=True, help="Show the base's answer to each message, too.")

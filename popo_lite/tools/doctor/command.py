@@ -11,12 +11,19 @@ from typing import Any
 import click
 
 from popo_lite.errors import UserInputError
+from popo_lite.tools.completion import complete_run
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="Leave out vLLM, unsloth, the measured step and, on a CPU, the compiler.")
 @click.option("--bundle", type=click.Path(path_type=Path), metavar="FILE.zip", help="Also write a bug report.")
-@click.option("--run", type=click.Path(path_type=Path), metavar="RUN", help="Add a run's settings and log to --bundle.")
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    shell_complete=complete_run,
+    metavar="RUN",
+    help="Add a run's settings and log to --bundle.",
+)
 @click.option("as_json", "--json", is_flag=True, help="Print all findings as one JSON object and nothing else.")
 def doctor(quick: bool, bundle: Path | None, run: Path | None, as_json: bool) -> None:
     """Check this machine in two minutes: driver, packages, every kernel that a run uses, vLLM, the Hub.

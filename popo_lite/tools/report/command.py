@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 
+from popo_lite.tools.completion import complete_run
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run", type=click.Path(path_type=Path), shell_complete=complete_run, metavar="RUN")
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write; default RUN/report.html."
 )
