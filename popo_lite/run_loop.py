@@ -188,17 +188,18 @@ class RunLoop(OpenRun, ABC):
         self.controls.paused = True
         where = f"after step {self.cursor.next_step} of {self.recipe.train.steps}"
         self.callback.message(f"paused {where}{pause.freed}; Ctrl-C saves and stops")
-        while self.controls.paused and not self.interrupts.requested:
-            self.controls.wait(0.2)
-            if self.controls.pausing or self.interrupts.requested:
-                continue
-            if problem := pause.end():
+        try:
+            while not self.interrupts.requested:
+                self.controls.wait(0.2)
+                if self.controls.pausing or self.interrupts.requested:
+                    continue
+                if (problem := pause.end()) is None:
+                    self.callback.message(f"continued {where}")
+                    return
                 self.callback.message(problem)
                 self.controls.request("pause")
-            else:
-                self.controls.paused = False
-                self.callback.message(f"continued {where}")
-        self.controls.paused = False
+        finally:
+            self.controls.paused = False
 
     def _show_samples(self) -> None:
         """Draw and grade an answer to each of a few held-out problems, or training problems, and show them."""

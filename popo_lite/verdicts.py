@@ -120,7 +120,7 @@ class Verdicts:
         if entropy is not None and entropy > EXPLODED:
             text = f"the entropy is {entropy:.1f} times that of the start: answers become random; lower "
             yield "explosion", f"{text}optimizer.learning_rate or objective.entropy_coef"
-        if passed > SOLVED:
+        if passed > SOLVED and not self._in_a_row["skipped"]:  # of skipped steps, `of` says it
             text = f"{passed:.1%} of the answers are right, so there is hardly anything left to learn: stop here, "
             yield "solved", f"{text}or use harder problems (data.filter, data.curriculum)"
         shorter = "raise it in a new run, or reward shorter answers (the function length, docs/rewards.md)"

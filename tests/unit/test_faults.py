@@ -23,6 +23,7 @@ from popo_lite import checkpoint
 from popo_lite.callbacks import Callback, CallbackList, TerminalGone
 from popo_lite.errors import EngineError, EngineFailedError, NotFiniteError, PopoError
 from popo_lite.events import LOG_BYTES, RunEvents
+from popo_lite.metrics import make_record
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder, checkpoint_folders
 from popo_lite.tools.console.views import PlainView
@@ -572,7 +573,17 @@ def test_the_log_has_early_messages_and_no_secrets_and_rotates(tmp_path, monkeyp
     assert all(file.stat().st_size <= LOG_BYTES for file in files)
 
 
-RECORD = {"step": 0, "skipped_reason": None, "pass_rate": 0.5, "grad_norm": 0.5, "update_norm": 0.1, "loss": 0.3}
+RECORD = make_record(
+    {
+        "rewards": {},
+        "step": 0,
+        "skipped_reason": None,
+        "pass_rate": 0.5,
+        "grad_norm": 0.5,
+        "update_norm": 0.1,
+        "loss": 0.3,
+    }
+)
 
 
 @pytest.mark.parametrize(
