@@ -10,4 +10,4 @@ if __name__ == "__main__":
 
     from popo_lite.cli import main
 
-    main()
+    main(prog_name="popo-lite")

@@ -629,7 +629,11 @@ class OutputRecipe(Section):
     """Folder for run folders."""
     samples_per_step: Annotated[int, Field(ge=0)] = 2
     """Prompts per step whose answers go to samples.jsonl."""
-    report_to: Annotated[tuple[Literal["trackio", "wandb", "tensorboard"], ...], Field(strict=False)] = ()
+    report_to: Annotated[
+        tuple[Literal["trackio", "wandb", "tensorboard"], ...],
+        Field(strict=False),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    ] = ()
     """Trackers that receive the metrics, evaluations and samples, each an extra of the same name. A tracker that fails
     does not stop the run."""
     project: str = "popo-lite"

@@ -157,10 +157,11 @@ def find_recipe(source: str | Path) -> Path:
     path, name, shipped = Path(source), str(source).removesuffix(".toml"), shipped_recipes()
     if path.is_file() or name in shipped:
         return path if path.is_file() else shipped[name]
-    what = f"{source}: is a folder, not a recipe" if path.is_dir() else f"{source}: no such recipe"
+    is_file = path.suffix == ".toml" or len(path.parts) > 1
+    what = "is a folder, not a recipe" if path.is_dir() else "no such file" if is_file else "no such recipe"
     if guess := nearest(name, shipped) or nearest(path.stem, shipped):
         what += f"; did you mean the shipped recipe {guess}?"
-    raise RecipeError(f"{what} (shipped: {', '.join(shipped)})", next_step="popo-lite recipe list")
+    raise RecipeError(f"{source}: {what}", next_step="popo-lite recipe list shows them; popo-lite init writes one")
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from popo_lite.errors import INTERRUPTED, EngineError, PopoError
+from popo_lite.errors import INTERRUPTED, EngineError, PopoError, nearest
 
 COMMANDS = {
     "doctor": ("popo_lite.tools.doctor.command:doctor", "Check this machine, and write bug reports."),
@@ -44,6 +44,16 @@ class _Commands(click.Group):
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(COMMANDS)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if guess := nearest(args[0], COMMANDS):
+                error.message += f" Did you mean {guess}?"
+            raise
 
     def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:

@@ -89,7 +89,7 @@ def plan(
     if vram is not None:
         vram_bytes = parse_size(vram)
     elif settings.train.device == "cpu":
-        source = "assumed: the recipe runs on the CPU"
+        vram_bytes, source = available_bytes(), "available here; the recipe runs on the CPU"
     elif (installed := installed_gpu()) is not None:
         (vram_bytes, others_bytes, capability), source, others_source = installed, "nvidia-smi", "nvidia-smi"
         if host_bytes is None:
@@ -110,10 +110,13 @@ def plan(
             data |= planned.as_json() | {"advice": advice._asdict() | {"overrides": overridden}}
             if not as_json:
                 sizes = [("--vram", vram), ("--others", others), ("--host", host)]
-                options = [*sizes, *(("--set", override) for override in overrides)]
-                words = [word for option, value in options if value is not None for word in (option, value)]
-                command = shlex.join(["popo-lite", "plan", recipe, *words])
-                plan_report(planned, advice, (source, others_source, host_source), command, console)
+                sized = [word for option, value in sizes if value is not None for word in (option, value)]
+                kept = (each for each in overrides if each.partition("=")[0].strip() not in advice.values)
+                changed = [word for override in kept for word in ("--set", override)]
+                command = shlex.join(["popo-lite", "plan", recipe, *sized, *changed])
+                train_command = shlex.join(["popo-lite", "train", recipe, *changed])
+                sources = (source, others_source, host_source)
+                plan_report(planned, advice, sources, command, train_command, console)
         if simulate:
             with Simulator() as simulator:
                 found = Simulation.of(

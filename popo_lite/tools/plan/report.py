@@ -16,7 +16,12 @@ from popo_lite.tools.plan.vram import HOST, NOT_TENSORS, SHORTFALL, MemoryPlan
 
 
 def plan_report(
-    plan: MemoryPlan, advice: Advice, sources: tuple[str, str, str], command: str, console: Console
+    plan: MemoryPlan,
+    advice: Advice,
+    sources: tuple[str, str, str],
+    command: str,
+    train_command: str,
+    console: Console,
 ) -> None:
     """Print a plan. `sources` say where the sizes of GPU, other processes and host come from; `command` made it."""
     phases, vram, rows, bars = (*plan.phases, plan.export), plan.vram_bytes, [], []
@@ -54,9 +59,9 @@ def plan_report(
             effect = f"host memory from {before} to {after}"
         lines.append(f"{values}: {effect}")
     console.print(verdict, *(Text(safe(line, console)) for line in lines), sep="\n")
-    if not plan.fits:
-        next_step = f"{command} {advice.next_step}" if advice.changes else advice.next_step
-        console.print(Text.assemble(("Next", "bold"), "\n  ", (safe(next_step, console), "cyan")), soft_wrap=True)
+    advised = f"{command} {advice.next_step}" if advice.changes else advice.next_step
+    next_step = train_command if plan.fits else advised
+    console.print(Text.assemble(("Next", "bold"), "\n  ", (safe(next_step, console), "cyan")), soft_wrap=True)
 
 
 def _remarks(plan: MemoryPlan, host_source: str) -> Iterator[str]:
