@@ -148,9 +148,13 @@ def test_the_plain_view_shows_a_pause_and_answers(tmp_path, monkeypatch):
     def attach(view, controls):
         view.controls = controls
         controls.request("sample")
-        controls.request("pause")
-        threading.Timer(4, lambda: controls.request("stop")).start()
 
+    def sampled(view, samples, *, shown=PlainView.sampled):
+        shown(view, samples)
+        view.controls.request("pause")
+        threading.Timer(1, lambda: view.controls.request("stop")).start()
+
+    monkeypatch.setattr(PlainView, "sampled", sampled)
     monkeypatch.setattr(PlainView, "attach", attach)
     options = [word for each in SMALL for word in ("--set", each)]
     done = CliRunner().invoke(main, ["train", "tiny_cpu", *options, "--output", str(tmp_path / "run")])
