@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from popo_lite.callbacks import Callback, CallbackList
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
 from popo_lite.run_folder import RunFolder, dated, new_run
-from popo_lite.tools.console.views import open_view
+from popo_lite.tools.console.views import View, open_view
 from popo_lite.tools.reporting import reporters
 from popo_lite.trust import refuse_untrusted, trust_own
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from popo_lite.tools.export.folder import ExportReport
     from popo_lite.trainer import RunResult, Trainer
     from popo_lite.types import EvalResult
-
-View = Literal["auto", "live", "plain", "silent"]
 
 
 def train(

@@ -83,15 +83,18 @@ EVENTS = ("attach", "start", "stage", "advance", "step", "samples", "sampled", "
 
 
 class CallbackList(Callback):
-    """Pass every call on to several callbacks, in order; enter and close all of them."""
+    """Pass every call on to several callbacks, in order; enter and close all of them.
+
+    One that raises gets nothing more, except TerminalGone: it may pass events on to others that need no terminal.
+    """
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self._callbacks, self._entered = callbacks, ExitStack()
+        self._callbacks, self._entered = list(callbacks), ExitStack()
         for method in EVENTS:
             setattr(self, method, partial(self._call_all, method))
 
     def __enter__(self) -> Self:
-        for callback in self._callbacks:
+        for callback in reversed(self._callbacks):  # the first, which may hold the terminal, is closed first
             self._entered.enter_context(callback)
         return self
 
@@ -99,11 +102,14 @@ class CallbackList(Callback):
         self._entered.close()
 
     def _call_all(self, method: str, *values: Any, **named: Any) -> None:
-        gone = None
-        for callback in self._callbacks:
+        failed: list[Exception] = []
+        for callback in tuple(self._callbacks):
             try:
                 getattr(callback, method)(*values, **named)
-            except TerminalGone as error:  # the others do not need the terminal
-                gone = error
-        if gone is not None:
-            raise gone
+            except TerminalGone as error:
+                failed.append(error)
+            except Exception as error:
+                self._callbacks.remove(callback)
+                failed.insert(0, error)
+        if failed:
+            raise failed[0]

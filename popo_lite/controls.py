@@ -23,8 +23,8 @@ MEANINGS: Mapping[Action, str] = {
 class Controls:
     """Requests to a run. It serves them between two steps; "stop" does what one Ctrl-C does.
 
-    Any thread may call `request`, also before the run starts. `paused` is True while the run waits. `say` shows a
-    notice and writes it to the log; call it in the run's own thread.
+    Any thread may call `request`, also before the run starts. `paused` is True while the run waits, and `over` once its
+    last step is done. `say` shows a notice and writes it to the log.
     """
 
     def __init__(self, stop: Callable[[], None], say: Callable[[str], None]) -> None:
@@ -33,12 +33,15 @@ class Controls:
         self._changed = threading.Condition()
         self._waiting: list[Action] = []
         self._pausing = False
-        self.paused = False
+        self.paused = self.over = False
 
     def request(self, action: Action) -> None:
         """Ask for an action. Asking twice before it is done asks once. Raises UserInputError for an unknown one."""
         if action not in ACTIONS:
             raise UserInputError(f"a run has no control {action!r}", next_step=f"use one of {', '.join(ACTIONS)}")
+        if self.over and action not in ("continue", "stop"):
+            self.say(f"{MEANINGS[action]}: not done, because the last step is over")
+            return
         with self._changed:
             if action in ("pause", "continue"):
                 self._pausing = action == "pause"

@@ -18,7 +18,7 @@ from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.tasks import Task
 from popo_lite.tasks.datasets import first
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.types import EvalResult, FinishReason, Problem
+from popo_lite.types import Completion, EvalResult, FinishReason, Problem, Reward
 
 
 def held_out(task: Task, recipe: Recipe, problems: int | None) -> list[Problem]:
@@ -81,26 +81,14 @@ def evaluate(
     the answers cannot be graded: counted as wrong, a broken grader would look like a bad model.
     """
     start = time.perf_counter()
-    samples_per_problem, longest = recipe.eval.samples_per_problem, recipe.rollout.max_completion_length
-    answers = sample_completions(
-        [renderer.render(problem) for problem in problems],
-        recipe,
-        sampler,
-        grader,
-        renderer,
-        count=samples_per_problem,
-        params=SamplingParams(temperature=recipe.eval.temperature, max_completion_length=longest),
-        policy_version=policy.version,
-        stream=("eval", seed),
-        finished=progress or (lambda _: None),
-    )
-    pairs = [(problem, answer) for problem, group in zip(problems, answers, strict=True) for answer in group]
-    flat = [completion for _, completion in pairs]
-    # A reward that changes in the course of training is here that of its end, for all weights alike.
-    answered, steps = [(completion, problem) for problem, completion in pairs], recipe.train.steps
-    rewards = grade_completions(grader, answered, step=steps, steps=steps)
+    samples_per_problem = recipe.eval.samples_per_problem
+    answered, rewards = _answer(
+        recipe, policy, sampler, renderer, grader, problems,
+        count=samples_per_problem, stream=("eval", seed), progress=progress or (lambda _: None),
+    )  # fmt: skip
+    flat = [completion for completion, _ in answered]
     unreadable = grader.unreadable(problems)
-    readable = [problem.id not in unreadable for problem, _ in pairs]
+    readable = [problem.id not in unreadable for _, problem in answered]
     limit = recipe.reward.max_ungraded_ratio
     refuse_ungraded([*compress(rewards, readable)], limit, f"evaluation of the {weights}")
     correct = [known and reward.positive for known, reward in zip(readable, rewards, strict=True)]
@@ -136,21 +124,9 @@ def draw_samples(
     progress: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """Sample an answer to each problem, and grade it; return views of them: see `Callback.samples`."""
-    longest = recipe.rollout.max_completion_length
-    answers = sample_completions(
-        [renderer.render(problem) for problem in problems],
-        recipe,
-        sampler,
-        grader,
-        renderer,
-        count=1,
-        params=SamplingParams(temperature=recipe.eval.temperature, max_completion_length=longest),
-        policy_version=policy.version,
-        stream=stream,
-        finished=progress,
+    answered, rewards = _answer(
+        recipe, policy, sampler, renderer, grader, problems, count=1, stream=stream, progress=progress
     )
-    pairs = [(answer, problem) for [answer], problem in zip(answers, problems, strict=True)]
-    rewards = grade_completions(grader, pairs, step=recipe.train.steps, steps=recipe.train.steps)
     return [
         {
             "question": problem.question,
@@ -158,8 +134,39 @@ def draw_samples(
             "right": answer.text if reward.positive else None,
             "wrong": None if reward.positive else answer.text,
         }
-        for (answer, problem), reward in zip(pairs, rewards, strict=True)
+        for (answer, problem), reward in zip(answered, rewards, strict=True)
     ]
+
+
+def _answer(
+    recipe: Recipe,
+    policy: Policy,
+    sampler: Sampler,
+    renderer: Renderer,
+    grader: Grader,
+    problems: Sequence[Problem],
+    *,
+    count: int,
+    stream: tuple[int | str, ...],
+    progress: Callable[[int], None],
+) -> tuple[list[tuple[Completion, Problem]], list[Reward]]:
+    """Sample `count` answers to each problem at `eval.temperature`; return them with their problems, and rewards."""
+    longest, steps = recipe.rollout.max_completion_length, recipe.train.steps
+    answers = sample_completions(
+        [renderer.render(problem) for problem in problems],
+        recipe,
+        sampler,
+        grader,
+        renderer,
+        count=count,
+        params=SamplingParams(temperature=recipe.eval.temperature, max_completion_length=longest),
+        policy_version=policy.version,
+        stream=stream,
+        finished=progress,
+    )
+    answered = [(answer, problem) for problem, group in zip(problems, answers, strict=True) for answer in group]
+    # A reward that changes in the course of training is here that of its end, for all weights alike.
+    return answered, grade_completions(grader, answered, step=steps, steps=steps)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from popo_lite.callbacks import EVENTS, Callback, TerminalGone
+from popo_lite.callbacks import EVENTS, Callback, CallbackList, TerminalGone
 from popo_lite.redaction import redact
 
 LOG_BYTES, OLDER_LOGS = 1_000_000, 2
@@ -22,16 +22,15 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 class RunEvents(Callback):
     """Pass events on to `callback`, and messages also to the log; `open_log` writes those that came before it.
 
-    A callback that raises gets nothing more, so that the run can be saved. While the run is `ending`, its error goes no
-    further. TerminalGone never does: `terminal_gone` is called, and the callback gets further events, because it may
-    pass them on to others.
+    A callback that raises gets nothing more, so that the run can be saved (`CallbackList`). While the run is `ending`,
+    its error goes no further. TerminalGone never does: `terminal_gone` is called.
     """
 
     ending = False
     _terminal_is_gone = False
 
     def __init__(self, callback: Callback, terminal_gone: Callable[[], None]) -> None:
-        self._callback: Callback | None = callback
+        self._callback = callback if isinstance(callback, CallbackList) else CallbackList([callback])
         self._terminal_gone = terminal_gone
         self._early = logging.handlers.BufferingHandler(capacity=1_000)
         self.log = logging.Logger("popo-lite run")  # of this run alone
@@ -55,21 +54,17 @@ class RunEvents(Callback):
     def _call(self, method: str, *values: Any, **named: Any) -> None:
         if method == "message":
             self.log.info(*values)
-        callback = self._callback
-        if callback is None:
-            return
         try:
-            getattr(callback, method)(*values, **named)
+            getattr(self._callback, method)(*values, **named)
         except TerminalGone as error:
             if not self._terminal_is_gone:
                 self._terminal_is_gone = True
                 self.log.warning("the terminal is gone, so nothing is shown any more: %s", error)
                 self._terminal_gone()
         except Exception:
-            self._callback = None
+            self.log.exception("a callback failed, and gets nothing more")
             if not self.ending:
                 raise
-            self.log.exception("the callback failed")
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):

@@ -65,7 +65,7 @@ class OpenRun:
             self._resources = stack.pop_all()
         self.cursor = Cursor(entropy_coef=getattr(recipe.objective, "entropy_coef", 0.0))
         self._unwritten: list[tuple[Path, Mapping[str, Any]]] = []  # lines for the run's files
-        self.verdicts = Verdicts(recipe)
+        self.verdicts = Verdicts(recipe, self.sampler.engine)
         self.guard = SamplerGuard(recipe, self.policy, self.sampler, callback.message)
 
     def _open_task(self, stack: ExitStack) -> None:

@@ -40,8 +40,8 @@ class Pause:
         """Take the GPU again. Return why that is not possible now, or None."""
         if (free := self._free_bytes()) < self._taken:
             return (
-                f"the run needs {self._taken / GIB:.2f} GiB of the GPU again, and {free / GIB:.2f} GiB are free: it "
-                "stays paused; end other programs on the GPU, then continue it again"
+                f"to continue, the run needs {self._taken / GIB:.2f} GiB of the GPU, and {free / GIB:.2f} GiB are "
+                "free: it stays paused; end other programs on the GPU, then ask it again to continue"
             )
         try:
             move_back(self._parked, self._device)

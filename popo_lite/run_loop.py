@@ -12,7 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from popo_lite.checkpoint import load_checkpoint, save_checkpoint, sync_folder
+from popo_lite.controls import MEANINGS, Action
 from popo_lite.errors import (
     CheckpointError,
     EngineError,
@@ -47,6 +50,7 @@ from popo_lite.samplers.probe import PROBE_PROMPTS
 from popo_lite.tasks.datasets import changes as data_changes
 from popo_lite.tasks.datasets import digests
 from popo_lite.types import EvalResult
+from popo_lite.verdicts import Verdicts
 
 TOTALS = ("prompts_skipped", "prompts_with_positive", "rollouts", "rollout_tokens", "trained_tokens", "shared_tokens")
 """Metrics whose sum over all steps is part of the summary."""
@@ -145,6 +149,7 @@ class RunLoop(OpenRun, ABC):
     def _go_on(self) -> dict[str, Any] | None:
         """Run all evaluations and steps that are left; return the summary, or None if interrupted."""
         steps, stop = self.recipe.train.steps, self.interrupts
+        self.controls.over = False
         if not stop.requested:
             self._prove_sampler(self.callback.message)
         if self.cursor.before is None and self.held_out and not stop.requested:
@@ -158,6 +163,7 @@ class RunLoop(OpenRun, ABC):
             self._serve()
         if stop.requested:
             return None
+        self.controls.over = True
         return self._finish(self._evaluate("after").summary() if self.held_out else None)
 
     # --------------------------------------------------------------------- controls
@@ -169,26 +175,35 @@ class RunLoop(OpenRun, ABC):
                 self._pause()
             elif (action := self.controls.take()) is None:
                 return
-            elif action == "checkpoint":
-                self._checkpoint()
-            elif action == "sample":
-                self._show_samples()
-            elif not self.held_out:
-                self.callback.message("nothing to evaluate on: eval.problems is 0")
             else:
                 try:
-                    self._evaluate("asked")
-                except GradingError as error:  # the run does not depend on this evaluation
-                    self.callback.message(f"no evaluation: {error}")
+                    self._do(action)
+                except (OSError, SafetensorError, GradingError) as error:  # the run does not depend on it
+                    self.callback.log.warning("a request failed", exc_info=True)
+                    self.callback.message(f"{MEANINGS[action]}: not done; {error}")
+                except EngineFailedError:  # asked again, it might end the run
+                    self.callback.message(f"{MEANINGS[action]}: not done, because the engine failed")
+                    raise
+
+    def _do(self, action: Action) -> None:
+        if action == "checkpoint":
+            self._checkpoint()
+        elif action == "sample":
+            self._show_samples()
+        elif self.held_out:
+            self._evaluate("asked")
+        else:
+            self.callback.message("nothing to evaluate on: eval.problems is 0")
 
     def _pause(self) -> None:
         """Wait with an empty GPU until the run is to continue or stop. A run that stops is saved from host memory."""
         self.callback.stage("paused")
         pause = Pause(self.learner, self.sampler)
-        self.controls.paused = True
         where = f"after step {self.cursor.next_step} of {self.recipe.train.steps}"
-        self.callback.message(f"paused {where}{pause.freed}; Ctrl-C saves and stops")
         try:
+            self.controls.paused = True
+            how = 'to continue press p, or request "continue"'
+            self.callback.message(f"paused {where}{pause.freed}; {how}; Ctrl-C saves and stops")
             while not self.interrupts.requested:
                 self.controls.wait(0.2)
                 if self.controls.pausing or self.interrupts.requested:
@@ -398,6 +413,9 @@ class RunLoop(OpenRun, ABC):
         cursor = self.cursor
         for path in (self.folder.metrics_path, self.folder.samples_path):
             keep_lines(path, lambda line: line["step"] < cursor.next_step)
+        with reading(self.folder.metrics_path):
+            done = read_lines(self.folder.metrics_path) if cursor.next_step else []
+            self.verdicts = Verdicts(self.recipe, self.sampler.engine, done)
 
         def is_kept(line: dict[str, Any]) -> bool:
             if line["when"] == "before":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from popo_lite.metrics import StepRecord
 from popo_lite.recipe import Recipe
@@ -16,8 +16,8 @@ WINDOW = 10
 """Steps that are looked at together: in a single one chance is larger than any of the limits below."""
 
 COLLAPSED, LEARNED = 0.1, 0.9
-"""The entropy has collapsed below this fraction of its start, unless this pass rate explains it: a model that has
-learned is sure of its answers. tiny_cpu ends at 0.3 of the start and a pass rate of 0.96."""
+"""The entropy has collapsed below the first, a fraction of its start, unless the pass rate reaches the second: a model
+that has learned is sure of its answers. tiny_cpu ends at 0.3 of the start and a pass rate of 0.96."""
 
 EXPLODED = 3.0
 """And explodes above this multiple: healthy runs here stay below 1.3."""
@@ -41,14 +41,16 @@ SHOWN_AS_ZERO = 5e-4
 
 
 class Verdicts:
-    """Judge the steps of a run, one after another."""
+    """Judge the steps of a run, one after another; a run that resumes begins with those it has. `engine` samples."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    def __init__(self, recipe: Recipe, engine: str, done: Iterable[StepRecord] = ()) -> None:
+        self._recipe, self._engine = recipe, engine
         self._in_a_row: Counter[str] = Counter()
         self._said = set[str]()
         self._recent: deque[StepRecord] = deque(maxlen=WINDOW)
         self._first: list[StepRecord] = []  # the first steps, for comparison
+        for record in done:  # what was said of them is not said again
+            self.of(record, planned=record["skipped_reason"] is None, equals_base=False)
 
     def of(self, record: StepRecord, *, planned: bool, equals_base: bool) -> list[str]:
         """Return what to tell the user of a step.
@@ -119,7 +121,8 @@ class Verdicts:
             yield "collapse", f"{text}hardly vary any more, so little new is found; {advice}"
         if entropy is not None and entropy > EXPLODED:
             text = f"the entropy is {entropy:.1f} times that of the start: answers become random; lower "
-            yield "explosion", f"{text}optimizer.learning_rate or objective.entropy_coef"
+            bonus = " or objective.entropy_coef" if getattr(self._recipe.objective, "entropy_coef", 0.0) else ""
+            yield "explosion", f"{text}optimizer.learning_rate{bonus}"
         if passed > SOLVED and not self._in_a_row["skipped"]:  # of skipped steps, `of` says it
             text = f"{passed:.1%} of the answers are right, so there is hardly anything left to learn: stop here, "
             yield "solved", f"{text}or use harder problems (data.filter, data.curriculum)"
@@ -135,7 +138,8 @@ class Verdicts:
         if gap is not None and gap_before is not None and gap > max(GAP_GROWN * gap_before, SMALLEST_GAP):
             text = f"log-probs of sampler and trainer differ by {gap:.2g} nats, and did by {gap_before:.2g} in the "
             text += "first steps: answers come less and less from the policy that learns; "
-            yield "gap", f"{text}resume with --set rollout.engine=hf to compare"
+            other = "model.attn_implementation=eager" if self._engine == "hf" else "rollout.engine=hf"
+            yield "gap", f"{text}resume with --set {other} to compare"
         rewards = [record["rewards"] for record in self._recent]
         for name in rewards[-1] if len(rewards[-1]) > 1 else ():
             values = {step.get(name) for step in rewards}

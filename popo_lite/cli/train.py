@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from popo_lite.api import load_trainer
-from popo_lite.callbacks import CallbackList
+from popo_lite.callbacks import Callback, CallbackList
 from popo_lite.errors import INTERRUPTED, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
@@ -95,6 +99,46 @@ def resume(
         _train(folder, settings, str(folder.recipe_path), view, ignore_plan=ignore_plan, as_json=as_json, **options)
 
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def _handle(handler: Any) -> None:
+    """Handle the signals that end a run. One that is ignored stays ignored, as with nohup."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _closed(callbacks: Sequence[Callback]) -> Iterator[Callback]:
+    """Close the callbacks at the end, the view first. A signal then ends the wait for a tracker or the Hub."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    watcher = CallbackList(callbacks)
+    try:
+        with watcher:
+            try:
+                yield watcher
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, signal.default_int_handler if handler != signal.SIG_IGN else handler)
+                with suppress(KeyboardInterrupt):
+                    watcher.close()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if any(getattr(callback, "unread", False) for callback in callbacks):
+            _write_nowhere()
+
+
+def _write_nowhere() -> None:
+    """Drop what is still written to terminals: nothing reads them, so the process would never end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None and stream.isatty():
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def _train(
     folder: RunFolder, settings: Recipe, recipe: str, view: str, *, ignore_plan: bool, as_json: bool, **options: Any
 ) -> None:  # fmt: skip
@@ -109,24 +153,25 @@ def _train(
 
     advice = f"popo-lite plan {shlex.quote(recipe)}   (what takes how much memory, and what to change)"
     screen = open_view("silent" if as_json else view)  # type: ignore[arg-type]  # click checks the choice
-    with CallbackList([screen, *reporters(folder, settings)]) as watcher:
+    with _closed([screen, *reporters(folder, settings)]) as watcher:
         try:
             trainer = load_trainer(settings, watcher, ignore_plan=ignore_plan, advice=advice)
         except UserInputError as error:
             raise error.within(recipe) from error
         with trainer:
-            # The run handles Ctrl-C itself; one that comes before it starts stops it at its first step.
-            default = signal.signal(signal.SIGINT, trainer.interrupts.note)
-            with memory_named("before the first step", advice):
-                result = trainer.run(folder, **options)
-            # One that comes after it must not stop anything. Not a Python handler: the interpreter removes those when
-            # it exits, and then the signal would kill it.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # The run handles signals itself; one that comes before it starts stops it at its first step.
+            _handle(trainer.interrupts.note)
+            try:
+                with memory_named("before the first step", advice):
+                    result = trainer.run(folder, **options)
+            finally:
+                _handle(signal.SIG_IGN)  # what has ended is closed in order
     if result.summary is None:
         done = f"stopped after {result.next_step} of {settings.train.steps} steps; saved. To continue:"
         click.echo(f"{done}\n  {result.folder.resume_command}{' --ignore-plan' if ignore_plan else ''}", err=as_json)
+        # Not a Python handler: the interpreter removes those when it exits, and then the signal would kill it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise SystemExit(INTERRUPTED)
-    signal.signal(signal.SIGINT, default)
     if as_json:
         click.echo(json.dumps(result.summary))
         return

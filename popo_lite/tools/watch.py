@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import shlex
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +29,13 @@ from popo_lite.tools.console import words
 from popo_lite.tools.console.views import PAUSED, VIEWS, Key, RunState, open_view
 
 POLL_SECONDS = 0.5
+MOST_STEPS = 10**12
+"""A step with a larger number is damage."""
+SAMPLES_BYTES = 2**20
+"""Only the latest step's samples are shown, and the file may have a gigabyte."""
 KEYS = {"q": Key("stop", "leave", "leave; the run goes on")}
 MESSAGES_BEFORE = 50
-"""Messages of log.txt that are shown when watching begins."""
+"""Lines of log.txt that are shown when watching begins."""
 
 _LOGGED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} ([A-Z]+) (.*)")
 _MAPS: tuple[Unit, ...] = ("counts", "ratios", "seconds", "tokens/s")
@@ -37,10 +44,13 @@ State = Literal["training", "stopped", "ended"]
 
 
 class Lines:
-    """The complete lines of a file that another process appends to, or cuts back and writes again."""
+    """Read the complete lines of a file that another process appends to, or cuts back and writes again.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    With `last`, only so many bytes at its end: their first line may be half, and is left out.
+    """
+
+    def __init__(self, path: Path, *, last: int | None = None) -> None:
+        self.path, self.last = path, last
         self._inode, self._end = 0, 0
         self._known: list[int] = []  # hashes of the lines that were returned
 
@@ -52,20 +62,23 @@ class Lines:
         """
         try:
             with self.path.open("rb") as file:
-                status = file.seek(0, 2), file.fileno()
-                inode = self.path.stat().st_ino
-                again = inode != self._inode or status[0] < self._end
-                file.seek(0 if again else self._end)
+                status = os.fstat(file.fileno())
+                again = status.st_ino != self._inode or status.st_size < self._end
+                start = self._end if not again else 0 if self.last is None else max(0, status.st_size - self.last)
+                file.seek(start)
                 content = file.read()
         except OSError:  # not there yet, or being replaced
             return []
+        if again and start:
+            half, newline, content = content.partition(b"\n")
+            start += len(half) + len(newline)
         whole, newline, _ = content.rpartition(b"\n")
         if not newline and not again:
             return []
         lines = whole.split(b"\n") if newline else []
         same = 0
         if again:
-            self._inode, self._end = inode, 0
+            self._inode, self._end = status.st_ino, start
             while same < min(len(lines), len(self._known)) and hash(lines[same]) == self._known[same]:
                 same += 1
             del self._known[same:]
@@ -80,9 +93,9 @@ class Follower:
 
     def __init__(self, run: RunFolder, view: RunState | Any) -> None:
         self._run, self._view = run, view
-        self._metrics, self._samples = Lines(run.metrics_path), Lines(run.samples_path)
-        self._evaluations, self._log = Lines(run.evaluations_path), Lines(run.log_path)
-        self._began, self._trained = time.monotonic(), 0.0
+        self._metrics, self._samples = Lines(run.metrics_path), Lines(run.samples_path, last=SAMPLES_BYTES)
+        self._evaluations, self._log = Lines(run.evaluations_path), Messages(run.log_path)
+        self._trained = 0.0
         self._caught_up = False
         if isinstance(view, RunState):
             # Steps that were done before follow each other as they did then.
@@ -90,7 +103,7 @@ class Follower:
             view.before_the_first_step = "waiting for the first step"
 
     def feed(self) -> None:
-        """Report what is new. Raises CheckpointError for a line that is none of a run's."""
+        """Report what is new. Raises CheckpointError for a line that no run writes."""
         for record in _records(self._metrics):
             if not self._caught_up:
                 self._trained += words.by_stage(record["seconds"])[1]
@@ -99,8 +112,9 @@ class Follower:
         self._show_samples()
         for line, where in _objects(self._evaluations):
             with reading(self._evaluations.path, where):
-                self._view.evaluated({**line, "when": str(line["when"]), "pass_at_1": float(line["pass_at_1"])})
-        messages = list(_messages(self._log))
+                known = {"when": str(line["when"]), "step": int(line["step"]), "pass_at_1": float(line["pass_at_1"])}
+                self._view.evaluated({**line, **known})
+        messages = self._log.new()
         for said, text in messages[0 if self._caught_up else -MESSAGES_BEFORE :]:
             self._view.said = said
             self._view.message(text)
@@ -125,42 +139,56 @@ class Follower:
 
 def _objects(lines: Lines) -> Iterator[tuple[dict[str, Any], str]]:
     for number, line in lines.new():
-        with reading(lines.path, f"line {number}"):
-            found = checked(json.loads(line.decode()), lines.path)
-        yield found, f"line {number}"
+        where = f"line {number}" if lines.last is None else f"line {number} of its end"
+        with reading(lines.path, where):
+            found = checked(json.loads(line.decode(), parse_float=_finite, parse_constant=_finite), lines.path)
+        yield found, where
 
 
 def _records(lines: Lines) -> Iterator[dict[str, Any]]:
     """Yield the records of steps, with every metric and only values of its type: the file may come from a stranger."""
     for line, where in _objects(lines):
         with reading(lines.path, where):
+            if not 0 <= line["step"] < MOST_STEPS:
+                raise ValueError(f"a run has no step {line['step']!r}")
             yield {name: _typed(line.get(name), metric.unit) for name, metric in METRICS.items()}
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{value} is no finite number")
+    return number
 
 
 def _typed(value: Any, unit: Unit) -> Any:
     if unit in _MAPS and not (unit in ("seconds", "tokens/s") and isinstance(value, int | float)):
-        number: Any = int if unit == "counts" else float
+        number: Any = int if unit == "counts" else _finite
         return {str(name): number(each) for name, each in dict(value or {}).items() if each is not None}
     if unit == "text":
         return None if value is None else str(value)
-    if value is None or isinstance(value, int):
-        return value
-    return float(value)
+    if value is None:
+        return None
+    number = _finite(value)
+    return value if isinstance(value, int) else number
 
 
-def _messages(lines: Lines) -> Iterator[tuple[datetime, str]]:
-    """Yield time and text of the log's messages, without tracebacks: those of the user, not of the developer."""
-    said, text = datetime.now(), list[str]()
-    for _, line in lines.new():
-        content = line.decode("utf-8", "replace")
-        if found := _LOGGED.fullmatch(content):
-            if text:
-                yield said, "\n".join(text)
-            said, text = datetime.fromisoformat(found[1]), [found[3]] if found[2] == "INFO" else []
-        elif text:
-            text.append(content)
-    if text:
-        yield said, "\n".join(text)
+class Messages:
+    """Read the messages of a log, without tracebacks: those for the user, not for the developer."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = Lines(path)
+        self._said: datetime | None = None  # when the message of the latest line was, if it is one for the user
+
+    def new(self) -> list[tuple[datetime, str]]:
+        """Return time and text of each line that is new. One of several lines may be read in parts."""
+        found: list[tuple[datetime, str]] = []
+        for _, line in self._lines.new():
+            content = line.decode("utf-8", "replace")
+            if begun := _LOGGED.fullmatch(content):
+                self._said, content = datetime.fromisoformat(begun[1]) if begun[2] == "INFO" else None, begun[3]
+            if self._said is not None:
+                found.append((self._said, content))
+        return found
 
 
 def state_of(run: RunFolder) -> State:
@@ -200,6 +228,20 @@ def _facts(run: RunFolder, recipe: Recipe) -> Mapping[str, str]:
     return {"model": recipe.model.id, "data": recipe.data.dataset, "rollouts": rollouts, "folder": str(run.path)}
 
 
+@contextmanager
+def _leaving(leave: threading.Event) -> Iterator[None]:
+    """Turn signals that would end the process, and leave the terminal as it is, into leaving."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, lambda *_: leave.set())
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), shell_complete=complete_run, metavar="RUN")
 @click.option(
@@ -222,14 +264,17 @@ def watch(run: Path, view: str, as_json: bool) -> None:
     """
     from popo_lite.tools.console.output import closing_report, notify
 
-    folder = RunFolder(run)
+    folder, leave = RunFolder(run), threading.Event()
+    if not as_json and not folder.recipe_path.is_file() and (owner := owner_of(folder.lock_path)) is not None:
+        notify(f"the run is being prepared: its model is loaded ({owner}); waiting for its first lines")
+        while not folder.recipe_path.is_file() and owner_of(folder.lock_path) is not None:
+            time.sleep(POLL_SECONDS)
     recipe = folder.recipe()
     if as_json:
         click.echo(json.dumps(present(folder, recipe)))
         return
-    leave = threading.Event()
     state: State = "training"
-    with open_view(view, keys=KEYS) as screen:  # type: ignore[arg-type]  # click checks the choice
+    with _leaving(leave), open_view(view, keys=KEYS) as screen:  # type: ignore[arg-type]  # click checks the choice
         screen.attach(Controls(leave.set, screen.message))
         screen.start(title=folder.path.name, facts=_facts(folder, recipe), total_steps=recipe.train.steps, first_step=0)
         follower = Follower(folder, screen)

@@ -7,7 +7,9 @@ import json
 import os
 import pty
 import re
+import resource
 import select
+import shlex
 import signal
 import struct
 import subprocess
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+COMMAND = (sys.executable, "-m", "popo_lite")
 OPTIONS = ("train.steps=500", "data.prompts_per_step=2", "rollout.num_generations=2", "eval.problems=4")
 
 
@@ -30,13 +33,13 @@ class Terminal:
         self.mode = termios.tcgetattr(self._follower)
         self.output = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "popo_lite", *arguments], cwd=folder, stdin=self._follower, stdout=self._follower,
-            stderr=self._follower, env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"},
-            preexec_fn=self._own,
+            arguments, cwd=folder, stdin=self._follower, stdout=self._follower, stderr=self._follower,
+            env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}, preexec_fn=self._own,
         )  # fmt: skip
 
     def _own(self) -> None:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def read(self, seconds: float = 0.1) -> None:
@@ -75,16 +78,18 @@ class Terminal:
         os.close(self._follower)
 
 
+TRAIN = (*COMMAND, "train", "tiny_cpu", *(word for option in OPTIONS for word in ("--set", option)), "--output", "run")
+
+
 @pytest.fixture
 def terminal(tmp_path):
-    options = [word for option in OPTIONS for word in ("--set", option)]
-    opened = Terminal(tmp_path, "train", "tiny_cpu", *options, "--output", "run")
+    opened = Terminal(tmp_path, *TRAIN)
     yield opened
     opened.close()
 
 
 def test_every_key_does_what_it_says(terminal, tmp_path):
-    terminal.press("", r"p pause")
+    terminal.press("q\n", r"p pause")  # typed while the model loads: not meant for the run
     assert termios.tcgetattr(terminal.leader)[3] & termios.ICANON == 0
     terminal.press("?", "save a checkpoint after this step")
     terminal.press("?", "learning")
@@ -96,11 +101,6 @@ def test_every_key_does_what_it_says(terminal, tmp_path):
     time.sleep(1)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == steps
     terminal.press("p", "continued after step")
-    # Ctrl-Z gives the terminal back. Without a shell above it the process is not stopped, and takes it again.
-    before = len(terminal.output)
-    terminal.press("\x1a", "learning")
-    given, taken = (terminal.output.find(code, before) for code in ("\x1b[?1049l", "\x1b[?1049h"))
-    assert 0 < given < taken
     terminal.press("q", "finishing this step, then saving")
     assert terminal.end() == 130
     assert terminal.is_as_before()
@@ -109,10 +109,66 @@ def test_every_key_does_what_it_says(terminal, tmp_path):
     assert [json.loads(line)["when"] for line in lines] == ["before", "asked"]
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
-def test_the_terminal_is_given_back_after_signals(terminal, signals):
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [((signal.SIGTERM,), 130), ((signal.SIGINT, signal.SIGINT), 130), ((signal.SIGQUIT,), -signal.SIGQUIT)],
+)
+def test_the_terminal_is_given_back_after_signals(terminal, signals, code):
+    terminal.press("", "p pause")
     terminal.press("p", "paused: p continues")
     for number in signals:
         terminal.process.send_signal(number)
-    assert terminal.end() == 130
+    assert terminal.end() == code
     assert terminal.is_as_before()
+
+
+def test_ctrl_z_stops_the_process_and_fg_takes_the_terminal_again(tmp_path):
+    shell = Terminal(tmp_path, "bash", "--norc", "--noprofile", "--noediting", "-i")
+    try:
+        shell.press(f"{shlex.join(TRAIN)}\n", "p pause")
+        before = len(shell.output)
+        shell.press("\x1a", "Stopped")
+        given = shell.output.find("\x1b[?1049l", before)
+        assert 0 < given < shell.output.rfind("Stopped")
+        assert "\x1b[?1049h" not in shell.output[given:]
+        assert termios.tcgetattr(shell.leader)[3] & termios.ICANON
+        shell.press("fg\n", "learning")
+        shell.press("q", "popo-lite resume run")
+        shell.press("exit\n", "exit")
+        shell.end()
+        assert shell.is_as_before()
+    finally:
+        shell.close()
+
+
+def test_a_terminal_that_nobody_reads_stops_nothing(terminal, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def wait_for_steps(count):
+        deadline = time.monotonic() + 60
+        while not metrics.exists() or metrics.read_text().count("\n") < count:
+            assert terminal.process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    wait_for_steps(1)
+    time.sleep(3)  # its buffer is full after some frames
+    done = metrics.read_text().count("\n")
+    wait_for_steps(done + 5)
+    terminal.process.send_signal(signal.SIGTERM)
+    assert terminal.process.wait(timeout=30) == 130
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert termios.tcgetattr(terminal.leader) == terminal.mode
+
+
+def test_watch_gives_the_terminal_back_after_signals(terminal, tmp_path):
+    terminal.press("", "p pause")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        watching = Terminal(tmp_path, *COMMAND, "watch", "run")
+        try:
+            watching.press("", "q leave")
+            watching.process.send_signal(number)
+            assert watching.end() == 0
+            assert watching.is_as_before()
+        finally:
+            watching.close()

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import re
 import sys
 import time
@@ -11,8 +12,10 @@ from rich.cells import cell_len
 from rich.console import Console
 from test_console_state import FACTS, HOSTILE, STEPS, play, record
 
+from popo_lite.controls import Controls
 from popo_lite.tools.console.dashboard import share_height
 from popo_lite.tools.console.live import LiveView, caught_output
+from popo_lite.tools.console.terminal import Keys
 
 SIZES = [(80, 24), (100, 30), (140, 50)]
 
@@ -246,11 +249,54 @@ def test_live_keeps_what_others_print():
         assert old_handler.stream is held
     finally:
         logger.handlers.clear()
-    farewell = stream.getvalue()[stream.getvalue().rindex("\x1b[?7h") :]
+    farewell = stream.getvalue().rpartition("\x1b[?7h")[2]
     assert "Other output during the run (lines: 3):" in farewell
     assert "printed �[2J by a library" in farewell
     assert farewell.count("logged") == 2
     assert "half a linelogged" in farewell
+
+
+def test_a_fault_in_drawing_leaves_the_run_its_lines(monkeypatch):
+    def broken(*_):
+        raise KeyError("a figure")
+
+    view, stream, _ = live_view(100, 30)
+    said = []
+    view.attach(Controls(lambda: None, lambda text: (said.append(text), view.message(text))))
+    with view:
+        view.start(title="train", facts={}, total_steps=60, first_step=0)
+        time.sleep(0.1)
+        monkeypatch.setattr("popo_lite.tools.console.live.dashboard", broken)
+        deadline = time.monotonic() + 5
+        while not said and time.monotonic() < deadline:
+            view.stage("rollout")
+            time.sleep(0.01)
+        view.step(record(0))
+        view.message("more")
+    output = stream.getvalue()
+    assert "Traceback" in said[0]
+    assert "KeyError: 'a figure'" in said[0]
+    assert output.count("\x1b[?1049h") == output.count("\x1b[?1049l") == 1
+    lines = output[output.index("\x1b[?7h") :]
+    assert "the live view failed: KeyError('a figure')" in lines
+    assert re.search(r"\n[0-9:]{8}  step 1/60  pass rate", lines)
+    assert lines.endswith("  more\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
+def test_keys_survive_a_byte_that_is_no_text():
+    leader, follower = os.openpty()
+    with os.fdopen(follower) as stream:
+        keys = Keys(stream)
+        os.write(leader, b"typed before\n")
+        assert keys.read(0.1) == ""
+        os.write(leader, b"\xff")
+        assert keys.read(1) == ""
+        assert keys.possible
+        os.write(leader, b"p")
+        assert keys.read(1) == "p"
+        keys.close()
+    os.close(leader)
 
 
 def test_caught_output_keeps_the_last_state_of_a_progress_bar():

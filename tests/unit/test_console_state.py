@@ -106,3 +106,34 @@ def test_the_total_among_the_seconds_is_no_stage():
     assert state.pace()[0] == 5.0
     assert by_stage({"rollout": 3.0, "total": 5.0}) == ({"rollout": 3.0}, 5.0)
     assert by_stage({"rollout": 3.0, "update": 1.5}) == ({"rollout": 3.0, "update": 1.5}, 4.5)
+
+
+def test_steps_that_come_again_before_the_session_leave_sound_figures():
+    state = RunState()
+    state.start(title="", facts={}, total_steps=60, first_step=50)
+    state.evaluated({"when": "asked", "step": 50, "pass_at_1": 0.5})
+    state.step(record(50, skipped_reason="none"))
+    state.evaluated({"when": "asked", "step": 51, "pass_at_1": 0.6})
+    state.evaluated({"when": "step 40", "step": 40, "pass_at_1": 0.4})
+    state.step(skipped(40))  # the run went back
+    assert (state.first_step, state.steps_done, state.skips) == (40, 41, 1)
+    assert [line["step"] for line in state.evaluations] == [40]
+
+
+def test_a_signal_in_the_middle_of_a_line_writes_its_message_after_it():
+    class Stream(io.StringIO):
+        def write(self, text):
+            if self.writes:
+                raise RuntimeError("reentrant call")
+            self.writes = True
+            if "first" in text:
+                view.message("of the signal")
+            self.writes = False
+            return super().write(text)
+
+    stream = Stream()
+    stream.writes = False
+    view = PlainView(stream)
+    view.message("first")
+    view.close()
+    assert [line[10:] for line in stream.getvalue().splitlines()] == ["first", "of the signal"]

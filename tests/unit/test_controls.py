@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -12,10 +14,12 @@ from click.testing import CliRunner
 
 import popo_lite
 from helpers import json_lines, record
+from popo_lite import run_loop
 from popo_lite.cli import main
 from popo_lite.controls import Controls
-from popo_lite.errors import UserInputError
+from popo_lite.errors import EngineFailedError, UserInputError
 from popo_lite.run_folder import RunFolder
+from popo_lite.run_loop import RunLoop
 from popo_lite.verdicts import WINDOW, Verdicts
 
 SMALL = ("train.steps=4", "data.prompts_per_step=4", "rollout.num_generations=4", "eval.problems=4", "eval.every=2",
@@ -81,6 +85,7 @@ def test_what_is_asked_for_changes_nothing_of_the_run(undisturbed, tmp_path):
         assert text in said
         assert text in run.log_path.read_text()
     assert len(asking.answers) == 6
+    assert all(answer["question"] for answer in asking.answers)
     assert all((answer["right"] is None) != (answer["wrong"] is None) for answer in asking.answers)
     assert len({answer["question"] for answer in asking.answers}) == 4  # the next ones, then from the start again
     assert (run.checkpoints / "step-000003").is_dir()
@@ -107,30 +112,68 @@ def test_a_signal_ends_a_pause_and_the_run(undisturbed, tmp_path, monkeypatch):
     assert learned(stopped.folder) == learned(undisturbed)
 
 
+def test_a_request_that_fails_costs_no_step(undisturbed, tmp_path, monkeypatch):
+    save, sample = run_loop.save_checkpoint, RunLoop._show_samples
+
+    def full(folder, learner, cursor, **options):
+        if cursor.next_step == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(folder, learner, cursor, **options)
+
+    def dies_once(loop):
+        monkeypatch.setattr(RunLoop, "_show_samples", sample)
+        raise EngineFailedError("the engine died", next_step="nothing")
+
+    class AskingLate(Asking):
+        def evaluated(self, record):
+            if record["when"] == "after":
+                self.controls.request("sample")
+
+    monkeypatch.setattr(run_loop, "save_checkpoint", full)
+    monkeypatch.setattr(RunLoop, "_show_samples", dies_once)
+    asking = AskingLate({1: ["checkpoint"], 3: ["sample"]})
+    recipe = popo_lite.load_recipe("tiny_cpu", SMALL)
+    run = popo_lite.train(recipe, output=tmp_path / "run", callbacks=[asking]).folder
+    assert learned(run) == learned(undisturbed)
+    said = "\n".join(asking.said)
+    assert "save a checkpoint: not done; [Errno 28] No space left on device" in said
+    assert "show a few answers: not done, because the engine failed" in said
+    assert "show a few answers: not done, because the last step is over" in said
+    assert "OSError" in run.log_path.read_text()
+
+
 def test_the_plain_view_shows_a_pause_and_answers(tmp_path, monkeypatch):
     from popo_lite.tools.console.views import PlainView
 
     def attach(view, controls):
         view.controls = controls
         controls.request("sample")
-        controls.request("pause")
-        threading.Timer(4, lambda: controls.request("stop")).start()
 
+    def sampled(view, samples, *, shown=PlainView.sampled):
+        shown(view, samples)
+        view.controls.request("pause")
+        threading.Timer(1, lambda: view.controls.request("stop")).start()
+
+    monkeypatch.setattr(PlainView, "sampled", sampled)
     monkeypatch.setattr(PlainView, "attach", attach)
     options = [word for each in SMALL for word in ("--set", each)]
     done = CliRunner().invoke(main, ["train", "tiny_cpu", *options, "--output", str(tmp_path / "run")])
     assert done.exit_code == 130, done.output
-    assert "paused after step 0 of 4" in done.output
+    assert "paused after step 0 of 4; to continue" in done.output
+    shown = re.findall(r"question: (.+) \(the answer is .+\)\n[0-9:]{8}    (?:right|wrong): ", done.output)
+    assert len(shown) == 3
 
 
 # --------------------------------------------------------------------------- verdicts
 
 
-def told(tiny_recipe, changes, *, steps=2 * WINDOW, overrides=()) -> str:
-    verdicts, texts = Verdicts(tiny_recipe(*overrides)), []
+def told(tiny_recipe, changes, *, steps=2 * WINDOW, overrides=(), engine="hf", resumed_at=None) -> str:
+    verdicts, texts, done = Verdicts(tiny_recipe(*overrides), engine), [], []
     for step in range(steps):
-        values = {"pass_rate": 0.5, "completion_tokens_mean": 20.0, **changes(step)}
-        texts += verdicts.of(record(step, **values), planned=True, equals_base=False)
+        if step == resumed_at:
+            verdicts = Verdicts(tiny_recipe(*overrides), engine, done)
+        done.append(record(step, **{"pass_rate": 0.5, "completion_tokens_mean": 20.0, **changes(step)}))
+        texts += verdicts.of(done[-1], planned=True, equals_base=False)
     return "\n".join(texts)
 
 
@@ -147,9 +190,24 @@ def told(tiny_recipe, changes, *, steps=2 * WINDOW, overrides=()) -> str:
     ],
 )  # fmt: skip
 def test_a_trend_is_told_once_with_what_to_do(tiny_recipe, changes, text):
-    said = told(tiny_recipe, changes)
-    assert said.count("\n") == 0, said
-    assert text in said
+    for resumed_at in (None, WINDOW + 1, 2 * WINDOW - 1):
+        said = told(tiny_recipe, changes, resumed_at=resumed_at)
+        assert said.count("\n") == 0, said
+        assert text in said
+
+
+def test_advice_names_only_what_can_be_changed(tiny_recipe):
+    def explodes(_):
+        return {"entropy_over_start": 4.0}
+
+    def gap(step):
+        return {"logp_gap_mean": 0.001 if step < WINDOW else 0.02}
+
+    assert "objective.entropy_coef" in told(tiny_recipe, explodes)
+    for algorithm in ("grpo", "raft"):
+        assert "entropy_coef" not in told(tiny_recipe, explodes, overrides=[f"objective.algorithm={algorithm}"])
+    assert "--set model.attn_implementation=eager" in told(tiny_recipe, gap)
+    assert "--set rollout.engine=hf" in told(tiny_recipe, gap, engine="vllm")
 
 
 def test_nothing_is_told_of_a_run_that_learns(tiny_recipe, undisturbed):

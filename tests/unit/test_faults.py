@@ -553,6 +553,22 @@ def test_the_best_checkpoint_stays(tmp_path):
     assert run.saved == ["step-000002", "step-000004"]
 
 
+def test_a_callback_that_fails_is_logged_and_disconnects_no_other(tmp_path):
+    class Broken(Messages):
+        def message(self, text):
+            super().message(text)
+            raise KeyError(text)
+
+    broken, sound = Broken(), Messages()
+    events = RunEvents(CallbackList([broken, sound]), lambda: None)
+    events.open_log(tmp_path / "log.txt")
+    with pytest.raises(KeyError):
+        events.message("one")
+    events.message("two")
+    assert (broken.messages, sound.messages) == (["one"], ["one", "two"])
+    assert "KeyError: 'one'" in (tmp_path / "log.txt").read_text()
+
+
 def test_the_log_has_early_messages_and_no_secrets_and_rotates(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_secret")
     events = RunEvents(Callback(), lambda: None)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from popo_lite.callbacks import Callback
 from popo_lite.cli import main
 from popo_lite.trainer import Trainer
 
@@ -56,3 +59,30 @@ def test_a_signal_while_the_model_is_loaded_leaves_nothing_behind(tmp_path, monk
     stopped = train(tmp_path / "run")
     assert stopped.exit_code == 130, stopped.output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait_for_a_tracker_and_not_the_command(tmp_path, monkeypatch, number):
+    closed = []
+
+    class View(Callback):
+        def close(self):
+            closed.append("view")
+
+    class Slow(Callback):
+        def close(self):
+            closed.append("tracker")
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+
+    command = sys.modules["popo_lite.cli.train"]
+    monkeypatch.setattr(command, "reporters", lambda *_: [Slow()])
+    monkeypatch.setattr("popo_lite.tools.console.views.open_view", lambda *_: View())
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    start = time.monotonic()
+    done = train(tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert time.monotonic() - start < 50
+    assert closed == ["view", "tracker"]
+    assert "popo-lite report" in done.output
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]

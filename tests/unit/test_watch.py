@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import time
-from contextlib import nullcontext
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
 
 import pytest
 from click.testing import CliRunner
@@ -125,19 +127,59 @@ def test_a_file_that_is_cut_back_in_place_is_read_again(tmp_path):
     assert lines.new() == [(2, b"d"), (3, b"e")]
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[]", '{"step": 0, "rewards": 7}', '{"step": [], "loss": {}}'])
+@pytest.mark.parametrize(
+    "line",
+    ["nonsense", "[]", "{}", '{"step": null}', '{"step": -1}', '{"step": 0, "rewards": 7}', '{"step": [], "loss": {}}',
+     '{"step": 0, "loss": NaN}', '{"step": 0, "loss": 1e999}', '{"step": 0, "rewards": {"a": "Infinity"}}'],
+)  # fmt: skip
 def test_a_damaged_line_is_an_error_that_names_it(run, line):
     run.metrics_path.write_text(line + "\n")
     with pytest.raises(CheckpointError) as caught:
         Follower(run, PlainView(io.StringIO())).feed()
     assert "metrics.jsonl" in caught.value.where
+    shown = CliRunner().invoke(main, ["watch", str(run.path), "--json"])
+    assert isinstance(shown.exception, SystemExit)  # and no traceback
+
+
+def test_a_run_whose_model_is_loaded_is_waited_for(run):
+    recipe = run.recipe_path.read_text()
+    run.recipe_path.unlink()
+    with ExitStack() as stack:
+        stack.enter_context(run.locked())
+        threading.Timer(1, lambda: (run.recipe_path.write_text(recipe), stack.close())).start()
+        shown = CliRunner().invoke(main, ["watch", str(run.path)])
+    assert shown.exit_code == 0, shown.output
+    assert "the run is being prepared" in shown.stderr
+    assert "0 of 2 steps are done" in shown.stderr
+
+
+def test_a_message_that_is_written_in_two_parts_is_shown_whole(run):
+    view = RunState()
+    follower = Follower(run, view)
+    for part in ("2026-01-02 03:04:05,678 INFO first\n", "second\n", "2026-01-02 03:04:06,678 ERROR x\n", "trace\n"):
+        with run.log_path.open("a") as file:
+            file.write(part)
+        follower.feed()
+    assert view.notices == ["03:04:05  first", "03:04:05  second"]
+
+
+def test_only_the_end_of_a_long_file_is_read(tmp_path):
+    lines = Lines(tmp_path / "lines", last=10)
+    lines.path.write_bytes(b"".join(b"line %d\n" % number for number in range(1000)))
+    assert [line for _, line in lines.new()] == [b"line 999"]
+    with lines.path.open("ab") as file:
+        file.write(b"a long line that is new\n")
+    assert [line for _, line in lines.new()] == [b"a long line that is new"]
 
 
 def test_a_process_that_looks_does_not_refuse_the_one_that_trains(run):
-    for _ in range(20):
-        with run.locked():
-            pass
-        assert owner_of(run.lock_path) is None
-    with nullcontext(time.monotonic()) as start:
-        owner_of(run.lock_path)
-        assert time.monotonic() - start < 1
+    code = "import sys, pathlib; from popo_lite.lock import owner_of\nprint(flush=True)\n"
+    code += "while True: owner_of(pathlib.Path(sys.argv[1]))"
+    with subprocess.Popen([sys.executable, "-c", code, run.lock_path], stdout=subprocess.PIPE) as looking:
+        try:
+            looking.stdout.readline()
+            for _ in range(20):
+                with run.locked():
+                    pass
+        finally:
+            looking.kill()

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -17,14 +18,17 @@ from typing import Any, TextIO, cast
 from rich.console import Console
 from rich.segment import Segment, SegmentLines
 
-from popo_lite.callbacks import TerminalGone
+from popo_lite.callbacks import EVENTS, TerminalGone
 from popo_lite.tools.console import words
 from popo_lite.tools.console.dashboard import Remembered, dashboard
 from popo_lite.tools.console.terminal import Keys, Screen, in_foreground
-from popo_lite.tools.console.views import KEYS, Clock, Key, RunState, writing
+from popo_lite.tools.console.views import KEYS, Clock, Key, PlainView, RunState, writing
 
-STOP_SIGNAL = getattr(signal, "SIGTSTP", None)
-"""Ctrl-Z. Windows has none."""
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTSTP", "SIGQUIT") if hasattr(signal, name))
+"""Ctrl-Z and Ctrl-\\. Windows has neither."""
+
+UNREAD_SECONDS = 2.0
+"""A terminal that takes nothing for so long, as after Ctrl-S or a lost connection, gets nothing more."""
 
 
 class LiveView(RunState):
@@ -43,38 +47,41 @@ class LiveView(RunState):
     ) -> None:
         super().__init__(clock)
         self._console, self._possible_keys, self._refresh_seconds = console, keys, refresh_seconds
-        self._screen = Screen(console.file)
+        self._screen, self._writing = Screen(console.file), threading.RLock()
         self._other: deque[str] = deque(maxlen=50)
         self._other_count = 0
         self._remembered = Remembered()
         self._open: ExitStack | None = None
         self._ends = self._stopping = False
         self._gone: OSError | None = None
+        self._broken = ""  # the traceback of the fault that ended the drawing
+        self.unread = False  # True if nothing read the terminal at the end
 
     def start(self, **facts: Any) -> None:
         """Take the screen and the keys."""
         super().start(**facts)
+        self._start = facts
         with writing(), ExitStack() as taken:
             # Undone in reverse order: the screen is given back before other output may reach it.
             taken.enter_context(caught_output(self._catch))
-            taken.callback(self._screen.give)
-            if STOP_SIGNAL is not None and threading.current_thread() is threading.main_thread():
-                taken.callback(signal.signal, STOP_SIGNAL, signal.signal(STOP_SIGNAL, self._stopped))
+            for number in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+                taken.callback(signal.signal, number, signal.signal(number, self._stopped))
             self._typed = Keys()
             taken.callback(self._typed.close)
             self._note_keys()
-            if in_foreground(self._console.file):
-                self._screen.take()
             thread = threading.Thread(target=self._run, name="popo-lite screen", daemon=True)
             thread.start()
-            taken.callback(thread.join)
+            taken.callback(thread.join, UNREAD_SECONDS)
             taken.callback(self._typed.wake)
             taken.callback(setattr, self, "_ends", True)
-            self._open = taken.pop_all()
+            self._open, self._thread = taken.pop_all(), thread
 
     def stage(self, name: str, *, total: int | None = None) -> None:
         """Begin counting the stage's work. Raises TerminalGone if the terminal is gone."""
-        super().stage(name, total=total)
+        if self._broken:
+            self._go_on_in_lines()
+        else:
+            super().stage(name, total=total)
         if self._gone is not None:
             raise TerminalGone(self._gone.errno, self._gone.strerror)
 
@@ -92,6 +99,9 @@ class LiveView(RunState):
         opened, self._open = self._open, None
         with writing():
             opened.close()
+        self.unread = self._thread.is_alive()  # more would wait forever
+        if self.unread:
+            return
         took = words.duration(self.clock() - self.started)
         self._print(f"{self.title}: {self.steps_done} of {self.total_steps} steps, {took} in this session")
         self._print(*([self.step_line()] if self.records else []), *self.notices)
@@ -120,35 +130,57 @@ class LiveView(RunState):
 
     def _run(self) -> None:
         try:
-            self.press(self._typed.read(0))  # keys work before they are shown
+            self._typed.read(0)  # keys work before they are shown
             while not self._ends:
                 self._draw()
                 self.press(self._typed.read(self._refresh_seconds))
-        except OSError as error:  # the run learns of it at its next stage
-            self._gone = error
-        except ValueError:  # the stream is closed
-            self._gone = OSError(0, "closed")
+        except Exception as error:  # a fault of the view must not end the run, which learns of it at its next stage
+            super().message(f"the live view failed: {error!r}")
+            self._broken = traceback.format_exc()
+            self._typed.release()
+        with suppress(OSError, ValueError), self._writing:
+            self._screen.give()
 
     def _draw(self) -> None:
-        with self.lock:
-            if self._stopping or not in_foreground(self._console.file):
+        self._note_keys()
+        with self._console.capture() as captured:
+            self._console.print(self.render(), end="")
+        lines, size = captured.get().rstrip("\n").split("\n"), (self._console.width, self._console.height)
+        # The run goes on while the terminal is slow, or is not read at all.
+        with self._writing:
+            if self._stopping or self._gone or not in_foreground(self._console.file):
                 return
-            self._screen.take()  # again, after Ctrl-Z and fg
-            self._note_keys()
-            with self._console.capture() as captured:
-                self._console.print(self.render(), end="")
-            self._screen.draw(captured.get().rstrip("\n").split("\n"), (self._console.width, self._console.height))
+            try:
+                self._screen.take()  # again, after Ctrl-Z and fg
+                self._screen.draw(lines, size)
+            except OSError as error:  # the run learns of it at its next stage
+                self._gone = error
+            except ValueError:  # the stream is closed
+                self._gone = OSError(0, "closed")
+
+    def _go_on_in_lines(self) -> None:
+        """Become a plain view, because the screen cannot be drawn."""
+        self.close()
+        plain = PlainView(cast(TextIO, self._console.file))
+        plain.start(**self._start)
+        for name in (*EVENTS, "close"):
+            setattr(self, name, getattr(plain, name))
+        say = self.message if self.controls is None else self.controls.say
+        say(f"the live view failed, and the run goes on in plain lines; please report this:\n{self._broken}")
 
     def _note_keys(self) -> None:
         self.keys = self._possible_keys if self._typed.possible and self.controls is not None else {}
 
     def _stopped(self, number: int, _frame: object) -> None:
-        """Give the terminal back, stop as Ctrl-Z does, and go on when the process is continued."""
-        with self.lock:
-            self._stopping = True
-            self._typed.release()
-            with suppress(OSError):
-                self._screen.give()
+        """Give the terminal back, do what the signal does by itself, and go on when the process is continued."""
+        self._stopping = True
+        self._typed.release()
+        if self._writing.acquire(timeout=UNREAD_SECONDS):
+            try:
+                with suppress(OSError):
+                    self._screen.give()
+            finally:
+                self._writing.release()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         signal.signal(number, self._stopped)

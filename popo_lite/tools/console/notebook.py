@@ -55,9 +55,12 @@ class NotebookView(RunState):
             print(*map(words.clean, text.splitlines()), sep="\n")  # noqa: T201
 
     def close(self) -> None:
-        """Leave the last state in the notebook."""
+        """Leave the last state in the notebook, and below it all messages, of which the picture has only the last."""
         if self._handle is not None:
             self._draw(now=True)
+            self._handle = None
+            for notice in self.notices:
+                print(notice)  # noqa: T201
 
     def html(self) -> str:
         """Return the picture as it is now."""

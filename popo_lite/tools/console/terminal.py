@@ -31,7 +31,10 @@ def in_foreground(stream: IO[str]) -> bool:
 
 
 class Screen:
-    """The alternate screen of a terminal. A line is written only if it changed, so little goes over a slow line."""
+    """The alternate screen of a terminal. A line is written only if it changed, so little goes over a slow line.
+
+    A write blocks while nothing reads the terminal, as after Ctrl-S: no lock that the run needs may be held then.
+    """
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -65,8 +68,19 @@ class Screen:
             self._write(text)
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
         self._stream.flush()
+        try:
+            descriptor = self._stream.fileno() if KEYS_POSSIBLE else None
+        except (OSError, ValueError):  # not a file
+            descriptor = None
+        if descriptor is None:
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        # Not through the stream: while a write blocks, its lock could not be taken by anyone, nor by Python's exit.
+        left = memoryview(text.encode(getattr(self._stream, "encoding", None) or "utf-8", "replace"))
+        while left:
+            left = left[os.write(descriptor, left) :]
 
 
 class Keys:
@@ -100,10 +114,11 @@ class Keys:
         if self._fd not in ready or self._stream is None or not in_foreground(self._stream):
             return ""
         try:
-            pressed = os.read(self._fd, 64).decode("utf-8", "ignore")
+            content = os.read(self._fd, 64)
         except OSError:
-            pressed = ""
-        self.possible = bool(pressed)
+            content = b""
+        self.possible = bool(content)
+        pressed = content.decode("utf-8", "ignore")
         return "" if pressed.startswith("\x1b") else pressed
 
     def wake(self) -> None:
@@ -133,6 +148,7 @@ class Keys:
         if self._line_mode is None:
             self._line_mode = list(termios.tcgetattr(self._fd))
             tty.setcbreak(self._fd, termios.TCSANOW)
+            termios.tcflush(self._fd, termios.TCIFLUSH)  # typed before keys were shown, and meant for something else
 
 
 def _is_terminal(stream: IO[str]) -> bool:

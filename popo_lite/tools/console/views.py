@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO, get_args
 
 from popo_lite.callbacks import Callback, TerminalGone
 from popo_lite.controls import Action, Controls
@@ -33,7 +33,8 @@ PAUSED = "paused"
 """The stage of a run that waits."""
 
 
-VIEWS = ("auto", "live", "plain", "silent")
+View = Literal["auto", "live", "plain", "silent"]
+VIEWS: tuple[View, ...] = get_args(View)
 
 
 class Key(NamedTuple):
@@ -126,6 +127,9 @@ class RunState(Callback):
                 # The time since the start would count the evaluation before the first step as part of it.
                 self._step_ends.append(self.clock() - words.by_stage(record["seconds"])[1])
             self._step_ends.append(self.clock())
+            self.first_step = min(self.first_step, record["step"])
+            if record["step"] < self.steps_done:  # it comes again
+                self.evaluations = [line for line in self.evaluations if line["step"] <= record["step"]]
             while self.records and self.records[-1]["step"] >= record["step"]:  # the run went back to a checkpoint
                 self.skips -= self.records.pop()["skipped_reason"] is not None
             self.records.append(record)
@@ -215,6 +219,8 @@ class PlainView(RunState):
         super().__init__(clock)
         self.records = deque(maxlen=1)  # it shows no trends
         self._stream, self._heartbeat_seconds, self._printed = stream, heartbeat_seconds, clock()
+        self._waiting: list[str] = []  # lines
+        self._is_printing = False
         self._done = threading.Event()
         self._heart = threading.Thread(target=self._live, name="popo-lite heartbeat", daemon=True)
 
@@ -269,16 +275,26 @@ class PlainView(RunState):
     def _print(self, *lines: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"  # that of io.StringIO is None
         with self.lock, writing():
-            for line in lines:
-                self._stream.write(words.encodable(f"{self.said or datetime.now():%H:%M:%S}  {line}", encoding) + "\n")
-            self._stream.flush()
+            self._waiting += [
+                words.encodable(f"{self.said or datetime.now():%H:%M:%S}  {line}", encoding) + "\n" for line in lines
+            ]
+            if self._is_printing:  # a signal handler in the middle of the lines below: a stream refuses a second write
+                return
+            self._is_printing = True
+            try:
+                while self._waiting:
+                    self._stream.write(self._waiting.pop(0))
+                    if not self._waiting:
+                        self._stream.flush()
+            finally:
+                self._is_printing = False
             self._printed = self.clock()
             if self._heart.ident is None and not self._done.is_set():
                 self._heart.start()  # with the first line: loading a model, before the run starts, takes time as well
 
 
 def open_view(
-    mode: Literal["auto", "live", "plain", "silent"] = "auto",
+    mode: View = "auto",
     stream: TextIO | None = None,
     *,
     keys: Mapping[str, Key] = KEYS,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from popo_lite.errors import CheckpointError
 from popo_lite.formats import read_json, reading
+from popo_lite.lock import owner_of
 from popo_lite.metrics import StepRecord
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import RunFolder, checkpoint_folders, read_lines
@@ -54,7 +51,7 @@ def read_run(path: Path) -> RunFiles:
                 raise ValueError(f"a run has no step {record['step']}")
     evaluations = read_lines(run.evaluations_path, growing=True) if run.evaluations_path.is_file() else []
     evaluations = [line for line in evaluations if number_in(line, "pass_at_1") is not None]
-    state: State = "finished" if run.ended else "running" if is_running(run) else "stopped"
+    state: State = "finished" if run.ended else "running" if owner_of(run.lock_path) is not None else "stopped"
     unreadable: list[str] = []
     summary: Mapping[str, Any] = {}
     if state == "finished":
@@ -89,23 +86,6 @@ def names_in(records: Sequence[StepRecord], metric: str) -> list[str]:
     """Return the names that a metric with several figures, such as `rewards`, has in any record."""
     tables = [record[metric] for record in records if isinstance(record.get(metric), Mapping)]
     return list(dict.fromkeys(str(name) for table in tables for name in table))
-
-
-def is_running(run: RunFolder) -> bool:
-    """Return True if the process that took the run's lock last is alive on this machine.
-
-    The lock itself is not tried: that would make a trainer fail that starts at this moment.
-    """
-    import psutil
-
-    with suppress(OSError, ValueError, TypeError, KeyError, OverflowError, psutil.Error):
-        owner = json.loads(run.lock_path.read_text(encoding="utf-8").strip("\n\0"))
-        began = psutil.Process(owner["pid"]).create_time()
-        # Another process may have got the number since.
-        return bool(
-            owner["host"] == platform.node() and began <= datetime.fromisoformat(owner["since"]).timestamp() + 1
-        )
-    return False
 
 
 def _is_number(value: Any) -> bool:
