@@ -146,7 +146,7 @@ def opened(run: RunFolder) -> tuple[HubUploads, list[str]]:
 
 def wait(sender: HubUploads) -> None:
     """Wait until all is sent or has failed."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not sender.is_done():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -158,7 +158,7 @@ def test_while_one_is_sent_only_the_newest_waits(run: RunFolder, hub: Hub, use_h
     sender, said = opened(run)
     first, second, third = checkpoint_folders(run.checkpoints)
     sender.saved(first)
-    assert hub.held.wait(60)
+    assert hub.held.wait(120)
     assert sender._child is not None
     assert TOKEN not in Path(f"/proc/{sender._child._process.pid}/cmdline").read_text()
     shutil.rmtree(first)  # as a run deletes old checkpoints
@@ -250,7 +250,7 @@ def test_a_hub_that_hangs_does_not_hold_the_end(run: RunFolder, hub: Hub, use_hu
     ) as process:
         assert process.stdin is not None
         assert process.stderr is not None
-        assert hub.held.wait(60)
+        assert hub.held.wait(120)
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.wait(15) == 0
