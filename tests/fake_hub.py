@@ -47,6 +47,10 @@ class Hub:
     held: Event = field(default_factory=Event)
     part_bytes: int | None = None  # objects that are larger are sent in parts
     parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    answers: Event = field(default_factory=Event)  # PUTs get no answer while it is not set
+
+    def __post_init__(self) -> None:
+        self.answers.set()
 
     def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
         """What people see of a branch."""
@@ -199,6 +203,9 @@ def serve() -> Iterator[Hub]:
                         self.rfile.read(1)  # until the client is gone
                     self.close_connection = True
                     return
+                if not hub.answers.is_set():
+                    hub.held.set()
+                    hub.answers.wait()
             else:
                 body = self.rfile.read(length)
             # Objects go to a storage service, which the Hub's token is not sent to.
@@ -229,6 +236,7 @@ def serve() -> Iterator[Hub]:
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield hub
+    hub.answers.set()
     server.shutdown()
     server.server_close()
     thread.join()

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, constants
-from huggingface_hub.utils import enable_progress_bars
-from huggingface_hub.utils.logging import set_verbosity_warning
 
 import popo_lite as popo_lite_
 from fake_hub import TOKEN, Hub, popo_lite, serve
 from popo_lite.callbacks import Callback
 from popo_lite.controls import Controls
-from popo_lite.errors import ExportError, UserInputError
+from popo_lite.errors import UserInputError
 from popo_lite.policy.adapters import ADAPTER_FILE
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder, checkpoint_folders, write_json
-from popo_lite.tools.reporting import hub as uploads
 from popo_lite.tools.reporting.hub import HubUploads
+from popo_lite.tools.reporting.reporter import Reporters
 from runs import EVALUATION, finished_run
 
 REPO = "somebody/run"
@@ -51,24 +52,16 @@ class Said(Callback):
 
 
 @pytest.fixture
-def use_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Turn the client in this process to a Hub."""
+def use_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Turn the processes that this one starts to a Hub."""
 
     def use(endpoint: str) -> None:
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        values = {
-            "ENDPOINT": endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }
+        values = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+                  "HF_HOME": str(tmp_path / "home")}  # fmt: skip
         for name, value in values.items():
-            monkeypatch.setattr(constants, name, value)
+            monkeypatch.setenv(name, value)
 
-    yield use
-    enable_progress_bars()
-    set_verbosity_warning()
+    return use
 
 
 def test_the_checkpoints_of_a_run_arrive(tmp_path: Path, hub: Hub, use_hub: Callable[[str], None]) -> None:
@@ -128,7 +121,7 @@ def test_a_run_without_a_login_does_not_start(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "run").exists()
 
 
-# --------------------------------------------------------------------------------------------- in this process
+# ------------------------------------------------------------------------------------ without the time of training
 
 
 @pytest.fixture
@@ -143,107 +136,138 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     return run
 
 
-Try = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-def opened(run: RunFolder, monkeypatch: pytest.MonkeyPatch, upload: Try) -> tuple[HubUploads, list[str]]:
-    """Uploads that call `upload` with the content of export.json, and what they say."""
-
-    def send(plan: Any, **options: Any) -> Mapping[str, Any]:
-        return upload(json.loads((plan.folder / "export.json").read_text()) | {"card": plan.card, **options})
-
-    monkeypatch.setattr(uploads, "upload", send)
+def opened(run: RunFolder) -> tuple[HubUploads, list[str]]:
+    """Uploads, and what they say."""
     said: list[str] = []
     sender = HubUploads(run, run.recipe())
     sender.attach(Controls(print, said.append))
     return sender, said
 
 
-def test_while_one_is_sent_only_the_newest_waits(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[int] = []
-    started, go_on = threading.Event(), threading.Event()
+def wait(sender: HubUploads) -> None:
+    """Wait until all is sent or has failed."""
+    end = time.monotonic() + 120
+    while not sender.is_done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
-    def upload(report: dict[str, Any]) -> dict[str, Any]:
-        started.set()
-        assert go_on.wait(30)
-        sent.append(report["checkpoint"])
-        return {"url": "there"}
 
-    sender, said = opened(run, monkeypatch, upload)
+def test_while_one_is_sent_only_the_newest_waits(run: RunFolder, hub: Hub, use_hub: Callable[[str], None]) -> None:
+    use_hub(hub.endpoint)
+    hub.answers.clear()
+    sender, said = opened(run)
     first, second, third = checkpoint_folders(run.checkpoints)
     sender.saved(first)
-    assert started.wait(30)
+    assert hub.held.wait(120)
+    assert sender._child is not None
+    assert TOKEN not in Path(f"/proc/{sender._child._process.pid}/cmdline").read_text()
     shutil.rmtree(first)  # as a run deletes old checkpoints
     sender.saved(second)
     sender.saved(third)
     shutil.rmtree(second)
-    go_on.set()
+    hub.answers.set()
+    wait(sender)
+    assert [message for _, message in hub.repos[REPO].commits] == [
+        "Checkpoint after step 1 of 60",
+        "Checkpoint after step 3 of 60",
+    ]
+    # A card has the evaluation of its own checkpoint alone.
+    assert "| pass@1 | 29.5% |\n" in hub.files(REPO)["README.md"].decode()
+    sender.evaluated({**EVALUATION, "when": "asked", "step": 3, "pass_at_1": 0.5, "pass_at_k": {1: 0.5}})
+    sender.saved(third)
+    wait(sender)
+    assert "| pass@1 | 29.5% | 50.0% |" in hub.files(REPO)["README.md"].decode()
     sender.close()
     sender.close()
-    assert sent == [1, 3]
-    assert said == ["the checkpoint after step 1 is at there"]
+    assert said == [f"the checkpoint after step 1 is at {hub.endpoint}/{REPO}"]
 
 
-def test_a_failure_is_said_once_and_so_is_its_end(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    results: list[Exception | None] = [ExportError("it is down"), RuntimeError("odd"), None]
-
-    def upload(_: dict[str, Any]) -> dict[str, Any]:
-        if (error := results.pop(0)) is not None:
-            raise error
-        return {"url": "there"}
-
-    sender, said = opened(run, monkeypatch, upload)
-    for left, checkpoint in zip((2, 1, 0), checkpoint_folders(run.checkpoints), strict=True):
-        sender.saved(checkpoint)
-        assert sender._wait(30)
-        assert len(results) == left
+def test_a_failure_is_said_once_and_so_is_its_end(run: RunFolder, hub: Hub, use_hub: Callable[[str], None]) -> None:
+    use_hub(hub.endpoint)
+    sender, said = opened(run)
+    hub.refused["/commit/"] = (403, "not today")
+    first, second, third = checkpoint_folders(run.checkpoints)
+    sender.saved(first)
+    wait(sender)
+    sender.saved(second)
+    assert sender._child is not None
+    sender._child.kill()  # as the kernel does if memory runs out
+    wait(sender)
+    hub.refused.clear()
+    sender.saved(third)
+    wait(sender)
     sender.close()
     assert [line.partition(":")[0] for line in said] == [
         "the checkpoint after step 1 could not be uploaded to somebody/run",
-        "the checkpoint after step 3 is at there",
+        f"the checkpoint after step 3 is at {hub.endpoint.partition(':')[0]}",
     ]
 
-
-def test_the_end_does_not_wait_for_ever(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on = threading.Event()
-
-    def upload(_: dict[str, Any]) -> dict[str, Any]:
-        assert go_on.wait(30)
-        return {"url": "there"}
-
-    monkeypatch.setattr(uploads, "PATIENCE", 0.2)
-    monkeypatch.setattr(uploads, "QUIET", 0.1)
-    sender, said = opened(run, monkeypatch, upload)
-    sender.saved(checkpoint_folders(run.checkpoints)[-1])
+    # A resumed run knows that the repository has its model, so that its advice is not refused.
+    sender, said = opened(run)
+    sender.saved(third)
+    assert sender._child is not None
+    sender._child.kill()
+    wait(sender)
     sender.close()
-    go_on.set()
-    assert "the checkpoint after step 3 is not on the Hub: it was not finished in 0 s. To upload it:" in said[-1]
+    assert said[-1].endswith(f"adapter-policy-step-3 {REPO} --private --overwrite")
 
 
-def test_a_checkpoint_that_cannot_be_copied_is_said(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    sender, said = opened(run, monkeypatch, lambda _: pytest.fail("there is nothing to upload"))
+def test_ctrl_c_ends_the_wait(run: RunFolder) -> None:
+    sender, said = opened(run)
+    timer = threading.Timer(1, signal.raise_signal, [signal.SIGINT])
+    with Reporters([sender]):
+        sender.saved(checkpoint_folders(run.checkpoints)[-1])
+        assert sender._child is not None
+        process = sender._child._process
+        timer.start()
+    assert process.poll() is not None
+    assert said[0] == f"waiting at most 60 s for the upload to {REPO}; Ctrl-C ends the wait"
+    assert said[1].startswith("the checkpoint after step 3 is not on the Hub: Ctrl-C ended the wait. To upload it:\n")
+    assert said[1].endswith(f"  popo-lite push {run.path}/export/adapter-policy-step-3 {REPO} --private")
+
+
+CLOSING = """
+import sys
+from pathlib import Path
+from popo_lite.run_folder import RunFolder, checkpoint_folders
+from popo_lite.tools.reporting import hub
+from popo_lite.tools.reporting.reporter import Reporters
+run = RunFolder(Path(sys.argv[1]))
+hub.HubUploads.patience = 1.0
+uploads = Reporters([hub.HubUploads(run, run.recipe())])
+with uploads:
+    uploads.saved(checkpoint_folders(run.checkpoints)[-1])
+    sys.stdin.readline()
+"""
+
+
+def test_a_hub_that_hangs_does_not_hold_the_end(run: RunFolder, hub: Hub, use_hub: Callable[[str], None]) -> None:
+    """The whole process ends, although the client's threads wait for the Hub."""
+    use_hub(hub.endpoint)
+    hub.answers.clear()
+    with subprocess.Popen(
+        [sys.executable, "-c", CLOSING, str(run.path)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        assert hub.held.wait(120)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait(15) == 0
+        assert not hub.answers.is_set()
+        said = process.stderr.read()
+    assert said.startswith(f"waiting at most 1 s for the upload to {REPO}; Ctrl-C ends the wait\n")
+    assert "the checkpoint after step 3 is not on the Hub: it was not finished in 1 s. To upload it:\n" in said
+
+
+def test_a_checkpoint_that_cannot_be_copied_is_said(run: RunFolder) -> None:
+    sender, said = opened(run)
     folder = checkpoint_folders(run.checkpoints)[0]
     shutil.rmtree(folder / "adapter")
     sender.saved(folder)
+    assert sender.is_done()
     sender.close()
     assert "could not be uploaded" in said[0]
-
-
-def test_the_card_has_the_evaluation_of_the_checkpoint_alone(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    cards: list[str] = []
-
-    def upload(report: dict[str, Any]) -> dict[str, Any]:
-        cards.append(report["card"])
-        return {"url": "there"}
-
-    sender, _ = opened(run, monkeypatch, upload)
-    sender.evaluated({**EVALUATION, "when": "step 2", "step": 2, "pass_at_1": 0.5, "pass_at_k": {1: 0.5}})
-    for checkpoint in checkpoint_folders(run.checkpoints)[1:]:
-        sender.saved(checkpoint)
-        assert sender._wait(30)
-    sender.close()
-    assert "| pass@1 | 29.5% | 50.0% |" in cards[0]
-    assert "| pass@1 | 29.5% |\n" in cards[1]
 
 
 def test_nothing_is_asked_over_the_network_at_the_start(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

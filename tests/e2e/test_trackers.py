@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sqlite3
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,12 +18,14 @@ from click.testing import CliRunner
 
 import popo_lite
 from helpers import json_lines, record
+from popo_lite.callbacks import Callback
 from popo_lite.cli import main
 from popo_lite.controls import Controls
 from popo_lite.errors import UserInputError
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
-from popo_lite.tools.reporting import trackers
+from popo_lite.tools.reporting import child, trackers
+from popo_lite.tools.reporting.reporter import Reporters
 from popo_lite.tools.reporting.trackers import Tracker, evaluation_scalars, open_trackers, step_scalars
 
 SECRET = "hunter2-hunter2"
@@ -30,7 +35,19 @@ SHORT = (
     "train.save_total_limit=9",
     "eval.problems=8",
     "data.prompts_per_step=4",
+    "rollout.max_completion_length=24",
 )
+
+
+class Asks(Callback):
+    """Asks for an evaluation after the third step."""
+
+    def attach(self, controls):
+        self.controls = controls
+
+    def step(self, record):
+        if record["step"] == 2:
+            self.controls.request("evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +71,7 @@ def tracked(tmp_path_factory):
         assert "nothing more" not in shown.stdout
         assert "trackio show --project popo-lite" in shown.stdout
         assert shown.stderr == ""
-        popo_lite.resume("runs/one", ["train.steps=4"], checkpoint=1)
+        popo_lite.resume("runs/one", ["train.steps=4"], checkpoint=1, callbacks=[Asks()])
         assert "nothing more" not in Path("runs/one/log.txt").read_text()
         yield RunFolder(Path.cwd() / "runs" / "one")
 
@@ -66,6 +83,7 @@ def expected(run):
         tokens += line["tokens_of_all"]
         steps[line["step"] + 1] = step_scalars(line, tokens)
     assert list(steps) == [1, 2, 3, 4]
+    assert [line["when"] for line in json_lines(run.evaluations_path)] == ["before", "asked", "after"]
     for line in json_lines(run.evaluations_path):
         steps.setdefault(line["step"], {}).update(evaluation_scalars(without_format(line)))
     return steps
@@ -230,57 +248,119 @@ def fake(tmp_path, monkeypatch):
     return install
 
 
-@pytest.mark.parametrize("kind", FAILING)
-def test_a_tracker_that_fails_is_reported_once(kind, fake, tmp_path, monkeypatch):
-    fake(FAILING[kind])
-    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 3.0)
+def opened(folder, patience=10.0):
+    """A tracker of a run that begins, what closes it, and what it says."""
     said: list[str] = []
-    with Tracker("trackio", RunFolder(tmp_path), load_recipe("tiny_cpu")) as tracker:
-        tracker.attach(Controls(print, said.append))
-        tracker.start(title="one", facts={}, total_steps=9, first_step=0)
+    tracker = Tracker("trackio", RunFolder(folder), load_recipe("tiny_cpu"), "trackio")
+    tracker.patience = patience
+    closing = Reporters([tracker])
+    closing.attach(Controls(print, said.append))
+    closing.start(title="one", facts={}, total_steps=9, first_step=0)
+    return tracker, closing, said
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_a_tracker_that_fails_is_reported_once(kind, fake, tmp_path):
+    fake(FAILING[kind])
+    tracker, closing, said = opened(tmp_path, 0.5 if kind == "hangs" else 10.0)
+    with closing:
         began = time.perf_counter()
         for step in range(9):
             tracker.step(record(step))
         assert time.perf_counter() - began < 1
-        process = tracker._process
-        began = time.perf_counter()
-    assert time.perf_counter() - began < 8
-    assert len(said) == 2  # how to see it, and the failure
-    assert said[1].startswith("trackio gets nothing more: ")
-    assert ("more than 3 s" if kind == "hangs" else "no such server") in said[1]
-    assert process is None or process.poll() is not None
+        process = tracker._child._process
+    notices = [text for text in said if "trackio gets nothing more: " in text or "may lack the end" in text]
+    assert len(notices) == 1
+    assert said[-1] == notices[0]
+    assert ("not finished in 0.5 s" if kind == "hangs" else "no such server") in notices[0]
+    assert process.poll() is not None
 
 
 def test_a_tracker_that_falls_behind_is_given_up(fake, tmp_path, monkeypatch):
     fake(FAILING["hangs"])
-    monkeypatch.setattr(trackers, "QUEUED", 20)
-    said: list[str] = []
-    with Tracker("trackio", RunFolder(tmp_path), load_recipe("tiny_cpu")) as tracker:
-        tracker.attach(Controls(print, said.append))
-        tracker.start(title="one", facts={}, total_steps=9, first_step=0)
+    monkeypatch.setattr(child, "QUEUED", 20)
+    tracker, closing, said = opened(tmp_path)
+    with closing:
         for step in range(100):  # more than the pipe holds, too
             tracker.step(record(step, rewards={f"reward_{i}": 0.5 for i in range(99)}))
         began = time.perf_counter()
     assert time.perf_counter() - began < 1
-    assert [text for text in said if "20 events wait to be sent" in text] == said[1:]
+    assert [text for text in said if "events wait to be sent" in text] == said[1:]
 
 
-def test_a_run_with_a_tracker_that_hangs_is_as_one_without(fake, tmp_path, monkeypatch):
+def test_a_run_with_a_tracker_that_hangs_is_as_any_other(tracked, fake, tmp_path, monkeypatch):
     fake(FAILING["hangs"])
-    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.3)
-    recipe = load_recipe("tiny_cpu", [*SHORT, "train.steps=1", "eval.problems=0"])
-    alone = popo_lite.train(recipe, output=tmp_path / "alone")
-    tracked = popo_lite.train(recipe.with_values({"output.report_to": ("trackio",)}), output=tmp_path / "tracked")
-    losses = [json_lines(result.folder.metrics_path)[0]["loss"] for result in (alone, tracked)]
+    monkeypatch.setattr(Tracker, "patience", 0.3)
+    changes = ["train.steps=1", "eval.problems=0", 'output.report_to=["trackio"]']
+    hanging = popo_lite.train(load_recipe(tracked.recipe_path, changes), output=tmp_path / "hanging").folder
+    losses = [json_lines(run.metrics_path)[0]["loss"] for run in (tracked, hanging)]
     assert losses[0] == losses[1]
-    assert "trackio gets nothing more: it needs more than 0.3 s" in tracked.folder.log_path.read_text()
+    assert "trackio may lack the end of the run: it was not finished in 0.3 s" in hanging.log_path.read_text()
+
+
+def test_ctrl_c_ends_the_wait_for_all_trackers(fake, tmp_path, monkeypatch):
+    fake(FAILING["hangs"])
+    said: list[str] = []
+    trackers = [Tracker(name, RunFolder(tmp_path), load_recipe("tiny_cpu"), name) for name in ("trackio", "wandb")]
+    (tmp_path / "fake" / "wandb.py").write_text("import time\ntime.sleep(1000)\n")
+    monkeypatch.setattr(Tracker, "patience", 60.0)
+    closing = Reporters(trackers)
+    closing.attach(Controls(print, said.append))
+    closing.start(title="one", facts={}, total_steps=9, first_step=0)
+    processes = [tracker._child._process for tracker in trackers]
+    timer = threading.Timer(1, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    began = time.perf_counter()
+    closing.close()
+    assert time.perf_counter() - began < 5
+    waiting, trackio, wandb = said[2:]
+    assert waiting == "waiting at most 60 s for trackio, wandb; Ctrl-C ends the wait"
+    assert trackio == "trackio may lack the end of the run: Ctrl-C ended the wait; the run's folder has everything"
+    assert wandb.endswith(f"To send what wandb has: wandb sync {tmp_path}/wandb/run-*")
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_a_tracker_that_hangs_ends_after_a_killed_run(fake, tmp_path):
+    fake(FAILING["hangs"])
+    source = f"""
+import sys, time
+sys.path[:] = {sys.path!r}
+from pathlib import Path
+from popo_lite.recipe_file import load_recipe
+from popo_lite.run_folder import RunFolder
+from popo_lite.tools.reporting import child
+from popo_lite.tools.reporting.trackers import Tracker
+child.LAST_SECONDS = 0.5
+tracker = Tracker("trackio", RunFolder(Path({str(tmp_path)!r})), load_recipe("tiny_cpu"), "trackio")
+tracker.start(title="one", facts={{}}, total_steps=9, first_step=0)
+print(tracker._child._process.pid, flush=True)
+time.sleep(1000)
+"""
+    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as run:
+        pid = int(run.stdout.readline())
+        time.sleep(1)  # it hangs inside `init`
+        assert is_running(pid)
+        run.kill()
+    end = time.monotonic() + 15
+    while is_running(pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not is_running(pid)
+
+
+def is_running(pid):
+    """Whether a process runs: nobody may collect one whose parent was killed."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_the_end_of_a_killed_run_is_kept(tmp_path):
+    first = {"path": sys.path, "parent": os.getpid(), "last_seconds": 60}
     calls = [["open", {"folder": str(tmp_path), "first_step": 0, "config": {}}],
              ["scalars", {"step": 1, "values": {"loss": 0.5}}]]  # fmt: skip
-    lines = "\n".join(map(json.dumps, [sys.path, *calls]))
-    command = [sys.executable, "-P", str(trackers.PROCESS), "tensorboard"]
+    lines = "\n".join(map(json.dumps, [first, *calls]))
+    command = [sys.executable, "-P", str(child.MAIN), "tensorboard"]
     subprocess.run(command, input=lines + "\n", text=True, check=True, timeout=60)
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in file.read_bytes()
@@ -300,10 +380,18 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 def test_wandb_without_a_login_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     recipe = load_recipe("tiny_cpu", ['output.report_to=["wandb"]'])
     with pytest.raises(UserInputError, match="wandb has no login"):
         open_trackers(RunFolder(tmp_path), recipe)
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert len(open_trackers(RunFolder(tmp_path), recipe)) == 1
+    assert [tracker._view for tracker in open_trackers(RunFolder(tmp_path), recipe)] == ["wandb"]
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    assert [tracker._view for tracker in open_trackers(RunFolder(tmp_path), recipe)] == ["wandb offline"]
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = disabled\n")  # as `wandb disabled` writes it
+    assert [tracker._view for tracker in open_trackers(RunFolder(tmp_path), recipe)] == ["wandb disabled"]

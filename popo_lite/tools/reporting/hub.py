@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import shlex
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from popo_lite.callbacks import Callback
-from popo_lite.controls import Controls
 from popo_lite.errors import PopoError
 from popo_lite.formats import read_json, reading
 from popo_lite.metrics import StepRecord
 from popo_lite.recipe import Recipe
 from popo_lite.run_folder import RunFolder, checkpoint_step, copy_adapter, write_json
-from popo_lite.tools.console.output import notify
 from popo_lite.tools.export import EXPORTS, adapter_hash
-from popo_lite.tools.export.upload import check_login, check_repo_id, plan_upload, upload
+from popo_lite.tools.export.upload import check_login, check_repo_id
+from popo_lite.tools.reporting.child import Child
+from popo_lite.tools.reporting.reporter import Reporter
 
 UPLOADED_FILE = "hub.json"
-"""File of a run with the hashes of the adapters that it uploaded: a repository with one of them is its own."""
-PATIENCE = 60.0
-"""Seconds that the end of a run waits for uploads."""
-QUIET = 1.0
-"""Seconds after which that wait is said."""
+"""File of a run with the hashes of the adapters that it sent, and the repositories that took one.
+
+A repository with one of these adapters is the run's own.
+"""
 WHERE = "output.hub_model_id"
 
 
@@ -36,41 +34,38 @@ class _Snapshot:
 
     step: int
     folder: TemporaryDirectory[str]
-    summary: Mapping[str, Any]
-    adapter_sha256: str
-    own: Sequence[str]  # hashes of the adapters that the run has uploaded
+    call: Mapping[str, Any]
 
 
-class HubUploads(Callback):
-    """Upload checkpoints in a thread, one at a time; while one is sent, only the newest of the others waits.
+class HubUploads(Reporter):
+    """Upload checkpoints in a process, one at a time; while one is sent, only the newest of the others waits.
 
-    A failure is said once, and the next checkpoint is tried again. Nothing here ends the run or makes it wait, except
-    its end, for at most `PATIENCE` seconds.
+    A failure is said once, and the next checkpoint is tried again. Nothing here ends the run.
     """
 
+    patience = 60.0
+
     def __init__(self, run: RunFolder, recipe: Recipe) -> None:
-        """Raise UserInputError if the name is none or nobody is logged in. Nothing is asked over the network."""
+        """Raise UserInputError if the name is invalid or there is no login. Nothing is asked over the network."""
+        super().__init__()
         self._run, self._recipe, self._repo_id = run, recipe, str(recipe.output.hub_model_id)
         check_repo_id(self._repo_id, WHERE)
         check_login(WHERE)
-        self._say: Callable[[str], None] = notify
+        self.name = f"the upload to {self._repo_id}"
+        self._path = run.path / UPLOADED_FILE
+        self._known = {"adapters": [], "repositories": []} if not self._path.is_file() else _read(self._path)
         self._folder = TemporaryDirectory(prefix="popo-lite-hub-")
-        self._changed = threading.Condition()  # guards all that follows
+        self._child: Child | None = None
+        self._sending: _Snapshot | None = None
         self._waiting: _Snapshot | None = None
-        self._is_busy = self._is_closed = False
-        self._uploaded: int | None = None  # steps of the newest checkpoint on the Hub
+        self._has_uploaded = False
         self._failure: str | None = None  # of the last try
-        self._notices: list[str] = []  # for the run's thread to say
-        self._thread: threading.Thread | None = None
         self._newest: Path | None = None
         self._evaluation: Mapping[str, Any] = {}
 
-    def attach(self, controls: Controls) -> None:  # noqa: D102
-        self._say = controls.say
-
     def step(self, record: StepRecord) -> None:  # noqa: ARG002
-        """Say what the thread has to say."""
-        self._tell()
+        """Say what has become of uploads, and begin the next."""
+        self._go_on()
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         """Keep the figures for the card. Those of the end come after the last checkpoint, whose card is sent again."""
@@ -79,149 +74,122 @@ class HubUploads(Callback):
             self.saved(self._newest)
 
     def saved(self, checkpoint: Path) -> None:
-        """Copy the checkpoint's adapter, and let the thread upload it."""
+        """Copy the checkpoint's adapter, and let the process upload it."""
         self._newest, step = checkpoint, checkpoint_step(checkpoint)
         is_evaluated = self._evaluation.get("step") == step and self._evaluation["when"] != "before"
         try:
             summary = self._run.summary(checkpoint) | ({"after": self._evaluation} if is_evaluated else {})
             folder = TemporaryDirectory(prefix="popo-lite-hub-")
-            found = adapter_hash(copy_adapter(checkpoint, "policy", Path(folder.name) / "adapter"))
-            # Before it is sent: a killed process would otherwise not know its own upload when it is resumed. Not in the
-            # thread: the run looks through its folder to sync it to the disk, where no file may come and go.
-            own = [*dict.fromkeys([*self._own_uploads(), found])]
-            write_json(self._run.path / UPLOADED_FILE, {"adapters": own})
+            adapter = copy_adapter(checkpoint, "policy", Path(folder.name) / "adapter")
+            found = adapter_hash(adapter)
+            # Before it is sent: a killed process would otherwise not know its own upload when it is resumed.
+            self._note("adapters", found)
         except (OSError, PopoError) as error:  # a full disk, for instance
             self._failed(step, f"{type(error).__name__}: {error}".splitlines()[0])
         else:
-            with self._changed:
-                if self._waiting is not None:  # newer ones replace it
-                    self._waiting.folder.cleanup()
-                self._waiting = _Snapshot(step, folder, summary, found, own)
-                self._changed.notify_all()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="popo-lite uploads", daemon=True)
-                self._thread.start()
-        self._tell()
+            call = {"step": step, "adapter": str(adapter), "adapter_sha256": found, "summary": summary,
+                    "own": self._known["adapters"]}  # fmt: skip
+            if self._waiting is not None:  # newer ones replace it
+                self._waiting.folder.cleanup()
+            self._waiting = _Snapshot(step, folder, call)
+        self._go_on()
+
+    def is_done(self) -> bool:  # noqa: D102
+        self._go_on()
+        return self._sending is None and self._waiting is None
+
+    def give_up(self, why: str) -> None:  # noqa: D102
+        self._failure = why
+        for snapshot in filter(None, (self._sending, self._waiting)):
+            snapshot.folder.cleanup()
+        self._sending = self._waiting = None
 
     def close(self) -> None:
-        """Wait for the newest checkpoint's upload, and say how to make it up if it is not there."""
-        if self._newest is None or self._is_closed:
-            return
-        step = checkpoint_step(self._newest)
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-        if not self._wait(QUIET):
-            self._say(f"waiting at most {PATIENCE:.0f} s for the upload to {self._repo_id}")
-            self._wait(PATIENCE)
-        is_late = self._is_pending()
-        self._tell()
-        if is_late or self._failure is not None:
-            reason = f"it was not finished in {PATIENCE:.0f} s" if is_late else self._failure
-            self._say(
-                f"the checkpoint after step {step} is not on the Hub: {reason}. To upload it:\n{self._by_hand(step)}"
+        """End the process, and say how to upload the newest checkpoint if it is not on the Hub."""
+        if self._child is not None:
+            self._child.kill()
+        self._folder.cleanup()
+        if self._newest is not None and self._failure is not None:
+            step, self._newest = checkpoint_step(self._newest), None
+            self.say(
+                f"the checkpoint after step {step} is not on the Hub: {self._failure}. To upload it:\n"
+                f"{self._by_hand(step)}"
             )
 
-    def _wait(self, seconds: float) -> bool:
-        """Wait for the thread; return True if all is sent or has failed."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._is_pending(), timeout=seconds)
+    def _go_on(self) -> None:
+        """Take the result of the upload in progress, if there is one, and begin the next."""
+        if (sent := self._sending) is not None:
+            assert self._child is not None  # noqa: S101
+            is_alive = self._child.is_alive
+            reply = self._child.reply()
+            if reply is None and is_alive:
+                return
+            self._sending = None
+            sent.folder.cleanup()
+            if reply is None:
+                self._failed(sent.step, self._child.last_error() or "its process ended")
+                self._child = None
+            elif "failure" in reply:
+                self._failed(sent.step, reply["failure"])
+            else:
+                self._succeeded(sent.step, reply["url"])
+        if (snapshot := self._waiting) is not None:
+            self._waiting = None
+            try:
+                self._child = self._child or self._start()
+            except OSError as error:  # no memory for another process
+                snapshot.folder.cleanup()
+                self._failed(snapshot.step, str(error))
+            else:
+                self._sending = snapshot
+                self._child.send("upload", **snapshot.call)
 
-    def _is_pending(self) -> bool:
-        return self._is_busy or self._waiting is not None
+    def _start(self) -> Child:
+        from huggingface_hub import get_token
 
-    def _tell(self) -> None:
-        with self._changed:
-            notices, self._notices = self._notices, []
-        for notice in notices:
-            self._say(notice)
+        # A notebook's token is only found in its own process. The uploads need no GPU.
+        child = Child("uploads", HF_TOKEN=get_token() or "", CUDA_VISIBLE_DEVICES="")
+        recipe = self._recipe.to_dict()
+        child.send("open", recipe=recipe, folder=self._folder.name, repo_id=self._repo_id, where=WHERE)
+        return child
+
+    def _succeeded(self, step: int, url: str) -> None:
+        """Note an upload; say the first one, and the first after a failure."""
+        if not self._has_uploaded or self._failure is not None:
+            self.say(f"the checkpoint after step {step} is at {url}")
+        self._has_uploaded, self._failure = True, None
+        with suppress(OSError):  # a full disk: only the commands of `_by_hand` depend on it
+            self._note("repositories", self._repo_id)
+
+    def _note(self, kind: str, value: str) -> None:
+        """Add a value to hub.json."""
+        if value not in self._known[kind]:
+            self._known[kind].append(value)
+            write_json(self._path, self._known)
 
     def _failed(self, step: int, reason: str) -> None:
-        """Note a failure; say it if the try before was none."""
-        with self._changed:
-            if self._failure is None:
-                self._notices.append(
-                    f"the checkpoint after step {step} could not be uploaded to {self._repo_id}: {reason}; "
-                    "the next one is tried again, and the run goes on"
-                )
-            self._failure = reason
+        """Note a failure; say it if the try before did not fail."""
+        if self._failure is None:
+            self.say(
+                f"the checkpoint after step {step} could not be uploaded to {self._repo_id}: {reason}; "
+                "the next one is tried again, and the run goes on"
+            )
+        self._failure = reason
 
     def _by_hand(self, step: int) -> str:
         """Return the commands that upload a checkpoint."""
         run = shlex.quote(str(self._run.path))
         options = " --private" if self._recipe.output.hub_private_repo else ""
-        options += " --overwrite" if self._uploaded is not None else ""
+        # A repository that never took an upload of this run may hold somebody else's model.
+        options += " --overwrite" if self._repo_id in self._known["repositories"] else ""
         folder = shlex.quote(str(self._run.path / EXPORTS / f"adapter-policy-step-{step}"))
         return (
             f"  popo-lite export {run} --what adapter --checkpoint {step}\n"
             f"  popo-lite push {folder} {self._repo_id}{options}"
         )
 
-    def _own_uploads(self) -> list[str]:
-        path = self._run.path / UPLOADED_FILE
-        if not path.is_file():
-            return []
-        with reading(path):
-            return list(read_json(path)["adapters"])
 
-    # ------------------------------------------------------------------------- in the thread
-
-    def _work(self) -> None:
-        from huggingface_hub.utils.logging import set_verbosity_error
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        # Bars and warnings about retries would be drawn into the view; what failed in the end is said.
-        disable_progress_bars()
-        set_verbosity_error()  # type: ignore[no-untyped-call]
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._is_closed)
-                if (snapshot := self._waiting) is None:
-                    return
-                self._waiting, self._is_busy = None, True
-            try:
-                url = self._upload(snapshot)
-            except PopoError as error:
-                self._failed(snapshot.step, error.what)
-            except Exception as error:  # of a library: an upload must never end the run
-                self._failed(snapshot.step, f"{type(error).__name__}: {error}")
-            else:
-                with self._changed:
-                    if self._uploaded is None or self._failure is not None:
-                        self._notices.append(f"the checkpoint after step {snapshot.step} is at {url}")
-                    self._uploaded, self._failure = snapshot.step, None
-            snapshot.folder.cleanup()
-            with self._changed:
-                self._is_busy = False
-                self._changed.notify_all()
-
-    def _upload(self, snapshot: _Snapshot) -> str:
-        """Write what an exported adapter has, and upload it; return the repository's address."""
-        from popo_lite.tools.export.folder import ExportReport, describe, save_tokenizer, write_adapter
-        from popo_lite.tools.public import known_as
-
-        folder, adapter = Path(self._folder.name), Path(snapshot.folder.name) / "adapter"
-        if not any(folder.iterdir()):
-            save_tokenizer(self._recipe, folder)  # the same for every checkpoint
-        write_adapter(self._recipe, adapter, folder)
-        report = ExportReport(
-            folder=folder,
-            checkpoint=snapshot.step,
-            of_steps=self._recipe.train.steps,
-            what="adapter",
-            weights="policy",
-            base=known_as(self._recipe.model.id),
-            dtype=None,
-            merged_into=None,
-            adapter_sha256=snapshot.adapter_sha256,
-        )
-        if (failure := describe(folder, report, self._recipe, snapshot.summary)) is not None:
-            raise failure
-        done = upload(
-            plan_upload(folder, self._repo_id),
-            message=f"Checkpoint after step {snapshot.step} of {report.of_steps}",
-            private=self._recipe.output.hub_private_repo,
-            may_replace=lambda there: there.get("what") == "adapter" and there.get("adapter_sha256") in snapshot.own,
-            where=WHERE,
-        )
-        return str(done["url"])
+def _read(path: Path) -> dict[str, list[str]]:
+    with reading(path):
+        content = read_json(path)
+        return {name: list(content[name]) for name in ("adapters", "repositories")}

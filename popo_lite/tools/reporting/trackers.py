@@ -1,29 +1,16 @@
-"""Send metrics, evaluations and samples to trackers, each in a process of its own (`tracker_process`).
-
-A tracker may raise, hang in the network, print, or hold the interpreter's lock. In another process none of it reaches
-the run, which only puts lines into a queue.
-"""
+"""Send metrics, evaluations and samples to trackers, each in a process of its own (`child`)."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import queue
 import secrets
 import shlex
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import lru_cache, wraps
-from pathlib import Path
 from typing import Any
 
-from popo_lite.callbacks import Callback
-from popo_lite.controls import Controls
 from popo_lite.errors import UserInputError
 from popo_lite.formats import read_json
 from popo_lite.metrics import METRICS, StepRecord
@@ -31,19 +18,20 @@ from popo_lite.recipe import Recipe
 from popo_lite.redaction import redact, without_home
 from popo_lite.run_folder import RunFolder, flat, read_lines, write_json
 from popo_lite.tools.console.words import clean, printable
+from popo_lite.tools.reporting.child import QUEUED, Child
+from popo_lite.tools.reporting.reporter import Reporter
 
-PROCESS = Path(__file__).with_name("tracker_process.py")
-QUEUED = 1_000
-"""Events that wait for a slow tracker; one that is further behind gets nothing more."""
-CLOSE_SECONDS = 15.0
-"""At the end, wait this long for a tracker to send the rest."""
+LOGIN_SECONDS = 60.0
 VIEWS = {
     "trackio": "trackio show --project {project}",
     "tensorboard": "tensorboard --logdir {runs}",
     "wandb": "the project {project} on your wandb server",
     "wandb offline": "wandb sync {run}/wandb/offline-run-*",
+    "wandb disabled": "it is disabled and keeps nothing; to change that: wandb enabled, or WANDB_MODE=online",
 }
 """Name of a tracker -> how to see the run in it."""
+MODES = {"offline": "wandb offline", "dryrun": "wandb offline", "disabled": "wandb disabled"}
+"""Mode of wandb -> its key in VIEWS."""
 COLUMNS = ("question", "reference", "right", "wrong")
 LONGEST_TEXT = 10_000
 """Characters of a sample's text."""
@@ -51,8 +39,8 @@ _clean = lru_cache(clean)
 """For names, which are the same at every step."""
 
 
-def open_trackers(run: RunFolder, recipe: Recipe) -> list[Callback]:
-    """Return a callback for each tracker of `output.report_to`.
+def open_trackers(run: RunFolder, recipe: Recipe) -> list[Reporter]:
+    """Return a reporter for each tracker of `output.report_to`.
 
     Raises UserInputError if a package is missing, or wandb has no login.
     """
@@ -62,27 +50,27 @@ def open_trackers(run: RunFolder, recipe: Recipe) -> list[Callback]:
         if found is None or found.origin is None:  # a folder of this name, such as wandb's own, has no origin
             next_step = f'pip install "popo-lite[{name}]"'
             raise UserInputError(f"the package {name} is not installed", where="output.report_to", next_step=next_step)
-    if "wandb" in names:
-        _check_login()
-    return [Tracker(name, run, recipe) for name in names]
+    return [Tracker(name, run, recipe, _wandb_view() if name == "wandb" else name) for name in names]
 
 
-def _check_login() -> None:
-    """Raise UserInputError if wandb would ask for a login. It is asked itself, as it has many places for a login."""
-    command = [sys.executable, "-P", str(PROCESS), "wandb-login"]
-    try:
-        done = subprocess.run(command, input=_import_path(), capture_output=True, text=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        return  # a run must not depend on it; the tracker itself says what is wrong
-    if done.stdout.strip() == "no login":
+def _wandb_view() -> str:
+    """Return the key in VIEWS for wandb's mode. It is asked itself, as it has many places for modes and logins.
+
+    Raises UserInputError if it would ask for a login.
+    """
+    child = Child("wandb-login")
+    child.send("open")
+    child.send("check")
+    child.end_input()
+    child.wait(LOGIN_SECONDS)
+    child.kill()
+    if (found := child.reply()) is None:
+        return "wandb"  # a run must not depend on it; the tracker itself says what is wrong
+    view = MODES.get(found["mode"], "wandb")
+    if view == "wandb" and not found["has_login"]:
         next_step = "wandb login, or put WANDB_MODE=offline in front of the command to write to the run folder only"
         raise UserInputError("wandb has no login", where="output.report_to", next_step=next_step)
-
-
-def _import_path() -> str:
-    """Return the first line for the process: where it imports from, as this one does."""
-    here = str(Path.cwd())
-    return json.dumps([entry or here for entry in sys.path]) + "\n"
+    return view
 
 
 def _contained(method: Callable[..., None]) -> Callable[..., None]:
@@ -98,43 +86,27 @@ def _contained(method: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-class Tracker(Callback):
+class Tracker(Reporter):
     """Pass events on to the process of one tracker. If that fails or falls behind, say so once and send nothing more.
 
-    Steps are numbered as people are shown them: from 1; 0 is before training.
+    Steps are numbered as people are shown them: from 1; 0 is before training. `view` is the tracker's key in VIEWS.
     """
 
-    def __init__(self, name: str, run: RunFolder, recipe: Recipe) -> None:
-        self.name = name
-        self._run, self._recipe = run, recipe
-        self._say: Callable[[str], None] = lambda _: None
-        self._lines: queue.Queue[str | None] = queue.Queue(QUEUED)
-        self._process: subprocess.Popen[str] | None = None
-        self._gone = threading.Event()  # the process takes nothing more
-        self._tokens: dict[int, int] = {}  # step -> tokens of it
+    patience = 15.0
 
-    def attach(self, controls: Controls) -> None:  # noqa: D102
-        self._say = controls.say
+    def __init__(self, name: str, run: RunFolder, recipe: Recipe, view: str) -> None:
+        super().__init__()
+        self.name, self._view = name, view
+        self._run, self._recipe = run, recipe
+        self._child: Child | None = None
+        self._is_ending = False
+        self._tokens: dict[int, int] = {}  # step -> tokens of it
 
     @_contained
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:  # noqa: ARG002, D102
         if first_step:
             self._tokens = {line["step"]: line["tokens_of_all"] for line in read_lines(self._run.metrics_path)}
-        errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process is
-        self._errors = errors
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(PROCESS), self.name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            text=True,
-            encoding="utf-8",
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is for the run, which finishes its step and then ends this
-        )
-        self._process = process
-        threading.Thread(target=self._write, args=(process,), name=f"tracker {self.name}", daemon=True).start()
-        self._lines.put(_import_path().rstrip())
+        self._child = Child(self.name)
         self._send(
             "open",
             project=self._recipe.output.project,
@@ -144,14 +116,13 @@ class Tracker(Callback):
             config=_config(self._recipe),
             first_step=first_step,
         )
-        offline = self.name == "wandb" and os.environ.get("WANDB_MODE") == "offline"
         quoted = {
             "project": self._recipe.output.project,
             "runs": str(self._run.path.parent),
             "run": str(self._run.path),
         }
-        view = VIEWS["wandb offline" if offline else self.name]
-        self._say(f"{self.name}: {view.format(**{name: shlex.quote(text) for name, text in quoted.items()})}")
+        view = VIEWS[self._view].format(**{name: shlex.quote(text) for name, text in quoted.items()})
+        self.say(f"{self.name}: {view}")
 
     @_contained
     def step(self, record: StepRecord) -> None:  # noqa: D102
@@ -170,61 +141,47 @@ class Tracker(Callback):
     def evaluated(self, record: Mapping[str, Any]) -> None:  # noqa: D102
         self._send("scalars", step=record["step"], values=evaluation_scalars(record))
 
-    def close(self) -> None:  # noqa: D102
-        process = self._process
-        if process is None:
-            return
-        try:
-            self._send("close")
-            with suppress(queue.Full):
-                self._lines.put_nowait(None)
-            process.wait(CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.give_up(f"it needs more than {CLOSE_SECONDS:g} s to send the rest")
-        finally:  # also after Ctrl-C
-            process.kill()
-        process.wait()
-        if self._process is not None and (text := self._last_error()):
-            self.give_up(text)
-        self._process = None
+    @_contained
+    def finish(self) -> None:  # noqa: D102
+        self._is_ending = True
+        self._send("close")
+        if self._child is not None:
+            self._child.end_input()
+
+    def is_done(self) -> bool:  # noqa: D102
+        return self._child is None or not self._child.is_alive
+
+    def close(self) -> None:
+        """Say with what error the process ended, if it did."""
+        if self._child is not None:
+            self._child.kill()
+            if error := self._child.last_error():
+                self.give_up(error)
+            self._child = None
 
     def give_up(self, why: str) -> None:
         """Say why this tracker gets nothing more, and end its process."""
-        process, self._process = self._process, None
-        self._gone.set()
-        if process is not None:
-            process.kill()
-        self._say(f"{self.name} gets nothing more: {clean(why)}; the run goes on, and its folder has everything")
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+        if not self._is_ending:
+            self.say(f"{self.name} gets nothing more: {clean(why)}; the run goes on, and its folder has everything")
+            return
+        run = shlex.quote(str(self._run.path))
+        rest = f". To send what wandb has: wandb sync {run}/wandb/run-*" if self._view == "wandb" else ""
+        self.say(f"{self.name} may lack the end of the run: {clean(why)}; the run's folder has everything{rest}")
 
     def _send(self, call: str, **values: Any) -> None:
-        """Put a call into the queue."""
-        if self._process is None:
+        """Send a call to the process."""
+        if self._child is None:
             return
-        if self._gone.is_set():
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(5)
-            self.give_up(self._last_error() or "its process ended")
+        if not self._child.is_alive:
+            self.give_up(self._child.last_error() or "its process ended")
             return
         try:
-            self._lines.put_nowait(json.dumps([call, values]))
+            self._child.send(call, **values)
         except queue.Full:
             self.give_up(f"{QUEUED:,} events wait to be sent")
-
-    def _write(self, process: subprocess.Popen[str]) -> None:
-        """Write the queued lines to the process. Runs in a thread, because a pipe blocks if nothing reads it."""
-        assert process.stdin is not None  # noqa: S101
-        try:
-            while (line := self._lines.get()) is not None:
-                print(line, file=process.stdin, flush=True)
-            process.stdin.close()
-        except OSError:
-            self._gone.set()
-
-    def _last_error(self) -> str:
-        """Return the last line that the process wrote to its standard error: that of a traceback says what failed."""
-        self._errors.seek(0)
-        lines = self._errors.read()[-4_000:].decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def step_scalars(record: StepRecord, num_tokens: int) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""Run one tracker: calls from standard input, a line of JSON each, until `close`.
+"""Run one tracker, or the uploads to the Hub: calls from standard input, a line of JSON each, until `close`.
 
-`trackers` runs this file as it is, and sends the path to import from as the first line; see grading/worker.py. A
-tracker's error ends the process; the last line of its traceback tells the run why. The end of the input without
-`close` is that of a killed run: what it sent is kept.
+`child` runs this file as it is, and sends the path to import from in the first line; see grading/worker.py. An error
+ends the process; the last line of its traceback tells the run why. The end of the input without `close` is that of a
+killed run: what it sent is kept.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-LAST_SECONDS = 60
-"""Time to send the rest after a killed run, before this process ends itself."""
 STEP = "train/global_step"
 """Name of the axis in wandb, as that of transformers' Trainer, so that runs of both can be drawn together."""
 
@@ -130,48 +130,73 @@ class TensorBoard:
         self._write(step=step, session_log=self._session(status=self._session.START))
 
     def _write(self, **content: Any) -> None:
-        import time
-
         self._writer.add_event(self._event(wall_time=time.time(), **content))
 
 
-TRACKERS: dict[str, Any] = {"trackio": Trackio, "wandb": Wandb, "tensorboard": TensorBoard}
+def uploads(settings: Settings) -> Any:
+    """Return what uploads checkpoints. It needs seconds to be imported."""
+    from popo_lite.tools.reporting.uploader import Uploader
+
+    return Uploader(settings)
+
+
+class WandbLogin:
+    """Tell how wandb is set up."""
+
+    def __init__(self, _: Settings) -> None:
+        import wandb
+
+        self._mode = wandb.setup().settings.mode
+        self._key = os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key
+
+    def check(self) -> Settings:
+        """Return wandb's mode, and whether it knows an API key or an identity token."""
+        return {"mode": self._mode, "has_login": bool(self._key)}
+
+    def close(self, *, finished: bool) -> None:
+        """Leave nothing."""
+
+
+TASKS: dict[str, Any] = {
+    "trackio": Trackio,
+    "wandb": Wandb,
+    "tensorboard": TensorBoard,
+    "wandb-login": WandbLogin,
+    "uploads": uploads,
+}
 
 
 def main() -> None:
-    """Do what is asked until `close`, or the end of the input."""
+    """Do what is asked until `close`, or the end of the input. What a call returns is a reply, a line of JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.path[:] = json.loads(sys.stdin.readline())
+    first = json.loads(sys.stdin.readline())
+    threading.Thread(target=end_after, args=(first["parent"], first["last_seconds"]), daemon=True).start()
+    sys.path[:] = first["path"]
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no reply
     warnings.simplefilter("ignore")
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
-    if sys.argv[1] == "wandb-login":
-        print("ok" if has_wandb_login() else "no login")  # noqa: T201
-        return
-    tracker: Any = None
+    task: Any = None
     finished = False
     for line in sys.stdin:
         call, values = json.loads(line)
-        if tracker is None:
-            tracker = TRACKERS[sys.argv[1]](values)
+        if task is None:
+            task = TASKS[sys.argv[1]](values)
         elif call == "close":
             finished = True
             break
-        else:
-            getattr(tracker, call)(**values)
-    if not finished and hasattr(signal, "alarm"):
-        signal.alarm(LAST_SECONDS)
-    if tracker is not None:
-        tracker.close(finished=finished)
+        elif (reply := getattr(task, call)(**values)) is not None:
+            print(json.dumps(reply), file=replies, flush=True)
+    if task is not None:
+        task.close(finished=finished)
 
 
-def has_wandb_login() -> bool:
-    """Check that wandb is offline or knows an API key or identity token."""
-    import wandb
-
-    mode = wandb.setup().settings.mode
-    return mode in ("offline", "disabled", "dryrun") or bool(
-        os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key
-    )
+def end_after(parent: int, seconds: float) -> None:
+    """End this process so many seconds after the run's, whatever hangs here."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    time.sleep(seconds)
+    os._exit(1)
 
 
 if __name__ == "__main__":
