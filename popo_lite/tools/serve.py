@@ -200,8 +200,12 @@ def _common_options(recipe: Any, folder: Path, max_model_len: int | None) -> dic
     if (day := recipe.data.date) and "strftime_now" in template:
         # The date of training, as in its prompts, and not the server's. Jinja cannot format dates, but replace text.
         directives = [f"%{flag}{letter}" for letter in string.ascii_letters for flag in ("", "-")]
-        texts = "".join(f".replace({json.dumps(one)}, {json.dumps(day.strftime(one))})" for one in directives)
-        template = f"{{%- macro strftime_now(format) -%}}{{{{ format{texts} }}}}{{%- endmacro -%}}{template}"
+        texts = json.dumps({directive: day.strftime(directive) for directive in directives})
+        template = (
+            "{%- macro strftime_now(format) -%}{%- set text = namespace(now=format) -%}"
+            f"{{%- for directive, value in {texts}.items() -%}}"
+            "{%- set text.now = text.now.replace(directive, value) -%}{%- endfor -%}{{ text.now }}{%- endmacro -%}"
+        ) + template
     (folder / "template.jinja").write_text(template, encoding="utf-8")
     return {
         "tokenizer": str(folder / "tokenizer"),

@@ -93,7 +93,8 @@ def running_server(flags: Sequence[str], environment: Mapping[str, str]) -> Iter
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "popo_lite.tools.serve_process", str(os.getpid()), *flags],
         env={**environment, NONCE: nonce}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,  # Ctrl-C is for this process, which then ends the server in order
+        text=True, errors="replace",
+        start_new_session=True,  # Ctrl-C is for this process, which then ends the server in order
     )  # fmt: skip
     try:
         yield Server(process, nonce)
