@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 MASK = "***"
@@ -25,9 +26,18 @@ SHORTEST_SECRET = 8
 
 def redact(text: str) -> str:
     """Return `text` without the logins of URLs and without the secrets of the environment."""
-    for secret in sorted(_secrets(), key=len, reverse=True):  # one may be a part of another
+    for secret in sorted(secrets(), key=len, reverse=True):  # one may be a part of another
         text = text.replace(secret, MASK)
     return QUERY.sub(rf"\1{MASK}", LOGIN.sub(f"{MASK}@", text))
+
+
+def redacted(value: Any) -> Any:
+    """Return `value`, as JSON reads it, with `redact` applied to its texts, before `json.dumps` escapes them."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, list):
+        return [redacted(item) for item in value]
+    return {key: redacted(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def without_home(text: str) -> str:
@@ -41,7 +51,7 @@ def has_login(text: str) -> bool:
     return LOGIN.search(text) is not None
 
 
-def _secrets() -> Iterator[str]:
+def secrets() -> Iterator[str]:
     """Yield the values of environment variables with a secret's name, and the passwords in the URLs of all others.
 
     Each as it is, and as `repr` and JSON write it.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from popo_lite.tools.chat.temperature import Temperature
 from popo_lite.tools.checkpoint_option import checkpoint_option
 from popo_lite.tools.completion import complete_run
 from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
@@ -19,7 +20,7 @@ from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 @click.option("--weights", type=click.Choice(["policy", "siamese"]), default="policy")
 @checkpoint_option
 @click.option("--samples", type=click.IntRange(min=1), default=1, help="Answers to draw.")
-@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=0.7)
+@click.option("--temperature", type=Temperature(greedy=False), default=0.7)
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @trust_option
 @click.option("as_json", "--json", is_flag=True, help="Print the answers as JSON, with all their control characters.")
@@ -33,32 +34,21 @@ def generate(
     Example:
       popo-lite generate runs/tiny_cpu-seed0 'What is 17 + 25?'
     """
-    from popo_lite.errors import UserInputError
-    from popo_lite.run_folder import RunFolder
-    from popo_lite.tools.console.output import notify, write
-
-    if not question.isprintable() and any("\ud800" <= character <= "\udfff" for character in question):
-        raise UserInputError("is not UTF-8 text", where="QUESTION", next_step="write the question in UTF-8")
-    folder = RunFolder(run)
-    recipe, saved = folder.recipe(), folder.find_checkpoint(checkpoint)
-    refuse_untrusted(recipe, run, trust, only=MODEL_CODE)
-    adapter = folder.trained_adapter(weights, saved)
-    for notice in folder.notices(checkpoint, saved):
-        notify(notice)
-
-    import torch
-
-    from popo_lite.policy.policy import load_trained_policy
     from popo_lite.policy.tokens import open_renderer
     from popo_lite.samplers import SamplingParams
     from popo_lite.samplers.hf import HFSampler
+    from popo_lite.tools.benchmarks.subject import open_run
+    from popo_lite.tools.chat.model import ALL_WEIGHTS, utf8
+    from popo_lite.tools.console.output import write
     from popo_lite.types import Problem
 
-    if recipe.train.cpu_threads:
-        torch.set_num_threads(recipe.train.cpu_threads)
+    utf8(question, "QUESTION")
+    subject = open_run(run, [ALL_WEIGHTS[weights]], checkpoint)
+    recipe = subject.recipe
+    refuse_untrusted(recipe, run, trust, only=MODEL_CODE)
     renderer = open_renderer(recipe)
     prompt = renderer.render(Problem(id=question, messages=({"role": "user", "content": question},), answer=""))
-    policy = load_trained_policy(recipe, adapter)
+    policy = subject.load(recipe)
     params = SamplingParams(temperature=temperature, max_completion_length=recipe.rollout.max_completion_length)
     # Not the engine that trained it: for one question, starting that would take longer than answering.
     sampler, stream = HFSampler(policy, recipe, text=renderer.text), ("generate", seed)

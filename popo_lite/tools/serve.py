@@ -2,57 +2,67 @@
 
 from __future__ import annotations
 
-import collections
+import errno
 import ipaddress
 import json
-import math
 import os
 import re
 import shlex
-import signal
 import socket
-import subprocess
+import string
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from popo_lite.errors import EngineError, PopoError, UserInputError
+from popo_lite.errors import EngineError, UserInputError
 from popo_lite.tools.checkpoint_option import checkpoint_option
 from popo_lite.tools.completion import complete_run
-from popo_lite.tools.serve_process import GRACE_SECONDS
+from popo_lite.tools.serve_process import MIDDLEWARE, Server, in_own_process, running_server, stopped_by_signals
 from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 
 if TYPE_CHECKING:
     from popo_lite.tools.benchmarks.subject import Subject
 
 QUESTION = "What is 3 + 4?"
-SHOWN_LINES = 20
-"""Last lines of a server that failed."""
 BASE = "base"
 """Name of the base model beside a run's adapter."""
-ALL_WEIGHTS = {"policy": "adapter", "siamese": "siamese"}
-"""Name of a run's weights on the command line -> in `open_run`."""
+NAME = re.compile(r"[\w.][\w.-]*", re.ASCII)
+PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What the trained policy thinks follows `token_ids`: the log-probs of its likeliest next tokens, in nats.
+    """The log-probs, in nats, of the last of `token_ids` by the weights that are served and by their base.
 
-    `limit` is the largest mean difference that rounding explains.
+    `base` is None for a model without an adapter. `limit` is the largest mean difference that rounding explains.
     """
 
     token_ids: tuple[int, ...]
-    logps: Mapping[int, float]
+    served: tuple[float, ...]
+    base: tuple[float, ...] | None
     limit: float
+
+    def refusal(self, served: Sequence[float], base: Sequence[float]) -> str | None:
+        """Return why a server that answers with these log-probs has other weights, or None."""
+        if not (gap := _gap(served, self.served)) <= self.limit:  # NaN must fail, too
+            return f"log-probs differ by {gap:.3g} nats on average, and {self.limit:.3g} is the most that rounding does"
+        if self.base is None:
+            return None
+        # How far the two bases differ is rounding, or the recipe's own choice of another base.
+        rounding, effect = _gap(base, self.base), _gap(self.base, self.served)
+        if effect > 4 * rounding and not gap < effect / 2:
+            return f"log-probs differ by {gap:.3g} nats on average, and those of the base by {effect:.3g}"
+        return None
+
+
+def _gap(first: Sequence[float], second: Sequence[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(first, second, strict=True)) / len(second)
 
 
 @click.command(context_settings={"show_default": True})
@@ -83,55 +93,43 @@ def serve(
     Example:
       popo-lite serve runs/tiny_cpu-seed0
     """
-    import torch
-
-    from popo_lite.policy.load import model_source
-    from popo_lite.recipe import VLLMRecipe
-    from popo_lite.tools.benchmarks.subject import open_model, open_run, task_run
+    from popo_lite.tools.chat.model import open_subject
     from popo_lite.tools.console.output import notify, progress
 
     _check_address(host, port, notify)
-    path = Path(model).expanduser()
-    is_run = (path / "recipe.toml").is_file()
-    if is_run:
-        subject = open_run(path, [ALL_WEIGHTS[weights or "policy"]], checkpoint)
-        recipe = subject.recipe
-    else:
-        subject = open_model(model, [weights] if weights else (), checkpoint=checkpoint)
-        recipe = subject.recipe
-        if run := task_run([model], None):  # an export, in the folder of its run
-            recipe = recipe.with_values({"data": run.recipe().data, "rollout": run.recipe().rollout})
-            recipe = recipe.with_values({"rollout.vllm": VLLMRecipe()})
+    name = name or re.sub(r"[^\w.-]", "-", Path(model).expanduser().resolve().name, flags=re.ASCII).lstrip("-")
+    if not NAME.fullmatch(name):
+        what = f"{name!r} is not a name for a model: letters, digits, _, . and - are allowed"
+        raise UserInputError(what, where="--name", next_step="choose another name")
+    subject = open_subject(model, weights, checkpoint)
+    recipe, is_run = subject.recipe, any(subject.adapters.values())
     refuse_untrusted(recipe, model, trust, only=MODEL_CODE)
 
     from popo_lite.samplers.vllm import why_not
 
     if reason := why_not(recipe):
         raise EngineError(reason, where=model, next_step=f"popo-lite chat {shlex.quote(model)} needs no vLLM")
-    name = name or re.sub(r"[^\w.-]", "-", path.resolve().name)
     if is_run and name == BASE:
         raise UserInputError(f'"{BASE}" is the name of the base model', where="--name", next_step="choose another name")
     environment = {**_defaults(), **os.environ}
-    with TemporaryDirectory(prefix="popo-lite-serve-") as made, _stopped_by_signals():
+    with TemporaryDirectory(prefix="popo-lite-serve-") as made, stopped_by_signals():
         folder = Path(made)
-        options = _common_options(recipe, folder, max_model_len) | {"host": host, "port": port}
-        probe = None
+        options = _common_options(recipe, folder, max_model_len)
+        with progress(f"reading {subject.name}"):
+            of_model, probe = in_own_process(
+                _prepare, subject, options["max_model_len"], gpu_memory_utilization, folder
+            )
+        options = of_model | options | {"host": host, "port": port, "middleware": MIDDLEWARE}
         if is_run:
-            with progress("reading the run"):
-                of_run, probe = _in_own_process(_prepare, subject, max_model_len, folder)
-            options = of_run | options | {"served_model_name": BASE, "lora_modules": f"{name}={folder / 'adapter'}"}
+            module = json.dumps({"name": name, "path": str(folder / "adapter")})
+            options |= {"served_model_name": BASE, "lora_modules": module}
         else:
-            options |= {"model": model_source(recipe.model), "dtype": recipe.model.dtype, "served_model_name": name}
-        if recipe.train.device != "cpu" and torch.cuda.is_available():
-            options["gpu_memory_utilization"] = gpu_memory_utilization
-        else:
-            options["enforce_eager"] = True  # compiling takes longer than it saves
-        key = os.environ.get("VLLM_API_KEY")
+            options["served_model_name"] = name
         url = _url(host, port)
-        with _server(_flags(options), environment) as server:
+        with running_server(_flags(options), environment) as server:
             with progress(f"starting vLLM on {url}"):
-                _wait(server, url)
-                _try_out(server, url, name, key, probe)
+                server.wait(url)
+                _try_out(server, url, name, probe)
             _report(url, name, model, is_run=is_run, as_json=as_json)
             server.forward = notify
             try:
@@ -150,8 +148,10 @@ def _check_address(host: str, port: int, notify: Callable[[str], None]) -> None:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         what, where = f"cannot listen there: {error.strerror or error}", f"--host {host} --port {port}"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            next_step = f"--port {free.getsockname()[1]} is free"
+        next_step = "--host 127.0.0.1"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                next_step = f"--port {free.getsockname()[1]} is free"
         raise UserInputError(what, where=where, next_step=next_step) from error
     with suppress(ValueError):
         if ipaddress.ip_address(host).is_loopback:
@@ -197,6 +197,15 @@ def _common_options(recipe: Any, folder: Path, max_model_len: int | None) -> dic
         system = json.dumps({"role": "system", "content": recipe.data.system_prompt}, ensure_ascii=False)
         missing = "{% if messages[0].role != 'system' %}"
         template = f"{missing}{{% set messages = [{system}] + messages %}}{{% endif %}}{template}"
+    if (day := recipe.data.date) and "strftime_now" in template:
+        # The date of training, as in its prompts, and not the server's. Jinja cannot format dates, but replace text.
+        directives = [f"%{flag}{letter}" for letter in string.ascii_letters for flag in ("", "-")]
+        texts = json.dumps({directive: day.strftime(directive) for directive in directives})
+        template = (
+            "{%- macro strftime_now(format) -%}{%- set text = namespace(now=format) -%}"
+            f"{{%- for directive, value in {texts}.items() -%}}"
+            "{%- set text.now = text.now.replace(directive, value) -%}{%- endfor -%}{{ text.now }}{%- endmacro -%}"
+        ) + template
     (folder / "template.jinja").write_text(template, encoding="utf-8")
     return {
         "tokenizer": str(folder / "tokenizer"),
@@ -207,69 +216,54 @@ def _common_options(recipe: Any, folder: Path, max_model_len: int | None) -> dic
     }
 
 
-def _prepare(subject: Subject, max_model_len: int | None, folder: Path) -> tuple[dict[str, Any], Probe]:
+def _prepare(
+    subject: Subject, length: int, gpu_memory_utilization: float, folder: Path
+) -> tuple[dict[str, Any], Probe]:
     """Write the adapter to `folder` and the dequantised base to the cache; return vLLM's options and a probe."""
     import torch
 
     from popo_lite.policy.adapters import save_adapter
+    from popo_lite.policy.load import model_source
+    from popo_lite.samplers import SamplingParams
+    from popo_lite.samplers.hf import HFSampler
     from popo_lite.samplers.probe import MAX_GAP_NATS
     from popo_lite.samplers.vllm import base_options
     from popo_lite.tasks.rendering import Renderer
     from popo_lite.types import Problem
 
     recipe = subject.recipe
-    policy = subject.load(recipe)
-    save_adapter(policy.model, folder / "adapter", base_id=recipe.model.id)
+    policy, adapter = subject.load(recipe), any(subject.adapters.values())
+    vllm, dtype = recipe.rollout.vllm, policy.head.weight.dtype
     renderer = Renderer(recipe, policy.tokenizer, stop_ids=policy.stop_ids)
-    ids = renderer.token_ids(Problem(id="serve", messages=({"role": "user", "content": QUESTION},), answer=""))
-    with torch.no_grad():
-        hidden = policy.hidden_states(torch.tensor(ids, device=policy.device), [(len(ids),)])[-1:]
-        logits = policy.head.logits(hidden) * policy.head.temperature
-    likeliest = torch.log_softmax(logits.float()[0], dim=-1).topk(5)
-    if max_model_len is not None:
-        lengths = {"rollout.max_prompt_length": max_model_len - 1, "rollout.max_completion_length": 1}
-        recipe = recipe.with_values(lengths)
-    options = base_options(policy, recipe)
-    options["enforce_eager"] = recipe.rollout.vllm.enforce_eager
-    coarse = recipe.rollout.vllm.base == "bf16" or recipe.rollout.vllm.kv_cache_dtype == "fp8"
-    dtype = torch.bfloat16 if coarse else policy.head.weight.dtype
-    return options, Probe(
-        token_ids=ids,
-        logps=dict(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)),
-        limit=recipe.rollout.max_gap or MAX_GAP_NATS[dtype],
-    )
+    prompt = renderer.render(Problem(id="serve", messages=({"role": "user", "content": QUESTION},), answer=""))
+    params = SamplingParams(temperature=recipe.rollout.temperature, max_completion_length=PROBE_TOKENS)
+    sampler = HFSampler(policy, recipe, text=renderer.text)
+    [[answer]] = sampler.sample([prompt], count=1, params=params, policy_version=policy.version, stream=("serve", 0))
+    ids = (*prompt.token_ids, *answer.token_ids)[: length - 1]  # vLLM adds one
 
+    @torch.no_grad()
+    def logps() -> tuple[float, ...]:
+        hidden = policy.hidden_states(torch.tensor(ids, device=policy.device), [(len(ids),)])[:-1]
+        logits = policy.head.logits(hidden[-PROBE_TOKENS:]).float() * policy.head.temperature
+        targets = torch.tensor(ids[1:][-PROBE_TOKENS:], device=policy.device)
+        return tuple(torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0].tolist())
 
-def _in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what `work` returns in another process, whose memory, also of the GPU, is then free for the server."""
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, work, arguments), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        outcome = receiver.recv()
-    except EOFError as error:
-        process.join()
-        what = f"the process that reads the run ended with exit code {process.exitcode}"
-        next_step = (
-            "free some memory and rerun the command" if process.exitcode == -9 else "please report what it printed"
-        )
-        raise EngineError(what, next_step=next_step) from error
-    finally:
-        process.kill()
-        process.join()
-    if isinstance(outcome, PopoError):
-        raise outcome
-    return outcome
-
-
-def _send(sender: Any, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    try:
-        sender.send(work(*arguments))
-    except PopoError as error:
-        sender.send(error)
+    served, base = logps(), None
+    options: dict[str, Any] = {"model": model_source(recipe.model), "dtype": recipe.model.dtype}
+    if adapter:
+        save_adapter(policy.model, folder / "adapter", base_id=recipe.model.id)
+        with policy.model.disable_adapter():
+            base = logps()
+        lengths = {"rollout.max_prompt_length": length - 1, "rollout.max_completion_length": 1}
+        options = base_options(policy, recipe.with_values(lengths)) | {"enforce_eager": vllm.enforce_eager}
+        if vllm.base == "bf16" or vllm.kv_cache_dtype == "fp8":
+            dtype = torch.bfloat16
+    if policy.device.type == "cuda":
+        options["gpu_memory_utilization"] = gpu_memory_utilization
+    else:
+        options["enforce_eager"] = True  # compiling takes longer than it saves
+    limit = recipe.rollout.max_gap or MAX_GAP_NATS[dtype]
+    return options, Probe(token_ids=ids, served=served, base=base, limit=limit)
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:
@@ -284,89 +278,17 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-class _Server:
-    """A running server. Its lines are kept, and from then on given to `forward` if that is set."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.forward: Callable[[str], None] | None = None
-        self._lines: collections.deque[str] = collections.deque(maxlen=SHOWN_LINES)
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout or ():
-            self._lines.append(line.rstrip())
-            if self.forward is not None:
-                self.forward(line.rstrip())
-
-    def failure(self, what: str) -> EngineError:
-        """Return the error that shows the server's last lines."""
-        self._reader.join(1.0)
-        last = "\n".join(line for line in self._lines if line.strip()) or "it printed nothing"
-        next_step = "lower --gpu-memory-utilization or --max-model-len if memory ran out; else see docs/chat.md"
-        return EngineError(f"{what}; its last lines:\n{last}", where="vLLM", next_step=next_step)
-
-
-@contextmanager
-def _server(flags: Sequence[str], environment: Mapping[str, str]) -> Iterator[_Server]:
-    """Run the server for the block. However that ends, no process of it is left."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "popo_lite.tools.serve_process", str(os.getpid()), *flags],
-        env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,  # Ctrl-C is for this process, which then ends the server in order
-    )  # fmt: skip
-    try:
-        yield _Server(process)
-    finally:
-        try:
-            process.terminate()
-            process.wait(GRACE_SECONDS)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            pass  # it hangs, or a second Ctrl-C
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block like Ctrl-C, which is how a server is stopped."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _wait(server: _Server, url: str) -> None:
-    """Return once the server is healthy. Raises EngineError if it ends before."""
-    import httpx
-
-    while server.process.poll() is None:
-        with suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", trust_env=False, timeout=10).status_code == 200:
-                return
-        time.sleep(0.5)
-    raise server.failure("the server did not start")
-
-
-def _try_out(server: _Server, url: str, name: str, key: str | None, probe: Probe | None) -> None:
+def _try_out(server: Server, url: str, name: str, probe: Probe) -> None:
     """Ask for one answer. Raises EngineError if there is none, or not from the weights of `probe`."""
     import httpx
 
+    key = os.environ.get("VLLM_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def ask(path: str, **body: Any) -> Any:
         try:
-            reply = httpx.post(f"{url}/v1/{path}", json={"model": name, "max_tokens": 1, **body}, headers=headers,
-                               trust_env=False, timeout=600)  # fmt: skip
+            reply = httpx.post(f"{url}/v1/{path}", json={"max_tokens": 1, **body}, headers=headers, trust_env=False,
+                               timeout=600)  # fmt: skip
             if reply.status_code == 200:
                 return reply.json()["choices"][0]
             reason = f"status {reply.status_code}: {reply.text[:300]}"
@@ -374,19 +296,18 @@ def _try_out(server: _Server, url: str, name: str, key: str | None, probe: Probe
             reason = type(error).__name__
         raise server.failure(f"the server does not answer ({reason})")
 
-    ask("chat/completions", messages=[{"role": "user", "content": QUESTION}])
-    if probe is None:
-        return
-    choice = ask(
-        "completions", prompt=list(probe.token_ids), temperature=1, logprobs=5, return_tokens_as_token_ids=True
-    )
-    found = {int(k.removeprefix("token_id:")): v for k, v in choice["logprobs"]["top_logprobs"][0].items()}
-    gaps = [abs(found[token] - logp) for token, logp in probe.logps.items() if token in found]
-    gap = sum(gaps) / len(gaps) if gaps else math.inf
-    if not gap <= probe.limit:
-        what = f"the server does not answer with the trained weights: log-probs differ by {gap:.3g} nats"
-        next_step = "popo-lite export RUN writes a merged model, which can be served; please report this"
-        raise EngineError(what, where="vLLM", next_step=next_step)
+    def logps(model: str) -> list[float]:
+        ids = probe.token_ids
+        choice = ask("completions", model=model, prompt=list(ids), prompt_logprobs=0)
+        found = [
+            each[str(token)]["logprob"] for token, each in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
+        ]
+        return found[-PROBE_TOKENS:]
+
+    ask("chat/completions", model=name, messages=[{"role": "user", "content": QUESTION}])
+    if refusal := probe.refusal(logps(name), [] if probe.base is None else logps(BASE)):
+        next_step = "please report this; popo-lite chat needs no vLLM, and popo-lite export RUN writes a merged model"
+        raise EngineError(f"the server answers with other weights: {refusal}", where="vLLM", next_step=next_step)
 
 
 def _url(host: str, port: int) -> str:
@@ -397,11 +318,15 @@ def _url(host: str, port: int) -> str:
 def _report(url: str, name: str, model: str, *, is_run: bool, as_json: bool) -> None:
     """Print how to ask the server and how to stop it."""
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": QUESTION}]})
-    # The key stays in the environment: a shell reads it there.
-    key, login = ("", "") if not os.environ.get("VLLM_API_KEY") else (
-        'os.environ["VLLM_API_KEY"]', ' -H "Authorization: Bearer $VLLM_API_KEY"'
-    )  # fmt: skip
-    curl = f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json'{login} -d {shlex.quote(body)}"
+    key, login, header = json.dumps("none"), "", ""
+    if os.environ.get("VLLM_API_KEY"):
+        # The key stays in the environment, and off command lines, which other users can read: printf is a shell's own.
+        key, login, header = (
+            'os.environ["VLLM_API_KEY"]', "printf 'Authorization: Bearer %s' \"$VLLM_API_KEY\" | ", " -H @-",
+        )  # fmt: skip
+    curl = (
+        f"{login}curl -s {url}/v1/chat/completions -H 'Content-Type: application/json'{header} -d {shlex.quote(body)}"
+    )
     if as_json:
         content = {"url": f"{url}/v1", "model": name, "base": BASE if is_run else None, "curl": curl}
         click.echo(json.dumps(content))
@@ -413,10 +338,10 @@ def _report(url: str, name: str, model: str, *, is_run: bool, as_json: bool) -> 
     lines = [
         f"Serving {model} as {name}{beside}. Ask it:\n",
         f"{curl}\n",
-        *(["import os\n"] if key else []),
+        *(["import os\n"] if login else []),
         "from openai import OpenAI",
         "",
-        f'client = OpenAI(base_url="{url}/v1", api_key={key or json.dumps("none")})',
+        f'client = OpenAI(base_url="{url}/v1", api_key={key})',
         f'messages = [{{"role": "user", "content": "{QUESTION}"}}]',
         f'print(client.chat.completions.create(model="{name}", messages=messages).choices[0].message.content)\n',
         "Ctrl-C stops the server.",

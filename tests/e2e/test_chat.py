@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from operator import attrgetter
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.recipe_file import dump_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.tools.chat.command import _take
 from popo_lite.tools.chat.model import open_chat, open_subject
 from popo_lite.tools.chat.pieces import Pieces
 from popo_lite.tools.chat.session import Session
@@ -50,12 +52,18 @@ def chat(run):
     return ask
 
 
-@pytest.fixture
-def session(run):
-    subject = open_subject(str(run), None, None, None)
+@pytest.fixture(scope="module")
+def model(run):
+    subject = open_subject(str(run), None, None)
     with open_chat(subject, None, compare=False, trust=False, source=str(run)) as model:
-        screen = ChatScreen(plain=True, silent=True)
-        yield Session(model, screen, temperature=0, max_tokens=None, seed=0, compare=True)
+        yield model
+
+
+@pytest.fixture
+def session(model):
+    yield Session(model, ChatScreen(plain=True, silent=True), temperature=0, max_tokens=None, seed=0, compare=True)
+    model.forget()
+    model.renderer.system_prompt = None
 
 
 def answers(done):
@@ -115,6 +123,11 @@ def test_lines_are_messages_and_only_answers_are_printed(chat):
     done = chat(QUESTION, "", "And?", "/undo", " /undo")
     assert done.stdout.startswith(f"{first}\n{second}\n")
     assert "forgot: And?" in done.stderr
+    assert chat(QUESTION, "/quit", "And?").stdout == f"{first}\n"
+    for wrong in ("1e-42", "nan", "-1", "1000"):
+        assert "0 or from 0.01 to 100" in chat(options=["--temperature", wrong], code=2).stderr
+    wrong = CliRunner().invoke(main, ["generate", "no", "1 + 1", "--temperature", "0"])
+    assert "it is from 0.01 to 100" in wrong.stderr
     compared = chat(QUESTION, options=["--compare"])
     assert compared.stdout.splitlines()[0] == "base:"
     assert f"policy:\n{first}\n" in compared.stdout
@@ -132,7 +145,7 @@ def test_a_temperature_draws_by_the_seed(chat):
     assert drawn[0][0] != drawn[0][1]
 
 
-def test_commands(session, tmp_path, capsys):
+def test_commands(session, tmp_path, monkeypatch):
     greedy = session.temperature
     for command in ("/temperature 0.5", "/system Be brief.", "/adapter off"):
         assert session.command(command)
@@ -145,6 +158,12 @@ def test_commands(session, tmp_path, capsys):
     saved = json.loads(file.read_text())
     assert saved["turns"][0]["message"] == QUESTION
     assert saved["turns"][0]["answers"][0]["text"] == turn.answers[False].text
+    session.turns[0].message = 'an "open\nsesame" \u5bc6\u7801'
+    monkeypatch.setenv("MY_KEY", 'open\nsesame" \u5bc6')
+    session.command(f"/save {tmp_path / 'again.json'}")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["turns"][0]["message"] == 'an "***\u7801'
+    session.turns[0].message = QUESTION
     assert (saved["temperature"], saved["system_prompt"]) == (0.5, "Be brief.")
     session.command('/system ""')
     assert session.model.renderer.system_prompt is None
@@ -157,7 +176,10 @@ def test_commands(session, tmp_path, capsys):
     for wrong, reason in {
         "/undo": "no message yet", "/temperature hot": "not a temperature: hot",
         "/temperature nan": "not a temperature",
+        "/temperature 1e-42": "0 or from 0.01 to 100", "/temperature": "not a temperature: nothing",
         f"/save {file}": "nothing is overwritten", "/save": "takes the name", "/save /no/folder/x": "cannot be written",
+        "/save ~no.such.user/x": "cannot be written", f"/save {'x' * 300}": "cannot be written",
+        "/save a\0b": "cannot be written",
         "/resett": "did you mean /reset", "/adapter maybe": "takes on or off",
     }.items():  # fmt: skip
         with pytest.raises(PopoError) as caught:
@@ -199,7 +221,7 @@ def test_an_environments_run_goes_on_from_its_own_tokens(run, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
     recipe = RunFolder(run).recipe().with_values({"rollout.environment.name": "game:Game"})
     (folder / "recipe.toml").write_text(dump_recipe(recipe))
-    subject = open_subject(str(folder), None, None, None)
+    subject = open_subject(str(folder), None, None)
     with open_chat(subject, None, compare=False, trust=False, source="run") as model:
         session = Session(model, ChatScreen(plain=True), temperature=0, max_tokens=None, seed=0, compare=False)
         session.introduce()
@@ -224,8 +246,27 @@ def test_a_model_that_is_no_run(chat, tmp_path):
     template = tmp_path / "t.jinja"
     shutil.copy(TINY_FOLDER / "chat_template.jinja", template)
     again = chat(QUESTION, model=model, options=["--chat-template", template])
-    assert again.stderr == ""
+    assert "chat template" not in again.stderr
     assert again.stdout == chat(QUESTION, model=TINY_FOLDER).stdout
+
+
+def test_an_export_is_asked_as_its_run_was_trained(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    values = {
+        "data.system_prompt": "Be brief.",
+        "rollout.max_completion_length": 33,
+        "reward.thinking_tags": ("<a>", "</a>"),
+    }
+    (folder / "recipe.toml").write_text(dump_recipe(RunFolder(run).recipe().with_values(values)))
+    model = shutil.copytree(TINY_FOLDER, folder / "export" / "merged-policy")
+    recipe = open_subject(str(model), None, None).recipe
+    assert {key: attrgetter(key)(recipe) for key in values} == values
+    assert recipe.model.id == str(model)
+    assert capsys.readouterr().err == ""
+    moved = model.rename(tmp_path / "moved")
+    assert open_subject(str(moved), None, None).recipe.data.system_prompt is None
+    assert "is not in the export/ of a run" in " ".join(capsys.readouterr().err.split())
 
 
 def test_ctrl_c_ends_a_script(chat, monkeypatch):
@@ -239,7 +280,11 @@ def test_ctrl_c_ends_a_script(chat, monkeypatch):
     assert chat(QUESTION, QUESTION, code=130).stdout.strip() == ""
 
 
-def test_text_that_is_not_utf8_is_refused(run):
+def test_text_that_is_not_utf8_is_refused(run, session):
+    for line in ("caf\udce9", "/save caf\udce9", "/system caf\udce9"):
+        with pytest.raises(PopoError, match="not UTF-8 text"):
+            _take(session, line)
+    assert "not UTF-8" in CliRunner().invoke(main, ["chat", str(run), "--system-prompt", "\udce9"]).stderr
     done = CliRunner().invoke(main, ["chat", str(run)], input=b"caf\xe9\n")
     assert done.exit_code == 2
     assert "not UTF-8 text" in done.stderr
@@ -304,7 +349,7 @@ def terminal(run):
     pytest.importorskip("pyte")
     if sys.platform == "win32":
         pytest.skip("pseudo-terminals")
-    opened = Terminal("chat", run, "--temperature", "0", "--max-tokens", "300", columns=120)
+    opened = Terminal("chat", run, "--weights", "policy", "--temperature", "0", "--max-tokens", "300", columns=120)
     yield opened
     opened.close()
 
@@ -341,6 +386,5 @@ def test_on_a_terminal(terminal, run):
     terminal.send(b"/nonsense\r")
     terminal.wait("there is no command /nonsense")
     terminal.send(b"\x04", ends=True)
-    terminal.wait(f"popo-lite push {run}")
-    assert f"popo-lite export {run}" in terminal.text
+    terminal.wait(f"To keep the model:  popo-lite export {run} --weights policy")
     assert terminal.process.wait(30) == 0

@@ -38,6 +38,28 @@ def test_all_is_shown_and_nothing_else(text, monkeypatch):
         assert all(character.isprintable() or character == "\n" for character in state)
 
 
+@pytest.mark.parametrize(
+    "secrets",
+    [
+        ["open sesame now"],
+        ["pässwörd größer"],
+        ["密码是七八九十密码是"],
+        ["xx yy zz ww", "zz ww vv uu"],
+        ["a b a b c d", "b a b x y z"],
+    ],
+)
+def test_secrets_with_blanks_and_other_letters_are_never_shown(secrets, monkeypatch):
+    for number, secret in enumerate(secrets):
+        monkeypatch.setenv(f"MY_KEY_{number}", secret)
+    begun = [secret[: len(secret) // 2] for secret in secrets]
+    for text in (f"so {' '.join(secrets)} it is", f"{secrets[0]}{secrets[-1]}", f"{begun[0]} {secrets[-1]} end"):
+        states = list(grown(text))
+        assert states[-1] == words.printable(text)
+        for state in states:
+            assert states[-1].startswith(state)  # no part of a secret, which the last state masks
+    assert list(grown("so opening it is "))[-2].startswith("so opening it is")
+
+
 def test_words_appear_while_the_text_grows():
     states = set(grown("one two three"))
     assert {"one ", "one two ", "one two three"} <= states

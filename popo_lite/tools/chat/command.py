@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from popo_lite.errors import PopoError, UserInputError
+from popo_lite.tools.chat.temperature import Temperature
 from popo_lite.tools.checkpoint_option import checkpoint_option
 from popo_lite.tools.completion import complete_run
 from popo_lite.trust import trust_option
@@ -26,7 +28,7 @@ MODEL_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--weights", type=click.Choice(["policy", "siamese"]), help="Weights of a run.  [default: policy]")
 @checkpoint_option
 @click.option("--compare", is_flag=True, help="Show the base's answer to each message, too.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.7, help="0 takes the likeliest token.")
+@click.option("--temperature", type=Temperature(greedy=True), default=0.7, help="0 takes the likeliest token.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer; default as in training.")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @click.option("--system-prompt", metavar="TEXT", help='Default as in training; "" for none.')
@@ -55,13 +57,17 @@ def chat(
             what, where = f"cannot be read: {error}", f"--chat-template {chat_template}"
             raise UserInputError(what, where=where, next_step="save the file as UTF-8") from error
 
-    from popo_lite.tools.chat.model import open_chat, open_subject
+    from popo_lite.tools.chat.model import open_chat, open_subject, utf8
     from popo_lite.tools.chat.session import Session
     from popo_lite.tools.console.chat import ChatScreen
 
+    if system_prompt is not None:
+        utf8(system_prompt, "--system-prompt")
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     screen = ChatScreen(plain=not interactive, silent=as_json)
-    subject = open_subject(model, weights, checkpoint, template)
+    subject = open_subject(model, weights, checkpoint)
+    if template is not None:
+        subject = replace(subject, recipe=subject.recipe.with_values({"data.chat_template": template}))
     if interactive:
         screen.note(f"loading {subject.recipe.model.id} ...")
     with open_chat(subject, weights, compare=compare, trust=trust, source=model) as opened:
@@ -72,16 +78,19 @@ def chat(
         if interactive:
             _converse(session)
         else:
-            for line in _lines():
-                _take(session, line)
+            all(_take(session, line) for line in _lines())  # until one of them ends it
     if interactive and opened.has_adapter:
-        run = shlex.quote(model)
-        session.screen.note(f"To keep the model:  popo-lite export {run}\nTo publish it:      popo-lite push {run}")
+        command = ["popo-lite", "export", model]
+        command += ["--weights", weights] if weights else []
+        command += ["--checkpoint", str(checkpoint)] if checkpoint else []
+        session.screen.note(f"To keep the model:  {shlex.join(command)}")
 
 
 def _take(session: Session, line: str) -> bool:
     """Run a command or answer a message; return False if it ends the chat."""
-    if line.startswith("/"):
+    from popo_lite.tools.chat.model import utf8
+
+    if utf8(line, "this message").startswith("/"):
         return session.command(line)
     if line.strip():
         session.say(line.strip())

@@ -19,9 +19,10 @@ from popo_lite.policy.merged import kept_weights
 from popo_lite.policy.parts import context_of
 from popo_lite.policy.policy import Policy
 from popo_lite.policy.tokens import open_renderer
+from popo_lite.recipe import VLLMRecipe
 from popo_lite.samplers.base import not_finite
 from popo_lite.tasks.rendering import BASE_TEMPLATE, Renderer, puts_bos
-from popo_lite.tools.benchmarks.subject import Subject, open_model, open_run
+from popo_lite.tools.benchmarks.subject import Subject, open_model, open_run, task_run
 from popo_lite.tools.console.output import notify
 from popo_lite.trust import MODEL_CODE, refuse_untrusted
 
@@ -132,21 +133,32 @@ class _Streamer:
         pass
 
 
-def open_subject(model: str, weights: str | None, checkpoint: int | str | None, template: str | None) -> Subject:
-    """Return a run's weights, or a model by folder, GGUF file or Hub id, with a chat template. Loads no weights."""
+def open_subject(model: str, weights: str | None, checkpoint: int | str | None) -> Subject:
+    """Return a run's weights, or a model by folder, GGUF file or Hub id. Loads none.
+
+    A model in a run's export/ is asked as the run was trained: its system prompt, thinking tags and lengths.
+    """
     path = Path(model).expanduser()
     if (path / "recipe.toml").is_file():
-        subject = open_run(path, [ALL_WEIGHTS[weights or "policy"]], checkpoint)
+        return open_run(path, [ALL_WEIGHTS[weights or "policy"]], checkpoint)
+    subject = open_model(model, [weights] if weights else (), checkpoint=checkpoint)
+    if path.exists() and (run := task_run([model], None)):
+        trained = run.recipe()
+        parts = {"data": trained.data, "rollout": trained.rollout, "reward": trained.reward}
+        recipe = subject.recipe.with_values(parts).with_values({"rollout.vllm": VLLMRecipe()})
     else:
-        subject = open_model(model, [weights] if weights else (), checkpoint=checkpoint)
+        notify(f"{subject.name} is not in the export/ of a run, so no system prompt or length is known from training")
         half = context_of(load_config(subject.recipe.model)) // 2
         lengths = {"max_prompt_length": min(512, half), "max_completion_length": min(1024, half)}
         recipe = subject.recipe.with_values({f"rollout.{key}": value for key, value in lengths.items()})
-        subject = replace(subject, recipe=recipe)
-    if template is not None:
-        recipe = subject.recipe.with_values({"data.chat_template": template})
-        return replace(subject, recipe=recipe)
-    return subject
+    return replace(subject, recipe=recipe)
+
+
+def utf8(text: str, where: str) -> str:
+    """Return `text`. Raises UserInputError if a terminal or a shell gave bytes that are not UTF-8."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserInputError("is not UTF-8 text", where=where, next_step="write it in UTF-8")
+    return text
 
 
 def _with_template(subject: Subject) -> Subject:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from popo_lite.redaction import secrets
 from popo_lite.tools.console import words
 
 _WORD = "".join(map(chr, range(0x21, 0x7F))) + "\ufffd"
-"""A run of these at the end of a text may still change: a URL's login, a secret or a character may be incomplete."""
+"""A run of these at the end of a text may still change: a URL's login or a character may be incomplete."""
 
 
 class Pieces:
@@ -19,10 +20,12 @@ class Pieces:
 
     def __init__(self, tags: tuple[str, str], *, thinking: bool = False) -> None:
         self._tags, self._thinking, self._shown = tags, thinking, ""
+        # Secrets and tags may hold blanks and letters of other scripts.
+        self._whole = {*tags, *secrets()}
         self._split = re.compile("(" + "|".join(map(re.escape, tags)) + ")")
 
     def push(self, text: str, *, final: bool = False) -> Iterator[tuple[str, bool]]:
-        """Yield the new pieces of the whole `text` so far. Its last word is held back unless it is `final`."""
+        """Yield the new pieces of the whole `text` so far. An end that may still change is held back until `final`."""
         # The whole text again: what a character may show as depends on those before it.
         shown = words.printable(text if final else self._complete(text))
         new, self._shown = shown[len(self._shown) :], shown
@@ -35,8 +38,10 @@ class Pieces:
                 self._thinking = False
 
     def _complete(self, text: str) -> str:
-        text = text.rstrip(_WORD)
-        for tag in self._tags:  # with blanks in it, or with letters of other scripts
-            cut = next((size for size in range(len(tag) - 1, 0, -1) if text.endswith(tag[:size])), 0)
-            text = text[: len(text) - cut]
+        before = ""
+        while before != text:  # what is held back may cut another secret in two
+            before, text = text, text.rstrip(_WORD)
+            for whole in self._whole:
+                cut = next((size for size in range(len(whole) - 1, 0, -1) if text.endswith(whole[:size])), 0)
+                text = text[: len(text) - cut]
         return text

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-from jinja2 import TemplateError
 
 from popo_lite.errors import PopoError, UserInputError, nearest
 from popo_lite.policy.memory import is_out_of_memory, release_memory
-from popo_lite.redaction import redact
+from popo_lite.redaction import redacted
 from popo_lite.run_folder import write_atomically
 from popo_lite.seeding import stream_seed
 from popo_lite.tools.chat.model import Answer, ChatModel
 from popo_lite.tools.chat.pieces import Pieces
+from popo_lite.tools.chat.temperature import Temperature
 from popo_lite.tools.console.chat import ChatScreen, Draw
 from popo_lite.types import Problem
 
@@ -240,26 +240,21 @@ class Session:
             before, renderer.system_prompt = renderer.system_prompt, None if text == '""' else text
             try:
                 renderer.token_ids(Problem(id="chat", messages=({"role": "user", "content": "?"},), answer=""))
-            except (PopoError, TemplateError):
+            except PopoError:
                 renderer.system_prompt = before
                 raise
         self.screen.note(f"system prompt: {renderer.system_prompt or 'none'}")
 
     def _temperature(self, text: str) -> None:
         try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value <= 100:
-            raise UserInputError(f"not a temperature: {text or 'nothing'}", next_step="/temperature 0.7")
-        self.temperature = value
-        self.screen.note(f"temperature {value:g}")
+            self.temperature = Temperature(greedy=True).convert(text, None, None)
+        except click.BadParameter as error:
+            raise UserInputError(error.message, next_step="/temperature 0.7") from error
+        self.screen.note(f"temperature {self.temperature:g}")
 
     def _save(self, text: str) -> None:
-        path = Path(text).expanduser()
-        if not text or path.exists():
-            what = f"{path} exists, and nothing is overwritten" if text else "/save takes the name of a file"
-            raise UserInputError(what, next_step="/save chat.json, or another name")
+        if not text:
+            raise UserInputError("/save takes the name of a file", next_step="/save chat.json")
         content = {
             "model": self.model.name,
             "checkpoint": self.model.checkpoint,
@@ -272,8 +267,12 @@ class Session:
             ],
         }
         try:
-            write_atomically(path, redact(json.dumps(content, indent=2)) + "\n")
-        except OSError as error:
-            what = f"{path} cannot be written: {error.strerror}"
+            path = Path(text).expanduser()
+            if path.exists():
+                what = f"{path} exists, and nothing is overwritten"
+                raise UserInputError(what, next_step="/save chat.json, or another name")
+            write_atomically(path, json.dumps(redacted(content), indent=2) + "\n")
+        except (OSError, ValueError, RuntimeError) as error:  # also ~user without a home, and a name with NUL
+            what = f"{text} cannot be written: {getattr(error, 'strerror', None) or error}"
             raise UserInputError(what, next_step="name a file in a folder of yours") from error
         self.screen.note(f"saved the conversation to {shlex.quote(str(path))}")
