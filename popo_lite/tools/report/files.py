@@ -24,7 +24,8 @@ LOG_BYTES = 100_000
 LARGEST = 1e15
 """A larger figure is damage: no metric is that large, and sums and differences of larger ones may overflow."""
 
-State = Literal["finished", "running", "stopped"]
+State = Literal["finished", "running", "stopped", "unknown"]
+"""Unknown: the run was last trained on another machine, and may still be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ def read_run(path: Path) -> RunFiles:
     evaluations = read_lines(run.evaluations_path, growing=True) if run.evaluations_path.is_file() else []
     evaluations = [line for line in evaluations if number_in(line, "pass_at_1") is not None]
     state: State = "finished" if run.ended else "running" if is_running(run) else "stopped"
+    if state == "stopped" and _is_elsewhere(run):
+        state = "unknown"
     unreadable: list[str] = []
     summary: Mapping[str, Any] = {}
     if state == "finished":
@@ -105,6 +108,13 @@ def is_running(run: RunFolder) -> bool:
         return bool(
             owner["host"] == platform.node() and began <= datetime.fromisoformat(owner["since"]).timestamp() + 1
         )
+    return False
+
+
+def _is_elsewhere(run: RunFolder) -> bool:
+    """Return True if another machine took the run's lock last: nothing here says whether it still trains there."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return bool(json.loads(run.lock_path.read_text(encoding="utf-8").strip("\n\0"))["host"] != platform.node())
     return False
 
 
