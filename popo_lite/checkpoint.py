@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import textwrap
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,9 +209,14 @@ def _check_optimizer_state(state: dict[int, dict[str, Any]], learner: Learner) -
 
 
 def sync_folder(folder: Path) -> None:
-    """Write a folder with all that it holds through to the disk."""
-    for path in (*folder.rglob("*"), folder):
-        _sync_to_disk(path)
+    """Write a folder with all that it holds through to the disk.
+
+    A report or an export may write there, too: what it has renamed or removed meanwhile is skipped.
+    """
+    for place, _, names in os.walk(folder, topdown=False):
+        for path in (*(Path(place, name) for name in names), Path(place)):
+            with suppress(FileNotFoundError):
+                _sync_to_disk(path)
 
 
 def _sync_to_disk(path: Path) -> None:

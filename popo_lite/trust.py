@@ -27,6 +27,10 @@ MODEL_CODE = ("model.",)
 """Key prefixes checked by commands that only load the model."""
 GRADING_CODE = ("model.", "reward.", "rollout.environment.")
 """Key prefixes checked by commands that also grade, and sample from the loaded model."""
+EVALUATION_CODE = ("model.", "reward.", "rollout.")
+"""Key prefixes checked by commands that evaluate with the recipe's engine: as in training, but nothing is uploaded."""
+SENDING = ("rollout.server.", "output.")
+"""Key prefixes of what gets data of this machine and runs nothing here."""
 NOT_FOUND = "(not found)"
 
 trust_option = click.option(
@@ -59,7 +63,9 @@ def refuse_untrusted(
     trusted = _trusted() if named else set()
     new = [what for what in named if what not in trusted]
     if refused := [what for what in new if named[what] not in typed and (not trust or what.endswith(NOT_FOUND))]:
-        what = "\n".join(["it would run code that is not trusted yet:", *refused])
+        only_sends = all(named[what].startswith(SENDING) for what in refused)
+        does = "send data to a place" if only_sends else "run code"
+        what = "\n".join([f"it would {does} that is not trusted yet:", *refused])
         next_step = "read it; then add --trust (in Python: trust=True), which is remembered"
         if trust:
             next_step = "only what is found can be trusted: start popo-lite in the folder of that module"

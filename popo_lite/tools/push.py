@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from popo_lite.errors import UserInputError
+from popo_lite.errors import CheckpointError, ExportError, UserInputError
 from popo_lite.tools.completion import complete_run
 from popo_lite.tools.export import EXPORTS, REPORT_FILE
 
@@ -41,16 +41,20 @@ def push(
       popo-lite export runs/tiny_cpu-seed0 --what adapter --output my-adapter
       popo-lite push my-adapter me/my-model --private --dry-run
     """
-    from popo_lite.formats import read_json, reading
+    from popo_lite.formats import RESTORE, read_json, reading
     from popo_lite.tools.console.output import notify
     from popo_lite.tools.export.upload import check_login, check_repo_id, plan_upload, upload
 
     where = f"popo-lite push {shlex.quote(str(export))} {shlex.quote(repo_id)}"
     check_repo_id(repo_id, where)
     folder = _export_at(export, where)
-    with reading(folder / REPORT_FILE):
-        report = read_json(folder / REPORT_FILE)
-        mine = {key: report[key] for key in SAME}
+    try:
+        with reading(folder / REPORT_FILE):
+            report = read_json(folder / REPORT_FILE)
+            mine = {key: report[key] for key in SAME}
+    except CheckpointError as error:
+        next_step = "popo-lite export RUN --output ANOTHER_FOLDER" if error.next_step == RESTORE else error.next_step
+        raise ExportError(error.what, where=error.where, next_step=next_step) from error
     plan = plan_upload(folder, repo_id, revision)
     result: dict[str, Any] = {
         "folder": str(folder), "repo_id": repo_id, "private": private, "revision": revision, "files": plan.files,
@@ -84,6 +88,10 @@ def _export_at(path: Path, where: str) -> Path:
         return path
     found = sorted(file.parent for file in (path / EXPORTS).glob(f"*/{REPORT_FILE}"))
     if len(found) == 1:
+        for folder in (path / EXPORTS, found[0]):
+            if folder.is_symlink():  # in a stranger's run it may lead to any model of this machine
+                what, next_step = "it is a link to a folder elsewhere", "name the folder that you want to upload"
+                raise UserInputError(what, where=str(folder), next_step=next_step)
         return found[0]
     if found:
         what = f"the run has {len(found)} exports"

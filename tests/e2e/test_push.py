@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from transformers import AutoTokenizer
 
 from fake_hub import TOKEN, Hub, environment, popo_lite, serve
 from popo_lite.tools.export.pipeline import export_run
@@ -50,10 +51,18 @@ def login(hub: Hub, tmp_path: Path, token: str = TOKEN) -> dict[str, str]:
     return {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN_PATH": str(path), "HF_HOME": str(tmp_path / "home")}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """The folder's files as they should arrive: with the repository in the card's example."""
+def contents(folder: Path, revision: str | None = None) -> dict[str, bytes]:
+    """The folder's files as they should arrive: with repository and branch in the card's example."""
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     card = re.sub(rb'^model_id = ".*"$', f'model_id = "{REPO}"'.encode(), found["README.md"], flags=re.MULTILINE)
+    if revision:
+        loading, at = (
+            (b"Tokenizer.from_pretrained(model_id", b"CausalLM.from_pretrained(model_id"),
+            f', revision="{revision}"',
+        )
+        for call in loading:
+            assert card.count(call) == 1
+            card = card.replace(call, call + at.encode())
     return {**found, "README.md": card}
 
 
@@ -104,7 +113,7 @@ def test_another_export_replaces_the_first_one_only_if_told_to(exports: Path, tm
     # A branch of its own replaces nothing.
     popo_lite("push", exports / "merged-policy", REPO, "--revision", "merged", **here)
     assert hub.files(REPO) == first
-    assert hub.files(REPO, "merged") == {**contents(exports / "merged-policy"), "notes.txt": b"mine"}
+    assert hub.files(REPO, "merged") == {**contents(exports / "merged-policy", "merged"), "notes.txt": b"mine"}
 
     # An adapter left beside a merged model would be applied twice.
     shown = popo_lite("push", exports / "merged-policy", REPO, "--overwrite", **here).stdout
@@ -115,6 +124,25 @@ def test_another_export_replaces_the_first_one_only_if_told_to(exports: Path, tm
     assert hub.files(REPO) == {**contents(exports / "q8_0-policy"), "notes.txt": b"mine"}
     assert f"ollama run hf.co/{REPO}" in shown
     assert sum("/complete" in path for _, path, _ in hub.requests) == 1
+
+
+def test_nothing_of_an_older_model_changes_how_the_new_one_loads(exports: Path, tmp_path: Path, hub: Hub) -> None:
+    here, folder = login(hub, tmp_path), exports / "merged-policy"
+    popo_lite("push", exports / "adapter-policy", REPO, **here)
+    older = {"special_tokens_map.json": b'{"eos_token": "<|user|>", "pad_token": "<|user|>"}',
+             "added_tokens.json": b'{"<other>": 99}'}  # fmt: skip
+    weights = ("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "consolidated.safetensors",
+               "adapter_model.bin", "quantize_config.json", "hf_quant_config.json", "vocab.json", "merges.txt",
+               "spiece.model", "tokenizer.model", "additional_chat_templates/tools.jinja")  # fmt: skip
+    hub.repos[REPO].branches["main"] |= {**older, **dict.fromkeys(weights, b"{}"), "docs/figure.json": b"mine"}
+    popo_lite("push", folder, REPO, "--overwrite", **here)
+    assert hub.files(REPO) == {**contents(folder), "docs/figure.json": b"mine"}
+    loaded = tmp_path / "loaded"
+    for name, data in hub.files(REPO).items():
+        (loaded / name).parent.mkdir(parents=True, exist_ok=True)
+        (loaded / name).write_bytes(data)
+    ours, theirs = (AutoTokenizer.from_pretrained(place) for place in (folder, loaded))
+    assert (theirs.eos_token, theirs.pad_token, len(theirs)) == (ours.eos_token, ours.pad_token, len(ours))
 
 
 def test_files_that_popo_lite_did_not_make_are_not_overwritten(adapter: Path, tmp_path: Path, hub: Hub) -> None:
@@ -218,6 +246,18 @@ def test_mistakes_are_refused_without_network(exports: Path, adapter: Path, tmp_
     shutil.copytree(adapter, run / "export" / "adapter")
     assert json.loads(popo_lite("push", run, REPO, "--dry-run", "--json").stdout)["folder"] == f"{run}/export/adapter"
     assert "export.json is missing" in popo_lite("push", tmp_path / "none", REPO, "--dry-run", code=2).stderr
+    shutil.move(run / "export" / "adapter", tmp_path / "other")
+    (run / "export" / "adapter").symlink_to(tmp_path / "other")
+    assert "it is a link to a folder elsewhere" in popo_lite("push", run, REPO, "--dry-run", code=2).stderr
+    shutil.move(run / "export", tmp_path / "exports")
+    (tmp_path / "exports" / "adapter").unlink()
+    shutil.move(tmp_path / "other", tmp_path / "exports" / "adapter")
+    (run / "export").symlink_to(tmp_path / "exports")
+    assert "it is a link to a folder elsewhere" in popo_lite("push", run, REPO, "--dry-run", code=2).stderr
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "export.json").write_text("{")
+    assert "--output ANOTHER_FOLDER" in popo_lite("push", damaged, REPO, "--dry-run", code=1).stderr
     (adapter / "notes").symlink_to("/etc/hostname")
     assert "it is a link" in popo_lite("push", adapter, REPO, "--dry-run", code=2).stderr
     (adapter / "notes").unlink()

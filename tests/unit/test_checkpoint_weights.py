@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 import popo_lite
+from popo_lite.checkpoint import sync_folder
 from popo_lite.cli import main
 from popo_lite.errors import CheckpointError, UserInputError
 from popo_lite.formats import read_json
@@ -105,3 +107,21 @@ def test_the_commands_take_a_checkpoint(ended, tmp_path, monkeypatch):
         assert call(*arguments, "--checkpoint", "last").exit_code == 2
     with pytest.raises(UserInputError, match="is a model, not a run, and has no checkpoints"):
         popo_lite.evaluate("tiny", task=run.path, checkpoint=1)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only there folders are written through to the disk")
+def test_what_goes_away_while_a_run_ends_does_not_stop_it(tmp_path, monkeypatch):
+    """As the partial files of a report and the hidden folder of an export do."""
+    for name in ("a/partial", "b/partial", "c/d/partial"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True)
+        (tmp_path / "run" / name).touch()
+    synced = []
+
+    def others_go_away(descriptor: int) -> None:
+        synced.append(descriptor)
+        for path in (tmp_path / "run").iterdir():
+            shutil.rmtree(path)
+
+    monkeypatch.setattr(os, "fsync", others_go_away)
+    sync_folder(tmp_path / "run")
+    assert len(synced) == 2  # the first file, and the folder itself

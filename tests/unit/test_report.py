@@ -158,6 +158,62 @@ def test_a_run_that_trains_and_is_in_the_middle_of_a_line(tmp_path):
     assert write_report(run.path).state == "stopped"
 
 
+def test_a_run_that_may_train_on_another_machine_is_not_called_stopped(tmp_path):
+    run = make_run(tmp_path / "run", 20)
+    owner = {"pid": os.getpid(), "host": "somewhere-else", "since": "2999-01-01T00:00:00+00:00"}
+    run.lock_path.write_text(f"\n{json.dumps(owner)}\n")
+    report = write_report(run.path)
+    assert (report.state, report.next_command) == ("unknown", f"popo-lite watch {run.path}")
+    text = Parsed(report.path.read_text()).text
+    assert "running on another machine, or stopped" in text
+    assert "if it was stopped" in text
+    assert "was stopped before" not in text
+
+
+def test_a_base_that_is_gone_costs_only_the_memory_plan(tmp_path):
+    run = make_run(tmp_path / "run", 3, recipe=["model.id=/srv/acme/bases/model"])
+    write_json(run.environment_path, {"gpu": {"name": "a GPU", "memory_bytes": 2**34}})
+    page = write_report(run.path).path.read_text()
+    assert "There is no plan to compare with: the config of model is not on this machine" in html.unescape(page)
+    assert "acme" not in page
+
+
+def test_places_are_masked_in_commands_messages_and_doubts(tmp_path, monkeypatch):
+    """Also of paths that are relative to another folder than the working folder."""
+    private = tmp_path / "acme place"
+    run = make_run(private / "run", 2, of=2, recipe=[
+        "data.dataset=acme/sets/rows.jsonl", f"model.id={private}/model", "output.dir=acme/all",
+        'rollout.server.base_urls=["http://acme-host:8000/v1"]', "rollout.server.allow_http=true",
+        "rollout.engine=server", f"rollout.server.shared_dir={private}/shared",
+    ])  # fmt: skip
+    doubts = [f"{private}/model is odd", "/old/acme/sets/rows.jsonl: line 3 is odd", f"see {run.log_path}"]
+    write_json(run.summary_path, {**json.loads(run.summary_path.read_text()), "doubts": doubts})
+    run.log_path.write_text(f"/old/acme/all/run: acme-host:8000 is gone\nsynced to '{private}/shared'\n")
+    monkeypatch.chdir(private)
+    for path in (run.path, Path("run"), Path("../acme place/run")):
+        text = Parsed(write_report(path).path.read_text()).text
+        assert "acme" not in text
+        for part in (
+            "model is odd",
+            "rows.jsonl: line 3 is odd",
+            "see run/log.txt",
+            "popo-lite chat run",
+            "run: ... is",
+        ):
+            assert part in text, part
+        (run.path / "report.html").unlink()
+
+
+def test_only_a_report_is_replaced(tmp_path):
+    run, mine = make_run(tmp_path / "run", 3), tmp_path / "notes.html"
+    mine.write_text("<p>mine</p>")
+    refused = CliRunner().invoke(main, ["report", str(run.path), "--output", str(mine)])
+    assert refused.exit_code == 2
+    assert mine.read_text() == "<p>mine</p>"
+    for _ in range(2):
+        write_report(run.path, tmp_path / "new.html")
+
+
 def test_steps_that_changed_nothing_leave_gaps(tmp_path):
     run = make_run(tmp_path / "run", 9)
     skipped = dict.fromkeys(EMPTIED) | {"skipped_reason": "no prompt has a positive"}

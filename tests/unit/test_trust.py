@@ -13,7 +13,7 @@ from popo_lite.errors import UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe, shipped_recipes, shipped_sweeps
 from popo_lite.tools.sweep.folder import load_sweep
-from popo_lite.trust import MODEL_CODE, code_in, refuse_untrusted, trust_own
+from popo_lite.trust import EVALUATION_CODE, MODEL_CODE, code_in, refuse_untrusted, trust_own
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +138,22 @@ def test_only_what_is_shown_is_trusted(tmp_path):
         refuse_untrusted(recipe, "their.toml")
     assert "mine:f" in caught.value.what
     assert "me/model" not in caught.value.what
+
+
+def test_an_evaluation_uploads_nothing_and_a_place_is_not_called_code():
+    server = [
+        "rollout.engine=server",
+        "rollout.server.shared_dir=s",
+        'rollout.server.base_urls=["https://host.example"]',
+    ]
+    recipe = load_recipe("tiny_cpu", ["output.hub_model_id=me/run", *server])
+    with pytest.raises(UserInputError, match="it would send data to a place that is not trusted yet") as caught:
+        refuse_untrusted(recipe, "their_run", only=EVALUATION_CODE)
+    assert "host.example" in caught.value.what
+    assert "me/run" not in caught.value.what
+    refuse_untrusted(load_recipe("tiny_cpu", ["output.hub_model_id=me/run"]), "their_run", only=EVALUATION_CODE)
+    with pytest.raises(UserInputError, match="it would run code"):
+        refuse_untrusted(own("mine:f", *server), "their_run")
 
 
 def test_a_setting_on_the_command_line_is_the_users_own(tmp_path):

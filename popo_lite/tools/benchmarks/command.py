@@ -15,7 +15,7 @@ from popo_lite.errors import EngineError, UserInputError
 from popo_lite.recipe import EnvironmentRecipe, MathFunction, Recipe
 from popo_lite.tools.checkpoint_option import checkpoint_option
 from popo_lite.tools.completion import complete_run
-from popo_lite.trust import refuse_untrusted, trust_option
+from popo_lite.trust import EVALUATION_CODE, refuse_untrusted, trust_option
 
 PAPER_PRESET = {"samples": 128, "temperature": 0.7, "top_p": 0.95, "max_tokens": 4096, "system_prompt":
                 r"Please reason step by step, and put your final answer within \boxed{}."}  # fmt: skip
@@ -137,7 +137,7 @@ def _benchmarks(model_or_run: str, benchmarks: str, *, weights: tuple[str, ...],
         default = default.with_name(f"{default.name}-step-{model.checkpoint}")
     folder = run.EvaluationFolder(options["output"] or default)
     model = replace(model, recipe=with_options(model.recipe, {**options, "date": folder.date()}))
-    refuse_untrusted(model.recipe, model_or_run, options["trust"])
+    refuse_untrusted(model.recipe, model_or_run, options["trust"], only=EVALUATION_CODE)
     prepared = run.prepare_all(model.recipe, files, skip_overlong=options["skip_overlong"])
     settings = run.settings_of(model, prepared, {"seeds": seeds, "samples": samples, "top_p": options["top_p"]})
     with folder.locked():

@@ -32,7 +32,7 @@ from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.datasets import digests
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.console.output import notify
-from popo_lite.trust import refuse_untrusted
+from popo_lite.trust import EVALUATION_CODE, refuse_untrusted
 from popo_lite.types import EvalResult, Problem, Prompt
 
 RUN_WEIGHTS = ("base", "adapter", "siamese")
@@ -231,7 +231,7 @@ def evaluate_models(models: Sequence[str], *, task: str | None = None, weights: 
     )
     subjects = open_subjects(models, weights, recipe, checkpoint)
     places = dict.fromkeys([*models, *([] if task is None else [task])])
-    refuse_untrusted([subject.recipe for subject in subjects], ", ".join(places), trust)
+    refuse_untrusted([subject.recipe for subject in subjects], ", ".join(places), trust, only=EVALUATION_CODE)
     if problems is not None and problems < 1:
         raise UserInputError("must be at least 1", where=f"problems = {problems}", next_step="leave it out")
     if problems is None and recipe.eval.problems < 1:

@@ -28,10 +28,10 @@ from popo_lite.tools.sweep.compare import ratio_interval
 
 Facts = Mapping[str, Any]
 MARKUP = re.compile(r"[\\`*<>\[\]&|#!]")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LIBRARIES = {"merged": "transformers", "adapter": "peft", "gguf": "gguf"}
-RELATIONS = {"merged": "finetune", "adapter": "adapter", "gguf": "quantized"}
-"""The Hub's words for how a model derives from its base."""
+RELATIONS = {"merged": "finetune", "adapter": "adapter", "gguf": "finetune"}
+"""The Hub's words for how a model derives from its base. A GGUF file, too, has trained weights: the Hub lists a
+"quantized" one among files of the base's own weights."""
 ALGORITHMS = {"popo": "POPO", "raft": "RAFT", "grpo": "GRPO", "mixed": "POPO and a term against wrong answers"}
 
 
@@ -164,4 +164,4 @@ def _front_matter(recipe: Recipe, kind: str, before: Facts | None, result: Facts
 def _hub_dataset(name: str) -> str | None:
     """Return a dataset's id on the Hub; None for a local file and for problems that are generated."""
     name = KNOWN[name][0] if name in KNOWN else name
-    return name if HUB_ID.fullmatch(name) and not is_local(name) else None
+    return None if is_local(name) else name

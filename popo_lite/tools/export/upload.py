@@ -22,11 +22,19 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
 
 CARD = "README.md"
-STALE = ("model*.safetensors*", "adapter_model.safetensors", "adapter_config.json", "*.gguf", "Modelfile",
-         "config.json", "generation_config.json", "tokenizer*", "chat_template*")  # fmt: skip
-"""Files of another export, to delete. An adapter beside a merged model would be applied twice on loading."""
+STALE = (
+    "*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile", "pytorch_model*", "consolidated*",
+    "adapter_model*", "adapter_config.json", "config.json", "generation_config.json", "params.json",
+    "*quant*_config.json", "quantize_config.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+    "sentencepiece*.model", "tekken.json", "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
+"""Files of another model, to delete. An adapter beside a merged model would be applied twice on loading, and older
+tokenizer files change the special tokens."""
 MODEL_ID = re.compile(r'^model_id = ".*"$', re.MULTILINE)
 """The line in a card's example that says where the model is."""
+LOADING = re.compile(r"from_pretrained\((base, )?model_id(?=[,)])")
+"""The calls of a card's example that load from there."""
 SHOWN = 5
 
 
@@ -63,6 +71,8 @@ def plan_upload(folder: Path, repo_id: str, revision: str | None = None) -> Uplo
     try:
         text = path.read_text(encoding="utf-8")
         card = MODEL_ID.sub(f'model_id = "{repo_id}"', text, count=1)
+        if revision:
+            card = LOADING.sub(lambda call: f"{call[0]}, revision={json.dumps(revision)}", card)
         ModelCard(card).data.to_yaml()
     # Metadata may be of any type at any place.
     except (OSError, ValueError, TypeError, KeyError, AttributeError, YAMLError) as error:
@@ -74,7 +84,7 @@ def plan_upload(folder: Path, repo_id: str, revision: str | None = None) -> Uplo
 
 
 def check_repo_id(repo_id: str, where: str) -> None:
-    """Raise UserInputError for what cannot be the name of a repository."""
+    """Raise UserInputError for an invalid repository name."""
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not in __all__
 
     try:

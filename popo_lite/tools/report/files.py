@@ -21,7 +21,8 @@ LOG_BYTES = 100_000
 LARGEST = 1e15
 """A larger figure is damage: no metric is that large, and sums and differences of larger ones may overflow."""
 
-State = Literal["finished", "running", "stopped"]
+State = Literal["finished", "running", "stopped", "unknown"]
+"""Unknown: the run was last trained on another machine, and may still be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ def read_run(path: Path) -> RunFiles:
     evaluations = read_lines(run.evaluations_path, growing=True) if run.evaluations_path.is_file() else []
     evaluations = [line for line in evaluations if number_in(line, "pass_at_1") is not None]
     state: State = "finished" if run.ended else "running" if owner_of(run.lock_path) is not None else "stopped"
+    if state == "stopped" and _is_elsewhere(run):
+        state = "unknown"
     unreadable: list[str] = []
     summary: Mapping[str, Any] = {}
     if state == "finished":
@@ -86,6 +89,13 @@ def names_in(records: Sequence[StepRecord], metric: str) -> list[str]:
     """Return the names that a metric with several figures, such as `rewards`, has in any record."""
     tables = [record[metric] for record in records if isinstance(record.get(metric), Mapping)]
     return list(dict.fromkeys(str(name) for table in tables for name in table))
+
+
+def _is_elsewhere(run: RunFolder) -> bool:
+    """Return True if another machine took the run's lock last: nothing here says whether it still trains there."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return bool(json.loads(run.lock_path.read_text(encoding="utf-8").strip("\n\0"))["host"] != platform.node())
+    return False
 
 
 def _is_number(value: Any) -> bool:

@@ -7,11 +7,13 @@ import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from popo_lite.errors import PopoError
+from popo_lite.errors import PopoError, UserInputError
 from popo_lite.formats import reading
 from popo_lite.lock import writing
 from popo_lite.metrics import METRICS, StepRecord, Unit
@@ -20,7 +22,7 @@ from popo_lite.recipe_file import dump_recipe
 from popo_lite.run_folder import write_atomically
 from popo_lite.tools.console import words
 from popo_lite.tools.console.output import measured, noise
-from popo_lite.tools.public import known_as, public_changes, public_recipe
+from popo_lite.tools.public import hide_places, known_as, private_places, public_changes, public_recipe
 from popo_lite.tools.report.charts import charts
 from popo_lite.tools.report.files import RunFiles, names_in, number_in, read_run
 from popo_lite.tools.report.html import render
@@ -30,6 +32,8 @@ from popo_lite.tools.sweep.compare import ratio_interval
 PART = 0.1
 """Part of the steps that is averaged as the start and as the end of a run."""
 MOST_LINES = 200  # of the log
+GENERATOR = b'<meta name="generator" content="popo-lite">'
+"""In every report, near its beginning."""
 LEARNED: Sequence[str] = ("pass_rate", "completion_tokens_mean", "truncated_ratio", "unique_answers_mean",
                           "sampled_entropy", "top_shape_ratio")  # fmt: skip
 
@@ -50,12 +54,16 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Report:
     Raises CheckpointError if there is no run, or its files are damaged; PopoError if the page cannot be written.
     """
     files = read_run(Path(run))
-    path = files.folder.path / "report.html" if output is None else Path(output)
+    own = files.folder.path / "report.html"
+    path = own if output is None else Path(output)
     html = page(files)
     with writing(path):
+        if path != own and path.is_file() and GENERATOR not in path.read_bytes()[:1000]:
+            what, next_step = "this file is no report, and is not replaced", "name another file with --output"
+            raise UserInputError(what, where=str(path), next_step=next_step)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, html)
-    command = next(iter(_next_commands(files)))[0]
+    command = next(_next_commands(files, str(files.folder.path)))[0]
     return Report(path, files.state, len(files.steps), verdict(files), command)
 
 
@@ -63,9 +71,10 @@ def page(files: RunFiles) -> str:
     """Return the report as HTML."""
     # A figure of a stranger's file may have any type.
     with reading(files.folder.path):
-        recipe = files.recipe
+        recipe, name = files.recipe, files.folder.path.resolve().name
         return render(
             Path(__file__).with_name("page.html.jinja"),
+            partial(hide_places, places=private_places(recipe, files.folder.path)),
             title=f"{known_as(recipe.model.id)}, trained on {known_as(recipe.data.dataset)}",
             state=files.state, verdict=verdict(files), tiles=_tiles(files),
             charts=[chart for chart in charts(files.steps, evaluations(files), recipe) if chart],
@@ -73,8 +82,8 @@ def page(files: RunFiles) -> str:
             shapes=_shapes(files.steps), held_out=_held_out(files), cost=_cost(files), memory=_memory(files),
             doubts=list(_doubts(files)), changes=list(public_changes(files.summary)),
             log=files.log.splitlines()[-MOST_LINES:], recipe=dump_recipe(public_recipe(recipe)).strip(),
-            environment=list(_environment(files.environment)), commands=list(_next_commands(files)),
-            folder=files.folder.path.name, written=f"{datetime.now():%Y-%m-%d %H:%M}",
+            environment=list(_environment(files.environment)), commands=list(_next_commands(files, name)),
+            folder=name, written=f"{datetime.now():%Y-%m-%d %H:%M}",
         )  # fmt: skip
 
 
@@ -279,7 +288,9 @@ def _offline(recipe: Recipe) -> Recipe:
         return recipe
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
+    cached = None
+    with suppress(ValueError):  # it is the path of a folder that is gone, or on another machine
+        cached = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
     if not isinstance(cached, str):
         raise PopoError(f"the config of {known_as(model.id)} is not on this machine")
     return recipe.with_values({"model.id": str(Path(cached).parent), "model.revision": None})
@@ -328,15 +339,19 @@ def _environment(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield str(key).replace("_", " "), str(value)
 
 
-def _next_commands(files: RunFiles) -> Iterator[tuple[str, str]]:
-    """Yield commands that make sense now, with what they do."""
-    run = shlex.quote(str(files.folder.path))
+def _next_commands(files: RunFiles, path: str) -> Iterator[tuple[str, str]]:
+    """Yield commands that make sense now for the run at `path`, with what they do."""
+    run = shlex.quote(path)
+    if files.state == "unknown":
+        yield f"popo-lite watch {run}", "follow the run, if it still trains on another machine"
+        yield f"popo-lite resume {run}", "go on from the newest checkpoint, if it was stopped"
+        return
     if files.state == "running":
         yield f"popo-lite watch {run}", "follow the run"
         yield f"popo-lite report {run}", "write this page again"
         return
     if files.state == "stopped":
-        yield files.folder.resume_command, "go on from the newest checkpoint"
+        yield f"popo-lite resume {run}", "go on from the newest checkpoint"
         return
     yield f"popo-lite chat {run}", "talk to the model"
     yield f"popo-lite eval {run}", "measure base, trained adapter and its average on the same draws"
