@@ -52,7 +52,7 @@ class _Commands(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             if guess := nearest(args[0], COMMANDS):
-                error.message += f" Did you mean {guess}?"
+                raise click.UsageError(f"{error.message} Did you mean {guess}?", ctx) from error
             raise
 
     def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
