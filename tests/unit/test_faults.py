@@ -614,7 +614,7 @@ RECORD = make_record(
 )
 def test_verdicts_when_nothing_is_learned(values, equals_base, said):
     algorithm = "grpo" if "loss" in values else "popo"
-    verdicts = Verdicts(load_recipe("tiny_cpu", [f"objective.algorithm={algorithm}"]))
+    verdicts = Verdicts(load_recipe("tiny_cpu", [f"objective.algorithm={algorithm}"]), "hf")
     texts = [
         text for _ in range(3) for text in verdicts.of({**RECORD, **values}, planned=True, equals_base=equals_base)
     ]
@@ -625,7 +625,7 @@ def test_verdicts_when_nothing_is_learned(values, equals_base, said):
 @pytest.mark.parametrize(("pass_rate", "advice"), [(0.0, "easier problems"), (1.0, "harder problems")])
 def test_a_run_whose_groups_teach_nothing_says_so(pass_rate, advice):
     record = {**RECORD, "skipped_reason": "no", "pass_rate": pass_rate, "grad_norm": None, "update_norm": None}
-    verdicts = Verdicts(load_recipe("tiny_cpu"))
+    verdicts = Verdicts(load_recipe("tiny_cpu"), "hf")
     bad_gradients = [verdicts.of(record, planned=True, equals_base=True) for _ in range(ADVISE_AFTER)]
     assert bad_gradients == [[]] * ADVISE_AFTER
     texts = [verdicts.of(record, planned=False, equals_base=True) for _ in range(ADVISE_AFTER)]
