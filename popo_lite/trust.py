@@ -63,13 +63,13 @@ def refuse_untrusted(
     trusted = _trusted() if named else set()
     new = [what for what in named if what not in trusted]
     if refused := [what for what in new if named[what] not in typed and (not trust or what.endswith(NOT_FOUND))]:
-        only_sends = all(named[what].startswith(SENDING) for what in refused)
-        does = "send data to a place" if only_sends else "run code"
-        what = "\n".join([f"it would {does} that is not trusted yet:", *refused])
+        what = "it would run code that is not trusted yet:"
+        if all(named[each].startswith(SENDING) for each in refused):
+            what = "it would send data to a place that is not trusted yet:"
         next_step = "read it; then add --trust (in Python: trust=True), which is remembered"
         if trust:
             next_step = "only what is found can be trusted: start popo-lite in the folder of that module"
-        raise UserInputError(what, where=str(source), next_step=next_step)
+        raise UserInputError("\n".join([what, *refused]), where=str(source), next_step=next_step)
     _remember(new)
 
 
