@@ -435,8 +435,8 @@ with device.installed():
 
 
 CASES = [
-    (8, 9, "torch_and_gpus nf4 packed_attention"),
-    pytest.param(8, 9, "update", marks=pytest.mark.slow),
+    (8, 9, "torch_and_gpus nf4"),
+    pytest.param(8, 9, "packed_attention update", marks=pytest.mark.slow),
     pytest.param(7, 5, "torch_and_gpus nf4 packed_attention update", marks=pytest.mark.slow),
 ]
 
