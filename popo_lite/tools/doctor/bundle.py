@@ -37,7 +37,10 @@ LOG_START = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ([A-Z]+) ")
 QUOTED = re.compile(r"\"[^\"]*\"|(?<!\w)'[^']*'(?!\w)")
 """A quotation in a line of the log; not an apostrophe."""
 FRAME = re.compile(r'\s*File "[^"]+", line \d+')
-HEADING = re.compile(r"\s*(Traceback \(most recent call last\):|During handling of the above|The above exception was)")
+OF_TRACEBACK = re.compile(
+    rf"{FRAME.pattern}|\s*(Traceback \(most recent call last\):|During handling of the above exception|"
+    r"The above exception was the direct cause)|\s+[~^]+$"
+)
 RAISED = re.compile(r"([\w.]*(?:Error|Exception|Exit|Interrupt)): .*")
 """An exception with its message, which may quote data."""
 LEFT_OUT = "[left out]"
@@ -111,23 +114,17 @@ def without_quotations(lines: Sequence[str]) -> list[str]:
 
     Of the lines below a message, which may be rows of the data, only the places of tracebacks stay.
     """
-    kept, of_code = list[str](), 0
+    kept, follows_frame = list[str](), False
     for line in lines:
         if LOG_START.match(line):
             kept.append(QUOTED.sub(_short, RAISED.sub(rf"\1: {LEFT_OUT}", line)))
-            of_code = 0
-        elif FRAME.match(line):
-            kept.append(line)
-            of_code = 2  # the line of code, and the marks below it
-        elif of_code and line.startswith("    "):
-            kept.append(line)
-            of_code -= 1
-        elif not line.strip() or HEADING.match(line):
+        elif not line.strip() or OF_TRACEBACK.match(line) or (follows_frame and line.startswith("    ")):
             kept.append(line)
         elif raised := RAISED.fullmatch(line):
             kept.append(f"{raised[1]}: {LEFT_OUT}")
         elif kept and not kept[-1].endswith(LEFT_OUT):
             kept.append(LEFT_OUT)
+        follows_frame = FRAME.match(line) is not None  # then comes its line of code
     return kept
 
 
