@@ -11,6 +11,7 @@
 Names load on first use: importing the package does not import torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,11 @@ _MODULES = {
     "evaluate": "api", "export": "api", "load_recipe": "recipe_file", "resume": "api",
     "train": "api",
 }  # fmt: skip
+
+
+# CUDA counts the fastest GPU first, and nvidia-smi, which the plan and the doctor ask, by slots. Of several GPUs both
+# must mean the same one. torch reads this when it first uses CUDA.
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
 def __getattr__(name: str) -> Any:

@@ -47,7 +47,7 @@ def checked(content: Any, path: Path) -> dict[str, Any]:
         raise CheckpointError("the file is damaged: it is no file of a run", where=str(path), next_step=RESTORE)
     if version > len(UPGRADES):
         what = f"was written by a newer popo-lite, in format {version}; this one reads up to {len(UPGRADES)}"
-        raise CheckpointError(what, where=str(path), next_step="pip install --upgrade popo-lite")
+        raise CheckpointError(what, where=str(path), next_step="update popo-lite")
     content = {key: value for key, value in content.items() if key != KEY}
     for upgrade in UPGRADES[version:]:
         content = upgrade(content, path.name)

@@ -48,13 +48,18 @@ def problems() -> list[dict[str, str]]:
     return rows
 
 
+def write_problems() -> None:
+    """Write problems.jsonl, the same each time."""
+    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems()), encoding="utf-8")
+
+
 def main() -> None:
     """Write the problems and the model."""
     import torch
 
     from popo_lite.tools.tiny_model import teach
 
-    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems()), encoding="utf-8")
+    write_problems()
     torch.set_num_threads(1)  # more are slower at this size
     teach(Path("tiny"), pair=taught, tokens=448, steps=300, batch=64)
 

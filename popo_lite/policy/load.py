@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from popo_lite.errors import ModelError
+from popo_lite.installing import install_extra
 from popo_lite.policy.adapters import PEFT_NAMES
 from popo_lite.policy.cache import cached_folder
 from popo_lite.policy.gguf import GGUF_SUFFIX, gguf_folder
@@ -212,7 +213,7 @@ def import_unsloth() -> None:
     if not torch.cuda.is_available():
         raise ModelError("unsloth needs a CUDA GPU and torch sees none", where=where, next_step=instead)
     if importlib.util.find_spec("unsloth") is None:
-        raise ModelError("unsloth is not installed", where=where, next_step='pip install "popo-lite[gpu]"')
+        raise ModelError("unsloth is not installed", where=where, next_step=install_extra("gpu"))
     # It imports the modules that it finds there, by default in the working folder.
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(HF_HOME) / "popo-lite" / "unsloth"))
     import unsloth  # noqa: F401

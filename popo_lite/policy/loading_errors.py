@@ -62,7 +62,7 @@ REASONS = (
     Reason(
         "has model type `(.*?)` but Transformers does not recognize",
         'has the architecture "{0}", which transformers {transformers} does not know',
-        'pip install --upgrade "popo-lite" transformers, or use another model',
+        "update popo-lite and transformers, or use another model",
     ),
     Reason(
         r"(\w+) does not support an attention implementation through torch",

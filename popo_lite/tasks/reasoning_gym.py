@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from popo_lite.errors import DataError, nearest
+from popo_lite.installing import install_extra
 from popo_lite.recipe import CurriculumRecipe, DatasetRecipe
 from popo_lite.seeding import stream_seed
 from popo_lite.types import Problem
@@ -242,7 +243,7 @@ def _ladder(name: str, settings: Settings, where: str, *, climb: bool) -> list[S
 def _process() -> tuple[subprocess.Popen[str], IO[bytes]]:
     """Start the generating process, which ends when its input does, so with this process."""
     if importlib.util.find_spec("reasoning_gym") is None:
-        next_step = 'pip install "popo-lite[tasks]"'
+        next_step = install_extra("tasks")
         raise DataError("the package reasoning-gym is not installed", where="data.dataset", next_step=next_step)
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process is
     process = subprocess.Popen(

@@ -30,7 +30,9 @@ LOG = """2026-11-30 10:00:00,123 INFO loading tiny
 Traceback (most recent call last):
   File "HOME/project/popo_lite/trainer.py", line 7, in train_step
     clock = StageClock(self.callback)
-ValueError: the value of 'train.steps' for "planted-question what is 1 + 1?" at https://me:planted-password@host
+ValueError: the value of 'train.steps' for planted-question what is 1 + 1? at https://me:planted-password@host
+    planted-answer in a second line
+2026-11-30 10:00:04,123 ERROR 4 answers could not be graded; the first: KeyError: planted-answer
 """
 
 
@@ -58,7 +60,12 @@ def doctored(tmp_path_factory):
     (home / "hub").mkdir()
     (home / "hub" / "token").write_text("hf_saved_planted_token")
     known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    secrets = SECRETS | {"POPO_SHORT_TOKEN": "abc", "HF_HOME": str(home / "hub"), "HOME": str(home)}
+    secrets = SECRETS | {
+        "POPO_SHORT_TOKEN": "abc",
+        "POPO_LOGIN": "alice:hunter2",
+        "HF_HOME": str(home / "hub"),
+        "HOME": str(home),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "popo_lite", "doctor", "--quick", "--json", "--bundle", "report.zip", "--run", run.path],
         cwd=home, env={**known, **secrets, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, capture_output=True,
@@ -108,6 +115,7 @@ def test_a_bug_report_holds_no_secret_and_no_data(doctored):
     assert "HF_TOKEN=***\n" in variables
     assert "POPO_SHORT_TOKEN=***\n" in variables
     assert "https_proxy=http://***@127.0.0.1:9\n" in variables
+    assert "POPO_LOGIN=***\n" in variables
     assert "HF_HOME=~/hub\n" in variables
     assert "WANDB" not in variables
     assert "torch==" in files["packages.txt"].decode()
@@ -124,7 +132,7 @@ def test_the_log_keeps_what_happened_and_the_metrics_their_numbers(doctored):
         log, metrics = (report.read(f"run/{name}").decode() for name in ("log.txt", "metrics.jsonl"))
     assert "2 of 9 training rows cannot be graded" in log
     assert '  File "~/project/popo_lite/trainer.py", line 7, in train_step\n    clock = StageClock' in log
-    assert "ValueError: the value of 'train.steps' for \"[left out]\" at https://***@host" in log
+    assert "ValueError: [left out]" in log
     lines = metrics.splitlines()
     assert len(lines) == bundle.METRIC_LINES
     assert lines[-1] == f"{bundle.LEFT_OUT}: damaged"

@@ -374,7 +374,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
     done = CliRunner().invoke(main, ["train", "tiny_cpu", "--set", 'output.report_to=["trackio"]'])
     assert done.exit_code == 2
-    assert 'pip install "popo-lite[trackio]"' in done.output
+    assert "[trackio]" in done.output
     assert not list(tmp_path.iterdir())
 
 

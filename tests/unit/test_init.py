@@ -15,7 +15,8 @@ from huggingface_hub.errors import GatedRepoError
 
 from popo_lite.cli import main
 from popo_lite.recipe_file import load_recipe
-from popo_lite.tools.init import command
+from popo_lite.tasks import open_tasks
+from popo_lite.tools.init import command, draft
 from popo_lite.tools.init.data import kind_of
 from popo_lite.tools.plan.shapes import load_shape
 from popo_lite.tools.plan.vram import plan_memory
@@ -73,6 +74,16 @@ def test_the_recipe_is_valid_and_fits(model: str, data: str, card: str) -> None:
     assert all(setting["why"] for key, setting in found["settings"].items() if key != "train.device")
 
 
+def test_a_shipped_answer_length_is_for_the_same_data() -> None:
+    model, rows = "HuggingFaceTB/SmolLM2-135M-Instruct", [{"question": f"{n} + 1?", "answer": n + 1} for n in range(40)]
+    for data, tokens in (("comparison", 8), (write_rows("sums.jsonl", rows), draft.LONGEST_ON_CPU)):
+        found = written("--model", model, "--data", data, "--card", "cpu", "--output", f"{tokens}.toml")
+        assert load_recipe(f"{tokens}.toml").rollout.max_completion_length == tokens
+        assert found["next"][1:] == [
+            f"popo-lite bench {tokens}.toml --prompts 2 --steps 1", f"popo-lite train {tokens}.toml",
+        ]  # fmt: skip
+
+
 def test_what_the_plan_changed_says_why() -> None:
     found = written("--model", "Qwen/Qwen3-4B", "--data", "gsm8k", "--card", "12GiB", "--output", "mine.toml")
     assert found["settings"]["rollout.vllm.base"]["value"] == "nf4"
@@ -101,7 +112,7 @@ def test_a_thinking_model_is_told_not_to_think_or_never_rewarded_for_a_truncated
 
 def test_offline_it_goes_on_with_what_is_known() -> None:
     found = written("--model", "someone/unknown", "--data", "gsm8k", "--card", "24GiB", "--output", "mine.toml")
-    assert found["fits"] is None
+    assert (found["fits"], found["next"]) == (None, ["popo-lite train mine.toml"])
     assert found["notes"][0] == "could not look at the size of someone/unknown: offline"
     assert "could not look at gsm8k: offline" in Path("mine.toml").read_text()
 
@@ -127,6 +138,8 @@ def test_a_gated_model_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatc
         ([r"\frac{1}{2}", "x^2", "7"], "math"),
         (["A", "C", "(B)"], "choice"),
         (["C. Paris", "A. Rome"], "choice"),
+        (["A cat", "A dog", "B flat"], "short text"),
+        ([*map(str, range(39)), "n/a"], "number"),
         (['{"a": 1}', '{"a": 2}'], "json"),
         (['["assert f(1) == 2"]', "assert f(2) == 3"], "tests"),
         (['[{"input": "1", "output": "2"}]'], "tests"),
@@ -162,6 +175,48 @@ def test_choices_and_code() -> None:
     found = written("--model", "tiny", "--data", write_rows("code.jsonl", rows), "--card", "cpu", "--output", "b.toml")
     assert found["settings"]["reward.functions"]["value"] == "python_tests"
     assert [trial["is_right"] for trial in found["references"]] == [True] * 3
+
+
+@pytest.mark.parametrize(("rows", "different", "held_out"), [(1, 1, 0), (100, 3, 1), (40, 40, 8)])
+def test_what_is_held_out_leaves_a_question_to_train_on(rows: int, different: int, held_out: int) -> None:
+    data = write_rows("few.jsonl", [{"question": f"{n % different}+1?", "answer": "2"} for n in range(rows)])
+    found = written("--model", "tiny", "--data", data, "--card", "cpu", "--output", "few.toml")
+    recipe = load_recipe("few.toml")
+    open_tasks(recipe)[1].held_out(recipe.eval.problems)
+    assert recipe.eval.problems == held_out
+    assert any("questions differ" in note for note in found["notes"]) == (different < rows)
+
+
+def test_data_that_cannot_be_split_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft, "_evaluation", lambda *_: {"eval.problems": draft.Setting(9, "too many")})
+    data = write_rows("few.jsonl", [{"question": f"{n}+1?", "answer": "2"} for n in range(9)])
+    done = init("--model", "tiny", "--data", data, "--card", "cpu", "--yes")
+    assert (done.exit_code, "at least one has to stay" in " ".join(done.stderr.split())) == (2, True)
+    assert not list(Path.cwd().glob("*.toml"))
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [({"question": "Which?", "choices": ["x", "y"], "answer": "A"}, "choices"),
+     ({"instruction": "Add them.", "input": "1 2", "output": "3"}, "input")],
+)  # fmt: skip
+def test_a_column_that_the_question_may_need_is_named(row: dict[str, Any], column: str) -> None:
+    data = write_rows("rows.jsonl", [{**row, next(iter(row)): f"{n}. {row[next(iter(row))]}"} for n in range(9)])
+    found = written("--model", "tiny", "--data", data, "--card", "cpu", "--output", "r.toml")
+    assert f'column "{column}" is not in the prompts' in found["notes"][0]
+
+
+def test_a_few_odd_answers_are_named_and_not_tried() -> None:
+    rows = [{"question": f"{n}+1?", "answer": "n/a" if n == 0 else str(n + 1)} for n in range(60)]
+    found = written("--model", "tiny", "--data", write_rows("s.jsonl", rows), "--card", "cpu", "--output", "s.toml")
+    assert found["settings"]["reward.functions"]["value"] == "math"
+    assert found["notes"][0] == "1 of the first 60 answers are not numbers (s.jsonl/1: 'n/a')"
+    assert all(trial["is_right"] for trial in found["references"])
+
+
+def test_columns_of_built_in_data_are_refused() -> None:
+    done = init("--model", "tiny", "--data", "gsm8k", "--prompt-column", "x", "--card", "cpu", "--yes")
+    assert (done.exit_code, "gsm8k has no columns to choose" in done.stderr) == (2, True)
 
 
 def test_a_reward_that_cannot_grade_the_references_is_refused() -> None:
@@ -228,6 +283,8 @@ def test_it_never_overwrites() -> None:
     assert done.exit_code == 2
     assert "--output mine-2.toml" in done.stderr
     assert Path("mine.toml").read_text() == "precious"
+    done = init("--model", "tiny", "--data", "arithmetic", "--card", "cpu", "--yes", "--output", "no/x.toml")
+    assert (done.exit_code, "mkdir -p no" in done.stderr) == (2, True)
     first, second = (written("--model", "tiny", "--data", "arithmetic", "--card", "cpu")["recipe"] for _ in range(2))
     assert (first, second) == ("tiny_arithmetic.toml", "tiny_arithmetic-2.toml")
 
@@ -235,13 +292,14 @@ def test_it_never_overwrites() -> None:
 def test_it_asks_again_and_takes_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "is_terminal", lambda: True)
     Path("taken.toml").write_text("precious")
-    answers = "./no-such-folder\n\nno-such-data\n\n\n24 cards\ncpu\ntaken.toml\nmine.toml\n"
+    answers = "./no-such-folder\n\nno-such-data\n\n\n24 cards\ncpu\ntaken.toml\nno/folder/x.toml\nmine.toml\n"
     done = init(answers=answers)
     assert done.exit_code == 0, done.output
     assert "there is no such folder" in done.output
     assert "is neither a known name" in done.output
     assert "'24 cards' is no amount of memory" in done.output
     assert "taken.toml exists and is not overwritten" in done.output
+    assert "there is no folder no/folder" in done.output
     assert "popo-lite train mine.toml" in done.output
     recipe = load_recipe("mine.toml")
     assert (recipe.model.id, recipe.data.dataset, recipe.train.device) == ("tiny", "arithmetic", "cpu")

@@ -14,22 +14,35 @@ from typing import Any
 from popo_lite.errors import PopoError
 from popo_lite.metrics import METRICS
 from popo_lite.recipe_file import dump_recipe
-from popo_lite.redaction import MASK, SECRET_NAME, SHORTEST_SECRET, redact, without_home
+from popo_lite.redaction import MASK, SHORTEST_SECRET, redact, without_home
 from popo_lite.run_folder import RunFolder
 from popo_lite.tools.doctor.packages import installed
 
 VARIABLES = re.compile(
-    r"(CUDA|NVIDIA|NCCL|HF|HUGGINGFACE|TRANSFORMERS|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|VLLM|BNB|UNSLOTH|POPO|OMP|MKL|"
-    r"ONEDNN|PYTHON|XDG|CONDA|VIRTUAL|LC)_?\w*|CC|CXX|PATH|LD_LIBRARY_PATH|TERM|LANG|COLUMNS|TMPDIR|"
-    r"(HTTPS?|ALL|NO)_PROXY",
+    r"CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|HOME|PATH|LAUNCH_BLOCKING|MODULE_LOADING)|NVIDIA_VISIBLE_DEVICES|"
+    r"NCCL_(DEBUG|P2P_DISABLE|CUMEM_ENABLE)|HF_(HOME|HUB_CACHE|HUB_OFFLINE|ENDPOINT|DATASETS_CACHE|DATASETS_OFFLINE)|"
+    r"TRANSFORMERS_(CACHE|OFFLINE)|TORCH_(HOME|LOGS|COMPILE_DISABLE|CUDA_ARCH_LIST)|TORCHDYNAMO_DISABLE|"
+    r"TORCHINDUCTOR_CACHE_DIR|PYTORCH_(CUDA_)?ALLOC_CONF|TRITON_CACHE_DIR|BNB_CUDA_VERSION|"
+    r"VLLM_(ATTENTION_BACKEND|LOGGING_LEVEL|USE_V1|WORKER_MULTIPROC_METHOD|CPU_KVCACHE_SPACE)|"
+    r"(OMP|MKL)_NUM_THREADS|PYTHON(PATH|HOME|HASHSEED|UTF8|OPTIMIZE|UNBUFFERED|IOENCODING)|"
+    r"XDG_(CACHE|STATE|CONFIG)_HOME|CONDA_PREFIX|VIRTUAL_ENV|LC_(ALL|CTYPE)|CC|CXX|PATH|LD_LIBRARY_PATH|LD_PRELOAD|"
+    r"TERM|LANG|COLUMNS|TMPDIR|(HTTPS?|ALL|NO)_PROXY",
     re.IGNORECASE,
 )
-"""Environment variables that change what a run does."""
+"""Environment variables that change what a run does and hold no secret, apart from the logins of URLs."""
+MASKED = re.compile(r"(CUDA|NVIDIA|NCCL|HF|HUGGINGFACE|TRANSFORMERS|TORCH\w*|PYTORCH|TRITON|VLLM|BNB|UNSLOTH|POPO)_\w+")
+"""Others that may change it: that they are set is written, and not their values."""
 METRIC_LINES, LOG_LINES = 20, 400
 LOG_START = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ([A-Z]+) ")
 QUOTED = re.compile(r"\"[^\"]*\"|(?<!\w)'[^']*'(?!\w)")
 """A quotation in a line of the log; not an apostrophe."""
-FRAME = re.compile(r'\s*File "([^"]+)", line \d+')
+FRAME = re.compile(r'\s*File "[^"]+", line \d+')
+OF_TRACEBACK = re.compile(
+    rf"{FRAME.pattern}|\s*(Traceback \(most recent call last\):|During handling of the above exception|"
+    r"The above exception was the direct cause)|\s+[~^]+$"
+)
+RAISED = re.compile(r"([\w.]*(?:Error|Exception|Exit|Interrupt)): .*")
+"""An exception with its message, which may quote data."""
 LEFT_OUT = "[left out]"
 
 
@@ -60,12 +73,9 @@ def _saved_token() -> str | None:
 
 
 def variables() -> dict[str, str]:
-    """Return the environment variables that change what a run does; secrets are masked whatever their length."""
-    return {
-        name: MASK if SECRET_NAME.search(name) else value
-        for name, value in os.environ.items()
-        if VARIABLES.fullmatch(name)
-    }
+    """Return the environment variables that change what a run does, masked unless they are known to be no secret."""
+    known = {name: value for name, value in os.environ.items() if VARIABLES.fullmatch(name)}
+    return {name: MASK for name in os.environ if MASKED.fullmatch(name)} | known
 
 
 def run_files(run: RunFolder) -> dict[str, str]:
@@ -100,18 +110,21 @@ def public_recipe_text(run: RunFolder) -> str:
 
 
 def without_quotations(lines: Sequence[str]) -> list[str]:
-    """Return the lines of a log without what they quote of problems and answers.
+    """Return the lines of a log without what they quote of problems and answers, and without messages of exceptions.
 
-    Lists below a message have rows of the data; a traceback stays, with its places in the code.
+    Of the lines below a message, which may be rows of the data, only the places of tracebacks stay.
     """
-    kept, level = list[str](), ""
+    kept, follows_frame = list[str](), False
     for line in lines:
-        if start := LOG_START.match(line):
-            level = start[1]
-        elif level not in ("WARNING", "ERROR", "CRITICAL") and line.strip():
-            kept += [LEFT_OUT] if kept and kept[-1] != LEFT_OUT else []
-            continue
-        kept.append(line if FRAME.match(line) else QUOTED.sub(_short, line))
+        if LOG_START.match(line):
+            kept.append(QUOTED.sub(_short, RAISED.sub(rf"\1: {LEFT_OUT}", line)))
+        elif not line.strip() or OF_TRACEBACK.match(line) or (follows_frame and line.startswith("    ")):
+            kept.append(line)
+        elif raised := RAISED.fullmatch(line):
+            kept.append(f"{raised[1]}: {LEFT_OUT}")
+        elif kept and not kept[-1].endswith(LEFT_OUT):
+            kept.append(LEFT_OUT)
+        follows_frame = FRAME.match(line) is not None  # then comes its line of code
     return kept
 
 

@@ -26,14 +26,14 @@ from popo_lite.tools.completion import complete_run
 )
 @click.option("as_json", "--json", is_flag=True, help="Print all findings as one JSON object and nothing else.")
 def doctor(quick: bool, bundle: Path | None, run: Path | None, as_json: bool) -> None:
-    """Check this machine in two minutes: driver, packages, every kernel that a run uses, vLLM, the Hub.
+    """Check this machine: driver, packages, every kernel that a run uses, vLLM, the Hub.
 
     Each check runs in another process, so a library that crashes is one failed line. Checks that need a GPU are
     skipped without one, and the others run on the CPU. With a GPU a step of a shipped recipe is measured at the end,
-    with random weights, and its memory held against the plan's.
+    with random weights, and its memory compared with the plan's. That takes minutes; --quick takes under a minute.
 
     --bundle writes a bug report: the findings, versions, and settings, without tokens; --run adds a run's recipe, log
-    and figures, without prompts, answers and data. Nothing is sent anywhere.
+    and figures, without quotations and messages of exceptions. Nothing is sent; read the files before you send them.
 
     Exit code 0: nothing failed; 1: something did, and the line says what to do; 2: error in the command line.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from popo_lite.errors import PopoError
+from popo_lite.installing import install_extra
 from popo_lite.policy.device import computes_bfloat16, pick_device
 from popo_lite.policy.policy import load_policy
 from popo_lite.recipe import Recipe
@@ -76,7 +77,7 @@ def unsloth() -> Iterator[Finding]:
     """Yield whether unsloth can be imported, which patches transformers and peft."""
     if importlib.util.find_spec("unsloth") is None:
         what = 'not checked: unsloth is not installed, and only model.backend = "unsloth" needs it'
-        yield Finding(name="unsloth", status="skipped", what=what, next_step='pip install "popo-lite[gpu]"')
+        yield Finding(name="unsloth", status="skipped", what=what, next_step=install_extra("gpu"))
         return
     from popo_lite.policy.load import import_unsloth
 
@@ -85,7 +86,7 @@ def unsloth() -> Iterator[Finding]:
     except Exception as error:  # of any type: it patches other packages when it is imported
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         what = f"unsloth {_version('unsloth')} cannot be imported: {reason}"
-        next_step = '--set model.backend="transformers"; or pip install --force-reinstall "popo-lite[gpu]"'
+        next_step = f"--set model.backend=transformers; or {install_extra('gpu')}"
         yield Finding(name="unsloth", status="failed", what=what, next_step=next_step)
         return
     yield Finding(name="unsloth", status="ok", what=f"unsloth {_version('unsloth')} can be imported")

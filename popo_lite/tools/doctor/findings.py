@@ -32,8 +32,9 @@ class Finding:
 class Check(NamedTuple):
     """A check, which is a function that yields findings, named `module:function` within this package.
 
-    `seconds` is its time limit; what needs more is hung. An `alone` one gets a process of its own. `needs` names a
-    check without which this one says nothing, or "GPU". `slow` ones are left out by --quick: always, or without a GPU.
+    `seconds` is its time limit; what needs more is hung. An `alone` one gets a process of its own. Skip it if the
+    check that `needs` names failed, or without a GPU if that is "GPU". `slow` ones are left out by --quick: always, or
+    without a GPU.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """Check what a run computes, on the GPU or else on the CPU: NF4, packed attention, the compiled loss, an update.
 
-Each result is held against the same in a higher precision. It may be off by a few times as much as plain torch is in
-the run's precision: kernels round at other places, and a kernel that is wrong is off by hundreds of times as much.
+Each result is compared with the same computation in a higher precision. It may be off by a few times as much as plain
+torch is in the run's precision, as kernels round at other places. So in float32 small mistakes are found, and in 16 bit
+only those that are larger than rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from popo_lite.fused import Head, fused_loss, naive_logprobs
+from popo_lite.installing import pip
 from popo_lite.policy.device import OLDEST_DRIVERS, computes_bfloat16, cuda_problem, pick_device
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy, load_policy
@@ -44,6 +46,7 @@ SMALLEST_ERROR = 2048 * torch.finfo(torch.float32).eps
 """Relative; an error below it always passes. As `policy.policy._rounding`: what rounding in float32 adds up to."""
 NF4_ERROR = (0.07, 0.12)
 """Relative error of normal numbers in NF4 with blocks of 64: 0.094 in theory."""
+HEADERS = "Python's header files are missing"
 WIDTH, HEADS, KEY_HEADS = 512, 4, 2  # heads of 128, grouped, as in the models of recipes
 TORCH = "https://pytorch.org/get-started/locally"
 NEIGHBOURS = ("torchvision", "torchaudio")
@@ -63,7 +66,7 @@ def torch_and_gpus() -> Iterator[Finding]:
     for name in NEIGHBOURS:
         if reason := _import_error(name):
             what = f"{name} does not fit {build}, and transformers imports it: {reason}"
-            yield Finding(name="torch", status="failed", what=what, next_step=f"pip uninstall -y {name}")
+            yield Finding(name="torch", status="failed", what=what, next_step=pip("uninstall", name))
     if problem := cuda_problem():
         yield Finding(name="torch", status="failed", what=problem[0], next_step=problem[1], facts={"gpus": 0})
         return
@@ -74,7 +77,10 @@ def torch_and_gpus() -> Iterator[Finding]:
         yield Finding(name="gpu", status="skipped", what=what)
     pick_device("auto")  # before the first allocation, as in a run: it configures the allocator
     for index in range(count):
-        yield from _gpu(torch.device("cuda", index))
+        for finding in _gpu(torch.device("cuda", index)):
+            unused = index > 0 and finding.status == "failed"
+            warned = replace(finding, status="warning", next_step=f"none: runs use GPU 0; else {finding.next_step}")
+            yield warned if unused else finding
 
 
 def _import_error(name: str) -> str | None:
@@ -122,9 +128,11 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
     else:
         yield Finding(name="gpu", status="ok", what=f"{name}, computes in bfloat16", facts=facts)
     if others > 0.05 * total:
-        users = ", ".join(gpu_users()) or "processes that are not visible from here"
-        what = f"{device.index}: others use {size(others)} of it: {users}"
-        next_step = "end them, or choose another GPU by CUDA_VISIBLE_DEVICES; popo-lite plan counts what they use"
+        users = ", ".join(gpu_users(str(getattr(properties, "uuid", ""))))
+        what = f"{device.index}: others use {size(others)} of it: "
+        what += users or "the desktop, or processes that are not visible from here"
+        next_step = "end them, or choose another GPU by CUDA_VISIBLE_DEVICES; " if users else ""
+        next_step += "popo-lite plan counts what they use"
         yield Finding(name="gpu", status="warning", what=what, next_step=next_step, facts={"others_bytes": others})
 
 
@@ -380,9 +388,12 @@ def compiled_loss() -> Iterator[Finding]:
         raise
     except Exception as error:  # a missing or broken compiler raises many types
         lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = missing_tools(on_gpu) or (lines[0] if lines else type(error).__name__)
-        install = f"sudo apt install gcc g++ python3-dev ({sys.version_info.major}.{sys.version_info.minor})"
-        next_step = f"{install}, or --set train.compile_loss=false"
+        missing, remedy = missing_tools(on_gpu), REPORT
+        reason = missing or (lines[0] if lines else type(error).__name__)
+        if missing:
+            headers = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+            remedy = f"sudo apt install {headers if HEADERS in missing else 'gcc g++'}"
+        next_step = f"{remedy}; or --set train.compile_loss=false"
         what = f"torch.compile does not work: {reason}"
         what += "" if on_gpu else "; a run on the CPU does not need it"
         status: Any = "failed" if on_gpu else "warning"
@@ -402,4 +413,4 @@ def missing_tools(on_gpu: bool) -> str | None:
     if not chosen and not any(map(shutil.which, names)):
         return f"no {'C' if on_gpu else 'C++'} compiler ({' or '.join(names)}) is on the PATH"
     header = Path(sysconfig.get_paths()["include"], "Python.h")
-    return None if header.is_file() else f"Python's header files are missing ({header})"
+    return None if header.is_file() else f"{HEADERS} ({header})"

@@ -36,6 +36,8 @@ DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 NVIDIA, DISPLAY = "0x10de", "0x03"
 DRIVERS = "https://www.nvidia.com/drivers"
 QUERY_SECONDS = 20
+DAMAGED_INFOROM = 14
+"""Exit code of nvidia-smi with which all that it prints is right."""
 
 
 def system() -> Iterator[Finding]:
@@ -121,9 +123,10 @@ def memory() -> Iterator[Finding]:
 
 def disk() -> Iterator[Finding]:
     """Yield the free space where models, runs and temporary files are written."""
-    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    from huggingface_hub import constants
+
     places = (
-        ("models", cache, LITTLE_CACHE, "HF_HOME"),
+        ("models", Path(constants.HF_HUB_CACHE), LITTLE_CACHE, "HF_HOME"),
         ("runs", Path.cwd(), LITTLE_WORK, "output.dir"),
         ("temporary files", Path(tempfile.gettempdir()), GIB, "TMPDIR"),
     )
@@ -222,8 +225,11 @@ def driver() -> Iterator[Finding]:
             )
         return
     try:
-        gpus = installed_gpus(tool)
+        gpus, damaged = installed_gpus(tool)
     except (OSError, subprocess.SubprocessError) as error:
+        if not nvidia_hardware() and not any(device.exists() for device in DEVICES):
+            yield Finding(name=name, status="skipped", what="not checked: nvidia-smi is here, and no NVIDIA GPU")
+            return
         printed = str(getattr(error, "stdout", None) or getattr(error, "stderr", None) or error).strip()
         reason = printed.splitlines()[0] if printed else type(error).__name__
         next_step = f"reboot; if it stays, reinstall the driver: {DRIVERS}"
@@ -242,34 +248,54 @@ def driver() -> Iterator[Finding]:
         yield Finding(name=name, status="warning", what=what, next_step="unset CUDA_VISIBLE_DEVICES", facts=facts)
         return
     yield Finding(name=name, status="ok", what=f"NVIDIA driver {gpus[0].driver}: {names}", facts=facts)
+    if damaged:
+        what = "the infoROM of a GPU is damaged; it holds the card's settings and counts of errors, and runs work"
+        yield Finding(name=name, status="warning", what=what, next_step="nvidia-smi -q names it; ask the seller")
     if len(gpus) > 1:
         first = f"CUDA_VISIBLE_DEVICES={visible}" if visible else "the first one, CUDA_VISIBLE_DEVICES=0"
         what = f"{len(gpus)} GPUs, and a run uses one: {first}"
         yield Finding(name=name, status="ok", what=what, facts={"visible": visible})
 
 
-def installed_gpus(tool: str) -> list[Gpu]:
-    """Return the GPUs that nvidia-smi lists. Raises OSError or SubprocessError if it fails or hangs."""
-    rows = _ask(tool, "--query-gpu=index,name,memory.total,memory.used,driver_version")
+def installed_gpus(tool: str) -> tuple[list[Gpu], bool]:
+    """Return the GPUs that nvidia-smi lists, and whether one's infoROM is damaged.
+
+    Raises OSError or SubprocessError if it fails or hangs.
+    """
+    rows, code = _ask(tool, "--query-gpu=index,name,memory.total,memory.used,driver_version")
     found = []
     for index, name, total, used, version in rows:
         total_bytes, used_bytes = (int(mib) * 2**20 if mib.isdigit() else 0 for mib in (total, used))  # or [N/A]
         found.append(Gpu(int(index), name, total_bytes, used_bytes, version))
-    return found
+    return found, code == DAMAGED_INFOROM
 
 
-def gpu_users() -> list[str]:
-    """Return the processes on GPUs by nvidia-smi, as `NAME (pid N, SIZE)`; a container sees only its own."""
-    with suppress(OSError, subprocess.SubprocessError, ValueError):
-        rows = _ask("nvidia-smi", "--query-compute-apps=pid,process_name,used_memory")
-        return [f"{Path(name).name} (pid {pid}, {used} MiB)" for pid, name, used in rows]
+def gpu_users(uuid: str) -> list[str]:
+    """Return the processes that compute on the GPU of this id, by nvidia-smi, as `NAME (pid N, SIZE)`.
+
+    Not this process and its family, nor those of which the driver knows no size, as in WSL. A container sees only its
+    own.
+    """
+    with suppress(OSError, subprocess.SubprocessError, ValueError, psutil.Error):
+        rows, _ = _ask("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used_memory")
+        own = psutil.Process()
+        family = {str(one.pid) for one in (own, *own.parents(), *own.children(recursive=True))}
+        return [
+            f"{Path(name).name} (pid {pid}, {used} MiB)"
+            for gpu, pid, name, used in rows
+            if gpu.endswith(uuid) and pid not in family and used.isdigit()
+        ]
     return []
 
 
-def _ask(tool: str, query: str) -> list[list[str]]:
+def _ask(tool: str, query: str) -> tuple[list[list[str]], int]:
+    """Return the rows that nvidia-smi prints, and its exit code. Raises OSError or SubprocessError if it fails."""
     command = [tool, query, "--format=csv,noheader,nounits"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=QUERY_SECONDS).stdout
-    return [row for row in csv.reader(io.StringIO(answer), skipinitialspace=True) if len(row) > 1]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=QUERY_SECONDS)
+    if done.returncode not in (0, DAMAGED_INFOROM):
+        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+    rows = [row for row in csv.reader(io.StringIO(done.stdout), skipinitialspace=True) if len(row) > 1]
+    return rows, done.returncode
 
 
 def nvidia_hardware() -> bool:

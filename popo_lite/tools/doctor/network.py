@@ -14,7 +14,10 @@ REFUSED = (401, 403)
 
 
 def hub() -> Iterator[Finding]:
-    """Yield whether models can be downloaded, and whether the token is good. The token is sent to the Hub alone."""
+    """Yield whether models can be downloaded, and whether the token is good.
+
+    The token is sent to the Hub, or to the mirror that HF_ENDPOINT names, as every download sends it.
+    """
     import httpx
     from huggingface_hub import constants, get_token
 

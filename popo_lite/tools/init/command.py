@@ -8,13 +8,15 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from popo_lite.errors import PopoError, UserInputError
+from popo_lite.errors import DataError, PopoError, UserInputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from popo_lite.recipe import DataRecipe, Recipe
     from popo_lite.tools.init.data import DataFacts
     from popo_lite.tools.init.draft import Card, Settings
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from popo_lite.tools.init.reward import Trial
     from popo_lite.tools.plan.vram import MemoryPlan
 
+T = TypeVar("T")
 DEFAULT_GPU_MODEL = "Qwen/Qwen3-1.7B"
 BUILT_IN = "arithmetic, comparison, gsm8k, deepscaler, math500, reasoning-gym:TASK, a file or a Hub id"
 
@@ -111,8 +114,8 @@ class Session:
         from popo_lite.tools.init.draft import find_card, to_recipe
         from popo_lite.tools.init.hub import offline_if_unreachable
 
-        if output is not None and output.exists():
-            raise taken(output)
+        if output is not None:
+            check_new(output)
         here = find_card(card)
         with offline_if_unreachable():
             facts = self.model(model, here)
@@ -123,29 +126,32 @@ class Session:
         self.say(f"  {here.described()}")
         settings, plan = self.decide(facts, problems, functions, why, proposal, here)
         recipe = to_recipe(settings)
+        check_split(recipe, problems)
         trials = self.trials(recipe, problems, output)
         path = self.output(output, facts.id, str(problems.part.dataset))
         text = self.text(settings, facts, problems, here, plan, path)
         with path.open("x", encoding="utf-8") as file:  # never over a file
             file.write(text)
-        self.report(path, settings, facts, problems, here, plan, trials)
+        self.report(path, recipe, settings, facts, problems, here, plan, trials)
+
+    def named(self, name: str | None, question: str, default: str, option: str, look: Callable[[str], T]) -> T:
+        """Return what `look` finds of the name that is given, or typed; ask again if what was typed cannot be used."""
+        while True:
+            answer = name or self.ask.ask(question, default, option)
+            try:
+                return look(answer)
+            except PopoError as error:
+                if name or not self.ask.asks:
+                    raise
+                self.say(f"  {error.what}\n  {error.next_step}")
 
     def model(self, name: str | None, card: Card) -> ModelFacts:
         """Return what is known of the model; ask again if there is none of that name."""
         from popo_lite.tools.init.model import look_at_model
 
         default = DEFAULT_GPU_MODEL if card.on_gpu else "tiny"
-        given, name = name is not None, name or ""
-        while True:
-            name = name or self.ask.ask("Model (tiny, a Hub id, a folder or a .gguf file)", default, "--model")
-            try:
-                facts = look_at_model(name)
-                break
-            except PopoError as error:
-                if given or not self.ask.asks:
-                    raise
-                self.say(f"  {error.what}\n  {error.next_step}")
-                name = ""
+        question = "Model (tiny, a Hub id, a folder or a .gguf file)"
+        facts = self.named(name, question, default, "--model", look_at_model)
         self.say(f"  {facts.described()}")
         for note in facts.notes:
             self.say(f"  {note}")
@@ -155,21 +161,14 @@ class Session:
         """Return what is known of the problems; ask again if they cannot be used."""
         from popo_lite.tools.init.data import look_at_data
 
-        given, name = name is not None, name or ""
-        while True:
-            name = name or self.ask.ask(f"Data ({BUILT_IN})", "arithmetic" if model.id == "tiny" else "gsm8k", "--data")
-            try:
-                facts = look_at_data(self.part(name, columns))
-                break
-            except PopoError as error:
-                if given or not self.ask.asks:
-                    raise
-                self.say(f"  {error.what}\n  {error.next_step}")
-                name = ""
+        default = "arithmetic" if model.id == "tiny" else "gsm8k"
+        facts = self.named(
+            name, f"Data ({BUILT_IN})", default, "--data", lambda answer: look_at_data(self.part(answer, columns))
+        )
         self.say(f"  {facts.described()}")
         for note in facts.notes:
             self.say(f"  {note}")
-        if model.id == "tiny" and name != "arithmetic":
+        if model.id == "tiny" and facts.part.dataset != "arithmetic":
             note = "tiny was only taught sums of two numbers; expect no right answers to other questions"
             facts = replace(facts, notes=(*facts.notes, note))
             self.say(f"  {note}")
@@ -182,6 +181,9 @@ class Session:
 
         found = columns_of(name)
         if not found:
+            if columns != (None, None):
+                next_step = "leave out --prompt-column and --answer-column"
+                raise UserInputError(f"{name} has no columns to choose", where="--data", next_step=next_step)
             return DataRecipe(dataset=name)
         prompt, answer, sure = likely_columns(found)
         if sure and columns == (None, None):
@@ -215,12 +217,10 @@ class Session:
         from popo_lite.tools.init.draft import find_card
 
         shown = f"{here.machine.vram_bytes / 2**30:.4g}GiB" if here.on_gpu else "cpu"
-        while True:
-            answer = self.ask.ask(f"Card ({here.described()}; another one: 24GiB, or cpu)", shown, "--card")
-            try:
-                return here if answer == shown else find_card(answer)
-            except UserInputError as error:
-                self.say(f"  {error.what}; {error.next_step}")
+        question = f"Card ({here.described()}; another one: 24GiB, or cpu)"
+        return self.named(
+            None, question, shown, "--card", lambda answer: here if answer == shown else find_card(answer)
+        )
 
     def decide(
         self, model: ModelFacts, data: DataFacts, functions: Any, why: str, proposal: Any, card: Card
@@ -254,7 +254,7 @@ class Session:
         if not data.problems:
             self.say("  the references could not be looked at, so the reward was not tried")
             return []
-        trials = try_reward(recipe, data.problems)
+        trials = try_reward(recipe, data.usual)
         if not self.as_json:
             said = {True: "right", False: "wrong", None: "no solution to try"}
             rows = [(_short(t.reference), _short(t.answer or ""), said[t.is_right], said[t.empty_is_right])
@@ -271,12 +271,7 @@ class Session:
             return given
         name = "_".join(re.sub(r"[^\w.-]+", "-", Path(part).name.removesuffix(".gguf")) for part in (model, data))
         default = free_name(Path(f"{re.sub(r'[.](jsonl?|csv|parquet)$', '', name).lower()}.toml"))
-        while True:
-            path = Path(self.ask.ask("Write the recipe to", str(default), "--output"))
-            if not path.exists():
-                return path
-            self.say(f"  {path} exists and is not overwritten")
-            default = free_name(path)
+        return self.named(None, "Write the recipe to", str(default), "--output", check_new)
 
     def text(
         self, settings: Settings, model: ModelFacts, data: DataFacts, card: Card, plan: MemoryPlan | None, path: Path
@@ -292,7 +287,7 @@ class Session:
         return write_toml(settings, "\n".join([*head, *model.notes, *data.notes]))
 
     def report(
-        self, path: Path, settings: Settings, model: ModelFacts, data: DataFacts, card: Card,
+        self, path: Path, recipe: Recipe, settings: Settings, model: ModelFacts, data: DataFacts, card: Card,
         plan: MemoryPlan | None, trials: list[Trial],
     ) -> None:  # fmt: skip
         """Print each choice with its reason, whether it fits, and what comes next."""
@@ -302,7 +297,9 @@ class Session:
 
         size = f"{card.machine.vram_bytes / 2**30:.4g}GiB"
         plan_it = f"popo-lite plan {shlex.quote(str(path))}" + (f" --vram {size}" if card.on_gpu else "")
-        commands = [plan_it, f"popo-lite train {shlex.quote(str(path))}"]
+        measure = f"popo-lite bench {shlex.quote(str(path))} --prompts 2 --steps 1"
+        slow = not card.on_gpu and model.id != "tiny"
+        commands = [plan_it] * (plan is not None) + [measure] * slow + [f"popo-lite train {shlex.quote(str(path))}"]
         if self.as_json:
             found = {
                 "recipe": str(path),
@@ -325,6 +322,12 @@ class Session:
         else:
             peak, there = memory(plan.peak.total_bytes), memory(card.machine.vram_bytes)
             self.say(f"It fits by the memory plan: {peak} of {there}.")
+        if slow:
+            prompts, most = recipe.data.prompts_per_step, recipe.rollout
+            self.say(
+                f"{recipe.train.steps} steps with {prompts * most.num_generations} answers each, of up to "
+                f"{most.max_completion_length} tokens: bench measures {2 / prompts:.0%} of a step on this CPU."
+            )
         self.say("\n".join(["\nNext", *(f"  {command}" for command in commands)]))
 
 
@@ -336,10 +339,30 @@ def free_name(path: Path) -> Path:
     return free
 
 
-def taken(path: Path) -> UserInputError:
-    """Return the error for a file that exists."""
-    what = f"{path} exists, and is not overwritten"
-    return UserInputError(what, where="--output", next_step=f"--output {shlex.quote(str(free_name(path)))}")
+def check_new(name: str | Path) -> Path:
+    """Return the path of a file that can be written. Raises UserInputError if it exists, or its folder does not."""
+    path = Path(name)
+    if path.exists():
+        next_step = f"--output {shlex.quote(str(free_name(path)))}"
+        raise UserInputError(f"{path} exists and is not overwritten", where="--output", next_step=next_step)
+    if not path.absolute().parent.is_dir():
+        what, next_step = f"there is no folder {path.parent}", f"mkdir -p {shlex.quote(str(path.parent))}"
+        raise UserInputError(what, where="--output", next_step=next_step)
+    return path
+
+
+def check_split(recipe: Recipe, data: DataFacts) -> None:
+    """Raise DataError if the data cannot be split as the recipe says, which training would refuse."""
+    from popo_lite.tasks import open_tasks
+    from popo_lite.tools.init.hub import is_unreachable
+
+    if not data.problems:  # they could not be looked at
+        return
+    try:
+        open_tasks(recipe)[1].held_out(recipe.eval.problems)
+    except DataError as error:
+        if not is_unreachable(error):
+            raise
 
 
 def _shown(functions: Any, to_toml: Any) -> str:

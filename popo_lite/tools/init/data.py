@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 from popo_lite.errors import DataError
 from popo_lite.recipe import DataRecipe, EvalRecipe, Recipe
 from popo_lite.recipe_rules import is_gym
 from popo_lite.tasks import open_tasks
-from popo_lite.tasks.datasets import KNOWN, PROMPT_COLUMNS, SUFFIXES, DatasetTask, load_table
+from popo_lite.tasks.datasets import KNOWN, PROMPT_COLUMNS, DatasetTask, load_table
 from popo_lite.tools.init.hub import is_unreachable
 from popo_lite.types import Problem
 
@@ -24,8 +23,12 @@ MEASURED = 1000
 """Prompts that are tokenised, those with the most bytes first."""
 PROMPT_NAMES = (*PROMPT_COLUMNS, "instruction", "input", "query", "text", "source")
 ANSWER_NAMES = ("answer", "final_answer", "solution", "reference", "target", "label", "output", "expected", "tests",
-                "gold", "record", "result")  # fmt: skip
+                "test", "test_list", "gold", "record", "result")  # fmt: skip
 """Usual names of columns, the likeliest first."""
+PARTS_OF_PROMPTS = ("choices", "options", "input", "context", "passage")
+"""Columns without which a question may not be complete."""
+USUAL = 0.95
+"""Part of the answers that must be of a kind; the others are named."""
 KINDS = {
     "number": "numbers",
     "math": "formulas",
@@ -43,7 +46,7 @@ KINDS = {
 class DataFacts:
     """What is known of the problems. `problems` is empty if they could not be looked at, which a note says then.
 
-    `rows` is None for problems that are generated without end.
+    `rows` and `questions`, of which no two are equal, are None for problems that are generated without end.
     """
 
     part: DataRecipe
@@ -51,6 +54,13 @@ class DataFacts:
     rows: int | None
     kind: str
     notes: tuple[str, ...] = ()
+    questions: int | None = None
+
+    @property
+    def usual(self) -> list[Problem]:
+        """Problems whose answers are of the kind that most are of."""
+        fits = KINDS_BY_ANSWER.get(self.kind)
+        return [problem for problem in self.problems if fits is None or fits(problem.answer)]
 
     def described(self) -> str:
         """Return the facts on one line."""
@@ -92,29 +102,40 @@ def look_at_data(part: DataRecipe) -> DataFacts:
             raise
         kind = "number" if name == "gsm8k" else "math"
         return DataFacts(part, (), None, kind, (f"could not look at {name}: offline",))
-    rows = len(task.training()) if isinstance(task, DatasetTask) else None
+    training = task.training() if isinstance(task, DatasetTask) else None
+    rows = None if training is None else len(training)
+    questions = None if training is None else len({" ".join(str(one.messages).split()) for one in training})
     problems = tuple(islice(task.longest_candidates(), MEASURED))
     looked = [task.train_problem(0, index) for index in range(min(LOOKED_AT, rows or LOOKED_AT))]
     kind = "gym" if is_gym(part) else kind_of([problem.answer for problem in looked])
     if name == "comparison":
         kind = "short text"  # only the number counts, not a sentence with it
-    return DataFacts(part, (*looked, *problems), rows, kind, tuple(getattr(task, "notices", ())))
+    facts = DataFacts(part, (*looked, *problems), rows, kind, questions=questions)
+    notes = (*getattr(task, "notices", ()), *(() if training is None else _doubts(facts, looked)))
+    return replace(facts, notes=notes)
+
+
+def _doubts(facts: DataFacts, looked: Sequence[Problem]) -> Iterator[str]:
+    """Yield why a part of the questions may be in another column, and which answers are unlike the others."""
+    if facts.rows is not None and facts.questions is not None and facts.questions < facts.rows / 2:
+        yield f"only {facts.questions:,} of {facts.rows:,} questions differ: is a part of them in another column?"
+    answer = facts.part.answer_column or "answer"
+    left_out = {name for problem in looked for name, cell in problem.meta.items() if cell and name != answer}
+    for name in sorted(name for name in left_out if name.lower() in PARTS_OF_PROMPTS):
+        yield f'column "{name}" is not in the prompts; if the questions need it, write it into their column'
+    usual = {problem.id for problem in facts.usual}
+    if odd := {problem.id: problem.answer for problem in looked if problem.id not in usual}:
+        first = ", ".join(f"{name}: {answer!r:.40}" for name, answer in islice(odd.items(), 3))
+        yield f"{len(odd)} of the first {len(looked)} answers are not {KINDS[facts.kind]} ({first})"
 
 
 def kind_of(answers: Sequence[str]) -> str:
-    """Return what kind of answers the references are: one of `KINDS`."""
-    if all(map(_is_tests, answers)):
-        return "tests"
-    if all(isinstance(_json(answer), dict | list) for answer in answers):
-        return "json"
-    if all(re.fullmatch(r"\(?[A-Ha-h]\)?[.:]?( \S.*)?", answer) for answer in answers) and len(set(answers)) > 1:
-        return "choice"
-    if all(re.fullmatch(r"[-+]?[$€£]?\d[\d,]*(\.\d+)?%?", answer) for answer in answers):
-        return "number"
-    if sum(bool(re.search(r"[\\^=]|\d", answer)) for answer in answers) > len(answers) / 2 and all(
-        len(answer.split()) <= 12 for answer in answers
-    ):
-        return "math"
+    """Return what kind of answers nearly all references are: one of `KINDS`."""
+    for kind, fits in KINDS_BY_ANSWER.items():
+        if sum(map(fits, answers)) < USUAL * len(answers) or (kind == "choice" and len(set(answers)) == 1):
+            continue
+        if kind != "math" or sum(bool(re.search(r"[\\^=]|\d", answer)) for answer in answers) > len(answers) / 2:
+            return kind
     return "short text" if sum(len(answer.split()) for answer in answers) <= 4 * len(answers) else "free text"
 
 
@@ -158,6 +179,15 @@ def _is_tests(answer: str) -> bool:
     return re.search(r"^\s*assert\s|^\s*def check\(", answer, re.MULTILINE) is not None
 
 
-def is_local_file(name: str) -> bool:
-    """Check whether a dataset is a file with rows."""
-    return Path(name).suffix in SUFFIXES
+def _matches(pattern: str) -> Callable[[str], bool]:
+    return lambda answer: re.fullmatch(pattern, answer) is not None
+
+
+KINDS_BY_ANSWER: dict[str, Callable[[str], bool]] = {
+    "tests": _is_tests,
+    "json": lambda answer: isinstance(_json(answer), dict | list),
+    "choice": _matches(r"\(?[A-Ha-h](\)?[.:]?|(\)[.:]?|[.:])\s+\S.*)"),  # with text only after a separator
+    "number": _matches(r"[-+]?[$€£]?\d[\d,]*(\.\d+)?%?"),
+    "math": lambda answer: len(answer.split()) <= 12,
+}
+"""Kind -> whether an answer can be of it, the narrowest first."""

@@ -29,6 +29,10 @@ FROM_SHIPPED = ("lora.", "siamese.", "objective.", "rollout.temperature", "rollo
                 "rollout.max_completion_length", "data.prompts_per_step", "train.tokens_per_microbatch",
                 "reward.truncated", "eval.temperature")  # fmt: skip
 """Beginnings of the keys that are taken from the shipped recipe for the same model."""
+OF_THE_TASK = "rollout.max_completion_length"
+"""One of them that is taken only if the data is the same, too."""
+LONGEST_ON_CPU = 256
+"""Tokens of an answer on a CPU: with 1,024 of them, 30 steps of a model of 135M parameters take days."""
 COMMENT_COLUMN, WIDTH = 30, 120
 
 
@@ -85,6 +89,7 @@ def draft(
         defaults = flatten(Recipe())
         shipped = {key: Setting(value, f"as in the recipe {name}") for key, value in flatten(made).items()
                    if key.startswith(FROM_SHIPPED) and value != defaults.get(key)
+                   and (key != OF_THE_TASK or made.data.dataset == data.part.dataset)
                    and (card.on_gpu or not key.startswith("rollout.vllm."))}  # fmt: skip
     settings: Settings = {"model.id": Setting(model.id, model.described())}
     if not card.on_gpu:
@@ -132,10 +137,12 @@ def _rollout(model: ModelFacts, data: DataFacts, proposal: Proposal | None, card
         engine = "vllm" if installed or not card.here else "hf"
         why = "samples several times faster than hf"
         if engine == "hf":
-            why = 'vLLM is not installed here; with popo-lite[gpu], "vllm" samples several times faster'
-    answer = proposal.completion_tokens if proposal else 1024
+            why = 'vLLM is not installed here; with the extra gpu, "vllm" samples several times faster'
+    answer, length = proposal.completion_tokens if proposal else 1024, "tokens of the longest answer"
     if model.thinks and not model.can_be_told_not_to_think:
         answer = 8192
+    elif not card.on_gpu and answer > LONGEST_ON_CPU:
+        answer, length = LONGEST_ON_CPU, f"{length}: a CPU is slow"
     prompt, measured = longest_prompt(model, data, proposal)
     if model.shape is not None and (room := model.shape.context_tokens - prompt) < answer:
         answer = max(room, 1)
@@ -144,7 +151,7 @@ def _rollout(model: ModelFacts, data: DataFacts, proposal: Proposal | None, card
     settings = {
         "rollout.engine": Setting(engine, why),
         "rollout.max_prompt_length": Setting(prompt, measured),
-        "rollout.max_completion_length": Setting(answer, "tokens of the longest answer; a longer one is truncated"),
+        "rollout.max_completion_length": Setting(answer, f"{length}; a longer one is truncated"),
     }
     if not card.on_gpu and size < SMALL:
         settings["rollout.max_num_seqs"] = Setting(256, "decodes all rollouts of a step together")
@@ -219,9 +226,10 @@ def _evaluation(data: DataFacts, card: Card) -> Settings:
             "eval.dataset": Setting(own, "problems that are not trained on"),
             "eval.problems": Setting(most, "asked before and after"),
         }
-    rows = data.rows if data.problems else 500  # of math500, the smallest that may not have been looked at
-    count = most if rows is None else min(most, max(1, rows // 5))
-    return {"eval.problems": Setting(count, "held out of training, asked before and after")}
+    questions = data.questions if data.problems else 500  # of math500, the smallest that may not have been looked at
+    count = most if questions is None else min(most, max(1, questions // 5), questions - 1)
+    why = "held out of training, asked before and after" if count else "a single question, which is trained on"
+    return {"eval.problems": Setting(count, why)}
 
 
 def fit(settings: Settings, model: ModelFacts, card: Card) -> tuple[Settings, MemoryPlan | None]:

@@ -51,7 +51,7 @@ BOXED = r"Please reason step by step, and put your final answer within \boxed{}.
 
 def propose(data: DataFacts) -> Proposal | None:
     """Return the built-in function for the answers in `data`, or None if none can say whether an answer is right."""
-    answers = [problem.answer for problem in data.problems]
+    answers = [problem.answer for problem in data.usual]
     if data.part.dataset == "comparison":
         return Proposal("exact", "the number alone is asked for, not a sentence with it", None, 16)
     if data.kind == "gym":

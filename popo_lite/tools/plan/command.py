@@ -135,7 +135,10 @@ def plan(
 
 
 def installed_gpu() -> tuple[int, int, tuple[int, int]] | None:
-    """Return total and used bytes and compute capability of the first visible GPU by nvidia-smi, or None."""
+    """Return total and used bytes and compute capability of the first visible GPU by nvidia-smi, or None.
+
+    torch counts GPUs as nvidia-smi does, because the package sets CUDA_DEVICE_ORDER.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     if visible in ("", "-1"):
         return None

@@ -13,6 +13,7 @@ from typing import Any
 
 from popo_lite.errors import UserInputError
 from popo_lite.formats import read_json
+from popo_lite.installing import install_extra
 from popo_lite.metrics import METRICS, StepRecord
 from popo_lite.recipe import Recipe
 from popo_lite.redaction import redact, without_home
@@ -48,8 +49,8 @@ def open_trackers(run: RunFolder, recipe: Recipe) -> list[Reporter]:
     for name in names:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # a folder of this name, such as wandb's own, has no origin
-            next_step = f'pip install "popo-lite[{name}]"'
-            raise UserInputError(f"the package {name} is not installed", where="output.report_to", next_step=next_step)
+            what = f"the package {name} is not installed"
+            raise UserInputError(what, where="output.report_to", next_step=install_extra(name))
     return [Tracker(name, run, recipe, _wandb_view() if name == "wandb" else name) for name in names]
 
 
