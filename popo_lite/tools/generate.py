@@ -20,7 +20,7 @@ from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 @click.option("--weights", type=click.Choice(["policy", "siamese"]), default="policy")
 @checkpoint_option
 @click.option("--samples", type=click.IntRange(min=1), default=1, help="Answers to draw.")
-@click.option("--temperature", type=Temperature(greedy=False), default=0.7)
+@click.option("--temperature", type=Temperature(greedy=False), default=0.7, help="From 0.01 to 100.")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @trust_option
 @click.option("as_json", "--json", is_flag=True, help="Print the answers as JSON, with all their control characters.")

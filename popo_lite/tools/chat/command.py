@@ -28,7 +28,9 @@ MODEL_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--weights", type=click.Choice(["policy", "siamese"]), help="Weights of a run.  [default: policy]")
 @checkpoint_option
 @click.option("--compare", is_flag=True, help="Show the base's answer to each message, too.")
-@click.option("--temperature", type=Temperature(greedy=True), default=0.7, help="0 takes the likeliest token.")
+@click.option(
+    "--temperature", type=Temperature(greedy=True), default=0.7, help="0 for the likeliest token, or 0.01 to 100."
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer; default as in training.")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @click.option("--system-prompt", metavar="TEXT", help='Default as in training; "" for none.')
