@@ -170,6 +170,14 @@ def test_only_the_gpu_that_runs_use_can_fail(monkeypatch):
     assert found == {"0": "failed", "1": "warning"}
 
 
+def test_torch_counts_gpus_as_nvidia_smi_does():
+    code = "import os, popo_lite; print(os.environ['CUDA_DEVICE_ORDER'])"
+    for given, order in (("", "PCI_BUS_ID"), ("FASTEST_FIRST", "FASTEST_FIRST")):
+        environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_ORDER"}
+        environment |= {"CUDA_DEVICE_ORDER": given} if given else {}
+        assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == order
+
+
 @pytest.mark.parametrize(
     ("container", "status", "said"), [(True, "warning", "--gpus all"), (False, "failed", "driver")]
 )

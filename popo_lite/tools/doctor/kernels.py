@@ -78,9 +78,14 @@ def torch_and_gpus() -> Iterator[Finding]:
     pick_device("auto")  # before the first allocation, as in a run: it configures the allocator
     for index in range(count):
         for finding in _gpu(torch.device("cuda", index)):
-            unused = index > 0 and finding.status == "failed"
-            warned = replace(finding, status="warning", next_step=f"none: runs use GPU 0; else {finding.next_step}")
-            yield warned if unused else finding
+            if finding.status != "failed" or count == 1:
+                yield finding
+            elif index == 0:
+                next_step = f"{finding.next_step}; or choose another GPU by CUDA_VISIBLE_DEVICES"
+                yield replace(finding, next_step=next_step)
+            else:
+                next_step = f"nothing, as runs use GPU 0; to use this one, {finding.next_step}"
+                yield replace(finding, status="warning", next_step=next_step)
 
 
 def _import_error(name: str) -> str | None:

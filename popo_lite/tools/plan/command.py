@@ -145,7 +145,9 @@ def installed_gpu() -> tuple[int, int, tuple[int, int]] | None:
     query = "--query-gpu=memory.total,memory.used,compute_cap"
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={visible}"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        if answer.returncode not in (0, 14):  # 14: the infoROM is damaged, and what it prints is right
+            return None
         *sizes, capability = answer.stdout.splitlines()[0].split(",")
         total, used = (int(mib) * 2**20 for mib in sizes)
         major, minor = map(int, capability.split("."))
