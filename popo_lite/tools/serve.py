@@ -97,7 +97,8 @@ def serve(
     from popo_lite.tools.console.output import notify, progress
 
     _check_address(host, port, notify)
-    name = name or re.sub(r"[^\w.-]", "-", Path(model).expanduser().resolve().name, flags=re.ASCII).lstrip("-")
+    folder_name = re.sub(r"[^\w.-]", "-", Path(model).expanduser().resolve().name, flags=re.ASCII).lstrip("-")
+    name = name or folder_name or "model"
     if not NAME.fullmatch(name):
         what = f"{name!r} is not a name for a model: letters, digits, _, . and - are allowed"
         raise UserInputError(what, where="--name", next_step="choose another name")
