@@ -142,7 +142,7 @@ def _rollout(model: ModelFacts, data: DataFacts, proposal: Proposal | None, card
     if model.thinks and not model.can_be_told_not_to_think:
         answer = 8192
     elif not card.on_gpu and answer > LONGEST_ON_CPU:
-        answer, length = LONGEST_ON_CPU, f"{length}: a CPU is slow"
+        answer, length = LONGEST_ON_CPU, f"{length}, few as a CPU is slow"
     prompt, measured = longest_prompt(model, data, proposal)
     if model.shape is not None and (room := model.shape.context_tokens - prompt) < answer:
         answer = max(room, 1)
