@@ -80,7 +80,7 @@ def test_a_shipped_answer_length_is_for_the_same_data() -> None:
         found = written("--model", model, "--data", data, "--card", "cpu", "--output", f"{tokens}.toml")
         assert load_recipe(f"{tokens}.toml").rollout.max_completion_length == tokens
         assert found["next"][1:] == [
-            f"popo-lite bench {tokens}.toml --prompts 2 --steps 1", f"popo-lite train {tokens}.toml",
+            f"popo-lite bench {tokens}.toml --prompts 1 --steps 1", f"popo-lite train {tokens}.toml",
         ]  # fmt: skip
 
 

@@ -297,7 +297,7 @@ class Session:
 
         size = f"{card.machine.vram_bytes / 2**30:.4g}GiB"
         plan_it = f"popo-lite plan {shlex.quote(str(path))}" + (f" --vram {size}" if card.on_gpu else "")
-        measure = f"popo-lite bench {shlex.quote(str(path))} --prompts 2 --steps 1"
+        measure = f"popo-lite bench {shlex.quote(str(path))} --prompts 1 --steps 1"
         slow = not card.on_gpu and model.id != "tiny"
         commands = [plan_it] * (plan is not None) + [measure] * slow + [f"popo-lite train {shlex.quote(str(path))}"]
         if self.as_json:
@@ -326,7 +326,7 @@ class Session:
             prompts, most = recipe.data.prompts_per_step, recipe.rollout
             self.say(
                 f"{recipe.train.steps} steps with {prompts * most.num_generations} answers each, of up to "
-                f"{most.max_completion_length} tokens: bench measures {2 / prompts:.0%} of a step on this CPU."
+                f"{most.max_completion_length} tokens: bench measures steps with 1 of {prompts} prompts."
             )
         self.say("\n".join(["\nNext", *(f"  {command}" for command in commands)]))
 
