@@ -107,7 +107,11 @@ def _print(result: Mapping[str, Any], report: Mapping[str, Any], command: str) -
     """Print what was, or would be, uploaded; `command` uploads it."""
     from popo_lite.tools.console.output import table, write
 
-    visibility = "private" if result["private"] else "public, or as your account's default says"
+    visibility = (
+        "private" if result["private"] else "public, or as your account's default says; --private makes it private"
+    )
+    if result["dry_run"]:  # first, as it is long
+        write(f"README.md, the card:\n\n{result['card']}", sys.stdout)
     facts = {"repository": result["repo_id"], "branch": result["revision"] or "main"}
     if result["dry_run"]:
         rows = [*facts.items(), ("visibility", visibility)]
@@ -119,7 +123,7 @@ def _print(result: Mapping[str, Any], report: Mapping[str, Any], command: str) -
     files = [(name, f"{size:,}") for name, size in result["files"].items()]
     table("Files", ("file", "bytes"), [*files, ("in all", f"{sum(result['files'].values()):,}")])
     if result["dry_run"]:
-        write(f"README.md, the card:\n\n{result['card']}\nTo upload it:\n  {command}", sys.stdout)
+        write(f"To upload it:\n  {command}", sys.stdout)
         return
     write(f"{result['url']}\n{_use(result, report)}", sys.stdout)
 

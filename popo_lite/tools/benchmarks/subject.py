@@ -118,6 +118,10 @@ def open_model(model: str, wanted: Sequence[str], device: str = "auto", checkpoi
         what = f"{model} is a model, not a run, and has no {' or '.join(wanted)}"
         raise UserInputError(what, where="--weights", next_step="leave --weights out, or name a run's folder")
     folder = Path(model).expanduser()
+    is_path = folder.is_absolute() or model.startswith(".")
+    if not folder.exists() and (is_path or any(folder.parent.glob("*/recipe.toml"))):  # a mistyped run is no Hub id
+        next_step = "name the folder of a run or of a model, a GGUF file, or a Hub id"
+        raise ModelError("there is no such file or folder", where=model, next_step=next_step)
     if folder.is_dir() and not (folder / "config.json").is_file():
         what = "holds neither a run (recipe.toml) nor a model (config.json)"
         next_step = "to evaluate an adapter, name its run's folder; popo-lite export writes merged models"

@@ -85,6 +85,8 @@ class Session:
                 f"It was trained in conversations with {self._environment.name}: your first message is the problem, "
                 f"the others are what the environment says (role {self._environment.role})."
             )
+        elif model.has_adapter:
+            self.screen.note("It was trained on single questions; /reset before each makes a chat the same.")
         if recipe.data.system_prompt:
             self.screen.note(f"system prompt: {recipe.data.system_prompt}")
         self.screen.note("/help lists the commands, Ctrl-D leaves")

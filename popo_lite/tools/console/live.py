@@ -120,9 +120,8 @@ class LiveView(RunState):
     def press(self, keys: str) -> None:
         """Do what each of `keys` means."""
         for key in keys:
-            if key == "?":
-                self.help_shown = not self.help_shown
-            elif key in self.keys and self.controls is not None:
+            self.help_shown = key == "?" and not self.help_shown  # any other key shows again what it hides
+            if key in self.keys and self.controls is not None:
                 action = self.keys[key].action
                 self.controls.request("continue" if action == "pause" and self.controls.pausing else action)
 

@@ -54,7 +54,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     for index, column in enumerate(columns):
         cells = [row[index] for row in shown if row[index]]
         numeric = bool(cells) and all(isinstance(cell, str) and _NUMBER.fullmatch(cell) for cell in cells)
-        built.add_column(Text(safe(column, console)), justify="right" if numeric else "left", overflow="fold")
+        # What a row is about is folded last.
+        longest = max((len(cell) for cell in cells if isinstance(cell, str)), default=0)
+        built.add_column(
+            Text(safe(column, console)),
+            justify="right" if numeric else "left",
+            overflow="fold",
+            min_width=min(longest, console.width // 2) if index == 0 else None,
+        )
     for row in shown:
         built.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     parts = (Text(safe(title, console), "bold"), built, "")
@@ -173,6 +180,8 @@ def eval_report(results: Sequence[EvalResult], console: Console | None = None) -
         gap = points(second.pass_at_1 - first.pass_at_1, low, high)
         chance = ", so it may be chance" if low <= 0 <= high else ""
         text = f"pass@1, {second.weights} - {first.weights}: {gap}{chance} ({first.problems:,} problems, same draws).\n"
+    if any(result.weights == "siamese" for result in results):
+        text += "siamese: the running average of the trained weights.\n"
     _print_results({result.weights: asdict(result) for result in results}, text, console or open_console(sys.stdout))
 
 

@@ -6,6 +6,7 @@ the rounding of its weights, and would shift the original weights by as much.
 
 from __future__ import annotations
 
+import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from popo_lite.samplers.hf import HFSampler
 from popo_lite.tasks import Task, open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.console.output import notify
-from popo_lite.tools.export import EXPORTS, adapter_hash, verify
+from popo_lite.tools.export import EXPORTS, REPORT_FILE, adapter_hash, verify
 from popo_lite.tools.export.folder import (
     ExportReport,
     complete_folder,
@@ -103,6 +104,10 @@ def export_run(
     )
     if report.folder.is_file() or (report.folder.is_dir() and any(report.folder.iterdir())):
         next_step = "remove it, or name another one with --output"
+        if (report.folder / REPORT_FILE).is_file():
+            next_step += (
+                f"; or upload the export that is in it: popo-lite push {shlex.quote(str(report.folder))} USER/NAME"
+            )
         raise UserInputError("the folder is not empty", where=str(report.folder), next_step=next_step)
     with complete_folder(report.folder) as folder:
         if report.dtype is None:

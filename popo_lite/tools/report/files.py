@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ def read_run(path: Path) -> RunFiles:
     """Read the run at `path`. Raises CheckpointError if there is none, or its metrics are damaged."""
     run = RunFolder(path)
     recipe = run.recipe()
+    if not run.environment_path.is_file() and not run.metrics_path.is_file():
+        what = "there is no run here: a recipe alone is none"
+        raise CheckpointError(what, where=str(path), next_step=f"popo-lite train {shlex.quote(str(run.recipe_path))}")
     steps = read_lines(run.metrics_path, growing=True) if run.metrics_path.is_file() else []
     for number, record in enumerate(steps, 1):
         with reading(run.metrics_path, f"line {number}"):
