@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 COMMAND = (sys.executable, "-m", "popo_lite")
-OPTIONS = ("train.steps=500", "data.prompts_per_step=2", "rollout.num_generations=2", "eval.problems=4")
+OPTIONS = ("train.steps=5000", "data.prompts_per_step=2", "rollout.num_generations=2", "eval.problems=4")
 
 
 class Terminal:
@@ -31,7 +31,7 @@ class Terminal:
         self.leader, self._follower = pty.openpty()
         fcntl.ioctl(self._follower, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
         self.mode = termios.tcgetattr(self._follower)
-        self.output = ""
+        self.output, self.folder = "", folder
         self.process = subprocess.Popen(
             arguments, cwd=folder, stdin=self._follower, stdout=self._follower, stderr=self._follower,
             env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}, preexec_fn=self._own,
@@ -51,13 +51,20 @@ class Terminal:
 
     def press(self, key: str, expected: str, seconds: float = 60) -> None:
         """Press a key, and wait until `expected` is written after it."""
-        before = len(self.output)
+        before, logged = len(self.output), len(self.log())
         os.write(self.leader, key.encode())
         deadline = time.monotonic() + seconds
-        while not re.search(expected, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.output[before:])):
+        # Also in the log: with quick steps, later messages may push one off the screen before it is drawn.
+        while not re.search(
+            expected, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.output[before:]) + self.log()[logged:]
+        ):
             assert self.process.poll() is None, self.output[-2000:]
             assert time.monotonic() < deadline, self.output[before:][-3000:]
             self.read()
+
+    def log(self) -> str:
+        file = self.folder / "run" / "log.txt"
+        return file.read_text() if file.is_file() else ""
 
     def end(self) -> int:
         deadline = time.monotonic() + 60

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from popo_lite.tools.console import words
-from popo_lite.tools.console.live import chart, fit
+from popo_lite.tools.console.dashboard import chart, fit
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_file_of_a_newer_version_is_refused_and_left_alone(run, name):
     before = path.read_bytes()
     with pytest.raises(CheckpointError, match="written by a newer popo-lite, in format 2") as caught:
         popo_lite.resume(run.path)
-    assert (caught.value.where, caught.value.next_step) == (str(path), "pip install --upgrade popo-lite")
+    assert (caught.value.where, caught.value.next_step) == (str(path), "update popo-lite")
     assert path.read_bytes() == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 import zipfile
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -12,10 +13,10 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from conftest import ROOT
 from popo_lite.recipe import OutputRecipe
 from popo_lite.recipe_file import shipped_recipes, shipped_sweeps
 
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 PAPER = "Beyond Negative Rollouts: Positive-Only Policy Optimization with Implicit Negative Gradients"

@@ -129,7 +129,6 @@ class LiveView(RunState):
 
     def _run(self) -> None:
         try:
-            self._typed.read(0)  # keys work before they are shown
             while not self._ends:
                 self._draw()
                 self.press(self._typed.read(self._refresh_seconds))
@@ -141,6 +140,7 @@ class LiveView(RunState):
             self._screen.give()
 
     def _draw(self) -> None:
+        self.press(self._typed.read(0))  # keys work before they are shown, also after Ctrl-Z and fg
         self._note_keys()
         with self._console.capture() as captured:
             self._console.print(self.render(), end="")
@@ -183,6 +183,7 @@ class LiveView(RunState):
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         signal.signal(number, self._stopped)
+        self._typed.taken = False  # the shell has set its own mode meanwhile
         self._stopping = False
 
     def _catch(self, line: str) -> None:

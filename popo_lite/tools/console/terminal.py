@@ -93,7 +93,8 @@ class Keys:
         self._stream = stream or sys.__stdin__
         self.possible = KEYS_POSSIBLE and self._stream is not None and _is_terminal(self._stream)
         self._fd = self._stream.fileno() if self.possible and self._stream is not None else -1
-        self._line_mode: list[object] | None = None
+        self._line_mode: list[object] | None = None  # as it was at first
+        self.taken = False
         self._woken = threading.Event()
         self._wake = os.pipe() if KEYS_POSSIBLE else None
 
@@ -129,10 +130,10 @@ class Keys:
 
     def release(self) -> None:
         """Give the terminal its line mode back, unless another job has the terminal."""
-        mode, self._line_mode = self._line_mode, None
-        if mode is not None and self._stream is not None and in_foreground(self._stream):
+        taken, self.taken = self.taken, False
+        if taken and self._stream is not None and in_foreground(self._stream):
             try:
-                termios.tcsetattr(self._fd, termios.TCSANOW, mode)  # type: ignore[arg-type]
+                termios.tcsetattr(self._fd, termios.TCSANOW, self._line_mode)  # type: ignore[arg-type]
             except (termios.error, OSError):
                 self.possible = False
 
@@ -145,8 +146,9 @@ class Keys:
             self._wake = None
 
     def _take(self) -> None:
-        if self._line_mode is None:
-            self._line_mode = list(termios.tcgetattr(self._fd))
+        if not self.taken:
+            self.taken = True
+            self._line_mode = self._line_mode or list(termios.tcgetattr(self._fd))
             tty.setcbreak(self._fd, termios.TCSANOW)
             termios.tcflush(self._fd, termios.TCIFLUSH)  # typed before keys were shown, and meant for something else
 
