@@ -141,9 +141,16 @@ def test_json_and_another_place(tmp_path):
 def test_a_run_without_a_step(tmp_path):
     run = make_run(tmp_path / "run", 0)
     assert write_report(run.path).verdict == "No step is done yet; before training pass@1 is 29.5% [23.6%, 36.2%]."
-    for name in (run.metrics_path, run.samples_path, run.evaluations_path, run.environment_path):
+    for name in (run.metrics_path, run.samples_path, run.evaluations_path):
         name.unlink()
     assert write_report(str(run.path)).verdict == "No step is done yet."
+
+
+def test_a_folder_with_a_recipe_alone_is_no_run(tmp_path):
+    (tmp_path / "recipe.toml").write_text(dump_recipe(load_recipe("tiny_cpu")))
+    with pytest.raises(CheckpointError, match="there is no run here"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
 
 
 def test_a_run_that_trains_and_is_in_the_middle_of_a_line(tmp_path):
