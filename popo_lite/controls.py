@@ -58,7 +58,7 @@ class Controls:
 
     @property
     def waiting(self) -> tuple[Action, ...]:
-        """What was asked for and is not done yet."""
+        """Requests that are not done yet."""
         with self._changed:
             first: tuple[Action, ...] = ("pause",) if self._pausing and not self.paused else ()
             return (*first, *self._waiting)

@@ -20,7 +20,7 @@ COLLAPSED, LEARNED = 0.1, 0.9
 that has learned is sure of its answers. tiny_cpu ends at 0.3 of the start and a pass rate of 0.96."""
 
 EXPLODED = 3.0
-"""And explodes above this multiple: healthy runs here stay below 1.3."""
+"""The entropy explodes above this multiple of its start. Healthy runs here stay below 1.3."""
 
 SOLVED = 0.99
 """Above this pass rate nearly every group is all right. tiny_cpu, which goes on learning, reaches 0.97."""

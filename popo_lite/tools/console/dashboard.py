@@ -1,4 +1,4 @@
-"""What the live view shows at a size: sections, which shrink and then vanish on a small terminal.
+"""Lay out the live view for the terminal's size. On a small terminal sections shrink, then vanish.
 
 Text has the terminal's own colour, so it can be read on dark and on light ones; colours are named ones, which themes
 adapt, and none carries a meaning alone. Only lines are dim.
@@ -70,7 +70,7 @@ class Section(NamedTuple):
 
 
 class Remembered:
-    """What was computed for a state, until that changes: drawing takes time from the training."""
+    """Cache parts of the screen until the state changes, because drawing takes time from the training."""
 
     def __init__(self) -> None:
         self._changes, self._values = -1, dict[Any, Any]()

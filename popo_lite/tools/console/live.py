@@ -54,7 +54,7 @@ class LiveView(RunState):
         self._open: ExitStack | None = None
         self._ends = self._stopping = False
         self._gone: OSError | None = None
-        self._broken = ""  # the traceback of the fault that ended the drawing
+        self._broken = ""  # traceback of the error that ended the drawing
         self.unread = False  # True if nothing read the terminal at the end
 
     def start(self, **facts: Any) -> None:
@@ -132,7 +132,7 @@ class LiveView(RunState):
             while not self._ends:
                 self._draw()
                 self.press(self._typed.read(self._refresh_seconds))
-        except Exception as error:  # a fault of the view must not end the run, which learns of it at its next stage
+        except Exception as error:  # must not end the run; `stage` reports it
             super().message(f"the live view failed: {error!r}")
             self._broken = traceback.format_exc()
             self._typed.release()

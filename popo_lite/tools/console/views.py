@@ -38,7 +38,7 @@ VIEWS: tuple[View, ...] = get_args(View)
 
 
 class Key(NamedTuple):
-    """What a key asks for, in a word and in full."""
+    """Describe a key: the action that it requests, its label and its help."""
 
     action: Action
     short: str

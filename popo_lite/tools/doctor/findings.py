@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 REPORT = "popo-lite doctor --bundle report.zip, and open an issue with that file"
-"""What to do about a failure that has no known cause."""
+"""Next step of a failure of unknown cause."""
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from popo_lite.callbacks import Callback, CallbackList
@@ -10,10 +11,10 @@ from popo_lite.controls import Controls
 from popo_lite.tools.console.output import notify
 
 QUIET = 0.3
-"""Seconds after which a wait is said."""
+"""Seconds of waiting after which the user is told."""
 
 
-class Reporter(Callback):
+class Reporter(Callback, ABC):
     """Send events in a process of its own. `patience` is how many seconds the end of a run waits for it."""
 
     name: str
@@ -28,13 +29,13 @@ class Reporter(Callback):
     def finish(self) -> None:
         """Begin to send what is left."""
 
+    @abstractmethod
     def is_done(self) -> bool:
         """Check whether all is sent or has failed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def give_up(self, why: str) -> None:
         """End the process, and say or keep for `close` what is not sent."""
-        raise NotImplementedError
 
 
 class Reporters(CallbackList):
