@@ -83,6 +83,10 @@ class ExportError(PopoError):
     """Raised if merging, verifying or uploading a model fails."""
 
 
+class StopRequested(Exception):  # noqa: N818  # a request, not an error
+    """Ctrl-C came twice: abandon the step in progress."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """Return the valid name that is most similar to `name`, or None if none is similar."""
     return next(iter(difflib.get_close_matches(name, list(valid), n=1)), None)

@@ -13,13 +13,10 @@ from typing import Self
 import torch
 
 from popo_lite.callbacks import Callback
+from popo_lite.errors import StopRequested
 
 HANGUP = getattr(signal, "SIGHUP", None)
 """Signal of a closed terminal or a lost connection. Windows has none."""
-
-
-class StopRequested(Exception):  # noqa: N818  # a request, not an error
-    """Ctrl-C came twice: abandon the step in progress."""
 
 
 class Interrupts:

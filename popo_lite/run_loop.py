@@ -27,7 +27,7 @@ from popo_lite.errors import (
 from popo_lite.evaluation import draw_samples, evaluate
 from popo_lite.faults import explained
 from popo_lite.formats import read_json, reading
-from popo_lite.interrupts import StopRequested
+from popo_lite.errors import StopRequested
 from popo_lite.metrics import sampler_summary
 from popo_lite.opening import OpenRun
 from popo_lite.pausing import Pause

@@ -1,0 +1,246 @@
+"""The processes of a run on several GPUs or machines, one rank each, started by torchrun or `accelerate launch`.
+
+Every rank runs the same program. Rollouts are gathered, so all ranks hold the same groups, plans and cursor; only
+gradients are summed. What is not the same, such as times, decides nothing. Rank 0 writes the run's files and shows it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from importlib import metadata
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from popo_lite.errors import EngineError, PopoError, StopRequested
+
+T = TypeVar("T")
+
+BEAT_SECONDS = 1.0
+"""How often a rank says that it is alive."""
+LOST_SECONDS = 20.0
+"""A rank that has said nothing for so long is lost."""
+WAIT_HOURS = 24
+"""Longest wait for another rank that is alive, such as for its rollouts."""
+ABANDONED, ENDED = "abandoned", "ended"
+"""What a rank says when it ends: interrupted in the middle of a step, or with the run. Or "stopped: reason"."""
+GONE = "is gone: it was killed, or its machine or network failed"
+
+
+class RankLostError(EngineError):
+    """Raised if another rank has ended, or says nothing any more."""
+
+
+class Ranks(AbstractContextManager["Ranks"]):
+    """This process, `rank` of `size`. By default it is alone, and every method returns at once.
+
+    What is called a collective must be called by all ranks in the same order. A collective raises RankLostError if
+    another rank ends meanwhile, and StopRequested if that one abandons the step.
+    """
+
+    rank, size = 0, 1
+
+    @property
+    def first(self) -> bool:
+        """True for the rank that writes and shows."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Return this rank's part of `items`: every `size`-th one."""
+        return list(items[self.rank :: self.size])
+
+    def merge(self, mine: Sequence[T]) -> list[T]:
+        """Return the results of all ranks, one for each item, in the order of the items of `share`. A collective."""
+        parts = self.gather(mine)
+        return [parts[index % self.size][index // self.size] for index in range(sum(map(len, parts)))]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in the order of ranks. A collective."""
+        return [value]
+
+    def from_first(self, value: T) -> T:
+        """Return the value of rank 0. A collective."""
+        return value
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> int:
+        """Replace each gradient by its sum over ranks; None counts as 0. Return the bytes reduced. A collective."""
+        return 0
+
+    def check(self) -> None:
+        """Raise RankLostError or StopRequested if another rank has ended. Not a collective."""
+
+    def another(self) -> Ranks:
+        """Return the same ranks for collectives of another thread. A collective."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the other ranks."""
+
+
+class ProcessGroup(Ranks):
+    """The ranks of torch.distributed: gloo for objects and on CPUs, NCCL for gradients on GPUs."""
+
+    def __init__(self, watch: Watch, group: Any) -> None:
+        self.rank, self.size = watch.rank, watch.size
+        self._watch, self._group = watch, group
+
+    def gather(self, value: T) -> list[T]:  # noqa: D102
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._wait(distributed.all_gather, sizes, torch.tensor([data.numel()]))
+        longest = max(int(size) for size in sizes)
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        self._wait(distributed.all_gather, parts, torch.nn.functional.pad(data, (0, longest - data.numel())))
+        return [
+            pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def from_first(self, value: T) -> T:  # noqa: D102
+        data = torch.frombuffer(bytearray(pickle.dumps(value) if self.first else b"\0"), dtype=torch.uint8)
+        size = torch.tensor([data.numel()])
+        self._wait(distributed.broadcast, size, 0)
+        if not self.first:
+            data = torch.empty(int(size), dtype=torch.uint8)
+        self._wait(distributed.broadcast, data, 0)
+        received: T = pickle.loads(data.numpy().tobytes())
+        return received
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> int:  # noqa: D102
+        has_gradient = [parameter.grad is not None for parameter in parameters]
+        anywhere = [any(each) for each in zip(*self.gather(has_gradient), strict=True)]
+        taking = [parameter for parameter, some in zip(parameters, anywhere, strict=True) if some]
+        if not taking:
+            return 0
+        for parameter in taking:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in taking]
+        bucket = torch._utils._flatten_dense_tensors(gradients)
+        self._wait(distributed.all_reduce, bucket)
+        torch._foreach_copy_(gradients, torch._utils._unflatten_dense_tensors(bucket, gradients))
+        return bucket.nbytes
+
+    def check(self) -> None:  # noqa: D102
+        self._watch.check()
+
+    def another(self) -> Ranks:  # noqa: D102
+        return ProcessGroup(self._watch, distributed.new_group(backend="gloo"))
+
+    def __exit__(self, _kind: object = None, error: BaseException | None = None, _trace: object = None) -> None:
+        if error is None:
+            self.gather(None)  # none closes its connections before all have what they need
+        self._watch.leave(error)
+
+    def _wait(self, collective: Callable[..., Any], *arguments: Any) -> None:
+        """Do a collective, and raise as soon as another rank has ended."""
+        try:
+            work, pause = collective(*arguments, group=self._group, async_op=True), 1e-4
+            while not work.is_completed():
+                self._watch.check()
+                time.sleep(pause)
+                pause = min(2 * pause, 0.01)
+            work.wait()
+        except RuntimeError as error:  # a connection broke
+            raise self._watch.reason_of(error) from error
+
+
+class Watch:
+    """Tells the other ranks that this one is alive, or why it ends, and hears the same of them, in a thread."""
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.rank, self.size, self._store = rank, size, store
+        self._others = [other for other in range(size) if other != rank]
+        self._heard = dict.fromkeys(self._others, ("", time.monotonic()))
+        self._ended: dict[int, str] = {}
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise RankLostError or StopRequested if another rank has ended before its time."""
+        for rank, end in sorted(self._ended.items()):
+            if end == ABANDONED:
+                raise StopRequested
+            if end != ENDED:
+                raise RankLostError(f"rank {rank} {end}", next_step="mend that, then resume on any number of ranks")
+
+    def reason_of(self, error: Exception) -> Exception:
+        """Return why a connection broke: the end that a rank has told, or else which of them says nothing any more."""
+        broken = time.monotonic()
+        while time.monotonic() < broken + 4 * BEAT_SECONDS:
+            time.sleep(BEAT_SECONDS / 4)
+            try:
+                self.check()
+            except (RankLostError, StopRequested) as reason:
+                return reason
+        silent = [rank for rank, (_, heard) in self._heard.items() if heard < broken + BEAT_SECONDS]
+        self._ended |= dict.fromkeys(silent, GONE)
+        try:
+            self.check()
+        except RankLostError as reason:
+            return reason
+        return RankLostError(f"the connection to another rank broke: {error}", next_step="resume on any number of ranks")
+
+    def leave(self, error: BaseException | None) -> None:
+        """Tell the other ranks that this one ends, and why."""
+        end = ENDED if error is None else ABANDONED
+        if error is not None and not isinstance(error, StopRequested):
+            end = f"stopped: {error.what if isinstance(error, PopoError) else f'{type(error).__name__}: {error}'}"
+        self._leaving.set()
+        self._thread.join()
+        with suppress(RuntimeError):  # of a store that has gone with another rank
+            self._store.set(f"end/{self.rank}", end)
+
+    def _run(self) -> None:
+        keys = [f"{kind}/{other}" for kind in ("end", "beat") for other in self._others]
+        beats = 0
+        try:
+            self._store.multi_set([f"end/{self.rank}", f"beat/{self.rank}"], ["", "0"])
+            while not self._leaving.wait(BEAT_SECONDS):
+                beats += 1
+                self._store.set(f"beat/{self.rank}", str(beats))
+                values = [value.decode() for value in self._store.multi_get(keys)]  # waits for those that start
+                for rank, end, beat in zip(self._others, values, values[len(self._others) :], strict=False):
+                    now = time.monotonic()
+                    if end:
+                        self._ended[rank] = end
+                    elif beat != self._heard[rank][0]:
+                        self._heard[rank] = beat, now
+                    elif now > self._heard[rank][1] + LOST_SECONDS:
+                        self._ended[rank] = GONE
+        except RuntimeError as error:  # rank 0, or torchrun, has the store
+            self._ended.setdefault(0, f"{GONE} ({error})")
+
+
+def join() -> Ranks:
+    """Return the ranks of this run: alone, unless torchrun or `accelerate launch` has started this process.
+
+    Raises EngineError if the processes do not find each other, or run different versions.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        store, rank, size = next(iter(distributed.rendezvous("env://", timeout=datetime.timedelta(minutes=5))))
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=distributed.PrefixStore("torch", store), rank=rank,
+            world_size=size, timeout=datetime.timedelta(hours=WAIT_HOURS),
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        next_step = "start it with torchrun or accelerate launch: docs/scaling.md"
+        raise EngineError(f"the ranks do not find each other: {error}", next_step=next_step) from error
+    ranks = ProcessGroup(Watch(distributed.PrefixStore("popo-lite", store), rank, size), None)
+    versions = ranks.gather({package: metadata.version(package) for package in ("popo-lite", "torch", "transformers")})
+    if different := [other for other in range(size) if versions[other] != versions[0]]:
+        what = f"rank {different[0]} runs {versions[different[0]]}, and rank 0 {versions[0]}"
+        raise EngineError(what, next_step="install the same versions on all machines")
+    return ranks
