@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from popo_lite.callbacks import Callback, CallbackList
+from popo_lite.joining import Opened, joined
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
@@ -16,6 +18,7 @@ from popo_lite.tools.reporting import reporters
 from popo_lite.trust import refuse_untrusted, trust_own
 
 if TYPE_CHECKING:
+    from popo_lite.distributed import Ranks
     from popo_lite.tools.export.folder import ExportReport
     from popo_lite.trainer import RunResult, Trainer
     from popo_lite.types import EvalResult
@@ -40,19 +43,20 @@ def train(
 
     Raises PopoError (UserInputError, ModelError, EngineError and others) with what to do next.
     """
-    settings, name = (recipe, "run") if isinstance(recipe, Recipe) else (load_recipe(recipe), Path(recipe).stem)
-    if isinstance(recipe, Recipe):
-        trust_own(recipe)
-    else:
-        refuse_untrusted(settings, recipe, trust)
-    settings = dated(settings)
-    # The folder is taken before anything is loaded; a run that cannot start leaves nothing behind.
-    with (
-        new_run(settings, name, None if output is None else Path(output)) as folder,
-        CallbackList([open_view(view), *callbacks, *reporters(folder, settings)]) as callback,
-        load_trainer(settings, callback) as trainer,
-    ):
-        return trainer.run(folder)
+
+    @contextmanager
+    def opening() -> Iterator[Opened]:
+        settings, name = (recipe, "run") if isinstance(recipe, Recipe) else (load_recipe(recipe), Path(recipe).stem)
+        if isinstance(recipe, Recipe):
+            trust_own(recipe)
+        else:
+            refuse_untrusted(settings, recipe, trust)
+        settings = dated(settings)
+        # The folder is taken before anything is loaded; a run that cannot start leaves nothing behind.
+        with new_run(settings, name, None if output is None else Path(output)) as folder:
+            yield folder, settings, {}
+
+    return _run(opening(), callbacks, view)
 
 
 def resume(
@@ -77,20 +81,28 @@ def resume(
 
     Raises PopoError (CheckpointError, UserInputError, ModelError, EngineError and others) with what to do next.
     """
-    with (
-        resumed_run(Path(run), overrides, checkpoint, trust=trust) as (folder, settings, options),
-        CallbackList([open_view(view), *callbacks, *reporters(folder, settings)]) as callback,
-        load_trainer(settings, callback) as trainer,
-    ):
-        return trainer.run(folder, **options)
+    return _run(resumed_run(Path(run), overrides, checkpoint, trust=trust), callbacks, view)
+
+
+def _run(opening: AbstractContextManager[Opened], callbacks: Sequence[Callback], view: View) -> RunResult:
+    """Train what `opening` yields. Rank 0 alone shows the run and calls the callbacks."""
+    with joined(opening) as (ranks, folder, settings, options), ExitStack() as stack:
+        watchers = [open_view(view), *callbacks, *reporters(folder, settings)] if ranks.first else []
+        callback = stack.enter_context(CallbackList(watchers))
+        return stack.enter_context(load_trainer(settings, callback, ranks=ranks)).run(folder, **options)
 
 
 def load_trainer(
-    recipe: Recipe, callback: Callback, *, ignore_plan: bool = False, advice: str = "popo-lite plan RECIPE"
+    recipe: Recipe,
+    callback: Callback,
+    *,
+    ignore_plan: bool = False,
+    advice: str = "popo-lite plan RECIPE",
+    ranks: Ranks | None = None,
 ) -> Trainer:
     """Check that `recipe` fits the GPU by the memory plan, then load everything it needs.
 
-    `advice` is the next step of the error if memory runs out all the same.
+    `advice` is the next step of the error if memory runs out all the same, `ranks` are the processes of the run.
     """
     if recipe.model.backend == "unsloth":
         from popo_lite.policy.load import import_unsloth
@@ -104,7 +116,7 @@ def load_trainer(
     with memory_named("while the run was loaded", advice):
         if not ignore_plan:
             refuse_without_room(recipe, callback.message)
-        return Trainer(recipe, callback, memory_advice=lambda: memory_advice(recipe))
+        return Trainer(recipe, callback, memory_advice=lambda: memory_advice(recipe), ranks=ranks)
 
 
 def evaluate(

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from popo_lite.conversation import grade_completions, sample_completions
+from popo_lite.distributed import Ranks
 from popo_lite.grading import Grader, refuse_ungraded
 from popo_lite.recipe import CurriculumRecipe, Recipe, RolloutRecipe
 from popo_lite.samplers import Sampler, SamplingParams
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import Task
 from popo_lite.tasks.rendering import Renderer
-from popo_lite.types import FinishReason, Group, Outcome, Problem, Prompt, Rollout
+from popo_lite.types import FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
 
 MIN_ANSWERS = 4
 """Fewer answers that agree prove little: at a pass rate of one half, four agree one time in eight."""
@@ -185,8 +186,11 @@ def collect(
     step: int,
     clock: Clock,
     progress: Callable[[int], None],
+    ranks: Ranks,
 ) -> list[Group]:
-    """Sample and grade a group of rollouts for every prompt, in order, round by round.
+    """Sample and grade a group of rollouts for every prompt, in order, round by round. A collective.
+
+    In each round every rank does its share of the prompts, and gets the answers and rewards of all.
 
     Raises GradingError if more than `reward.max_ungraded_ratio` of the rollouts so far could not be graded.
     """
@@ -199,9 +203,10 @@ def collect(
         going, count = budget.next_round(positives, made=first, total=sum(map(len, made)))
         if not going:
             return [Group(rollouts=tuple(rollouts)) for rollouts in made]
-        with clock("rollout", total=len(going) * count):
+        mine = ranks.share(going)
+        with clock("rollout", total=len(mine) * count):
             completions = sample_completions(
-                [prompts[index] for index in going],
+                [prompts[index] for index in mine],
                 recipe,
                 sampler,
                 grader,
@@ -214,21 +219,36 @@ def collect(
                 finished=progress,
             )
         with clock("grade"):
-            pairs = [(index, answer) for index, group in zip(going, completions, strict=True) for answer in group]
-            answered = [(answer, prompts[index].problem) for index, answer in pairs]
+            answered = [
+                (answer, prompts[index].problem)
+                for index, group in zip(mine, completions, strict=True)
+                for answer in group
+            ]
             rewards = grade_completions(grader, answered, step=step, steps=recipe.train.steps)
-            for (index, answer), reward in zip(pairs, rewards, strict=True):
-                if recipe.reward.truncated == "wrong" and answer.finish_reason is FinishReason.LENGTH:
-                    detail = "cut off at rollout.max_completion_length"
-                    reward = replace(reward, value=0.0, positive=False, outcome=Outcome.INCORRECT, detail=detail)
-                prompt, place = prompts[index], len(made[index])
-                made[index].append(
-                    Rollout(prompt=prompt, completion=answer, reward=reward, policy_version=policy_version, index=place)
-                )
-            so_far = [rollout.reward for rollouts in made for rollout in rollouts]
-            refuse_ungraded(so_far, recipe.reward.max_ungraded_ratio, f"step {step}")
+            verdicts = iter(
+                _cut_off(reward)
+                if recipe.reward.truncated == "wrong" and answer.finish_reason is FinishReason.LENGTH
+                else reward
+                for (answer, _), reward in zip(answered, rewards, strict=True)
+            )
+            graded = [[(answer, next(verdicts)) for answer in group] for group in completions]
+        with clock("gather") if ranks.size > 1 else nullcontext():
+            graded = ranks.merge(graded)
+        for index, group in zip(going, graded, strict=True):
+            made[index] += [
+                Rollout(prompt=prompts[index], completion=answer, reward=reward, policy_version=policy_version, index=i)
+                for i, (answer, reward) in enumerate(group, start=len(made[index]))
+            ]
+        so_far = [rollout.reward for rollouts in made for rollout in rollouts]
+        refuse_ungraded(so_far, recipe.reward.max_ungraded_ratio, f"step {step}")
         first += count
         # A prompt left out of this round has fewer rollouts than the others from now on, so it stays out.
         positives = [None] * len(prompts)
         for index in going:
             positives[index] = sum(rollout.reward.positive for rollout in made[index])
+
+
+def _cut_off(reward: Reward) -> Reward:
+    """Return the reward of an answer that counts as wrong because it was cut off."""
+    detail = "cut off at rollout.max_completion_length"
+    return replace(reward, value=0.0, positive=False, outcome=Outcome.INCORRECT, detail=detail)

@@ -7,6 +7,7 @@ gradients are summed. What is not the same, such as times, decides nothing. Rank
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import pickle
 import threading
@@ -14,10 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from importlib import metadata
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from popo_lite.errors import EngineError, PopoError, StopRequested
 
@@ -29,9 +32,8 @@ LOST_SECONDS = 20.0
 """A rank that has said nothing for so long is lost."""
 WAIT_HOURS = 24
 """Longest wait for another rank that is alive, such as for its rollouts."""
-ABANDONED, ENDED = "abandoned", "ended"
-"""What a rank says when it ends: interrupted in the middle of a step, or with the run. Or "stopped: reason"."""
-GONE = "is gone: it was killed, or its machine or network failed"
+GONE: dict[str, str | None] = {"what": "is gone: it was killed, or its machine or network failed"}
+"""The end of a rank that says nothing any more."""
 
 
 class RankLostError(EngineError):
@@ -69,7 +71,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         """Return the value of rank 0. A collective."""
         return value
 
-    def sum_gradients(self, parameters: Sequence[Tensor]) -> int:
+    def sum_gradients(self, _parameters: Sequence[Tensor]) -> int:
         """Replace each gradient by its sum over ranks; None counts as 0. Return the bytes reduced. A collective."""
         return 0
 
@@ -80,7 +82,10 @@ class Ranks(AbstractContextManager["Ranks"]):
         """Return the same ranks for collectives of another thread. A collective."""
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self, error: BaseException | None) -> None:
+        """Tell the other ranks that this one ends, and why; nothing if it has told them already."""
+
+    def __exit__(self, _kind: object = None, error: BaseException | None = None, _trace: object = None, /) -> None:
         """Leave the other ranks."""
 
 
@@ -98,9 +103,8 @@ class ProcessGroup(Ranks):
         longest = max(int(size) for size in sizes)
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
         self._wait(distributed.all_gather, parts, torch.nn.functional.pad(data, (0, longest - data.numel())))
-        return [
-            pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)
-        ]
+        # Of ranks of the same run, which may run any code anyway.
+        return [pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]  # noqa: S301
 
     def from_first(self, value: T) -> T:  # noqa: D102
         data = torch.frombuffer(bytearray(pickle.dumps(value) if self.first else b"\0"), dtype=torch.uint8)
@@ -109,7 +113,7 @@ class ProcessGroup(Ranks):
         if not self.first:
             data = torch.empty(int(size), dtype=torch.uint8)
         self._wait(distributed.broadcast, data, 0)
-        received: T = pickle.loads(data.numpy().tobytes())
+        received: T = pickle.loads(data.numpy().tobytes())  # noqa: S301
         return received
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> int:  # noqa: D102
@@ -118,14 +122,12 @@ class ProcessGroup(Ranks):
         taking = [parameter for parameter, some in zip(parameters, anywhere, strict=True) if some]
         if not taking:
             return 0
-        for parameter in taking:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in taking]
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in taking]
         bucket = torch._utils._flatten_dense_tensors(gradients)
         self._wait(distributed.all_reduce, bucket)
-        torch._foreach_copy_(gradients, torch._utils._unflatten_dense_tensors(bucket, gradients))
-        return bucket.nbytes
+        for parameter, gradient in zip(taking, torch._utils._unflatten_dense_tensors(bucket, gradients), strict=True):
+            parameter.grad = gradient
+        return int(bucket.nbytes)
 
     def check(self) -> None:  # noqa: D102
         self._watch.check()
@@ -133,10 +135,14 @@ class ProcessGroup(Ranks):
     def another(self) -> Ranks:  # noqa: D102
         return ProcessGroup(self._watch, distributed.new_group(backend="gloo"))
 
-    def __exit__(self, _kind: object = None, error: BaseException | None = None, _trace: object = None) -> None:
-        if error is None:
-            self.gather(None)  # none closes its connections before all have what they need
+    def leave(self, error: BaseException | None) -> None:  # noqa: D102
         self._watch.leave(error)
+
+    def __exit__(self, _kind: object = None, error: BaseException | None = None, _trace: object = None, /) -> None:
+        """Leave the others. Rank 0 reports a PopoError for all ranks; another rank only exits with its code."""
+        self.leave(error)
+        if isinstance(error, PopoError) and not self._watch.reports:
+            raise SystemExit(error.exit_code) from error
 
     def _wait(self, collective: Callable[..., Any], *arguments: Any) -> None:
         """Do a collective, and raise as soon as another rank has ended."""
@@ -147,8 +153,13 @@ class ProcessGroup(Ranks):
                 time.sleep(pause)
                 pause = min(2 * pause, 0.01)
             work.wait()
-        except RuntimeError as error:  # a connection broke
-            raise self._watch.reason_of(error) from error
+        except (RankLostError, StopRequested, RuntimeError) as error:
+            if torch.cuda.is_available():
+                with suppress(Exception):  # a kernel of NCCL would keep the GPU busy for ever
+                    distributed.distributed_c10d._abort_process_group()
+            if isinstance(error, RuntimeError):  # a connection broke
+                raise self._watch.reason_of(error) from error
+            raise
 
 
 class Watch:
@@ -158,7 +169,7 @@ class Watch:
         self.rank, self.size, self._store = rank, size, store
         self._others = [other for other in range(size) if other != rank]
         self._heard = dict.fromkeys(self._others, ("", time.monotonic()))
-        self._ended: dict[int, str] = {}
+        self._ended: dict[int, dict[str, str | None]] = {}
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
         self._thread.start()
@@ -166,10 +177,17 @@ class Watch:
     def check(self) -> None:
         """Raise RankLostError or StopRequested if another rank has ended before its time."""
         for rank, end in sorted(self._ended.items()):
-            if end == ABANDONED:
+            if end.get("kind") == "abandoned":
                 raise StopRequested
-            if end != ENDED:
-                raise RankLostError(f"rank {rank} {end}", next_step="mend that, then resume on any number of ranks")
+            if end.get("kind") != "ended":
+                raise RankLostError(
+                    f"rank {rank} {end['what']}", where=end.get("where"), next_step=end.get("next_step")
+                )
+
+    @property
+    def reports(self) -> bool:
+        """True for the rank that reports errors: the first that has not gone without a word."""
+        return all(self._ended.get(rank) == GONE for rank in range(self.rank))
 
     def reason_of(self, error: Exception) -> Exception:
         """Return why a connection broke: the end that a rank has told, or else which of them says nothing any more."""
@@ -186,17 +204,23 @@ class Watch:
             self.check()
         except RankLostError as reason:
             return reason
-        return RankLostError(f"the connection to another rank broke: {error}", next_step="resume on any number of ranks")
+        return RankLostError(f"the connection to another rank broke: {error}")
 
     def leave(self, error: BaseException | None) -> None:
         """Tell the other ranks that this one ends, and why."""
-        end = ENDED if error is None else ABANDONED
-        if error is not None and not isinstance(error, StopRequested):
-            end = f"stopped: {error.what if isinstance(error, PopoError) else f'{type(error).__name__}: {error}'}"
+        if self._leaving.is_set():
+            return
         self._leaving.set()
         self._thread.join()
+        end: dict[str, str | None] = {"kind": "ended"}
+        if isinstance(error, StopRequested):
+            end = {"kind": "abandoned"}
+        elif isinstance(error, PopoError):
+            end = {"what": f"stopped: {error.what}", "where": error.where, "next_step": error.next_step}
+        elif error is not None and not isinstance(error, SystemExit):  # that is how a stopped run ends
+            end = {"what": f"stopped: {type(error).__name__}: {error}"}
         with suppress(RuntimeError):  # of a store that has gone with another rank
-            self._store.set(f"end/{self.rank}", end)
+            self._store.set(f"end/{self.rank}", json.dumps(end))
 
     def _run(self) -> None:
         keys = [f"{kind}/{other}" for kind in ("end", "beat") for other in self._others]
@@ -210,13 +234,14 @@ class Watch:
                 for rank, end, beat in zip(self._others, values, values[len(self._others) :], strict=False):
                     now = time.monotonic()
                     if end:
-                        self._ended[rank] = end
+                        self._ended[rank] = json.loads(end)
                     elif beat != self._heard[rank][0]:
                         self._heard[rank] = beat, now
                     elif now > self._heard[rank][1] + LOST_SECONDS:
                         self._ended[rank] = GONE
         except RuntimeError as error:  # rank 0, or torchrun, has the store
-            self._ended.setdefault(0, f"{GONE} ({error})")
+            if not self._leaving.is_set():
+                self._ended.setdefault(0, {"what": f"is gone, and with it the means to talk to others: {error}"})
 
 
 def join() -> Ranks:
@@ -230,15 +255,15 @@ def join() -> Ranks:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        store, rank, size = next(iter(distributed.rendezvous("env://", timeout=datetime.timedelta(minutes=5))))
+        store, rank, size = next(iter(rendezvous("env://", timeout=datetime.timedelta(minutes=5))))
         distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=distributed.PrefixStore("torch", store), rank=rank,
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=PrefixStore("torch", store), rank=rank,
             world_size=size, timeout=datetime.timedelta(hours=WAIT_HOURS),
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         next_step = "start it with torchrun or accelerate launch: docs/scaling.md"
         raise EngineError(f"the ranks do not find each other: {error}", next_step=next_step) from error
-    ranks = ProcessGroup(Watch(distributed.PrefixStore("popo-lite", store), rank, size), None)
+    ranks = ProcessGroup(Watch(PrefixStore("popo-lite", store), rank, size), None)
     versions = ranks.gather({package: metadata.version(package) for package in ("popo-lite", "torch", "transformers")})
     if different := [other for other in range(size) if versions[other] != versions[0]]:
         what = f"rank {different[0]} runs {versions[different[0]]}, and rank 0 {versions[0]}"

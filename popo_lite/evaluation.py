@@ -10,6 +10,7 @@ from itertools import compress
 from typing import Any
 
 from popo_lite.conversation import grade_completions, sample_completions
+from popo_lite.distributed import Ranks
 from popo_lite.errors import DataError
 from popo_lite.grading import Grader, refuse_ungraded, ungraded_ratio
 from popo_lite.policy.policy import Policy
@@ -72,10 +73,12 @@ def evaluate(
     *,
     seed: int,
     progress: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> EvalResult:
     """Sample `eval.samples_per_problem` answers to every problem at `eval.temperature`, and grade them.
 
-    The random streams depend on `seed` and the problem alone, so two policies are compared on the same draws. Problems
+    With `ranks` each answers its share of the problems, and all get the whole result: a collective. The random streams
+    depend on `seed` and the problem alone, so two policies are compared on the same draws. Problems
     whose reference answers cannot be read count as not solved.
     `weights` names what is measured in the result. Raises GradingError if more than `reward.max_ungraded_ratio` of
     the answers cannot be graded: counted as wrong, a broken grader would look like a bad model.
@@ -84,7 +87,7 @@ def evaluate(
     samples_per_problem = recipe.eval.samples_per_problem
     answered, rewards = _answer(
         recipe, policy, sampler, renderer, grader, problems,
-        count=samples_per_problem, stream=("eval", seed), progress=progress or (lambda _: None),
+        count=samples_per_problem, stream=("eval", seed), progress=progress or (lambda _: None), ranks=ranks or Ranks(),
     )  # fmt: skip
     flat = [completion for completion, _ in answered]
     unreadable = grader.unreadable(problems)
@@ -122,10 +125,11 @@ def draw_samples(
     *,
     stream: tuple[int | str, ...],
     progress: Callable[[int], None],
+    ranks: Ranks,
 ) -> list[dict[str, Any]]:
-    """Sample an answer to each problem, and grade it; return views of them: see `Callback.samples`."""
+    """Sample an answer to each problem, and grade it; return views of them: see `Callback.samples`. A collective."""
     answered, rewards = _answer(
-        recipe, policy, sampler, renderer, grader, problems, count=1, stream=stream, progress=progress
+        recipe, policy, sampler, renderer, grader, problems, count=1, stream=stream, progress=progress, ranks=ranks
     )
     return [
         {
@@ -149,11 +153,12 @@ def _answer(
     count: int,
     stream: tuple[int | str, ...],
     progress: Callable[[int], None],
+    ranks: Ranks,
 ) -> tuple[list[tuple[Completion, Problem]], list[Reward]]:
     """Sample `count` answers to each problem at `eval.temperature`; return them with their problems, and rewards."""
-    longest, steps = recipe.rollout.max_completion_length, recipe.train.steps
+    longest, steps, mine = recipe.rollout.max_completion_length, recipe.train.steps, ranks.share(problems)
     answers = sample_completions(
-        [renderer.render(problem) for problem in problems],
+        [renderer.render(problem) for problem in mine],
         recipe,
         sampler,
         grader,
@@ -164,9 +169,14 @@ def _answer(
         stream=stream,
         finished=progress,
     )
-    answered = [(answer, problem) for problem, group in zip(problems, answers, strict=True) for answer in group]
+    answered = [(answer, problem) for problem, group in zip(mine, answers, strict=True) for answer in group]
     # A reward that changes in the course of training is here that of its end, for all weights alike.
-    return answered, grade_completions(grader, answered, step=steps, steps=steps)
+    rewards = iter(grade_completions(grader, answered, step=steps, steps=steps))
+    groups = ranks.merge([[(answer, next(rewards)) for answer in group] for group in answers])
+    graded = [
+        (answer, problem, reward) for problem, group in zip(problems, groups, strict=True) for answer, reward in group
+    ]
+    return [(answer, problem) for answer, problem, _ in graded], [reward for *_, reward in graded]
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from safetensors import SafetensorError
 
+from popo_lite.distributed import RankLostError
 from popo_lite.errors import EngineError, PopoError
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.run_folder import RunFolder
@@ -25,6 +26,10 @@ def explained(error: BaseException, run: RunFolder, memory_advice: Callable[[], 
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
         advice = f"close other programs or lower train.tokens_per_microbatch, then {resume}"
         return PopoError("the computer ran out of memory", next_step=advice)
+    if isinstance(error, RankLostError):
+        command = run.resume_command.replace("popo-lite", "torchrun --nproc-per-node N -m popo_lite", 1)
+        mend = f"{error.next_step}; then" if error.next_step else "when that is mended,"
+        return RankLostError(error.what, where=error.where, next_step=f"{mend} on any number N of ranks: {command}")
     code: object = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
         code = int(found[1])

@@ -115,6 +115,8 @@ METRICS: Mapping[str, Metric] = {
     "update_norm": Metric("update norm", "number", "L2 norm of the weight change."),
     "learning_rate": Metric("learning rate", "number", "Learning rate of the adapters.", trl="learning_rate"),
     "head_learning_rate": Metric("head learning rate", "number", "Learning rate of the predictor head."),
+    "rank_tokens_ratio": Metric("rank balance", "number", "Most tokens that a rank forwarded, over the mean of ranks."),
+    "reduced_bytes": Metric("reduced", "bytes", "Gradients summed over ranks; none with one rank."),
     "micro_batches": Metric("micro-batches", "count", "Micro-batches of the update."),
     "microbatch_tokens": Metric("micro-batch tokens", "tokens", "Token budget of a micro-batch."),
     # what it took

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +168,10 @@ class StepPlan:
     prompts: int
     entropy_tokens: int
     sample_sizes: tuple[tuple[float, int], ...] = ()
+
+    def part(self, members: Sequence[int]) -> StepPlan:
+        """Return the plan of some of the sequences; its share of the loss and its gradient add up with the others'."""
+        return replace(self, sequences=tuple(self.sequences[member] for member in members))
 
     @property
     def positives(self) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import Cursor
 from popo_lite.controls import Controls
+from popo_lite.distributed import Ranks
 from popo_lite.evaluation import check_references, fitting, not_solved
 from popo_lite.events import RunEvents
 from popo_lite.grading import TRIED_PROBLEMS, Grader
@@ -34,7 +35,7 @@ from popo_lite.verdicts import Verdicts
 class OpenRun:
     """Everything that a run holds. Use as a context manager. `controls` takes requests while it trains.
 
-    `memory_advice` returns what to change in the recipe when GPU memory runs out.
+    `memory_advice` returns what to change in the recipe when GPU memory runs out. `ranks` are the processes of the run.
     """
 
     folder: RunFolder
@@ -45,8 +46,9 @@ class OpenRun:
         callback: Callback,
         *,
         memory_advice: Callable[[], str] = lambda: "popo-lite plan RECIPE shows what takes how much memory",
+        ranks: Ranks | None = None,
     ) -> None:
-        self.recipe, self.memory_advice = recipe, memory_advice
+        self.recipe, self.memory_advice, self.ranks = recipe, memory_advice, ranks or Ranks()
         self.interrupts = Interrupts(lambda text: self.callback.message(text))
         self.callback = callback = RunEvents(callback, self.interrupts.terminal_gone)
         self.controls = Controls(self.interrupts.stop, callback.message)
@@ -60,7 +62,9 @@ class OpenRun:
         _, self.engine = pick_engine(recipe)
         with ExitStack() as stack:
             self._open_task(stack)
-            self.learner = Learner(recipe, self.policy, notify=callback.message, memory_advice=memory_advice)
+            self.learner = Learner(
+                recipe, self.policy, notify=callback.message, memory_advice=memory_advice, ranks=self.ranks
+            )
             self._open_sampler(stack)
             self._resources = stack.pop_all()
         self.cursor = Cursor(entropy_coef=getattr(recipe.objective, "entropy_coef", 0.0))
@@ -121,7 +125,7 @@ class OpenRun:
             "data": self.train_task.name + (f", {self.train_task.levels} levels" if self.train_task.levels > 1 else ""),
             "rollouts": f"{self.engine}, {recipe.data.prompts_per_step} x {recipe.rollout.num_generations}{adaptive}",
             "stops at": " ".join(map(str, policy.tokenizer.convert_ids_to_tokens(sorted(policy.stop_ids)))),
-            "device": str(policy.device),
+            "device": str(policy.device) + (f" x {self.ranks.size} ranks" if self.ranks.size > 1 else ""),
             "sequences": "one at a time" if policy.packing == "off" else f"packed ({policy.packing})",
             "folder": str(self.folder.path),
         }
@@ -156,7 +160,8 @@ class OpenRun:
             )
 
     def _advance(self, amount: int) -> None:
-        """Report progress inside a stage, and raise StopRequested after a second Ctrl-C."""
+        """Report progress inside a stage. Raises StopRequested after a second Ctrl-C, RankLostError without a rank."""
         self.interrupts.check()
+        self.ranks.check()
         if amount:
             self.callback.advance(amount)

@@ -37,7 +37,7 @@ class Pause:
             self.freed = f": {self._taken / GIB:.2f} GiB of the GPU are free again, {left / GIB:.2f} GiB stay in use"
 
     def end(self) -> str | None:
-        """Take the GPU again. Return why that is not possible now, or None."""
+        """Take the GPU again, all but the engine's part. Return why that is not possible now, or None."""
         if (free := self._free_bytes()) < self._taken:
             return (
                 f"to continue, the run needs {self._taken / GIB:.2f} GiB of the GPU, and {free / GIB:.2f} GiB are "
@@ -52,7 +52,6 @@ class Pause:
             self._parked += move_to_host(*self._holders)
             release_memory()
             return "another program took the GPU's memory: the run stays paused"
-        self._sampler.sync(self._policy.version)
         return None
 
     def _free_bytes(self) -> int:

@@ -418,6 +418,20 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(stamped(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_files(folder: Path, pattern: str) -> dict[str, bytes]:
+    """Return the content of the files that match `pattern` by their path in `folder`, without hidden ones."""
+    files = [path for path in folder.glob(pattern) if path.is_file() and path.name[0] != "."]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write what `read_files` returned to another folder."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Delete the lines of a JSONL file that `keep` refuses: a resumed run writes them again.
 

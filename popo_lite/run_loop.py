@@ -23,11 +23,11 @@ from popo_lite.errors import (
     GradingError,
     NotFiniteError,
     PopoError,
+    StopRequested,
 )
 from popo_lite.evaluation import draw_samples, evaluate
 from popo_lite.faults import explained
 from popo_lite.formats import read_json, reading
-from popo_lite.errors import StopRequested
 from popo_lite.metrics import sampler_summary
 from popo_lite.opening import OpenRun
 from popo_lite.pausing import Pause
@@ -42,8 +42,10 @@ from popo_lite.run_folder import (
     is_sound,
     keep_lines,
     peak_memory_bytes,
+    read_files,
     read_lines,
     start_files,
+    write_files,
     write_json,
 )
 from popo_lite.samplers.probe import PROBE_PROMPTS
@@ -107,9 +109,12 @@ class RunLoop(OpenRun, ABC):
                 steps, done = self.recipe.train.steps, self.cursor.next_step
                 self.callback.start(title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=done)
                 summary = self._train()
-            except StopRequested:
+                self.ranks.gather(None)  # no rank closes its connections before all have what they need
+            except StopRequested as request:
+                self.ranks.leave(request)
                 summary = None
             except BaseException as error:
+                self.ranks.leave(error)
                 # Before the advice, which may need memory.
                 outcome = self._save_after_error()
                 shown = explained(error, folder, self.memory_advice)
@@ -148,32 +153,38 @@ class RunLoop(OpenRun, ABC):
 
     def _go_on(self) -> dict[str, Any] | None:
         """Run all evaluations and steps that are left; return the summary, or None if interrupted."""
-        steps, stop = self.recipe.train.steps, self.interrupts
         self.controls.over = False
-        if not stop.requested:
+        self.learner.refuse_divergence()
+        if not self._stopping():
             self._prove_sampler(self.callback.message)
-        if self.cursor.before is None and self.held_out and not stop.requested:
+        if self.cursor.before is None and self.held_out and not self._stopping():
             self.cursor.before = self._evaluate("before").summary()
-        if self.cursor.next_step and not stop.requested:
+        if self.cursor.next_step and not self._stopping():
             self._after_step()  # what an interrupt may have left undone
         self._serve()
-        while self.cursor.next_step < steps and not stop.requested:
+        while self.cursor.next_step < self.recipe.train.steps and not self._stopping():
             self.train_step(self.cursor.next_step)
             self._after_step()
             self._serve()
-        if stop.requested:
+        if self._stopping():
             return None
         self.controls.over = True
         return self._finish(self._evaluate("after").summary() if self.held_out else None)
+
+    def _stopping(self) -> bool:
+        """Return whether any rank was asked to stop. A collective."""
+        return any(self.ranks.gather(self.interrupts.requested))
 
     # --------------------------------------------------------------------- controls
 
     def _serve(self) -> None:
         """Do what was asked for since the last step. None of it changes a draw or a weight of the run."""
-        while not self.interrupts.requested:
-            if self.controls.pausing:
+        while not self._stopping():
+            pausing = self.controls.pausing
+            pausing, action = self.ranks.from_first((pausing, None if pausing else self.controls.take()))
+            if pausing:
                 self._pause()
-            elif (action := self.controls.take()) is None:
+            elif action is None:
                 return
             else:
                 try:
@@ -204,14 +215,18 @@ class RunLoop(OpenRun, ABC):
             self.controls.paused = True
             how = 'to continue press p, or request "continue"'
             self.callback.message(f"paused {where}{pause.freed}; {how}; Ctrl-C saves and stops")
-            while not self.interrupts.requested:
+            while not self._stopping():
                 self.controls.wait(0.2)
-                if self.controls.pausing or self.interrupts.requested:
+                if self.ranks.from_first(self.controls.pausing) or self._stopping():
                     continue
-                if (problem := pause.end()) is None:
+                problems = self.ranks.gather(pause.end())
+                if not any(problems):
+                    self.sampler.sync(self.policy.version)
                     self.callback.message(f"continued {where}")
                     return
-                self.callback.message(problem)
+                if problems[self.ranks.rank] is None:
+                    pause = Pause(self.learner, self.sampler)
+                self.callback.message(next(filter(None, problems)))
                 self.controls.request("pause")
         finally:
             self.controls.paused = False
@@ -227,7 +242,7 @@ class RunLoop(OpenRun, ABC):
         chosen = [problems[index % len(problems)] for index in range(start, start + min(ASKED_SAMPLES, len(problems)))]
         drawn = draw_samples(
             self.recipe, self.policy, self.sampler, self.renderer, self.grader, chosen,
-            stream=("asked", self.recipe.train.seed, done, self._asked), progress=self._advance,
+            stream=("asked", self.recipe.train.seed, done, self._asked), progress=self._advance, ranks=self.ranks,
         )  # fmt: skip
         right = sum(sample["right"] is not None for sample in drawn)
         kind = "held-out" if self.held_out else "training"
@@ -240,8 +255,10 @@ class RunLoop(OpenRun, ABC):
         """Return what to do about the error so that the run can go on, or None.
 
         An engine is opened once for each step, and the run rolls back once, also after Ctrl-C: a resume would not start
-        from weights that went wrong.
+        from weights that went wrong. Several ranks do not recover: the error may be that of one alone.
         """
+        if self.ranks.size > 1:
+            return None
         step, what = self.cursor.next_step, error.what
         if isinstance(error, EngineFailedError):
             if self.interrupts.requested or not self._consistent or self._reopened_at == step:
@@ -299,6 +316,8 @@ class RunLoop(OpenRun, ABC):
     def _save_after_error(self) -> str:
         """Save the last whole step, and return what is saved. An error in here never hides the first one."""
         self.callback.ending = True
+        if not self.ranks.first:
+            return "rank 0 saves the run"
         done, newest = self.cursor.next_step, checkpoint_folders(self.folder.checkpoints)
         left = f"the newest checkpoint is {newest[-1]}" if newest else "there is no checkpoint"
         if not self._consistent:
@@ -329,6 +348,8 @@ class RunLoop(OpenRun, ABC):
             if is_best := self.cursor.best is None or pass_at_1 > self.cursor.best["pass_at_1"]:
                 self.cursor.best = {"step": done, "pass_at_1": pass_at_1}
         due = done % train.save_steps == 0 or done == train.steps
+        if due:
+            self.learner.refuse_divergence()
         if due or is_best:
             self._checkpoint()
         if due:
@@ -364,6 +385,9 @@ class RunLoop(OpenRun, ABC):
             self._unwritten.pop(0)
 
     def _checkpoint(self) -> Path:
+        """Save a checkpoint, on rank 0."""
+        if not self.ranks.first:
+            return self.folder.checkpoints
         self.callback.stage("checkpoint")
         start = time.perf_counter()
         folder = save_checkpoint(
@@ -396,10 +420,12 @@ class RunLoop(OpenRun, ABC):
 
     def _restore(self, step: int | None = None) -> None:
         """Go back to the checkpoint after `step` steps, by default the newest, or to step 0 if there is none."""
-        if not (checkpoints := checkpoint_folders(self.folder.checkpoints)):
+        checkpoints = checkpoint_folders(self.folder.checkpoints)
+        newest = checkpoints[-1] if checkpoints else None
+        wanted = next((path for path in checkpoints if checkpoint_step(path) == step), newest)
+        if (source := self._from_first(wanted)) is None:
             self.callback.message("there is no checkpoint: the run starts again at step 1")
         else:
-            source = next((path for path in checkpoints if checkpoint_step(path) == step), checkpoints[-1])
             self.cursor = load_checkpoint(source, self.learner)
             if step is not None:
                 go_back(self.folder, step)  # not before: the checkpoint may be damaged
@@ -425,6 +451,16 @@ class RunLoop(OpenRun, ABC):
             return bool(line["when"] != "after" and line["step"] <= cursor.evaluated)
 
         keep_lines(self.folder.evaluations_path, is_kept)
+
+    def _from_first(self, checkpoint: Path | None) -> Path | None:
+        """Return rank 0's checkpoint, for other ranks a copy of it in their folder. A collective."""
+        if self.ranks.size == 1:
+            return checkpoint
+        found = None if checkpoint is None else (checkpoint.name, read_files(checkpoint, "**/*"))
+        if (sent := self.ranks.from_first(found)) is None or self.ranks.first:
+            return checkpoint
+        write_files(self.folder.checkpoints / sent[0], sent[1])
+        return self.folder.checkpoints / sent[0]
 
     def _digests(self) -> dict[str, dict[str, str]]:
         return {"training": digests(self.train_task.training()), "held_out": digests(self.held_out)}
@@ -468,6 +504,7 @@ class RunLoop(OpenRun, ABC):
             self.held_out,
             seed=recipe.train.seed,
             progress=self._advance,
+            ranks=self.ranks,
         )
         record = {"when": when, "step": self.cursor.next_step, **result.summary()}
         append_line(self.folder.evaluations_path, record)
@@ -479,10 +516,11 @@ class RunLoop(OpenRun, ABC):
 
     def _finish(self, after: dict[str, Any] | None) -> dict[str, Any]:
         """Write adapter/, siamese/ and summary.json; return the summary."""
-        save_adapter(self.policy.model, self.folder.adapter, base_id=self.recipe.model.id)
-        with self.learner.siamese.swapped():
-            save_adapter(self.policy.model, self.folder.siamese, base_id=self.recipe.model.id)
-        sync_folder(self.folder.path)  # summary.json says that both are there, also after a power cut
+        if self.ranks.first:
+            save_adapter(self.policy.model, self.folder.adapter, base_id=self.recipe.model.id)
+            with self.learner.siamese.swapped():
+                save_adapter(self.policy.model, self.folder.siamese, base_id=self.recipe.model.id)
+            sync_folder(self.folder.path)  # summary.json says that both are there, also after a power cut
         sampler, records = self.sampler, read_lines(self.folder.metrics_path)
         summary = {
             "recipe": self.folder.path.name,

@@ -50,6 +50,7 @@ class Trainer(RunLoop):
             step,
             clock,
             self._advance,
+            self.ranks,
         )
         with clock("weights"):
             self.sampler.sleep()
@@ -63,16 +64,17 @@ class Trainer(RunLoop):
         if self.recipe.lora.dropout or (plan is None and self.sampler.engine != "hf"):
             gap = self.learner.gap_mean(checked)
         if plan is not None:
+            mine = self.learner.part(plan)
             with clock("siamese"):
                 # Before any graph exists: the averaged weights stand in the place of the trained ones. Both are None
                 # for objectives without a similarity or a KL term.
-                targets = self.learner.siamese_targets(step, plan)
-                reference_logps = self.learner.reference_logps(plan)
-            with clock("update", total=len(plan.sequences)):
+                targets = self.learner.siamese_targets(step, mine)
+                reference_logps = self.learner.reference_logps(mine)
+            with clock("update", total=len(mine.sequences)):
                 # All that torch draws in a step (LoRA dropout) follows from the step, so a resumed run needs no state.
                 torch.manual_seed(stream_seed("step", self.recipe.train.seed, step))
                 result = self.learner.backward(
-                    plan, targets, reference_logps, self.cursor.entropy_coef, progress=self._advance
+                    mine, targets, reference_logps, self.cursor.entropy_coef, progress=self._advance
                 )
                 gap = result.gap_mean if gap is None else gap
                 largest = self.recipe.optimizer.max_grad_norm

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from popo_lite.balance import divide
 from popo_lite.chunks import chunk_tokens
-from popo_lite.errors import NotFiniteError
+from popo_lite.distributed import Ranks
+from popo_lite.errors import EngineError, NotFiniteError
 from popo_lite.fused import fused_loss, refuse_without_compiler, score
 from popo_lite.micro_batches import MicroBatch, MicroBatches
 from popo_lite.objective import LOSSES, StepPlan, Tokens, noisy_target, plan_step, similarity_loss
@@ -105,13 +109,15 @@ SCALE_GROWS_EVERY = 50
 class UpdateResult:
     """Sums over a step's micro-batches: `sums` by metric, and policy - sampler log-probs, `log_ratios` [N].
 
-    `tokens` were forwarded in `micro_batches` passes.
+    `rank_tokens` are the tokens that each rank forwarded, all together in `micro_batches` passes; `reduced_bytes` of
+    gradients were summed over the ranks.
     """
 
     sums: dict[str, float] = field(default_factory=dict)
     log_ratios: list[Tensor] = field(default_factory=list)
     micro_batches: int = 0
-    tokens: int = 0
+    rank_tokens: list[int] = field(default_factory=list)
+    reduced_bytes: int | None = None
     grad_norm: float = math.nan
     update_norm: float | None = None
 
@@ -119,6 +125,11 @@ class UpdateResult:
     def entropy(self) -> float:
         """Mean entropy of the completion tokens whose entropy counts, nats."""
         return -self.sums["loss_entropy"]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens forwarded by all ranks."""
+        return sum(self.rank_tokens)
 
     @property
     def gap_mean(self) -> float:
@@ -147,6 +158,8 @@ class UpdateResult:
             "trained_tokens": self.tokens,
             "shared_tokens": plan.sequence_tokens - self.tokens,
             "micro_batches": self.micro_batches,
+            "rank_tokens_ratio": max(self.rank_tokens) * len(self.rank_tokens) / self.tokens,
+            "reduced_bytes": self.reduced_bytes,
         }
 
 
@@ -164,9 +177,15 @@ class Learner:
     """The policy with its siamese and optimizer. Nothing here samples, grades, records or saves."""
 
     def __init__(
-        self, recipe: Recipe, policy: Policy, *, notify: Callable[[str], None], memory_advice: Callable[[], str]
+        self,
+        recipe: Recipe,
+        policy: Policy,
+        *,
+        notify: Callable[[str], None],
+        memory_advice: Callable[[], str],
+        ranks: Ranks | None = None,
     ) -> None:
-        self.recipe, self.policy = recipe, policy
+        self.recipe, self.policy, self.ranks = recipe, policy, ranks or Ranks()
         self.siamese = Siamese(policy.trainable_parameters(), recipe.siamese.tau)
         self.optimizer = build_optimizer(policy, recipe.optimizer)
         self.micro_batches = MicroBatches(
@@ -197,6 +216,13 @@ class Learner:
             max_completion_length=self.recipe.rollout.max_completion_length,
             mean_logps=self._policy_mean_logps if from_trainer else None,
         )
+
+    def part(self, plan: StepPlan) -> StepPlan:
+        """Return the part of `plan` that this rank trains on."""
+        return plan.part(self._divide([sequence.rollout for sequence in plan.sequences]))
+
+    def _divide(self, rollouts: Sequence[Rollout]) -> list[int]:
+        return divide(rollouts, self.ranks.size, shared_prefix=self.policy.shared_prefix)[self.ranks.rank]
 
     @torch.no_grad()
     def siamese_targets(self, step: int, plan: StepPlan) -> Tensor | None:
@@ -249,6 +275,9 @@ class Learner:
     ) -> UpdateResult:
         """Leave the step's clipped gradients in the parameters: the sum over micro-batches, however they are split.
 
+        `plan`, `targets` and `reference_logps` are this rank's part, the gradients and the result those of all ranks.
+        A collective, also for a rank that has no sequences.
+
         In float16 all is done again with a smaller loss scale while gradients overflow. `progress` gets the number of
         sequences that are done, a negative one if they are done again, and may raise.
         """
@@ -263,6 +292,7 @@ class Learner:
         finally:
             if not found:  # no scale helps, or the step was not finished and is done again with this one
                 self.loss_scale = start
+        self._add_up(result)
         return result
 
     def _backward(
@@ -296,12 +326,27 @@ class Learner:
 
         rollouts = [sequence.rollout for sequence in plan.sequences]
         result.micro_batches = self.micro_batches.run(rollouts, accumulate, stage="update", restart=restart)
-        result.tokens = self.micro_batches.tokens["update"]
         parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
+        if self.ranks.size > 1:
+            result.reduced_bytes = self.ranks.sum_gradients(parameters)
         if self.loss_scale != 1:
             torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.loss_scale)
-        result.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.max_grad_norm))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # Cards of several kinds may round the norm differently: all take that of rank 0, and so stay equal.
+        norm.fill_(self.ranks.from_first(norm.item()))
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.optimizer.max_grad_norm, norm)
+        result.grad_norm = norm.item()
         return result
+
+    def _add_up(self, result: UpdateResult) -> None:
+        """Replace this rank's sums by those of all ranks, which add them in the same order."""
+        parts = self.ranks.gather((result.sums, result.log_ratios, result.micro_batches, self.micro_batches.tokens))
+        names = dict.fromkeys(name for sums, *_ in parts for name in sums)
+        result.sums = {name: sum(sums.get(name, 0.0) for sums, *_ in parts) for name in names}
+        result.log_ratios = [ratios for _, log_ratios, *_ in parts for ratios in log_ratios]
+        result.micro_batches = sum(count for _, _, count, _ in parts)
+        result.rank_tokens = [tokens["update"] for *_, tokens in parts]
+        self.micro_batches.tokens = sum((tokens for *_, tokens in parts), Counter())
 
     def _loss(
         self,
@@ -394,6 +439,19 @@ class Learner:
         if self.loss_scale != 1 and self.policy.version % SCALE_GROWS_EVERY == 0:
             self.loss_scale = min(2 * self.loss_scale, LARGEST_SCALE)
 
+    def refuse_divergence(self) -> None:
+        """Raise EngineError unless all ranks hold the same trained and averaged weights, bit for bit. A collective."""
+        digest = hashlib.blake2b()
+        for _, parameter in self.policy.trainable_parameters():
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+        for average in self.siamese.average.values():
+            digest.update(average.cpu().numpy().tobytes())
+        digests = self.ranks.gather(digest.hexdigest())
+        if different := [f"rank {rank}" for rank, each in enumerate(digests) if each != digests[0]]:
+            what = f"{' and '.join(different)} hold other weights than rank 0, and all must hold the same"
+            next_step = "run on cards of one kind with the same versions; if they are, test their memory"
+            raise EngineError(what, next_step=next_step)
+
     def refuse_not_finite(self) -> None:
         """Raise NotFiniteError if a trained or averaged weight is not finite: such weights are never saved."""
         tensors = [parameter.detach() for _, parameter in self.policy.trainable_parameters()]
@@ -415,12 +473,12 @@ class Learner:
         return float(torch.cat(gaps).mean())
 
     def _policy_mean_logps(self, rollouts: Sequence[Rollout]) -> list[float]:
-        means = [0.0] * len(rollouts)
-        for batch, logps in self._score(rollouts, stage="weights"):
+        mine, means = self._divide(rollouts), dict[int, float]()
+        for batch, logps in self._score([rollouts[index] for index in mine], stage="weights"):
             values = torch.stack([part.mean() for part in batch.by_sequence(logps)]).tolist()  # one transfer
-            for member, mean in zip(batch.members, values, strict=True):
-                means[member] = mean
-        return means
+            means |= {mine[member]: mean for member, mean in zip(batch.members, values, strict=True)}
+        everywhere = {index: mean for part in self.ranks.gather(means) for index, mean in part.items()}
+        return [everywhere[index] for index in range(len(rollouts))]
 
     @torch.no_grad()
     def _score(self, rollouts: Sequence[Rollout], *, stage: str) -> list[tuple[MicroBatch, Tensor]]:

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from popo_lite.api import load_trainer
 from popo_lite.callbacks import Callback, CallbackList
 from popo_lite.errors import INTERRUPTED, UserInputError
+from popo_lite.joining import Opened, joined
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
@@ -25,6 +26,9 @@ from popo_lite.tools.completion import complete_recipe, complete_run
 from popo_lite.tools.console.views import VIEWS
 from popo_lite.tools.reporting import reporters
 from popo_lite.trust import refuse_untrusted, trust_option
+
+if TYPE_CHECKING:
+    from popo_lite.distributed import Ranks
 
 SET = click.option(
     "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
@@ -66,11 +70,17 @@ def train(
     Example:
       popo-lite train tiny_cpu
     """
-    settings = dated(load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}")))
-    refuse_untrusted(settings, recipe, trust, overrides=overrides)
-    # The folder is taken before anything is loaded; a run that cannot start leaves nothing behind.
-    with new_run(settings, Path(recipe).stem, output) as folder:
-        _train(folder, settings, recipe, view, ignore_plan=ignore_plan, as_json=as_json)
+
+    @contextmanager
+    def opening() -> Iterator[Opened]:
+        settings = dated(load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}")))
+        refuse_untrusted(settings, recipe, trust, overrides=overrides)
+        # The folder is taken before anything is loaded; a run that cannot start leaves nothing behind.
+        with new_run(settings, Path(recipe).stem, output) as folder:
+            yield folder, settings, {}
+
+    with joined(opening()) as (ranks, folder, settings, options):
+        _train(ranks, folder, settings, recipe, view, ignore_plan=ignore_plan, as_json=as_json, **options)
 
 
 @click.command()
@@ -95,8 +105,10 @@ def resume(
     Example:
       popo-lite resume runs/tiny_cpu-seed0 --set train.steps=62
     """
-    with resumed_run(run, overrides, checkpoint, trust=trust) as (folder, settings, options):
-        _train(folder, settings, str(folder.recipe_path), view, ignore_plan=ignore_plan, as_json=as_json, **options)
+    with joined(resumed_run(run, overrides, checkpoint, trust=trust)) as (ranks, folder, settings, options):
+        _train(
+            ranks, folder, settings, str(run / "recipe.toml"), view, ignore_plan=ignore_plan, as_json=as_json, **options
+        )
 
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -140,7 +152,8 @@ def _write_nowhere() -> None:
 
 
 def _train(
-    folder: RunFolder, settings: Recipe, recipe: str, view: str, *, ignore_plan: bool, as_json: bool, **options: Any
+    ranks: Ranks, folder: RunFolder, settings: Recipe, recipe: str, view: str, *, ignore_plan: bool, as_json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Train in a locked folder and print the summary, or how to continue.
 
@@ -152,10 +165,11 @@ def _train(
     from popo_lite.tools.console.views import open_view
 
     advice = f"popo-lite plan {shlex.quote(recipe)}   (what takes how much memory, and what to change)"
-    screen = open_view("silent" if as_json else view)  # type: ignore[arg-type]  # click checks the choice
-    with _closed([screen, *reporters(folder, settings)]) as watcher:
+    # Rank 0 shows the run.
+    screen = open_view(view if ranks.first and not as_json else "silent")  # type: ignore[arg-type]  # click checks it
+    with _closed([screen, *(reporters(folder, settings) if ranks.first else ())]) as watcher:
         try:
-            trainer = load_trainer(settings, watcher, ignore_plan=ignore_plan, advice=advice)
+            trainer = load_trainer(settings, watcher, ignore_plan=ignore_plan, advice=advice, ranks=ranks)
         except UserInputError as error:
             raise error.within(recipe) from error
         with trainer:
@@ -168,10 +182,14 @@ def _train(
                 _handle(signal.SIG_IGN)  # what has ended is closed in order
     if result.summary is None:
         done = f"stopped after {result.next_step} of {settings.train.steps} steps; saved. To continue:"
-        click.echo(f"{done}\n  {result.folder.resume_command}{' --ignore-plan' if ignore_plan else ''}", err=as_json)
+        if ranks.first:
+            command = f"{result.folder.resume_command}{' --ignore-plan' if ignore_plan else ''}"
+            click.echo(f"{done}\n  {command}", err=as_json)
         # Not a Python handler: the interpreter removes those when it exits, and then the signal would kill it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise SystemExit(INTERRUPTED)
+    if not ranks.first:
+        return
     if as_json:
         click.echo(json.dumps(result.summary))
         return

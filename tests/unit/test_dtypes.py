@@ -13,8 +13,7 @@ import torch
 from helpers import json_lines
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import load_checkpoint
-from popo_lite.errors import ModelError, UserInputError
-from popo_lite.errors import StopRequested
+from popo_lite.errors import ModelError, StopRequested, UserInputError
 from popo_lite.policy import device
 from popo_lite.policy.device import check_cpu_size, check_dtype, cuda_problem, pick_device
 from popo_lite.policy.policy import check_logits, load_policy

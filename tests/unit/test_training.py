@@ -21,10 +21,9 @@ from popo_lite.checkpoint import (
     save_checkpoint,
 )
 from popo_lite.curriculum import Seen
-from popo_lite.errors import CheckpointError, PopoError, UserInputError
+from popo_lite.errors import CheckpointError, PopoError, StopRequested, UserInputError
 from popo_lite.evaluation import pass_at_k
 from popo_lite.formats import read_json
-from popo_lite.errors import StopRequested
 from popo_lite.interrupts import Interrupts
 from popo_lite.micro_batches import collate, pack
 from popo_lite.policy.policy import load_policy

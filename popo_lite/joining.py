@@ -1,0 +1,49 @@
+"""Open a run on all of its ranks. Imports torch only when it must."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from popo_lite.recipe import Recipe
+from popo_lite.run_folder import RunFolder, read_files, write_files
+
+if TYPE_CHECKING:
+    from popo_lite.distributed import Ranks
+
+Opened = tuple[RunFolder, Recipe, dict[str, Any]]
+"""A run's folder and recipe, and options of `Trainer.run`."""
+
+
+@contextmanager
+def joined(opening: AbstractContextManager[Opened]) -> Iterator[tuple[Ranks, RunFolder, Recipe, dict[str, Any]]]:
+    """Open a run with `opening` on rank 0, and yield the ranks with what it yields.
+
+    Other ranks get the same recipe and options. Their folder is a temporary one, with a copy of the run's files except
+    checkpoints, so they write the small files of a run like rank 0, and nobody reads them.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        with opening as (folder, recipe, options):
+            from popo_lite.distributed import Ranks
+
+            yield Ranks(), folder, recipe, options
+        return
+    from popo_lite.distributed import join
+
+    with join() as ranks:
+        if ranks.first:
+            with opening as (folder, recipe, options):
+                files = read_files(folder.path, "*")
+                ranks.from_first((recipe, options, files, folder.resume_command))
+                yield ranks, folder, recipe, options
+            return
+        recipe, options, files, resume_command = ranks.from_first((Recipe(), {}, {}, ""))
+        with TemporaryDirectory(prefix="popo-lite-") as path:
+            folder = RunFolder(Path(path))
+            folder.resume_command = resume_command
+            write_files(folder.path, files)
+            yield ranks, folder, recipe, options
