@@ -12,8 +12,8 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -30,8 +30,8 @@ BEAT_SECONDS = 1.0
 """How often a rank says that it is alive."""
 LOST_SECONDS = 20.0
 """A rank that has said nothing for so long is lost."""
-WAIT_HOURS = 24
-"""Longest wait for another rank that is alive, such as for its rollouts."""
+COLLECTIVE_MINUTES = 10
+"""Longest time that a collective may take once all ranks are there."""
 GONE: dict[str, str | None] = {"what": "is gone: it was killed, or its machine or network failed"}
 """The end of a rank that says nothing any more."""
 
@@ -90,29 +90,37 @@ class Ranks(AbstractContextManager["Ranks"]):
 
 
 class ProcessGroup(Ranks):
-    """The ranks of torch.distributed: gloo for objects and on CPUs, NCCL for gradients on GPUs."""
+    """The ranks of torch.distributed: gloo for objects and on CPUs, NCCL for gradients on GPUs.
 
-    def __init__(self, watch: Watch, group: Any) -> None:
+    Every collective begins with a meeting through the store. So none of gloo's or NCCL's ever waits for a rank that is
+    gone: they could not be stopped.
+    """
+
+    def __init__(self, watch: Watch, store: Any, group: Any = None) -> None:
         self.rank, self.size = watch.rank, watch.size
-        self._watch, self._group = watch, group
+        self._watch, self._store, self._group = watch, store, group
+        self._meetings = self._groups = 0
 
     def gather(self, value: T) -> list[T]:  # noqa: D102
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._wait(distributed.all_gather, sizes, torch.tensor([data.numel()]))
-        longest = max(int(size) for size in sizes)
-        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        self._wait(distributed.all_gather, parts, torch.nn.functional.pad(data, (0, longest - data.numel())))
-        # Of ranks of the same run, which may run any code anyway.
+        with self._meeting():
+            distributed.all_gather(sizes, torch.tensor([data.numel()]), group=self._group)
+            longest = max(int(size) for size in sizes)
+            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+            padded = torch.nn.functional.pad(data, (0, longest - data.numel()))
+            distributed.all_gather(parts, padded, group=self._group)
+        # Pickles of ranks of the same run, which may run any code anyway.
         return [pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]  # noqa: S301
 
     def from_first(self, value: T) -> T:  # noqa: D102
         data = torch.frombuffer(bytearray(pickle.dumps(value) if self.first else b"\0"), dtype=torch.uint8)
         size = torch.tensor([data.numel()])
-        self._wait(distributed.broadcast, size, 0)
-        if not self.first:
-            data = torch.empty(int(size), dtype=torch.uint8)
-        self._wait(distributed.broadcast, data, 0)
+        with self._meeting():
+            distributed.broadcast(size, 0, group=self._group)
+            if not self.first:
+                data = torch.empty(int(size), dtype=torch.uint8)
+            distributed.broadcast(data, 0, group=self._group)
         received: T = pickle.loads(data.numpy().tobytes())  # noqa: S301
         return received
 
@@ -124,7 +132,8 @@ class ProcessGroup(Ranks):
             return 0
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in taking]
         bucket = torch._utils._flatten_dense_tensors(gradients)
-        self._wait(distributed.all_reduce, bucket)
+        with self._meeting():
+            distributed.all_reduce(bucket, group=self._group)
         for parameter, gradient in zip(taking, torch._utils._unflatten_dense_tensors(bucket, gradients), strict=True):
             parameter.grad = gradient
         return int(bucket.nbytes)
@@ -133,7 +142,10 @@ class ProcessGroup(Ranks):
         self._watch.check()
 
     def another(self) -> Ranks:  # noqa: D102
-        return ProcessGroup(self._watch, distributed.new_group(backend="gloo"))
+        self._groups += 1
+        store = PrefixStore(f"group-{self._groups}", self._store)
+        with self._meeting():
+            return ProcessGroup(self._watch, store, distributed.new_group(backend="gloo"))
 
     def leave(self, error: BaseException | None) -> None:  # noqa: D102
         self._watch.leave(error)
@@ -144,22 +156,20 @@ class ProcessGroup(Ranks):
         if isinstance(error, PopoError) and not self._watch.reports:
             raise SystemExit(error.exit_code) from error
 
-    def _wait(self, collective: Callable[..., Any], *arguments: Any) -> None:
-        """Do a collective, and raise as soon as another rank has ended."""
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Wait until all ranks are here, then run the block. Raises RankLostError if that cannot be or fails."""
+        self._meetings += 1
         try:
-            work, pause = collective(*arguments, group=self._group, async_op=True), 1e-4
-            while not work.is_completed():
+            arrived, pause = self._store.add("arrived", 1), 1e-4
+            while arrived < self._meetings * self.size:  # none can be a meeting ahead
                 self._watch.check()
                 time.sleep(pause)
-                pause = min(2 * pause, 0.01)
-            work.wait()
-        except (RankLostError, StopRequested, RuntimeError) as error:
-            if torch.cuda.is_available():
-                with suppress(Exception):  # a kernel of NCCL would keep the GPU busy for ever
-                    distributed.distributed_c10d._abort_process_group()
-            if isinstance(error, RuntimeError):  # a connection broke
-                raise self._watch.reason_of(error) from error
-            raise
+                pause = min(2 * pause, 0.02)
+                arrived = self._store.add("arrived", 0)
+            yield
+        except RuntimeError as error:  # a connection broke
+            raise self._watch.reason_of(error) from error
 
 
 class Watch:
@@ -239,9 +249,9 @@ class Watch:
                         self._heard[rank] = beat, now
                     elif now > self._heard[rank][1] + LOST_SECONDS:
                         self._ended[rank] = GONE
-        except RuntimeError as error:  # rank 0, or torchrun, has the store
+        except RuntimeError:  # rank 0, or torchrun on its machine, has the store
             if not self._leaving.is_set():
-                self._ended.setdefault(0, {"what": f"is gone, and with it the means to talk to others: {error}"})
+                self._ended.setdefault(0, GONE)
 
 
 def join() -> Ranks:
@@ -258,12 +268,13 @@ def join() -> Ranks:
         store, rank, size = next(iter(rendezvous("env://", timeout=datetime.timedelta(minutes=5))))
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=PrefixStore("torch", store), rank=rank,
-            world_size=size, timeout=datetime.timedelta(hours=WAIT_HOURS),
+            world_size=size, timeout=datetime.timedelta(minutes=COLLECTIVE_MINUTES),
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         next_step = "start it with torchrun or accelerate launch: docs/scaling.md"
         raise EngineError(f"the ranks do not find each other: {error}", next_step=next_step) from error
-    ranks = ProcessGroup(Watch(PrefixStore("popo-lite", store), rank, size), None)
+    store = PrefixStore("popo-lite", store)
+    ranks = ProcessGroup(Watch(store, rank, size), store)
     versions = ranks.gather({package: metadata.version(package) for package in ("popo-lite", "torch", "transformers")})
     if different := [other for other in range(size) if versions[other] != versions[0]]:
         what = f"rank {different[0]} runs {versions[different[0]]}, and rank 0 {versions[0]}"

@@ -32,6 +32,7 @@ def joined(opening: AbstractContextManager[Opened]) -> Iterator[tuple[Ranks, Run
 
             yield Ranks(), folder, recipe, options
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that is gone is reported without C++ stacks
     from popo_lite.distributed import join
 
     with join() as ranks:

@@ -317,7 +317,7 @@ class RunLoop(OpenRun, ABC):
         """Save the last whole step, and return what is saved. An error in here never hides the first one."""
         self.callback.ending = True
         if not self.ranks.first:
-            return "rank 0 saves the run"
+            return "the run continues from its newest checkpoint"
         done, newest = self.cursor.next_step, checkpoint_folders(self.folder.checkpoints)
         left = f"the newest checkpoint is {newest[-1]}" if newest else "there is no checkpoint"
         if not self._consistent:
