@@ -261,9 +261,12 @@ def join() -> Ranks:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if on_gpu := torch.cuda.is_available():
+        here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if here >= gpus:
+            next_step = f"start {gpus} on this machine, or train on the CPU with CUDA_VISIBLE_DEVICES= in front"
+            raise EngineError(f"this machine has {gpus} GPUs, and rank {here + 1} on it has none", next_step=next_step)
+        torch.cuda.set_device(here)
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=datetime.timedelta(minutes=5))))
         distributed.init_process_group(
