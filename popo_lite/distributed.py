@@ -161,12 +161,16 @@ class ProcessGroup(Ranks):
         """Wait until all ranks are here, then run the block. Raises RankLostError if that cannot be or fails."""
         self._meetings += 1
         try:
-            arrived, pause = self._store.add("arrived", 1), 1e-4
-            while arrived < self._meetings * self.size:  # none can be a meeting ahead
+            needed, pause = self._meetings * self.size, 1e-4  # none can be a meeting ahead
+            arrived = self._store.add("arrived", 1)
+            while arrived < needed:
                 self._watch.check()
                 time.sleep(pause)
                 pause = min(2 * pause, 0.02)
+                left = self._watch.left()  # before the count: a rank may come to this meeting, and then end
                 arrived = self._store.add("arrived", 0)
+                if left is not None and arrived < needed:
+                    raise RankLostError(f"rank {left} has ended the run, and this one has not")
             yield
         except RuntimeError as error:  # a connection broke
             raise self._watch.reason_of(error) from error
@@ -193,6 +197,10 @@ class Watch:
                 raise RankLostError(
                     f"rank {rank} {end['what']}", where=end.get("where"), next_step=end.get("next_step")
                 )
+
+    def left(self) -> int | None:
+        """Return a rank that has ended with the run, if there is one."""
+        return next((rank for rank, end in list(self._ended.items()) if end.get("kind") == "ended"), None)
 
     @property
     def reports(self) -> bool:
