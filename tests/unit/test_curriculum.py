@@ -19,6 +19,7 @@ from popo_lite.curriculum import (
     is_known,
     remember,
 )
+from popo_lite.distributed import Ranks
 from popo_lite.errors import RecipeError
 from popo_lite.interrupts import StageClock
 from popo_lite.metrics import rollout_metrics
@@ -79,7 +80,7 @@ def gathered(tiny_recipe):
         clock = StageClock(Callback(), torch.device("cpu"))
         groups = collect(
             prompts, trainer.recipe, sampler=trainer.sampler, grader=trainer.grader, renderer=trainer.renderer,
-            policy_version=trainer.policy.version, step=3, clock=clock, progress=lambda _: None,
+            policy_version=trainer.policy.version, step=3, clock=clock, progress=lambda _: None, ranks=Ranks(),
         )  # fmt: skip
         assert list(clock.seconds) == ["rollout", "grade"]
         return groups, trainer
