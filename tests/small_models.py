@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from popo_lite.policy.load import TINY_FOLDER
 
@@ -229,3 +236,27 @@ def write_family(family: Family, folder: Path) -> None:
             parameter.data.mul_(3)  # sharper attention shows what gets lost
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY_FOLDER).save_pretrained(folder)
+
+
+def save_phi(folder: Path) -> Path:
+    """Save a Phi, which keeps float64 from end to end: the norms of Llama and Qwen pass through float32."""
+    torch.manual_seed(0)
+    model = PhiForCausalLM(
+        PhiConfig(
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            eos_token_id=1,
+            pad_token_id=0,
+            bos_token_id=None,
+        )
+    )
+    for parameter in model.parameters():
+        parameter.data *= 4  # distributions far from uniform
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY_FOLDER).save_pretrained(folder)
+    return folder

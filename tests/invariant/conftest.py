@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
-from popo_lite.policy.load import TINY_FOLDER
 from popo_lite.trainer import Trainer
+from small_models import save_phi
 from updates import trainer_of
 
 
 @pytest.fixture(scope="module")
 def phi(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("phi")
-    torch.manual_seed(0)
-    model = transformers.PhiForCausalLM(
-        transformers.PhiConfig(
-            vocab_size=320,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            eos_token_id=1,
-            pad_token_id=0,
-            bos_token_id=None,
-        )
-    )
-    for parameter in model.parameters():
-        parameter.data *= 4  # distributions far from uniform
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(TINY_FOLDER).save_pretrained(folder)
-    return folder
+    return save_phi(tmp_path_factory.mktemp("phi"))
 
 
 @pytest.fixture
