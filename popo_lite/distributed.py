@@ -32,6 +32,8 @@ LOST_SECONDS = 20.0
 """A rank that has said nothing for so long is lost."""
 COLLECTIVE_MINUTES = 10
 """Longest time that a collective may take once all ranks are there."""
+CLOSED = "closed"
+"""Last beat of a rank."""
 GONE: dict[str, str | None] = {"what": "is gone: it was killed, or its machine or network failed"}
 """The end of a rank that says nothing any more."""
 
@@ -151,8 +153,15 @@ class ProcessGroup(Ranks):
         self._watch.leave(error)
 
     def __exit__(self, _kind: object = None, error: BaseException | None = None, _trace: object = None, /) -> None:
-        """Leave the others. Rank 0 reports a PopoError for all ranks; another rank only exits with its code."""
+        """Leave the others. Rank 0 reports a PopoError for all ranks; another rank only exits with its code.
+
+        The others end after rank 0, which may be saving: torchrun kills what still runs 30 seconds after the first
+        process that has failed.
+        """
         self.leave(error)
+        if not self.first:
+            self._watch.wait_for_first()
+        self._watch.close()
         if isinstance(error, PopoError) and not self._watch.reports:
             raise SystemExit(error.exit_code) from error
 
@@ -184,7 +193,8 @@ class Watch:
         self._others = [other for other in range(size) if other != rank]
         self._heard = dict.fromkeys(self._others, ("", time.monotonic()))
         self._ended: dict[int, dict[str, str | None]] = {}
-        self._leaving = threading.Event()
+        self._left, self._closed = False, threading.Event()
+        store.multi_set([f"end/{rank}", f"beat/{rank}"], ["", "0"])
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
         self._thread.start()
 
@@ -226,10 +236,9 @@ class Watch:
 
     def leave(self, error: BaseException | None) -> None:
         """Tell the other ranks that this one ends, and why."""
-        if self._leaving.is_set():
+        if self._left:
             return
-        self._leaving.set()
-        self._thread.join()
+        self._left = True
         end: dict[str, str | None] = {"kind": "ended"}
         if isinstance(error, StopRequested):
             end = {"kind": "abandoned"}
@@ -240,25 +249,38 @@ class Watch:
         with suppress(RuntimeError):  # of a store that has gone with another rank
             self._store.set(f"end/{self.rank}", json.dumps(end))
 
+    def wait_for_first(self) -> None:
+        """Return when rank 0 is through with all that it has to do, or is gone."""
+        beat, heard = self._heard[0]
+        while self._thread.is_alive() and beat != CLOSED and time.monotonic() < heard + LOST_SECONDS:
+            time.sleep(BEAT_SECONDS / 4)
+            beat, heard = self._heard[0]
+
+    def close(self) -> None:
+        """Say nothing any more."""
+        self._closed.set()
+        self._thread.join()
+        with suppress(RuntimeError):
+            self._store.set(f"beat/{self.rank}", CLOSED)
+
     def _run(self) -> None:
         keys = [f"{kind}/{other}" for kind in ("end", "beat") for other in self._others]
         beats = 0
         try:
-            self._store.multi_set([f"end/{self.rank}", f"beat/{self.rank}"], ["", "0"])
-            while not self._leaving.wait(BEAT_SECONDS):
+            while not self._closed.wait(BEAT_SECONDS):
                 beats += 1
                 self._store.set(f"beat/{self.rank}", str(beats))
                 values = [value.decode() for value in self._store.multi_get(keys)]  # waits for those that start
                 for rank, end, beat in zip(self._others, values, values[len(self._others) :], strict=False):
                     now = time.monotonic()
+                    if beat != self._heard[rank][0]:
+                        self._heard[rank] = beat, now
                     if end:
                         self._ended[rank] = json.loads(end)
-                    elif beat != self._heard[rank][0]:
-                        self._heard[rank] = beat, now
                     elif now > self._heard[rank][1] + LOST_SECONDS:
                         self._ended[rank] = GONE
         except RuntimeError:  # rank 0, or torchrun on its machine, has the store
-            if not self._leaving.is_set():
+            if not self._left:
                 self._ended.setdefault(0, GONE)
 
 

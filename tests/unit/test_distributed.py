@@ -1,0 +1,65 @@
+"""What ranks tell each other beside their collectives."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from popo_lite import distributed
+from popo_lite.distributed import ProcessGroup, RankLostError, Watch
+from popo_lite.errors import UserInputError
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Two ranks of one process."""
+    monkeypatch.setattr(distributed, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(distributed, "LOST_SECONDS", 1.0)
+    store = torch.distributed.HashStore()
+    return [ProcessGroup(Watch(store, rank, 2), store) for rank in range(2)]
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_other_ranks_end_after_rank_0(ranks):
+    """torchrun kills rank 0, which may still be saving, 30 seconds after another rank has ended."""
+    first, other = ranks
+    ending = threading.Thread(target=other.__exit__)
+    ending.start()
+    first.leave(None)  # it says so before it saves
+    ending.join(0.5)
+    assert ending.is_alive()
+    first.__exit__()
+    ending.join(20)
+    assert not ending.is_alive()
+
+
+def test_other_ranks_do_not_wait_for_a_rank_0_that_is_gone(ranks):
+    first, other = ranks
+    first._watch._closed.set()  # it beats no more, and has not said that it is through
+    ending = threading.Thread(target=other.__exit__)
+    ending.start()
+    ending.join(20)
+    assert not ending.is_alive()
+
+
+def test_a_rank_tells_why_it_ends_and_says_that_it_is_alive_until_it_is_through(ranks):
+    first, other = ranks
+    first.check()
+    other.leave(UserInputError("no such column", where="data.dataset"))
+    until(lambda: 1 in first._watch._ended)
+    with pytest.raises(RankLostError, match="rank 1 stopped: no such column"):
+        first.check()
+    time.sleep(1.5)  # longer than a rank may be silent
+    with pytest.raises(RankLostError, match="no such column"):
+        first.check()
+    first.__exit__()
+    other.__exit__()
