@@ -39,6 +39,7 @@ def joined(opening: AbstractContextManager[Opened]) -> Iterator[tuple[Ranks, Run
         if ranks.first:
             with opening as (folder, recipe, options):
                 files = read_files(folder.path, "*")
+                files.pop(folder.samples_path.name, None)  # the largest, and no rank reads it
                 ranks.from_first((recipe, options, files, folder.resume_command))
                 yield ranks, folder, recipe, options
             return

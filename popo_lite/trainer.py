@@ -72,7 +72,7 @@ class Trainer(RunLoop):
                 reference_logps = self.learner.reference_logps(mine)
             with clock("update", total=len(mine.sequences)):
                 # All that torch draws in a step (LoRA dropout) follows from the step, so a resumed run needs no state.
-                torch.manual_seed(stream_seed("step", self.recipe.train.seed, step))
+                torch.manual_seed(stream_seed("step", self.recipe.train.seed, step, self.ranks.rank))
                 result = self.learner.backward(
                     mine, targets, reference_logps, self.cursor.entropy_coef, progress=self._advance
                 )
