@@ -59,7 +59,7 @@ class OpenRun:
             callback.message(f"training on the CPU: {problem[0]}; {problem[1]}")
         if recipe.train.cpu_threads:
             torch.set_num_threads(recipe.train.cpu_threads)
-        _, self.engine = pick_engine(recipe)
+        _, self.engine = pick_engine(recipe, self.ranks)
         with ExitStack() as stack:
             self._open_task(stack)
             self.learner = Learner(
@@ -88,7 +88,9 @@ class OpenRun:
             self.callback.message(notice)
 
     def _open_sampler(self, stack: ExitStack) -> None:
-        sampler = open_sampler(self.recipe, self.policy, text=self.renderer.text, notify=self.callback.message)
+        sampler = open_sampler(
+            self.recipe, self.policy, text=self.renderer.text, notify=self.callback.message, ranks=self.ranks
+        )
         self.sampler = stack.enter_context(sampler)
         if not self.engine.startswith(sampler.engine):
             self.engine = sampler.engine  # the one that was picked did not start

@@ -223,6 +223,9 @@ class ServerRecipe(Section):
 
     base_urls: Names = ()
     """URLs of vLLM servers. Their token is read from POPO_SERVER_TOKEN."""
+    urls_file: str | None = None
+    """Text file with more URLs, one a line; # begins a comment. It is read again after every step, so that servers join
+    and leave the run."""
     allow_http: bool = False
     """Send prompts, answers and token over plain `http://` to other machines, where others in the network can read
     them. `http://` to this machine is always allowed."""
@@ -258,7 +261,7 @@ class RolloutRecipe(Section):
     max_completion_length: Positive = 1024
     """Longest answer, in tokens; a longer one is truncated. All that follows the prompt of a conversation."""
     max_num_seqs: Positive = 64
-    """Sequences decoded at once."""
+    """Sequences decoded at once: in each rank's engine, or at each server for all ranks together."""
     max_gap: Annotated[float, Field(gt=0)] | None = None
     """Stop the run if the mean |sampler - trainer| log-prob exceeds this many nats; a quarter of it warns. Unset: 0.2
     in bfloat16, with an fp8 KV cache or with `vllm.base = "bf16"`, 0.05 in float16, 2e-4 in float32, 1e-8 in float64;

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from popo_lite.errors import ModelError, UserInputError
@@ -25,7 +26,7 @@ from popo_lite.recipe import (
     RewardFunction,
     RewardRecipe,
 )
-from popo_lite.redaction import has_login
+from popo_lite.redaction import has_login, redact
 
 IMPOSSIBLE = {
     "model.dtype=float64 model.quantization=nf4": 'NF4 computes in "bfloat16", "float16" or "float32"',
@@ -47,9 +48,11 @@ IMPOSSIBLE = {
         'would sample from a 4-bit policy that is not the trained one; use "dequantized"',
     "rollout.vllm.base=nf4 model.double_quantization=False":
         'vLLM quantises the scales too; use "dequantized" without double quantisation',
-    "rollout.server.base_urls=() rollout.engine=server": 'is required by rollout.engine = "server"',
+    "rollout.server.base_urls=() rollout.server.urls_file=<unset>| rollout.engine=server":
+        'or rollout.server.urls_file is required by rollout.engine = "server"',
     "rollout.server.shared_dir=<unset>| rollout.engine=server": 'is required by rollout.engine = "server"',
     "rollout.server.base_urls!=() rollout.engine!=server": 'is used only with rollout.engine = "server"',
+    "rollout.server.urls_file!=<unset> rollout.engine!=server": 'is used only with rollout.engine = "server"',
     "rollout.server.allow_http=True rollout.engine!=server": 'is used only with rollout.engine = "server"',
     "data.digits!=2 data.dataset!=arithmetic eval.dataset!=arithmetic":
         'is for the dataset "arithmetic" alone; leave the key out',
@@ -125,6 +128,8 @@ NOT_RENAMED = {
 
 SERVER_URL = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?(/[A-Za-z0-9._~/-]*)?")
 """Scheme, host, port and path. Strict, so that every HTTP client finds the same host."""
+LONGEST_SHOWN = 200
+"""Characters of a wrong line that its message repeats."""
 
 
 def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
@@ -215,12 +220,36 @@ def wrong_server_url(url: str, *, allow_http: bool) -> str | None:
     """Return why the trainer sends nothing to a server's URL, and what to do, or None. The reason repeats no login."""
     if has_login(url):
         return "holds a login, which the run's files would keep; leave it out and set POPO_SERVER_TOKEN to the token"
-    if not (found := SERVER_URL.fullmatch(url)):
+    if not (found := SERVER_URL.fullmatch(url)) or not _is_host(found[2]) or int((found[3] or ":0")[1:]) > 65535:
         return 'is no URL of a server; write it as "http://127.0.0.1:8000", without a query'
     if found[1] == "http" and not allow_http and not is_local_url(url):
         shown = "prompts, answers and the token would cross the network in plain text"
         return f"{shown}; use https://, or in a private network set rollout.server.allow_http = true"
     return None
+
+
+def read_server_urls(path: Path, *, allow_http: bool) -> tuple[list[str], list[str]]:
+    """Read `rollout.server.urls_file`; return its URLs, and one message for each line that is wrong.
+
+    A line has one URL; # begins a comment. Raises OSError or UnicodeDecodeError if the file cannot be read.
+    """
+    urls, wrong = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        url = line.partition("#")[0].strip()
+        if why := url and wrong_server_url(url, allow_http=allow_http):
+            wrong.append(f"{path}, line {number}: {redact(url)[:LONGEST_SHOWN]!r} {why}")
+        elif url:
+            urls.append(url)
+    return urls, wrong
+
+
+def _is_host(host: str) -> bool:
+    """Return whether `host` is a name, or an IP address that exists."""
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return not (host.startswith("[") or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host))
+    return True
 
 
 def is_gym(part: DatasetRecipe) -> bool:

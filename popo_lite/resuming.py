@@ -54,7 +54,7 @@ RULES: Mapping[str, str] = {
     **_keys(_MEASURE, "rollout", "max_completion_length"),
     **_keys(NOTED, "rollout.vllm", "base kv_cache_dtype enforce_eager"),
     **_keys(FREE, "rollout.vllm", "gpu_memory_utilization enable_sleep_mode"),
-    **_keys(NOTED, "rollout.server", "base_urls"),
+    **_keys(NOTED, "rollout.server", "base_urls urls_file"),
     **_keys(FREE, "rollout.server", "shared_dir allow_http"),
     **_keys(NOTED, "rollout.adaptive", "enabled positives_wanted round_size max_rollouts"),
     **_keys(_PROMPTS, "rollout.environment", "name options max_turns role"),

@@ -112,6 +112,9 @@ def _items(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for url in server.base_urls if recipe.rollout.engine == "server" else ():
         if not is_local_url(url):
             yield "rollout.server.base_urls", f"{to_toml(url)}, which gets the prompts and POPO_SERVER_TOKEN"
+    if server.urls_file is not None and recipe.rollout.engine == "server":
+        path = to_toml(str(Path(server.urls_file).expanduser().resolve()))
+        yield "rollout.server.urls_file", f"{path}, whose servers get the prompts and POPO_SERVER_TOKEN"
     if (repo := recipe.output.hub_model_id) is not None:
         yield "output.hub_model_id", f"{to_toml(repo)}, to which adapters and recipe are uploaded with your login"
 

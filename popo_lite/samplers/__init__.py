@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from popo_lite.distributed import Ranks
 from popo_lite.errors import EngineError
 from popo_lite.installing import install_extra
 from popo_lite.policy.memory import release_memory
@@ -14,7 +15,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.samplers import vllm
 from popo_lite.samplers.base import Sampler, SamplingParams
 from popo_lite.samplers.hf import HFSampler
-from popo_lite.samplers.server import ServerSampler
+from popo_lite.samplers.server import ServerSampler, listed_urls
 from popo_lite.types import Problem, Prompt
 
 __all__ = ["Sampler", "SamplingParams", "open_sampler", "pick_engine"]
@@ -23,17 +24,22 @@ Engine = Literal["hf", "vllm", "server"]
 SAMPLERS: dict[Engine, type[Sampler]] = {"hf": HFSampler, "vllm": vllm.VLLMSampler, "server": ServerSampler}
 
 
-def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
+def pick_engine(recipe: Recipe, ranks: Ranks | None = None) -> tuple[Engine, str]:
     """Return the engine and one line that says why. Raises EngineError if the wanted one cannot serve.
 
-    Loads nothing, so a run finds out before its model is read.
+    Loads nothing, so a run finds out before its model is read; also that `rollout.server.urls_file`, which only the
+    first of the `ranks` reads, is wrong: UserInputError. A collective: with `auto` all ranks get the same engine.
     """
-    wanted, reason = recipe.rollout.engine, None
+    wanted, reason, ranks = recipe.rollout.engine, None, ranks or Ranks()
     engine: Engine = "vllm" if wanted == "auto" else wanted
     if engine == "vllm":
         reason = vllm.why_not(recipe)
     elif engine == "server" and importlib.util.find_spec("openai") is None:
         reason = f"servers need the openai package: {install_extra('server')}"
+    elif engine == "server" and ranks.first:
+        listed_urls(recipe)
+    if wanted == "auto":
+        reason = next(filter(None, ranks.gather(reason)), None)
     if reason is None:
         return engine, f"{engine} ({'the fastest here' if wanted == 'auto' else 'chosen by the recipe'})"
     if wanted == "auto":
@@ -43,26 +49,38 @@ def pick_engine(recipe: Recipe) -> tuple[Engine, str]:
 
 
 def open_sampler(
-    recipe: Recipe, policy: Policy, *, text: Callable[[Sequence[int]], str], notify: Callable[[str], None]
+    recipe: Recipe,
+    policy: Policy,
+    *,
+    text: Callable[[Sequence[int]], str],
+    notify: Callable[[str], None],
+    ranks: Ranks | None = None,
 ) -> Sampler:
     """Open the sampler that `rollout.engine` names; see `Sampler`.
 
-    With `auto` a model that vLLM does not serve is sampled by `hf`. Running out of memory remains an error, which says
-    what to change: `hf` would be many times slower.
+    With `auto` a model that vLLM does not serve on one of the ranks is sampled by `hf` on all. Running out of memory
+    remains an error, which says what to change: `hf` would be many times slower.
     """
-    engine, _ = pick_engine(recipe)
+    (engine, _), ranks, auto = pick_engine(recipe, ranks), ranks or Ranks(), recipe.rollout.engine == "auto"
+    sampler, refusal = None, None
     try:
-        sampler = SAMPLERS[engine](policy, recipe, text=text, notify=notify)
+        sampler = SAMPLERS[engine](policy, recipe, text=text, notify=notify, ranks=ranks)
         if engine == "vllm":
             _sample_one_token(sampler, policy)
-        return sampler
     except EngineError as error:
-        refused = error.where == vllm.WHERE and "memory" not in error.what
-        if recipe.rollout.engine != "auto" or not refused:
+        if not auto or error.where != vllm.WHERE or "memory" in error.what:
             raise
-        notify(f"{error.what}; sampling from the trainer's own model (hf) instead")
+        sampler, refusal = None, error.what  # it has closed itself
+    if auto:
+        refusal = next(filter(None, ranks.gather(refusal)), None)
+    if sampler is not None:
+        if refusal is None:
+            return sampler
+        sampler.close()
+    notify(f"{refusal}; sampling from the trainer's own model (hf) instead")
+    sampler = None
     release_memory()  # after the block: the error keeps what the engine holds
-    return HFSampler(policy, recipe, text=text, notify=notify)
+    return HFSampler(policy, recipe, text=text, notify=notify, ranks=ranks)
 
 
 def _sample_one_token(sampler: Sampler, policy: Policy) -> None:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from popo_lite.distributed import Ranks
 from popo_lite.errors import NotFiniteError, StalePolicyError
 from popo_lite.policy.memory import release_memory
 from popo_lite.policy.policy import Policy
@@ -51,7 +52,8 @@ Progress = Callable[[int], None]
 class Sampler(AbstractContextManager["Sampler"]):
     """Samples completions from one version of the policy. Every engine passes the suite in tests/contract.
 
-    `policy_version` is that of the adapter it holds, None if none; `swap_seconds` are those of every adapter swap.
+    `policy_version` is that of the adapter it holds, None if none; `swap_seconds` are those of every adapter swap. Each
+    of the `ranks` has a sampler and draws its own requests. Opening and `sync` are collectives of the ranks.
     """
 
     engine: str
@@ -63,12 +65,14 @@ class Sampler(AbstractContextManager["Sampler"]):
         *,
         text: Callable[[Sequence[int]], str],
         notify: Callable[[str], None] = log.warning,
+        ranks: Ranks | None = None,
     ) -> None:
         """Open the engine with the current version of `policy`.
 
         `text` decodes token ids; `notify` takes notices that must not be lost: a server that died, memory that ran out.
         """
         self._policy, self._recipe, self._text, self._notify = policy, recipe, text, notify
+        self.ranks = ranks or Ranks()
         self.policy_version: int | None = None
         self.swap_seconds: list[float] = []
         self._open()

@@ -147,7 +147,7 @@ class SamplerGuard:
 
         Return the mean |sampler - trainer| log-prob, nats: with the policy's adapter, with the disturbed one, and with
         the disturbed one if the sampler ignored it; and the answers of the policy. Leaves policy and sampler as they
-        were.
+        were, after an error the policy alone. A collective: every rank measures its own sampler.
         """
         policy, sampler, seed = self._policy, self._sampler, self._recipe.train.seed
         temperature = self._recipe.rollout.temperature
@@ -169,7 +169,8 @@ class SamplerGuard:
             for doubling in range(16):  # until the trainer's log-probs of these answers change clearly
                 for parameter, direction in zip(parameters, noise, strict=True):
                     parameter.add_(direction.to(parameter), alpha=1e-3 * 2**doubling)
-                if float((self._score(prompts, answers) - before).abs().mean()) > CLEAR_CHANGE_NATS:
+                change = float((self._score(prompts, answers) - before).abs().mean())
+                if sampler.ranks.from_first(change) > CLEAR_CHANGE_NATS:  # all must have the same adapter
                     break
             answers = sample(PROBE_VERSION)
             probe_gap = self._gap(prompts, answers)
@@ -178,7 +179,7 @@ class SamplerGuard:
         finally:
             for parameter, weights in zip(parameters, kept, strict=True):
                 parameter.copy_(weights)
-            sampler.sync(policy.version)
+        sampler.sync(policy.version)  # not after an error, of which the other ranks do not know
         return policy_gap, probe_gap, ignored, first
 
     @torch.no_grad()

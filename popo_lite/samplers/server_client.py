@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Never
-from urllib.parse import urlsplit
 
 from pydantic import AliasPath, BaseModel, Field, ValidationError
 
@@ -25,6 +24,8 @@ ATTEMPTS = 4
 SHORT_SECONDS = 10.0
 """Time limit to connect, and of requests that a healthy server answers at once."""
 HEALTH_EVERY_SECONDS = 15.0
+CONNECTIONS = 8
+"""Connections at once by which servers behind a load balancer are found."""
 
 
 class ServerError(Exception):
@@ -47,6 +48,11 @@ class Answer(BaseModel):
     finish_reason: str | None = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
 
 
+def base_of(url: str) -> str:
+    """Return the URL of a server without the /v1 that OpenAI's clients want."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
 class ServerClient:
     """One server. It answers with `adapter`, and cannot be used if that is None; `error` says why.
 
@@ -63,7 +69,7 @@ class ServerClient:
             what, _, next_step = why.partition("; ")
             raise EngineError(f"{redact(url)} {what}", where=where, next_step=next_step or None)
 
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = base_of(url)
         token = os.environ.get("POPO_SERVER_TOKEN", "").strip()
         self.adapter: str | None = None
         self.error: ServerError | None = None
@@ -74,27 +80,22 @@ class ServerClient:
             name.strip(): openai.Omit() for name in ("openai-organization", "openai-project", *foreign)
         }
         self._headers["authorization"] = f"Bearer {token}" if token else openai.Omit()
-        try:
-            urlsplit(url).port  # noqa: B018  # raises for a port out of range, which the client takes
-            self._client = openai.AsyncOpenAI(
-                base_url=self.url,
-                api_key=token or "none",
-                http_client=openai.DefaultAsyncHttpxClient(
-                    # vLLM's web server closes idle connections after 5 s; we must be first.
-                    limits=httpx2.Limits(max_connections=None, keepalive_expiry=2.0),
-                    # No proxy, .netrc or other host may see prompts and token.
-                    trust_env=False,
-                    follow_redirects=False,
-                ),
-            )
-        except (ValueError, httpx2.InvalidURL) as error:
-            next_step = 'for instance "http://127.0.0.1:8000"'
-            raise EngineError(f"{url} is no URL: {error}", where=where, next_step=next_step) from error
+        self._client = openai.AsyncOpenAI(
+            base_url=self.url,
+            api_key=token or "none",
+            http_client=openai.DefaultAsyncHttpxClient(
+                # vLLM's web server closes idle connections after 5 s; we must be first.
+                limits=httpx2.Limits(max_connections=None, keepalive_expiry=2.0),
+                # No proxy, .netrc or other host may see prompts and token.
+                trust_env=False,
+                follow_redirects=False,
+            ),
+        )
 
     async def connect(self, *, context_tokens: int) -> None:
         """Check its health, its context of `context_tokens`, and that log-probs follow the sampling temperature."""
         # A server that was set aside is most often still gone, and a step must not wait for it.
-        await self._ask("/health", attempts=ATTEMPTS if self.error is None else 1)
+        await self.check_health(attempts=ATTEMPTS if self.error is None else 1)
         text = await self._ask("/v1/models")
         try:
             base = json.loads(text)["data"][0]  # adapters follow
@@ -117,11 +118,15 @@ class ServerClient:
                 "its log-probs ignore the temperature: it was started without --logprobs-mode processed_logprobs"
             )
 
+    async def check_health(self, *, attempts: int = ATTEMPTS) -> None:
+        """Ask whether it and its engines are alive."""
+        await self._ask("/health", attempts=attempts)
+
     async def watch(self) -> Never:
         """Check its health regularly until it fails: requests to a host that is gone never end."""
         while True:
             await asyncio.sleep(HEALTH_EVERY_SECONDS)
-            await self._ask("/health")
+            await self.check_health()
 
     async def load(self, name: str, folder: Path) -> None:
         """Make the adapter in `folder` our only one on the server, under `name`, which must be new."""
@@ -130,7 +135,7 @@ class ServerClient:
             await self._ask("/v1/load_lora_adapter", body, seconds=300.0)
         except ServerError as error:
             # 500 can mean an adapter that it cannot hold; a dying server does not pass the health check.
-            await self._ask("/health", attempts=1)
+            await self.check_health(attempts=1)
             reason, advice = f"it does not take the adapter: {error}", error.advice
             if "No adapter found" in reason:
                 reason = f"it finds no adapter at {folder}"
@@ -143,6 +148,17 @@ class ServerClient:
         self._held.append(name)
         self.adapter = name
         await self._unload(self._held[:-1])
+
+    async def check_adapter(self) -> None:
+        """Check that all servers that answer at this URL hold the adapter: it may be that of a load balancer."""
+        # At the same time, so that each has a connection of its own, which a balancer may give to another server.
+        asked = [self._ask("/v1/models") for _ in range(CONNECTIONS)]
+        for models in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(models, BaseException):
+                raise models
+            if f'"{self.adapter}"' not in models:
+                reason = "several servers answer at this URL, and only one of them took the adapter"
+                raise ServerError(reason, advice="name the URL of each of them, not of their load balancer")
 
     async def complete(self, request: Request, params: SamplingParams, stop_ids: frozenset[int]) -> Answer:
         """Return a completion by the adapter. Raises EngineError if its log-probs are not finite."""

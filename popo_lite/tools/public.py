@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from popo_lite.recipe import OutputRecipe, Recipe
 from popo_lite.recipe_file import to_toml
+from popo_lite.recipe_rules import read_server_urls
 from popo_lite.resuming import RULES
 
 LOCAL_FILES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst", ".zip", ".gguf")
@@ -68,8 +70,8 @@ def private_places(recipe: Recipe, folder: Path) -> dict[str, str]:
     sources += [function.get("schema_file") for function in functions]
     places = {source: known_as(source) for source in sources if source}
     places |= dict.fromkeys([str(Path(output.dir, name)), str(folder), str(folder.resolve())], name)
-    places |= dict.fromkeys([output.dir, *map(_host, server.base_urls)], LEFT_OUT)
-    places |= {place: LEFT_OUT for place in (server.shared_dir, output.hub_model_id) if place}
+    places |= dict.fromkeys([output.dir, *map(_host, [*server.base_urls, *_listed(server.urls_file)])], LEFT_OUT)
+    places |= {place: LEFT_OUT for place in (server.shared_dir, server.urls_file, output.hub_model_id) if place}
     places |= {str(Path(place).expanduser()): shown for place, shown in places.items() if place.startswith("~")}
     # A name without a folder, such as "runs", is not private, and may be any word.
     private = {
@@ -85,6 +87,12 @@ def hide_places(text: str, places: Mapping[str, str]) -> str:
         # A relative path may stand there with the folder that it was relative to.
         text = "".join(part[: 1 + max(map(part.rfind, PATH_ENDS))] + shown for part in parts) + last
     return text
+
+
+def _listed(urls_file: str | None) -> list[str]:
+    with suppress(OSError, UnicodeDecodeError):
+        return read_server_urls(Path(urls_file).expanduser(), allow_http=True)[0] if urls_file else []
+    return []
 
 
 def _host(url: str) -> str:

@@ -189,14 +189,19 @@ def test_a_base_that_is_gone_costs_only_the_memory_plan(tmp_path):
 def test_places_are_masked_in_commands_messages_and_doubts(tmp_path, monkeypatch):
     """Also of paths that are relative to another folder than the working folder."""
     private = tmp_path / "acme place"
+    private.mkdir()
+    (private / "urls.txt").write_text("http://acme-other:8000\n")
     run = make_run(private / "run", 2, of=2, recipe=[
         "data.dataset=acme/sets/rows.jsonl", f"model.id={private}/model", "output.dir=acme/all",
         'rollout.server.base_urls=["http://acme-host:8000/v1"]', "rollout.server.allow_http=true",
         "rollout.engine=server", f"rollout.server.shared_dir={private}/shared",
+        f"rollout.server.urls_file={private}/urls.txt",
     ])  # fmt: skip
     doubts = [f"{private}/model is odd", "/old/acme/sets/rows.jsonl: line 3 is odd", f"see {run.log_path}"]
     write_json(run.summary_path, {**json.loads(run.summary_path.read_text()), "doubts": doubts})
-    run.log_path.write_text(f"/old/acme/all/run: acme-host:8000 is gone\nsynced to '{private}/shared'\n")
+    run.log_path.write_text(
+        f"/old/acme/all/run: acme-host:8000 is gone, and acme-other:8000 too\nsynced to '{private}/shared'\n"
+    )
     monkeypatch.chdir(private)
     for path in (run.path, Path("run"), Path("../acme place/run")):
         text = Parsed(write_report(path).path.read_text()).text

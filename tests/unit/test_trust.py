@@ -65,7 +65,7 @@ def test_every_kind_of_code_is_listed():
         'reward.functions=["exact", {name="python_tests", allow_uncontained=true}, {name="a:f", weight=0.1}]',
         'reward.positive_if=["exact"]', "rollout.environment.name=b:C", 'rollout.environment.options={command="rm"}',
         "model.trust_remote_code=true", "model.id=me/model", "model.revision=abc", *server,
-        'rollout.server.base_urls=["http://localhost:1", "https://host.localhost:2"]',
+        'rollout.server.base_urls=["http://localhost:1", "https://host.localhost:2"]', "rollout.server.urls_file=/u",
     ])  # fmt: skip
     assert [line.replace('"', "") for line in code_in(recipe)] == [
         "model.trust_remote_code: Python code that comes with me/model at abc",
@@ -74,6 +74,7 @@ def test_every_kind_of_code_is_listed():
         "rollout.environment.name: b:C (not found)",
         "rollout.environment.options: { command = rm } for b:C (not found)",
         "rollout.server.base_urls: https://host.localhost:2, which gets the prompts and POPO_SERVER_TOKEN",
+        "rollout.server.urls_file: /u, whose servers get the prompts and POPO_SERVER_TOKEN",
     ]
 
 

@@ -87,7 +87,7 @@ def _refuse(recipe: Recipe, engine: str, memory_cap_bytes: int | None) -> None:
         what = 'random weights reach the engines "hf", and "vllm" over a dequantised NF4 base; others serve true ones'
         where = f'rollout.engine = "{engine}", rollout.vllm.base = "{base}"'
         # The schema refuses servers with another engine.
-        no_servers = " --set rollout.server.base_urls=[]" if engine == "server" else ""
+        no_servers = " --set rollout.server.base_urls=[] --set rollout.server.urls_file=" if engine == "server" else ""
         raise UserInputError(what, where=where, next_step=instead + no_servers)
     check_context(recipe, context_of(synthetic.architecture(recipe.model)))
     if memory_cap_bytes is not None and engine == "vllm":
