@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import shutil
+import sys
 import tempfile
 import textwrap
 import time
@@ -20,6 +21,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
+from popo_lite.distributed import Ranks
 from popo_lite.errors import EngineError, EngineFailedError
 from popo_lite.installing import install_extra
 from popo_lite.policy.adapters import save_adapter
@@ -77,7 +79,7 @@ class VLLMSampler(Sampler):
         self._lock = os.open(self._folder.name, os.O_RDONLY)
         filelock.lock_descriptor(self._lock)
         self._adapter: Any = None  # vLLM's LoRARequest; it goes with every request
-        self._engine = _start_engine(policy, self._recipe)  # last: nothing after it can leave it running
+        self._engine = _start_engine(policy, self._recipe, self.ranks)  # last: nothing after it can leave it running
 
     def _load(self, version: int) -> None:
         # This order and no other: weights, the adapter into their memory, and the KV cache into what is left.
@@ -107,7 +109,8 @@ class VLLMSampler(Sampler):
         finally:
             engine, self._engine = self._engine, None  # else its memory would not be free for the next one
             if engine is not None:
-                engine.engine_core.shutdown()
+                with _alone(self.ranks):
+                    engine.engine_core.shutdown()
 
     def _swap(self, version: int) -> None:
         """Make the trainer's current weights, which are `version`, the only adapter in the engine.
@@ -269,16 +272,23 @@ def base_options(policy: Policy, recipe: Recipe) -> dict[str, Any]:
     return options | {"model": model_source(recipe.model), "revision": recipe.model.revision}
 
 
-def _start_engine(policy: Policy, recipe: Recipe) -> Any:
+def _start_engine(policy: Policy, recipe: Recipe, ranks: Ranks) -> Any:
     """Start an engine over the base that `rollout.vllm.base` names."""
+    from vllm import envs
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
     vllm, on_gpu = recipe.rollout.vllm, policy.device.type == "cuda"
     options = base_options(policy, recipe)
+    if ranks.size > 1:
+        # Each writes what it has compiled to a file, which another rank could read half written.
+        own_cache = Path(envs.VLLM_CACHE_ROOT.removesuffix(f"/rank-{ranks.rank}")) / f"rank-{ranks.rank}"
+        os.environ["VLLM_CACHE_ROOT"] = str(own_cache)
+        if on_gpu:
+            options["device_ids"] = [torch.cuda.current_device()]  # vLLM would take the first
     threads = torch.get_num_threads()
     try:
-        with _class_of_its_own(policy):
+        with _class_of_its_own(policy), _alone(ranks):
             engine = LLMEngine.from_engine_args(
                 EngineArgs(
                     gpu_memory_utilization=vllm.gpu_memory_utilization,
@@ -301,11 +311,37 @@ def _start_engine(policy: Policy, recipe: Recipe) -> Any:
         torch.set_num_threads(threads)  # the engine changes it
     kind: Any = type(policy.trunk)
     if kind.__call__ is not torch.nn.Module.__call__:
-        engine.engine_core.shutdown()
+        with _alone(ranks):
+            engine.engine_core.shutdown()
         kind.__call__ = torch.nn.Module.__call__
         what = f"vLLM changes the class {kind.__name__}, which is that of the trainer's own model"
         raise EngineError(what, where=WHERE, next_step=INSTEAD)
     return engine
+
+
+@contextmanager
+def _alone(ranks: Ranks) -> Iterator[None]:
+    """Hide the other ranks from an engine that starts or ends within the block.
+
+    torch.distributed has one default group in a process. vLLM would take the ranks in it for parts of its model, which
+    start together and wait for each other, and would destroy it when it ends.
+    """
+    if ranks.size == 1:
+        yield
+        return
+    from torch.distributed import distributed_c10d
+
+    world = distributed_c10d._world
+    group, names = world.default_pg, world.group_count
+    distributed_c10d._update_default_pg(None)
+    # Groups are named by their number, and ranks find each other by the name: the engine's must not use up numbers.
+    world.group_count = time.monotonic_ns()
+    try:
+        with patch.object(sys, "excepthook", sys.excepthook):  # it would print this as rank 0
+            yield
+    finally:
+        world.group_count = names
+        distributed_c10d._update_default_pg(group)
 
 
 def _class_of_its_own(policy: Policy) -> AbstractContextManager[object]:
