@@ -100,7 +100,7 @@ class ProcessGroup(Ranks):
 
     def __init__(self, watch: Watch, store: Any, group: Any = None) -> None:
         self.rank, self.size = watch.rank, watch.size
-        self._watch, self._store, self._group = watch, store, group
+        self._watch, self._store, self._group = watch, store, group or distributed.group.WORLD
         self._meetings = self._groups = 0
 
     def gather(self, value: T) -> list[T]:  # noqa: D102
