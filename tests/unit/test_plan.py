@@ -18,11 +18,19 @@ from popo_lite.chunks import chunk_tokens
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.tools.plan import advice
+from popo_lite.tools.plan import advice, terms
 from popo_lite.tools.plan.advice import advice_for, memory_advice, reductions, refuse_without_room
 from popo_lite.tools.plan.command import installed_gpu
 from popo_lite.tools.plan.shapes import ModelShape, adapted_linears, load_shape, shape_of
-from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, HOST, SHORTFALL, Machine, MemoryPlan, plan_memory
+from popo_lite.tools.plan.vram import (
+    CUDA_CONTEXT_BYTES,
+    HOST,
+    NCCL_BYTES,
+    SHORTFALL,
+    Machine,
+    MemoryPlan,
+    plan_memory,
+)
 
 GIB = 2**30
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -502,6 +510,96 @@ def test_memory_advice_names_what_is_left_to_change(tiny_recipe: Callable[..., R
     )
     assert memory_advice(spent) == "train on a GPU with more memory"
     assert "offload" not in memory_advice(tiny_recipe())
+
+
+# ---------------------------------------------------------------------- ranks
+
+
+def rank_of(recipe: Recipe, ranks: int, gib: float = 24) -> MemoryPlan:
+    return plan_memory(recipe, load_shape(recipe.model), vram_bytes=round(gib * GIB), ranks=ranks)
+
+
+def test_a_rank_samples_and_trains_on_its_share_of_the_prompts(tiny_recipe: Callable[..., Recipe]) -> None:
+    """Three ranks have 11, 11 and 10 of 32 prompts, and 67 of 200 problems of an evaluation."""
+    whole, few = "rollout.max_num_seqs=256", ("rollout.max_num_seqs=88", "data.prompts_per_step=11")
+    for phase, alone in zip(rank_of(tiny_recipe(whole), 3).phases, plan_of(tiny_recipe(*few)).phases, strict=True):
+        assert phase == alone
+    rollout = rank_of(tiny_recipe(whole, "eval.problems=0"), 3).phases[1].bytes
+    kv, layer = 2 * 2 * 2 * 32 * 4, 2 * 4 * 32 * 4  # bytes of a token's keys and values: all, one layer's repeated
+    assert rollout["KV cache"] == 88 * 128 * (kv + layer)  # full, and growing
+    assert rank_of(tiny_recipe(whole), 3).answers == 88
+    assert rank_of(tiny_recipe(whole), 64).answers == 8
+    one, four = (rank_of(tiny_recipe(whole), ranks).sequences_at_once or 0 for ranks in (1, 4))
+    assert one == four > 256  # of the card, not of the share
+
+
+def test_the_gradients_of_all_ranks_are_summed_in_one_bucket(tiny_recipe: Callable[..., Recipe]) -> None:
+    small = ("data.prompts_per_step=1", "rollout.num_generations=2", "rollout.max_completion_length=4")
+    recipe = tiny_recipe(*small, "siamese.head_width=100000")
+    adapters = 2 * 16 * (256 + 192 + 192 + 256 + 512 + 512 + 512)
+    head = 2 * 128 * 100_000 + 3 * 100_000 + 128
+    alone, update = (next(p for p in rank_of(recipe, ranks).phases if p.name == "update") for ranks in (1, 2))
+    assert update.moment == "gradients are summed over ranks"
+    assert update.bytes["gradient bucket"] == update.bytes["gradients"] == 4 * (adapters + head)
+    assert "gradient bucket" not in alone.bytes
+    without = tiny_recipe(*small, "siamese.head_width=100000", "objective.algorithm=grpo")
+    assert "gradient bucket" not in rank_of(without, 2).phases[3].bytes  # 0.3 MiB is not the fullest
+
+
+def test_nccl_is_there_from_the_first_sum_on() -> None:
+    recipe = recipe_of("1_5b")
+    alone, rank = plan_of(recipe), rank_of(recipe, 8)
+    for one, other in zip((*alone.phases, alone.export), (*rank.phases, rank.export), strict=True):
+        expected = 0 if one.name in ("load", "export") else NCCL_BYTES
+        assert other.bytes.get("NCCL", 0) == expected
+        assert other.tensor_bytes <= one.tensor_bytes
+    assert rank.phases[4].total_bytes == alone.phases[4].total_bytes + NCCL_BYTES
+
+
+def test_ranks_shard_the_frozen_layers_and_gather_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of("7b")
+    whole = rank_of(recipe, 4)
+    monkeypatch.setattr(terms, "strategy_of", lambda _: "fsdp2")
+    sharded, shape = rank_of(recipe, 4), load_shape(recipe.model)
+    assert rank_of(recipe, 1).policy == whole.policy  # nothing to share
+    layers, norms = whole.policy["base linears"], 28 * (2 * 3584 + 4608) * 2
+    assert sharded.policy["base linears"] == layers / 4
+    assert sharded.policy["norms, biases"] == norms / 4 + 2 * 3584
+    assert all(sharded.policy[name] == whole.policy[name] for name in ("embeddings", "LM head", "adapters"))
+    gathered = 2 * (layers + norms) // shape.layers
+    for phase in sharded.phases:
+        assert phase.bytes.get("gathered layers", 0) == gathered * (phase.name in ("rollout", "siamese", "update"))
+    assert sharded.export == whole.export
+
+
+def test_the_ranks_of_a_machine_share_its_host_memory(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of("7b")
+    gpu(24)
+    monkeypatch.setattr(advice, "available_bytes", lambda: 32 * GIB)
+    refuse_without_room(recipe, pytest.fail)  # 14.3 GiB
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    refuse_without_room(recipe, pytest.fail)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")  # accelerate launch may not set it: all on this machine
+    with pytest.raises(UserInputError, match=r"need 57\.\d\d GiB of host memory .* for each of 4 ranks") as caught:
+        refuse_without_room(recipe, pytest.fail)
+    assert caught.value.where == HOST
+    assert caught.value.next_step is not None
+    refuse_without_room(recipe_of("7b", *shlex.split(caught.value.next_step)[1::2]), pytest.fail)
+
+
+def test_ranks_on_a_cpu_share_its_memory(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(1)
+    recipe, messages = recipe_of("1_5b", "train.device=cpu", "rollout.engine=hf", "rollout.max_num_seqs=8"), []
+    needed = plan_memory(recipe, load_shape(recipe.model), vram_bytes=GIB, ranks=2).peak.total_bytes
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(advice, "available_bytes", lambda: 2 * needed)
+    refuse_without_room(recipe, pytest.fail)
+    monkeypatch.setattr(advice, "available_bytes", lambda: 2 * needed - 2)
+    refuse_without_room(recipe, messages.append)
+    assert len(messages) == 1
 
 
 # ---------------------------------------------------------------------- shapes and GPUs

@@ -52,6 +52,30 @@ def test_the_exit_code_says_whether_it_fits() -> None:
     assert "It does not fit" in refused.stdout
 
 
+def test_it_plans_a_rank_of_several_and_prints_the_command_that_starts_them() -> None:
+    sizes = ("qwen_1_5b_lora", "--vram", "24GiB", "--host", "64GiB")
+    data = planned(*sizes, "--ranks", "8", "--machines", "2")
+    assert (data["ranks"], data["ranks_here"]) == (8, 4)
+    alone = planned(*sizes)
+    assert (alone["ranks"], alone["ranks_here"]) == (1, 1)
+    assert data["host"]["total_bytes"] == 4 * alone["host"]["total_bytes"]
+    starts = {(): "popo-lite train", ("--ranks", "2"): "torchrun --nproc-per-node 2 -m popo_lite train"}
+    starts["--ranks", "8", "--machines", "2"] = (
+        "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29400 "
+        "--nproc-per-node 4 -m popo_lite train"
+    )
+    for ranks, start in starts.items():
+        shown = invoke(*sizes, *ranks, "--set", "lora.rank=16").stdout
+        assert shown.splitlines()[-1] == f"  {start} qwen_1_5b_lora --set lora.rank=16"
+        assert ("one of 8 ranks" in shown) == (len(ranks) == 4)
+    refused = invoke("qwen_7b_lora", "--vram", "12GiB", "--ranks", "2").stdout
+    assert "popo-lite plan qwen_7b_lora --vram 12GiB --ranks 2 --set" in refused
+    assert invoke("tiny_cpu", "--ranks", "0").exit_code == 2
+    odd = invoke("tiny_cpu", "--ranks", "3", "--machines", "2").exception
+    assert isinstance(odd, UserInputError)
+    assert str(odd.where) == "--ranks"
+
+
 @pytest.mark.parametrize("others", [(), ("--others", "512MiB")])
 def test_the_command_it_advises_fits(others: tuple[str, ...]) -> None:
     refused = invoke("qwen_7b_lora", "--vram", "12GiB", *others, "--set", "lora.rank=64")

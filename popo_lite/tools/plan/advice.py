@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
@@ -92,21 +93,22 @@ def advice_for(plan: MemoryPlan) -> Advice:
 def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
     """Raise UserInputError, with what to change, if the plan says that a run does not fit this machine.
 
-    That is its GPU's memory and the host memory that is left. For an architecture that the plan does not know a step is
-    simulated. If that fails too, or the config cannot be read, `notify` gets a message and the run is not checked. A
-    run on the CPU is never refused: `notify` gets a warning if it may not fit.
+    That is its GPU's memory and the host memory that is left, which all ranks on the machine share. For an architecture
+    that the plan does not know a step is simulated. If that fails too, or the config cannot be read, `notify` gets a
+    message and the run is not checked. A run on the CPU is never refused: `notify` gets a warning if it may not fit.
     """
     import torch  # not above: `popo-lite plan` must not wait for it
 
     if recipe.train.device == "cpu" or not torch.cuda.is_available():
         _warn_on_cpu(recipe.with_values({"train.device": "cpu"}), notify)
         return
+    ranks, here = ranks_by_environment()
     free, total = torch.cuda.mem_get_info()
     capability = torch.cuda.get_device_capability()
     # The query has created this process's CUDA context, which the plan counts itself.
     others = max(0, total - free - CUDA_CONTEXT_BYTES)
     try:
-        machine = Machine(total, others, available_bytes(), capability)
+        machine = Machine(total, others, available_bytes(), capability, ranks, here)
         plan = plan_memory(recipe, load_shape(recipe.model), **machine._asdict())
     except UnknownArchitectureError as error:
         _refuse_by_simulation(recipe, notify, error.what, total, others, capability)
@@ -120,10 +122,18 @@ def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
         raise UserInputError(why_not(plan), where=where, next_step=advice_for(plan).next_step)
 
 
+def ranks_by_environment() -> tuple[int, int]:
+    """Return the number of ranks, in all and on this machine, that torchrun or `accelerate launch` has started."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+
+
 def _warn_on_cpu(recipe: Recipe, notify: Callable[[str], None]) -> None:
     """Tell `notify` if a run on the CPU is planned to take more than the host memory that is left."""
+    ranks, here = ranks_by_environment()
+    machine = Machine(available_bytes() // here, ranks=ranks, ranks_here=here)
     try:
-        plan = MemoryPlan(recipe, load_shape(recipe.model), Machine(available_bytes()))
+        plan = MemoryPlan(recipe, load_shape(recipe.model), machine)
     except ModelError:
         return
     if plan.peak.total_bytes > plan.vram_bytes:
@@ -165,6 +175,7 @@ def why_not(plan: MemoryPlan) -> str:
     if plan.excess[HOST]:
         parts = ", ".join(f"{name} {memory(size)}" for name, size in plan.host.items())
         left = f"and {memory(plan.host_bytes)} are left"
+        parts += f", for each of {plan.machine.ranks_here} ranks" if plan.machine.ranks_here > 1 else ""
         return f"the run is planned to need {memory(plan.needs[HOST])} of host memory ({parts}), {left}"
     lacks = f"lacks {memory(plan.engine_shortfall_bytes)} to hold one sequence of {plan.sequence_tokens:,} tokens"
     return f"the engine's share of {total}, rollout.vllm.gpu_memory_utilization = {share}, {lacks}"

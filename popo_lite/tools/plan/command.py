@@ -19,6 +19,7 @@ from popo_lite.tools.completion import complete_recipe
 from popo_lite.tools.simulate import Simulator, refuse
 from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
 
+POSITIVE = click.IntRange(min=1)
 UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 
 
@@ -28,6 +29,10 @@ UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 @click.option("--others", metavar="SIZE", help="Part that other processes hold; default: nvidia-smi's, 0 with --vram.")
 @click.option(
     "--host", metavar="SIZE", help="Host memory for the run; default: what is available, if nvidia-smi answers."
+)
+@click.option("--ranks", type=POSITIVE, default=1, show_default=True, help="GPUs of the run; the plan is that of one.")
+@click.option(
+    "--machines", type=POSITIVE, default=1, show_default=True, help="Machines that the ranks are spread over."
 )
 @click.option(
     "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
@@ -42,6 +47,8 @@ def plan(
     vram: str | None,
     others: str | None,
     host: str | None,
+    ranks: int,
+    machines: int,
     overrides: tuple[str, ...],
     simulate: bool,
     trust: bool,
@@ -52,6 +59,8 @@ def plan(
     Nothing is loaded, and only the config.json of a model that is not known by name is downloaded. If the run does not
     fit, the smallest changes that make it fit are printed. Exit code 0: it fits; 1: it does not; 2: the recipe or the
     command line has an error. See docs/memory.md.
+
+    With --ranks it is the plan of one rank of a run on several GPUs, and --host is the memory of one machine.
 
     With --simulate, and for an architecture that the plan does not know, the trainer's code runs at real size without a
     GPU and without weights. That takes some 20 seconds.
@@ -69,7 +78,10 @@ def plan(
     from popo_lite.tools.plan.terms import ADA
     from popo_lite.tools.plan.vram import Machine, plan_memory
 
-    settings = load_recipe(recipe, overrides)
+    if ranks % machines:
+        next_step = "give a multiple of --machines"
+        raise UserInputError(f"{ranks} ranks on {machines} machines", where="--ranks", next_step=next_step)
+    settings, ranks_here = load_recipe(recipe, overrides), ranks // machines
     refuse_untrusted(settings, recipe, trust, overrides=overrides, only=MODEL_CODE)
     if simulate:
         refuse(settings)
@@ -89,7 +101,8 @@ def plan(
     if vram is not None:
         vram_bytes = parse_size(vram)
     elif settings.train.device == "cpu":
-        vram_bytes, source = available_bytes(), "available here; the recipe runs on the CPU"
+        vram_bytes, source = available_bytes() // ranks_here, "available here; the recipe runs on the CPU"
+        source += f", and {ranks_here} ranks share it" if ranks_here > 1 else ""
     elif (installed := installed_gpu()) is not None:
         (vram_bytes, others_bytes, capability), source, others_source = installed, "nvidia-smi", "nvidia-smi"
         if host_bytes is None:
@@ -103,18 +116,20 @@ def plan(
     console, fits = open_console(sys.stdout), True
     try:
         if shape is not None:
-            machine = Machine(vram_bytes, others_bytes, host_bytes, capability)
+            machine = Machine(vram_bytes, others_bytes, host_bytes, capability, ranks, ranks_here)
             planned = plan_memory(settings, shape, **machine._asdict())
             fits, advice = planned.fits, advice_for(planned)
             overridden = [f"{key}={json.dumps(value)}" for key, value in advice.values.items()]
             data |= planned.as_json() | {"advice": advice._asdict() | {"overrides": overridden}}
             if not as_json:
                 sizes = [("--vram", vram), ("--others", others), ("--host", host)]
+                sizes += [("--ranks", str(ranks))] if ranks > 1 else []
+                sizes += [("--machines", str(machines))] if machines > 1 else []
                 sized = [word for option, value in sizes if value is not None for word in (option, value)]
                 kept = (each for each in overrides if each.partition("=")[0].strip() not in advice.values)
                 changed = [word for override in kept for word in ("--set", override)]
                 command = shlex.join(["popo-lite", "plan", recipe, *sized, *changed])
-                train_command = shlex.join(["popo-lite", "train", recipe, *changed])
+                train_command = shlex.join([*starter(ranks_here, machines), "train", recipe, *changed])
                 sources = (source, others_source, host_source)
                 plan_report(planned, advice, sources, command, train_command, console)
         if simulate:
@@ -132,6 +147,14 @@ def plan(
         click.echo(json.dumps(data))
     if not fits:
         raise SystemExit(1)
+
+
+def starter(ranks_here: int, machines: int) -> list[str]:
+    """Return the words of a command before `train`; one for several machines is given on each of them."""
+    if ranks_here * machines == 1:
+        return ["popo-lite"]
+    meet = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", "FIRST_MACHINE:29400"]
+    return ["torchrun", *(meet if machines > 1 else []), "--nproc-per-node", str(ranks_here), "-m", "popo_lite"]
 
 
 def installed_gpu() -> tuple[int, int, tuple[int, int]] | None:

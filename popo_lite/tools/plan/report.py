@@ -33,7 +33,8 @@ def plan_report(
     totals = [f"{phase.total_bytes / size:,.{places}f}" for phase in phases]
     used = "memory of the GPU" if plan.on_gpu else "host memory, as the recipe runs on the CPU"
     console.print()
-    title = f"{plan.recipe.model.id}, engine {plan.engine}: {used}, {unit}"
+    ranks = f", one of {plan.machine.ranks} ranks" if plan.machine.ranks > 1 else ""
+    title = f"{plan.recipe.model.id}, engine {plan.engine}{ranks}: {used}, {unit}"
     table(title, ["", *(phase.name for phase in phases)], [*rows, ["in all", *totals]], console)
     for phase, total in zip(phases, totals, strict=True):
         style = "red" if phase.total_bytes > vram else "green"
@@ -78,6 +79,7 @@ def _remarks(plan: MemoryPlan, host_source: str) -> Iterator[str]:
         yield f"Sequences of full length that can be decoded at once: {most:,}; rollout.max_num_seqs: {batch:,}."
     if plan.host:
         parts = ", ".join(f"{name} {memory(size)}" for name, size in plan.host.items())
+        parts += f", for each of {here} ranks" if (here := plan.machine.ranks_here) > 1 else ""
         available = "" if plan.host_bytes is None else f" of {memory(plan.host_bytes)} ({host_source})"
         yield f"Host memory: {memory(plan.needs[HOST])}{available}: {parts}."
     if plan.export.total_bytes > plan.vram_bytes:

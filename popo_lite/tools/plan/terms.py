@@ -69,6 +69,23 @@ def base_bytes(shape: ModelShape, recipe: ModelRecipe, *, nf4: bool | None = Non
     return by_class
 
 
+def sharded_bytes(shape: ModelShape, recipe: ModelRecipe, ranks: int) -> tuple[Classes, Classes]:
+    """Return a rank's shard of the frozen layers by class, and the two whole layers that are gathered at a time.
+
+    These are the layer at work and the next one. Embeddings, LM head and the last norm stay whole on every rank.
+    """
+    base, last_norm = base_bytes(shape, recipe), DTYPE_BYTES[recipe.dtype] * shape.width
+    layers = {"base linears": base["base linears"], "norms, biases": base["norms, biases"] - last_norm}
+    shards = {name: ceil(size / ranks) for name, size in layers.items()}
+    shards["norms, biases"] += last_norm
+    return shards, {"gathered layers": 2 * sum(layers.values()) // shape.layers}
+
+
+def strategy_of(recipe: Recipe) -> str:
+    """Return how the base is spread over ranks: `ddp`, a whole copy each, or `fsdp2`."""
+    return getattr(getattr(recipe, "distributed", None), "strategy", "ddp")
+
+
 def in_4_bits(shape: ModelShape, recipe: ModelRecipe) -> bool:
     """Return True if the base's linear layers are in 4 bits: quantised when they are loaded, or stored so."""
     return recipe.quantization == "nf4" or shape.stored is not None
@@ -406,9 +423,15 @@ def pinned_bytes(size: int) -> int:
     return 1 << (size - 1).bit_length() if size else 0
 
 
-def hf_moments(recipe: Recipe, shape: ModelShape, capability: Capability = ADA) -> Iterator[tuple[str, Classes]]:
+def hf_moments(
+    recipe: Recipe, shape: ModelShape, capability: Capability = ADA, *, ranks: int = 1
+) -> Iterator[tuple[str, Classes]]:
     """Yield each moment that may be the fullest while the trainer's own model samples, with its bytes by class."""
     size, batch = DTYPE_BYTES[recipe.model.dtype], recipe.rollout.max_num_seqs
+    if ranks > 1:  # each has its share of the prompts
+        step, evaluation = recipe.data.prompts_per_step, recipe.eval.problems
+        sampled = ceil(step / ranks) * recipe.rollout.num_generations
+        batch = min(batch, max(sampled, ceil(evaluation / ranks) * recipe.eval.samples_per_problem))
     layer, kv = LayerBytes(recipe, shape, capability), kv_token_bytes(recipe, shape)
     adaptive = recipe.rollout.adaptive
     answers = [adaptive.round_size if adaptive.enabled else recipe.rollout.num_generations]

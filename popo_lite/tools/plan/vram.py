@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from math import ceil
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -20,13 +21,14 @@ from popo_lite.tools.plan.shapes import ModelShape
 from popo_lite.tools.plan.terms import Classes
 
 CUDA_CONTEXT_BYTES = 600 * 2**20  # assumed: with the kernels of torch, bitsandbytes and cuBLAS and their workspaces
+NCCL_BYTES = 512 * 2**20  # assumed: buffers of one communicator over PCIe
 FRAGMENTATION_RATIO = 0.1  # assumed: memory that the allocator wastes, relative to temporary tensors
 SEARCHED = range(1, 2**20 + 1)  # numbers among which the longest sequence and the largest batch are searched
 CHECKED_TOKENS = 32  # of each answer on which samplers/probe.py checks an engine
 EXPORT_ANSWERS = 16  # answers that `popo-lite export` samples at once to verify a merged model
 # Keys in `needs` beside the phases: what vLLM's share lacks for one sequence, and host memory.
 SHORTFALL, HOST = "engine shortfall", "host memory"
-NOT_TENSORS = ("CUDA context", "fragmentation", "other processes")
+NOT_TENSORS = ("CUDA context", "NCCL", "fragmentation", "other processes")
 PERMANENT = {"base linears", "embeddings", "LM head", "norms, biases", "16-bit model", "merged model", "adapters",
              "predictor head"}  # allocated once, so they fragment nothing  # fmt: skip
 BARE = {"lora.target_modules": (), "lora.dora": False}  # a pass of the base without adapters
@@ -44,12 +46,17 @@ class Phase(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """A GPU of `vram_bytes`, `others_bytes` of which other processes hold, and the host memory left (None: unknown)."""
+    """A GPU of `vram_bytes`, `others_bytes` of which other processes hold, and the host memory left (None: unknown).
+
+    It belongs to one of `ranks`, of which `ranks_here` share the machine's host memory.
+    """
 
     vram_bytes: int
     others_bytes: int = 0
     host_bytes: int | None = None
     capability: terms.Capability = terms.ADA
+    ranks: int = 1
+    ranks_here: int = 1
 
 
 def plan_memory(recipe: Recipe, shape: ModelShape, **machine: Any) -> MemoryPlan:
@@ -69,14 +76,15 @@ def plan_memory(recipe: Recipe, shape: ModelShape, **machine: Any) -> MemoryPlan
 class MemoryPlan:
     """The plan of a recipe on a GPU of `vram_bytes`, or in host memory for a recipe on the CPU.
 
-    `phases` are those of a run; `export` is a later command in a process of its own. `host` is what a run on a GPU
-    keeps in host memory, by class. `needs` holds the bytes of the phases, of `HOST` memory and, as `SHORTFALL`, how
-    much vLLM's share lacks for one sequence; `excess` is by how much each is too large.
+    With several ranks it is that of the rank with the most prompts. `phases` are those of a run; `export` is a later
+    command in a process of its own. `host` is what a rank on a GPU keeps in host memory, by class. `needs` holds the
+    bytes of the phases, of `HOST` memory (of all ranks on the machine) and, as `SHORTFALL`, how much vLLM's share
+    lacks for one sequence; `excess` is by how much each is too large.
     """
 
     def __init__(self, recipe: Recipe, shape: ModelShape, machine: Machine) -> None:
         self.recipe, self.shape, self.machine = recipe, shape, machine
-        self.vram_bytes, self.others_bytes, self.host_bytes, capability = machine
+        self.vram_bytes, self.others_bytes, self.host_bytes, capability, ranks, _ = machine
         self.on_gpu, self.engine = recipe.train.device != "cpu", terms.engine_of(recipe)
         self.layer, self.size = terms.LayerBytes(recipe, shape, capability), terms.DTYPE_BYTES[recipe.model.dtype]
         adapters = terms.adapter_elements(shape, recipe.lora)
@@ -84,7 +92,10 @@ class MemoryPlan:
         self.trained_size = max(4, self.size)  # adapters and predictor head have at least float32
         trained = {"adapters": self.trained_size * sum(adapters), "predictor head": self.trained_size * sum(predictor)}
         self.trained = sum(trained.values())
-        self.policy = terms.base_bytes(shape, recipe.model) | trained
+        self.whole = terms.base_bytes(shape, recipe.model) | trained
+        sharded = terms.strategy_of(recipe) == "fsdp2" and ranks > 1
+        shards, self.gathered = terms.sharded_bytes(shape, recipe.model, ranks) if sharded else ({}, Classes())
+        self.policy = self.whole | shards
         # Without a similarity term the predictor head has no gradient, and the optimizer no state for it.
         similar = recipe.objective.needs_siamese_pass
         self.learned = self.trained if similar else trained["adapters"]
@@ -96,9 +107,11 @@ class MemoryPlan:
         states, self.engine_shortfall_bytes, self.vllm_sequences = vllm or ([Classes()] * 3, 0, 0)
         self.sampling, self.training, self.swapping = states
         self.sequence_tokens, self.context_tokens = recipe.rollout.sequence_tokens, shape.context_tokens
-        self.answers = recipe.data.prompts_per_step * recipe.rollout.num_generations
+        # A rank samples the answers to its prompts, and trains on its part of the step's tokens.
+        prompts = ceil(recipe.data.prompts_per_step / ranks)
+        self.answers = prompts * recipe.rollout.num_generations
         least = max(recipe.train.tokens_per_microbatch, self.sequence_tokens)
-        repeated = self.answers - recipe.data.prompts_per_step if terms.shares_prefix(recipe) else 0
+        repeated = self.answers - prompts if terms.shares_prefix(recipe) else 0
         all_tokens = self.answers * self.sequence_tokens - repeated * recipe.rollout.max_prompt_length
         self.tokens = min(least, all_tokens)
         # Without packing the sequences of a micro-batch pass one after the other, and each leaves its checkpoints.
@@ -108,7 +121,7 @@ class MemoryPlan:
         self.host = terms.host_bytes(recipe, shape, elements, engine=self.engine, row_bytes=row) if self.on_gpu else {}
         self.phases = list(self._phases())
         self.peak = max(self.phases, key=lambda phase: phase.total_bytes)
-        self.needs = {SHORTFALL: self.engine_shortfall_bytes, HOST: sum(self.host.values())}
+        self.needs = {SHORTFALL: self.engine_shortfall_bytes, HOST: machine.ranks_here * sum(self.host.values())}
         self.needs |= {phase.name: phase.total_bytes for phase in self.phases}
         limits = {SHORTFALL: 0, HOST: self.needs[HOST] if self.host_bytes is None else self.host_bytes}
         self.excess = {key: max(0, size - limits.get(key, self.vram_bytes)) for key, size in self.needs.items()}
@@ -137,14 +150,16 @@ class MemoryPlan:
         """Return how many answers of full length can be decoded together; None for a server."""
         if self.engine != "hf":
             return self.vllm_sequences if self.engine == "vllm" else None
-        batch = "rollout.max_num_seqs"
-        return bisect_left(SEARCHED, 1, key=lambda size: self.with_values({batch: size}).excess["rollout"])
+        return bisect_left(SEARCHED, 1, key=lambda size: self.with_values({
+            "rollout.max_num_seqs": size, "data.prompts_per_step": size * self.machine.ranks,
+        }).excess["rollout"])  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data with all sizes in bytes; the last phase is the export."""
         keys = ("vram_bytes", "others_bytes", "engine", "fits", "engine_shortfall_bytes", "sequence_tokens",
                 "longest_sequence_tokens", "context_tokens", "sequences_at_once")  # fmt: skip
         data = {key: getattr(self, key) for key in keys} | {"device": "cuda" if self.on_gpu else "cpu"}
+        data |= {"ranks": self.machine.ranks, "ranks_here": self.machine.ranks_here}
         data |= {"peak_bytes": self.peak.total_bytes, "peak_phase": self.peak.name}
         data["host"] = {"total_bytes": self.needs[HOST], "available_bytes": self.host_bytes, "bytes": self.host}
         return data | {"phases": [phase._asdict() for phase in (*self.phases, self.export)]}
@@ -166,10 +181,10 @@ class MemoryPlan:
         sampled = ("answers are sampled" if self.sampling else "servers sample elsewhere", self.sampling)
         moments: Iterable[Moment] = [sampled, *self._engine_check()]
         if self.engine == "hf":
-            moments = terms.hf_moments(self.recipe, self.shape, self.machine.capability)
-        yield self._phase("rollout", idle, moments)
-        yield self._phase("siamese", idle | self.training, self._siamese())
-        yield self._phase("update", idle | self.training, self._update())
+            moments = terms.hf_moments(self.recipe, self.shape, self.machine.capability, ranks=self.machine.ranks)
+        yield self._phase("rollout", idle | self.gathered, moments)
+        yield self._phase("siamese", idle | self.gathered | self.training, self._siamese())
+        yield self._phase("update", idle | self.gathered | self.training, self._update())
         # A copy of the weights from before the step becomes their difference.
         step = {"gradients": self.learned} | self.optimizer | {"weight copies": self.trained}
         yield self._phase("step", trainer | self.training, [("the optimizer's step", step)])
@@ -185,6 +200,8 @@ class MemoryPlan:
             if self.on_gpu:
                 temporary = sum(size for key, size in comes.items() if key not in permanent)
                 total |= {"fragmentation": round(FRAGMENTATION_RATIO * temporary), "CUDA context": CUDA_CONTEXT_BYTES}
+                summed = self.machine.ranks > 1 and name not in ("load", "export")
+                total |= {"NCCL": NCCL_BYTES if summed else 0}
             tensors = sum(size for key, size in total.items() if key not in NOT_TENSORS)
             alive = {key: size for key, size in total.items() if size}
             phases.append(Phase(name, moment, sum(total.values()), tensors, alive))
@@ -198,7 +215,7 @@ class MemoryPlan:
             terms.base_bytes(self.shape, self.recipe.model, nf4=False).values())}  # fmt: skip
         merged = BARE | {"model.quantization": "none"}
         tokens, capability = self.sequence_tokens, self.machine.capability
-        for name, model, changes in (("the policy", self.policy, {}), ("the merged model", weights, merged)):
+        for name, model, changes in (("the policy", self.whole, {}), ("the merged model", weights, merged)):
             recipe = self.recipe.with_values(plain | changes)
             for moment, classes in terms.hf_moments(recipe, self.shape, capability):
                 yield f"{name}: {moment}", model | classes
@@ -296,3 +313,6 @@ class MemoryPlan:
         below = {"gradients": self.learned, "hidden states": self._targets() + row, "layer inputs": row}
         whole = layer.peak_bytes(self.pass_tokens, self.sequence_tokens, backward=True, copies=copies)
         yield "the bottom layer's backward pass", below | {"layer working set": whole}
+        if self.machine.ranks > 1:
+            kept = {"gradients": self.learned, "hidden states": self._targets()}
+            yield "gradients are summed over ranks", kept | {"gradient bucket": self.learned}
