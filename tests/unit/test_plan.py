@@ -556,19 +556,27 @@ def test_nccl_is_there_from_the_first_sum_on() -> None:
     assert rank.phases[4].total_bytes == alone.phases[4].total_bytes + NCCL_BYTES
 
 
-def test_ranks_shard_the_frozen_layers_and_gather_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_of("7b")
-    whole = rank_of(recipe, 4)
+@pytest.mark.parametrize("engine", ["hf", "server"])
+def test_ranks_divide_the_frozen_layers_and_gather_what_they_compute(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ('rollout.server.base_urls=["http://localhost:8000"]', "rollout.server.shared_dir=/tmp")
+    recipe = recipe_of("7b", f"rollout.engine={engine}", *(server if engine == "server" else ()))
+    whole, shape = rank_of(recipe, 4), load_shape(recipe.model)
     monkeypatch.setattr(terms, "strategy_of", lambda _: "fsdp2")
-    sharded, shape = rank_of(recipe, 4), load_shape(recipe.model)
-    assert rank_of(recipe, 1).policy == whole.policy  # nothing to share
-    layers, norms = whole.policy["base linears"], 28 * (2 * 3584 + 4608) * 2
-    assert sharded.policy["base linears"] == layers / 4
+    sharded = rank_of(recipe, 4)
+    assert rank_of(recipe, 1).policy == whole.policy  # nothing to divide
+    # Packed, two weights are a byte; scales of scales stay whole.
+    packed, norms = sum(one.inputs * one.outputs for one in shape.linears()) * 28 // 2, 28 * (2 * 3584 + 4608) * 2
+    assert sharded.policy["base linears"] == whole.policy["base linears"] - packed * 3 // 4
     assert sharded.policy["norms, biases"] == norms / 4 + 2 * 3584
     assert all(sharded.policy[name] == whole.policy[name] for name in ("embeddings", "LM head", "adapters"))
-    gathered = 2 * (layers + norms) // shape.layers
-    for phase in sharded.phases:
-        assert phase.bytes.get("gathered layers", 0) == gathered * (phase.name in ("rollout", "siamese", "update"))
+    layer = (packed + norms) // 28
+    gathered = {"load": layer, "rollout": 28 * layer if engine == "hf" else 2 * layer}
+    gathered |= {"siamese": 2 * layer, "update": 2 * layer}
+    assert {p.name: p.bytes["gathered layers"] for p in sharded.phases if "gathered layers" in p.bytes} == gathered
+    assert "weight in 16 bit" not in sharded.phases[0].bytes
+    assert sharded.host["base"] == sum(whole.policy.values()) - whole.trained  # read there by every rank
     assert sharded.export == whole.export
 
 

@@ -69,16 +69,19 @@ def base_bytes(shape: ModelShape, recipe: ModelRecipe, *, nf4: bool | None = Non
     return by_class
 
 
-def sharded_bytes(shape: ModelShape, recipe: ModelRecipe, ranks: int) -> tuple[Classes, Classes]:
-    """Return a rank's shard of the frozen layers by class, and the two whole layers that are gathered at a time.
+def divisible_bytes(shape: ModelShape, recipe: ModelRecipe) -> Classes:
+    """Return what `distributed.strategy = "fsdp2"` divides over ranks: the layers' weights, packed if in 4 bits.
 
-    These are the layer at work and the next one. Embeddings, LM head and the last norm stay whole on every rank.
+    Their scales stay whole on every rank, and so do embeddings, LM head and the last norm.
     """
-    base, last_norm = base_bytes(shape, recipe), DTYPE_BYTES[recipe.dtype] * shape.width
-    layers = {"base linears": base["base linears"], "norms, biases": base["norms, biases"] - last_norm}
-    shards = {name: ceil(size / ranks) for name, size in layers.items()}
-    shards["norms, biases"] += last_norm
-    return shards, {"gathered layers": 2 * sum(layers.values()) // shape.layers}
+    base, scales = base_bytes(shape, recipe), 0
+    if in_4_bits(shape, recipe):
+        double = shape.stored.double if shape.stored else recipe.double_quantization
+        for name, inputs, outputs in shape.linears():
+            count = shape.layers - (shape.stored.whole.get(name, 0) if shape.stored else 0)
+            scales += count * (nf4_bytes(inputs * outputs, double=double) - ceil(inputs * outputs / 2))
+    last_norm = DTYPE_BYTES[recipe.dtype] * shape.width
+    return {"base linears": base["base linears"] - scales, "norms, biases": base["norms, biases"] - last_norm}
 
 
 def strategy_of(recipe: Recipe) -> str:

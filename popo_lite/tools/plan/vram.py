@@ -94,8 +94,10 @@ class MemoryPlan:
         self.trained = sum(trained.values())
         self.whole = terms.base_bytes(shape, recipe.model) | trained
         sharded = terms.strategy_of(recipe) == "fsdp2" and ranks > 1
-        shards, self.gathered = terms.sharded_bytes(shape, recipe.model, ranks) if sharded else ({}, Classes())
-        self.policy = self.whole | shards
+        divisible = terms.divisible_bytes(shape, recipe.model) if sharded else Classes()
+        kept = {name: size - size * (ranks - 1) // ranks for name, size in divisible.items()}
+        self.policy = self.whole | {name: self.whole[name] - divisible[name] + kept[name] for name in divisible}
+        self.gatherable = sum(divisible.values())
         # Without a similarity term the predictor head has no gradient, and the optimizer no state for it.
         similar = recipe.objective.needs_siamese_pass
         self.learned = self.trained if similar else trained["adapters"]
@@ -119,6 +121,8 @@ class MemoryPlan:
         self.copied_tokens = terms.copied_tokens(recipe, self.tokens)
         row = self.layer.boundary * self.pass_tokens
         self.host = terms.host_bytes(recipe, shape, elements, engine=self.engine, row_bytes=row) if self.on_gpu else {}
+        if sharded and self.on_gpu:
+            self.host["base"] = sum(self.whole.values()) - self.trained
         self.phases = list(self._phases())
         self.peak = max(self.phases, key=lambda phase: phase.total_bytes)
         self.needs = {SHORTFALL: self.engine_shortfall_bytes, HOST: machine.ranks_here * sum(self.host.values())}
@@ -170,9 +174,11 @@ class MemoryPlan:
         # If the GPU is shared in turns, the optimizer's state is in host memory between updates.
         idle = trainer if self.on_gpu and self.recipe.rollout.vllm.enable_sleep_mode else trainer | self.optimizer
         load: list[Moment] = [("everything is loaded", {})]
-        if (
-            self.recipe.model.quantization == "nf4" and not self.shape.stored
-        ):  # transformers quantises one weight after the other
+        layer = -(-self.gatherable // self.shape.layers)
+        if layer:  # read into host memory, and divided layer by layer
+            load = [("the last layer is divided", {"gathered layers": layer})]
+        elif self.recipe.model.quantization == "nf4" and not self.shape.stored:
+            # transformers quantises one weight after the other
             load = [("the last weight is quantised", {"weight in 16 bit": self.layer.weight_bytes})]
         if self.layer.identity_bytes:
             load += [("DoRA is tried", {"layer working set": self.layer.identity_bytes})]
@@ -182,9 +188,11 @@ class MemoryPlan:
         moments: Iterable[Moment] = [sampled, *self._engine_check()]
         if self.engine == "hf":
             moments = terms.hf_moments(self.recipe, self.shape, self.machine.capability, ranks=self.machine.ranks)
-        yield self._phase("rollout", idle | self.gathered, moments)
-        yield self._phase("siamese", idle | self.gathered | self.training, self._siamese())
-        yield self._phase("update", idle | self.gathered | self.training, self._update())
+        # Ranks sample at their own pace, so the whole base is gathered; else the layer at work and the next one.
+        whole, two = {"gathered layers": self.gatherable}, {"gathered layers": 2 * layer}
+        yield self._phase("rollout", idle | (whole if self.engine == "hf" else two), moments)
+        yield self._phase("siamese", idle | two | self.training, self._siamese())
+        yield self._phase("update", idle | two | self.training, self._update())
         # A copy of the weights from before the step becomes their difference.
         step = {"gradients": self.learned} | self.optimizer | {"weight copies": self.trained}
         yield self._phase("step", trainer | self.training, [("the optimizer's step", step)])
