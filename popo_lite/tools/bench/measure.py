@@ -103,7 +103,8 @@ def _stages(meter: synthetic.Meter) -> list[dict[str, Any]]:
         tokens = None if speed is None else round(speed * last["seconds"][stage])
         if tokens is not None or stage != "siamese":
             speed = None if tokens is None else tokens / seconds
-            stages.append({"stage": stage, "seconds": seconds, "tokens": tokens, "tokens_per_second": speed})
+            row = {"stage": stage, "seconds": seconds, "processor_seconds": meter.processor_seconds(stage)}
+            stages.append(row | {"tokens": tokens, "tokens_per_second": speed})
     return stages
 
 

@@ -9,6 +9,8 @@ import math
 import os
 import statistics
 import tempfile
+import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -51,6 +53,8 @@ class OutOfMemoryError(PopoError):
 class Meter(Callback):
     """Keep the records of all steps, and by phase the most memory on a GPU: (in tensors, on the card), bytes.
 
+    `processor` has this process's processor seconds of each step by stage, including what follows a stage.
+
     The card holds what torch reserved at its peak and all that is in use outside its allocator. Resident memory of a
     CPU says little and is not measured. As a context manager it turns running out of memory into OutOfMemoryError.
     """
@@ -59,11 +63,19 @@ class Meter(Callback):
         self.device, self.notify, self.engine = device, notify, engine
         self.records: list[StepRecord] = []
         self.peaks: dict[str, tuple[int, int]] = {}
+        self.processor: list[dict[str, float]] = []
         self.notices: list[str] = []
         self._stage: tuple[str, int | None] = ("load", None)
+        self._processor_start = 0.0
 
     def stage(self, name: str, *, total: int | None = None) -> None:
-        """Note the peaks of the stage before, and reset torch's."""
+        """Note processor time and peaks of the stage before, and reset torch's peaks."""
+        now = time.process_time()
+        if self.processor:
+            self.processor[-1][self._stage[0]] += now - self._processor_start
+        if name == "prompts":  # the first stage of a step
+            self.processor.append(defaultdict(float))
+        self._processor_start = now
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             tensors = torch.cuda.max_memory_allocated(self.device)
@@ -90,6 +102,7 @@ class Meter(Callback):
         """Drop what the warm-up step measured."""
         self.stage("between steps")
         self.records.clear()
+        self.processor.clear()
         self.peaks = {phase: peak for phase, peak in self.peaks.items() if phase == "load"}
 
     def exhausted(self) -> NoReturn:
@@ -104,6 +117,10 @@ class Meter(Callback):
     def seconds(self, stage: str) -> float:
         """Return the median seconds of a stage; a step whose gradient is not finite skips the optimizer."""
         return float(statistics.median(record["seconds"].get(stage, 0.0) for record in self.records))
+
+    def processor_seconds(self, stage: str) -> float:
+        """Return the median processor seconds of a stage, which other processes on the machine change less."""
+        return float(statistics.median(step[stage] for step in self.processor))
 
 
 def outside_bytes(device: torch.device) -> int:
