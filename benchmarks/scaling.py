@@ -572,6 +572,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="*", default=[32, 256])
     parser.add_argument("--rounds", type=int, default=10, help="measured steps of each kind")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: quartiles take at least 2")
     if "RANK" in os.environ:
         session(options.recipe, options.prompts[0], options.rounds)
         return
