@@ -204,7 +204,7 @@ def collect(
         if not going:
             return [Group(rollouts=tuple(rollouts)) for rollouts in made]
         mine = ranks.share(going)
-        with clock("rollout", total=len(mine) * count):
+        with clock("rollout", total=len(mine) * count), sampler.drawing():
             completions = sample_completions(
                 [prompts[index] for index in mine],
                 recipe,

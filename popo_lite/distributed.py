@@ -10,10 +10,11 @@ import datetime
 import json
 import os
 import pickle
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -80,6 +81,10 @@ class Ranks(AbstractContextManager["Ranks"]):
     def check(self) -> None:
         """Raise RankLostError or StopRequested if another rank has ended. Not a collective."""
 
+    def together(self) -> AbstractContextManager[None]:
+        """Return a context in which torch does collectives itself. A collective: it begins when all ranks are here."""
+        return nullcontext()
+
     def another(self) -> Ranks:
         """Return the same ranks for collectives of another thread. A collective."""
         return self
@@ -142,6 +147,17 @@ class ProcessGroup(Ranks):
 
     def check(self) -> None:  # noqa: D102
         self._watch.check()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:  # noqa: D102
+        with self._meeting():
+            pass
+        try:
+            yield
+        except RuntimeError as error:
+            if not re.search("gloo|NCCL", str(error)):
+                raise
+            raise self._watch.reason_of(error) from error
 
     def another(self) -> Ranks:  # noqa: D102
         self._groups += 1
@@ -279,9 +295,19 @@ class Watch:
                         self._ended[rank] = json.loads(end)
                     elif now > self._heard[rank][1] + LOST_SECONDS:
                         self._ended[rank] = GONE
+                if any(end.get("kind") != "ended" for end in self._ended.values()):
+                    _abort_nccl()
         except RuntimeError:  # rank 0, or torchrun on its machine, has the store
             if not self._left:
                 self._ended.setdefault(0, GONE)
+
+
+def _abort_nccl() -> None:
+    """End what waits on a GPU for another rank: Python would not hear of its end before."""
+    if torch.cuda.is_available():
+        world: Any = distributed.group.WORLD
+        with suppress(Exception):  # aborted already
+            world._get_backend(torch.device("cuda")).abort()
 
 
 def join() -> Ranks:

@@ -157,18 +157,19 @@ def _answer(
 ) -> tuple[list[tuple[Completion, Problem]], list[Reward]]:
     """Sample `count` answers to each problem at `eval.temperature`; return them with their problems, and rewards."""
     longest, steps, mine = recipe.rollout.max_completion_length, recipe.train.steps, ranks.share(problems)
-    answers = sample_completions(
-        [renderer.render(problem) for problem in mine],
-        recipe,
-        sampler,
-        grader,
-        renderer,
-        count=count,
-        params=SamplingParams(temperature=recipe.eval.temperature, max_completion_length=longest),
-        policy_version=policy.version,
-        stream=stream,
-        finished=progress,
-    )
+    with sampler.drawing():
+        answers = sample_completions(
+            [renderer.render(problem) for problem in mine],
+            recipe,
+            sampler,
+            grader,
+            renderer,
+            count=count,
+            params=SamplingParams(temperature=recipe.eval.temperature, max_completion_length=longest),
+            policy_version=policy.version,
+            stream=stream,
+            finished=progress,
+        )
     answered = [(answer, problem) for problem, group in zip(mine, answers, strict=True) for answer in group]
     # A reward that changes in the course of training is here that of its end, for all weights alike.
     rewards = iter(grade_completions(grader, answered, step=steps, steps=steps))

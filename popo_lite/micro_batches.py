@@ -12,6 +12,7 @@ from torch import Tensor
 
 from popo_lite.errors import EngineError
 from popo_lite.policy.memory import is_out_of_memory, release_memory
+from popo_lite.policy.policy import Policy
 from popo_lite.types import Rollout
 
 
@@ -145,18 +146,14 @@ class MicroBatches:
     `tokens` counts, by stage, what was forwarded since it was cleared. With `shared_prefix` a prompt is forwarded once
     for all its answers in a micro-batch, and so are equal answers. `memory_advice` returns what else would let a single
     sequence fit; it ends the error about one that does not.
+
+    The ranks of a sharded base run the same number of passes: those with fewer micro-batches do idle ones.
     """
 
     def __init__(
-        self,
-        budget_tokens: int,
-        device: torch.device,
-        *,
-        shared_prefix: bool,
-        notify: Callable[[str], None],
-        memory_advice: Callable[[], str],
+        self, budget_tokens: int, policy: Policy, *, notify: Callable[[str], None], memory_advice: Callable[[], str]
     ) -> None:
-        self.budget_tokens, self._device, self._shared_prefix = budget_tokens, device, shared_prefix
+        self.budget_tokens, self._policy, self._ranks = budget_tokens, policy, policy.sharded_over
         self.tokens: Counter[str] = Counter()
         self._notify, self._memory_advice = notify, memory_advice
 
@@ -172,15 +169,20 @@ class MicroBatches:
 
         If `work` runs out of memory the budget is lowered, for good, and what is not done is split again. If `work` may
         leave something behind then, `restart` must undo all that was done: it gets the number of sequences that were
-        done before, and all are done again. Raises EngineError if a single sequence does not fit.
+        done before, and all are done again. Raises EngineError if a single sequence does not fit, and with a sharded
+        base if any micro-batch does not: the other ranks wait in the middle of the same pass.
         """
+        self._policy.start_passes()
         left, micro_batches, forwarded = set(range(len(rollouts))), 0, 0
         waiting = self._pack(rollouts, left)
+        passes = max(self._ranks.gather(len(waiting)))
         while waiting:
             tokens, members = waiting[0]
             try:
-                batch = collate(rollouts, members, device=self._device, shared_prefix=self._shared_prefix)
-                work(batch)
+                device, shared_prefix = self._policy.device, self._policy.shared_prefix
+                batch = collate(rollouts, members, device=device, shared_prefix=shared_prefix)
+                with self._ranks.together():
+                    work(batch)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
@@ -194,9 +196,10 @@ class MicroBatches:
                 restart(len(rollouts) - len(left))
                 left, micro_batches, forwarded = set(range(len(rollouts))), 0, 0
             release_memory()
-            if len(members) == 1:
+            if len(members) == 1 or self._ranks.size > 1:
+                alone = "a single sequence of " if len(members) == 1 else ""
                 raise EngineError(
-                    f"the GPU ran out of memory in the {stage} pass of a single sequence of {tokens} tokens",
+                    f"the GPU ran out of memory in the {stage} pass of {alone}{tokens} tokens",
                     where=f"problem {rollouts[members[0]].prompt.problem.id}",
                     next_step=self._memory_advice(),
                 )
@@ -206,9 +209,14 @@ class MicroBatches:
                 f"most {self.budget_tokens:,} from now on"
             )
             waiting = self._pack(rollouts, left)
+        for _ in range(micro_batches, passes):
+            with self._ranks.together():
+                self._policy.idle_pass()
         self.tokens[stage] += forwarded
         return micro_batches
 
     def _pack(self, rollouts: Sequence[Rollout], members: Iterable[int]) -> list[tuple[int, list[int]]]:
-        shared = self._shared_prefix
-        return pack(rollouts, sorted(members), budget_tokens=self.budget_tokens, shared_prefix=shared)
+        shared, budget = self._policy.shared_prefix, self.budget_tokens
+        if self._ranks.size > 1 and self._policy.packing == "off":
+            budget = 1  # one sequence each: the policy would run a pass for every sequence
+        return pack(rollouts, sorted(members), budget_tokens=budget, shared_prefix=shared)

@@ -83,7 +83,7 @@ class OpenRun:
         self._check_references()
         self.grader.check([self.train_task.train_problem(self.recipe.train.seed, i) for i in range(TRIED_PROBLEMS)])
         self._check_prompts()  # before gigabytes are read
-        self.policy = load_policy(self.recipe)
+        self.policy = load_policy(self.recipe, self.ranks)
         for notice in self.policy.notices:
             self.callback.message(notice)
 
@@ -119,6 +119,8 @@ class OpenRun:
         if settings := getattr(load_config(recipe.model), "quantization_config", None):
             stored = str(settings.get("bnb_4bit_compute_dtype") or "float32")
             quantized += " as stored" if stored == recipe.model.dtype else f" as stored; {stored} there is not used"
+        if (parts := policy.sharded_over.size) > 1:
+            quantized += f", in {parts} parts"
         adaptive = " at most, adaptive" if recipe.rollout.adaptive.enabled else ""
         return {
             "model": f"{recipe.model.id} ({quantized}, {recipe.model.dtype})",

@@ -612,6 +612,14 @@ class TrainRecipe(Section):
     """Newest checkpoints to keep. The best one by `eval.every` and the one for a rollback stay as well."""
 
 
+class DistributedRecipe(Section):
+    """A run on several GPUs or machines (docs/scaling.md). One process ignores this section."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """`ddp`: every GPU holds the whole base. `fsdp2`: each holds its part of the base, and gathers one layer at a time
+    to compute it; for bases that are too large for one GPU, and slower. Changes the update only by rounding."""
+
+
 class EvalRecipe(DatasetRecipe):
     """The evaluation before and after training. Without `dataset`, it takes problems held out from training."""
 
@@ -660,6 +668,7 @@ class Recipe(Section):
     reward: RewardRecipe = RewardRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     train: TrainRecipe = TrainRecipe()
+    distributed: DistributedRecipe = DistributedRecipe()
     eval: EvalRecipe = EvalRecipe()
     output: OutputRecipe = OutputRecipe()
 

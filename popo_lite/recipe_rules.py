@@ -75,6 +75,9 @@ IMPOSSIBLE = {
     "optimizer.name=paged_adamw8bit train.device=cpu": 'paging needs a GPU; use "adamw8bit" or "adamw" on a CPU',
     "train.offload_activations=True train.gradient_checkpointing=False":
         "offloads the inputs that gradient checkpointing keeps; turn on gradient_checkpointing as well",
+    "distributed.strategy=fsdp2 rollout.engine=vllm":
+        'every process would hold the whole base for vLLM; use rollout.engine = "server"',
+    "distributed.strategy=fsdp2 model.backend=unsloth": 'unsloth holds the whole base; use "transformers"',
     "train.offload_activations=True train.device=cpu": "frees GPU memory; leave it off on a CPU",
 }  # fmt: skip
 """Values that cannot be used together -> what is wrong and what to do. The first key must change.

@@ -73,6 +73,7 @@ RULES: Mapping[str, str] = {
     **_keys(NOTED, "train", "steps device"),
     **_keys(FREE, "train", "cpu_threads tokens_per_microbatch packing shared_prefix logits_mib compile_loss "
             "gradient_checkpointing offload_activations save_steps save_total_limit"),
+    **_keys(FREE, "distributed", "strategy"),
     **_keys(_MEASURE, "eval", "dataset config split prompt_column answer_column filter limit tasks problems "
             "samples_per_problem temperature"),
     **_keys(FREE, "eval", "every"),

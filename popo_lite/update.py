@@ -190,8 +190,7 @@ class Learner:
         self.optimizer = build_optimizer(policy, recipe.optimizer)
         self.micro_batches = MicroBatches(
             recipe.train.tokens_per_microbatch,
-            policy.device,
-            shared_prefix=policy.shared_prefix,
+            policy,
             notify=notify,
             memory_advice=memory_advice,
         )

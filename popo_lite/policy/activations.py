@@ -8,7 +8,7 @@ often than by checkpointing alone, unless a norm follows it: see `_Input`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,17 +27,18 @@ PARTS = re.compile(r"mlp|feed_forward|.*norm")
 """Names of modules in transformers' decoders that compute each token for itself."""
 
 
-def checkpoint_layers(model: PreTrainedModel) -> None:
+def checkpoint_layers(model: PreTrainedModel, modules: Iterable[tuple[str, nn.Module]] | None = None) -> None:
     """Keep only the layers' inputs for the backward pass, and compute MLPs and norms in tiles of TILE_TOKENS.
 
-    Left out are modules that do not compute each token for itself.
+    `modules` are those of `model` by name, by default all. Left out are modules that do not compute each token for
+    itself.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # Only reentrant checkpoints need it: the embeddings would get a gradient that nothing uses, and stay alive.
     model.disable_input_require_grads()
     model.eval()  # nothing is dropped while modules are tried
-    hidden = cast("Tensor", model.get_input_embeddings().weight)[None, 1:9]
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if modules is None else modules:
+        hidden = cast("Tensor", model.get_input_embeddings().weight)[None, 1:9]
         if PARTS.fullmatch(name.rpartition(".")[2]) and _computes_tokens_apart(module, hidden):
             module.forward = _tiled(module, module.forward)
 

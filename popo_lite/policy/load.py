@@ -13,10 +13,13 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import patch
 
 import torch
 from huggingface_hub.constants import HF_HOME, SAFETENSORS_INDEX_FILE
@@ -71,8 +74,11 @@ def load_tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
-    """Load the base in the recipe's precision on `device` and freeze it. Only safetensors are read."""
+def load_base(recipe: ModelRecipe, device: torch.device, *, on_host: bool = False) -> PreTrainedModel:
+    """Load the base in the recipe's precision on `device` and freeze it. Only safetensors are read.
+
+    With `on_host` it is quantised on `device` all the same, but left in host memory.
+    """
     config = load_config(recipe)
     nf4 = recipe.quantization == "nf4"
     fused = nf4 and can_be_built(recipe, config) and any(expert_weights(empty_base(recipe, config)))
@@ -84,11 +90,15 @@ def load_base(recipe: ModelRecipe, device: torch.device) -> PreTrainedModel:
     elif nf4:
         options["quantization_config"] = nf4_config(recipe)
     # In 16 bit the experts may not fit the GPU.
-    options |= {"use_safetensors": True, "device_map": {"": torch.device("cpu") if fused else device}}
-    model: Any = _from_pretrained(_auto_class(config), recipe, "model", **options)
+    host = torch.device("cpu")
+    options |= {"use_safetensors": True, "device_map": {"": host if fused or on_host else device}}
+    with _quantizing_on(device) if on_host else nullcontext():
+        model: Any = _from_pretrained(_auto_class(config), recipe, "model", **options)
     for module, name in list(expert_weights(model)) if nf4 else ():
         quantize_experts(module, name, recipe, device)
-    if fused:
+        if on_host:
+            move_quantized(module, host)
+    if fused and not on_host:
         model.to(device)
     close_cpu_repacking(model)
     model.requires_grad_(False)
@@ -188,6 +198,31 @@ def quantize_experts(module: nn.Module, name: str, recipe: ModelRecipe, device: 
     replace_parameter_4bit(module, name, compress_statistics=recipe.double_quantization, quant_type="nf4")
 
 
+@contextmanager
+def _quantizing_on(device: torch.device) -> Iterator[None]:
+    """Let bitsandbytes quantise on `device` what is loaded elsewhere. A GPU is faster, and breaks ties otherwise."""
+    import bitsandbytes as bnb
+
+    quantize: Any = bnb.nn.Params4bit._quantize
+
+    def and_return(weight: Any, home: Any) -> Any:
+        quantize(weight, device)
+        weight.data = weight.data.to(home)
+        weight.quant_state.to(home)
+        return weight
+
+    with patch.object(bnb.nn.Params4bit, "_quantize", and_return):
+        yield
+
+
+def move_quantized(module: nn.Module, device: torch.device) -> None:
+    """Move a module to `device` with its quantisation states, of which torch knows nothing."""
+    module.to(device)
+    for part in module.modules():
+        if (state := getattr(part, "quant_state", None)) is not None:
+            state.to(device)
+
+
 def quantized_weights(base: nn.Module) -> tuple[int, float]:
     """Return how many weights of the base are in 4 bit, and their share of all its elements."""
     weights, elements = 0, {True: 0, False: 0}
@@ -204,7 +239,7 @@ def quant_state_of(base: nn.Module, name: str) -> Any:
     owner, _, last = name.rpartition(".")
     if last == "original":  # fused experts
         return getattr(cast("Any", base.get_submodule(owner))[0], "quant_state", None)
-    return getattr(getattr(base.get_submodule(owner), last), "quant_state", None)
+    return getattr(base.get_submodule(owner), "quant_state", None) if last == "weight" else None
 
 
 def import_unsloth() -> None:

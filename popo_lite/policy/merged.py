@@ -61,12 +61,12 @@ class MergedForward:
 
         if self.kept is not None:
             return self.kept
-        base: Any = self._layer.get_base_layer().weight
+        base: Any = self._layer.get_base_layer()
         a, b = (factor.detach() for factor in self.factors)
-        if isinstance(base, bnb.nn.Params4bit):
-            weight: Tensor = bnb.functional.dequantize_4bit(base.data, base.quant_state).to(a.dtype)
+        if isinstance(base, bnb.nn.Linear4bit):
+            weight: Tensor = bnb.functional.dequantize_4bit(base.weight.data, base.quant_state).to(a.dtype)
             return weight.addmm_(b, a, alpha=self.scaling)
-        return torch.addmm(base, b, a, alpha=self.scaling)
+        return torch.addmm(base.weight, b, a, alpha=self.scaling)
 
 
 class _MergedLinear(torch.autograd.Function):

@@ -17,7 +17,7 @@ def move_to_host(*holders: Any) -> Parked:
 
     `module.to("cpu")` would leave some behind: those that modules keep as plain attributes, and bitsandbytes would
     repack 4-bit weights for its CPU kernels. Every tensor stays the same object, so whatever refers to it sees the
-    move. Paged optimizer state stays: the driver moves it.
+    move. Paged optimizer state stays: the driver moves it. A sharded base stays too.
     """
     parked: Parked = []
     for tensor in _tensors(holders):
@@ -44,6 +44,8 @@ def _tensors(*holders: Any) -> Iterator[Tensor]:
         if id(found) in seen:
             continue
         seen.add(id(found))
+        if type(found).__name__ == "DTensor":  # FSDP holds its memory as well
+            continue
         if isinstance(found, Tensor):
             yield found
         if isinstance(found, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from popo_lite.distributed import Ranks
 from popo_lite.errors import ModelError
 from popo_lite.fused import Head
 from popo_lite.policy.activations import checkpoint_layers, offloaded
@@ -33,6 +35,7 @@ from popo_lite.policy.load import (
 from popo_lite.policy.memory import is_out_of_memory
 from popo_lite.policy.merged import merge_adapters
 from popo_lite.policy.parts import context_of, decoder_of, hold_in_eval_mode
+from popo_lite.policy.sharding import gathered, shard, start_passes
 from popo_lite.policy.siamese import PredictorHead
 from popo_lite.policy.tokens import stop_ids_of
 from popo_lite.recipe import Recipe
@@ -51,7 +54,8 @@ class Policy:
     `packing` is the attention that keeps the sequences of a packed row apart ("varlen", "sdpa", "flash_attention_2"),
     or "off"; `shared_prefix` whether the answers to a prompt can share its tokens. `offload` keeps the inputs of
     checkpointed layers in host memory. `quantized_share` is the part of the base's weights that is in 4 bit. `notices`
-    say which settings differ from the recipe's, because the model needs others.
+    say which settings differ from the recipe's, because the model needs others. The base is divided over the ranks
+    `sharded_over`, which must run every pass together; over one rank it is whole.
     """
 
     model: PeftModel
@@ -67,6 +71,7 @@ class Policy:
     shared_prefix: bool = False
     offload: bool = False
     version: int = 0
+    sharded_over: Ranks = field(default_factory=Ranks)
 
     @property
     def trunk(self) -> nn.Module:
@@ -115,6 +120,21 @@ class Policy:
         narrow = dtype.itemsize == 2
         return torch.autocast(self.device.type, dtype=dtype if narrow else torch.bfloat16, enabled=narrow)
 
+    def start_passes(self) -> None:
+        """Prepare a sharded base for passes that all ranks run together."""
+        if self.sharded_over.size > 1:
+            start_passes(self.trunk)
+
+    def idle_pass(self) -> None:
+        """Take part in a pass of other ranks that share a sharded base, and in its backward pass unless in no-grad."""
+        hidden = self.hidden_states(torch.arange(1, 9, device=self.device), [(8,)])
+        if hidden.requires_grad:
+            hidden.backward(torch.zeros_like(hidden))
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Keep a sharded base whole for the block, in which ranks may run different passes without gradients."""
+        return gathered(self.trunk, self.sharded_over) if self.sharded_over.size > 1 else nullcontext()
+
     def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the trainable LoRA tensors by name."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -124,9 +144,14 @@ class Policy:
         return self.adapter_parameters() + [(f"predictor.{name}", p) for name, p in self.predictor.named_parameters()]
 
 
-def load_policy(recipe: Recipe) -> Policy:
-    """Load base, adapters and head as the recipe says. Raises ModelError if the model does not fit the recipe."""
+def load_policy(recipe: Recipe, ranks: Ranks | None = None) -> Policy:
+    """Load base, adapters and head as the recipe says; with `distributed.strategy = "fsdp2"` sharded over `ranks`.
+
+    Raises ModelError if the model does not fit the recipe.
+    """
     device = pick_device(recipe.train.device)
+    sharded_over = ranks if ranks is not None and recipe.distributed.strategy == "fsdp2" else Ranks()
+    sharded = sharded_over.size > 1
     check_dtype(recipe.model, device)
     # Before gigabytes are read, and before unsloth would stretch the context with another rotary scaling.
     config = load_config(recipe.model)
@@ -139,11 +164,15 @@ def load_policy(recipe: Recipe) -> Policy:
         check_architecture(empty, recipe.model)
         notices = check_targets(empty, recipe.lora)
     tokenizer = load_tokenizer(recipe.model)
-    base = load_base(recipe.model, device)
+    base = load_base(recipe.model, device, on_host=sharded)  # the GPU may not hold all of it
     model = add_adapters(base, recipe.lora, recipe.train.seed)
+    modules = shard(base, device) if sharded else None
     if recipe.train.gradient_checkpointing:
-        checkpoint_layers(base)
-    policy = wrap_policy(model, tokenizer, recipe, device)
+        checkpoint_layers(base, modules)
+    deque(modules or (), maxlen=0)  # what is left to divide
+    with sharded_over.together():
+        policy = wrap_policy(model, tokenizer, recipe, device)
+    policy.sharded_over = sharded_over
     policy.notices[:0] = notices
     return policy
 

@@ -6,7 +6,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -134,6 +134,10 @@ class Sampler(AbstractContextManager["Sampler"]):
             ids, text = tuple(token_ids), self._text(token_ids)
             completions.append(Completion(token_ids=ids, sampler_logps=tuple(logps), finish_reason=reason, text=text))
         return completions
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Return a context for rollouts, which all ranks enter together. In it each draws as often as it needs."""
+        return nullcontext()
 
     def sync(self, policy_version: int) -> None:
         """Take over the trainer's current adapter, which is `policy_version`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,9 @@ class HFSampler(Sampler):
 
     def _open(self) -> None:
         self._batch_size = self._recipe.rollout.max_num_seqs
+
+    def drawing(self) -> AbstractContextManager[None]:  # noqa: D102
+        return self._policy.gathered()
 
     @torch.no_grad()
     def _complete(self, requests: Requests, params: SamplingParams, finished: Progress) -> Answers:

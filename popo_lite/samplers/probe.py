@@ -156,7 +156,7 @@ class SamplerGuard:
         def sample(version: int) -> list[Completion]:
             sampler.sync(version)
             groups = sampler.sample(prompts, count=1, params=params, policy_version=version, stream=("probe", seed))
-            return [answer for [answer] in groups]
+            return policy.sharded_over.from_first([answer for [answer] in groups])  # as long for all ranks
 
         first = answers = sample(policy.version)
         policy_gap, before = self._gap(prompts, answers), self._score(prompts, answers)
@@ -191,12 +191,14 @@ class SamplerGuard:
     def _score(self, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> Tensor:
         """Return the trainer's log-probs of all answers' tokens, one answer after another [N], on the host."""
         policy, parts = self._policy, []
+        policy.start_passes()
         policy.model.eval()
         for prompt, answer in zip(prompts, answers, strict=True):
             ids, start = torch.tensor(prompt.token_ids + answer.token_ids, device=policy.device), len(prompt.token_ids)
-            hidden, targets = policy.hidden_states(ids, [[len(ids)]])[start - 1 : -1], ids[start:]
+            with policy.sharded_over.together():
+                hidden, targets = policy.hidden_states(ids, [[len(ids)]])[start - 1 : -1], ids[start:]
             if answer.own_positions is not None:
                 hidden, targets = hidden[list(answer.own_positions)], targets[list(answer.own_positions)]
             logps, _ = score(hidden, targets, policy.head)
             parts.append(logps.double().cpu())
-        return torch.cat(parts)
+        return policy.sharded_over.from_first(torch.cat(parts))
