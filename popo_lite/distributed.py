@@ -11,6 +11,8 @@ import json
 import os
 import pickle
 import re
+import select
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -201,11 +203,30 @@ class ProcessGroup(Ranks):
             raise self._watch.reason_of(error) from error
 
 
+def open_lines(store: Any, rank: int, size: int) -> dict[socket.socket, int]:
+    """Return connections between rank 0 and the others, with the rank at the other end.
+
+    Nothing is sent over them: the system closes those of a process that dies, however it does.
+    """
+    if rank:
+        line = socket.create_connection((os.environ["MASTER_ADDR"], int(store.get("port"))), timeout=60)
+        line.sendall(rank.to_bytes(4, "big"))
+        return {line: 0}
+    lines: dict[socket.socket, int] = {}
+    with socket.create_server(("", 0), backlog=size) as server:
+        server.settimeout(60)
+        store.set("port", str(server.getsockname()[1]))
+        while len(lines) < size - 1:
+            line, _ = server.accept()
+            lines[line] = int.from_bytes(line.recv(4, socket.MSG_WAITALL), "big")
+    return lines
+
+
 class Watch:
     """Tells the other ranks that this one is alive, or why it ends, and hears the same of them, in a thread."""
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        self.rank, self.size, self._store = rank, size, store
+    def __init__(self, store: Any, rank: int, size: int, lines: dict[socket.socket, int]) -> None:
+        self.rank, self.size, self._store, self._lines = rank, size, store, lines
         self._others = [other for other in range(size) if other != rank]
         self._heard = dict.fromkeys(self._others, ("", time.monotonic()))
         self._ended: dict[int, dict[str, str | None]] = {}
@@ -278,12 +299,21 @@ class Watch:
         self._thread.join()
         with suppress(RuntimeError):
             self._store.set(f"beat/{self.rank}", CLOSED)
+        for line in self._lines:
+            line.close()
 
     def _run(self) -> None:
         keys = [f"{kind}/{other}" for kind in ("end", "beat") for other in self._others]
         beats = 0
         try:
-            while not self._closed.wait(BEAT_SECONDS):
+            while not self._closed.is_set():
+                for line in select.select(list(self._lines), [], [], BEAT_SECONDS)[0]:
+                    rank = self._lines.pop(line)
+                    line.close()
+                    if not self._store.get(f"end/{rank}"):
+                        self._ended[rank] = GONE
+                        if self.rank == 0:  # the others have no line to it
+                            self._store.set(f"end/{rank}", json.dumps(GONE))
                 beats += 1
                 self._store.set(f"beat/{self.rank}", str(beats))
                 values = [value.decode() for value in self._store.multi_get(keys)]  # waits for those that start
@@ -329,11 +359,12 @@ def join() -> Ranks:
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=PrefixStore("torch", store), rank=rank,
             world_size=size, timeout=datetime.timedelta(minutes=COLLECTIVE_MINUTES),
         )  # fmt: skip
-    except (RuntimeError, ValueError) as error:
+        store = PrefixStore("popo-lite", store)
+        lines = open_lines(store, rank, size)
+    except (RuntimeError, ValueError, OSError) as error:
         next_step = "start it with torchrun or accelerate launch: docs/scaling.md"
         raise EngineError(f"the ranks do not find each other: {error}", next_step=next_step) from error
-    store = PrefixStore("popo-lite", store)
-    ranks = ProcessGroup(Watch(store, rank, size), store)
+    ranks = ProcessGroup(Watch(store, rank, size, lines), store)
     versions = ranks.gather({package: metadata.version(package) for package in ("popo-lite", "torch", "transformers")})
     if different := [other for other in range(size) if versions[other] != versions[0]]:
         what = f"rank {different[0]} runs {versions[different[0]]}, and rank 0 {versions[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 
@@ -19,7 +20,25 @@ def ranks(monkeypatch):
     monkeypatch.setattr(distributed, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(distributed, "LOST_SECONDS", 1.0)
     store = torch.distributed.HashStore()
-    return [ProcessGroup(Watch(store, rank, 2), store) for rank in range(2)]
+    return [ProcessGroup(Watch(store, rank, 2, {}), store) for rank in range(2)]
+
+
+def test_a_rank_that_dies_is_noticed_at_once_by_all():
+    store, lines = torch.distributed.HashStore(), [socket.socketpair() for _ in range(2)]
+    ends = [{lines[0][0]: 1, lines[1][0]: 2}, {lines[0][1]: 0}, {lines[1][1]: 0}]
+    first, dying, other = [Watch(store, rank, 3, ends[rank]) for rank in range(3)]
+    first.check()
+    dying._closed.set()
+    dying._thread.join()
+    next(iter(dying._lines)).close()  # as the system does
+    start = time.monotonic()
+    for watch in (first, other):
+        until(lambda watch=watch: 1 in watch._ended)
+        with pytest.raises(RankLostError, match="rank 1 is gone"):
+            watch.check()
+    assert time.monotonic() - start < distributed.LOST_SECONDS / 2
+    assert first.reports
+    assert not other.reports
 
 
 def until(condition) -> None:
