@@ -18,7 +18,7 @@ from popo_lite.chunks import chunk_tokens
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.tools.plan import advice, terms
+from popo_lite.tools.plan import advice
 from popo_lite.tools.plan.advice import advice_for, memory_advice, reductions, refuse_without_room
 from popo_lite.tools.plan.command import installed_gpu
 from popo_lite.tools.plan.shapes import ModelShape, adapted_linears, load_shape, shape_of
@@ -557,13 +557,11 @@ def test_nccl_is_there_from_the_first_sum_on() -> None:
 
 
 @pytest.mark.parametrize("engine", ["hf", "server"])
-def test_ranks_divide_the_frozen_layers_and_gather_what_they_compute(
-    engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_divide_the_frozen_layers_and_gather_what_they_compute(engine: str) -> None:
     server = ('rollout.server.base_urls=["http://localhost:8000"]', "rollout.server.shared_dir=/tmp")
     recipe = recipe_of("7b", f"rollout.engine={engine}", *(server if engine == "server" else ()))
     whole, shape = rank_of(recipe, 4), load_shape(recipe.model)
-    monkeypatch.setattr(terms, "strategy_of", lambda _: "fsdp2")
+    recipe = recipe.with_values({"distributed.strategy": "fsdp2"})
     sharded = rank_of(recipe, 4)
     assert rank_of(recipe, 1).policy == whole.policy  # nothing to divide
     # Packed, two weights are a byte; scales of scales stay whole.

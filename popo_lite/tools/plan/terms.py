@@ -84,11 +84,6 @@ def divisible_bytes(shape: ModelShape, recipe: ModelRecipe) -> Classes:
     return {"base linears": base["base linears"] - scales, "norms, biases": base["norms, biases"] - last_norm}
 
 
-def strategy_of(recipe: Recipe) -> str:
-    """Return how the base is spread over ranks: `ddp`, a whole copy each, or `fsdp2`."""
-    return getattr(getattr(recipe, "distributed", None), "strategy", "ddp")
-
-
 def in_4_bits(shape: ModelShape, recipe: ModelRecipe) -> bool:
     """Return True if the base's linear layers are in 4 bits: quantised when they are loaded, or stored so."""
     return recipe.quantization == "nf4" or shape.stored is not None

@@ -93,7 +93,7 @@ class MemoryPlan:
         trained = {"adapters": self.trained_size * sum(adapters), "predictor head": self.trained_size * sum(predictor)}
         self.trained = sum(trained.values())
         self.whole = terms.base_bytes(shape, recipe.model) | trained
-        sharded = terms.strategy_of(recipe) == "fsdp2" and ranks > 1
+        sharded = recipe.distributed.strategy == "fsdp2" and ranks > 1
         divisible = terms.divisible_bytes(shape, recipe.model) if sharded else Classes()
         kept = {name: size - size * (ranks - 1) // ranks for name, size in divisible.items()}
         self.policy = self.whole | {name: self.whole[name] - divisible[name] + kept[name] for name in divisible}
