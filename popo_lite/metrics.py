@@ -39,6 +39,7 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "step": Metric("step", "count", "Number of the step, from 0."),
     "policy_version": Metric("policy version", "count", "Optimizer steps so far."),
+    "lag": Metric("lag", "count", "Optimizer steps between the policy that sampled and the one trained, 0 or 1."),
     "skipped_reason": Metric("skipped", "text", "Why the step changed no weights; None if it did."),
     # what was sampled
     "level": Metric("level", "count", "Difficulty of the problems, from 0 (data.curriculum)."),
@@ -121,6 +122,9 @@ METRICS: Mapping[str, Metric] = {
     "microbatch_tokens": Metric("micro-batch tokens", "tokens", "Token budget of a micro-batch."),
     # what it took
     "seconds": Metric("seconds", "seconds", "Wall-clock seconds by stage.", trl="step_time"),
+    "seconds_ahead": Metric(
+        "seconds ahead", "seconds", "Seconds of rollouts and grading while the step before trained; not in `seconds`."
+    ),
     "tokens_per_second": Metric("tokens/s", "tokens/s", "Throughput by stage."),
     "peak_memory_bytes": Metric("peak memory", "bytes", "CUDA: most bytes reserved. CPU: most resident bytes."),
 }
@@ -199,7 +203,8 @@ def sampler_summary(engine: str, swap_seconds: Sequence[float], records: Sequenc
     gap = {name: combine(r[f"logp_gap_{name}"] for r in trained) for name, combine in over_steps.items() if trained}
     with_positive = sum(record["prompts_with_positive"] for record in records)
     rollouts, tokens = (sum(record[name] for record in records) for name in ("rollouts", "rollout_tokens"))
-    seconds = sum(record["seconds"]["rollout"] for record in records)
+    # A run that began with an older version has no seconds ahead.
+    seconds = sum(r["seconds"]["rollout"] + (r.get("seconds_ahead") or {}).get("rollout", 0.0) for r in records)
     return {
         "engine": engine,
         "tokens_per_second": tokens / max(1e-9, seconds),

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 
+from popo_lite.ahead import Rollouts
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import Cursor
 from popo_lite.controls import Controls
@@ -65,7 +66,12 @@ class OpenRun:
             self.learner = Learner(
                 recipe, self.policy, notify=callback.message, memory_advice=memory_advice, ranks=self.ranks
             )
+            self.rollouts = Rollouts(
+                recipe, self.train_task, self.renderer, self.grader, self.ranks,
+                say=callback.message, check=self.interrupts.check,
+            )  # fmt: skip
             self._open_sampler(stack)
+            stack.callback(self.rollouts.drop)
             self._resources = stack.pop_all()
         self.cursor = Cursor(entropy_coef=getattr(recipe.objective, "entropy_coef", 0.0))
         self._unwritten: list[tuple[Path, Mapping[str, Any]]] = []  # lines for the run's files
@@ -89,7 +95,7 @@ class OpenRun:
 
     def _open_sampler(self, stack: ExitStack) -> None:
         sampler = open_sampler(
-            self.recipe, self.policy, text=self.renderer.text, notify=self.callback.message, ranks=self.ranks
+            self.recipe, self.policy, text=self.renderer.text, notify=self.rollouts.notify, ranks=self.ranks
         )
         self.sampler = stack.enter_context(sampler)
         if not self.engine.startswith(sampler.engine):

@@ -266,6 +266,9 @@ class RolloutRecipe(Section):
     """Stop the run if the mean |sampler - trainer| log-prob exceeds this many nats; a quarter of it warns. Unset: 0.2
     in bfloat16, with an fp8 KV cache or with `vllm.base = "bf16"`, 0.05 in float16, 2e-4 in float32, 1e-8 in float64;
     or 3 times the mean gap of the first steps, if that is more."""
+    async_level: Literal[0, 1] = 0
+    """Optimizer steps by which rollouts may be older than the policy they train. 1: servers sample the next step while
+    one trains."""
     skip_known: bool = False
     """In later epochs, skip prompts whose last rollouts were all right (at least 4) or all wrong (at least G)."""
     explore_ratio: Ratio = 0.1

@@ -54,6 +54,10 @@ IMPOSSIBLE = {
     "rollout.server.base_urls!=() rollout.engine!=server": 'is used only with rollout.engine = "server"',
     "rollout.server.urls_file!=<unset> rollout.engine!=server": 'is used only with rollout.engine = "server"',
     "rollout.server.allow_http=True rollout.engine!=server": 'is used only with rollout.engine = "server"',
+    "rollout.async_level=1 rollout.engine!=server":
+        'needs rollout.engine = "server": the other engines cannot sample while the policy is trained; leave it out',
+    "objective.importance_sampling_clip_max=<unset> rollout.async_level=1":
+        "must be set with rollout.async_level = 1, whose rollouts are one optimizer step old; set it to 2.0",
     "data.digits!=2 data.dataset!=arithmetic eval.dataset!=arithmetic":
         'is for the dataset "arithmetic" alone; leave the key out',
     "data.curriculum.levels!=() data.curriculum.column!=<unset>":
@@ -95,6 +99,7 @@ RENAMED = {
     "objective.importance_sampling_clip_max": "vllm_importance_sampling_cap vllm_importance_sampling_clip_max",
     "rollout.num_generations": "group_size num_return_sequences",
     "rollout.max_completion_length": "max_new_tokens max_tokens",
+    "rollout.async_level": "max_async_level max_staleness max_head_offpolicyness",
     "rollout.max_num_seqs": "rollout.batch_size rollout.vllm.batch_size",
     "rollout.vllm.gpu_memory_utilization": "vllm_gpu_memory_utilization",
     "rollout.vllm.enable_sleep_mode": "vllm_enable_sleep_mode",

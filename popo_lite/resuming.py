@@ -49,7 +49,8 @@ RULES: Mapping[str, str] = {
             "weight_temperature weights_from target noise_sigma entropy_over entropy_coef target_entropy "
             "entropy_coef_gain negative_weight scale_rewards loss_type epsilon epsilon_high kl_coef "
             "use_bias_correction_kl"),
-    **_keys(NOTED, "rollout", "engine num_generations temperature max_prompt_length max_gap skip_known explore_ratio"),
+    **_keys(NOTED, "rollout", "engine num_generations temperature max_prompt_length max_gap async_level skip_known "
+            "explore_ratio"),
     **_keys(FREE, "rollout", "max_num_seqs"),
     **_keys(_MEASURE, "rollout", "max_completion_length"),
     **_keys(NOTED, "rollout.vllm", "base kv_cache_dtype enforce_eager"),
@@ -86,7 +87,10 @@ def free_keys(recipe: Recipe) -> set[str]:
     """Return the keys that change nothing of what is learned."""
     # Dropout masks depend on how the step is split and packed.
     splitting = {"train.tokens_per_microbatch", "train.packing", "train.shared_prefix"}
-    return {key for key, rule in RULES.items() if rule == FREE} - (splitting if recipe.lora.dropout else set())
+    # The step after a checkpoint or an evaluation is never sampled ahead.
+    boundaries = {"train.save_steps", "eval.every"}
+    bound = (splitting if recipe.lora.dropout else set()) | (boundaries if recipe.rollout.async_level else set())
+    return {key for key, rule in RULES.items() if rule == FREE} - bound
 
 
 def resumed_recipe(

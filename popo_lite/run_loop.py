@@ -149,6 +149,7 @@ class RunLoop(OpenRun, ABC):
                 if recover is None:
                     raise
                 self.callback.log.warning("the run recovers from an error", exc_info=True)
+            self.rollouts.drop()
             recover()  # outside the block: a caught error keeps what the engine holds
 
     def _go_on(self) -> dict[str, Any] | None:
@@ -356,6 +357,16 @@ class RunLoop(OpenRun, ABC):
             # After the checkpoint, which is worth having also if the proof fails. In 16 bit the gap alone cannot tell a
             # stale adapter from rounding.
             self._prove_sampler(lambda _: None)
+
+    def _goes_on_after(self, done: int) -> bool:
+        """Return whether the step after the `done`-th follows at once, without a checkpoint or evaluation between them.
+
+        Only such a step is drawn ahead: so a run that resumes from the checkpoint does the same steps as one that goes
+        on. Requests do not count, because they must not change a draw.
+        """
+        train, every = self.recipe.train, self.recipe.eval.every
+        evaluates = bool(every and self.held_out) and done % every == 0
+        return done < train.steps and done % train.save_steps != 0 and not evaluates
 
     def _prove_sampler(self, notify: Callable[[str], None]) -> None:
         cursor = self.cursor

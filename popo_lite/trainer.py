@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from popo_lite.curriculum import Budget, Choice, choose_problems, collect, level_pass_rate, next_level, remember
+from popo_lite.ahead import Drawn, Start
+from popo_lite.curriculum import Budget, level_pass_rate, next_level, remember
 from popo_lite.interrupts import StageClock
 from popo_lite.metrics import StepRecord, make_record, rollout_metrics, sample_line, sample_views
 from popo_lite.objective import StepPlan, nothing_to_learn, steered_entropy_coef
@@ -33,25 +34,18 @@ class Trainer(RunLoop):
     def train_step(self, step: int) -> None:
         """Do one step: problems, rollouts, rewards, weights, siamese targets, gradients, optimizer, record, sync."""
         clock = StageClock(self.callback, self.policy.device)
-        with clock("prompts"):
-            cursor = self.cursor
-            choice = choose_problems(
-                self.train_task, self.recipe, step, cursor.next_problem, cursor.history, cursor.level
-            )
-            prompts = [self.renderer.render(problem) for problem in choice.problems]
-        # Stages "rollout" and "grade".
-        groups = collect(
-            prompts,
-            self.recipe,
-            self.sampler,
-            self.grader,
-            self.renderer,
-            self.policy.version,
-            step,
-            clock,
-            self._advance,
-            self.ranks,
-        )
+        cursor, version = self.cursor, self.policy.version
+        drawn = self.rollouts.take(step, version)
+        if drawn is None:
+            # Stages "prompts", "rollout" and "grade".
+            start = Start(step, cursor.next_problem, cursor.history, cursor.level, version)
+            drawn = self.rollouts.draw(start, self.sampler, clock, self._advance)
+        groups, lag = drawn.groups, version - drawn.start.policy_version
+        clock.seconds |= drawn.waited
+        if self.recipe.rollout.async_level and self._goes_on_after(step + 1):
+            # Its history and level know nothing of this step.
+            start = Start(step + 1, drawn.choice.next_problem, cursor.history, cursor.level, version)
+            self.rollouts.start(start, self.sampler)
         with clock("weights"):
             self.sampler.sleep()
             plan = self.learner.plan(groups)
@@ -60,8 +54,9 @@ class Trainer(RunLoop):
         if plan is None:
             skipped = nothing_to_learn(self.recipe.objective)
         checked, gap = [group.rollouts[0] for group in groups[:PROBE_PROMPTS]], None
-        # A sampler that went wrong finds no positives; and dropout would count as a gap in the update.
-        if self.recipe.lora.dropout or (plan is None and self.sampler.engine != "hf"):
+        # A sampler that went wrong finds no positives; and dropout would count as a gap in the update. The gap of
+        # rollouts that lag includes an update.
+        if not lag and (self.recipe.lora.dropout or (plan is None and self.sampler.engine != "hf")):
             gap = self.learner.gap_mean(checked)
         if plan is not None:
             mine = self.learner.part(plan)
@@ -76,7 +71,7 @@ class Trainer(RunLoop):
                 result = self.learner.backward(
                     mine, targets, reference_logps, self.cursor.entropy_coef, progress=self._advance
                 )
-                gap = result.gap_mean if gap is None else gap
+                gap = result.gap_mean if gap is None and not lag else gap
                 largest = self.recipe.optimizer.max_grad_norm
                 if skipped := gradient_problem(result.grad_norm, self.cursor.recent_grad_norms, largest):
                     result = None
@@ -91,15 +86,19 @@ class Trainer(RunLoop):
                 self.learner.apply(result, weights, rate)  # the optimizer's step, then the siamese's average
         self._consistent = False  # also for a skipped step: its record moves the cursor
         self.learner.optimizer.zero_grad(set_to_none=True)
-        record = self._record(step, choice, groups, plan, result, skipped, clock.seconds)
-        self._move_cursor(record, choice, groups, plan, result)
+        record, level = self._record(step, drawn, lag, plan, result, skipped, clock.seconds), cursor.level
+        self._move_cursor(record, drawn, plan, result)
         self._unwritten.append((self.folder.metrics_path, record))
         for group in groups[: self.recipe.output.samples_per_step]:
             self._unwritten.append((self.folder.samples_path, sample_line(step, group)))
         self._consistent = True
         self._write_lines()
-        self._report(record, groups, plan)
-        # After the record: an engine that does not take the adapter costs no step.
+        self._report(record, groups, plan, level)
+        # After the record: an engine that does not take the adapter, or rollouts that fail, cost no step.
+        if self.recipe.rollout.async_level:
+            self.callback.stage("rollout")
+        # A run that stops drops the next step; several ranks would have to agree on it.
+        self.rollouts.wait(self._advance, lambda: self.ranks.size == 1 and self.interrupts.requested)
         with clock("sync"):
             self.sampler.sync(self.policy.version)
         self.cursor.add_seconds({"sync": clock.seconds["sync"]})
@@ -109,14 +108,14 @@ class Trainer(RunLoop):
     def _record(
         self,
         step: int,
-        choice: Choice,
-        groups: Sequence[Group],
+        drawn: Drawn,
+        lag: int,
         plan: StepPlan | None,
         result: UpdateResult | None,
         skipped: str | None,
         seconds: dict[str, float],
     ) -> StepRecord:
-        recipe, siamese = self.recipe, self.learner.siamese
+        recipe, siamese, groups = self.recipe, self.learner.siamese, drawn.groups
         first_round = Budget.of(recipe.rollout).round_size
         sampled = rollout_metrics(groups, self.train_task, first_round=first_round)
         if step == 0:
@@ -139,9 +138,10 @@ class Trainer(RunLoop):
             **learned,
             "step": step,
             "policy_version": self.policy.version,
+            "lag": lag,
             "skipped_reason": skipped,
-            "level": self.cursor.level if recipe.data.curriculum.enabled else None,
-            "prompts_skipped": choice.skipped,
+            "level": drawn.start.level if recipe.data.curriculum.enabled else None,
+            "prompts_skipped": drawn.choice.skipped,
             "entropy_coef": self.cursor.entropy_coef,
             "siamese_drift": drift,
             "siamese_drift_over_bound": drift / bound if bound > 0 else None,
@@ -149,25 +149,25 @@ class Trainer(RunLoop):
             "head_learning_rate": recipe.optimizer.head_learning_rate * factor,
             "microbatch_tokens": self.learner.micro_batches.budget_tokens,
             "seconds": dict(seconds),
-            "tokens_per_second": {stage: count / max(seconds[stage], 1e-9) for stage, count in tokens.items() if count},
+            "seconds_ahead": dict(drawn.ahead) or None,
+            "tokens_per_second": {
+                stage: count / max(seconds[stage] + drawn.ahead.get(stage, 0.0), 1e-9)
+                for stage, count in tokens.items()
+                if count
+            },
             "peak_memory_bytes": peak_memory_bytes(self.policy.device),
         }
         return make_record(values)
 
     def _move_cursor(
-        self,
-        record: StepRecord,
-        choice: Choice,
-        groups: Sequence[Group],
-        plan: StepPlan | None,
-        result: UpdateResult | None,
+        self, record: StepRecord, drawn: Drawn, plan: StepPlan | None, result: UpdateResult | None
     ) -> None:
-        cursor, recipe = self.cursor, self.recipe
-        cursor.history = remember(cursor.history, groups, recipe, cursor.next_step)
+        cursor, recipe, choice = self.cursor, self.recipe, drawn.choice
+        cursor.history = remember(cursor.history, drawn.groups, recipe, cursor.next_step)
         cursor.shape_steps = count_takeover(cursor.shape_steps, record)
         cursor.next_step += 1
         cursor.next_problem = choice.next_problem
-        if recipe.data.curriculum.enabled:
+        if recipe.data.curriculum.enabled and drawn.start.level == cursor.level:  # else drawn ahead of the move
             rates = [*cursor.level_rates, level_pass_rate(choice, record["pass_rate"])]
             cursor.level, cursor.level_rates = next_level(
                 cursor.level, rates, recipe.data.curriculum, self.train_task.levels
@@ -185,16 +185,16 @@ class Trainer(RunLoop):
             cursor.totals[name] = cursor.totals.get(name, 0) + record[name]
         cursor.add_seconds(record["seconds"])
 
-    def _report(self, record: StepRecord, groups: Sequence[Group], plan: StepPlan | None) -> None:
+    def _report(self, record: StepRecord, groups: Sequence[Group], plan: StepPlan | None, level_before: int) -> None:
         self.callback.step(record)
         count = max(self.recipe.output.samples_per_step, 1)
         self.callback.samples(sample_views(record["step"], groups, count))
         if text := takeover_message(record, groups, self.cursor.shape_steps):
             self.callback.message(text)
         level, curriculum = self.cursor.level, self.recipe.data.curriculum
-        if record["level"] is not None and record["level"] != level:
+        if level != level_before:
             why, move = f"above data.curriculum.high = {curriculum.high:g}", "on"
-            if level < record["level"]:
+            if level < level_before:
                 why, move = f"below data.curriculum.low = {curriculum.low:g}", "back"
             where = f"level {level + 1} of {self.train_task.levels}"
             self.callback.message(f"pass rate {why} over {curriculum.window} steps: {move} to {where}")

@@ -95,6 +95,8 @@ class Verdicts:
                 "a loss of 0 is normal for grpo: a group's advantages add up to 0 as long as policy and sampler "
                 f"agree. It learns from the gradient, whose norm is {gradient:.3g}",
             )
+        if record.get("lag"):  # a run that began with an older version has none
+            record = {**record, "logp_gap_mean": None}  # it includes an update
         self._recent.append(record)
         if len(self._first) < WINDOW:
             self._first.append(record)
