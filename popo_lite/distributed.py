@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import pickle
 import re
 import select
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib import metadata
 from typing import Any, TypeVar
@@ -26,6 +29,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from popo_lite.errors import EngineError, PopoError, StopRequested
+from popo_lite.launch import processes_of_run
 
 T = TypeVar("T")
 
@@ -37,7 +41,12 @@ COLLECTIVE_MINUTES = 10
 """Longest time that a collective may take once all ranks are there."""
 CLOSED = "closed"
 """Last beat of a rank."""
-GONE: dict[str, str | None] = {"what": "is gone: it was killed, or its machine or network failed"}
+FAREWELL_SECONDS = 5.0
+"""Longest time that rank 0 waits for the others at its end."""
+End = dict[str, str | None]
+GONE: End = {
+    "what": "is gone: it was killed, or its machine or network failed", "where": None, "next_step": None, "doubt": None
+}  # fmt: skip
 """The end of a rank that says nothing any more."""
 
 
@@ -107,13 +116,13 @@ class ProcessGroup(Ranks):
 
     def __init__(self, watch: Watch, store: Any, group: Any = None) -> None:
         self.rank, self.size = watch.rank, watch.size
-        self._watch, self._store, self._group = watch, store, group or distributed.group.WORLD
-        self._meetings = self._groups = 0
+        self._watch, self._store, self._group = watch, store, group
+        self._meetings, self._groups, self._together = Counter[str](), 0, False
 
     def gather(self, value: T) -> list[T]:  # noqa: D102
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with self._meeting():
+        with self._meeting("gather"):
             distributed.all_gather(sizes, torch.tensor([data.numel()]), group=self._group)
             longest = max(int(size) for size in sizes)
             parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
@@ -125,7 +134,7 @@ class ProcessGroup(Ranks):
     def from_first(self, value: T) -> T:  # noqa: D102
         data = torch.frombuffer(bytearray(pickle.dumps(value) if self.first else b"\0"), dtype=torch.uint8)
         size = torch.tensor([data.numel()])
-        with self._meeting():
+        with self._meeting("from_first"):
             distributed.broadcast(size, 0, group=self._group)
             if not self.first:
                 data = torch.empty(int(size), dtype=torch.uint8)
@@ -141,7 +150,7 @@ class ProcessGroup(Ranks):
             return 0
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in taking]
         bucket = torch._utils._flatten_dense_tensors(gradients)
-        with self._meeting():
+        with self._meeting("sum_gradients"):
             distributed.all_reduce(bucket, group=self._group)
         for parameter, gradient in zip(taking, torch._utils._unflatten_dense_tensors(bucket, gradients), strict=True):
             parameter.grad = gradient
@@ -152,19 +161,21 @@ class ProcessGroup(Ranks):
 
     @contextmanager
     def together(self) -> Iterator[None]:  # noqa: D102
-        with self._meeting():
+        with self._meeting("together"):
             pass
+        self._together = True
         try:
             yield
         except RuntimeError as error:
             if not re.search("gloo|NCCL", str(error)):
                 raise
             raise self._watch.reason_of(error) from error
+        self._together = False  # not after an error: then the others wait in the middle of what was done together
 
     def another(self) -> Ranks:  # noqa: D102
         self._groups += 1
         store = PrefixStore(f"group-{self._groups}", self._store)
-        with self._meeting():
+        with self._meeting("another"):
             return ProcessGroup(self._watch, store, distributed.new_group(backend="gloo"))
 
     def leave(self, error: BaseException | None) -> None:  # noqa: D102
@@ -174,21 +185,23 @@ class ProcessGroup(Ranks):
         """Leave the others. Rank 0 reports a PopoError for all ranks; another rank only exits with its code.
 
         The others end after rank 0, which may be saving: torchrun kills what still runs 30 seconds after the first
-        process that has failed.
+        process that has failed. But rank 0 may wait for one that fails in the middle of what they do together, until
+        that one ends.
         """
         self.leave(error)
-        if not self.first:
+        if not self.first and not self._together:
             self._watch.wait_for_first()
         self._watch.close()
         if isinstance(error, PopoError) and not self._watch.reports:
             raise SystemExit(error.exit_code) from error
 
     @contextmanager
-    def _meeting(self) -> Iterator[None]:
+    def _meeting(self, name: str) -> Iterator[None]:
         """Wait until all ranks are here, then run the block. Raises RankLostError if that cannot be or fails."""
-        self._meetings += 1
+        self._meetings[name] += 1
         try:
-            needed, pause = self._meetings * self.size, 1e-4  # none can be a meeting ahead
+            needed, pause = self._meetings.total() * self.size, 1e-4  # none can be a meeting ahead
+            self._store.add(name, 1)
             arrived = self._store.add("arrived", 1)
             while arrived < needed:
                 self._watch.check()
@@ -198,6 +211,8 @@ class ProcessGroup(Ranks):
                 arrived = self._store.add("arrived", 0)
                 if left is not None and arrived < needed:
                     raise RankLostError(f"rank {left} has ended the run, and this one has not")
+            if self._store.add(name, 0) != self._meetings[name] * self.size:
+                raise RankLostError(f'other ranks do something else than "{name}"', next_step="please report this bug")
             yield
         except RuntimeError as error:  # a connection broke
             raise self._watch.reason_of(error) from error
@@ -212,28 +227,38 @@ def open_lines(store: Any, rank: int, size: int) -> dict[socket.socket, int]:
         line = socket.create_connection((os.environ["MASTER_ADDR"], int(store.get("port"))), timeout=60)
         line.sendall(rank.to_bytes(4, "big"))
         return {line: 0}
-    lines: dict[socket.socket, int] = {}
-    with socket.create_server(("", 0), backlog=size) as server:
+    lines: dict[int, socket.socket] = {}
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=size) as server:
         server.settimeout(60)
         store.set("port", str(server.getsockname()[1]))
         while len(lines) < size - 1:
             line, _ = server.accept()
-            lines[line] = int.from_bytes(line.recv(4, socket.MSG_WAITALL), "big")
-    return lines
+            line.settimeout(5)
+            with suppress(OSError):  # of a stranger, such as a scan of ports
+                lines.setdefault(int.from_bytes(line.recv(4, socket.MSG_WAITALL), "big"), line)
+                lines = {other: line for other, line in lines.items() if 0 < other < size}
+    return {line: other for other, line in lines.items()}
 
 
 class Watch:
     """Tells the other ranks that this one is alive, or why it ends, and hears the same of them, in a thread."""
 
-    def __init__(self, store: Any, rank: int, size: int, lines: dict[socket.socket, int]) -> None:
-        self.rank, self.size, self._store, self._lines = rank, size, store, lines
+    def __init__(
+        self, store: Any, rank: int, size: int, lines: dict[socket.socket, int], lost: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin. `lost` is called once, in a thread of its own, if a rank has ended before its time."""
+        self.rank, self.size, self._store, self._lines, self._lost = rank, size, store, lines, lost
         self._others = [other for other in range(size) if other != rank]
         self._heard = dict.fromkeys(self._others, ("", time.monotonic()))
-        self._ended: dict[int, dict[str, str | None]] = {}
-        self._left, self._closed = False, threading.Event()
+        self._ended: dict[int, End] = {}
+        self._left, self._closed, self._round = False, threading.Event(), time.monotonic()
+        self._saying, self._through = threading.Lock(), False
         store.multi_set([f"end/{rank}", f"beat/{rank}"], ["", "0"])
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._end_without_store, name="ranks' store", daemon=True).start()
 
     def check(self) -> None:
         """Raise RankLostError or StopRequested if another rank has ended before its time."""
@@ -241,9 +266,9 @@ class Watch:
             if end.get("kind") == "abandoned":
                 raise StopRequested
             if end.get("kind") != "ended":
-                raise RankLostError(
-                    f"rank {rank} {end['what']}", where=end.get("where"), next_step=end.get("next_step")
-                )
+                lost = RankLostError(f"rank {rank} {end['what']}", where=end["where"], next_step=end["next_step"])
+                lost.doubt = end["doubt"]
+                raise lost
 
     def left(self) -> int | None:
         """Return a rank that has ended with the run, if there is one."""
@@ -276,35 +301,53 @@ class Watch:
         if self._left:
             return
         self._left = True
-        end: dict[str, str | None] = {"kind": "ended"}
-        if isinstance(error, StopRequested):
+        end: End = {"kind": "ended"}
+        if isinstance(error, (StopRequested, KeyboardInterrupt)):
             end = {"kind": "abandoned"}
         elif isinstance(error, PopoError):
-            end = {"what": f"stopped: {error.what}", "where": error.where, "next_step": error.next_step}
+            told = {name: getattr(error, name) for name in ("where", "next_step", "doubt")}
+            end = {"what": f"stopped: {error.what}", **told}
         elif error is not None and not isinstance(error, SystemExit):  # that is how a stopped run ends
-            end = {"what": f"stopped: {type(error).__name__}: {error}"}
+            end = {**GONE, "what": f"stopped: {type(error).__name__}: {error}"}
         with suppress(RuntimeError):  # of a store that has gone with another rank
             self._store.set(f"end/{self.rank}", json.dumps(end))
 
     def wait_for_first(self) -> None:
         """Return when rank 0 is through with all that it has to do, or is gone."""
-        beat, heard = self._heard[0]
-        while self._thread.is_alive() and beat != CLOSED and time.monotonic() < heard + LOST_SECONDS:
-            time.sleep(BEAT_SECONDS / 4)
-            beat, heard = self._heard[0]
+        self._wait_for([0], math.inf)
 
     def close(self) -> None:
-        """Say nothing any more."""
-        self._closed.set()
-        self._thread.join()
+        """Say nothing any more. Rank 0, which may have the store, first lets the others hear of its end."""
         with suppress(RuntimeError):
-            self._store.set(f"beat/{self.rank}", CLOSED)
-        for line in self._lines:
+            self._say(CLOSED)
+        if self.rank == 0:
+            self._wait_for(self._others, FAREWELL_SECONDS)
+        self._closed.set()
+        self._thread.join(2 * BEAT_SECONDS)  # it may wait for a store that is gone
+        for line in list(self._lines):
             line.close()
+
+    def _wait_for(self, ranks: Sequence[int], seconds: float) -> None:
+        """Wait until these ranks are through, gone or silent, at most so long."""
+
+        def through(rank: int) -> bool:
+            beat, heard = self._heard[rank]
+            return beat == CLOSED or self._ended.get(rank) == GONE or time.monotonic() > heard + LOST_SECONDS
+
+        limit = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < limit and not all(map(through, ranks)):
+            time.sleep(BEAT_SECONDS / 4)
+
+    def _say(self, beat: str) -> None:
+        """Tell the others that this rank is alive, or `CLOSED`, after which nothing else is said."""
+        with self._saying:
+            if not self._through:
+                self._through = beat == CLOSED
+                self._store.set(f"beat/{self.rank}", beat)
 
     def _run(self) -> None:
         keys = [f"{kind}/{other}" for kind in ("end", "beat") for other in self._others]
-        beats = 0
+        beats, told = 0, False
         try:
             while not self._closed.is_set():
                 for line in select.select(list(self._lines), [], [], BEAT_SECONDS)[0]:
@@ -314,8 +357,8 @@ class Watch:
                         self._ended[rank] = GONE
                         if self.rank == 0:  # the others have no line to it
                             self._store.set(f"end/{rank}", json.dumps(GONE))
-                beats += 1
-                self._store.set(f"beat/{self.rank}", str(beats))
+                beats, self._round = beats + 1, time.monotonic()
+                self._say(str(beats))
                 values = [value.decode() for value in self._store.multi_get(keys)]  # waits for those that start
                 for rank, end, beat in zip(self._others, values, values[len(self._others) :], strict=False):
                     now = time.monotonic()
@@ -325,19 +368,25 @@ class Watch:
                         self._ended[rank] = json.loads(end)
                     elif now > self._heard[rank][1] + LOST_SECONDS:
                         self._ended[rank] = GONE
-                if any(end.get("kind") != "ended" for end in self._ended.values()):
-                    _abort_nccl()
-        except RuntimeError:  # rank 0, or torchrun on its machine, has the store
+                if not told and any(end.get("kind") != "ended" for end in self._ended.values()):
+                    told = True
+                    threading.Thread(target=self._lost, name="ranks' end", daemon=True).start()
+        except (RuntimeError, OSError, ValueError):  # rank 0, or torchrun on its machine, has the store
             if not self._left:
                 self._ended.setdefault(0, GONE)
 
+    def _end_without_store(self) -> None:
+        """End the process if the store's machine is gone: then nothing that asks the store ever returns."""
+        while not self._closed.wait(BEAT_SECONDS):
+            if self._thread.is_alive() and time.monotonic() > self._round + LOST_SECONDS + 10 * BEAT_SECONDS:
+                where = "the machine of rank 0, or of torchrun's rendezvous, is gone"
+                sys.stderr.write(f"error  rank {self.rank}: {where}: resume from the newest checkpoint\n")
+                sys.stderr.flush()
+                os._exit(1)
 
-def _abort_nccl() -> None:
-    """End what waits on a GPU for another rank: Python would not hear of its end before."""
-    if torch.cuda.is_available():
-        world: Any = distributed.group.WORLD
-        with suppress(Exception):  # aborted already
-            world._get_backend(torch.device("cuda")).abort()
+
+_joined = 0
+"""How often this process has joined ranks: a program may train several times."""
 
 
 def join() -> Ranks:
@@ -345,26 +394,38 @@ def join() -> Ranks:
 
     Raises EngineError if the processes do not find each other, or run different versions.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    global _joined
+    if processes_of_run() == 1:
         return Ranks()
     if on_gpu := torch.cuda.is_available():
         here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if here >= gpus:
-            next_step = f"start {gpus} on this machine, or train on the CPU with CUDA_VISIBLE_DEVICES= in front"
-            raise EngineError(f"this machine has {gpus} GPUs, and rank {here + 1} on it has none", next_step=next_step)
+            what = f"process {here + 1} on this machine has no GPU: there are {gpus}"
+            next_step = f"torchrun --nproc-per-node {gpus}; or train on the CPU with CUDA_VISIBLE_DEVICES= in front"
+            raise EngineError(what, next_step=next_step)
         torch.cuda.set_device(here)
+    # NCCL's own thread would end the process of a rank that still has to save.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    backend, limit = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", datetime.timedelta(minutes=COLLECTIVE_MINUTES)
     try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=datetime.timedelta(minutes=5))))
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=PrefixStore("torch", store), rank=rank,
-            world_size=size, timeout=datetime.timedelta(minutes=COLLECTIVE_MINUTES),
-        )  # fmt: skip
-        store = PrefixStore("popo-lite", store)
+        if not distributed.is_initialized():
+            store, rank, size = next(iter(rendezvous("env://", timeout=datetime.timedelta(minutes=5))))
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        _joined += 1
+        rank, size, group = distributed.get_rank(), distributed.get_world_size(), distributed.new_group(backend=backend)
+        store = PrefixStore(f"popo-lite-{_joined}", distributed.distributed_c10d._get_default_store())
         lines = open_lines(store, rank, size)
     except (RuntimeError, ValueError, OSError) as error:
-        next_step = "start it with torchrun or accelerate launch: docs/scaling.md"
+        next_step = "docs/scaling.md has the commands and network settings; for one process unset WORLD_SIZE"
         raise EngineError(f"the ranks do not find each other: {error}", next_step=next_step) from error
-    ranks = ProcessGroup(Watch(store, rank, size, lines), store)
+
+    def end_what_waits() -> None:
+        if on_gpu:  # for a kernel of NCCL that waits for another rank Python would wait, too
+            for each in {group, distributed.group.WORLD}:
+                with suppress(Exception):
+                    each._get_backend(torch.device("cuda")).abort()
+
+    ranks = ProcessGroup(Watch(store, rank, size, lines, end_what_waits), store, group)
     versions = ranks.gather({package: metadata.version(package) for package in ("popo-lite", "torch", "transformers")})
     if different := [other for other in range(size) if versions[other] != versions[0]]:
         what = f"rank {different[0]} runs {versions[different[0]]}, and rank 0 {versions[0]}"

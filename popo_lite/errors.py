@@ -21,6 +21,8 @@ class PopoError(Exception):
     """
 
     exit_code = 1
+    doubt: str | None = None
+    """What of a run cannot be trusted by this error, for its checkpoints and summary."""
 
     def __init__(self, what: str, *, where: str | None = None, next_step: str | None = None) -> None:
         super().__init__(what)

@@ -23,7 +23,7 @@ class RunEvents(Callback):
     """Pass events on to `callback`, and messages also to the log; `open_log` writes those that came before it.
 
     A callback that raises gets nothing more, so that the run can be saved (`CallbackList`). While the run is `ending`,
-    its error goes no further. TerminalGone never does: `terminal_gone` is called.
+    its error goes no further. TerminalGone never does: `terminal_gone` is called. `said` collects the messages.
     """
 
     ending = False
@@ -32,6 +32,7 @@ class RunEvents(Callback):
     def __init__(self, callback: Callback, terminal_gone: Callable[[], None]) -> None:
         self._callback = callback if isinstance(callback, CallbackList) else CallbackList([callback])
         self._terminal_gone = terminal_gone
+        self.said: list[str] = []
         self._early = logging.handlers.BufferingHandler(capacity=1_000)
         self.log = logging.Logger("popo-lite run")  # of this run alone
         self.log.addHandler(self._early)
@@ -54,6 +55,7 @@ class RunEvents(Callback):
     def _call(self, method: str, *values: Any, **named: Any) -> None:
         if method == "message":
             self.log.info(*values)
+            self.said.append(values[0])
         try:
             getattr(self._callback, method)(*values, **named)
         except TerminalGone as error:

@@ -27,9 +27,9 @@ def explained(error: BaseException, run: RunFolder, memory_advice: Callable[[], 
         advice = f"close other programs or lower train.tokens_per_microbatch, then {resume}"
         return PopoError("the computer ran out of memory", next_step=advice)
     if isinstance(error, RankLostError):
-        command = run.resume_command.replace("popo-lite", "torchrun --nproc-per-node N -m popo_lite", 1)
-        mend = f"{error.next_step}; then" if error.next_step else "when that is mended,"
-        return RankLostError(error.what, where=error.where, next_step=f"{mend} on any number N of ranks: {command}")
+        mend = error.next_step or "fix the cause"
+        next_step = f"{mend}; then resume on any number N of ranks: {run.resume_command}"
+        return RankLostError(error.what, where=error.where, next_step=next_step)
     code: object = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
         code = int(found[1])

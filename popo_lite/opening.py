@@ -146,11 +146,14 @@ class OpenRun:
         for notice in chain.from_iterable(task.notices for task in tasks.values()):
             self.callback.message(notice)
         training, where = self.train_task.training(), "eval.dataset" if self.recipe.eval.dataset else "data.dataset"
-        if unreadable := check_references(training, self.grader, "training rows", "data.dataset"):
+        # A grader that is out of time on one rank would leave out a row there alone.
+        found = check_references(training, self.grader, "training rows", "data.dataset")
+        if unreadable := self.ranks.from_first(found):
             dropped = self.train_task.drop_training(lambda problem: unreadable.get(problem.id))
             what = f"{len(dropped)} of {len(training):,} training rows cannot be graded and are left out"
             self.callback.message(what + first(dropped))
-        if unreadable := check_references(self.held_out, self.grader, "held-out problems", where):
+        found = check_references(self.held_out, self.grader, "held-out problems", where)
+        if unreadable := self.ranks.from_first(found):
             self.callback.message(not_solved(unreadable, len(self.held_out), "held-out problems"))
 
     def _check_prompts(self) -> None:

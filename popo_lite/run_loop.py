@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import time
 from abc import ABC, abstractmethod
@@ -16,8 +18,10 @@ from safetensors import SafetensorError
 
 from popo_lite.checkpoint import load_checkpoint, save_checkpoint, sync_folder
 from popo_lite.controls import MEANINGS, Action
+from popo_lite.distributed import RankLostError
 from popo_lite.errors import (
     CheckpointError,
+    DataError,
     EngineError,
     EngineFailedError,
     GradingError,
@@ -83,6 +87,10 @@ class RunLoop(OpenRun, ABC):
     _asked = 0  # how often samples were asked for
     _reopened_at: int | None = None  # the step at which the engine was last opened again
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._shown: set[str] = set()  # what rank 0 has said, if there are several
+
     @abstractmethod
     def train_step(self, step: int) -> None:
         """Do one step."""
@@ -104,6 +112,7 @@ class RunLoop(OpenRun, ABC):
                 self._note_changes(changes)
             for difference in start_files(folder, self.recipe, self.policy.device):
                 self.callback.message(f"not as when the run started: {difference}")
+            self._refuse_other_data()
             write_json(folder.data_path, self._digests())
             try:
                 steps, done = self.recipe.train.steps, self.cursor.next_step
@@ -114,10 +123,12 @@ class RunLoop(OpenRun, ABC):
                 self.ranks.leave(request)
                 summary = None
             except BaseException as error:
-                self.ranks.leave(error)
+                if self.ranks.first:
+                    self.ranks.leave(error)
                 # Before the advice, which may need memory.
-                outcome = self._save_after_error()
+                outcome = self._save_after_error(error)
                 shown = explained(error, folder, self.memory_advice)
+                self.ranks.leave(shown)
                 if not isinstance(shown, PopoError):
                     error.add_note(outcome)  # stands below its traceback
                     self.callback.message(f"{type(error).__name__}: {outcome}")
@@ -173,8 +184,15 @@ class RunLoop(OpenRun, ABC):
         return self._finish(self._evaluate("after").summary() if self.held_out else None)
 
     def _stopping(self) -> bool:
-        """Return whether any rank was asked to stop. A collective."""
-        return any(self.ranks.gather(self.interrupts.requested))
+        """Return whether any rank was asked to stop, and show what other ranks alone have said. A collective."""
+        said, self.callback.said = self.callback.said, []
+        parts = self.ranks.gather((self.interrupts.requested, said if self.ranks.size > 1 else []))
+        self._shown.update(parts[0][1])
+        for rank, (_, texts) in enumerate(parts if self.ranks.first else []):
+            for text in texts:
+                if text not in self._shown:
+                    self.callback.message(f"rank {rank}: {text}")
+        return any(requested for requested, _ in parts)
 
     # --------------------------------------------------------------------- controls
 
@@ -191,6 +209,8 @@ class RunLoop(OpenRun, ABC):
                 try:
                     self._do(action)
                 except (OSError, SafetensorError, GradingError) as error:  # the run does not depend on it
+                    if self.ranks.size > 1 and action != "checkpoint":
+                        raise  # the other ranks are in the middle of it
                     self.callback.log.warning("a request failed", exc_info=True)
                     self.callback.message(f"{MEANINGS[action]}: not done; {error}")
                 except EngineFailedError:  # asked again, it might end the run
@@ -314,11 +334,13 @@ class RunLoop(OpenRun, ABC):
             f"{self.cursor.learning_rate_scale:g} times the learning rate; the next time the run stops"
         )
 
-    def _save_after_error(self) -> str:
+    def _save_after_error(self, cause: BaseException) -> str:
         """Save the last whole step, and return what is saved. An error in here never hides the first one."""
         self.callback.ending = True
+        if doubt := getattr(cause, "doubt", None):
+            self.cursor.doubts = [*dict.fromkeys([*self.cursor.doubts, doubt])]
         if not self.ranks.first:
-            return "the run continues from its newest checkpoint"
+            return "what it has not saved is lost"
         done, newest = self.cursor.next_step, checkpoint_folders(self.folder.checkpoints)
         left = f"the newest checkpoint is {newest[-1]}" if newest else "there is no checkpoint"
         if not self._consistent:
@@ -373,13 +395,12 @@ class RunLoop(OpenRun, ABC):
         problems = [self.train_task.train_problem(self.recipe.train.seed, index) for index in range(PROBE_PROMPTS)]
         try:
             self.guard.prove([self.renderer.render(problem) for problem in problems], notify)
-        except (EngineFailedError, NotFiniteError):
+        except (EngineFailedError, NotFiniteError, RankLostError):
             raise  # no verdict on the adapter
-        except EngineError:
+        except EngineError as error:
             if cursor.next_step > cursor.proven_step:
-                doubt = f"steps {cursor.proven_step + 1} to {cursor.next_step} are in doubt: since then the "
-                doubt += f"{self.sampler.engine} sampler has not been proven to use the adapter it is given"
-                cursor.doubts = [*dict.fromkeys([*cursor.doubts, doubt])]
+                error.doubt = f"steps {cursor.proven_step + 1} to {cursor.next_step} are in doubt: since then the "
+                error.doubt += f"{self.sampler.engine} sampler has not been proven to use the adapter it is given"
             raise
         cursor.proven_step = cursor.next_step
 
@@ -475,6 +496,16 @@ class RunLoop(OpenRun, ABC):
 
     def _digests(self) -> dict[str, dict[str, str]]:
         return {"training": digests(self.train_task.training()), "held_out": digests(self.held_out)}
+
+    def _refuse_other_data(self) -> None:
+        """Raise DataError if a rank has other training rows or held-out problems than rank 0. A collective."""
+        if self.ranks.size == 1:
+            return
+        content = json.dumps(self._digests(), sort_keys=True)
+        digests = self.ranks.gather(hashlib.blake2b(content.encode()).hexdigest())
+        if different := [f"rank {rank}" for rank, digest in enumerate(digests) if digest != digests[0]]:
+            what = f"{' and '.join(different)} found other training rows or held-out problems than rank 0"
+            raise DataError(what, where="data.dataset", next_step="copy the same data to all machines")
 
     def _check_data(self) -> None:
         """Say how the training rows differ from those that the run began with.

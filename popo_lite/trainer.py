@@ -57,7 +57,7 @@ class Trainer(RunLoop):
         # A sampler that went wrong finds no positives; and dropout would count as a gap in the update. The gap of
         # rollouts that lag includes an update.
         if not lag and (self.recipe.lora.dropout or (plan is None and self.sampler.engine != "hf")):
-            gap = self.learner.gap_mean(checked)
+            gap = self.ranks.from_first(self.learner.gap_mean(checked))  # all judge the same number
         if plan is not None:
             mine = self.learner.part(plan)
             with clock("siamese"):
@@ -89,7 +89,7 @@ class Trainer(RunLoop):
         record, level = self._record(step, drawn, lag, plan, result, skipped, clock.seconds), cursor.level
         self._move_cursor(record, drawn, plan, result)
         self._unwritten.append((self.folder.metrics_path, record))
-        for group in groups[: self.recipe.output.samples_per_step]:
+        for group in groups[: self.recipe.output.samples_per_step if self.ranks.first else 0]:
             self._unwritten.append((self.folder.samples_path, sample_line(step, group)))
         self._consistent = True
         self._write_lines()

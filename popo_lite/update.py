@@ -339,13 +339,16 @@ class Learner:
 
     def _add_up(self, result: UpdateResult) -> None:
         """Replace this rank's sums by those of all ranks, which add them in the same order."""
-        parts = self.ranks.gather((result.sums, result.log_ratios, result.micro_batches, self.micro_batches.tokens))
+        batches = self.micro_batches
+        mine = (result.sums, result.log_ratios, result.micro_batches, batches.tokens, batches.budget_tokens)
+        parts = self.ranks.gather(mine)
         names = dict.fromkeys(name for sums, *_ in parts for name in sums)
         result.sums = {name: sum(sums.get(name, 0.0) for sums, *_ in parts) for name in names}
         result.log_ratios = [ratios for _, log_ratios, *_ in parts for ratios in log_ratios]
-        result.micro_batches = sum(count for _, _, count, _ in parts)
-        result.rank_tokens = [tokens["update"] for *_, tokens in parts]
-        self.micro_batches.tokens = sum((tokens for *_, tokens in parts), Counter())
+        result.micro_batches = sum(count for _, _, count, *_ in parts)
+        result.rank_tokens = [tokens["update"] for *_, tokens, _ in parts]
+        batches.tokens = sum((tokens for *_, tokens, _ in parts), Counter())
+        batches.budget_tokens = min(budget for *_, budget in parts)
 
     def _loss(
         self,
@@ -440,6 +443,8 @@ class Learner:
 
     def refuse_divergence(self) -> None:
         """Raise EngineError unless all ranks hold the same trained and averaged weights, bit for bit. A collective."""
+        if self.ranks.size == 1:
+            return
         digest = hashlib.blake2b()
         for _, parameter in self.policy.trainable_parameters():
             digest.update(parameter.detach().cpu().numpy().tobytes())
@@ -449,7 +454,9 @@ class Learner:
         if different := [f"rank {rank}" for rank, each in enumerate(digests) if each != digests[0]]:
             what = f"{' and '.join(different)} hold other weights than rank 0, and all must hold the same"
             next_step = "run on cards of one kind with the same versions; if they are, test their memory"
-            raise EngineError(what, next_step=next_step)
+            error = EngineError(what, next_step=next_step)
+            error.doubt = f"steps before step {self.policy.version + 1} are in doubt: {what}"
+            raise error
 
     def refuse_not_finite(self) -> None:
         """Raise NotFiniteError if a trained or averaged weight is not finite: such weights are never saved."""

@@ -127,7 +127,7 @@ class Server:
     engine = "server"
 
     def __init__(self, rank: int) -> None:
-        self._rank = rank
+        self._rank, self.ranks = rank, Ranks()
 
     def sync(self, version: int) -> None:
         pass
