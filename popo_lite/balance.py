@@ -10,6 +10,13 @@ WHOLE = 0.05
 """A prompt with answers of at most this fraction of a rank's fair share is never divided."""
 
 
+def idle_ranks(prompts: int, ranks: int) -> str | None:
+    """Return a notice if a step has fewer prompts than ranks, so that some ranks sample nothing."""
+    if (idle := ranks - prompts) <= 0:
+        return None
+    return f"{idle} of {ranks} ranks {'has' if idle == 1 else 'have'} no prompts: data.prompts_per_step = {prompts}"
+
+
 def divide(rollouts: Sequence[Rollout], ranks: int, *, shared_prefix: bool) -> list[list[int]]:
     """Return for each rank the positions in `rollouts` of those that it trains on, in order.
 

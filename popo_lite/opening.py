@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from popo_lite.ahead import Rollouts
+from popo_lite.balance import idle_ranks
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import Cursor
 from popo_lite.controls import Controls
@@ -60,6 +61,8 @@ class OpenRun:
             callback.message(f"training on the CPU: {problem[0]}; {problem[1]}")
         if recipe.train.cpu_threads:
             torch.set_num_threads(recipe.train.cpu_threads)
+        if idle := idle_ranks(recipe.data.prompts_per_step, self.ranks.size):
+            callback.message(idle)
         _, self.engine = pick_engine(recipe, self.ranks)
         with ExitStack() as stack:
             self._open_task(stack)

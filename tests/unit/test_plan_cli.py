@@ -74,6 +74,8 @@ def test_it_plans_a_rank_of_several_and_prints_the_command_that_starts_them() ->
     odd = invoke("tiny_cpu", "--ranks", "3", "--machines", "2").exception
     assert isinstance(odd, UserInputError)
     assert str(odd.where) == "--ranks"
+    idle = invoke("tiny_cpu", "--ranks", "3", "--set", "data.prompts_per_step=2").stdout
+    assert "1 of 3 ranks has no prompts: data.prompts_per_step = 2." in idle
 
 
 @pytest.mark.parametrize("others", [(), ("--others", "512MiB")])

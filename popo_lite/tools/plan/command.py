@@ -28,9 +28,9 @@ UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 @click.option("--vram", metavar="SIZE", help="Memory of the GPU, e.g. 24GiB; default: nvidia-smi's figure, else 24GiB.")
 @click.option("--others", metavar="SIZE", help="Part that other processes hold; default: nvidia-smi's, 0 with --vram.")
 @click.option(
-    "--host", metavar="SIZE", help="Host memory for the run; default: what is available, if nvidia-smi answers."
+    "--host", metavar="SIZE", help="Host memory of a machine; default: what is available, if nvidia-smi answers."
 )
-@click.option("--ranks", type=POSITIVE, default=1, show_default=True, help="GPUs of the run; the plan is that of one.")
+@click.option("--ranks", type=POSITIVE, default=1, show_default=True, help="GPUs of all machines; the plan is for one.")
 @click.option(
     "--machines", type=POSITIVE, default=1, show_default=True, help="Machines that the ranks are spread over."
 )
@@ -60,8 +60,6 @@ def plan(
     fit, the smallest changes that make it fit are printed. Exit code 0: it fits; 1: it does not; 2: the recipe or the
     command line has an error. See docs/memory.md.
 
-    With --ranks it is the plan of one rank of a run on several GPUs, and --host is the memory of one machine.
-
     With --simulate, and for an architecture that the plan does not know, the trainer's code runs at real size without a
     GPU and without weights. That takes some 20 seconds.
 
@@ -79,8 +77,8 @@ def plan(
     from popo_lite.tools.plan.vram import Machine, plan_memory
 
     if ranks % machines:
-        next_step = "give a multiple of --machines"
-        raise UserInputError(f"{ranks} ranks on {machines} machines", where="--ranks", next_step=next_step)
+        what = f"{ranks} cannot be split evenly over {machines} machines"
+        raise UserInputError(what, where="--ranks", next_step="give the ranks of all machines together")
     settings, ranks_here = load_recipe(recipe, overrides), ranks // machines
     refuse_untrusted(settings, recipe, trust, overrides=overrides, only=MODEL_CODE)
     if simulate:

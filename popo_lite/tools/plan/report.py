@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from popo_lite.balance import idle_ranks
 from popo_lite.tools.console.output import safe, table
 from popo_lite.tools.console.words import memory
 from popo_lite.tools.plan.advice import Advice, why_not
@@ -66,6 +67,8 @@ def plan_report(
 
 
 def _remarks(plan: MemoryPlan, host_source: str) -> Iterator[str]:
+    if idle := idle_ranks(plan.recipe.data.prompts_per_step, plan.machine.ranks):
+        yield f"{idle}."
     if stored := plan.shape.stored:
         dtype = plan.recipe.model.dtype
         unused = "" if dtype == stored.compute_dtype else f", not in the stored {stored.compute_dtype}"
