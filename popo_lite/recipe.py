@@ -619,8 +619,8 @@ class DistributedRecipe(Section):
     """A run on several GPUs or machines (docs/scaling.md). One process ignores this section."""
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """`ddp`: every GPU holds the whole base. `fsdp2`: each holds its part of the base, and gathers one layer at a time
-    to compute it; for bases that are too large for one GPU, and slower. Changes the update only by rounding."""
+    """`ddp`: every GPU holds the whole base. `fsdp2`: each holds its part of the base; slower, for bases that are too
+    large for one GPU. Changes the update only by rounding (without dropout)."""
 
 
 class EvalRecipe(DatasetRecipe):
