@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -82,7 +83,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
 
 
 def train(start: Callable[..., Ranks], tmp_path: Path, size: int) -> Ranks:
-    return start(size, "train", "tiny_cpu", "--output", str(tmp_path / "run"), *SETTINGS)
+    tmp_path.mkdir(exist_ok=True)
+    folder = tmp_path / "run"
+    return start(size, "train", "tiny_cpu", "--output", str(folder), *SETTINGS, folder=folder)
 
 
 def test_when_a_rank_is_killed_the_others_save_and_stop_and_any_number_of_ranks_goes_on(start, tmp_path):
@@ -110,18 +113,22 @@ def test_without_rank_0_the_newest_checkpoint_counts(start, tmp_path):
     ranks.processes[0].kill()
     assert ranks.codes(1, 2) == [1, 1]
     assert "rank 0 is gone" in ranks.text(1)
-    assert "the run continues from its newest checkpoint" in ranks.text(1)
+    assert "what it has not saved is lost" in ranks.text(1)
     assert ranks.text(2) == ""
     assert any((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="there is no such signal here")
 def test_a_rank_that_says_nothing_any_more_is_lost(start, tmp_path):
-    ranks = train(start, tmp_path, 2)
+    ranks, others = train(start, tmp_path, 2), train(start, tmp_path / "others", 2)
     ranks.wait_for_steps(2)
+    others.wait_for_steps(2)
     ranks.processes[1].send_signal(signal.SIGSTOP)
+    others.processes[0].send_signal(signal.SIGSTOP)  # with the store
     assert ranks.codes(0, within=2 * STOPPED_WITHIN) == [1]
     assert "rank 1 is gone" in ranks.text(0)
+    assert others.codes(1, within=2 * STOPPED_WITHIN) == [1]
+    assert "the machine of rank 0, or of torchrun's rendezvous, is gone" in others.text(1)
 
 
 def test_two_signals_to_one_rank_abandon_the_step_on_all(start, tmp_path):
@@ -141,14 +148,15 @@ def test_an_error_before_the_start_is_reported_once(start, tmp_path):
     assert ranks.text(1) == ""
 
 
-def test_torchrun_tells_of_a_killed_rank_and_passes_ctrl_c_on(tmp_path):
+@pytest.mark.parametrize("ending", ["ctrl-c", "rank 0 is killed"])
+def test_torchrun_tells_how_a_run_ends_and_leaves_nothing_behind(tmp_path, ending):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "popo_lite", "train", "tiny_cpu", "--output", str(tmp_path / "run"), *SETTINGS]
-    output = tmp_path / "output.txt"
+    output, temporary = tmp_path / "output.txt", tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     with output.open("w") as file:
-        process = subprocess.Popen(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT, cwd=tmp_path
-        )
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=tmp_path)
     try:
         until = time.monotonic() + 120
         metrics = tmp_path / "run" / "metrics.jsonl"
@@ -156,11 +164,20 @@ def test_torchrun_tells_of_a_killed_rank_and_passes_ctrl_c_on(tmp_path):
             assert time.monotonic() < until, output.read_text()
             assert process.poll() is None, output.read_text()
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        if ending == "ctrl-c":
+            process.send_signal(signal.SIGINT)
+        else:
+            os.kill(json.loads((tmp_path / "run" / ".lock").read_text())["pid"], signal.SIGKILL)
         process.wait(STOPPED_WITHIN)
     finally:
         process.kill()
     shown = output.read_text()
-    assert f"popo-lite resume {tmp_path / 'run'}" in shown
-    assert "steps; saved" in shown
-    assert len(json_lines(metrics)) == int(sorted((tmp_path / "run" / "checkpoints").glob("*"))[-1].name[5:])
+    resume = f"torchrun --nproc-per-node N -m popo_lite resume {tmp_path / 'run'}"
+    assert resume in shown
+    if ending == "ctrl-c":
+        assert "steps; saved" in shown
+        newest = sorted((tmp_path / "run" / "checkpoints").glob("*"))[-1]
+        assert len(json_lines(metrics)) == int(newest.name.removeprefix("step-"))
+    else:
+        assert "rank 0 is gone" in shown
+    assert list(temporary.glob("popo-lite-*")) == []
