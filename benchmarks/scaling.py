@@ -425,7 +425,7 @@ def session(recipe: str, prompts: int, rounds: int) -> None:
         for size in RANKS[1:]:
             if world.rank < size:
                 # Without those of answers and gradients, which are timed as a whole: three of a step.
-                meetings[size] = members[size]._meetings / runs[size].steps - 3
+                meetings[size] = members[size]._meetings.total() / runs[size].steps - 3
                 members[size].meter = None
                 networks[size] = network_of(members[size], runs[size])
             world.gather(None)

@@ -378,7 +378,7 @@ class Watch:
     def _end_without_store(self) -> None:
         """End the process if the store's machine is gone: then nothing that asks the store ever returns."""
         while not self._closed.wait(BEAT_SECONDS):
-            if self._thread.is_alive() and time.monotonic() > self._round + LOST_SECONDS + 10 * BEAT_SECONDS:
+            if self._thread.is_alive() and time.monotonic() > self._round + LOST_SECONDS + 5 * BEAT_SECONDS:
                 where = "the machine of rank 0, or of torchrun's rendezvous, is gone"
                 sys.stderr.write(f"error  rank {self.rank}: {where}: resume from the newest checkpoint\n")
                 sys.stderr.flush()

@@ -138,7 +138,7 @@ def test_two_signals_to_one_rank_abandon_the_step_on_all(start, tmp_path):
         ranks.processes[1].send_signal(signal.SIGTERM)
         time.sleep(0.01)
     assert ranks.codes(0, 1) == [130, 130]
-    assert "popo-lite resume" in ranks.text(0)
+    assert "popo_lite resume" in ranks.text(0)
 
 
 def test_an_error_before_the_start_is_reported_once(start, tmp_path):
