@@ -241,7 +241,7 @@ def _ladder(name: str, settings: Settings, where: str, *, climb: bool) -> list[S
 
 @cache
 def _process() -> tuple[subprocess.Popen[str], IO[bytes]]:
-    """Start the generating process, which ends when its input does, so with this process."""
+    """Start the generating process, which ends with this one."""
     if importlib.util.find_spec("reasoning_gym") is None:
         next_step = install_extra("tasks")
         raise DataError("the package reasoning-gym is not installed", where="data.dataset", next_step=next_step)
@@ -255,10 +255,13 @@ def _process() -> tuple[subprocess.Popen[str], IO[bytes]]:
         encoding="utf-8",
         # Some generators iterate over sets of text, whose order the hash seed decides.
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "MPLBACKEND": "agg"},
+        # Signals are for the run, which finishes its step; a terminal and torchrun send them to the whole group.
+        start_new_session=True,
     )
     assert process.stdin is not None  # noqa: S101
     here = str(Path.cwd())
-    print(json.dumps([entry or here for entry in sys.path]), file=process.stdin, flush=True)
+    first = {"path": [entry or here for entry in sys.path], "parent": os.getpid()}
+    print(json.dumps(first), file=process.stdin, flush=True)
     return process, errors
 
 

@@ -1,6 +1,7 @@
 """Run reasoning-gym's generators: JSON requests from standard input, one a line, and one line with a reply for each.
 
-`reasoning_gym` runs this file as it is, and sends the path to import from as the first line; see grading/worker.py.
+`reasoning_gym` runs this file as it is. The first line has the path to import from (see grading/worker.py) and the
+process that asks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -29,8 +32,10 @@ def main() -> None:
     """Answer requests until the parent ends."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what generators and verifiers print
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which finishes its step
-    sys.path[:] = json.loads(sys.stdin.readline())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where a session does not keep Ctrl-C away, as on Windows
+    first = json.loads(sys.stdin.readline())
+    threading.Thread(target=end_with, args=(first["parent"],), daemon=True).start()
+    sys.path[:] = first["path"]
     for line in sys.stdin:
         request = json.loads(line)
         if "open" in request:
@@ -38,6 +43,13 @@ def main() -> None:
         else:
             reply = list(problems(request["problems"], held_out=request["held_out"]))
         print(json.dumps(reply), file=replies, flush=True)
+
+
+def end_with(parent: int) -> None:
+    """End this process when the one that asks has ended; the end of the input comes only after a request is done."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def ladder(task: str, settings: dict[str, Any], *, climb: bool) -> dict[str, Any]:

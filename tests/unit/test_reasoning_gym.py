@@ -6,9 +6,12 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from popo_lite.errors import DataError, RecipeError
@@ -230,3 +233,32 @@ def test_a_generator_that_fails_is_named():
     with pytest.raises(DataError, match=r"the process that generates problems ended with exit code -9"):
         gym("gcd")
     assert gym("gcd").levels == 1
+
+
+RUN = """
+import json, os, signal
+from popo_lite.tasks import reasoning_gym
+
+process, _ = reasoning_gym._process()
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda *_: None)
+    os.killpg(0, number)
+print(process.pid, len(reasoning_gym.ask({"open": ["gcd", {}], "climb": False})["levels"]), flush=True)
+jobs = [["gcd", {}, seed, 0] for seed in range(1_000_000)]
+process.stdin.write(json.dumps({"problems": jobs, "held_out": False}) + "\\n")
+process.stdin.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups here")
+def test_signals_to_a_whole_group_do_not_reach_the_generating_process_and_it_ends_with_the_run():
+    """As torchrun sends them; and its SIGKILL may come in the middle of a request."""
+    done = subprocess.run([sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert done.returncode == -signal.SIGKILL
+    pid, levels = map(int, done.stdout.split())
+    assert levels == 1
+    until = time.monotonic() + 20
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.1)
