@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from importlib import import_module, metadata
 from typing import Any
 
 import click
 
-from popo_lite.errors import INTERRUPTED, EngineError, PopoError, nearest
+from popo_lite.errors import INTERRUPTED, EngineError, PopoError, UserInputError, nearest
 
 COMMANDS = {
     "doctor": ("popo_lite.tools.doctor.command:doctor", "Check this machine, and write bug reports."),
@@ -34,6 +35,9 @@ COMMANDS = {
     "push": ("popo_lite.tools.push:push", "Upload an export to the Hugging Face Hub."),
 }
 """Name of a command -> where it is defined, and its line in `popo-lite --help`."""
+ON_RANKS = ("train", "resume")
+"""Commands that torchrun may start several times."""
+HELP = ("-h", "--help")
 
 
 class _Commands(click.Group):
@@ -49,11 +53,14 @@ class _Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
-            return super().resolve_command(ctx, args)
+            name, command, rest = super().resolve_command(ctx, args)
         except click.UsageError as error:
             if guess := nearest(args[0], COMMANDS):
                 raise click.UsageError(f"{error.message} Did you mean {guess}?", ctx) from error
             raise
+        if name not in ON_RANKS and not {*HELP} & {*rest}:
+            _refuse_ranks(ctx, args[0])
+        return name, command, rest
 
     def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
@@ -96,7 +103,18 @@ class _Commands(click.Group):
         return ctx.exit(shown.exit_code)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def _refuse_ranks(ctx: click.Context, name: str) -> None:
+    """Raise UserInputError if torchrun has started `name` several times, all in the same folders; rank 0 reports it."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks == "1" or ctx.resilient_parsing:
+        return
+    if os.environ.get("RANK", "0") != "0":
+        ctx.exit(UserInputError.exit_code)
+    next_step = "run it without torchrun; outside of torchrun, unset WORLD_SIZE"
+    raise UserInputError(f"{ranks} ranks run popo-lite {name}, and only train and resume can", next_step=next_step)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": HELP})
 @click.version_option(metadata.version("popo-lite"), prog_name="popo-lite")
 def main() -> None:
     """Make a language model better at something that can be checked, on one consumer GPU.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from popo_lite.cli import main
+from popo_lite.cli import COMMANDS, main
 
 BROKEN = {
     "unknown key": (
@@ -103,6 +103,21 @@ def test_a_full_gpu_is_told_with_what_to_do(name, monkeypatch):
     assert "the GPU ran out of memory" in done.stderr
     assert "CUDA_VISIBLE_DEVICES=" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"train", "resume"}))
+def test_several_ranks_of_a_command_that_has_one_are_refused(name):
+    """Each would do the whole, in the same folders. Its arguments are not read before."""
+    first, other = [{"WORLD_SIZE": "2", "RANK": rank} for rank in "01"]
+    done = CliRunner().invoke(main, [name, "run"], env=first)
+    assert done.exit_code == 2
+    assert f"2 ranks run popo-lite {name}" in done.stderr
+    assert "run it without torchrun" in done.stderr
+    done = CliRunner().invoke(main, [name, "run"], env=other)
+    assert (done.exit_code, done.output) == (2, "")
+    assert CliRunner().invoke(main, [name, "--help"], env=first).exit_code == 0
+    for option in ("--help", "--version"):
+        assert CliRunner().invoke(main, [option], env=first).exit_code == 0
 
 
 def test_a_full_disk_is_told():
