@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,9 @@ def train(
         trust: Run the code that the recipe's file names, and remember it. A `Recipe` counts as your own.
 
     Raises PopoError (UserInputError, ModelError, EngineError and others) with what to do next.
+
+    Under torchrun all ranks call it and get a result, whose folder is on the machine of rank 0. Ranks above 0 call no
+    callbacks, and end with SystemExit where rank 0 raises a PopoError. What follows belongs on rank 0.
     """
 
     @contextmanager
@@ -79,7 +83,8 @@ def resume(
         view: What is shown, as in `train`.
         trust: Run the code that the run's recipe names, and remember it.
 
-    Raises PopoError (CheckpointError, UserInputError, ModelError, EngineError and others) with what to do next.
+    Raises PopoError (CheckpointError, UserInputError, ModelError, EngineError and others) with what to do next. For
+    several ranks see `train`.
     """
     return _run(resumed_run(Path(run), overrides, checkpoint, trust=trust), callbacks, view)
 
@@ -87,9 +92,11 @@ def resume(
 def _run(opening: AbstractContextManager[Opened], callbacks: Sequence[Callback], view: View) -> RunResult:
     """Train what `opening` yields. Rank 0 alone shows the run and calls the callbacks."""
     with joined(opening) as (ranks, folder, settings, options), ExitStack() as stack:
+        path = ranks.from_first(folder.path)  # other ranks' own folders are gone at the end
         watchers = [open_view(view), *callbacks, *reporters(folder, settings)] if ranks.first else []
         callback = stack.enter_context(CallbackList(watchers))
-        return stack.enter_context(load_trainer(settings, callback, ranks=ranks)).run(folder, **options)
+        result = stack.enter_context(load_trainer(settings, callback, ranks=ranks)).run(folder, **options)
+    return replace(result, folder=RunFolder(path))
 
 
 def load_trainer(

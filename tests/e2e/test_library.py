@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 import popo_lite
 from popo_lite.errors import UserInputError
+from popo_lite.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("train.steps=2", "data.prompts_per_step=4", "rollout.num_generations=4", "eval.problems=4")
@@ -69,6 +72,46 @@ def test_train_evaluate_and_export_as_functions(tmp_path):
     assert not (result.folder.path / "export").exists()
     with pytest.raises(popo_lite.PopoError, match="the run has ended"):
         popo_lite.resume(result.folder.path)
+
+
+ON_RANKS = """
+import json, os, sys
+from pathlib import Path
+import popo_lite
+
+class Watcher(popo_lite.Callback):
+    steps = 0
+    def step(self, record):
+        self.steps += 1
+
+folder, watcher = Path(sys.argv[1]), Watcher()
+recipe = popo_lite.load_recipe("tiny_cpu", sys.argv[2:])
+result = popo_lite.train(recipe, output=folder / "run", callbacks=[watcher])
+assert result.folder.summary_path.is_file()
+found = [str(result.folder.path), result.folder.resume_command, result.next_step, watcher.steps]
+(folder / f"rank-{os.environ['RANK']}").write_text(json.dumps(found))
+"""
+
+
+def test_every_rank_gets_the_run_and_rank_0_alone_calls_the_callbacks(tmp_path):
+    (tmp_path / "on_ranks.py").write_text(ON_RANKS)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        *torchrun,
+        str(tmp_path / "on_ranks.py"),
+        str(tmp_path),
+        *SMALL,
+        "train.steps=1",
+        "eval.problems=0",
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    run = RunFolder(tmp_path / "run")
+    found = [json.loads((tmp_path / f"rank-{rank}").read_text()) for rank in range(2)]
+    assert found == [[str(run.path), run.resume_command, 1, steps] for steps in (1, 0)]
 
 
 def test_the_minimal_example_learns():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -82,3 +86,34 @@ def test_a_rank_tells_why_it_ends_and_says_that_it_is_alive_until_it_is_through(
         first.check()
     first.__exit__()
     other.__exit__()
+
+
+JOIN = """
+import sys
+from popo_lite import distributed
+from popo_lite.errors import EngineError
+
+known = distributed.metadata.version
+distributed.metadata.version = lambda package: "0.1" if package == sys.argv[1] else known(package)
+try:
+    distributed.join()
+except EngineError as error:
+    print(error)
+"""
+
+
+def test_ranks_of_different_versions_are_refused():
+    """Each rank might train in another way, and the run would be neither's."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    place = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", JOIN, older], env={**place, "RANK": rank}, stdout=subprocess.PIPE,
+                         text=True)
+        for rank, older in (("0", ""), ("1", "transformers"))
+    ]  # fmt: skip
+    for process in processes:
+        shown, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert re.search(r"rank 1 runs .*'transformers': '0\.1'.*, and rank 0 .*'transformers'", shown)
+        assert "install the same versions on all machines" in shown
