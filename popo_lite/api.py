@@ -96,7 +96,9 @@ def _run(opening: AbstractContextManager[Opened], callbacks: Sequence[Callback],
         watchers = [open_view(view), *callbacks, *reporters(folder, settings)] if ranks.first else []
         callback = stack.enter_context(CallbackList(watchers))
         result = stack.enter_context(load_trainer(settings, callback, ranks=ranks)).run(folder, **options)
-    return replace(result, folder=RunFolder(path))
+    run = RunFolder(path)
+    run.resume_command = folder.resume_command
+    return replace(result, folder=run)
 
 
 def load_trainer(

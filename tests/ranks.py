@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 from helpers import json_lines
 from popo_lite import distributed
 from popo_lite.callbacks import Callback
+from popo_lite.controls import Action
+from popo_lite.errors import EngineError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
@@ -59,6 +62,12 @@ def results(folder: Path, size: int, cases: Mapping[str, Sequence[str]], **envir
 # --------------------------------------------------------------------------- one rank
 
 
+ASKED = "asked"
+"""A case with this name is asked for things while it trains, on rank 0."""
+REQUESTS: dict[int, tuple[Action, ...]] = {0: ("sample", "checkpoint", "pause"), 1: ("evaluate", "sample")}
+"""Step -> what is asked for after it; a pause is continued soon."""
+
+
 class Kept(Callback):
     """Keeps the trained weights after every step, and the bytes that went into all_reduce until then."""
 
@@ -72,6 +81,45 @@ class Kept(Callback):
         self.weights.append({n: p.detach().clone() for n, p in self.trainer.policy.trainable_parameters()})
         self.reduced.append(self.bytes)
         self.bytes = 0
+
+
+class Asking(Kept):
+    """Asks for `REQUESTS`, too, and keeps what is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+        self.answers: list[dict[str, Any]] = []
+
+    def attach(self, controls):
+        self.controls = controls
+
+    def step(self, record):
+        super().step(record)
+        if self.trainer.ranks.first:
+            for action in REQUESTS.get(record["step"], ()):
+                self.controls.request(action)
+
+    def sampled(self, samples):
+        self.answers += samples
+
+    def message(self, text):
+        self.messages.append(text)
+        if text.startswith("paused") and self.trainer.ranks.first:
+            threading.Timer(0.2, self.controls.request, ["continue"]).start()
+
+
+def divergence(trainer: Trainer) -> str:
+    """Change one weight of the last rank by the least, and return how the learner refuses that."""
+    _, parameter = next(iter(trainer.policy.trainable_parameters()))
+    if trainer.ranks.rank == trainer.ranks.size - 1:
+        with torch.no_grad():
+            parameter.flatten()[0] = parameter.flatten()[0].nextafter(torch.tensor(9.0, dtype=parameter.dtype))
+    try:
+        trainer.learner.refuse_divergence()
+    except EngineError as error:
+        return str(error)
+    return ""
 
 
 def coarse(draw: Callable[..., list[Completion]]) -> Callable[..., list[Completion]]:
@@ -97,7 +145,7 @@ def coarse(draw: Callable[..., list[Completion]]) -> Callable[..., list[Completi
 
 def train(recipe: Recipe, folder: RunFolder, ranks: distributed.Ranks) -> dict[str, Any]:
     """Train as the command does; return all that the run is judged by."""
-    kept = Kept()
+    kept = Asking() if folder.path.name == ASKED else Kept()
     with Trainer(recipe, kept, ranks=ranks) as trainer:
         kept.trainer = trainer
         torch.manual_seed(4)
@@ -123,7 +171,7 @@ def train(recipe: Recipe, folder: RunFolder, ranks: distributed.Ranks) -> dict[s
         finally:
             distributed.distributed.all_reduce = all_reduce
         learner = trainer.learner
-        return {
+        found = {
             "weights": [start, *kept.weights],
             "siamese": {name: average.clone() for name, average in learner.siamese.average.items()},
             "optimizer": {
@@ -142,10 +190,13 @@ def train(recipe: Recipe, folder: RunFolder, ranks: distributed.Ranks) -> dict[s
             }
             | {"history": {name: list(seen) for name, seen in trainer.cursor.history.items()}},
             "metrics": json_lines(folder.metrics_path),
-            "samples": json_lines(folder.samples_path),
+            "samples": json_lines(folder.samples_path) if ranks.first else [],
             "evaluations": json_lines(folder.evaluations_path),
             "checkpoints": sorted(path.name for path in folder.checkpoints.glob("*")),
         }
+        if isinstance(kept, Asking):
+            found |= {"messages": kept.messages, "answers": kept.answers, "divergence": divergence(trainer)}
+        return found
 
 
 def main(folder: Path) -> None:

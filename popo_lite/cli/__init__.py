@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from popo_lite.errors import INTERRUPTED, EngineError, PopoError, UserInputError, nearest
+from popo_lite.launch import processes_of_run
 
 COMMANDS = {
     "doctor": ("popo_lite.tools.doctor.command:doctor", "Check this machine, and write bug reports."),
@@ -105,8 +106,8 @@ class _Commands(click.Group):
 
 def _refuse_ranks(ctx: click.Context, name: str) -> None:
     """Raise UserInputError if torchrun has started `name` several times, all in the same folders; rank 0 reports it."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks == "1" or ctx.resilient_parsing:
+    ranks = processes_of_run()
+    if ranks == 1 or ctx.resilient_parsing:
         return
     if os.environ.get("RANK", "0") != "0":
         ctx.exit(UserInputError.exit_code)

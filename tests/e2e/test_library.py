@@ -12,7 +12,6 @@ import pytest
 
 import popo_lite
 from popo_lite.errors import UserInputError
-from popo_lite.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("train.steps=2", "data.prompts_per_step=4", "rollout.num_generations=4", "eval.problems=4")
@@ -109,9 +108,10 @@ def test_every_rank_gets_the_run_and_rank_0_alone_calls_the_callbacks(tmp_path):
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    run = RunFolder(tmp_path / "run")
+    run = tmp_path / "run"
     found = [json.loads((tmp_path / f"rank-{rank}").read_text()) for rank in range(2)]
-    assert found == [[str(run.path), run.resume_command, 1, steps] for steps in (1, 0)]
+    command = f"torchrun --nproc-per-node N -m popo_lite resume {run}"
+    assert found == [[str(run), command, 1, steps] for steps in (1, 0)]
 
 
 def test_the_minimal_example_learns():

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import chain
 
 import pytest
 import torch
 
 from popo_lite.metrics import METRICS
-from ranks import results
+from ranks import ASKED, results
 from small_models import save_phi
 
 SIZES = (2, 4)
@@ -103,7 +104,11 @@ def runs(tmp_path_factory):
         for name, overrides in CASES.items()
     }
     cases = {name: (f'model.id="{model}"', *overrides) for name, overrides in cases.items()}
-    return {size: results(folder / str(size), size, {**cases, "shipped": SHIPPED}) for size in (1, *SIZES)}
+    cases["shipped"] = SHIPPED
+    return {
+        size: results(folder / str(size), size, cases | ({ASKED: cases["entropy over all"]} if size == 2 else {}))
+        for size in (1, *SIZES)
+    }
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -129,10 +134,35 @@ def test_all_ranks_hold_the_same(runs, case, size):
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert other["cursor"] == first["cursor"]
-        for kind in ("metrics", "evaluations", "samples"):
+        for kind in ("metrics", "evaluations"):
             assert without(other[kind], *OF_THE_MACHINE) == without(first[kind], *OF_THE_MACHINE)
         assert other["checkpoints"] == []
     assert first["checkpoints"] != []
+
+
+def test_what_is_asked_for_on_several_ranks_changes_nothing_of_the_run(runs):
+    for asked, theirs in ((rank[ASKED], rank["entropy over all"]) for rank in runs[2]):
+        for ours, undisturbed in zip(states(asked), states(theirs), strict=True):
+            assert ours.keys() == undisturbed.keys()
+            assert all(torch.equal(ours[name], undisturbed[name]) for name in ours)
+        assert asked["cursor"] == theirs["cursor"]
+        assert asked["samples"] == theirs["samples"]
+        assert without(asked["metrics"], *OF_THE_MACHINE) == without(theirs["metrics"], *OF_THE_MACHINE)
+        planned = [line for line in asked["evaluations"] if line["when"] != "asked"]
+        assert without(planned, "seconds") == without(theirs["evaluations"], "seconds")
+        assert [line["step"] for line in asked["evaluations"] if line["when"] == "asked"] == [2]
+        said = "\n".join(asked["messages"])
+        for text in ("paused after step 1 of 3", "continued after step 1 of 3", "after step 2: "):
+            assert text in said
+        assert len(asked["answers"]) == 6
+        assert asked["answers"] == runs[2][0][ASKED]["answers"]
+    assert any(re.search("checkpoint: .*step-000001$", text) for text in runs[2][0][ASKED]["messages"])
+
+
+def test_other_weights_on_a_rank_are_refused_by_all(runs):
+    """Also if a single one differs in its last bit."""
+    for rank in runs[2]:
+        assert re.match("rank 1 holds? other weights than rank 0", rank[ASKED]["divergence"])
 
 
 def test_the_cases_are_what_they_are_meant_to_be(runs):
