@@ -452,7 +452,7 @@ class Learner:
             digest.update(average.cpu().numpy().tobytes())
         digests = self.ranks.gather(digest.hexdigest())
         if different := [f"rank {rank}" for rank, each in enumerate(digests) if each != digests[0]]:
-            what = f"{' and '.join(different)} hold other weights than rank 0, and all must hold the same"
+            what = f"other weights than rank 0's are held by {' and '.join(different)}, and all must be the same"
             next_step = "run on cards of one kind with the same versions; if they are, test their memory"
             error = EngineError(what, next_step=next_step)
             error.doubt = f"steps before step {self.policy.version + 1} are in doubt: {what}"
