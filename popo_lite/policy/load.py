@@ -19,7 +19,6 @@ from functools import partial, wraps
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from unittest.mock import patch
 
 import torch
 from huggingface_hub.constants import HF_HOME, SAFETENSORS_INDEX_FILE
@@ -203,7 +202,8 @@ def _quantizing_on(device: torch.device) -> Iterator[None]:
     """Let bitsandbytes quantise on `device` what is loaded elsewhere. A GPU is faster, and breaks ties otherwise."""
     import bitsandbytes as bnb
 
-    quantize: Any = bnb.nn.Params4bit._quantize
+    kind: Any = bnb.nn.Params4bit
+    quantize = kind._quantize
 
     def and_return(weight: Any, home: Any) -> Any:
         quantize(weight, device)
@@ -211,8 +211,11 @@ def _quantizing_on(device: torch.device) -> Iterator[None]:
         weight.quant_state.to(home)
         return weight
 
-    with patch.object(bnb.nn.Params4bit, "_quantize", and_return):
+    kind._quantize = and_return
+    try:
         yield
+    finally:
+        kind._quantize = quantize
 
 
 def move_quantized(module: nn.Module, device: torch.device) -> None:

@@ -7,6 +7,7 @@ layers stays whole on every rank: embeddings, LM head, the last norm; and so doe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -36,14 +37,20 @@ def shard(base: PreTrainedModel, device: torch.device) -> Iterator[tuple[str, nn
 
     Yields the modules with their names, whole and on the device; a layer is divided after its last one. The base is
     ready once the iterator is exhausted. Ranks do not communicate before the first pass. Raises ModelError if the
-    layers are not found.
+    layers are not found, or if two of them share weights.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
     trunk = decoder_of(base)
-    if not (layers := layers_of(trunk)):
-        what = f"{type(trunk).__name__} holds its layers in no list, so they cannot be divided over ranks"
+    layers, why = layers_of(trunk), ""
+    owners = Counter(weight for layer in layers for weight in layer.parameters())  # one layer names each weight once
+    if not layers:
+        why = "holds its layers in no list"
+    elif max(owners.values()) > 1:
+        why = "has layers that share weights"  # torch would refuse them in the first pass
+    if why:
+        what = f"{type(trunk).__name__} {why}, so they cannot be divided over ranks"
         raise ModelError(what, where='distributed.strategy = "fsdp2"', next_step='--set distributed.strategy="ddp"')
     within = {module for layer in layers for module in layer.modules()}
     around = [(name, module) for name, module in base.named_modules() if module not in within]

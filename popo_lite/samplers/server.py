@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from safetensors import SafetensorError
+
 from popo_lite.errors import EngineError, PopoError, UserInputError
 from popo_lite.policy.adapters import save_adapter
 from popo_lite.policy.load import model_source
@@ -146,7 +148,7 @@ class ServerSampler(Sampler):
         former = sorted(self._folder.glob("*"))
         try:
             save_adapter(self._policy.model, self._folder / name, base_id=self._recipe.model.id)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             where = f'rollout.server.shared_dir = "{self._recipe.rollout.server.shared_dir}"'
             next_step = "name a folder that trainer and servers see under the same path"
             raise EngineError(f"no adapter can be written: {error}", where=where, next_step=next_step) from error

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Zamba2Config
 
-from popo_lite.errors import UserInputError
+from popo_lite.errors import ModelError, UserInputError
+from popo_lite.policy.sharding import shard
 from popo_lite.recipe_file import load_recipe
 from small_models import FAMILIES, write_family
 
@@ -132,3 +135,14 @@ def test_one_process_has_nothing_to_shard(tiny_recipe):
     policy = load_policy(tiny_recipe('distributed.strategy="fsdp2"'))
     assert policy.sharded_over.size == 1
     assert load_recipe("tiny_cpu").distributed.strategy == "ddp"
+
+
+def test_layers_that_share_weights_are_refused_with_what_to_do():
+    config = Zamba2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, mamba_ngroups=1,
+        n_mamba_heads=2, mamba_d_state=4, layers_block_type=["mamba", "hybrid"] * 2, num_mem_blocks=1, adapter_rank=4,
+    )  # fmt: skip
+    shared = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError, match="Zamba2Model has layers that share weights, so they cannot") as caught:
+        next(shard(shared, torch.device("cpu")))
+    assert caught.value.next_step == '--set distributed.strategy="ddp"'

@@ -143,7 +143,16 @@ def _warn_on_cpu(recipe: Recipe, notify: Callable[[str], None]) -> None:
 def _refuse_by_simulation(
     recipe: Recipe, notify: Callable[[str], None], why: str, total: int, others: int, capability: tuple[int, int]
 ) -> None:
-    """Raise UserInputError if a simulated step of the trainer, without rollouts, does not fit the GPU."""
+    """Raise UserInputError if a simulated step of the trainer, without rollouts, does not fit the GPU.
+
+    Of several ranks only the first simulates. A base that they divide cannot be simulated: `notify` gets a message.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if ranks_by_environment()[0] > 1 and recipe.distributed.strategy == "fsdp2":
+        unchecked = "the run goes on without a check, and without --ignore-plan"
+        notify(f"no memory plan: {why}, and a base that ranks divide (fsdp2) cannot be simulated; {unchecked}")
+        return
     try:
         refuse(recipe)
         notify(f"{why}; simulating a step instead, which takes some 20 seconds")
@@ -230,6 +239,8 @@ def reductions(recipe: Recipe) -> dict[str, list[Values]]:
         "rank": [{"lora.rank": rank, "lora.alpha": lora.alpha * (rank / lora.rank) ** exponent} for rank in ranks],
         "answers": [{"rollout.max_completion_length": answer, "train.tokens_per_microbatch":
                      min(rollout.max_prompt_length + answer, train.tokens_per_microbatch)} for answer in answers],
+        # This moves the whole base between ranks in every pass. It frees nothing on one rank, or while `hf` samples.
+        "divided base": [{"distributed.strategy": "fsdp2"}] if engine == "server" else [],
     }  # fmt: skip
 
 
