@@ -578,6 +578,18 @@ def test_ranks_divide_the_frozen_layers_and_gather_what_they_compute(engine: str
     assert sharded.export == whole.export
 
 
+def test_a_base_is_divided_before_what_changes_learning() -> None:
+    urls = 'rollout.server.base_urls=["http://localhost:8000"]'
+    recipe = recipe_of("7b", "rollout.engine=server", urls, "rollout.server.shared_dir=/tmp")
+    assert "distributed.strategy" not in advice_for(rank_of(recipe, 8, 9)).values  # a whole base fits
+    found = advice_for(rank_of(recipe, 8, 7)).values
+    assert found["distributed.strategy"] == "fsdp2"
+    assert {key.partition(".")[0] for key in found} <= {"distributed", "train", "optimizer"}
+    assert rank_of(recipe.with_values(found), 8, 7).fits
+    assert "distributed.strategy" not in advice_for(rank_of(recipe, 1, 7)).values
+    assert not reductions(recipe_of("7b", "rollout.engine=hf"))["divided base"]
+
+
 def test_the_ranks_of_a_machine_share_its_host_memory(
     gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,6 +168,28 @@ def test_a_run_goes_on_unplanned_if_the_simulation_fails(starts, monkeypatch, er
     assert "a line" not in last
 
 
+def test_a_base_that_ranks_divide_is_not_simulated(starts, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    sharded = ("distributed.strategy=fsdp2", "rollout.engine=hf")
+    [said] = starts(7, 0, *sharded)  # a whole base would be refused
+    assert said.startswith("no memory plan: model_type is 'gemma3_text'")
+    assert said.endswith("cannot be simulated; the run goes on without a check, and without --ignore-plan")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserInputError, match=r"there are 7\.00 GiB"):
+        starts(7, 0, *sharded)
+
+
+def test_one_rank_simulates_for_all(starts, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserInputError, match=r"there are 7\.00 GiB"):
+        starts(7)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(advice, "Simulator", pytest.fail)
+    assert starts(7) == []
+
+
 def test_a_run_that_cannot_be_simulated_goes_on_at_once(starts):
     [said] = starts(7, 0, 'model.backend="unsloth"')
     assert said.startswith("no memory plan")

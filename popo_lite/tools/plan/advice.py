@@ -233,14 +233,14 @@ def reductions(recipe: Recipe) -> dict[str, list[Values]]:
         "awake": [{"rollout.vllm.enable_sleep_mode": False}],  # these two free host memory
         "on the GPU": [{"train.offload_activations": False}],
         "own engine": [{"rollout.engine": "hf", **values} for values in ({}, *batches) if engine == "vllm"],
+        # This moves the whole base between ranks in every pass. It frees nothing on one rank, or while `hf` samples.
+        "divided base": [{"distributed.strategy": "fsdp2"}] if engine == "server" else [],
         # These change what is learned.
         "base": [dtype, dtype | {"model.quantization": "nf4"}],
         "predictor": [{"siamese.head_width": width} for width in _halves(recipe.siamese.head_width, 1024)],
         "rank": [{"lora.rank": rank, "lora.alpha": lora.alpha * (rank / lora.rank) ** exponent} for rank in ranks],
         "answers": [{"rollout.max_completion_length": answer, "train.tokens_per_microbatch":
                      min(rollout.max_prompt_length + answer, train.tokens_per_microbatch)} for answer in answers],
-        # This moves the whole base between ranks in every pass. It frees nothing on one rank, or while `hf` samples.
-        "divided base": [{"distributed.strategy": "fsdp2"}] if engine == "server" else [],
     }  # fmt: skip
 
 
