@@ -8,7 +8,7 @@ import shutil
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -51,7 +51,8 @@ class ServerSampler(Sampler):
         self._folder = Path(server.shared_dir or ".").expanduser().absolute() / _new_name()
         self._servers: dict[str, ServerClient] = {}
         self._wrong: list[str] = []  # what was wrong with the file of URLs at the last sync
-        self._failed: dict[str, ServerError] = {}  # servers that this rank has set aside since the last sync
+        self._failed: dict[str, ServerError] = {}  # servers that this rank has set aside, until it finds them healthy
+        self._lost: set[tuple[str, int]] = set()  # (server, rank that has set it aside), as rank 0 knows it
         self._runner = asyncio.Runner()
         self._closed = False
 
@@ -61,14 +62,16 @@ class ServerSampler(Sampler):
         Every rank raises an error of the offer, so all go on in the same way.
         """
         start = time.perf_counter()
-        mine, self._failed = self._failed, {}
-        failed = self.ranks.gather(mine)
+        reported = self.ranks.gather(self._failed)
         offered: Offered | PopoError = []
         if self.ranks.first:
+            self._failed = {}  # the offer checks them
             try:
-                for rank, servers in enumerate(failed):
+                for rank, servers in enumerate(reported):
                     for url, failure in servers.items():
-                        self._set_aside(self._servers[url], failure, by=f" by rank {rank}" if rank else "")
+                        if (url, rank) not in self._lost:
+                            self._set_aside(self._servers[url], failure, by=f" by rank {rank}" if rank else "")
+                self._lost = _by_others(reported)
                 offered = self._offer_to_all(f"{_new_name()}-{version}")
             except PopoError as error:
                 offered = error
@@ -76,7 +79,12 @@ class ServerSampler(Sampler):
         if isinstance(offered, PopoError):
             raise offered
         if not self.ranks.first:
-            self._runner.run(self._take(offered, mine))
+            self._runner.run(self._take(offered))
+        if any(reported):
+            former, self._lost = self._lost, _by_others(self.ranks.gather(self._failed))
+            for url in sorted({url for url, _ in former} - {url for url, _ in self._lost}):
+                if url in self._servers and self._servers[url].adapter is not None:
+                    self._notify(f"server {url} is back")
         self.swap_seconds.append(time.perf_counter() - start)
 
     def close(self) -> None:
@@ -201,30 +209,34 @@ class ServerSampler(Sampler):
         except ServerError as error:
             self._set_aside(server, error)
             return
-        if self.swap_seconds and not in_use:
+        # A server that another rank has set aside is back when that rank says so.
+        if self.swap_seconds and not in_use and server.url not in {url for url, _ in self._lost}:
             self._notify(f"server {server.url} {'has joined' if server.error is None else 'is back'}")
         server.error = None
 
-    async def _take(self, offered: Offered, failed: Iterable[str]) -> None:
+    async def _take(self, offered: Offered) -> None:
         """Use the servers that rank 0 has offered the adapter, if they hold it, and no others.
 
-        Those that `failed` this rank must be healthy first: they may work for rank 0 alone.
+        Those that failed this rank must be healthy first: they may work for rank 0 alone.
         """
         former, self._servers = self._servers, {}
         for url, adapter, error in offered:
             server = former.pop(url, None) or ServerClient(url, allow_http=self._recipe.rollout.server.allow_http)
             server.adapter, server.error = adapter, error
             self._servers[url] = server
-        back = [self._servers[url] for url in failed if url in self._servers]
-        await _together([*map(self._check_health, back), *(server.close() for server in former.values())])
+        self._failed = {url: error for url, error in self._failed.items() if url in self._servers}
+        checks = [self._check_health(self._servers[url], error) for url, error in self._failed.items()]
+        await _together([*checks, *(server.close() for server in former.values())])
 
-    async def _check_health(self, server: ServerClient) -> None:
+    async def _check_health(self, server: ServerClient, failure: ServerError) -> None:
+        if server.adapter is None:
+            return
         try:
-            if server.adapter is not None:
-                await server.check_health(attempts=1)
-        except ServerError as error:
-            self._failed[server.url] = error
-            self._set_aside(server, error)
+            await server.check_health(attempts=1)
+        except ServerError:
+            server.adapter, server.error = None, failure
+        else:
+            del self._failed[server.url]
 
     def _set_aside(self, server: ServerClient, error: ServerError, *, by: str = "") -> None:
         """Stop using `server` until it is back, and report a reason that is new. At the start an error reports it."""
@@ -277,6 +289,11 @@ def listed_urls(recipe: Recipe, notify: Callable[[str], None] | None = None) -> 
 def _new_name() -> str:
     """Return a name that no run has used: prefix caches outlive adapters and know them by name and path."""
     return f"popo-lite-{uuid.uuid4().hex[:12]}"
+
+
+def _by_others(reported: Sequence[dict[str, ServerError]]) -> set[tuple[str, int]]:
+    """Return (server, rank) for what ranks above 0 have set aside."""
+    return {(url, rank) for rank, servers in enumerate(reported) if rank for url in servers}
 
 
 async def _together(calls: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from safetensors import SafetensorError
 
 from fake_vllm import END, Script, completion, error, sampling
 from popo_lite.distributed import Ranks
@@ -177,6 +178,21 @@ def test_an_error_of_the_offer_reaches_all_ranks(start, servers, recipe, tmp_pat
         start(recipe(servers[1]).with_values({"rollout.server.shared_dir": str(tmp_path / "file")}))
 
 
+def test_a_full_disk_is_named(start, servers, recipe, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    pool = start(recipe(servers[0]))
+    monkeypatch.setattr("popo_lite.samplers.server.save_adapter", full)
+
+    def fails(sampler):
+        with pytest.raises(EngineError, match="no adapter can be written: I/O error: No space left") as caught:
+            sampler.sync(1)
+        assert caught.value.where.startswith("rollout.server.shared_dir")
+
+    pool.do(fails)
+
+
 def test_a_rank_sets_aside_what_fails_it_until_the_next_sync(start, servers, recipe):
     sick = threading.Event()
     sick.set()
@@ -215,12 +231,22 @@ def test_a_server_that_works_for_rank_0_alone_stays_aside(start, servers, recipe
 
     sampler._failed[url] = ServerError("no connection (from here)")
     sampler._servers[url].check_health = unreachable
-    for version in (1, 2):
+    aside = f"server {url} is set aside by rank 1: no connection (from here)"
+    for version, notices in ((1, [aside]), (2, []), (3, [])):
         pool.do(sync(version))
         before = servers[1].asked["/v1/completions"]
         sample(sampler, version=version)
         assert servers[1].asked["/v1/completions"] == before
-        assert f"server {url} is set aside by rank 1: no connection (from here)" in pool.notices[0]
+        assert pool.notices[0] == notices
+        pool.notices[0].clear()
+    assert servers[1].asked["/v1/models"] == 2 * 9  # rank 0 has checked it again once
+    del sampler._servers[url].check_health
+    for version, notices in ((4, [f"server {url} is back"]), (5, [])):
+        pool.do(sync(version))
+        before = servers[1].asked["/v1/completions"]
+        sample(sampler, version=version)
+        assert servers[1].asked["/v1/completions"] > before
+        assert pool.notices[0] == notices
         pool.notices[0].clear()
 
 
