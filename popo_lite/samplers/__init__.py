@@ -72,7 +72,12 @@ def open_sampler(
             raise
         sampler, refusal = None, error.what  # it has closed itself
     if auto:
-        refusal = next(filter(None, ranks.gather(refusal)), None)
+        try:
+            refusal = next(filter(None, ranks.gather(refusal)), None)
+        except BaseException:  # another rank has ended
+            if sampler is not None:
+                sampler.close()
+            raise
     if sampler is not None:
         if refusal is None:
             return sampler
