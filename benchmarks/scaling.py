@@ -22,8 +22,7 @@ count. Steps of all kinds take turns.
 
 Other processes take time on this machine, so the figures compared are processor seconds, without those in which a rank
 waits for others: of each stage those of the rank that needed most. That is the time of a step if every rank has a core.
-The wall-clock time is written beside it; on a machine with fewer cores than ranks, the model takes the sum over ranks
-divided by the cores if that is longer.
+The wall-clock time is written beside it.
 Writes benchmarks/results/scaling.jsonl.
 """
 
@@ -106,9 +105,9 @@ Work = Sequence[tuple[int, Sequence[Answer]]]
 
 
 def predict(
-    work: Work, ranks: int, costs: Costs, network: Network, *, slots: int, refill: bool, reduced_bytes: int, cores: int
+    work: Work, ranks: int, costs: Costs, network: Network, *, slots: int, refill: bool, reduced_bytes: int
 ) -> dict[str, float]:
-    """Return seconds by component: of the slowest rank, `step` of them all; `on_cores` if ranks share `cores`."""
+    """Return seconds by component, each of the slowest rank, and as `step` of all of them."""
     shares = [work[rank::ranks] for rank in range(ranks)]
     rollouts = [rollout_seconds(share, costs, slots=slots, refill=refill) for share in shares]
     grades = [costs.grade * sum(len(answers) for _, answers in share) for share in shares]
@@ -124,18 +123,9 @@ def predict(
         "reduce": several * network.sum_byte * reduced_bytes,
         "latency": several * network.latency * network.collectives,
     }
-    step = sum(seconds.values())
-    # What all ranks do between two points at which they wait for each other, on fewer cores.
-    phases = [
-        [a + b for a, b in zip(rollouts, grades, strict=True)],
-        [a + b for a, b in zip(siamese, update, strict=True)],
-    ]
-    phases.append([costs.every + seconds["gather"] + seconds["reduce"]] * ranks)
-    on_cores = sum(max(*phase, sum(phase) / cores) if several else phase[0] for phase in phases)
     mean = sum(tokens) / ranks
     return seconds | {
-        "step": step,
-        "on_cores": on_cores + seconds["latency"],
+        "step": sum(seconds.values()),
         "rollout_mean": statistics.fmean(rollouts),
         "tokens_ratio": max(tokens) / mean if mean else 1.0,
     }
@@ -448,7 +438,7 @@ def session(recipe: str, prompts: int, rounds: int) -> None:
             network = Network(*networks[size], collectives=meetings[size])
             modelled = [
                 predict(runs[1].work[step], size, costs, network, slots=slots, refill=False,
-                        reduced_bytes=records[step]["reduced_bytes"] or 0, cores=os.cpu_count() or 1)
+                        reduced_bytes=records[step]["reduced_bytes"] or 0)
                 for step in steps
             ]  # fmt: skip
             middle = {name: statistics.median(each[name] for each in modelled) for name in modelled[0]}
@@ -458,7 +448,6 @@ def session(recipe: str, prompts: int, rounds: int) -> None:
                 "ratio": middle["step"] / statistics.median(measured),
                 "seconds_quartiles": statistics.quantiles(measured, n=4),
                 "wall_seconds": statistics.median(noted[0][1][1:]), "wall_least": min(noted[0][1][1:]),
-                "modelled_wall_seconds": middle["on_cores"],
                 "stages": {stage: statistics.median(each[stage] for each in slowest) for stage in STAGES},
                 "modelled_stages": middle, "costs": costs._asdict(), "network": network._asdict(),
                 "tokens_ratio": statistics.median(records[step]["rank_tokens_ratio"] or 1.0 for step in steps),
@@ -532,13 +521,12 @@ def assumed() -> list[dict[str, Any]]:
             machines = max(1, ranks // 8)
             links = ("PCIe 4.0 x16",) if ranks <= 8 else tuple(LINKS)[1:]
             for link in links if ranks > 1 else ("none",):
-                members = machines if machines > 1 else ranks
-                byte = 2 * (members - 1) / members / LINKS.get(link, 1.0)
+                byte = 2 * (ranks - 1) / ranks / LINKS.get(link, 1.0)
                 network = Network(LATENCY, OBJECT_BYTE + (1 / LINKS[link] if machines > 1 else 0), byte, COLLECTIVES)
                 source = random.Random(0)  # noqa: S311
                 found = [
                     predict(drawn(settings, prompts, source), ranks, costs, network, refill=True,
-                            slots=settings.rollout.max_num_seqs, reduced_bytes=plan.learned, cores=ranks)
+                            slots=settings.rollout.max_num_seqs, reduced_bytes=plan.learned)
                     for _ in range(20 if prompts < 1000 else 5)
                 ]  # fmt: skip
                 seconds = {name: statistics.fmean(each[name] for each in found) for name in found[0]}
@@ -613,13 +601,9 @@ def write(kind: str, lines: Sequence[dict[str, Any]]) -> None:
 def show(lines: Sequence[dict[str, Any]]) -> None:
     """Print measured beside modelled seconds."""
     for line in lines:
-        model, wall = (
-            line["modelled_seconds"],
-            (line["wall_seconds"], line["wall_least"], line["modelled_wall_seconds"]),
-        )
-        print(f"{line['prompts']} prompts, {line['ranks']} ranks: {line['seconds']:.3f} s, model {model:.3f}"
-              f" ({line['ratio']:.2f}); wall {wall[0]:.3f}, least {wall[1]:.3f}, model {wall[2]:.3f};"
-              f" load {line['load']:.1f}")  # fmt: skip
+        print(f"{line['prompts']} prompts, {line['ranks']} ranks: {line['seconds']:.3f} s,"
+              f" model {line['modelled_seconds']:.3f} ({line['ratio']:.2f}); wall {line['wall_seconds']:.3f},"
+              f" least {line['wall_least']:.3f}; load {line['load']:.1f}")  # fmt: skip
         print("   ", {stage: round(value, 4) for stage, value in line["stages"].items()})
         print("   ", {stage: round(value, 4) for stage, value in line["modelled_stages"].items()})
 

@@ -616,11 +616,12 @@ class TrainRecipe(Section):
 
 
 class DistributedRecipe(Section):
-    """A run on several GPUs or machines (docs/scaling.md). One process ignores this section."""
+    """A run on several GPUs or machines (docs/scaling.md). One process holds the whole base in any case."""
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """`ddp`: every GPU holds the whole base. `fsdp2`: each holds its part of the base; slower, for bases that are too
-    large for one GPU. Changes the update only by rounding (without dropout)."""
+    large for one GPU. Use servers: `hf` gathers the whole base for rollouts. Changes the update only by rounding
+    (without dropout)."""
 
 
 class EvalRecipe(DatasetRecipe):
