@@ -139,8 +139,9 @@ def test_one_process_has_nothing_to_shard(tiny_recipe):
 
 def test_layers_that_share_weights_are_refused_with_what_to_do():
     config = Zamba2Config(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, mamba_ngroups=1,
-        n_mamba_heads=2, mamba_d_state=4, layers_block_type=["mamba", "hybrid"] * 2, num_mem_blocks=1, adapter_rank=4,
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2,
+        mamba_ngroups=1, n_mamba_heads=2, mamba_d_state=4, layers_block_type=["mamba", "hybrid"] * 2,
+        num_mem_blocks=1, adapter_rank=4,
     )  # fmt: skip
     shared = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ModelError, match="Zamba2Model has layers that share weights, so they cannot") as caught:

@@ -119,6 +119,21 @@ def test_what_can_neither_be_planned_nor_simulated_says_both(gemma):
     assert refused.next_step == "--set train.device=auto"
 
 
+@pytest.mark.usefixtures("simulated")
+def test_the_plan_simulates_no_divided_base(gemma):
+    sharded = ("--vram", "24GiB", "--set", "distributed.strategy=fsdp2", "--set", "rollout.engine=hf")
+    assert invoke("qwen_1_5b_lora", *sharded).exit_code == 0
+    refused = invoke("qwen_1_5b_lora", *sharded, "--ranks", "2").exception
+    assert isinstance(refused, UserInputError)
+    assert (refused.what, refused.next_step) == (
+        "a simulation is that of one process with a whole base",
+        "leave out --ranks",
+    )
+    unknown = CliRunner().invoke(command.plan, ["qwen_1_5b_lora", *sharded, "--set", *gemma, "--ranks", "2"]).exception
+    assert isinstance(unknown, UserInputError)
+    assert "'gemma3_text'" in unknown.what
+
+
 # ---------------------------------------------------------------------- before a run
 
 

@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from popo_lite.host_memory import available_bytes
 from popo_lite.tools.completion import complete_recipe
 from popo_lite.tools.simulate import Simulator, refuse
 from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
+
+if TYPE_CHECKING:
+    from popo_lite.recipe import Recipe
 
 POSITIVE = click.IntRange(min=1)
 UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
@@ -81,14 +84,15 @@ def plan(
         raise UserInputError(what, where="--ranks", next_step="give the ranks of all machines together")
     settings, ranks_here = load_recipe(recipe, overrides), ranks // machines
     refuse_untrusted(settings, recipe, trust, overrides=overrides, only=MODEL_CODE)
+    divided = ranks > 1 and settings.distributed.strategy == "fsdp2"
     if simulate:
-        refuse(settings)
+        _refuse_simulation(settings, divided=divided)
     try:
         shape = load_shape(settings.model)
     except UnknownArchitectureError as error:
         shape, simulate = None, True
         try:
-            refuse(settings)
+            _refuse_simulation(settings, divided=divided)
         except UserInputError as refused:
             what = f"{error.what}, and {refused.what}"
             raise UserInputError(what, where=refused.where, next_step=refused.next_step) from error
@@ -145,6 +149,14 @@ def plan(
         click.echo(json.dumps(data))
     if not fits:
         raise SystemExit(1)
+
+
+def _refuse_simulation(recipe: Recipe, *, divided: bool) -> None:
+    """Raise UserInputError if the recipe cannot be simulated; a base that ranks divide cannot."""
+    refuse(recipe)
+    if divided:
+        what, next_step = "a simulation is that of one process with a whole base", "leave out --ranks"
+        raise UserInputError(what, where='distributed.strategy = "fsdp2"', next_step=next_step)
 
 
 def starter(ranks_here: int, machines: int) -> list[str]:
