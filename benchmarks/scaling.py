@@ -370,9 +370,9 @@ def session(recipe: str, prompts: int, rounds: int) -> None:
         meter: Any = None
 
         @contextmanager
-        def _meeting(self) -> Iterator[None]:
+        def _meeting(self, name: str) -> Iterator[None]:
             start = time.process_time()
-            with super()._meeting():
+            with super()._meeting(name):
                 if self.meter is not None:
                     self.meter._processor_start += time.process_time() - start
                 yield
