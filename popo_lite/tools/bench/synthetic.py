@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,7 +162,9 @@ class BenchTrainer(Trainer):
             super()._open_sampler(stack)
         else:
             answers = partial(random_answers, self.policy.head.weight.shape[0])
-            self.sampler: Any = SimpleNamespace(engine="hf", sample=answers, sync=lambda _: None, sleep=lambda: None)
+            self.sampler: Any = SimpleNamespace(
+                engine="hf", sample=answers, drawing=nullcontext, sync=lambda _: None, sleep=lambda: None
+            )
 
     def measure(self, steps: int) -> None:
         """Run a warm-up step, which the meter forgets, and `steps` more.
