@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from popo_lite.errors import ModelError, PopoError, UserInputError
 from popo_lite.host_memory import available_bytes
+from popo_lite.launch import count_of, processes_of_run
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import impossible_combinations
 from popo_lite.tools.console.words import memory
@@ -124,8 +125,8 @@ def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
 
 def ranks_by_environment() -> tuple[int, int]:
     """Return the number of ranks, in all and on this machine, that torchrun or `accelerate launch` has started."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    return ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    ranks = processes_of_run()
+    return ranks, count_of("LOCAL_WORLD_SIZE", ranks)
 
 
 def _warn_on_cpu(recipe: Recipe, notify: Callable[[str], None]) -> None:
