@@ -270,10 +270,11 @@ def test_a_random_policy_is_a_run_s_policy_but_for_values_and_stop_ids(tiny_reci
     assert [(n, p.shape, p.dtype) for n, p in random.trainable_parameters()] == [
         (n, p.shape, p.dtype) for n, p in true.trainable_parameters()
     ]
-    differing = {"model", "tokenizer", "predictor", "head", "stop_ids"}
+    differing = {"model", "tokenizer", "predictor", "head", "stop_ids", "sharded_over"}
     for field in set(vars(true)) - differing:
         assert getattr(random, field) == getattr(true, field), field
     assert random.stop_ids == frozenset()
+    assert random.sharded_over.size == true.sharded_over.size == 1
     assert random.model.is_gradient_checkpointing
 
 
