@@ -37,7 +37,7 @@ BEAT_SECONDS = 1.0
 """How often a rank says that it is alive."""
 LOST_SECONDS = 20.0
 """A rank that has said nothing for so long is lost."""
-COLLECTIVE_MINUTES = 10
+LIMIT = datetime.timedelta(minutes=10)
 """Longest time that a collective may take once all ranks are there."""
 CLOSED = "closed"
 """Last beat of a rank."""
@@ -176,7 +176,7 @@ class ProcessGroup(Ranks):
         self._groups += 1
         store = PrefixStore(f"group-{self._groups}", self._store)
         with self._meeting("another"):
-            return ProcessGroup(self._watch, store, distributed.new_group(backend="gloo"))
+            return ProcessGroup(self._watch, store, distributed.new_group(backend="gloo", timeout=LIMIT))
 
     def leave(self, error: BaseException | None) -> None:  # noqa: D102
         self._watch.leave(error)
@@ -211,7 +211,8 @@ class ProcessGroup(Ranks):
                 arrived = self._store.add("arrived", 0)
                 if left is not None and arrived < needed:
                     raise RankLostError(f"rank {left} has ended the run, and this one has not")
-            if self._store.add(name, 0) != self._meetings[name] * self.size:
+            # A rank may be at its next meeting of the same name already, so the count may be larger.
+            if self._store.add(name, 0) < self._meetings[name] * self.size:
                 raise RankLostError(f'other ranks do something else than "{name}"', next_step="please report this bug")
             yield
         except RuntimeError as error:  # a connection broke
@@ -262,7 +263,8 @@ class Watch:
 
     def check(self) -> None:
         """Raise RankLostError or StopRequested if another rank has ended before its time."""
-        for rank, end in sorted(self._ended.items()):
+        # The cause first, before those that ended because of it.
+        for rank, end in sorted(self._ended.items(), key=lambda item: (item[1].get("kind") == "followed", item[0])):
             if end.get("kind") == "abandoned":
                 raise StopRequested
             if end.get("kind") != "ended":
@@ -307,6 +309,8 @@ class Watch:
         elif isinstance(error, PopoError):
             told = {name: getattr(error, name) for name in ("where", "next_step", "doubt")}
             end = {"what": f"stopped: {error.what}", **told}
+            if isinstance(error, RankLostError):
+                end = {**end, "kind": "followed"}
         elif error is not None and not isinstance(error, SystemExit):  # that is how a stopped run ends
             end = {**GONE, "what": f"stopped: {type(error).__name__}: {error}"}
         with suppress(RuntimeError):  # of a store that has gone with another rank
@@ -360,6 +364,7 @@ class Watch:
                 beats, self._round = beats + 1, time.monotonic()
                 self._say(str(beats))
                 values = [value.decode() for value in self._store.multi_get(keys)]  # waits for those that start
+                self._round = time.monotonic()
                 for rank, end, beat in zip(self._others, values, values[len(self._others) :], strict=False):
                     now = time.monotonic()
                     if beat != self._heard[rank][0]:
@@ -374,11 +379,15 @@ class Watch:
         except (RuntimeError, OSError, ValueError):  # rank 0, or torchrun on its machine, has the store
             if not self._left:
                 self._ended.setdefault(0, GONE)
+                self._lost()
 
     def _end_without_store(self) -> None:
         """End the process if the store's machine is gone: then nothing that asks the store ever returns."""
+        late = 0
         while not self._closed.wait(BEAT_SECONDS):
-            if self._thread.is_alive() and time.monotonic() > self._round + LOST_SECONDS + 5 * BEAT_SECONDS:
+            # Several times: this process, and not the store, may have stood still.
+            late = late + 1 if time.monotonic() > self._round + LOST_SECONDS else 0
+            if self._thread.is_alive() and late > 5:
                 where = "the machine of rank 0, or of torchrun's rendezvous, is gone"
                 sys.stderr.write(f"error  rank {self.rank}: {where}: resume from the newest checkpoint\n")
                 sys.stderr.flush()
@@ -392,7 +401,7 @@ _joined = 0
 def join() -> Ranks:
     """Return the ranks of this run: alone, unless torchrun or `accelerate launch` has started this process.
 
-    Raises EngineError if the processes do not find each other, or run different versions.
+    Raises EngineError if the processes do not find each other.
     """
     global _joined
     if processes_of_run() == 1:
@@ -405,14 +414,15 @@ def join() -> Ranks:
             raise EngineError(what, next_step=next_step)
         torch.cuda.set_device(here)
     # NCCL's own thread would end the process of a rank that still has to save.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    backend, limit = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", datetime.timedelta(minutes=COLLECTIVE_MINUTES)
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # torchrun has set it to 1
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     try:
         if not distributed.is_initialized():
             store, rank, size = next(iter(rendezvous("env://", timeout=datetime.timedelta(minutes=5))))
-            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LIMIT)
         _joined += 1
-        rank, size, group = distributed.get_rank(), distributed.get_world_size(), distributed.new_group(backend=backend)
+        rank, size = distributed.get_rank(), distributed.get_world_size()
+        group = distributed.new_group(backend=backend, timeout=LIMIT)
         store = PrefixStore(f"popo-lite-{_joined}", distributed.distributed_c10d._get_default_store())
         lines = open_lines(store, rank, size)
     except (RuntimeError, ValueError, OSError) as error:
@@ -425,9 +435,12 @@ def join() -> Ranks:
                 with suppress(Exception):
                     each._get_backend(torch.device("cuda")).abort()
 
-    ranks = ProcessGroup(Watch(store, rank, size, lines, end_what_waits), store, group)
+    return ProcessGroup(Watch(store, rank, size, lines, end_what_waits), store, group)
+
+
+def refuse_other_versions(ranks: Ranks) -> None:
+    """Raise EngineError if a rank runs other versions than rank 0. A collective."""
     versions = ranks.gather({package: metadata.version(package) for package in ("popo-lite", "torch", "transformers")})
-    if different := [other for other in range(size) if versions[other] != versions[0]]:
+    if different := [rank for rank in range(ranks.size) if versions[rank] != versions[0]]:
         what = f"rank {different[0]} runs {versions[different[0]]}, and rank 0 {versions[0]}"
         raise EngineError(what, next_step="install the same versions on all machines")
-    return ranks

@@ -27,9 +27,10 @@ def explained(error: BaseException, run: RunFolder, memory_advice: Callable[[], 
         advice = f"close other programs or lower train.tokens_per_microbatch, then {resume}"
         return PopoError("the computer ran out of memory", next_step=advice)
     if isinstance(error, RankLostError):
-        mend = error.next_step or "fix the cause"
-        next_step = f"{mend}; then resume on any number N of ranks: {run.resume_command}"
-        return RankLostError(error.what, where=error.where, next_step=next_step)
+        if run.resume_command not in (error.next_step or ""):  # else another rank has added it
+            mend = error.next_step or "fix the cause"
+            error.next_step = f"{mend}; then resume on any number N of ranks: {run.resume_command}"
+        return error
     code: object = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
         code = int(found[1])

@@ -38,9 +38,10 @@ def joined(opening: AbstractContextManager[Opened]) -> Iterator[tuple[Ranks, Run
             yield Ranks(), folder, recipe, options
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that is gone is reported without C++ stacks
-    from popo_lite.distributed import join
+    from popo_lite.distributed import join, refuse_other_versions
 
-    with _interrupted(), join() as ranks:
+    with _signal_kept(), _interrupted(), join() as ranks:
+        refuse_other_versions(ranks)
         if ranks.first:
             with opening as (folder, recipe, options):
                 folder.resume_command = _by_torchrun(folder.resume_command)
@@ -69,6 +70,17 @@ def _interrupted() -> Iterator[None]:
         yield
     except StopRequested as error:
         raise KeyboardInterrupt from error
+
+
+@contextmanager
+def _signal_kept() -> Iterator[None]:
+    """Handle SIGTERM after the block as before it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

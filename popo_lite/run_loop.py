@@ -85,11 +85,12 @@ class RunLoop(OpenRun, ABC):
 
     _consistent = True  # weights and cursor belong to the same step
     _asked = 0  # how often samples were asked for
+    _compared = 0  # steps after which the weights of all ranks were last compared
     _reopened_at: int | None = None  # the step at which the engine was last opened again
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._shown: set[str] = set()  # what rank 0 has said, if there are several
+        self._shown: list[list[str]] = []  # what rank 0 has said lately, if there are several
 
     @abstractmethod
     def train_step(self, step: int) -> None:
@@ -166,7 +167,7 @@ class RunLoop(OpenRun, ABC):
     def _go_on(self) -> dict[str, Any] | None:
         """Run all evaluations and steps that are left; return the summary, or None if interrupted."""
         self.controls.over = False
-        self.learner.refuse_divergence()
+        self._refuse_divergence()
         if not self._stopping():
             self._prove_sampler(self.callback.message)
         if self.cursor.before is None and self.held_out and not self._stopping():
@@ -187,10 +188,10 @@ class RunLoop(OpenRun, ABC):
         """Return whether any rank was asked to stop, and show what other ranks alone have said. A collective."""
         said, self.callback.said = self.callback.said, []
         parts = self.ranks.gather((self.interrupts.requested, said if self.ranks.size > 1 else []))
-        self._shown.update(parts[0][1])
+        self._shown = [*self._shown, parts[0][1]][-2:]  # what all say may be a gather apart
         for rank, (_, texts) in enumerate(parts if self.ranks.first else []):
             for text in texts:
-                if text not in self._shown:
+                if not any(text in shown for shown in self._shown):
                     self.callback.message(f"rank {rank}: {text}")
         return any(requested for requested, _ in parts)
 
@@ -372,7 +373,7 @@ class RunLoop(OpenRun, ABC):
                 self.cursor.best = {"step": done, "pass_at_1": pass_at_1}
         due = done % train.save_steps == 0 or done == train.steps
         if due:
-            self.learner.refuse_divergence()
+            self._refuse_divergence()
         if due or is_best:
             self._checkpoint()
         if due:
@@ -389,6 +390,18 @@ class RunLoop(OpenRun, ABC):
         train, every = self.recipe.train, self.recipe.eval.every
         evaluates = bool(every and self.held_out) and done % every == 0
         return done < train.steps and done % train.save_steps != 0 and not evaluates
+
+    def _refuse_divergence(self) -> None:
+        """Raise EngineError if ranks hold different weights; the steps since they were compared are in doubt."""
+        try:
+            self.learner.refuse_divergence()
+        except RankLostError:
+            raise
+        except EngineError as error:
+            if self.cursor.next_step > self._compared:
+                error.doubt = f"steps {self._compared + 1} to {self.cursor.next_step} are in doubt: {error.what}"
+            raise
+        self._compared = self.cursor.next_step
 
     def _prove_sampler(self, notify: Callable[[str], None]) -> None:
         cursor = self.cursor

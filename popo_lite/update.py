@@ -454,9 +454,7 @@ class Learner:
         if different := [f"rank {rank}" for rank, each in enumerate(digests) if each != digests[0]]:
             what = f"other weights than rank 0's are held by {' and '.join(different)}, and all must be the same"
             next_step = "run on cards of one kind with the same versions; if they are, test their memory"
-            error = EngineError(what, next_step=next_step)
-            error.doubt = f"steps before step {self.policy.version + 1} are in doubt: {what}"
-            raise error
+            raise EngineError(what, next_step=next_step)
 
     def refuse_not_finite(self) -> None:
         """Raise NotFiniteError if a trained or averaged weight is not finite: such weights are never saved."""

@@ -63,7 +63,6 @@ class SamplerGuard:
             return  # it has no weights of its own
         prompts = list({prompt.problem.id: prompt for prompt in prompts}.values())
         policy_gap, probe_gap, ignored, answers = self.measure(prompts)
-        prompts *= len(answers) // len(prompts)
         if not probe_gap < LARGEST_RATIO * ignored:
             what = f"the {engine} sampler does not sample from the adapter it is given: log-probs of its own answers "
             what += f"differ from the trainer's by {probe_gap:.3g} nats on average, and would by {ignored:.3g} "
@@ -148,8 +147,8 @@ class SamplerGuard:
 
         Return the mean |sampler - trainer| log-prob, nats: with the policy's adapter, with the disturbed one, and with
         the disturbed one if the sampler ignored it; and the answers of the policy. Leaves policy and sampler as they
-        were, after an error the policy alone. A collective: every rank measures its own sampler, or all the samplers of
-        all, one after another, if they share the base.
+        were, after an error the policy alone. A collective: every rank measures its own sampler, or on its share of the
+        prompts if they share the base, whose passes they do together.
         """
         policy, sampler, seed = self._policy, self._sampler, self._recipe.train.seed
         temperature = self._recipe.rollout.temperature
@@ -157,10 +156,10 @@ class SamplerGuard:
 
         def sample(version: int) -> list[Completion]:
             sampler.sync(version)
-            groups = sampler.sample(asked, count=1, params=params, policy_version=version, stream=("probe", seed))
-            return [answer for group in policy.sharded_over.gather(groups) for [answer] in group]
+            mine = policy.sharded_over.share(prompts)
+            groups = sampler.sample(mine, count=1, params=params, policy_version=version, stream=("probe", seed))
+            return [answer for [answer] in policy.sharded_over.merge(groups)]
 
-        asked, prompts = prompts, list(prompts) * policy.sharded_over.size
         first = answers = sample(policy.version)
         policy_gap, before = self._gap(prompts, answers), self._score(prompts, answers)
         source = torch.Generator().manual_seed(seed)

@@ -88,6 +88,72 @@ def test_a_rank_tells_why_it_ends_and_says_that_it_is_alive_until_it_is_through(
     other.__exit__()
 
 
+def test_the_cause_comes_before_those_that_ended_because_of_it():
+    store = torch.distributed.HashStore()
+    first, follower, cause = [Watch(store, rank, 3, {}) for rank in range(3)]
+    error = UserInputError("no such column")
+    error.doubt = "steps 1 to 4 are in doubt"
+    follower.leave(RankLostError("rank 2 stopped: no such column"))
+    cause.leave(error)
+    until(lambda: len(first._ended) == 2)
+    with pytest.raises(RankLostError, match="^rank 2 stopped: no such column") as caught:
+        first.check()
+    assert caught.value.doubt == error.doubt
+    for watch in (first, follower, cause):
+        watch._closed.set()
+
+
+def test_what_waits_is_ended_if_the_store_goes_with_a_rank(monkeypatch):
+    monkeypatch.setattr(distributed, "BEAT_SECONDS", 0.02)
+    store, called = torch.distributed.HashStore(), threading.Event()
+    Watch(store, 0, 2, {})._closed.set()
+
+    class Store:
+        """A store whose machine can go."""
+
+        gone = False
+
+        def __getattr__(self, name):
+            if self.gone:
+                raise RuntimeError("failed to recv, got 0 bytes")
+            return getattr(store, name)
+
+    mine = Store()
+    watch = Watch(mine, 1, 2, {}, called.set)
+    watch.check()
+    mine.gone = True
+    assert called.wait(20)
+    with pytest.raises(RankLostError, match="rank 0 is gone"):
+        watch.check()
+
+
+MEET = """
+import sys, time
+from popo_lite import distributed
+
+with distributed.join() as ranks:
+    for number in range(60):
+        time.sleep(0.05 * ((number + ranks.rank) % 4 == 0))  # the others wait for this one
+        assert ranks.from_first(ranks.rank + number) == number
+        assert ranks.from_first((ranks.rank, number)) == (0, number)
+    print("met")
+"""
+
+
+def test_a_rank_may_be_at_the_next_meeting_already():
+    """`from_first` is no barrier: of four ranks some go on while others have not seen that all were there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    place = {**os.environ, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", MEET], env={**place, "RANK": str(rank)}, stdout=subprocess.PIPE,
+                         text=True)
+        for rank in range(4)
+    ]  # fmt: skip
+    for process in processes:
+        assert process.communicate(timeout=120)[0] == "met\n"
+
+
 JOIN = """
 import sys
 from popo_lite import distributed
@@ -96,7 +162,7 @@ from popo_lite.errors import EngineError
 known = distributed.metadata.version
 distributed.metadata.version = lambda package: "0.1" if package == sys.argv[1] else known(package)
 try:
-    distributed.join()
+    distributed.refuse_other_versions(distributed.join())
 except EngineError as error:
     print(error)
 """
