@@ -162,9 +162,16 @@ from popo_lite.errors import EngineError
 known = distributed.metadata.version
 distributed.metadata.version = lambda package: "0.1" if package == sys.argv[1] else known(package)
 try:
-    distributed.refuse_other_versions(distributed.join())
-except EngineError as error:
-    print(error)
+    with distributed.join() as ranks:
+        try:
+            distributed.refuse_other_versions(ranks)
+        except EngineError as error:
+            print(error, flush=True)
+            raise
+except SystemExit:
+    pass  # rank 0 reports the error of the others
+except EngineError:
+    pass
 """
 
 
