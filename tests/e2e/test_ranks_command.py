@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def stop_at(process: subprocess.Popen[str], run: Path, steps: int) -> str:
     os.kill(json.loads((run / ".lock").read_text())["pid"], signal.SIGINT)
     output, errors = process.communicate(timeout=400)
     assert process.returncode != 0
-    assert "popo-lite resume run" in output, errors
+    assert re.search("popo.lite resume run", output), errors
     return output
 
 

@@ -375,7 +375,7 @@ def test_three_bad_gradients_in_a_row_go_back_with_half_the_learning_rate_and_a_
         def disturb_and_kill(trainer):
             disturb(trainer)
             at_step(trainer, trainer.grader, "grade", raising(SystemExit("killed")), step=step, times=1)
-            trainer._save_after_error = lambda: ""
+            trainer._save_after_error = lambda _: ""
 
         return disturb_and_kill
 
