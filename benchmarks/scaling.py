@@ -160,7 +160,7 @@ def decode(lengths: Sequence[int], slots: int, refill: bool) -> tuple[int, int]:
 
 
 class Part(NamedTuple):
-    """What a rank trains on: tokens that it forwards, tokens of all answers, and kinds of segments.
+    """A rank's part of an update: the tokens that it forwards, the tokens of all answers, and the kinds of segments.
 
     Without FlashAttention, attention is called once for all answers of the same length to prompts of the same length.
     """

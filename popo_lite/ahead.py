@@ -27,7 +27,7 @@ from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import Group
 
 WAIT_SECONDS = 0.25
-"""How often the main thread looks for Ctrl-C while it waits for rollouts."""
+"""Seconds between two looks for Ctrl-C while the main thread waits for rollouts."""
 
 
 class Start(NamedTuple):

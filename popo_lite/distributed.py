@@ -34,7 +34,7 @@ from popo_lite.launch import processes_of_run
 T = TypeVar("T")
 
 BEAT_SECONDS = 1.0
-"""How often a rank says that it is alive."""
+"""Seconds between two heartbeats of a rank."""
 LOST_SECONDS = 20.0
 """A rank that has said nothing for so long is lost."""
 LIMIT = datetime.timedelta(minutes=10)
@@ -101,7 +101,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         return self
 
     def leave(self, error: BaseException | None) -> None:
-        """Tell the other ranks that this one ends, and why; nothing if it has told them already."""
+        """Tell the other ranks why this one ends. A second call does nothing."""
 
     def __exit__(self, _kind: object = None, error: BaseException | None = None, _trace: object = None, /) -> None:
         """Leave the other ranks."""
@@ -249,7 +249,7 @@ class Watch:
     def __init__(
         self, store: Any, rank: int, size: int, lines: dict[socket.socket, int], lost: Callable[[], None] = lambda: None
     ) -> None:
-        """Begin. `lost` is called once, in a thread of its own, if a rank has ended before its time."""
+        """Begin. `lost` is called, outside the main thread, when a rank has ended before its time."""
         self.rank, self.size, self._store, self._lines, self._lost = rank, size, store, lines, lost
         self._others = [other for other in range(size) if other != rank]
         self._heard = dict.fromkeys(self._others, ("", time.monotonic()))
@@ -282,7 +282,7 @@ class Watch:
         return all(self._ended.get(rank) == GONE for rank in range(self.rank))
 
     def reason_of(self, error: Exception) -> Exception:
-        """Return why a connection broke: the end that a rank has told, or else which of them says nothing any more."""
+        """Return why a connection broke: the end that a rank has reported, or which ranks are silent."""
         broken = time.monotonic()
         while time.monotonic() < broken + 4 * BEAT_SECONDS:
             time.sleep(BEAT_SECONDS / 4)
@@ -307,8 +307,8 @@ class Watch:
         if isinstance(error, (StopRequested, KeyboardInterrupt)):
             end = {"kind": "abandoned"}
         elif isinstance(error, PopoError):
-            told = {name: getattr(error, name) for name in ("where", "next_step", "doubt")}
-            end = {"what": f"stopped: {error.what}", **told}
+            advice = {name: getattr(error, name) for name in ("where", "next_step", "doubt")}
+            end = {"what": f"stopped: {error.what}", **advice}
             if isinstance(error, RankLostError):
                 end = {**end, "kind": "followed"}
         elif error is not None and not isinstance(error, SystemExit):  # that is how a stopped run ends
@@ -351,7 +351,7 @@ class Watch:
 
     def _run(self) -> None:
         keys = [f"{kind}/{other}" for kind in ("end", "beat") for other in self._others]
-        beats, told = 0, False
+        beats, called = 0, False
         try:
             while not self._closed.is_set():
                 for line in select.select(list(self._lines), [], [], BEAT_SECONDS)[0]:
@@ -373,8 +373,8 @@ class Watch:
                         self._ended[rank] = json.loads(end)
                     elif now > self._heard[rank][1] + LOST_SECONDS:
                         self._ended[rank] = GONE
-                if not told and any(end.get("kind") != "ended" for end in self._ended.values()):
-                    told = True
+                if not called and any(end.get("kind") != "ended" for end in self._ended.values()):
+                    called = True
                     threading.Thread(target=self._lost, name="ranks' end", daemon=True).start()
         except (RuntimeError, OSError, ValueError):  # rank 0, or torchrun on its machine, has the store
             if not self._left:

@@ -7,7 +7,7 @@ import json
 import shlex
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -113,8 +113,9 @@ class RunLoop(OpenRun, ABC):
                 self._note_changes(changes)
             for difference in start_files(folder, self.recipe, self.policy.device):
                 self.callback.message(f"not as when the run started: {difference}")
-            self._refuse_other_data()
-            write_json(folder.data_path, self._digests())
+            digests = self._digests()
+            self._refuse_other_data(digests)
+            write_json(folder.data_path, digests)
             try:
                 steps, done = self.recipe.train.steps, self.cursor.next_step
                 self.callback.start(title=folder.path.name, facts=self._facts(), total_steps=steps, first_step=done)
@@ -510,13 +511,10 @@ class RunLoop(OpenRun, ABC):
     def _digests(self) -> dict[str, dict[str, str]]:
         return {"training": digests(self.train_task.training()), "held_out": digests(self.held_out)}
 
-    def _refuse_other_data(self) -> None:
+    def _refuse_other_data(self, digests: Mapping[str, Any]) -> None:
         """Raise DataError if a rank has other training rows or held-out problems than rank 0. A collective."""
-        if self.ranks.size == 1:
-            return
-        content = json.dumps(self._digests(), sort_keys=True)
-        digests = self.ranks.gather(hashlib.blake2b(content.encode()).hexdigest())
-        if different := [f"rank {rank}" for rank, digest in enumerate(digests) if digest != digests[0]]:
+        hashed = self.ranks.gather(hashlib.blake2b(json.dumps(digests, sort_keys=True).encode()).hexdigest())
+        if different := [f"rank {rank}" for rank, one in enumerate(hashed) if one != hashed[0]]:
             what = f"{' and '.join(different)} found other training rows or held-out problems than rank 0"
             raise DataError(what, where="data.dataset", next_step="copy the same data to all machines")
 

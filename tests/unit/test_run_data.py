@@ -14,6 +14,8 @@ import torch
 from transformers.utils import chat_template_utils
 
 import popo_lite
+import popo_lite.api
+import popo_lite.cli.train
 from popo_lite import run_folder
 from popo_lite.callbacks import Callback
 from popo_lite.cli import main
