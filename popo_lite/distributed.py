@@ -37,8 +37,10 @@ BEAT_SECONDS = 1.0
 """Seconds between two heartbeats of a rank."""
 LOST_SECONDS = 20.0
 """A rank that has said nothing for so long is lost."""
-LIMIT = datetime.timedelta(minutes=10)
-"""Longest time that a collective may take once all ranks are there."""
+COLLECTIVE_LIMIT = datetime.timedelta(seconds=30)
+"""Longest time that gloo may wait for another rank after the meeting: it cannot be stopped."""
+PASS_LIMIT = datetime.timedelta(minutes=10)
+"""Longest time that a rank may wait for another within `together`."""
 CLOSED = "closed"
 """Last beat of a rank."""
 FAREWELL_SECONDS = 5.0
@@ -110,8 +112,8 @@ class Ranks(AbstractContextManager["Ranks"]):
 class ProcessGroup(Ranks):
     """The ranks of torch.distributed: gloo for objects and on CPUs, NCCL for gradients on GPUs.
 
-    Every collective begins with a meeting through the store. So none of gloo's or NCCL's ever waits for a rank that is
-    gone: they could not be stopped.
+    Every collective begins with a meeting through the store. So gloo and NCCL wait only for a rank that has come: they
+    cannot be stopped.
     """
 
     def __init__(self, watch: Watch, store: Any, group: Any = None) -> None:
@@ -176,7 +178,7 @@ class ProcessGroup(Ranks):
         self._groups += 1
         store = PrefixStore(f"group-{self._groups}", self._store)
         with self._meeting("another"):
-            return ProcessGroup(self._watch, store, distributed.new_group(backend="gloo", timeout=LIMIT))
+            return ProcessGroup(self._watch, store, distributed.new_group(backend="gloo", timeout=COLLECTIVE_LIMIT))
 
     def leave(self, error: BaseException | None) -> None:  # noqa: D102
         self._watch.leave(error)
@@ -252,9 +254,9 @@ class Watch:
         """Begin. `lost` is called, outside the main thread, when a rank has ended before its time."""
         self.rank, self.size, self._store, self._lines, self._lost = rank, size, store, lines, lost
         self._others = [other for other in range(size) if other != rank]
-        self._heard = dict.fromkeys(self._others, ("", time.monotonic()))
+        self._heard = dict.fromkeys(self._others, ("", 0))  # newest beat, and the own beat at which it was new
         self._ended: dict[int, End] = {}
-        self._left, self._closed, self._round = False, threading.Event(), time.monotonic()
+        self._left, self._closed, self._beats, self._round = False, threading.Event(), 0, time.monotonic()
         self._saying, self._through = threading.Lock(), False
         store.multi_set([f"end/{rank}", f"beat/{rank}"], ["", "0"])
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
@@ -283,14 +285,14 @@ class Watch:
 
     def reason_of(self, error: Exception) -> Exception:
         """Return why a connection broke: the end that a rank has reported, or which ranks are silent."""
-        broken = time.monotonic()
-        while time.monotonic() < broken + 4 * BEAT_SECONDS:
+        broken, until = self._beats, time.monotonic() + 4 * BEAT_SECONDS
+        while time.monotonic() < until:
             time.sleep(BEAT_SECONDS / 4)
             try:
                 self.check()
             except (RankLostError, StopRequested) as reason:
                 return reason
-        silent = [rank for rank, (_, heard) in self._heard.items() if heard < broken + BEAT_SECONDS]
+        silent = [rank for rank, (_, heard) in self._heard.items() if heard <= broken + 1]
         self._ended |= dict.fromkeys(silent, GONE)
         try:
             self.check()
@@ -336,7 +338,7 @@ class Watch:
 
         def through(rank: int) -> bool:
             beat, heard = self._heard[rank]
-            return beat == CLOSED or self._ended.get(rank) == GONE or time.monotonic() > heard + LOST_SECONDS
+            return beat == CLOSED or self._ended.get(rank) == GONE or self._silent(heard)
 
         limit = time.monotonic() + seconds
         while self._thread.is_alive() and time.monotonic() < limit and not all(map(through, ranks)):
@@ -349,9 +351,13 @@ class Watch:
                 self._through = beat == CLOSED
                 self._store.set(f"beat/{self.rank}", beat)
 
+    def _silent(self, heard: int) -> bool:
+        """Return whether a rank last heard at this beat is lost. Not by the clock: a run may be stopped, and go on."""
+        return (self._beats - heard) * BEAT_SECONDS > LOST_SECONDS
+
     def _run(self) -> None:
         keys = [f"{kind}/{other}" for kind in ("end", "beat") for other in self._others]
-        beats, called = 0, False
+        called = False
         try:
             while not self._closed.is_set():
                 for line in select.select(list(self._lines), [], [], BEAT_SECONDS)[0]:
@@ -361,17 +367,16 @@ class Watch:
                         self._ended[rank] = GONE
                         if self.rank == 0:  # the others have no line to it
                             self._store.set(f"end/{rank}", json.dumps(GONE))
-                beats, self._round = beats + 1, time.monotonic()
-                self._say(str(beats))
+                self._beats, self._round = self._beats + 1, time.monotonic()
+                self._say(str(self._beats))
                 values = [value.decode() for value in self._store.multi_get(keys)]  # waits for those that start
                 self._round = time.monotonic()
                 for rank, end, beat in zip(self._others, values, values[len(self._others) :], strict=False):
-                    now = time.monotonic()
                     if beat != self._heard[rank][0]:
-                        self._heard[rank] = beat, now
+                        self._heard[rank] = beat, self._beats
                     if end:
                         self._ended[rank] = json.loads(end)
-                    elif now > self._heard[rank][1] + LOST_SECONDS:
+                    elif self._silent(self._heard[rank][1]):
                         self._ended[rank] = GONE
                 if not called and any(end.get("kind") != "ended" for end in self._ended.values()):
                     called = True
@@ -419,10 +424,10 @@ def join() -> Ranks:
     try:
         if not distributed.is_initialized():
             store, rank, size = next(iter(rendezvous("env://", timeout=datetime.timedelta(minutes=5))))
-            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LIMIT)
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PASS_LIMIT)
         _joined += 1
         rank, size = distributed.get_rank(), distributed.get_world_size()
-        group = distributed.new_group(backend=backend, timeout=LIMIT)
+        group = distributed.new_group(backend=backend, timeout=COLLECTIVE_LIMIT)
         store = PrefixStore(f"popo-lite-{_joined}", distributed.distributed_c10d._get_default_store())
         lines = open_lines(store, rank, size)
     except (RuntimeError, ValueError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -127,6 +128,27 @@ def test_what_waits_is_ended_if_the_store_goes_with_a_rank(monkeypatch):
         watch.check()
 
 
+@pytest.fixture
+def start():
+    """Start ranks that run a program."""
+    started = []
+
+    def start(size: int, program: str) -> list[subprocess.Popen]:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = str(server.getsockname()[1])
+        place = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for rank in range(size):
+            environment = {**place, "RANK": str(rank)}
+            command = [sys.executable, "-c", program]
+            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
 MEET = """
 import sys, time
 from popo_lite import distributed
@@ -140,27 +162,74 @@ with distributed.join() as ranks:
 """
 
 
-def test_a_rank_may_be_at_the_next_meeting_already():
+def test_a_rank_may_be_at_the_next_meeting_already(start):
     """`from_first` is no barrier: of four ranks some go on while others have not seen that all were there."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    place = {**os.environ, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", MEET], env={**place, "RANK": str(rank)}, stdout=subprocess.PIPE,
-                         text=True)
-        for rank in range(4)
-    ]  # fmt: skip
-    for process in processes:
+    for process in start(4, MEET):
         assert process.communicate(timeout=120)[0] == "met\n"
 
 
+FREEZE = """
+import datetime, os, signal
+from popo_lite import distributed
+
+distributed.LOST_SECONDS, distributed.COLLECTIVE_LIMIT = 3.0, datetime.timedelta(seconds=6)
+with distributed.join() as ranks:
+    ranks.gather(0)
+    if ranks.rank == 1:
+        torch = distributed.distributed
+        torch.all_gather = lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        ranks.gather(0)
+    except distributed.RankLostError as error:
+        print(error, flush=True)
+"""
+posix = pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="there is no such signal here")
+
+
+@posix
+def test_a_rank_that_freezes_after_the_meeting_is_lost(start):
+    first, _ = start(2, FREEZE)
+    assert "rank 1 is gone" in first.communicate(timeout=60)[0]
+    assert first.returncode == 0
+
+
+STAND_STILL = """
+import time
+from popo_lite import distributed
+
+distributed.LOST_SECONDS = 3.0
+with distributed.join() as ranks:
+    time.sleep(2.5)  # till they have heard of each other
+    print("begun", flush=True)
+    for number in range(20):
+        time.sleep(0.2)
+        ranks.gather(number)
+    print("done", flush=True)
+"""
+
+
+@posix
+def test_ranks_that_stood_still_together_go_on(start):
+    """So Ctrl-Z stops a run under torchrun, and `fg` goes on with it."""
+    processes = start(2, STAND_STILL)
+    for process in processes:
+        assert process.stdout.readline() == "begun\n"
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
+        time.sleep(1)
+    assert [process.communicate(timeout=60)[0] for process in processes] == ["done\n"] * 2
+
+
 JOIN = """
-import sys
+import os
 from popo_lite import distributed
 from popo_lite.errors import EngineError
 
-known = distributed.metadata.version
-distributed.metadata.version = lambda package: "0.1" if package == sys.argv[1] else known(package)
+known, other = distributed.metadata.version, "transformers" if os.environ["RANK"] == "1" else None
+distributed.metadata.version = lambda package: "0.1" if package == other else known(package)
 try:
     with distributed.join() as ranks:
         try:
@@ -175,17 +244,9 @@ except EngineError:
 """
 
 
-def test_ranks_of_different_versions_are_refused():
+def test_ranks_of_different_versions_are_refused(start):
     """Each rank might train in another way, and the run would be neither's."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    place = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", JOIN, older], env={**place, "RANK": rank}, stdout=subprocess.PIPE,
-                         text=True)
-        for rank, older in (("0", ""), ("1", "transformers"))
-    ]  # fmt: skip
-    for process in processes:
+    for process in start(2, JOIN):
         shown, _ = process.communicate(timeout=120)
         assert process.returncode == 0
         assert re.search(r"rank 1 runs .*'transformers': '0\.1'.*, and rank 0 .*'transformers'", shown)
