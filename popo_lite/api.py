@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from popo_lite.callbacks import Callback, CallbackList
-from popo_lite.joining import Opened, joined
+from popo_lite.joining import Opened, joined, started_run
 from popo_lite.recipe import Recipe
-from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
-from popo_lite.run_folder import RunFolder, dated, new_run
+from popo_lite.run_folder import RunFolder
 from popo_lite.tools.console.views import View, open_view
 from popo_lite.tools.reporting import reporters
-from popo_lite.trust import refuse_untrusted, trust_own
 
 if TYPE_CHECKING:
     from popo_lite.distributed import Ranks
@@ -47,20 +45,8 @@ def train(
     Under torchrun all ranks call it and get a result, whose folder is on the machine of rank 0. Ranks above 0 call no
     callbacks, and end with SystemExit where rank 0 raises a PopoError. What follows belongs on rank 0.
     """
-
-    @contextmanager
-    def opening() -> Iterator[Opened]:
-        settings, name = (recipe, "run") if isinstance(recipe, Recipe) else (load_recipe(recipe), Path(recipe).stem)
-        if isinstance(recipe, Recipe):
-            trust_own(recipe)
-        else:
-            refuse_untrusted(settings, recipe, trust)
-        settings = dated(settings)
-        # The folder is taken before anything is loaded; a run that cannot start leaves nothing behind.
-        with new_run(settings, name, None if output is None else Path(output)) as folder:
-            yield folder, settings, {}
-
-    return _run(opening(), callbacks, view)
+    opening = started_run(recipe, None if output is None else Path(output), trust=trust)
+    return _run(opening, callbacks, view)
 
 
 def resume(

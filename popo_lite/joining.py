@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,13 +15,35 @@ from typing import TYPE_CHECKING, Any
 from popo_lite.errors import StopRequested
 from popo_lite.launch import processes_of_run
 from popo_lite.recipe import Recipe
-from popo_lite.run_folder import RunFolder, read_files, write_files
+from popo_lite.recipe_file import load_recipe
+from popo_lite.run_folder import RunFolder, dated, new_run, read_files, write_files
+from popo_lite.trust import refuse_untrusted, trust_own
 
 if TYPE_CHECKING:
     from popo_lite.distributed import Ranks
 
 Opened = tuple[RunFolder, Recipe, dict[str, Any]]
 """A run's folder and recipe, and options of `Trainer.run`."""
+
+
+@contextmanager
+def started_run(
+    recipe: Recipe | str | Path, output: Path | None, overrides: Sequence[str] = (), *, trust: bool = False
+) -> Iterator[Opened]:
+    """Lock a new folder for a run of `recipe`, as `new_run` does; yield as `resumed_run` does.
+
+    Before anything is loaded; a run that cannot start leaves nothing behind. Raises UserInputError for an error in the
+    recipe, a folder that is taken, or code that is not trusted. A `Recipe` counts as the user's own.
+    """
+    if isinstance(recipe, Recipe):
+        settings, name = recipe, "run"
+        trust_own(recipe)
+    else:
+        settings, name = load_recipe(recipe, overrides), Path(recipe).stem
+        refuse_untrusted(settings, recipe, trust, overrides=overrides)
+    settings = dated(settings)
+    with new_run(settings, name, output) as folder:
+        yield folder, settings, {}
 
 
 @contextmanager

@@ -175,7 +175,7 @@ class OpenRun:
                 f"{asked - len(self.held_out)} of evaluation"
             )
 
-    def _advance(self, amount: int) -> None:
+    def advance(self, amount: int) -> None:
         """Report progress inside a stage. Raises StopRequested after a second Ctrl-C, RankLostError without a rank."""
         self.interrupts.check()
         self.ranks.check()

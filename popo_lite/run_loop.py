@@ -14,28 +14,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from popo_lite.checkpoint import load_checkpoint, save_checkpoint, sync_folder
-from popo_lite.controls import MEANINGS, Action
 from popo_lite.distributed import RankLostError
 from popo_lite.errors import (
     CheckpointError,
     DataError,
     EngineError,
     EngineFailedError,
-    GradingError,
     NotFiniteError,
     PopoError,
     StopRequested,
 )
-from popo_lite.evaluation import draw_samples, evaluate
+from popo_lite.evaluation import evaluate
 from popo_lite.faults import explained
 from popo_lite.formats import read_json, reading
 from popo_lite.metrics import sampler_summary
 from popo_lite.opening import OpenRun
-from popo_lite.pausing import Pause
 from popo_lite.policy.adapters import save_adapter
+from popo_lite.requests import Requests
 from popo_lite.resuming import Change
 from popo_lite.run_folder import (
     RunFolder,
@@ -64,9 +60,6 @@ TOTALS = ("prompts_skipped", "prompts_with_positive", "rollouts", "rollout_token
 HISTORY = ("changes", "doubts", "best", "not_finite_steps", "rollbacks", "learning_rate_scale")
 """Fields of the cursor that are part of the summary: what was out of the ordinary."""
 
-ASKED_SAMPLES = 3
-"""Problems that are answered when samples are asked for. The next time it is the next ones' turn."""
-
 BAD_GRADIENTS = 3
 """Roll back after so many updates in a row that were skipped for their gradient."""
 
@@ -84,12 +77,12 @@ class RunLoop(OpenRun, ABC):
     """Run the steps, and keep what they leave: evaluations, checkpoints, adapters, summary."""
 
     _consistent = True  # weights and cursor belong to the same step
-    _asked = 0  # how often samples were asked for
     _compared = 0  # steps after which the weights of all ranks were last compared
     _reopened_at: int | None = None  # the step at which the engine was last opened again
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.requests = Requests(self)
         self._shown: list[list[str]] = []  # what rank 0 has said lately, if there are several
 
     @abstractmethod
@@ -169,23 +162,23 @@ class RunLoop(OpenRun, ABC):
         """Run all evaluations and steps that are left; return the summary, or None if interrupted."""
         self.controls.over = False
         self._refuse_divergence()
-        if not self._stopping():
+        if not self.stopping():
             self._prove_sampler(self.callback.message)
-        if self.cursor.before is None and self.held_out and not self._stopping():
-            self.cursor.before = self._evaluate("before").summary()
-        if self.cursor.next_step and not self._stopping():
+        if self.cursor.before is None and self.held_out and not self.stopping():
+            self.cursor.before = self.evaluate("before").summary()
+        if self.cursor.next_step and not self.stopping():
             self._after_step()  # what an interrupt may have left undone
-        self._serve()
-        while self.cursor.next_step < self.recipe.train.steps and not self._stopping():
+        self.requests.serve()
+        while self.cursor.next_step < self.recipe.train.steps and not self.stopping():
             self.train_step(self.cursor.next_step)
             self._after_step()
-            self._serve()
-        if self._stopping():
+            self.requests.serve()
+        if self.stopping():
             return None
         self.controls.over = True
-        return self._finish(self._evaluate("after").summary() if self.held_out else None)
+        return self._finish(self.evaluate("after").summary() if self.held_out else None)
 
-    def _stopping(self) -> bool:
+    def stopping(self) -> bool:
         """Return whether any rank was asked to stop, and show what other ranks alone have said. A collective."""
         said, self.callback.said = self.callback.said, []
         parts = self.ranks.gather((self.interrupts.requested, said if self.ranks.size > 1 else []))
@@ -195,82 +188,6 @@ class RunLoop(OpenRun, ABC):
                 if not any(text in shown for shown in self._shown):
                     self.callback.message(f"rank {rank}: {text}")
         return any(requested for requested, _ in parts)
-
-    # --------------------------------------------------------------------- controls
-
-    def _serve(self) -> None:
-        """Do what was asked for since the last step. None of it changes a draw or a weight of the run."""
-        while not self._stopping():
-            pausing = self.controls.pausing
-            pausing, action = self.ranks.from_first((pausing, None if pausing else self.controls.take()))
-            if pausing:
-                self._pause()
-            elif action is None:
-                return
-            else:
-                try:
-                    self._do(action)
-                except (OSError, SafetensorError, GradingError) as error:  # the run does not depend on it
-                    if self.ranks.size > 1 and action != "checkpoint":
-                        raise  # the other ranks are in the middle of it
-                    self.callback.log.warning("a request failed", exc_info=True)
-                    self.callback.message(f"{MEANINGS[action]}: not done; {error}")
-                except EngineFailedError:  # asked again, it might end the run
-                    self.callback.message(f"{MEANINGS[action]}: not done, because the engine failed")
-                    raise
-
-    def _do(self, action: Action) -> None:
-        if action == "checkpoint":
-            self._checkpoint()
-        elif action == "sample":
-            self._show_samples()
-        elif self.held_out:
-            self._evaluate("asked")
-        else:
-            self.callback.message("nothing to evaluate on: eval.problems is 0")
-
-    def _pause(self) -> None:
-        """Wait with an empty GPU until the run is to continue or stop. A run that stops is saved from host memory."""
-        self.callback.stage("paused")
-        pause = Pause(self.learner, self.sampler)
-        where = f"after step {self.cursor.next_step} of {self.recipe.train.steps}"
-        try:
-            self.controls.paused = True
-            how = 'to continue press p, or request "continue"'
-            self.callback.message(f"paused {where}{pause.freed}; {how}; Ctrl-C saves and stops")
-            while not self._stopping():
-                self.controls.wait(0.2)
-                if self.ranks.from_first(self.controls.pausing) or self._stopping():
-                    continue
-                problems = self.ranks.gather(pause.end())
-                if not any(problems):
-                    self.sampler.sync(self.policy.version)
-                    self.callback.message(f"continued {where}")
-                    return
-                if problems[self.ranks.rank] is None:
-                    pause = Pause(self.learner, self.sampler)
-                self.callback.message(next(filter(None, problems)))
-                self.controls.request("pause")
-        finally:
-            self.controls.paused = False
-
-    def _show_samples(self) -> None:
-        """Draw and grade an answer to each of a few held-out problems, or training problems, and show them."""
-        self.callback.stage("sample")
-        done, self._asked = self.cursor.next_step, self._asked + 1
-        problems = self.held_out or [
-            self.train_task.train_problem(self.recipe.train.seed, index) for index in range(8 * ASKED_SAMPLES)
-        ]
-        start = (self._asked - 1) * ASKED_SAMPLES
-        chosen = [problems[index % len(problems)] for index in range(start, start + min(ASKED_SAMPLES, len(problems)))]
-        drawn = draw_samples(
-            self.recipe, self.policy, self.sampler, self.renderer, self.grader, chosen,
-            stream=("asked", self.recipe.train.seed, done, self._asked), progress=self._advance, ranks=self.ranks,
-        )  # fmt: skip
-        right = sum(sample["right"] is not None for sample in drawn)
-        kind = "held-out" if self.held_out else "training"
-        self.callback.sampled([{**sample, "step": done - 1} for sample in drawn])
-        self.callback.message(f"after step {done}: {right} of {len(drawn)} answers to {kind} problems are right")
 
     # --------------------------------------------------------------------- faults
 
@@ -330,7 +247,7 @@ class RunLoop(OpenRun, ABC):
         self.cursor.rollbacks = before.rollbacks + 1
         self.cursor.not_finite_steps, self.cursor.not_finite_in_a_row = before.not_finite_steps, 0
         self._consistent = True
-        self._checkpoint()
+        self.checkpoint()
         self.callback.message(
             f"{why}; back from step {before.next_step} to {self.cursor.next_step}, and on with "
             f"{self.cursor.learning_rate_scale:g} times the learning rate; the next time the run stops"
@@ -368,7 +285,7 @@ class RunLoop(OpenRun, ABC):
             raise NotFiniteError(what, where=f"step {done}", next_step=next_step)
         is_best = False
         if every and done % every == 0 and self.cursor.evaluated < done < train.steps and self.held_out:
-            pass_at_1 = self._evaluate(f"step {done}").pass_at_1
+            pass_at_1 = self.evaluate(f"step {done}").pass_at_1
             self.cursor.evaluated = done
             if is_best := self.cursor.best is None or pass_at_1 > self.cursor.best["pass_at_1"]:
                 self.cursor.best = {"step": done, "pass_at_1": pass_at_1}
@@ -376,7 +293,7 @@ class RunLoop(OpenRun, ABC):
         if due:
             self._refuse_divergence()
         if due or is_best:
-            self._checkpoint()
+            self.checkpoint()
         if due:
             # After the checkpoint, which is worth having also if the proof fails. In 16 bit the gap alone cannot tell a
             # stale adapter from rounding.
@@ -422,7 +339,7 @@ class RunLoop(OpenRun, ABC):
         """Save the last completed step with all that is recorded of it."""
         self.learner.optimizer.zero_grad(set_to_none=True)
         self._write_lines()
-        return self._checkpoint()
+        return self.checkpoint()
 
     def _write_lines(self) -> None:
         """Write the records of the last step. Those that a full disk leaves come before the next checkpoint."""
@@ -430,8 +347,8 @@ class RunLoop(OpenRun, ABC):
             append_line(*self._unwritten[0])
             self._unwritten.pop(0)
 
-    def _checkpoint(self) -> Path:
-        """Save a checkpoint, on rank 0."""
+    def checkpoint(self) -> Path:
+        """Save a checkpoint on rank 0, and return its folder."""
         if not self.ranks.first:
             return self.folder.checkpoints
         self.callback.stage("checkpoint")
@@ -462,7 +379,7 @@ class RunLoop(OpenRun, ABC):
             if key == "optimizer.learning_rate":  # a new try, with just this rate
                 cursor.learning_rate_scale, cursor.not_finite_in_a_row = 1.0, 0
         cursor.changes += [{**change, "step": cursor.next_step} for change in changes]
-        self._checkpoint()  # before recipe.toml is written: a second resume would find nothing changed
+        self.checkpoint()  # before recipe.toml is written: a second resume would find nothing changed
 
     def _restore(self, step: int | None = None) -> None:
         """Go back to the checkpoint after `step` steps, by default the newest, or to step 0 if there is none."""
@@ -541,9 +458,10 @@ class RunLoop(OpenRun, ABC):
             self.cursor.history = {name: seen for name, seen in self.cursor.history.items() if name in same}
             if self.cursor.level >= self.train_task.levels:
                 self.cursor.level, self.cursor.level_rates = self.train_task.levels - 1, []
-            self._checkpoint()  # before data.json is written: a second resume would find nothing changed
+            self.checkpoint()  # before data.json is written: a second resume would find nothing changed
 
-    def _evaluate(self, when: str) -> EvalResult:
+    def evaluate(self, when: str) -> EvalResult:
+        """Measure the policy on the held-out problems, record and report it. `when` is part of the record."""
         recipe = self.recipe
         self.callback.stage("evaluate", total=len(self.held_out) * recipe.eval.samples_per_problem)
         result = evaluate(
@@ -556,7 +474,7 @@ class RunLoop(OpenRun, ABC):
             self.eval_task,
             self.held_out,
             seed=recipe.train.seed,
-            progress=self._advance,
+            progress=self.advance,
             ranks=self.ranks,
         )
         record = {"when": when, "step": self.cursor.next_step, **result.summary()}

@@ -39,7 +39,7 @@ class Trainer(RunLoop):
         if drawn is None:
             # Stages "prompts", "rollout" and "grade".
             start = Start(step, cursor.next_problem, cursor.history, cursor.level, version)
-            drawn = self.rollouts.draw(start, self.sampler, clock, self._advance)
+            drawn = self.rollouts.draw(start, self.sampler, clock, self.advance)
         groups, lag = drawn.groups, version - drawn.start.policy_version
         clock.seconds |= drawn.waited
         if self.recipe.rollout.async_level and self._goes_on_after(step + 1):
@@ -69,7 +69,7 @@ class Trainer(RunLoop):
                 # All that torch draws in a step (LoRA dropout) follows from the step, so a resumed run needs no state.
                 torch.manual_seed(stream_seed("step", self.recipe.train.seed, step, self.ranks.rank))
                 result = self.learner.backward(
-                    mine, targets, reference_logps, self.cursor.entropy_coef, progress=self._advance
+                    mine, targets, reference_logps, self.cursor.entropy_coef, progress=self.advance
                 )
                 gap = result.gap_mean if gap is None and not lag else gap
                 largest = self.recipe.optimizer.max_grad_norm
@@ -98,7 +98,7 @@ class Trainer(RunLoop):
         if self.recipe.rollout.async_level:
             self.callback.stage("rollout")
         # A run that stops drops the next step; several ranks would have to agree on it.
-        self.rollouts.wait(self._advance, lambda: self.ranks.size == 1 and self.interrupts.requested)
+        self.rollouts.wait(self.advance, lambda: self.ranks.size == 1 and self.interrupts.requested)
         with clock("sync"):
             self.sampler.sync(self.policy.version)
         self.cursor.add_seconds({"sync": clock.seconds["sync"]})

@@ -17,15 +17,14 @@ import click
 from popo_lite.api import load_trainer
 from popo_lite.callbacks import Callback, CallbackList
 from popo_lite.errors import INTERRUPTED, UserInputError
-from popo_lite.joining import Opened, joined
+from popo_lite.joining import joined, started_run
 from popo_lite.recipe import Recipe
-from popo_lite.recipe_file import load_recipe
 from popo_lite.resuming import resumed_run
-from popo_lite.run_folder import RunFolder, dated, new_run
+from popo_lite.run_folder import RunFolder
 from popo_lite.tools.completion import complete_recipe, complete_run
 from popo_lite.tools.console.views import VIEWS
 from popo_lite.tools.reporting import reporters
-from popo_lite.trust import refuse_untrusted, trust_option
+from popo_lite.trust import trust_option
 
 if TYPE_CHECKING:
     from popo_lite.distributed import Ranks
@@ -70,16 +69,8 @@ def train(
     Example:
       popo-lite train tiny_cpu
     """
-
-    @contextmanager
-    def opening() -> Iterator[Opened]:
-        settings = dated(load_recipe(recipe, overrides if seed is None else (*overrides, f"train.seed={seed}")))
-        refuse_untrusted(settings, recipe, trust, overrides=overrides)
-        # The folder is taken before anything is loaded; a run that cannot start leaves nothing behind.
-        with new_run(settings, Path(recipe).stem, output) as folder:
-            yield folder, settings, {}
-
-    with joined(opening()) as (ranks, folder, settings, options):
+    overrides = overrides if seed is None else (*overrides, f"train.seed={seed}")
+    with joined(started_run(recipe, output, overrides, trust=trust)) as (ranks, folder, settings, options):
         _train(ranks, folder, settings, recipe, view, ignore_plan=ignore_plan, as_json=as_json, **options)
 
 

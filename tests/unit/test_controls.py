@@ -18,8 +18,8 @@ from popo_lite import run_loop
 from popo_lite.cli import main
 from popo_lite.controls import Controls
 from popo_lite.errors import EngineFailedError, UserInputError
+from popo_lite.requests import Requests
 from popo_lite.run_folder import RunFolder
-from popo_lite.run_loop import RunLoop
 from popo_lite.verdicts import WINDOW, Verdicts
 
 SMALL = ("train.steps=4", "data.prompts_per_step=4", "rollout.num_generations=4", "eval.problems=4", "eval.every=2",
@@ -113,7 +113,7 @@ def test_a_signal_ends_a_pause_and_the_run(undisturbed, tmp_path, monkeypatch):
 
 
 def test_a_request_that_fails_costs_no_step(undisturbed, tmp_path, monkeypatch):
-    save, sample = run_loop.save_checkpoint, RunLoop._show_samples
+    save, sample = run_loop.save_checkpoint, Requests._show_samples
 
     def full(folder, learner, cursor, **options):
         if cursor.next_step == 1:
@@ -121,7 +121,7 @@ def test_a_request_that_fails_costs_no_step(undisturbed, tmp_path, monkeypatch):
         return save(folder, learner, cursor, **options)
 
     def dies_once(loop):
-        monkeypatch.setattr(RunLoop, "_show_samples", sample)
+        monkeypatch.setattr(Requests, "_show_samples", sample)
         raise EngineFailedError("the engine died", next_step="nothing")
 
     class AskingLate(Asking):
@@ -130,7 +130,7 @@ def test_a_request_that_fails_costs_no_step(undisturbed, tmp_path, monkeypatch):
                 self.controls.request("sample")
 
     monkeypatch.setattr(run_loop, "save_checkpoint", full)
-    monkeypatch.setattr(RunLoop, "_show_samples", dies_once)
+    monkeypatch.setattr(Requests, "_show_samples", dies_once)
     asking = AskingLate({1: ["checkpoint"], 3: ["sample"]})
     recipe = popo_lite.load_recipe("tiny_cpu", SMALL)
     run = popo_lite.train(recipe, output=tmp_path / "run", callbacks=[asking]).folder

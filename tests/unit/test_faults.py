@@ -458,8 +458,8 @@ def test_changes_after_the_evaluation_before_the_first_step_count(tmp_path):
     run = Run(tmp_path / "run", "eval.problems=4")
 
     def disturb(trainer):
-        evaluate = trainer._evaluate
-        trainer._evaluate = lambda when: (trainer.interrupts.note(signal.SIGINT, None), evaluate(when))[1]
+        evaluate = trainer.evaluate
+        trainer.evaluate = lambda when: (trainer.interrupts.note(signal.SIGINT, None), evaluate(when))[1]
 
     assert run(disturb).next_step == 0
     changes = [{"key": "objective.entropy_coef", "before": 0.01, "now": 0.5}]
@@ -544,8 +544,8 @@ def test_the_best_checkpoint_stays(tmp_path):
 
     def disturb(trainer):
         rates = iter((0.1, 0.5, 0.2))
-        evaluate = trainer._evaluate
-        trainer._evaluate = lambda when: replace(
+        evaluate = trainer.evaluate
+        trainer.evaluate = lambda when: replace(
             evaluate(when), **{} if "step" not in when else {"pass_at_1": next(rates)}
         )
 

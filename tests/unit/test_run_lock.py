@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import signal
@@ -53,8 +54,8 @@ def _loads_nothing(monkeypatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(popo_lite.api, "load_trainer", load)
-    monkeypatch.setattr(sys.modules["popo_lite.cli.train"], "load_trainer", load)
+    for module in ("popo_lite.api", "popo_lite.cli.train"):  # of which the second is hidden by its function
+        monkeypatch.setattr(importlib.import_module(module), "load_trainer", load)
 
 
 @pytest.mark.usefixtures("_loads_nothing")
