@@ -195,9 +195,10 @@ class RunLoop(OpenRun, ABC):
         """Return what to do about the error so that the run can go on, or None.
 
         An engine is opened once for each step, and the run rolls back once, also after Ctrl-C: a resume would not start
-        from weights that went wrong. Several ranks do not recover: the error may be that of one alone.
+        from weights that went wrong. Several ranks recover from bad gradients, which all of them have: any other error
+        may be that of one alone.
         """
-        if self.ranks.size > 1:
+        if self.ranks.size > 1 and self.cursor.not_finite_in_a_row < BAD_GRADIENTS:
             return None
         step, what = self.cursor.next_step, error.what
         if isinstance(error, EngineFailedError):
@@ -205,7 +206,7 @@ class RunLoop(OpenRun, ABC):
                 return None
             self._reopened_at = step
             return partial(self._reopen_engine, what)
-        target = self._rollback_target()
+        target = self.ranks.from_first(self._rollback_target())
         if target is None or self.cursor.rollbacks:
             return None
         return partial(self._roll_back, target, what)

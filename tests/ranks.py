@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from popo_lite.recipe_file import load_recipe
 from popo_lite.run_folder import RunFolder
 from popo_lite.trainer import Trainer
 from popo_lite.types import Completion
+from popo_lite.update import UpdateResult
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +68,10 @@ ASKED = "asked"
 """A case with this name is asked for things while it trains, on rank 0."""
 REQUESTS: dict[int, tuple[Action, ...]] = {0: ("sample", "checkpoint", "pause"), 1: ("evaluate", "sample")}
 """Step -> what is asked for after it; a pause is continued soon."""
+
+
+BAD_GRADIENTS = "bad gradients"
+"""In a case with this name the gradients of steps 2 to 4 go wrong, at the full learning rate."""
 
 
 class Kept(Callback):
@@ -143,6 +149,18 @@ def coarse(draw: Callable[..., list[Completion]]) -> Callable[..., list[Completi
     return drawn
 
 
+def broken(trainer: Trainer) -> Callable[..., UpdateResult]:
+    """Return the trainer's `backward` with the bad gradients of `BAD_GRADIENTS`."""
+    backward = trainer.learner.backward
+
+    def backward_or_bad(*arguments: Any, **options: Any) -> UpdateResult:
+        result = backward(*arguments, **options)
+        bad = trainer.cursor.next_step in (2, 3, 4) and trainer.cursor.learning_rate_scale == 1.0
+        return replace(result, grad_norm=math.nan) if bad else result
+
+    return backward_or_bad
+
+
 def train(recipe: Recipe, folder: RunFolder, ranks: distributed.Ranks) -> dict[str, Any]:
     """Train as the command does; return all that the run is judged by."""
     kept = Asking() if folder.path.name == ASKED else Kept()
@@ -154,6 +172,8 @@ def train(recipe: Recipe, folder: RunFolder, ranks: distributed.Ranks) -> dict[s
                 parameter.add_(0.05 * torch.randn(parameter.shape, dtype=parameter.dtype))
             for average in trainer.learner.siamese.average.values():
                 average.add_(0.05 * torch.randn(average.shape, dtype=average.dtype))
+        if folder.path.name == BAD_GRADIENTS:
+            trainer.learner.backward = broken(trainer)
         if recipe.rollout.max_gap:
             trainer.sampler.draw = coarse(trainer.sampler.draw)
         # The file system is a rank's own: no rank may need what another writes.
@@ -193,6 +213,7 @@ def train(recipe: Recipe, folder: RunFolder, ranks: distributed.Ranks) -> dict[s
             "samples": json_lines(folder.samples_path) if ranks.first else [],
             "evaluations": json_lines(folder.evaluations_path),
             "checkpoints": sorted(path.name for path in folder.checkpoints.glob("*")),
+            "rollbacks": trainer.cursor.rollbacks,
         }
         if isinstance(kept, Asking):
             found |= {"messages": kept.messages, "answers": kept.answers, "divergence": divergence(trainer)}

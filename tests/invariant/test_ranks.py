@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from popo_lite.metrics import METRICS
-from ranks import ASKED, results
+from ranks import ASKED, BAD_GRADIENTS, results
 from small_models import save_phi
 
 SIZES = (2, 4)
@@ -104,6 +104,7 @@ def runs(tmp_path_factory):
         for name, overrides in CASES.items()
     }
     cases = {name: (f'model.id="{model}"', *overrides) for name, overrides in cases.items()}
+    cases[BAD_GRADIENTS] = (*cases["popo"], "train.steps=6", "train.save_steps=1")
     cases["shipped"] = SHIPPED
     return {
         size: results(folder / str(size), size, cases | ({ASKED: cases["entropy over all"]} if size == 2 else {}))
@@ -138,6 +139,20 @@ def test_all_ranks_hold_the_same(runs, case, size):
             assert without(other[kind], *OF_THE_MACHINE) == without(first[kind], *OF_THE_MACHINE)
         assert other["checkpoints"] == []
     assert first["checkpoints"] != []
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_roll_back_as_one_process_does(runs, size):
+    expected = runs[1][0][BAD_GRADIENTS]
+    assert expected["rollbacks"] == 1
+    for rank in runs[size]:
+        found = rank[BAD_GRADIENTS]
+        assert found["rollbacks"] == 1
+        first = runs[size][0][BAD_GRADIENTS]
+        check({**found, "samples": first["samples"], "checkpoints": first["checkpoints"]}, expected,
+              weights=1e-12, state=1e-12, metrics=1e-12)  # fmt: skip
+        for ours, theirs in zip(states(found), states(first), strict=True):
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_what_is_asked_for_on_several_ranks_changes_nothing_of_the_run(runs):
