@@ -197,7 +197,7 @@ STAND_STILL = """
 import time
 from popo_lite import distributed
 
-distributed.LOST_SECONDS = 3.0
+distributed.LOST_SECONDS = 5.0
 with distributed.join() as ranks:
     time.sleep(2.5)  # till they have heard of each other
     print("begun", flush=True)
@@ -216,7 +216,7 @@ def test_ranks_that_stood_still_together_go_on(start):
         assert process.stdout.readline() == "begun\n"
     for process in processes:
         process.send_signal(signal.SIGSTOP)
-    time.sleep(5)
+    time.sleep(6)
     for process in processes:
         process.send_signal(signal.SIGCONT)
         time.sleep(1)
