@@ -16,7 +16,7 @@ import random
 import statistics
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,25 +91,17 @@ def pass_rates(overrides: list[str], rows: list[dict[str, Any]]) -> dict[str, An
                 for row in rows
                 if row["digits"] == name
             ]
-            result = evaluate(
-                weights="policy",
-                recipe=trainer.recipe.with_values(
-                    {
-                        "eval.samples_per_problem": 16,
-                        "eval.temperature": 1.0,
-                        "rollout.max_completion_length": 64,
-                        "reward.threshold": 0.5,
-                        "reward.max_ungraded_ratio": 0.0,
-                    }
-                ),
-                policy=trainer.policy,
-                sampler=trainer.sampler,
-                renderer=trainer.renderer,
-                grader=trainer.grader,
-                task=trainer.train_task,
-                problems=problems,
-                seed=0,
+            recipe = trainer.recipe.with_values(
+                {
+                    "eval.samples_per_problem": 16,
+                    "eval.temperature": 1.0,
+                    "rollout.max_completion_length": 64,
+                    "reward.threshold": 0.5,
+                    "reward.max_ungraded_ratio": 0.0,
+                }
             )
+            worker = replace(trainer.worker, recipe=recipe)
+            result = evaluate("policy", worker, trainer.policy.version, trainer.train_task, problems, seed=0)
             found[name] = {"problems": len(problems), "pass_at_k": asdict(result)["pass_at_k"]}
         found["environment"] = environment(trainer.policy.device)
     return found

@@ -235,6 +235,7 @@ def resident_mib(key: str) -> float:
 
 def held_out_accuracy(recipe: Recipe, adapter: Path) -> list[float]:
     """Return pass@1 of the base and of the adapter, with the same draws."""
+    from popo_lite.conversation import RolloutWorker
     from popo_lite.evaluation import evaluate
     from popo_lite.policy.policy import load_trained_policy
     from popo_lite.tasks import open_tasks
@@ -246,8 +247,8 @@ def held_out_accuracy(recipe: Recipe, adapter: Path) -> list[float]:
     with open_checked(recipe, policy, renderer, map(renderer.render, asked)) as (sampler, grader):
         for folder in (None, adapter):
             with active_adapter(folder, policy, sampler):
-                result = evaluate("adapter", recipe, policy, sampler, renderer, grader, task, asked,
-                                  seed=recipe.train.seed)  # fmt: skip
+                worker = RolloutWorker(recipe=recipe, renderer=renderer, sampler=sampler, grader=grader)
+                result = evaluate("adapter", worker, policy.version, task, asked, seed=recipe.train.seed)
                 rates.append(result.pass_at_1)
     return rates
 

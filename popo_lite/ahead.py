@@ -12,18 +12,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from popo_lite.conversation import RolloutWorker
 from popo_lite.curriculum import Choice, Clock, History, choose_problems, collect
 from popo_lite.distributed import Ranks
 from popo_lite.errors import StalePolicyError, StopRequested
-from popo_lite.grading import Grader
 from popo_lite.recipe import Recipe
-from popo_lite.samplers import Sampler
 from popo_lite.samplers.base import Progress
 from popo_lite.tasks import Task
-from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import Group
 
 WAIT_SECONDS = 0.25
@@ -66,16 +64,14 @@ class Rollouts:
         self,
         recipe: Recipe,
         task: Task,
-        renderer: Renderer,
-        grader: Grader,
         ranks: Ranks,
         *,
         say: Callable[[str], None],
         check: Callable[[], None],
     ) -> None:
-        self._recipe, self._task, self._renderer, self._grader = recipe, task, renderer, grader
+        self._task = task
         # Collectives of two threads must not meet.
-        self._ranks, self._ranks_ahead = ranks, ranks.another() if recipe.rollout.async_level else ranks
+        self._ranks_ahead = ranks.another() if recipe.rollout.async_level else ranks
         self._say, self._check = say, check
         self._notices: list[str] | None = None  # None while nothing is in flight
         self._thread = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")  # starts when needed
@@ -84,16 +80,21 @@ class Rollouts:
         self._drawn: Drawn | None = None
         self._dropping = False
 
-    def draw(self, start: Start, sampler: Sampler, clock: Clock, progress: Progress) -> Drawn:
+    def draw(self, start: Start, worker: RolloutWorker, clock: Clock, progress: Progress) -> Drawn:
         """Choose the problems of a step, then sample and grade its groups. Raises what `collect` raises."""
-        return self._draw(start, sampler, clock, progress, self._ranks)
+        step, next_problem, history, level, policy_version = start
+        with clock("prompts"):
+            choice = choose_problems(self._task, worker.recipe, step, next_problem, history, level)
+            prompts = [worker.renderer.render(problem) for problem in choice.problems]
+        # Stages "rollout" and "grade".
+        groups = collect(prompts, worker, policy_version, step, clock, progress)
+        return Drawn(start=start, choice=choice, groups=groups)
 
-    def start(self, start: Start, sampler: Sampler) -> None:
+    def start(self, start: Start, worker: RolloutWorker) -> None:
         """Begin to draw a step in the thread."""
         self._clock, self._notices = _QuietClock(), []
-        self._in_flight = self._thread.submit(
-            self._draw, start, sampler, self._clock, lambda _: self._check_ahead(), self._ranks_ahead
-        )
+        worker = replace(worker, ranks=self._ranks_ahead)
+        self._in_flight = self._thread.submit(self.draw, start, worker, self._clock, lambda _: self._check_ahead())
 
     def wait(self, progress: Progress, stopping: Callable[[], bool]) -> None:
         """Wait for what is in flight, if anything, and keep it for `take`; raise the error that it ended with.
@@ -155,26 +156,6 @@ class Rollouts:
         if self._dropping:
             raise StopRequested
         self._check()
-
-    def _draw(self, start: Start, sampler: Sampler, clock: Clock, progress: Progress, ranks: Ranks) -> Drawn:
-        step, next_problem, history, level, policy_version = start
-        with clock("prompts"):
-            choice = choose_problems(self._task, self._recipe, step, next_problem, history, level)
-            prompts = [self._renderer.render(problem) for problem in choice.problems]
-        # Stages "rollout" and "grade".
-        groups = collect(
-            prompts,
-            self._recipe,
-            sampler,
-            self._grader,
-            self._renderer,
-            policy_version,
-            step,
-            clock,
-            progress,
-            ranks,
-        )
-        return Drawn(start=start, choice=choice, groups=groups)
 
 
 class _QuietClock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from popo_lite.distributed import Ranks
 from popo_lite.grading import Grader
 from popo_lite.recipe import Recipe
 from popo_lite.samplers import Sampler, SamplingParams
@@ -45,82 +46,86 @@ class _Conversation:
         )
 
 
-def sample_completions(
-    prompts: Sequence[Prompt],
-    recipe: Recipe,
-    sampler: Sampler,
-    grader: Grader,
-    renderer: Renderer,
-    *,
-    count: int,
-    params: SamplingParams,
-    policy_version: int,
-    stream: tuple[int | str, ...],
-    finished: Callable[[int], None],
-    first_index: int = 0,
-) -> list[list[Completion]]:
-    """Return `count` completions for each prompt: see `Sampler.sample`. With `rollout.environment`, conversations.
+@dataclass(frozen=True, kw_only=True)
+class RolloutWorker:
+    """Samples answers, and grades them. Each of the `ranks` has one, and does a share of the prompts."""
 
-    A conversation ends when the environment is done or fails, after `max_turns` answers, or if there is no room within
-    `params.max_completion_length` for another answer. One that ends within an answer is truncated.
-    """
-    environment = recipe.rollout.environment
-    if environment.name is None:
-        return sampler.sample(
-            prompts, count=count, first_index=first_index, params=params, policy_version=policy_version,
-            stream=stream, finished=finished,
-        )  # fmt: skip
-    groups = [[_Conversation(prompt, first_index + i) for i in range(count)] for prompt in prompts]
-    going = [conversation for group in groups for conversation in group]
-    for turn in range(environment.max_turns):
-        answers = sampler.draw(
-            [
-                (
-                    Prompt(problem=one.prompt.problem, token_ids=(*one.prompt.token_ids, *one.token_ids)),
-                    one.index,
-                    params.max_completion_length - len(one.token_ids),
-                )
-                for one in going
-            ],
-            params=params,
-            policy_version=policy_version,
-            stream=(*stream, "turn", turn) if turn else stream,
-            finished=lambda _: finished(0),  # conversations are counted, not answers
+    recipe: Recipe
+    renderer: Renderer
+    sampler: Sampler
+    grader: Grader
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        count: int,
+        params: SamplingParams,
+        policy_version: int,
+        stream: tuple[int | str, ...],
+        finished: Callable[[int], None],
+        first_index: int = 0,
+    ) -> list[list[Completion]]:
+        """Return `count` completions for each prompt: see `Sampler.sample`. With `rollout.environment`, conversations.
+
+        A conversation ends when the environment is done or fails, after `max_turns` answers, or if there is no room
+        within `params.max_completion_length` for another answer. One that ends within an answer is truncated.
+        """
+        environment = self.recipe.rollout.environment
+        if environment.name is None:
+            return self.sampler.sample(
+                prompts, count=count, first_index=first_index, params=params, policy_version=policy_version,
+                stream=stream, finished=finished,
+            )  # fmt: skip
+        groups = [[_Conversation(prompt, first_index + i) for i in range(count)] for prompt in prompts]
+        going = [conversation for group in groups for conversation in group]
+        for turn in range(environment.max_turns):
+            answers = self.sampler.draw(
+                [
+                    (
+                        Prompt(problem=one.prompt.problem, token_ids=(*one.prompt.token_ids, *one.token_ids)),
+                        one.index,
+                        params.max_completion_length - len(one.token_ids),
+                    )
+                    for one in going
+                ],
+                params=params,
+                policy_version=policy_version,
+                stream=(*stream, "turn", turn) if turn else stream,
+                finished=lambda _: finished(0),  # conversations are counted, not answers
+            )
+            for one, answer in zip(going, answers, strict=True):
+                one.add(answer.token_ids, "assistant", answer.text, answer.sampler_logps)
+                one.finish_reason = answer.finish_reason
+            before = len(going)
+            going = [one for one in going if one.finish_reason is FinishReason.STOP]
+            if turn + 1 == environment.max_turns:
+                going = []
+            observations = self.grader.observe([(one.messages, one.prompt.problem) for one in going])
+            speaking = []
+            for one, observation in zip(going, observations, strict=True):
+                if isinstance(observation, Reward):
+                    one.failed = observation
+                if not isinstance(observation, str):
+                    continue
+                token_ids = self.renderer.observation_ids(one.token_ids[-1], observation)
+                if len(one.token_ids) + len(token_ids) < params.max_completion_length:
+                    one.add(token_ids, environment.role, observation)
+                    speaking.append(one)
+            going = speaking
+            finished(before - len(going))
+            if not going:
+                break
+        return [[conversation.completion() for conversation in group] for group in groups]
+
+    def grade(self, completions: Sequence[tuple[Completion, Problem]], *, step: int) -> list[Reward]:
+        """Return the rewards of completions, in order: see `Grader.grade`. TRL's functions get `step` of all steps."""
+        answers = [one for one, _ in completions]
+        rewards = self.grader.grade(
+            [(one.text, problem) for one, problem in completions],
+            completion_ids=[one.token_ids for one in answers],
+            conversations=[one.messages for one in answers],
+            trainer_state={"global_step": step, "max_steps": self.recipe.train.steps},
         )
-        for one, answer in zip(going, answers, strict=True):
-            one.add(answer.token_ids, "assistant", answer.text, answer.sampler_logps)
-            one.finish_reason = answer.finish_reason
-        before = len(going)
-        going = [one for one in going if one.finish_reason is FinishReason.STOP]
-        if turn + 1 == environment.max_turns:
-            going = []
-        observations = grader.observe([(one.messages, one.prompt.problem) for one in going])
-        speaking = []
-        for one, observation in zip(going, observations, strict=True):
-            if isinstance(observation, Reward):
-                one.failed = observation
-            if not isinstance(observation, str):
-                continue
-            token_ids = renderer.observation_ids(one.token_ids[-1], observation)
-            if len(one.token_ids) + len(token_ids) < params.max_completion_length:
-                one.add(token_ids, environment.role, observation)
-                speaking.append(one)
-        going = speaking
-        finished(before - len(going))
-        if not going:
-            break
-    return [[conversation.completion() for conversation in group] for group in groups]
-
-
-def grade_completions(
-    grader: Grader, completions: Sequence[tuple[Completion, Problem]], *, step: int, steps: int
-) -> list[Reward]:
-    """Return the rewards of completions, in order; see `Grader.grade`. TRL's functions get `step` of `steps`."""
-    answers = [one for one, _ in completions]
-    rewards = grader.grade(
-        [(one.text, problem) for one, problem in completions],
-        completion_ids=[one.token_ids for one in answers],
-        conversations=[one.messages for one in answers],
-        trainer_state={"global_step": step, "max_steps": steps},
-    )
-    return [one.failed or reward for one, reward in zip(answers, rewards, strict=True)]
+        return [one.failed or reward for one, reward in zip(answers, rewards, strict=True)]

@@ -12,14 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from popo_lite.conversation import grade_completions, sample_completions
-from popo_lite.distributed import Ranks
-from popo_lite.grading import Grader, refuse_ungraded
+from popo_lite.conversation import RolloutWorker
+from popo_lite.grading import refuse_ungraded
 from popo_lite.recipe import CurriculumRecipe, Recipe, RolloutRecipe
-from popo_lite.samplers import Sampler, SamplingParams
+from popo_lite.samplers import SamplingParams
 from popo_lite.seeding import stream_seed
 from popo_lite.tasks import Task
-from popo_lite.tasks.rendering import Renderer
 from popo_lite.types import FinishReason, Group, Outcome, Problem, Prompt, Reward, Rollout
 
 MIN_ANSWERS = 4
@@ -178,15 +176,11 @@ Clock = Callable[..., AbstractContextManager[None]]
 
 def collect(
     prompts: Sequence[Prompt],
-    recipe: Recipe,
-    sampler: Sampler,
-    grader: Grader,
-    renderer: Renderer,
+    worker: RolloutWorker,
     policy_version: int,
     step: int,
     clock: Clock,
     progress: Callable[[int], None],
-    ranks: Ranks,
 ) -> list[Group]:
     """Sample and grade a group of rollouts for every prompt, in order, round by round. A collective.
 
@@ -194,6 +188,7 @@ def collect(
 
     Raises GradingError if more than `reward.max_ungraded_ratio` of the rollouts so far could not be graded.
     """
+    recipe, ranks = worker.recipe, worker.ranks
     budget, settings = Budget.of(recipe.rollout), recipe.rollout
     params = SamplingParams(temperature=settings.temperature, max_completion_length=settings.max_completion_length)
     made: list[list[Rollout]] = [[] for _ in prompts]
@@ -204,13 +199,9 @@ def collect(
         if not going:
             return [Group(rollouts=tuple(rollouts)) for rollouts in made]
         mine = ranks.share(going)
-        with clock("rollout", total=len(mine) * count), sampler.drawing():
-            completions = sample_completions(
+        with clock("rollout", total=len(mine) * count), worker.sampler.drawing():
+            completions = worker.sample(
                 [prompts[index] for index in mine],
-                recipe,
-                sampler,
-                grader,
-                renderer,
                 count=count,
                 first_index=first,
                 params=params,
@@ -224,7 +215,7 @@ def collect(
                 for index, group in zip(mine, completions, strict=True)
                 for answer in group
             ]
-            rewards = grade_completions(grader, answered, step=step, steps=recipe.train.steps)
+            rewards = worker.grade(answered, step=step)
             verdicts = iter(
                 _cut_off(reward)
                 if recipe.reward.truncated == "wrong" and answer.finish_reason is FinishReason.LENGTH

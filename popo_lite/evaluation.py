@@ -9,13 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
-from popo_lite.conversation import grade_completions, sample_completions
-from popo_lite.distributed import Ranks
+from popo_lite.conversation import RolloutWorker
 from popo_lite.errors import DataError
 from popo_lite.grading import Grader, refuse_ungraded, ungraded_ratio
-from popo_lite.policy.policy import Policy
 from popo_lite.recipe import Recipe
-from popo_lite.samplers import Sampler, SamplingParams
+from popo_lite.samplers import SamplingParams
 from popo_lite.tasks import Task
 from popo_lite.tasks.datasets import first
 from popo_lite.tasks.rendering import Renderer
@@ -63,34 +61,29 @@ def not_solved(unreadable: Mapping[str, str], problems: int, what: str) -> str:
 
 def evaluate(
     weights: str,
-    recipe: Recipe,
-    policy: Policy,
-    sampler: Sampler,
-    renderer: Renderer,
-    grader: Grader,
+    worker: RolloutWorker,
+    policy_version: int,
     task: Task,
     problems: Sequence[Problem],
     *,
     seed: int,
-    progress: Callable[[int], None] | None = None,
-    ranks: Ranks | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> EvalResult:
     """Sample `eval.samples_per_problem` answers to every problem at `eval.temperature`, and grade them.
 
-    With `ranks` each answers its share of the problems, and all get the whole result: a collective. The random streams
-    depend on `seed` and the problem alone, so two policies are compared on the same draws. Problems
-    whose reference answers cannot be read count as not solved.
+    A collective: each rank answers its share of the problems, and all get the whole result. The random streams depend
+    on `seed` and the problem alone, so two policies are compared on the same draws. Problems whose reference answers
+    cannot be read count as not solved.
     `weights` names what is measured in the result. Raises GradingError if more than `reward.max_ungraded_ratio` of
     the answers cannot be graded: counted as wrong, a broken grader would look like a bad model.
     """
-    start = time.perf_counter()
+    start, recipe = time.perf_counter(), worker.recipe
     samples_per_problem = recipe.eval.samples_per_problem
     answered, rewards = _answer(
-        recipe, policy, sampler, renderer, grader, problems,
-        count=samples_per_problem, stream=("eval", seed), progress=progress or (lambda _: None), ranks=ranks or Ranks(),
-    )  # fmt: skip
+        worker, policy_version, problems, count=samples_per_problem, stream=("eval", seed), progress=progress
+    )
     flat = [completion for completion, _ in answered]
-    unreadable = grader.unreadable(problems)
+    unreadable = worker.grader.unreadable(problems)
     readable = [problem.id not in unreadable for _, problem in answered]
     limit = recipe.reward.max_ungraded_ratio
     refuse_ungraded([*compress(rewards, readable)], limit, f"evaluation of the {weights}")
@@ -116,21 +109,15 @@ def evaluate(
 
 
 def draw_samples(
-    recipe: Recipe,
-    policy: Policy,
-    sampler: Sampler,
-    renderer: Renderer,
-    grader: Grader,
+    worker: RolloutWorker,
+    policy_version: int,
     problems: Sequence[Problem],
     *,
     stream: tuple[int | str, ...],
     progress: Callable[[int], None],
-    ranks: Ranks,
 ) -> list[dict[str, Any]]:
     """Sample an answer to each problem, and grade it; return views of them: see `Callback.samples`. A collective."""
-    answered, rewards = _answer(
-        recipe, policy, sampler, renderer, grader, problems, count=1, stream=stream, progress=progress, ranks=ranks
-    )
+    answered, rewards = _answer(worker, policy_version, problems, count=1, stream=stream, progress=progress)
     return [
         {
             "question": problem.question,
@@ -143,37 +130,30 @@ def draw_samples(
 
 
 def _answer(
-    recipe: Recipe,
-    policy: Policy,
-    sampler: Sampler,
-    renderer: Renderer,
-    grader: Grader,
+    worker: RolloutWorker,
+    policy_version: int,
     problems: Sequence[Problem],
     *,
     count: int,
     stream: tuple[int | str, ...],
     progress: Callable[[int], None],
-    ranks: Ranks,
 ) -> tuple[list[tuple[Completion, Problem]], list[Reward]]:
     """Sample `count` answers to each problem at `eval.temperature`; return them with their problems, and rewards."""
-    longest, steps, mine = recipe.rollout.max_completion_length, recipe.train.steps, ranks.share(problems)
-    with sampler.drawing():
-        answers = sample_completions(
-            [renderer.render(problem) for problem in mine],
-            recipe,
-            sampler,
-            grader,
-            renderer,
+    recipe, mine = worker.recipe, worker.ranks.share(problems)
+    longest = recipe.rollout.max_completion_length
+    with worker.sampler.drawing():
+        answers = worker.sample(
+            [worker.renderer.render(problem) for problem in mine],
             count=count,
             params=SamplingParams(temperature=recipe.eval.temperature, max_completion_length=longest),
-            policy_version=policy.version,
+            policy_version=policy_version,
             stream=stream,
             finished=progress,
         )
     answered = [(answer, problem) for problem, group in zip(mine, answers, strict=True) for answer in group]
     # A reward that changes in the course of training is here that of its end, for all weights alike.
-    rewards = iter(grade_completions(grader, answered, step=steps, steps=steps))
-    groups = ranks.merge([[(answer, next(rewards)) for answer in group] for group in answers])
+    rewards = iter(worker.grade(answered, step=recipe.train.steps))
+    groups = worker.ranks.merge([[(answer, next(rewards)) for answer in group] for group in answers])
     graded = [
         (answer, problem, reward) for problem, group in zip(problems, groups, strict=True) for answer, reward in group
     ]

@@ -15,6 +15,7 @@ from popo_lite.balance import idle_ranks
 from popo_lite.callbacks import Callback
 from popo_lite.checkpoint import Cursor
 from popo_lite.controls import Controls
+from popo_lite.conversation import RolloutWorker
 from popo_lite.distributed import Ranks
 from popo_lite.evaluation import check_references, fitting, not_solved
 from popo_lite.events import RunEvents
@@ -41,6 +42,8 @@ class OpenRun:
     """
 
     folder: RunFolder
+    worker: RolloutWorker
+    cursor: Cursor
 
     def __init__(
         self,
@@ -70,10 +73,12 @@ class OpenRun:
                 recipe, self.policy, notify=callback.message, memory_advice=memory_advice, ranks=self.ranks
             )
             self.rollouts = Rollouts(
-                recipe, self.train_task, self.renderer, self.grader, self.ranks,
-                say=callback.message, check=self.interrupts.check,
-            )  # fmt: skip
+                recipe, self.train_task, self.ranks, say=callback.message, check=self.interrupts.check
+            )
             self._open_sampler(stack)
+            self.worker = RolloutWorker(
+                recipe=recipe, renderer=self.renderer, sampler=self.sampler, grader=self.grader, ranks=self.ranks
+            )
             stack.callback(self.rollouts.drop)
             self._resources = stack.pop_all()
         self.cursor = Cursor(entropy_coef=getattr(recipe.objective, "entropy_coef", 0.0))

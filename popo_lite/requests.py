@@ -95,9 +95,12 @@ class Requests:
         start = (self._asked - 1) * ASKED_SAMPLES
         chosen = [problems[index % len(problems)] for index in range(start, start + min(ASKED_SAMPLES, len(problems)))]
         drawn = draw_samples(
-            run.recipe, run.policy, run.sampler, run.renderer, run.grader, chosen,
-            stream=("asked", run.recipe.train.seed, done, self._asked), progress=run.advance, ranks=run.ranks,
-        )  # fmt: skip
+            run.worker,
+            run.policy.version,
+            chosen,
+            stream=("asked", run.recipe.train.seed, done, self._asked),
+            progress=run.advance,
+        )
         right = sum(sample["right"] is not None for sample in drawn)
         kind = "held-out" if run.held_out else "training"
         run.callback.sampled([{**sample, "step": done - 1} for sample in drawn])

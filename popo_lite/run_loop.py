@@ -467,16 +467,12 @@ class RunLoop(OpenRun, ABC):
         self.callback.stage("evaluate", total=len(self.held_out) * recipe.eval.samples_per_problem)
         result = evaluate(
             "policy",
-            recipe,
-            self.policy,
-            self.sampler,
-            self.renderer,
-            self.grader,
+            self.worker,
+            self.policy.version,
             self.eval_task,
             self.held_out,
             seed=recipe.train.seed,
             progress=self.advance,
-            ranks=self.ranks,
         )
         record = {"when": when, "step": self.cursor.next_step, **result.summary()}
         append_line(self.folder.evaluations_path, record)

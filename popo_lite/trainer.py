@@ -39,13 +39,13 @@ class Trainer(RunLoop):
         if drawn is None:
             # Stages "prompts", "rollout" and "grade".
             start = Start(step, cursor.next_problem, cursor.history, cursor.level, version)
-            drawn = self.rollouts.draw(start, self.sampler, clock, self.advance)
+            drawn = self.rollouts.draw(start, self.worker, clock, self.advance)
         groups, lag = drawn.groups, version - drawn.start.policy_version
         clock.seconds |= drawn.waited
         if self.recipe.rollout.async_level and self._goes_on_after(step + 1):
             # Its history and level know nothing of this step.
             start = Start(step + 1, drawn.choice.next_problem, cursor.history, cursor.level, version)
-            self.rollouts.start(start, self.sampler)
+            self.rollouts.start(start, self.worker)
         with clock("weights"):
             self.sampler.sleep()
             plan = self.learner.plan(groups)

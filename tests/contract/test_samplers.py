@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from popo_lite.conversation import sample_completions
+from popo_lite.conversation import RolloutWorker
 from popo_lite.errors import EngineError, StalePolicyError
 from popo_lite.fused import score
 from popo_lite.policy.policy import load_policy
@@ -145,8 +145,9 @@ def test_a_conversation_goes_on_from_its_own_tokens_within_its_own_limit(setup):
             return ["What is 3 + 4?" if len(messages[-1]["content"]) % 3 else None for messages, _ in conversations]
 
     prompts, ended = prompts_of(renderer), []
-    groups = sample_completions(
-        prompts, recipe, sampler, Grader(), renderer, count=4,
+    worker = RolloutWorker(recipe=recipe, renderer=renderer, sampler=sampler, grader=Grader())
+    groups = worker.sample(
+        prompts, count=4,
         params=SamplingParams(temperature=1.0, max_completion_length=60),
         policy_version=policy.version, stream=("conversation",), finished=ended.append,
     )  # fmt: skip

@@ -21,7 +21,8 @@ import popo_lite.opening
 from helpers import json_lines
 from popo_lite.ahead import Rollouts, Start
 from popo_lite.callbacks import EVENTS, Callback
-from popo_lite.distributed import Ranks, join
+from popo_lite.conversation import RolloutWorker
+from popo_lite.distributed import join
 from popo_lite.errors import EngineFailedError, GradingError, StalePolicyError
 from popo_lite.metrics import sampler_summary
 from popo_lite.policy.policy import load_policy
@@ -335,7 +336,7 @@ def test_a_level_counts_only_the_steps_drawn_at_it(train, tmp_path, monkeypatch)
     rows = [{"question": f"{n} + {n}", "answer": str(2 * n), "grade": n % 4} for n in range(10, 50)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     right = Reward(value=1.0, outcome=Outcome.CORRECT, positive=True)
-    monkeypatch.setattr("popo_lite.curriculum.grade_completions", lambda _grader, answers, **_: [right] * len(answers))
+    monkeypatch.setattr(RolloutWorker, "grade", lambda _, answers, **__: [right] * len(answers))
     recipe = recipe_of(
         f'data.dataset="{tmp_path / "sums.jsonl"}"', "data.curriculum.enabled=true", 'data.curriculum.column="grade"',
         "data.curriculum.window=1", "train.save_steps=6",
@@ -378,10 +379,11 @@ def test_throughput_counts_the_seconds_ahead():
 def test_rollouts_of_another_step_or_more_than_one_update_old_are_refused(monkeypatch):
     monkeypatch.setattr("popo_lite.ahead.choose_problems", lambda *_: SimpleNamespace(problems=()))
     monkeypatch.setattr("popo_lite.ahead.collect", lambda *_: [])
-    rollouts = Rollouts(recipe_of(), None, None, None, Ranks(), say=print, check=lambda: None)
+    worker = RolloutWorker(recipe=recipe_of(), renderer=None, sampler=None, grader=None)
+    rollouts = Rollouts(worker.recipe, None, worker.ranks, say=print, check=lambda: None)
 
     def drawn_ahead():
-        rollouts.start(Start(3, 0, {}, 0, 7), None)
+        rollouts.start(Start(3, 0, {}, 0, 7), worker)
         rollouts.wait(lambda _: None, lambda: False)
 
     for version in (7, 8):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from popo_lite.callbacks import Callback
-from popo_lite.conversation import grade_completions, sample_completions
+from popo_lite.conversation import RolloutWorker
 from popo_lite.errors import ModelError, UserInputError
 from popo_lite.grading import Grader
 from popo_lite.policy.policy import load_policy
@@ -72,15 +72,16 @@ def converse(game):
             open_sampler(recipe, policy, text=renderer.text, notify=pytest.fail) as sampler,
         ):
             ended = []
-            completions = sample_completions(
-                prompts, recipe, sampler, grader, renderer, count=count,
+            worker = RolloutWorker(recipe=recipe, renderer=renderer, sampler=sampler, grader=grader)
+            completions = worker.sample(
+                prompts, count=count,
                 params=SamplingParams(
                     temperature=1.0, max_completion_length=recipe.rollout.max_completion_length
                 ),
                 policy_version=policy.version, stream=("test",), finished=ended.append,
             )  # fmt: skip
             flat = [(p, one) for p, group in zip(prompts, completions, strict=True) for one in group]
-            rewards = grade_completions(grader, [(one, p.problem) for p, one in flat], step=0, steps=1)
+            rewards = worker.grade([(one, p.problem) for p, one in flat], step=0)
         assert sum(ended) == len(flat)
         return policy, renderer, flat, rewards
 

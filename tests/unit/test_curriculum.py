@@ -19,7 +19,6 @@ from popo_lite.curriculum import (
     is_known,
     remember,
 )
-from popo_lite.distributed import Ranks
 from popo_lite.errors import RecipeError
 from popo_lite.interrupts import StageClock
 from popo_lite.metrics import rollout_metrics
@@ -78,10 +77,7 @@ def gathered(tiny_recipe):
         choice = choose_problems(trainer.train_task, trainer.recipe, step=3, first=36, history={})
         prompts = [trainer.renderer.render(problem) for problem in choice.problems]
         clock = StageClock(Callback(), torch.device("cpu"))
-        groups = collect(
-            prompts, trainer.recipe, sampler=trainer.sampler, grader=trainer.grader, renderer=trainer.renderer,
-            policy_version=trainer.policy.version, step=3, clock=clock, progress=lambda _: None, ranks=Ranks(),
-        )  # fmt: skip
+        groups = collect(prompts, trainer.worker, trainer.policy.version, step=3, clock=clock, progress=lambda _: None)
         assert list(clock.seconds) == ["rollout", "grade"]
         return groups, trainer
 

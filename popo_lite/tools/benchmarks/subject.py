@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from popo_lite.conversation import RolloutWorker
 from popo_lite.errors import DataError, ModelError, UserInputError
 from popo_lite.evaluation import check_references, evaluate, fitting, held_out, not_solved
 from popo_lite.formats import read_json, reading
@@ -289,8 +290,8 @@ def _answer(subject: Subject, task: Task, problems: Sequence[Problem], seed: int
     with open_checked(recipe, policy, renderer, map(renderer.render, problems)) as (sampler, grader):
         for name, adapter in subject.adapters.items():
             with active_adapter(adapter, policy, sampler), bar(f"{name}: answers", total) as progress:
-                results.append(evaluate(name, recipe, policy, sampler, renderer, grader, task, problems,
-                                        seed=seed, progress=progress))  # fmt: skip
-    del policy, renderer, sampler, grader
+                worker = RolloutWorker(recipe=recipe, renderer=renderer, sampler=sampler, grader=grader)
+                results.append(evaluate(name, worker, policy.version, task, problems, seed=seed, progress=progress))
+    del policy, renderer, sampler, grader, worker
     release_memory()
     return results

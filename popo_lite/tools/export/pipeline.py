@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from popo_lite.conversation import RolloutWorker
 from popo_lite.errors import ExportError, ModelError, UserInputError
 from popo_lite.evaluation import evaluate, fitting, held_out
 from popo_lite.grading import Grader
@@ -321,7 +322,8 @@ def _measure(name: str, recipe: Recipe, policy: Policy, task: Task, problems: li
         HFSampler(policy, recipe, text=renderer.text) as sampler,
         progress(f"pass@1 of the {name}", len(problems)) as done,
     ):
-        return evaluate(name, recipe, policy, sampler, renderer, grader, task, problems, seed=seed, progress=done)
+        worker = RolloutWorker(recipe=recipe, renderer=renderer, sampler=sampler, grader=grader)
+        return evaluate(name, worker, policy.version, task, problems, seed=seed, progress=done)
 
 
 def _merge(check: _Check, base: ModelRecipe, adapter: Path, folder: Path, dtype: str, generation: Any) -> list[Tensor]:
