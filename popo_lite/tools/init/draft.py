@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from popo_lite.tools.console.words import clean, memory
 from popo_lite.tools.init.data import MEASURED, DataFacts
 from popo_lite.tools.init.model import ModelFacts
 from popo_lite.tools.init.reward import BOXED, Proposal
-from popo_lite.tools.plan.advice import advice_for
+from popo_lite.tools.plan.advice import Advice, advice_for
 from popo_lite.tools.plan.command import installed_gpu, parse_size
 from popo_lite.tools.plan.shapes import KNOWN_CONFIGS, shape_of
 from popo_lite.tools.plan.terms import ADA
@@ -43,6 +44,11 @@ class Card(NamedTuple):
     on_gpu: bool
     here: bool
 
+    @property
+    def size(self) -> str:
+        """The memory as options take it."""
+        return f"{self.machine.vram_bytes / 2**30:.4g}GiB"
+
     def described(self) -> str:
         """Return the card on one line."""
         size, others = memory(self.machine.vram_bytes), self.machine.others_bytes
@@ -50,6 +56,20 @@ class Card(NamedTuple):
             return f"a CPU with {size} of memory left"
         held = f", of which other processes hold {memory(others)}" if others else ""
         return f"a GPU of {size}{held}"
+
+
+class Answers(NamedTuple):
+    """What the recipe is made from."""
+
+    model: ModelFacts
+    data: DataFacts
+    reward: Proposal
+    card: Card
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of model and data."""
+        return [*self.model.notes, *self.data.notes]
 
 
 class Setting(NamedTuple):
@@ -60,10 +80,6 @@ class Setting(NamedTuple):
 
 
 Settings = dict[str, Setting]
-
-
-class DoesNotFitError(UserInputError):
-    """Raised if no setting makes the run fit the card."""
 
 
 def find_card(text: str | None) -> Card:
@@ -78,10 +94,9 @@ def find_card(text: str | None) -> Card:
     return Card(Machine(parse_size(text, "--card"), capability=capability), on_gpu=True, here=installed is not None)
 
 
-def draft(
-    model: ModelFacts, data: DataFacts, functions: Any, why: str, proposal: Proposal | None, card: Card
-) -> Settings:
+def draft(answers: Answers) -> Settings:
     """Return the settings before the memory plan, each with its reason."""
+    model, data, reward, card = answers
     size = model.parameters or 1.5e9
     shipped = dict[str, Setting]()
     if model.shipped is not None:
@@ -104,9 +119,8 @@ def draft(
     if size >= LARGE:
         settings["siamese.head_width"] = Setting(4096, "as published for 7B models")
         settings["siamese.tau"] = Setting(0.999, "as published for 7B models")
-    settings |= _rollout(model, data, proposal, card, size) | shipped
-    settings |= _data(model, data, proposal, card, size)
-    settings["reward.functions"] = Setting(functions, why)
+    settings |= _rollout(answers, size) | shipped | _data(answers, size)
+    settings["reward.functions"] = Setting(reward.functions, reward.why)
     if model.thinks and not model.can_be_told_not_to_think:
         why = "rewarding truncated answers teaches a model that thinks never to stop"
         settings["reward.truncated"] = Setting("wrong", why)
@@ -130,7 +144,8 @@ def draft(
     return dict(sorted(settings.items(), key=lambda item: order.index(item[0])))
 
 
-def _rollout(model: ModelFacts, data: DataFacts, proposal: Proposal | None, card: Card, size: float) -> Settings:
+def _rollout(answers: Answers, size: float) -> Settings:
+    model, _, reward, card = answers
     engine, why = "hf", "samples from the trainer's own model; enough on a CPU"
     if card.on_gpu:
         installed = importlib.util.find_spec("vllm") is not None
@@ -138,12 +153,12 @@ def _rollout(model: ModelFacts, data: DataFacts, proposal: Proposal | None, card
         why = "samples several times faster than hf"
         if engine == "hf":
             why = 'vLLM is not installed here; with the extra gpu, "vllm" samples several times faster'
-    answer, length = proposal.completion_tokens if proposal else 1024, "tokens of the longest answer"
+    answer, length = reward.completion_tokens, "tokens of the longest answer"
     if model.thinks and not model.can_be_told_not_to_think:
         answer = 8192
     elif not card.on_gpu and answer > LONGEST_ON_CPU:
         answer, length = LONGEST_ON_CPU, f"{length}, few as a CPU is slow"
-    prompt, measured = longest_prompt(model, data, proposal)
+    prompt, measured = longest_prompt(answers)
     if model.shape is not None and (room := model.shape.context_tokens - prompt) < answer:
         answer = max(room, 1)
     if size < SMALL:
@@ -158,11 +173,12 @@ def _rollout(model: ModelFacts, data: DataFacts, proposal: Proposal | None, card
     return settings
 
 
-def longest_prompt(model: ModelFacts, data: DataFacts, proposal: Proposal | None) -> tuple[int, str]:
+def longest_prompt(answers: Answers) -> tuple[int, str]:
     """Return `rollout.max_prompt_length` in steps of 32 tokens, and how it was found."""
+    model, data = answers.model, answers.data
     if not data.problems:
         return 512, "not measured: the problems could not be looked at"
-    system = asked_for(model, data, proposal) or ""
+    system = asked_for(answers) or ""
     if model.tokenizer is None:
         longest = max(sum(len(m["content"]) for m in one.messages) for one in data.problems) + len(system)
         tokens, how = longest // 3 + 32, "estimated from the characters of the longest prompt, without the tokenizer"
@@ -186,28 +202,28 @@ def template_for(model: ModelFacts) -> str | None:
     return bos + "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 
 
-def asked_for(model: ModelFacts, data: DataFacts, proposal: Proposal | None) -> str | None:
+def asked_for(answers: Answers) -> str | None:
     """Return the system prompt: the form of the answers, and "/no_think" for a model that can be told so."""
-    if model.id == "tiny":  # it was taught without one
+    if answers.model.id == "tiny":  # it was taught without one
         return None
-    form = proposal.system_prompt if proposal else None
-    if model.can_be_told_not_to_think and data.part.dataset != "comparison":
+    form = answers.reward.system_prompt
+    if answers.model.can_be_told_not_to_think and answers.data.part.dataset != "comparison":
         return f"{form or ''} /no_think".strip()
     return form
 
 
-def _data(model: ModelFacts, data: DataFacts, proposal: Proposal | None, card: Card, size: float) -> Settings:
+def _data(answers: Answers, size: float) -> Settings:
+    model, data, reward, card = answers
     settings: Settings = {"data.dataset": Setting(data.part.dataset, data.described())}
     for key in ("prompt_column", "answer_column"):
         if value := getattr(data.part, key):
             settings[f"data.{key}"] = Setting(value, "")
-    template = template_for(model)
-    made = model.shipped[1].data.chat_template if model.shipped else None
-    if made and proposal and proposal.system_prompt == BOXED:  # that template asks for a box itself
-        settings["data.chat_template"] = Setting(made, f"as in the recipe {model.shipped[0]}" if model.shipped else "")
-    elif template:
+    name, made = model.shipped or ("", Recipe())
+    if made.data.chat_template and reward.system_prompt == BOXED:  # that template asks for a box itself
+        settings["data.chat_template"] = Setting(made.data.chat_template, f"as in the recipe {name}")
+    elif template := template_for(model):
         settings["data.chat_template"] = Setting(template, "the model has none: the messages alone")
-    if "data.chat_template" not in settings and (prompt := asked_for(model, data, proposal)):
+    elif prompt := asked_for(answers):
         why = "asks for the form of answer that the reward reads"
         why += "; /no_think: without it the model thinks for thousands of tokens first" * prompt.endswith("/no_think")
         settings["data.system_prompt"] = Setting(prompt, why)
@@ -232,19 +248,20 @@ def _evaluation(data: DataFacts, card: Card) -> Settings:
     return {"eval.problems": Setting(count, why)}
 
 
-def fit(settings: Settings, model: ModelFacts, card: Card) -> tuple[Settings, MemoryPlan | None]:
-    """Apply the memory plan's own suggestions until the run fits; the plan is None for a shape that is not known.
+def decide(answers: Answers) -> tuple[Settings, MemoryPlan | None]:
+    """Return the settings after the memory plan's own suggestions; the plan is None for a shape that is not known.
 
-    Raises DoesNotFitError if no setting makes it fit.
+    Raises UserInputError that names a smaller model if no setting makes the run fit.
     """
-    recipe = to_recipe(settings)
+    settings, model = draft(answers), answers.model
     if model.shape is None:
         return settings, None
-    plan = plan_memory(recipe, model.shape, **card.machine._asdict())
-    advice = advice_for(plan)
+    plan, advice = _planned(settings, answers)
     if advice.smallest_vram_bytes is not None:
-        what = f"{model.id} does not fit {card.described()}: {advice.next_step}"
-        raise DoesNotFitError(what, where="--card")
+        smaller = next((one.id for one in smaller_models(model) if _fits(answers._replace(model=one))), None)
+        what = f"{model.id} does not fit {answers.card.described()}: {advice.next_step}"
+        next_step = f"--model {smaller} fits; docs/cards.md has more" if smaller else "use a larger card"
+        raise UserInputError(what, where="--card", next_step=next_step)
     for change in advice.changes:
         before, after = memory(change["before_bytes"]), memory(change["after_bytes"])
         why = f"so that it fits: {change['eases']} takes {after} instead of {before}"
@@ -252,6 +269,19 @@ def fit(settings: Settings, model: ModelFacts, card: Card) -> tuple[Settings, Me
             why = f"so that it fits: vLLM's share lacked {before} for one sequence"
         settings |= {key: Setting(value, why) for key, value in change["values"].items()}
     return settings, plan.with_values(advice.values)
+
+
+def _planned(settings: Settings, answers: Answers) -> tuple[MemoryPlan, Advice]:
+    assert answers.model.shape is not None  # noqa: S101
+    plan = plan_memory(to_recipe(settings), answers.model.shape, **answers.card.machine._asdict())
+    return plan, advice_for(plan)
+
+
+def _fits(answers: Answers) -> bool:
+    try:
+        return _planned(draft(answers), answers)[1].smallest_vram_bytes is None
+    except UserInputError:
+        return False
 
 
 def to_recipe(settings: Mapping[str, Setting]) -> Recipe:
@@ -263,24 +293,19 @@ def to_recipe(settings: Mapping[str, Setting]) -> Recipe:
         raise RecipeError(error.what.replace("--set ", ""), next_step=error.next_step) from error
 
 
-def smaller_model(than: ModelFacts, fits: Any) -> str | None:
-    """Return the largest model with a shipped recipe that is smaller than this one and that `fits` accepts."""
-    known = {made.model.id for made in map(load_recipe, shipped_recipes().values()) if made.model.id in KNOWN_CONFIGS}
+def smaller_models(than: ModelFacts) -> list[ModelFacts]:
+    """Return the models with a shipped recipe that are smaller than this one, the largest first."""
     found = []
-    for name in known:
-        try:
-            facts = ModelFacts.known(name, shape_of(KNOWN_CONFIGS[name]))
-        except ModelError:
-            continue
-        if (facts.parameters or 0) < (than.parameters or 0):
-            found.append(facts)
-    found.sort(key=lambda facts: -(facts.parameters or 0))
-    return next((facts.id for facts in found if fits(facts)), None)
+    for name in {load_recipe(path).model.id for path in shipped_recipes().values()} & KNOWN_CONFIGS.keys():
+        with suppress(ModelError):
+            found.append(ModelFacts(name, shape_of(KNOWN_CONFIGS[name])))
+    smaller = (facts for facts in found if (facts.parameters or 0) < (than.parameters or 0))
+    return sorted(smaller, key=lambda facts: -(facts.parameters or 0))
 
 
-def write_toml(settings: Settings, head: str) -> str:
+def write_toml(settings: Settings, head: Sequence[str]) -> str:
     """Return the recipe as TOML, each setting with its reason beside it, or above it if the line would be too long."""
-    lines = [f"# {clean(line)}" for line in head.splitlines()]
+    lines = [f"# {clean(line)}" for line in head]
     for section in SECTIONS:
         own = {key: setting for key, setting in settings.items() if key.rpartition(".")[0] == section}
         lines += ["", f"[{section}]"] if own else []
@@ -296,11 +321,7 @@ def write_toml(settings: Settings, head: str) -> str:
 
 def _multiline(value: Any) -> str:
     """Return a value as TOML; text of several lines stays so."""
-    if (
-        isinstance(value, str)
-        and "\n" in value.strip()
-        and "'''" not in value
-        and value.replace("\n", "").isprintable()
-    ):
+    several = isinstance(value, str) and "\n" in value.strip()
+    if several and "'''" not in value and value.replace("\n", "").isprintable():
         return f"'''\n{value}'''"
     return to_toml(value)

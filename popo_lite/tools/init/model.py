@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from popo_lite.errors import ModelError
 from popo_lite.policy.loading_errors import loading_error
@@ -25,15 +26,22 @@ class ModelFacts:
     """What is known of a model. `shape` is None if the memory plan cannot count it; `notes` say what is not known.
 
     `template` is the tokenizer's chat template, an empty string if it has none, and None if it was not seen.
-    `shipped` is name and recipe of what comes with popo-lite for this model.
     """
 
     id: str
     shape: ModelShape | None
-    tokenizer: PreTrainedTokenizerBase | None
-    template: str | None
-    shipped: tuple[str, Recipe] | None
-    notes: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    template: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def shipped(self) -> tuple[str, Recipe] | None:
+        """Name and recipe of what comes with popo-lite for this model. Of POPO's and GRPO's, that is POPO's."""
+        if not is_from_hub(self.id):
+            return None
+        recipes = {key: load_recipe(path) for key, path in shipped_recipes().items()}
+        made = ((key, recipe) for key, recipe in recipes.items() if recipe.model.id == self.id)
+        return next((one for one in made if type(one[1].objective) is PopoObjective), None)
 
     @property
     def parameters(self) -> int | None:
@@ -53,11 +61,6 @@ class ModelFacts:
         """True if "/no_think" in the system prompt turns the thinking off."""
         made = self.shipped[1].data.system_prompt if self.shipped else None
         return "/no_think" in (made or self.template or "")
-
-    @classmethod
-    def known(cls, name: str, shape: ModelShape) -> ModelFacts:
-        """Return what is known of a model without looking further than its config."""
-        return cls(name, shape, None, None, shipped_for(name), ())
 
     def described(self) -> str:
         """Return the facts on one line."""
@@ -96,23 +99,13 @@ def look_at_model(name: str) -> ModelFacts:
         if not is_unreachable(error):
             raise
         notes.append(f"could not look at the tokenizer of {name}: offline; prompts are measured by their characters")
-    template: Any = None if tokenizer is None else tokenizer.chat_template or ""
-    return ModelFacts(name, shape, tokenizer, str(template) if template is not None else None, shipped_for(name),
-                      tuple(notes))  # fmt: skip
+    template = None if tokenizer is None else str(tokenizer.chat_template or "")
+    return ModelFacts(name, shape, tokenizer, template, tuple(notes))
 
 
 def is_from_hub(name: str) -> bool:
     """Check whether `name` is the id of a model on the Hub."""
     return name != "tiny" and not name.endswith(".gguf") and not Path(name).expanduser().is_dir()
-
-
-def shipped_for(name: str) -> tuple[str, Recipe] | None:
-    """Return name and recipe of what comes with popo-lite for this model. Of POPO's and GRPO's, that is POPO's."""
-    if not is_from_hub(name):
-        return None
-    recipes = {key: load_recipe(path) for key, path in shipped_recipes().items() if key != "template"}
-    made = ((key, recipe) for key, recipe in recipes.items() if recipe.model.id == name)
-    return next((one for one in made if type(one[1].objective) is PopoObjective), None)
 
 
 def open_tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:

@@ -28,12 +28,12 @@ SOLUTIONS = ("solution", "canonical_solution", "code")
 
 
 class Proposal(NamedTuple):
-    """A value of `reward.functions`, why it is proposed, how to ask for such answers, and their usual length."""
+    """A value of `reward.functions`, why it is chosen, how to ask for such answers, and their usual length."""
 
     functions: Any
     why: str
-    system_prompt: str | None
-    completion_tokens: int
+    system_prompt: str | None = None
+    completion_tokens: int = 1024
 
 
 class Trial(NamedTuple):
@@ -56,13 +56,13 @@ def propose(data: DataFacts) -> Proposal | None:
         return Proposal("exact", "the number alone is asked for, not a sentence with it", None, 16)
     if data.kind == "gym":
         answer = "Put your final answer, and nothing else, between <answer> and </answer>."
-        return Proposal("reasoning_gym", "the task's own verifier", answer, 1024)
+        return Proposal("reasoning_gym", "the task's own verifier", answer)
     if data.kind in ("number", "math"):
-        return Proposal("math", "compares the final answer with the reference as mathematics", BOXED, 1024)
+        return Proposal("math", "compares the final answer with the reference as mathematics", BOXED)
     if data.kind == "choice":
         prompt = "Think step by step. End with: The answer is X, where X is the letter of the right choice."
         table = {"name": "choice", "choices": choices_in(answers)}
-        return Proposal([table], "compares the last choice that the answer states", prompt, 1024)
+        return Proposal([table], "compares the last choice that the answer states", prompt)
     if data.kind == "json":
         schema = schema_in(answers)
         keys = ", ".join(f'"{key}"' for key in schema.get("properties", ()))
@@ -71,7 +71,7 @@ def propose(data: DataFacts) -> Proposal | None:
         return Proposal([table], "valid by the references' schema, and equal to the reference", prompt, 512)
     if data.kind == "tests":
         prompt = "Reply with the Python code in one fenced block."
-        return Proposal("python_tests", "runs the code against the tests, contained", prompt, 1024)
+        return Proposal("python_tests", "runs the code against the tests, contained", prompt)
     if data.kind == "short text":
         prompt = "Reply with the answer alone, without a sentence around it."
         return Proposal("exact", "the answer must be the reference itself", prompt, 64)
