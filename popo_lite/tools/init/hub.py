@@ -20,18 +20,16 @@ UNREACHABLE = {
 @contextmanager
 def offline_if_unreachable() -> Iterator[None]:
     """Use the Hub's cache alone if the Hub does not answer. Its library would retry every file for half a minute."""
+    from httpx import TransportError
     from huggingface_hub import constants
-    from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # public, not in __all__
 
     before = constants.HF_HUB_OFFLINE
     try:
         if not before:
-            from httpx import TransportError
-
             try:
                 get_session().head(constants.ENDPOINT, timeout=ASKED_SECONDS)
-            except (TransportError, OfflineModeIsEnabled):
+            except TransportError:
                 constants.HF_HUB_OFFLINE = True
         yield
     finally:
