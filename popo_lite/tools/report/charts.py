@@ -119,16 +119,26 @@ def lines(
         data.append((each, smooth))
     dots = []
     for x, rate, line in points:
-        interval = ratio_interval(rate, max(1, int(number_in(line, "problems") or 1)))
+        interval = rate_interval(line)
         dots.append({
             "left": scale.left(x), "top": scale.top(rate), "bar": scale.top(interval["high"]),
             "height": round(scale.top(interval["low"]) - scale.top(interval["high"]), 2),
-            "label": f"step {x:,.0f}: {words.share(rate)} [{words.share(interval['low'])}, "
-                     f"{words.share(interval['high'])}] on held-out problems",
+            "label": f"step {x:,.0f}: {rate_text(line)} on held-out problems",
         })  # fmt: skip
     if points:
         data.append((Series("held-out", [], 1), [(x, rate) for x, rate, _ in points]))
     return _chart(title, unit, data, ticks, scale) | {"lines": drawn, "dots": dots, "window": window}
+
+
+def rate_interval(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return pass@1 of an evaluation with its 95 % interval."""
+    return ratio_interval(line["pass_at_1"], max(1, int(number_in(line, "problems") or 1)))
+
+
+def rate_text(line: Mapping[str, Any]) -> str:
+    """Return pass@1 with its 95 % interval for people to read."""
+    mean, low, high = (words.share(rate_interval(line)[name]) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def areas(title: str, unit: Unit, xs: Sequence[float], series: Sequence[Series]) -> Any:

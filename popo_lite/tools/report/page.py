@@ -23,11 +23,10 @@ from popo_lite.run_folder import write_atomically
 from popo_lite.tools.console import words
 from popo_lite.tools.console.output import measured, noise
 from popo_lite.tools.public import hide_places, known_as, private_places, public_changes, public_recipe
-from popo_lite.tools.report.charts import charts
+from popo_lite.tools.report.charts import charts, rate_text
 from popo_lite.tools.report.files import RunFiles, names_in, number_in, read_run
 from popo_lite.tools.report.html import render
 from popo_lite.tools.report.samples import chosen_samples
-from popo_lite.tools.sweep.compare import ratio_interval
 
 PART = 0.1
 """Part of the steps that is averaged as the start and as the end of a run."""
@@ -110,7 +109,7 @@ def verdict(files: RunFiles) -> str:
         cost = f"{done:,} of {_counted(planned, 'step')}, so far {where}"
     measured_at = evaluations(files)
     if not done and len(measured_at) < 2:
-        rate = f"; before training pass@1 is {_rate(measured_at[0])}" if measured_at else ""
+        rate = f"; before training pass@1 is {rate_text(measured_at[0])}" if measured_at else ""
         return f"No step is done yet{rate}."
     if len(measured_at) < 2:
         start, end = (words.share(_mean(part, "pass_rate")) for part in _ends(files.steps))
@@ -123,18 +122,12 @@ def verdict(files: RunFiles) -> str:
     problems = max(1, min(int(number_in(each, "problems") or 1) for each in (before, now)))
     margin = noise(first, last, problems)
     change = "rose" if last > first else "fell"
-    rates = f"from {_rate(before)} to {_rate(now)} on {_counted(problems, 'held-out problem')}"
+    rates = f"from {rate_text(before)} to {rate_text(now)} on {_counted(problems, 'held-out problem')}"
     rates += "" if files.state == "finished" else f" at step {now['step']:,}"
     if abs(last - first) <= margin:
         chance = f"differences within ±{100 * margin:.1f} points may be chance"
         return f"pass@1 did not change measurably: {rates} ({chance}), in {cost}."
     return f"pass@1 {change} {rates}, in {cost}."
-
-
-def _rate(line: Mapping[str, Any]) -> str:
-    """Return pass@1 with its 95 % interval."""
-    interval = ratio_interval(line["pass_at_1"], max(1, int(number_in(line, "problems") or 1)))
-    return f"{words.share(interval['mean'])} [{words.share(interval['low'])}, {words.share(interval['high'])}]"
 
 
 def _tiles(files: RunFiles) -> Iterator[tuple[str, str]]:
@@ -161,7 +154,7 @@ def _held_out(files: RunFiles) -> Any:
         columns["siamese"] = files.summary["siamese"]
     rows = [[label, *(words.quantity(value, unit) for value in values)]
             for (label, unit), values in measured(columns.values()).items() if label != "pass@1"]  # fmt: skip
-    return ["", *columns], [["pass@1 [95 % interval]", *map(_rate, columns.values())], *rows]
+    return ["", *columns], [["pass@1 [95 % interval]", *map(rate_text, columns.values())], *rows]
 
 
 # ------------------------------------------------------------------------- what was learned
