@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from popo_lite.errors import UserInputError
 
 Action = Literal["pause", "continue", "sample", "evaluate", "checkpoint", "stop"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
-
-MEANINGS: Mapping[Action, str] = {
-    "pause": "pause or continue",
-    "sample": "show a few answers",
-    "evaluate": "evaluate now",
-    "checkpoint": "save a checkpoint",
-    "stop": "finish the step, save and stop",
-}
 
 
 class Controls:
@@ -40,7 +32,7 @@ class Controls:
         if action not in ACTIONS:
             raise UserInputError(f"a run has no control {action!r}", next_step=f"use one of {', '.join(ACTIONS)}")
         if self.over and action not in ("continue", "stop"):
-            self.say(f"{MEANINGS[action]}: not done, because the last step is over")
+            self.say(f"{action}: not done, because the last step is over")
             return
         with self._changed:
             if action in ("pause", "continue"):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from popo_lite.controls import MEANINGS, Action
+from popo_lite.controls import Action
 from popo_lite.errors import EngineFailedError, GradingError
 from popo_lite.evaluation import draw_samples
 from popo_lite.pausing import Pause
@@ -42,9 +42,9 @@ class Requests:
                     if run.ranks.size > 1 and action != "checkpoint":
                         raise  # the other ranks are in the middle of it
                     run.callback.log.warning("a request failed", exc_info=True)
-                    run.callback.message(f"{MEANINGS[action]}: not done; {error}")
+                    run.callback.message(f"{action}: not done; {error}")
                 except EngineFailedError:  # asked again, it might end the run
-                    run.callback.message(f"{MEANINGS[action]}: not done, because the engine failed")
+                    run.callback.message(f"{action}: not done, because the engine failed")
                     raise
 
     def _do(self, action: Action) -> None:

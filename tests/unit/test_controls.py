@@ -136,9 +136,9 @@ def test_a_request_that_fails_costs_no_step(undisturbed, tmp_path, monkeypatch):
     run = popo_lite.train(recipe, output=tmp_path / "run", callbacks=[asking]).folder
     assert learned(run) == learned(undisturbed)
     said = "\n".join(asking.said)
-    assert "save a checkpoint: not done; [Errno 28] No space left on device" in said
-    assert "show a few answers: not done, because the engine failed" in said
-    assert "show a few answers: not done, because the last step is over" in said
+    assert "checkpoint: not done; [Errno 28] No space left on device" in said
+    assert "sample: not done, because the engine failed" in said
+    assert "sample: not done, because the last step is over" in said
     assert "OSError" in run.log_path.read_text()
 
 
