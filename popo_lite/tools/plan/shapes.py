@@ -119,10 +119,11 @@ def adapted_linears(shape: ModelShape, targets: str | tuple[str, ...]) -> list[L
     return [linear for name, linear in names if name.endswith(ends)]
 
 
-def load_shape(recipe: ModelRecipe) -> ModelShape:
+def load_shape(recipe: ModelRecipe, *, offline: bool = False) -> ModelShape:
     """Return the shape of `model.id`: `tiny`, a folder, a GGUF file, a model known by name, or the Hub's config.json.
 
-    Only the last reads the Hub's cache, then the network. Raises ModelError if the config is unreadable or unsupported.
+    Only the last reads the Hub's cache, then, unless `offline`, the network. Raises ModelError if the config is
+    unreadable or unsupported.
     """
     if recipe.id.endswith(".gguf"):
         return shape_of(_gguf_config(Path(recipe.id).expanduser()), source=recipe.id)
@@ -134,12 +135,15 @@ def load_shape(recipe: ModelRecipe) -> ModelShape:
         if on_hub:
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(recipe.id, "config.json", revision=recipe.revision))
+            path = Path(hf_hub_download(recipe.id, "config.json", revision=recipe.revision, local_files_only=offline))
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         step = f"check name and network, or name a local folder; known offline: {', '.join(KNOWN_CONFIGS)}"
-        raise ModelError(f"{path} cannot be read: {reason}", where="model.id", next_step=step) from error
+        what = f"{path} cannot be read: {reason}"
+        if offline and on_hub:
+            what = f"the config of {recipe.id} is not on this machine"
+        raise ModelError(what, where="model.id", next_step=step) from error
     return shape_of(config, source=str(path))
 
 

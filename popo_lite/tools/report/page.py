@@ -7,7 +7,6 @@ import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from popo_lite.errors import PopoError, UserInputError
 from popo_lite.formats import reading
 from popo_lite.lock import writing
 from popo_lite.metrics import METRICS, StepRecord, Unit
-from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import dump_recipe
 from popo_lite.run_folder import write_atomically
 from popo_lite.tools.console import words
@@ -259,7 +257,7 @@ def _memory(files: RunFiles) -> tuple[list[tuple[str, str]], str]:
     from popo_lite.tools.plan.vram import plan_memory
 
     try:
-        plan = plan_memory(files.recipe, load_shape(_offline(files.recipe).model), vram_bytes=int(card))
+        plan = plan_memory(files.recipe, load_shape(files.recipe.model, offline=True), vram_bytes=int(card))
     except PopoError as error:
         return rows, f"There is no plan to compare with: {error.what}"
     tensors = max(plan.phases, key=lambda phase: phase.tensor_bytes)
@@ -270,23 +268,6 @@ def _memory(files: RunFiles) -> tuple[list[tuple[str, str]], str]:
     ]
     remark = "Measured is what torch reserved. The plan in all also counts the CUDA context, and what an engine holds."
     return rows, remark
-
-
-def _offline(recipe: Recipe) -> Recipe:
-    """Return `recipe` with the Hub's cache for its model if it is there: a report asks no network."""
-    from popo_lite.tools.plan.shapes import KNOWN_CONFIGS
-
-    model = recipe.model
-    if model.id in (*KNOWN_CONFIGS, "tiny") or model.id.endswith(".gguf") or Path(model.id).expanduser().is_dir():
-        return recipe
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = None
-    with suppress(ValueError):  # it is the path of a folder that is gone, or on another machine
-        cached = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
-    if not isinstance(cached, str):
-        raise PopoError(f"the config of {known_as(model.id)} is not on this machine")
-    return recipe.with_values({"model.id": str(Path(cached).parent), "model.revision": None})
 
 
 # ------------------------------------------------------------------------- doubts, environment, next steps
