@@ -106,13 +106,14 @@ def serve(
     recipe, is_run = subject.recipe, any(subject.adapters.values())
     refuse_untrusted(recipe, model, trust, only=MODEL_CODE)
 
-    from popo_lite.samplers.vllm import why_not
+    from popo_lite.samplers.vllm import ENVIRONMENT, why_not
 
     if reason := why_not(recipe):
         raise EngineError(reason, where=model, next_step=f"popo-lite chat {shlex.quote(model)} needs no vLLM")
     if is_run and name == BASE:
         raise UserInputError(f'"{BASE}" is the name of the base model', where="--name", next_step="choose another name")
-    environment = {**_defaults(), **os.environ}
+    defaults = {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environment = {**defaults, **os.environ}
     with TemporaryDirectory(prefix="popo-lite-serve-") as made, stopped_by_signals():
         folder = Path(made)
         options = _common_options(recipe, folder, max_model_len)
@@ -162,12 +163,6 @@ def _check_address(host: str, port: int, notify: Callable[[str], None]) -> None:
             f"everyone who reaches port {port} of this machine can use the model; to require a key: Ctrl-C, "
             "export VLLM_API_KEY=$(openssl rand -hex 24), and the same command again"
         )
-
-
-def _defaults() -> dict[str, str]:
-    from popo_lite.samplers.vllm import ENVIRONMENT
-
-    return {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
 
 
 def _common_options(recipe: Any, folder: Path, max_model_len: int | None) -> dict[str, Any]:
