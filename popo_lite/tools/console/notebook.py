@@ -34,17 +34,14 @@ class NotebookView(RunState):
         self._handle: Any = None
 
     def start(self, **facts: Any) -> None:
-        """Show the first picture."""
         super().start(**facts)
         self._draw(now=True)
 
     def stage(self, name: str, *, total: int | None = None) -> None:
-        """Begin counting the stage's work."""
         super().stage(name, total=total)
         self._draw()
 
     def advance(self, amount: int) -> None:
-        """Count work of the stage."""
         super().advance(amount)
         self._draw()
 

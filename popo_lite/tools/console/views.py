@@ -96,11 +96,9 @@ class RunState(Callback):
         self.before_the_first_step = "no step has ended yet"
 
     def attach(self, controls: Controls) -> None:
-        """Remember what takes requests."""
         self.controls = controls
 
     def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:
-        """Remember the facts and start the clock."""
         self.title, self.total_steps = words.clean(title), total_steps
         self.first_step = self.steps_done = first_step
         self.facts = {words.clean(key): words.clean(value) for key, value in facts.items()}
@@ -108,7 +106,6 @@ class RunState(Callback):
         self.changes += 1
 
     def stage(self, name: str, *, total: int | None = None) -> None:
-        """Begin counting the stage's work."""
         with self.lock:
             now = self.clock()
             if self.stage_name == PAUSED:  # a pause is no part of a step
@@ -117,11 +114,9 @@ class RunState(Callback):
             self.stage_done, self.stage_since = 0, now
 
     def advance(self, amount: int) -> None:
-        """Count work of the stage."""
         self.stage_done += amount
 
     def step(self, record: StepRecord) -> None:
-        """Remember the record."""
         with self.lock:
             if not self._step_ends:
                 # The time since the start would count the evaluation before the first step as part of it.
@@ -138,7 +133,6 @@ class RunState(Callback):
             self.steps_done = record["step"] + 1  # less than before if the run went back to a checkpoint
 
     def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Remember the answers."""
         with self.lock:
             self._samples = deque(samples)
             self.changes += 1
@@ -151,7 +145,6 @@ class RunState(Callback):
             self._sample_until = -math.inf
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
-        """Remember the evaluation."""
         with self.lock:
             self.evaluations.append(record)
             self.changes += 1
@@ -225,19 +218,16 @@ class PlainView(RunState):
         self._heart = threading.Thread(target=self._live, name="popo-lite heartbeat", daemon=True)
 
     def start(self, **facts: Any) -> None:
-        """Print title and facts."""
         super().start(**facts)
         resumed = f", {self.first_step} done already" if self.first_step else ""
         self._print(f"{self.title}: {self.total_steps} steps{resumed}", *(f"  {k}: {v}" for k, v in self.facts.items()))
 
     def step(self, record: StepRecord) -> None:
-        """Print the step."""
         with self.lock:
             super().step(record)
             self._print(self.step_line())
 
     def sampled(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Print answers that were asked for."""
         for sample in samples:
             mark, answer = ("wrong", sample["wrong"]) if sample["right"] is None else ("right", sample["right"])
             asked = (words.clean(sample[name])[:MOST_SHOWN] for name in ("question", "reference"))
@@ -246,7 +236,6 @@ class PlainView(RunState):
             )
 
     def message(self, text: str) -> None:
-        """Print the notice."""
         self._print(*map(words.clean, text.splitlines()))
 
     def close(self) -> None:
