@@ -22,7 +22,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.resuming import resumed_run
 from popo_lite.run_folder import RunFolder
 from popo_lite.tools.completion import complete_recipe, complete_run
-from popo_lite.tools.console.views import VIEWS
+from popo_lite.tools.console.views import view_option
 from popo_lite.tools.reporting import reporters
 from popo_lite.trust import trust_option
 
@@ -31,13 +31,6 @@ if TYPE_CHECKING:
 
 SET = click.option(
     "overrides", "--set", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key; no value unsets it."
-)
-VIEW = click.option(
-    "--view",
-    type=click.Choice(VIEWS),
-    default="auto",
-    show_default=True,
-    help="Live view on a terminal, else one plain line a step.",
 )
 IGNORE_PLAN = click.option(
     "--ignore-plan", is_flag=True, help="Start although the memory plan says that the run does not fit."
@@ -50,7 +43,7 @@ JSON = click.option("as_json", "--json", is_flag=True, help="Print the summary a
 @click.option("--seed", type=click.IntRange(min=0), help="Same as --set train.seed=N.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run; default runs/<recipe>-seed<N>.")
 @SET
-@VIEW
+@view_option
 @IGNORE_PLAN
 @trust_option
 @JSON
@@ -78,7 +71,7 @@ def train(
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN", shell_complete=complete_run)
 @SET
 @click.option("--checkpoint", type=click.IntRange(min=1), metavar="N", help="Go back to the checkpoint after N steps.")
-@VIEW
+@view_option
 @IGNORE_PLAN
 @trust_option
 @JSON

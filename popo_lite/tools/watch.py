@@ -26,7 +26,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.run_folder import RunFolder, checkpoint_folders
 from popo_lite.tools.completion import complete_run
 from popo_lite.tools.console import words
-from popo_lite.tools.console.views import PAUSED, VIEWS, Key, RunState, open_view
+from popo_lite.tools.console.views import PAUSED, Key, RunState, open_view, view_option
 
 POLL_SECONDS = 0.5
 MOST_STEPS = 10**12
@@ -244,13 +244,7 @@ def _leaving(leave: threading.Event) -> Iterator[None]:
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), shell_complete=complete_run, metavar="RUN")
-@click.option(
-    "--view",
-    type=click.Choice(VIEWS),
-    default="auto",
-    show_default=True,
-    help="Live view on a terminal, else plain lines.",
-)
+@view_option
 @click.option("as_json", "--json", is_flag=True, help="Print where the run stands now as JSON, and leave.")
 def watch(run: Path, view: str, as_json: bool) -> None:
     """Show RUN, the folder of a run, as the terminal that trains it does, and follow it until it ends.

@@ -16,6 +16,8 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TextIO, get_args
 
+import click
+
 from popo_lite.callbacks import Callback, TerminalGone
 from popo_lite.controls import Action, Controls
 from popo_lite.errors import UserInputError
@@ -34,7 +36,13 @@ PAUSED = "paused"
 
 
 View = Literal["auto", "live", "plain", "silent"]
-VIEWS: tuple[View, ...] = get_args(View)
+view_option = click.option(
+    "--view",
+    type=click.Choice(get_args(View)),
+    default="auto",
+    show_default=True,
+    help="Live view on a terminal, else one plain line a step.",
+)
 
 
 class Key(NamedTuple):
@@ -245,21 +253,18 @@ class PlainView(RunState):
             self._heart.join()
 
     def _live(self) -> None:
-        with suppress(TerminalGone):  # the run finds out by itself
-            self._beat()
-
-    def _beat(self) -> None:
         wait = self._heartbeat_seconds
-        while not self._done.wait(wait):
-            with self.lock:
-                now = self.clock()
-                if now - self._printed >= self._heartbeat_seconds:
-                    doing = self.stage_name or "preparing"
-                    doing += f" {self.stage_done:,} of {self.stage_total:,}" if self.stage_total else ""
-                    doing += f", {words.duration(now - self.stage_since)} in this stage" if self.stage_name else ""
-                    doing = doing if self.stage_name == PAUSED else f"running: {doing}"
-                    self._print(f"{doing}, {words.duration(now - self.started)} in all")
-                wait = self._heartbeat_seconds - (now - self._printed)
+        with suppress(TerminalGone):  # the run finds out by itself
+            while not self._done.wait(wait):
+                with self.lock:
+                    now = self.clock()
+                    if now - self._printed >= self._heartbeat_seconds:
+                        doing = self.stage_name or "preparing"
+                        doing += f" {self.stage_done:,} of {self.stage_total:,}" if self.stage_total else ""
+                        doing += f", {words.duration(now - self.stage_since)} in this stage" if self.stage_name else ""
+                        doing = doing if self.stage_name == PAUSED else f"running: {doing}"
+                        self._print(f"{doing}, {words.duration(now - self.started)} in all")
+                    wait = self._heartbeat_seconds - (now - self._printed)
 
     def _print(self, *lines: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"  # that of io.StringIO is None
