@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ HELP = """\
 /save FILE        write the conversation as JSON
 /quit             leave (Ctrl-D)
 Ctrl-C stops an answer. Alt-Enter starts a new line. A message that begins with a blank is never a command."""
+COMMANDS = ("help", *re.findall(r"^/(\w+)", HELP, re.MULTILINE))
+"""Each but quit is a method of `Session`, with an underscore before its name."""
 MAKE_ROOM = "/undo forgets the last message, /reset all of them"
 
 
@@ -175,26 +177,18 @@ class Session:
     def command(self, line: str) -> bool:
         """Run a command; return False if it ends the chat. Raises UserInputError if it cannot be run."""
         name, _, text = line[1:].strip().partition(" ")
-        commands: Mapping[str, Callable[[str], object]] = {
-            "adapter": self._adapter,
-            "compare": self._compare,
-            "retry": self._retry,
-            "undo": self._undo,
-            "reset": self._reset,
-            "system": self._system,
-            "temperature": self._temperature,
-            "save": self._save,
-            "help": lambda _: self.screen.note(HELP),
-        }
         if name in ("quit", "exit"):
             return False
-        if name not in commands:
-            close = nearest(name, commands)
+        if name not in COMMANDS:
+            close = nearest(name, COMMANDS)
             next_step = f"did you mean /{close}? " if close else ""
             next_step += "/help lists the commands; put a blank in front of a message that begins with /"
             raise UserInputError(f"there is no command /{name}", next_step=next_step)
-        commands[name](text.strip())
+        getattr(self, f"_{name}")(text.strip())
         return True
+
+    def _help(self, _text: str) -> None:
+        self.screen.note(HELP)
 
     def _need_adapter(self) -> None:
         if not self.model.has_adapter:
