@@ -195,17 +195,12 @@ def step_scalars(record: StepRecord, num_tokens: int) -> dict[str, float]:
         value = record.get(name)
         if name == "step" or metric.unit == "text" or value is None:
             continue
-        values |= (
-            {f"{name}/{_clean(key)}": each for key, each in value.items()}
-            if isinstance(value, Mapping)
-            else {name: value}
-        )
-        if metric.trl is None:
-            continue
-        if isinstance(value, Mapping) and "{}" in metric.trl:
-            values |= {f"train/{metric.trl.format(_clean(key))}": each for key, each in value.items()}
-        else:
-            values[f"train/{metric.trl}"] = sum(value.values()) if isinstance(value, Mapping) else value
+        figures = {_clean(key): each for key, each in value.items()} if isinstance(value, Mapping) else {"": value}
+        values |= {f"{name}/{key}" if key else name: each for key, each in figures.items()}
+        if metric.trl is not None and "{}" in metric.trl:
+            values |= {f"train/{metric.trl.format(key)}": each for key, each in figures.items()}
+        elif metric.trl is not None:
+            values[f"train/{metric.trl}"] = sum(figures.values())
     return {**values, "train/num_tokens": num_tokens}
 
 
