@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,19 @@ def count(judge: str, path: Path) -> dict[str, int]:
 def ours(text: str, reference: str) -> bool | None:
     """Return whether the math reward accepts `text`, or None for an error."""
     from popo_lite.grading.math import decide_exactly
-    from popo_lite.grading.symbolic import grade_math
     from popo_lite.types import Outcome
 
-    reward = decide_exactly(text, problem(reference)) or grade_math(text, {"id": "p", "answer": reference})
+    reward = decide_exactly(text, problem(reference)) or math_function().grade(text, {"id": "p", "answer": reference})
     return None if reward.outcome in (Outcome.ERROR, Outcome.TIMEOUT) else reward.outcome == Outcome.CORRECT
+
+
+@cache
+def math_function() -> Any:
+    """Return the loaded reward function."""
+    from popo_lite.grading.functions import load_functions
+    from popo_lite.recipe import RewardRecipe
+
+    return load_functions(RewardRecipe.model_validate({"functions": "math"}), thinking_open=False)[0]
 
 
 def math_verify(text: str, reference: str) -> bool:

@@ -3,7 +3,7 @@
 `grade_NAME(text, problem, ...)` returns a reward, a number from 0 to 1, or None if there is no answer in the text.
 `check_NAME(problem, ...)` returns why the problem's reference cannot be read, or None. `prepare_NAME(...)` returns
 further options when the function is loaded, or raises ValueError with what is wrong. Their keyword arguments are the
-recipe's options, and `thinking_tags` and `thinking_open`, by which the answer is what follows the thinking.
+recipe's options. `text` is what follows the thinking, but for the functions in `WHOLE_TEXT`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ from decimal import Decimal, DecimalException, localcontext
 from pathlib import Path
 from typing import Any
 
-from popo_lite.grading.math import after_thinking
 from popo_lite.types import Outcome, Reward
 
 Problem = Mapping[str, Any]
-Tags = tuple[str, str]
 
 
-def grade_exact(text: str, problem: Problem, *, thinking_tags: Tags, thinking_open: bool) -> Reward | None:
+def grade_exact(text: str, problem: Problem) -> Reward | None:
     """Return CORRECT if the answer is the reference, but for white space around them."""
-    answer = (after_thinking(text, thinking_tags, thinking_open) or "").strip()
+    answer = text.strip()
     return _verdict(answer == problem["answer"].strip(), answer) if answer else None
 
 
@@ -50,19 +48,16 @@ _DENIED = re.compile(r"(?:\bnot|n['’]t)[\s(*]+(?:(?:[Oo]ption|[Cc]hoice)\s+)?[
 _ONLY = re.compile(r"[\s(\"'*$]*([A-Za-z])[\s).:\"'*$]*")
 
 
-def grade_choice(
-    text: str, problem: Problem, *, choices: int, thinking_tags: Tags, thinking_open: bool
-) -> Reward | None:
+def grade_choice(text: str, problem: Problem, *, choices: int) -> Reward | None:
     """Return CORRECT if the last choice that the answer states is the reference's. Several at once are no choice."""
-    answer = after_thinking(text, thinking_tags, thinking_open) or ""
-    only = _ONLY.fullmatch(answer)
-    found = [only] if only else [*_STATED.finditer(answer)] or [*_MARKED.finditer(answer)]
+    only = _ONLY.fullmatch(text)
+    found = [only] if only else [*_STATED.finditer(text)] or [*_MARKED.finditer(text)]
     for match in reversed(found):
         start, end = match.span(match.lastindex or 0)
-        letter, before = answer[start:end].upper(), answer[max(0, start - 40) : start]
+        letter, before = text[start:end].upper(), text[max(0, start - 40) : start]
         if _index(letter) >= choices or _DENIED.search(before):
             continue
-        if _BEFORE.search(before) or _NEXT.match(answer, end):
+        if _BEFORE.search(before) or _NEXT.match(text, end):
             return None
         return _verdict(letter == _letter(problem["answer"], choices), letter)
     return None
@@ -121,18 +116,9 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], 
 )
 
 
-def grade_numeric(
-    text: str,
-    problem: Problem,
-    *,
-    tolerance: float,
-    relative_tolerance: float,
-    thinking_tags: Tags,
-    thinking_open: bool,
-) -> Reward | None:
+def grade_numeric(text: str, problem: Problem, *, tolerance: float, relative_tolerance: float) -> Reward | None:
     """Return CORRECT if the answer's last number is the reference's, within the larger of the two tolerances."""
-    number = last_number(after_thinking(text, thinking_tags, thinking_open) or "")
-    reference = last_number(problem["answer"])
+    number, reference = last_number(text), last_number(problem["answer"])
     if reference is None:
         detail = f"problem {problem['id']!r}: {check_numeric(problem)}"
         return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
@@ -179,7 +165,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def grade_regex(text: str, problem: Problem, *, pattern: str) -> bool:  # noqa: ARG001
-    """Return whether `pattern` occurs in the text, thinking included."""
+    """Return whether `pattern` occurs in the text."""
     return re.search(pattern, text) is not None
 
 
@@ -253,11 +239,9 @@ def _resolve(schema: Any, standard: Any, resolver: Any) -> None:
             _resolve(part, standard, resolver)
 
 
-def grade_json_schema(
-    text: str, problem: Problem, *, validator: Any, equals_reference: bool, thinking_tags: Tags, thinking_open: bool
-) -> Reward | None:
+def grade_json_schema(text: str, problem: Problem, *, validator: Any, equals_reference: bool) -> Reward | None:
     """Return CORRECT if the answer's last JSON value is valid and, if asked, equals the reference."""
-    found = last_json(after_thinking(text, thinking_tags, thinking_open) or "")
+    found = last_json(text)
     if not found:
         return None
     try:

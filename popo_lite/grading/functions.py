@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from popo_lite.errors import UserInputError, nearest
 from popo_lite.grading.environment import Environment, import_own, play
+from popo_lite.grading.math import after_thinking
 from popo_lite.recipe import EnvironmentFunction, OwnFunction, PythonTestsFunction, RewardFunction, RewardRecipe
 from popo_lite.types import Outcome, Reward
 
@@ -27,6 +28,8 @@ MODULES = {
     "reasoning_gym": "popo_lite.grading.reasoning_gym",
 }
 """Modules of built-in functions that are not in `builtins`."""
+WHOLE_TEXT = ("regex", "length", "language", "environment")
+"""Built-in functions that get the thinking, too."""
 
 Problem = Mapping[str, Any]
 """A problem as functions get it, with `KEYS`. Requests to workers add what only TRL's functions may ask for, and
@@ -61,29 +64,31 @@ def load_functions(reward: RewardRecipe, *, thinking_open: bool) -> list[Functio
 
     `thinking_open` says whether the prompt ends with the opening thinking tag.
     """
-    thinking = {"thinking_tags": reward.thinking_tags, "thinking_open": thinking_open}
     functions = reward.functions or ()
     loaded: dict[str, Function] = {}
     # First those that import libraries alone: the user's may put the working folder on the path.
     for settings in sorted(functions, key=lambda one: isinstance(one, OwnFunction | EnvironmentFunction)):
         loaded[settings.key] = (
-            _load_own(settings) if isinstance(settings, OwnFunction) else _load_builtin(settings, thinking)
+            _load_own(settings)
+            if isinstance(settings, OwnFunction)
+            else _load_builtin(settings, reward.thinking_tags, thinking_open)
         )
     return [loaded[settings.key] for settings in functions]
 
 
-def _load_builtin(settings: RewardFunction, thinking: Mapping[str, object]) -> Function:
-    """Load `grade_NAME`, and `check_NAME` if there is one; each gets those of its options and `thinking` it names."""
+def _load_builtin(settings: RewardFunction, thinking_tags: tuple[str, str], thinking_open: bool) -> Function:
+    """Load `grade_NAME`, and `check_NAME` if there is one; each gets those of its options that it names."""
     module = importlib.import_module(MODULES.get(settings.name, "popo_lite.grading.builtins"))
     own = settings.model_dump(exclude={"name", "weight", "label"}, by_alias=False)
 
     def with_options(function: Callable[..., Any]) -> partial[Any]:
         takes = inspect.signature(function).parameters
-        return partial(function, **{key: value for key, value in {**thinking, **own}.items() if key in takes})
+        return partial(function, **{key: value for key, value in own.items() if key in takes})
 
     def grade(text: str, problem: Problem) -> Reward:
-        opened = {"thinking_open": problem.get("thinking_open", thinking["thinking_open"])}
-        return as_reward(graded(text, problem, **(opened if "thinking_open" in graded.keywords else {})))
+        if settings.name not in WHOLE_TEXT:
+            text = after_thinking(text, thinking_tags, problem.get("thinking_open", thinking_open)) or ""
+        return as_reward(graded(text, problem))
 
     try:
         prepare = getattr(module, f"prepare_{settings.name}", None)

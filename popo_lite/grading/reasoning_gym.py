@@ -8,27 +8,20 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from popo_lite.grading.math import ANSWER_TAGS, THINKING_TAGS, after_thinking
+from popo_lite.grading.math import ANSWER_TAGS
 
 
-def grade_reasoning_gym(
-    text: str,
-    problem: Mapping[str, Any],
-    *,
-    thinking_tags: tuple[str, str] = THINKING_TAGS,
-    thinking_open: bool = False,
-) -> float | None:
+def grade_reasoning_gym(text: str, problem: Mapping[str, Any]) -> float | None:
     """Return 1 if reasoning-gym's verifier gives the whole score, else 0; None if there is no answer in the text.
 
-    The answer is the content of the last `<answer>` tags after the thinking. Without tags it is all that follows the
-    thinking. Partial scores count as 0, because they would teach wrong answers: most reward the form, and a wrong
-    answer that contains the right one gets up to 0.99.
+    The answer is the content of the last `<answer>` tags, without tags all of the text. Partial scores count as 0,
+    because they would teach wrong answers: most reward the form, and a wrong answer that contains the right one gets
+    up to 0.99.
     """
     meta = problem["meta"]
     if not {"task", "settings", "entry"} <= meta.keys():
         raise ValueError('the problem is not from reasoning-gym; set data.dataset = "reasoning-gym:TASK"')
-    answer = after_thinking(text, thinking_tags, thinking_open) or ""
-    answer = (ANSWER_TAGS.findall(answer) or [answer])[-1].strip()
+    answer = (ANSWER_TAGS.findall(text) or [text])[-1].strip()
     if not answer:
         return None
     dataset = _dataset(meta["task"], json.dumps(meta["settings"]))

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from popo_lite.errors import UserInputError
-from popo_lite.grading.math import THINKING_TAGS, after_thinking
 from popo_lite.types import Outcome, Reward
 
 FOLDER = str(Path(__file__).parent)
@@ -58,18 +57,16 @@ def grade_python_tests(
     memory_mib: int = 512,
     partial: bool = False,
     allow_uncontained: bool = False,
-    thinking_tags: tuple[str, str] = THINKING_TAGS,
-    thinking_open: bool = False,
 ) -> Reward:
     """Run the code of `text` against the tests in `problem["answer"]`; 1 if all pass, else 0.
 
-    Code in the thinking does not count. With `partial`, the value is the fraction of tests that pass. `timeout_seconds`
-    is for all tests together, `memory_mib` for each process. Raises UserInputError if the code cannot be contained and
-    `allow_uncontained` is false, ValueError if the tests cannot be read, and OSError if the sandbox cannot be started.
+    With `partial`, the value is the fraction of tests that pass. `timeout_seconds` is for all tests together,
+    `memory_mib` for each process. Raises UserInputError if the code cannot be contained and `allow_uncontained` is
+    false, ValueError if the tests cannot be read, and OSError if the sandbox cannot be started.
     """
     prepare_python_tests(allow_uncontained=allow_uncontained)
     tests = _tests_of(problem)
-    code = find_code(after_thinking(text, thinking_tags, thinking_open) or "")
+    code = find_code(text)
     if code is None:
         return Reward(value=0.0, outcome=Outcome.UNPARSED)
     job: dict[str, Any] = {"code": code}

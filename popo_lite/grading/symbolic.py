@@ -16,8 +16,6 @@ from sympy.core.function import AppliedUndef
 
 from popo_lite.grading.math import (
     MAX_NESTING,
-    THINKING_TAGS,
-    after_thinking,
     final_answer,
     plain_number,
     too_complex,
@@ -66,23 +64,15 @@ def prepare_math(**_: object) -> dict[str, Any]:
     return {}
 
 
-def grade_math(
-    text: str,
-    problem: Mapping[str, Any],
-    *,
-    thinking_tags: tuple[str, str] = THINKING_TAGS,
-    thinking_open: bool = False,
-) -> Reward:
+def grade_math(text: str, problem: Mapping[str, Any]) -> Reward:
     """Check whether the final answer of `text` equals `problem["answer"]`.
 
-    The final answer is the last box after the thinking, or else the last `<answer>...</answer>`, or else the
-    expression or number that math-verify takes for it. A reference answer that cannot be read is an ERROR: it
-    says nothing about the text.
+    The final answer is the last box, or else the last `<answer>...</answer>`, or else the expression or number that
+    math-verify takes for it. A reference answer that cannot be read is an ERROR: it says nothing about the text.
     """
     if reason := check_math(problem):
         return Reward(value=0.0, outcome=Outcome.ERROR, detail=f"problem {problem['id']!r}: {reason}")
-    part = after_thinking(text, thinking_tags, thinking_open)
-    answer = None if part is None else final_answer(part) or _extract(part)
+    answer = final_answer(text) or _extract(text)
     if not answer or too_complex(answer):
         return Reward(value=0.0, outcome=Outcome.UNPARSED, answer=answer)
     if _equal(canonical(unwrap(problem["answer"])), canonical(answer)):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from popo_lite.grading.functions import load_functions
 from popo_lite.grading.math import (
     MAX_BOX_CHARACTERS,
     MAX_NESTING,
@@ -19,8 +20,11 @@ from popo_lite.grading.math import (
     unwrap,
 )
 from popo_lite.grading.normalisation import canonical
-from popo_lite.grading.symbolic import check_math, grade_math
+from popo_lite.grading.symbolic import check_math
+from popo_lite.recipe import RewardRecipe
 from popo_lite.types import Outcome, Problem, Reward
+
+[MATH] = load_functions(RewardRecipe(functions="math"), thinking_open=False)
 
 
 def problem(answer: str) -> Problem:
@@ -33,7 +37,7 @@ def exact(text: str, answer: str) -> Outcome | None:
 
 
 def symbolic(text: str, answer: str) -> Reward:
-    return grade_math(text, {"id": "p-7", "answer": answer})
+    return MATH.grade(text, {"id": "p-7", "answer": answer})
 
 
 @pytest.mark.parametrize(
@@ -749,7 +753,8 @@ def test_thoughts_are_not_graded(text, opened, outcome):
         row = problem(answer)
         decided = decide_exactly(text, row, thinking_open=opened)
         assert decided is None or decided.outcome == outcome
-        assert grade_math(text, {"id": "p-7", "answer": answer}, thinking_open=opened).outcome == outcome
+        [function] = load_functions(RewardRecipe(functions="math"), thinking_open=opened)
+        assert function.grade(text, {"id": "p-7", "answer": answer}).outcome == outcome
 
 
 @pytest.mark.parametrize(

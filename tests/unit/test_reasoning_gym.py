@@ -16,12 +16,14 @@ import pytest
 
 from popo_lite.errors import DataError, RecipeError
 from popo_lite.grading import Grader
+from popo_lite.grading.functions import load_functions
 from popo_lite.grading.reasoning_gym import grade_reasoning_gym
 from popo_lite.recipe import CurriculumRecipe, DatasetRecipe, RewardRecipe
 from popo_lite.recipe_file import load_recipe
 from popo_lite.tasks import open_tasks
 from popo_lite.tasks.reasoning_gym import ALLOWED, REFUSED, ReasoningGymTask, ask
 from popo_lite.tasks.reasoning_gym_process import is_held_out
+from popo_lite.types import Outcome
 
 pytest.importorskip("reasoning_gym")
 
@@ -78,7 +80,7 @@ def test_a_verifier_accepts_right_answers_alone(problems, name):
     RAN.clear()  # pytest has compiled other tests since the hook was set
     for number, problem in enumerate(problems[name]):
         right = problem["answer"].strip()
-        assert grade_reasoning_gym(f"<think>no</think>\n<answer> {right}\n</answer>", problem) == 1
+        assert grade_reasoning_gym(f"no\n<answer> {right}\n</answer>", problem) == 1
         others = [other["answer"].strip() for other in problems[name]]
         wrong = [other for other in others if not equal(other, right)] if name not in SEVERAL_RIGHT else []
         beside = [text for other in wrong for text in (f"{other} {right}", f"{right} {other}", f"{right}\n{other}")]
@@ -93,6 +95,7 @@ def test_a_verifier_accepts_right_answers_alone(problems, name):
 def test_the_answer_is_taken_from_the_text():
     problem = as_request(gym("chain_sum", chain_sum=SMALL).train_problem(0, 0))
     right, wrong = problem["answer"], str(int(problem["answer"]) + 1)
+    [function] = load_functions(RewardRecipe(functions=["reasoning_gym"]), thinking_open=False)
     for text, value in {
         right: 1,
         f" {right}\n": 1,
@@ -105,7 +108,8 @@ def test_the_answer_is_taken_from_the_text():
         f"<think>{right}</think> ": None,
         "<answer> </answer>": None,
     }.items():
-        assert grade_reasoning_gym(text, problem) == value, text
+        reward = function.grade(text, problem)
+        assert (None if reward.outcome is Outcome.UNPARSED else reward.value) == value, text
     with pytest.raises(ValueError, match=r'is not from reasoning-gym; set data\.dataset = "reasoning-gym:TASK"'):
         grade_reasoning_gym("1", {"id": "x", "answer": "1", "meta": {}})
 

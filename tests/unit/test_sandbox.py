@@ -15,7 +15,9 @@ import pytest
 
 from popo_lite.errors import UserInputError
 from popo_lite.grading import sandbox
+from popo_lite.grading.functions import load_functions
 from popo_lite.grading.sandbox import check_python_tests, find_code, grade_python_tests, prepare_python_tests
+from popo_lite.recipe import RewardRecipe
 from popo_lite.types import Outcome
 
 MARK = "popo-hostile"  # the name that hostile processes give themselves
@@ -688,17 +690,19 @@ def test_the_last_block_of_python_is_the_code(text, code):
     ("text", "options", "outcome"),
     [
         ("<think>\nRIGHT", {}, Outcome.UNPARSED),
-        ("RIGHT", {"thinking_open": True}, Outcome.UNPARSED),
+        ("RIGHT", {"opened": True}, Outcome.UNPARSED),
         ("<think>RIGHT</think>I do not know.", {}, Outcome.UNPARSED),
         ("<think>RIGHT</think>WRONG", {}, Outcome.INCORRECT),
-        ("WRONG</think>RIGHT", {"thinking_open": True}, Outcome.CORRECT),
-        ("[T]RIGHT", {"thinking_tags": ("[T]", "[/T]")}, Outcome.UNPARSED),
-        ("[T]WRONG[/T]RIGHT", {"thinking_tags": ("[T]", "[/T]")}, Outcome.CORRECT),
+        ("WRONG</think>RIGHT", {"opened": True}, Outcome.CORRECT),
+        ("[T]RIGHT", {"tags": ("[T]", "[/T]")}, Outcome.UNPARSED),
+        ("[T]WRONG[/T]RIGHT", {"tags": ("[T]", "[/T]")}, Outcome.CORRECT),
     ],
 )
 def test_code_in_the_thinking_does_not_count(text, options, outcome):
     text = text.replace("RIGHT", fenced("def f(x): return x")).replace("WRONG", fenced("def f(x): return 0"))
-    assert grade_python_tests(text, problem("assert f(1) == 1"), **options).outcome == outcome
+    reward = RewardRecipe(functions=["python_tests"], thinking_tags=options.get("tags", ("<think>", "</think>")))
+    [function] = load_functions(reward, thinking_open=options.get("opened", False))
+    assert function.grade(text, problem("assert f(1) == 1")).outcome == outcome
 
 
 @pytest.fixture
