@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from io import FileIO
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -33,12 +33,13 @@ from popo_lite.types import Outcome, Problem, Reward, count_outcomes
 STARTUP_SECONDS = 120.0  # for importing the reward functions; not charged to any answer
 TRIED_PROBLEMS = 3  # of the first training rows, with the answers below
 TRIED_ANSWERS = ("{}", "no idea", "<think>\nIt is {0}.\n</think>\nThe answer is \\boxed{{{0}}}. Right?")
-CHECKED_AT_ONCE = 500  # references in one request
+CHECKED_AT_ONCE = 50  # references in one request
 STDERR_TAIL_BYTES = 4096  # of what a worker wrote to stderr, for the detail of an ERROR
 READ_BYTES = 2**16  # the capacity of a pipe
 POSIX = os.name == "posix"
 """Windows has neither sessions to kill nor pipes that can be waited for: there, what workers write is lost."""
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -54,6 +55,7 @@ class Grader(AbstractContextManager["Grader"]):
         if reward.functions is None:
             reward = reward.with_values({"functions": (MathFunction(),)})
         self._reward, self._thinking_open = reward, thinking_open
+        self._own = any(isinstance(one, OwnFunction | EnvironmentFunction) for one in reward.functions or ())
         self._names = ", ".join(f'"{function.key}"' for function in reward.functions or ())
         self._workers: dict[int, _Worker] = {}
         self._functions_loaded = False
@@ -90,7 +92,13 @@ class Grader(AbstractContextManager["Grader"]):
 
         Raises UserInputError if a reward function cannot be loaded, GradingError if it no longer can.
         """
-        return self._run(self._grade_all, answers, completion_ids, conversations, trainer_state or {})
+        wanted = []
+        for index, (text, problem) in enumerate(answers):
+            more: dict[str, Any] = {"trainer_state": dict(trainer_state or {})}
+            more |= {"completion_ids": list(completion_ids[index])} if completion_ids else {}
+            more |= {"conversation": list(map(dict, conversations[index]))} if conversations else {}
+            wanted.append((text, problem, more))
+        return self._run(self._for_all, wanted, self._grade)
 
     def observe(
         self, conversations: Sequence[tuple[Sequence[Mapping[str, str]], Problem]]
@@ -99,14 +107,16 @@ class Grader(AbstractContextManager["Grader"]):
 
         A reward without a verdict stands for an environment that raised, hung or ended its process.
         """
-        return self._run(self._observe_all, conversations)
+        return self._run(self._for_all, conversations, self._observe)
 
     def unreadable(self, problems: Sequence[Problem]) -> dict[str, str]:
         """Return problem id -> why a reward function cannot read its reference, for each that cannot be read.
 
         Workers check in parallel. A check that takes longer than `timeout_seconds` counts as unreadable.
         """
-        return self._run(self._check_references, problems)
+        parts = [problems[start : start + CHECKED_AT_ONCE] for start in range(0, len(problems), CHECKED_AT_ONCE)]
+        reasons = chain.from_iterable(self._run(self._for_all, parts, self._unreadable))
+        return {problem.id: why for problem, why in zip(problems, reasons, strict=True) if why}
 
     def close(self) -> None:
         """End all grading processes; may be called again."""
@@ -142,104 +152,56 @@ class Grader(AbstractContextManager["Grader"]):
         await self._ready_worker(0)
         forms: dict[str, str | None] = {}
         for problem, form in product(problems, TRIED_ANSWERS):
-            text, worker = form.format(problem.answer), await self._ready_worker(0)
+            text = form.format(problem.answer)
             line = _line("try", [text, self._content(problem) | {"completion_ids": [0] * len(text.split())}])
-            try:
-                reply = await worker.ask(line, self._reward.timeout_seconds)
-                what = f"ended its process ({self._workers.pop(0).kill()})" if reply is None else ""
-            except TimeoutError:
-                self._workers.pop(0).kill()
-                reply, what = None, f"took more than reward.timeout_seconds = {self._reward.timeout_seconds:g}"
-            if reply is None and any(
-                isinstance(function, OwnFunction | EnvironmentFunction) for function in self._reward.functions or ()
-            ):
-                what = f"{self._names}: grading the answer {text!r:.60} to problem {problem.id} {what}"
-                next_step = "correct the function, or raise reward.timeout_seconds"
-                raise UserInputError(what + worker.stderr_note(), where="reward.functions", next_step=next_step)
-            if reply is not None and "refused" in reply:
-                what = reply["refused"] + worker.stderr_note()
+            reply = await self._ask(0, line)
+            if isinstance(reply, Reward):
+                if self._own:
+                    what = f"{self._names}: the answer {text!r:.60} to problem {problem.id}: {reply.detail}"
+                    next_step = "correct the function, or raise reward.timeout_seconds"
+                    raise UserInputError(what, where="reward.functions", next_step=next_step)
+            elif "refused" in reply:
+                what = reply["refused"] + self._workers[0].stderr_note()
                 raise UserInputError(what, where="reward.functions", next_step=reply["next_step"])
-            if reply is not None:
-                forms |= reply["forms"]
-                self._fix_forms(forms)
+            else:
+                forms = reply["forms"]
+        if forms:
+            # A function that gave the same values in both forms is called once from now on: in the next worker.
+            functions = tuple(
+                one.with_values({"completions": forms[one.key] or "conversational"}) if one.key in forms else one
+                for one in self._reward.functions or ()
+            )
+            self._reward = self._reward.with_values({"functions": functions})
         if None in forms.values():
-            # Both forms gave the same values. The next worker calls the function once for every answer.
-            self._fix_forms({key: form or "conversational" for key, form in forms.items()})
-            if 0 in self._workers:
-                self._workers.pop(0).kill()
+            self._workers.pop(0).kill()
 
-    def _fix_forms(self, forms: Mapping[str, str | None]) -> None:
-        """Let all workers call TRL's functions in the forms that were found."""
-        functions = tuple(
-            one.with_values({"completions": forms[one.key]})
-            if isinstance(one, OwnFunction) and one.key in forms
-            else one
-            for one in self._reward.functions or ()
-        )
-        self._reward = self._reward.with_values({"functions": functions})
-
-    async def _check_references(self, problems: Sequence[Problem]) -> dict[str, str]:
-        waiting = list(reversed(problems))
-        reasons: dict[str, str] = {}
+    async def _for_all(self, items: Sequence[S], do: Callable[[int, S], Coroutine[Any, Any, T]]) -> list[T]:
+        """Return `do(slot, item)` for all items, in order. Each of `reward.workers` takes the next when it is free."""
+        waiting, results = iter(enumerate(items)), dict[int, T]()
 
         async def work(slot: int) -> None:
-            while waiting:
-                own = [waiting.pop() for _ in range(min(CHECKED_AT_ONCE, len(waiting)))]
-                count = len(own)
-                while own:
-                    worker = await self._ready_worker(slot)
-                    line = _line("check", [self._content(problem) for problem in own[:count]])
-                    try:
-                        reply = await worker.ask(line, self._reward.timeout_seconds)
-                    except TimeoutError:
-                        reply = None
-                    if reply is not None:
-                        found = reply["reasons"]
-                    else:
-                        # One at a time until the one that hangs is found: a restart takes longer than they all.
-                        self._workers.pop(slot).kill()
-                        found, count = (["checking it hung or ended its process"], len(own)) if count == 1 else ([], 1)
-                    reasons.update({one.id: why for one, why in zip(own, found, strict=False) if why})
-                    own = own[len(found) :]
+            for index, item in waiting:
+                results[index] = await do(slot, item)
 
-        await asyncio.gather(*map(work, range(min(self._reward.workers, len(problems)))))
-        return {one.id: reasons[one.id] for one in problems if one.id in reasons}
+        await asyncio.gather(*map(work, range(min(self._reward.workers, len(items)))))
+        return [results[index] for index in range(len(items))]
 
-    async def _grade_all(
-        self,
-        answers: Sequence[tuple[str, Problem]],
-        completion_ids: Sequence[Sequence[int]] | None,
-        conversations: Sequence[Sequence[Mapping[str, str]]] | None,
-        trainer_state: Mapping[str, int],
-    ) -> list[Reward]:
-        """Grade by up to `reward.workers` workers; each takes the next answer when it is free."""
-        waiting = iter(enumerate(answers))
-        rewards: dict[int, Reward] = {}
+    async def _unreadable(self, slot: int, problems: Sequence[Problem]) -> list[str]:
+        """Return for each problem why its reference cannot be read, or an empty string."""
+        reply = await self._ask(slot, _line("check", list(map(self._content, problems))))
+        if not isinstance(reply, Reward):
+            return list(reply["reasons"])
+        if len(problems) == 1:
+            return ["checking it hung or ended its process"]
+        return [(await self._unreadable(slot, [problem]))[0] for problem in problems]
 
-        async def work(slot: int) -> None:
-            for index, (text, problem) in waiting:
-                more: dict[str, Any] = {"trainer_state": dict(trainer_state)}
-                more |= {"completion_ids": list(completion_ids[index])} if completion_ids else {}
-                more |= {"conversation": list(map(dict, conversations[index]))} if conversations else {}
-                rewards[index] = await self._grade_one(slot, text, problem, more)
-
-        await asyncio.gather(*map(work, range(min(self._reward.workers, len(answers)))))
-        return [rewards[index] for index in range(len(answers))]
-
-    async def _observe_all(
-        self, conversations: Sequence[tuple[Sequence[Mapping[str, str]], Problem]]
-    ) -> list[str | Reward | None]:
-        waiting = iter(enumerate(conversations))
-        observations: dict[int, str | Reward | None] = {}
-
-        async def work(slot: int) -> None:
-            for index, (messages, problem) in waiting:
-                content = self._content(problem) | {"conversation": list(map(dict, messages))}
-                reply = await self._ask(slot, _line("observe", content))
-                observations[index] = reply if isinstance(reply, Reward) else reply["observation"]
-
-        await asyncio.gather(*map(work, range(min(self._reward.workers, len(conversations)))))
-        return [observations[index] for index in range(len(conversations))]
+    async def _observe(
+        self, slot: int, conversation: tuple[Sequence[Mapping[str, str]], Problem]
+    ) -> str | Reward | None:
+        messages, problem = conversation
+        content = self._content(problem) | {"conversation": list(map(dict, messages))}
+        reply = await self._ask(slot, _line("observe", content))
+        return reply if isinstance(reply, Reward) else reply["observation"]
 
     def _content(self, problem: Problem) -> dict[str, Any]:
         """Return a problem as reward functions get it: see `functions.KEYS`. Mathematics needs no more than two."""
@@ -249,7 +211,8 @@ class Grader(AbstractContextManager["Grader"]):
         messages = [dict(message) for message in problem.messages]
         return content | {"question": problem.question, "messages": messages, "meta": dict(problem.meta)}
 
-    async def _grade_one(self, slot: int, text: str, problem: Problem, more: dict[str, Any]) -> Reward:
+    async def _grade(self, slot: int, answer: tuple[str, Problem, dict[str, Any]]) -> Reward:
+        text, problem, more = answer
         functions, tags = self._reward.functions or (), self._reward.thinking_tags
         start = max(len(text) - self._reward.max_answer_characters, 0)
         opened, text = thinking_open_at(start, text, tags, self._thinking_open), text[start:]
@@ -259,9 +222,9 @@ class Grader(AbstractContextManager["Grader"]):
             and (decided := decide_exactly(text, problem, thinking_tags=tags, thinking_open=opened))
         ):
             return combine({functions[0].key: decided}, self._reward)
-        own = any(isinstance(function, OwnFunction | EnvironmentFunction) for function in functions)
+        content = self._content(problem) | (more if self._own else {}) | {"thinking_open": opened}
         try:
-            line = _line("grade", [text, self._content(problem) | (more if own else {}) | {"thinking_open": opened}])
+            line = _line("grade", [text, content])
         except (TypeError, ValueError) as error:
             detail = f"problem {problem.id!r} has a meta value that JSON cannot hold: {error}"
             return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)

@@ -255,8 +255,8 @@ def test_a_missing_column_is_named_with_those_there_are(module):
 @pytest.mark.parametrize(
     ("body", "said"),
     [("return text.nothing", "AttributeError: 'str' object has no attribute 'nothing' (own.py:3)"),
-     ("time.sleep(99)", "took more than reward.timeout_seconds = 1"),
-     ("os._exit(3)", "ended its process (exit code 3)")],
+     ("time.sleep(99)", "no verdict within reward.timeout_seconds = 1"),
+     ("os._exit(3)", "ended the worker twice (exit code 3)")],
 )  # fmt: skip
 def test_the_trial_of_your_own_form(module, body, said):
     module(f"import os, time\ndef f(text, problem):\n    {body}\n")
@@ -272,8 +272,8 @@ def test_the_trial_of_your_own_form(module, body, said):
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("time.sleep(99)", "took more than reward.timeout_seconds = 1"),
-        ("os._exit(3)", "ended its process (exit code 3)"),
+        ("time.sleep(99)", "no verdict within reward.timeout_seconds = 1"),
+        ("os._exit(3)", "ended the worker twice (exit code 3)"),
     ],
 )
 def test_the_trial_of_an_environment(module, body, said):
