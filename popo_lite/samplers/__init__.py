@@ -58,32 +58,20 @@ def open_sampler(
 ) -> Sampler:
     """Open the sampler that `rollout.engine` names; see `Sampler`.
 
-    With `auto` a model that vLLM does not serve on one of the ranks is sampled by `hf` on all. Running out of memory
-    remains an error, which says what to change: `hf` would be many times slower.
+    With `auto` a model that vLLM does not serve is sampled by `hf`. It remains an error, which says what to change, if
+    memory ran out, because `hf` would be many times slower, and with several ranks, which may differ.
     """
-    (engine, _), ranks, auto = pick_engine(recipe, ranks), ranks or Ranks(), recipe.rollout.engine == "auto"
-    sampler, refusal = None, None
+    (engine, _), ranks = pick_engine(recipe, ranks), ranks or Ranks()
     try:
         sampler = SAMPLERS[engine](policy, recipe, text=text, notify=notify, ranks=ranks)
         if engine == "vllm":
             _sample_one_token(sampler, policy)
+        return sampler
     except EngineError as error:
+        auto = recipe.rollout.engine == "auto" and ranks.size == 1
         if not auto or error.where != vllm.WHERE or "memory" in error.what:
             raise
-        sampler, refusal = None, error.what  # it has closed itself
-    if auto:
-        try:
-            refusal = next(filter(None, ranks.gather(refusal)), None)
-        except BaseException:  # another rank has ended
-            if sampler is not None:
-                sampler.close()
-            raise
-    if sampler is not None:
-        if refusal is None:
-            return sampler
-        sampler.close()
-    notify(f"{refusal}; sampling from the trainer's own model (hf) instead")
-    sampler = None
+        notify(f"{error.what}; sampling from the trainer's own model (hf) instead")
     release_memory()  # after the block: the error keeps what the engine holds
     return HFSampler(policy, recipe, text=text, notify=notify, ranks=ranks)
 
