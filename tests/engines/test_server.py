@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -32,6 +33,7 @@ from popo_lite.policy.policy import load_policy
 from popo_lite.recipe_file import load_recipe
 from popo_lite.samplers.server import ServerSampler
 from popo_lite.tasks.rendering import Renderer
+from popo_lite.types import Prompt
 from vllm_servers import TOKEN, Server, free_urls
 
 pytestmark = pytest.mark.slow
@@ -112,6 +114,18 @@ def test_one_adapter_at_a_time_is_held(setup, servers, shared_dir):
     (folder,) = run_folder.iterdir()
     assert [server.adapters() for server in servers] == [[folder.name], [folder.name]]
     assert len(sampler.swap_seconds) >= 3
+
+
+def test_more_prompt_tokens_than_a_batch_holds_are_served(setup):
+    """vLLM on a CPU fails if it splits the prompt of a request with a seed."""
+    policy, renderer, _ = setup
+    longest = max(prompts_of(renderer), key=lambda prompt: len(prompt.token_ids))
+    prompts = [
+        Prompt(problem=replace(longest.problem, id=f"p{n}"), token_ids=(5 + n, *longest.token_ids[1:]))
+        for n in range(32)  # which share no prefix
+    ]
+    assert 16 * len(longest.token_ids) > 4096
+    assert close_to_the_trainer(policy, prompts, draw(setup, prompts, count=1))
 
 
 def test_an_interrupt_leaves_no_request_behind(setup, servers):

@@ -338,5 +338,12 @@ def test_the_command_names_what_the_recipe_needs(tiny_recipe):
     command = serve_command(recipe, "http://node7:8001")
     assert command.startswith("VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve DEQUANTIZED_BASE --enable-lora")
     for part in ("--host node7 --port 8001", "--dtype float32", "--max-model-len 128", "--max-num-seqs 7",
-                 "--max-lora-rank 32", "--trust-remote-code", "--generation-config vllm"):  # fmt: skip
+                 "--max-lora-rank 32", "--trust-remote-code", "--generation-config vllm",
+                 "--no-enable-chunked-prefill --max-num-batched-tokens 4096"):  # fmt: skip
         assert part in command
+
+
+def test_the_command_lets_vllm_split_prompts_if_there_is_a_gpu(tiny_recipe, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "prefill" not in serve_command(tiny_recipe("train.device=auto"), "http://node7:8001")
+    assert "prefill" in serve_command(tiny_recipe("train.device=cpu"), "http://node7:8001")
