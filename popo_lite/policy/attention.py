@@ -6,7 +6,6 @@ passes a 4D mask unchanged to every attention layer, also when a checkpointed la
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 
 NAME = "popo_packed"
 """The implementation's name in transformers' registry. Without a layout it is transformers' SDPA."""
-
-VARLEN_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""False before torch 2.12: fewer key and value heads than query heads must be repeated there."""
 
 Row = Sequence[Sequence[int]]
 """The lengths in a packed row, block by block: (14, 5, 7) is a prompt of 14 tokens with two answers to it, of 5 and 7
@@ -91,7 +87,8 @@ def _attention(
         return _varlen(query, key, value, segments, scale), None
     if query.device.type == "cuda":
         # There only FlashAttention groups heads; the other kernel without a T x T matrix wants them repeated.
-        key, value = (_repeated(part, query.shape[1]) for part in (key, value))
+        if (times := query.shape[1] // key.shape[1]) > 1:
+            key, value = (part.repeat_interleave(times, dim=1) for part in (key, value))
         if torch.is_autocast_enabled("cuda"):  # which knows SDPA, but not with that mask of an answer
             query, key, value = (part.to(torch.get_autocast_dtype("cuda")) for part in (query, key, value))
     lengths = [length for length, _ in segments]
@@ -133,25 +130,17 @@ def _seen(part: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat(list(itertools.chain.from_iterable(parts)), dim=2)
 
 
-def _repeated(part: Tensor, heads: int) -> Tensor:
-    """Return keys or values [1, H_kv, T, d] with a copy for each of `heads` query heads."""
-    return part if part.shape[1] == heads else part.repeat_interleave(heads // part.shape[1], dim=1)
-
-
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[tuple[int, int]], scale: Any) -> Tensor:
     """Return [1, T, H, d] by one call of FlashAttention, in which a segment's last query sees all its keys."""
-    heads, grouped = query.shape[1], query.shape[1] != key.shape[1]
+    grouped = query.shape[1] != key.shape[1]
     lengths = [length for length, _ in segments]
     seen = [length if prompt < 0 else lengths[prompt] + length for length, prompt in segments]
     if seen != lengths:
         key, value = (_seen(part, segments) for part in (key, value))
-    extra: dict[str, Any] = {"enable_gqa": grouped} if VARLEN_GROUPS_HEADS else {}
-    if not VARLEN_GROUPS_HEADS:
-        key, value = (_repeated(part, heads) for part in (key, value))
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, H, d]
     edges = torch.tensor([[0, *itertools.accumulate(counts)] for counts in (lengths, seen)], dtype=torch.int32)
     of_queries, of_keys = edges.to(query.device, non_blocking=True)
     output = varlen_attn(
-        q, k, v, of_queries, of_keys, max(lengths), max(seen), scale=scale, window_size=(-1, 0), **extra
+        q, k, v, of_queries, of_keys, max(lengths), max(seen), scale=scale, window_size=(-1, 0), enable_gqa=grouped
     )
     return cast("Tensor", output)[None]
