@@ -132,32 +132,24 @@ def _load_own(settings: OwnFunction) -> Function:
         reason = f"module {module_name!r} ({file}) has no attribute {attribute!r}"
         likely = nearest(attribute, [key for key, value in vars(module).items() if callable(value)])
         raise refusal(reason, f'set reward.functions = "{module_name}:{likely}"') if likely else refusal(reason)
-    function = getattr(module, attribute)
+    function, trl = getattr(module, attribute), None
     try:
         signature = inspect.signature(function)
-        if not {"completions", "completion_ids"}.isdisjoint(signature.parameters):
+        if {"completions", "completion_ids"}.isdisjoint(signature.parameters):
+            signature.bind("text", {})
+        else:
             trl = TrlFunction(function, signature, settings)
-            return Function(settings=settings, grade=partial(_graded, trl, settings, keep_none=True), trl=trl)
-        signature.bind("text", {})
     except TypeError as error:  # also if it is not callable
         raise refusal(f"it must take (text, problem), or TRL's (completions, ...): {error}") from error
     except ValueError:
         pass  # a function in C without a signature; errors then appear when it is called
-    own = partial(_graded, lambda text, problem: function(text, {key: problem[key] for key in KEYS}), settings)
-    return Function(settings=settings, grade=own)
 
+    def grade(text: str, problem: Problem) -> Reward | None:
+        returned = trl(text, problem) if trl else function(text, {key: problem[key] for key in KEYS})
+        # None of TRL's form means that it does not apply; of ours, that there is no answer.
+        return None if trl and returned is None else as_reward(returned, settings.range, name)
 
-def _graded(
-    call: Callable[[str, Problem], object],
-    settings: OwnFunction,
-    text: str,
-    problem: Problem,
-    *,
-    keep_none: bool = False,
-) -> Reward | None:
-    """Call a user's function. With `keep_none`, None means that it does not apply, and else that there is no answer."""
-    returned = call(text, problem)
-    return None if keep_none and returned is None else as_reward(returned, settings.range, settings.name)
+    return Function(settings=settings, grade=grade, trl=trl)
 
 
 class TrlFunction:
@@ -333,11 +325,10 @@ def grade_by_all(functions: Iterable[Function], text: str, problem: Problem, rec
             rewards[function.settings.key] = function.grade(text, problem)
         except MemoryError:  # which may have left broken state
             raise
-        except WrongReturnError as error:
-            detail = f"{error}; {error.next_step}"
-            rewards[function.settings.key] = Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
         except (Exception, SystemExit) as error:
             detail = describe_exception(error)
+            if isinstance(error, WrongReturnError):
+                detail = f"{error}; {error.next_step}"
             rewards[function.settings.key] = Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
     return combine(rewards, recipe)
 
