@@ -480,39 +480,13 @@ class EnvironmentFunction(RewardFunction):
     """Taken from `rollout.environment.options`."""
 
 
-AnyFunction = (
-    MathFunction
-    | ExactFunction
-    | ChoiceFunction
-    | NumericFunction
-    | RegexFunction
-    | JsonSchemaFunction
-    | PythonTestsFunction
-    | LengthFunction
-    | LanguageFunction
-    | ReasoningGymFunction
-    | EnvironmentFunction
-    | OwnFunction
-)
-FUNCTIONS: dict[str, type[RewardFunction]] = {
-    kind.model_fields["name"].default: kind for kind in get_args(AnyFunction) if kind is not OwnFunction
-}
-"""Name of a built-in function -> its options."""
-
-
 def function_tag(value: Any) -> str:
     """Return which of the `FUNCTIONS` a table of `reward.functions` is, or "own"."""
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
     return name if isinstance(name, str) and name in FUNCTIONS else "own"
 
 
-def _as_tables(value: Any) -> Any:
-    """Return `reward.functions` as a list of tables; a name stands for a table with that name."""
-    values = [value] if isinstance(value, str) else value
-    return [{"name": one} if isinstance(one, str) else one for one in values] if isinstance(values, list) else values
-
-
-TaggedFunction = Annotated[
+AnyFunction = Annotated[
     Annotated[MathFunction, Tag("math")]
     | Annotated[ExactFunction, Tag("exact")]
     | Annotated[ChoiceFunction, Tag("choice")]
@@ -527,13 +501,23 @@ TaggedFunction = Annotated[
     | Annotated[OwnFunction, Tag("own")],
     Discriminator(function_tag),
 ]
+FUNCTIONS: dict[str, type[RewardFunction]] = {
+    tag.tag: kind for kind, tag in map(get_args, get_args(get_args(AnyFunction)[0])) if kind is not OwnFunction
+}
+"""Name of a built-in function -> its options."""
+
+
+def _as_tables(value: Any) -> Any:
+    """Return `reward.functions` as a list of tables; a name stands for a table with that name."""
+    values = [value] if isinstance(value, str) else value
+    return [{"name": one} if isinstance(one, str) else one for one in values] if isinstance(values, list) else values
 
 
 class RewardRecipe(Section):
     """Grading of answers, in worker processes that can be killed."""
 
     functions: Annotated[
-        tuple[TaggedFunction, ...] | None, Field(strict=False, min_length=1), BeforeValidator(_as_tables)
+        tuple[AnyFunction, ...] | None, Field(strict=False, min_length=1), BeforeValidator(_as_tables)
     ] = None
     """Functions that grade an answer: a name, or a list of names and tables. Built-in functions: `math`, `exact`,
     `choice`, `numeric`, `regex`, `json_schema`, `python_tests`, `length`, `language`, `reasoning_gym`,
