@@ -17,7 +17,7 @@ import torch
 from popo_lite.errors import PopoError, UserInputError
 from popo_lite.recipe import Recipe
 from popo_lite.recipe_file import load_recipe
-from popo_lite.tools.plan import advice
+from popo_lite.tools.plan import simulation
 from popo_lite.tools.plan.advice import refuse_without_room
 from popo_lite.tools.plan.shapes import load_shape
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, plan_memory
@@ -201,7 +201,7 @@ def test_layers_that_differ_are_all_run(simulator: Simulator, tmp_path: Path) ->
 def test_a_run_of_an_architecture_without_a_plan_is_refused_by_simulation(
     simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(advice, "Simulator", lambda: nullcontext(simulator))
+    monkeypatch.setattr(simulation, "Simulator", lambda: nullcontext(simulator))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**29, 2**29))

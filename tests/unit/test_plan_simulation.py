@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from popo_lite.errors import EngineError, UserInputError
 from popo_lite.recipe_file import load_recipe
-from popo_lite.tools.plan import advice, command
+from popo_lite.tools.plan import command, simulation
 from popo_lite.tools.plan.advice import refuse_without_room
 from popo_lite.tools.simulate import Simulator, refuse
 
@@ -70,8 +70,7 @@ def test_what_cannot_be_simulated_is_refused_before_a_model_is_looked_for(overri
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (advice, command):
-        monkeypatch.setattr(module, "Simulator", FakeSimulator)
+    monkeypatch.setattr(simulation, "Simulator", FakeSimulator)
 
 
 @pytest.fixture
@@ -125,10 +124,8 @@ def test_the_plan_simulates_no_divided_base(gemma):
     assert invoke("qwen_1_5b_lora", *sharded).exit_code == 0
     refused = invoke("qwen_1_5b_lora", *sharded, "--ranks", "2").exception
     assert isinstance(refused, UserInputError)
-    assert (refused.what, refused.next_step) == (
-        "a simulation is that of one process with a whole base",
-        "leave out --ranks",
-    )
+    assert refused.what == "it cannot be simulated: a simulation is that of one process with a whole base"
+    assert refused.next_step == "leave out --ranks"
     unknown = CliRunner().invoke(command.plan, ["qwen_1_5b_lora", *sharded, "--set", *gemma, "--ranks", "2"]).exception
     assert isinstance(unknown, UserInputError)
     assert "'gemma3_text'" in unknown.what
@@ -179,7 +176,7 @@ def test_a_run_goes_on_unplanned_if_the_simulation_fails(starts, monkeypatch, er
     monkeypatch.setattr(FakeSimulator, "error", error)
     last = starts(7)[-1]
     assert last.startswith("no memory plan: model_type is 'gemma3_text'")
-    assert last.endswith("its process ended")
+    assert last.endswith("its process ended; the run goes on without a check")
     assert "a line" not in last
 
 
@@ -189,7 +186,7 @@ def test_a_base_that_ranks_divide_is_not_simulated(starts, monkeypatch):
     sharded = ("distributed.strategy=fsdp2", "rollout.engine=hf")
     [said] = starts(7, 0, *sharded)  # a whole base would be refused
     assert said.startswith("no memory plan: model_type is 'gemma3_text'")
-    assert said.endswith("cannot be simulated; the run goes on without a check, and without --ignore-plan")
+    assert said.endswith("of one process with a whole base; the run goes on without a check")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserInputError, match=r"there are 7\.00 GiB"):
         starts(7, 0, *sharded)
@@ -201,7 +198,7 @@ def test_one_rank_simulates_for_all(starts, monkeypatch):
     with pytest.raises(UserInputError, match=r"there are 7\.00 GiB"):
         starts(7)
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(advice, "Simulator", pytest.fail)
+    monkeypatch.setattr(simulation, "Simulator", pytest.fail)
     assert starts(7) == []
 
 
@@ -216,4 +213,4 @@ def test_the_simulation_sees_no_real_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started(["env"], **options))
     with Simulator() as simulator:
         seen = simulator._process.stdout.read()
-    assert "CUDA_VISIBLE_DEVICES=\n" in seen
+    assert b"CUDA_VISIBLE_DEVICES=\n" in seen

@@ -17,10 +17,10 @@ from popo_lite.recipe import Recipe
 from popo_lite.recipe_rules import impossible_combinations
 from popo_lite.tools.console.words import memory
 from popo_lite.tools.plan.shapes import UnknownArchitectureError, load_shape
-from popo_lite.tools.plan.simulation import Simulation
+from popo_lite.tools.plan.simulation import fullest_phase, simulate_step
 from popo_lite.tools.plan.terms import engine_of
 from popo_lite.tools.plan.vram import CUDA_CONTEXT_BYTES, HOST, Machine, MemoryPlan, plan_memory
-from popo_lite.tools.simulate import Simulator, refuse
+from popo_lite.tools.simulate import refuse
 
 LARGE_ENGINE_BYTES = 8 * 2**30
 """Weights of an engine above this are first advised in 4 bits: asleep they take up to twice as much host memory."""
@@ -105,14 +105,13 @@ def refuse_without_room(recipe: Recipe, notify: Callable[[str], None]) -> None:
         return
     ranks, here = ranks_by_environment()
     free, total = torch.cuda.mem_get_info()
-    capability = torch.cuda.get_device_capability()
     # The query has created this process's CUDA context, which the plan counts itself.
     others = max(0, total - free - CUDA_CONTEXT_BYTES)
+    machine = Machine(total, others, available_bytes(), torch.cuda.get_device_capability(), ranks, here)
     try:
-        machine = Machine(total, others, available_bytes(), capability, ranks, here)
         plan = plan_memory(recipe, load_shape(recipe.model), **machine._asdict())
     except UnknownArchitectureError as error:
-        _refuse_by_simulation(recipe, notify, error.what, total, others, capability)
+        _refuse_by_simulation(recipe, notify, error.what, machine)
         return
     except ModelError as error:
         notify(f"no memory plan: {error.what}")
@@ -141,38 +140,32 @@ def _warn_on_cpu(recipe: Recipe, notify: Callable[[str], None]) -> None:
         notify(f"host memory may run out: {why_not(plan)}; popo-lite plan RECIPE says what takes how much")
 
 
-def _refuse_by_simulation(
-    recipe: Recipe, notify: Callable[[str], None], why: str, total: int, others: int, capability: tuple[int, int]
-) -> None:
+def _refuse_by_simulation(recipe: Recipe, notify: Callable[[str], None], why: str, machine: Machine) -> None:
     """Raise UserInputError if a simulated step of the trainer, without rollouts, does not fit the GPU.
 
-    Of several ranks only the first simulates. A base that they divide cannot be simulated: `notify` gets a message.
+    Of several ranks only the first simulates. If that fails, `notify` gets a message.
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    if ranks_by_environment()[0] > 1 and recipe.distributed.strategy == "fsdp2":
-        unchecked = "the run goes on without a check, and without --ignore-plan"
-        notify(f"no memory plan: {why}, and a base that ranks divide (fsdp2) cannot be simulated; {unchecked}")
-        return
     try:
-        refuse(recipe)
+        refuse(recipe, machine.ranks)
         notify(f"{why}; simulating a step instead, which takes some 20 seconds")
-        with Simulator() as simulator:
-            found = Simulation.of(recipe, None, simulator, vram_bytes=total, others_bytes=others, capability=capability)
+        found = simulate_step(recipe, None, machine)
     except (PopoError, RuntimeError) as error:
         reason = error.what if isinstance(error, PopoError) else str(error).strip().splitlines()[-1]
-        notify(f"no memory plan: {why}, and the simulation failed: {reason}")
+        notify(f"no memory plan: {why}; {reason}; the run goes on without a check")
         return
-    need = memory(found.smallest_bytes["expandable"] - others)
+    others, total = machine.others_bytes, memory(machine.vram_bytes)
+    need = memory(found["smallest_bytes"]["expandable"] - others)
     need += f" beside {memory(others)} of other processes" if others else ""
-    what = f"the trainer, simulated without rollouts, needs {need}, and there are {memory(total)}"
-    if found.fits:
+    what = f"the trainer, simulated without rollouts, needs {need}, and there are {total}"
+    if found["fits"]:
         notify(what)
         return
     kinds = ("microbatch", "logits", "checkpointing", "optimizer", "offload", "base", "rank", "answers")
     options = [_options(values) for kind in kinds for values in _settings(recipe, kind)[:1]]
     next_step = f"check with popo-lite plan --simulate what is enough of: {', '.join(options)}"
-    raise UserInputError(what, where=f"phase {found.fullest}", next_step=next_step)
+    raise UserInputError(what, where=f"phase {fullest_phase(found)}", next_step=next_step)
 
 
 def why_not(plan: MemoryPlan) -> str:

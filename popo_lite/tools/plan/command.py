@@ -9,18 +9,15 @@ import re
 import shlex
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from popo_lite.errors import UserInputError
 from popo_lite.host_memory import available_bytes
 from popo_lite.tools.completion import complete_recipe
-from popo_lite.tools.simulate import Simulator, refuse
+from popo_lite.tools.simulate import refuse
 from popo_lite.trust import MODEL_CODE, refuse_untrusted, trust_option
-
-if TYPE_CHECKING:
-    from popo_lite.recipe import Recipe
 
 POSITIVE = click.IntRange(min=1)
 UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
@@ -75,7 +72,7 @@ def plan(
     from popo_lite.tools.plan.advice import advice_for
     from popo_lite.tools.plan.report import plan_report
     from popo_lite.tools.plan.shapes import UnknownArchitectureError, load_shape
-    from popo_lite.tools.plan.simulation import Simulation, simulation_report
+    from popo_lite.tools.plan.simulation import simulate_step, simulation_report
     from popo_lite.tools.plan.terms import ADA
     from popo_lite.tools.plan.vram import Machine, plan_memory
 
@@ -84,19 +81,19 @@ def plan(
         raise UserInputError(what, where="--ranks", next_step="give the ranks of all machines together")
     settings, ranks_here = load_recipe(recipe, overrides), ranks // machines
     refuse_untrusted(settings, recipe, trust, overrides=overrides, only=MODEL_CODE)
-    divided = ranks > 1 and settings.distributed.strategy == "fsdp2"
-    if simulate:
-        _refuse_simulation(settings, divided=divided)
+    shape, unknown = None, ""
     try:
         shape = load_shape(settings.model)
     except UnknownArchitectureError as error:
-        shape, simulate = None, True
+        unknown = error.what
+    if simulate or unknown:
         try:
-            _refuse_simulation(settings, divided=divided)
-        except UserInputError as refused:
-            what = f"{error.what}, and {refused.what}"
-            raise UserInputError(what, where=refused.where, next_step=refused.next_step) from error
-        notify(f"{error.what}; simulating a step instead, which takes some 20 seconds")
+            refuse(settings, ranks)
+        except UserInputError as error:
+            error.what = f"{unknown}, and {error.what}" if unknown else error.what
+            raise
+    if unknown:
+        notify(f"{unknown}; simulating a step instead, which takes some 20 seconds")
     host_bytes, host_source = (None, "not judged") if host is None else (parse_size(host, "--host"), "--host")
     vram_bytes, others_bytes, source, others_source = 24 * 2**30, 0, "--vram", "none counted"
     capability = ADA
@@ -117,8 +114,8 @@ def plan(
     data |= {"others_source": others_source, "host_source": host_source}
     console, fits = open_console(sys.stdout), True
     try:
+        machine = Machine(vram_bytes, others_bytes, host_bytes, capability, ranks, ranks_here)
         if shape is not None:
-            machine = Machine(vram_bytes, others_bytes, host_bytes, capability, ranks, ranks_here)
             planned = plan_memory(settings, shape, **machine._asdict())
             fits, advice = planned.fits, advice_for(planned)
             overridden = [f"{key}={json.dumps(value)}" for key, value in advice.values.items()]
@@ -134,13 +131,9 @@ def plan(
                 train_command = shlex.join([*starter(ranks_here, machines), "train", recipe, *changed])
                 sources = (source, others_source, host_source)
                 plan_report(planned, advice, sources, command, train_command, console)
-        if simulate:
-            with Simulator() as simulator:
-                found = Simulation.of(
-                    settings, shape, simulator, vram_bytes=vram_bytes, others_bytes=others_bytes, capability=capability
-                )
-            fits = fits and found.fits
-            data["simulation"] = found.as_json()
+        if simulate or unknown:
+            found = data["simulation"] = simulate_step(settings, shape, machine)
+            fits = fits and found["fits"]
             if not as_json:
                 simulation_report(found, console)
     except UserInputError as error:
@@ -149,14 +142,6 @@ def plan(
         click.echo(json.dumps(data))
     if not fits:
         raise SystemExit(1)
-
-
-def _refuse_simulation(recipe: Recipe, *, divided: bool) -> None:
-    """Raise UserInputError if the recipe cannot be simulated; a base that ranks divide cannot."""
-    refuse(recipe)
-    if divided:
-        what, next_step = "a simulation is that of one process with a whole base", "leave out --ranks"
-        raise UserInputError(what, where='distributed.strategy = "fsdp2"', next_step=next_step)
 
 
 def starter(ranks_here: int, machines: int) -> list[str]:

@@ -5,13 +5,13 @@ The simulated device changes torch for its whole process, so it has a process of
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import subprocess
 import sys
 from typing import Any, Self
 
-from popo_lite import errors
+from popo_lite.errors import PopoError, UserInputError
 from popo_lite.recipe import Recipe
 
 
@@ -21,8 +21,7 @@ class Simulator:
     def __enter__(self) -> Self:
         command = [sys.executable, "-P", "-m", __name__]
         no_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # the hooks would mix a real one with the simulated one
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, env=no_gpu, stdin=pipe, stdout=pipe, text=True)
+        self._process = subprocess.Popen(command, env=no_gpu, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -33,42 +32,35 @@ class Simulator:
         """Return the result of `popo_lite.tools.simulate.run.simulate`; `options` are its keywords.
 
         Raises PopoError for a recipe that cannot be simulated, one that fails as it would on a GPU, or a process that
-        ended.
+        ended, and RuntimeError for a bug.
         """
         refuse(recipe)
-        given, taken = self._process.stdin, self._process.stdout
-        assert given is not None  # noqa: S101
-        assert taken is not None  # noqa: S101
+        jobs: Any = self._process.stdin
+        answers: Any = self._process.stdout
         try:
-            given.write(json.dumps({"recipe": recipe.model_dump_json(), "options": options}) + "\n")
-            given.flush()
-            line = taken.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise errors.PopoError("the simulation's process ended; its output above says why")
-        answer: dict[str, Any] = json.loads(line)
-        if "bug" in answer:
-            raise RuntimeError(answer["bug"])
-        if "error" in answer:
-            kind, what, where, next_step = answer["error"]
-            raise getattr(errors, kind, errors.PopoError)(what, where=where, next_step=next_step)
+            pickle.dump((recipe, options), jobs)
+            jobs.flush()
+            answer: dict[str, Any] | Exception = pickle.load(answers)  # noqa: S301 - our own process wrote it
+        except (BrokenPipeError, EOFError) as error:
+            raise PopoError("the simulation's process ended; its output above says why") from error
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
 
-def refuse(recipe: Recipe) -> None:
+def refuse(recipe: Recipe, ranks: int = 1) -> None:
     """Raise UserInputError for what cannot be simulated."""
     model = recipe.model
-    refused = [
-        (recipe.train.device == "cpu", "the recipe trains on a CPU", "train.device", "auto"),
-        (model.backend == "unsloth", "unsloth's own kernels are not known to it", "model.backend", "transformers"),
+    whole = "a simulation is that of one process with a whole base"
+    for is_refused, reason, key, next_step in (
+        (recipe.train.device == "cpu", "the recipe trains on a CPU", "train.device", "--set train.device=auto"),
+        (model.backend == "unsloth", "unsloth's own kernels are not known to it", "model.backend",
+         "--set model.backend=transformers"),
         (model.attn_implementation == "flash_attention_2", "the package flash-attn needs a GPU",
-         "model.attn_implementation", "sdpa"),
-    ]  # fmt: skip
-    for is_refused, reason, key, instead in refused:
+         "model.attn_implementation", "--set model.attn_implementation=sdpa"),
+        (model.id.endswith(".gguf"), "its model is a GGUF file", "model.id",
+         "set model.id to the model that the file was made from"),
+        (ranks > 1 and recipe.distributed.strategy == "fsdp2", whole, "distributed.strategy", "leave out --ranks"),
+    ):  # fmt: skip
         if is_refused:
-            next_step = f"--set {key}={instead}"
-            raise errors.UserInputError(f"it cannot be simulated: {reason}", where=key, next_step=next_step)
-    if model.id.endswith(".gguf"):
-        next_step = "set model.id to the model that the file was made from"
-        raise errors.UserInputError("a GGUF file cannot be simulated", where="model.id", next_step=next_step)
+            raise UserInputError(f"it cannot be simulated: {reason}", where=key, next_step=next_step)

@@ -1,22 +1,22 @@
-"""The process of `Simulator`: a job per line of its input, a result per line of its output, both in JSON."""
+"""The process of `Simulator`: jobs come in on its input, results or errors go out on its output, all pickled."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import pickle
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from popo_lite.errors import PopoError
-from popo_lite.recipe import Recipe
 
 
 def main() -> None:
     """Answer jobs until the input ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # libraries print
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -26,20 +26,20 @@ def main() -> None:
     # Modules are tried for tiles, and torch would log a traceback for each that is no such module.
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True
     device = SimulatedDevice()
-    with device.installed():
-        for line in sys.stdin:
-            job = json.loads(line)
-            answer: dict[str, Any]
+    with device.installed(), suppress(EOFError):
+        while True:
+            recipe, options = pickle.load(sys.stdin.buffer)  # noqa: S301 - `Simulator` wrote it
+            answer: dict[str, Any] | Exception
             try:
-                answer = simulate(device, Recipe.model_validate_json(job["recipe"]), **job["options"])
+                answer = simulate(device, recipe, **options)
             except PopoError as error:
-                answer = {"error": [type(error).__name__, error.what, error.where, error.next_step]}
+                answer = error
             except Exception:
-                answer = {"bug": traceback.format_exc()}
-            print(json.dumps(answer), file=answers, flush=True)
-        answers.flush()
-        # torch would call the hooks' Python functions while the interpreter is taken apart.
-        os._exit(0)
+                answer = RuntimeError(traceback.format_exc())
+            pickle.dump(answer, answers)
+            answers.flush()
+    # torch would call the hooks' Python functions while the interpreter is taken apart.
+    os._exit(0)
 
 
 if __name__ == "__main__":
