@@ -215,14 +215,14 @@ def test_a_loss_beyond_chance_is_said_with_what_to_do(
     tmp_path: Path, nf4_run: RunFolder, monkeypatch: pytest.MonkeyPatch, options: str, better: str
 ) -> None:
     monkeypatch.setattr(pipeline, "OTHER_BASE_BYTES", 0)
-    measure = pipeline._measure
+    evaluate = pipeline.evaluate
 
-    def measure_worse(name: str, *arguments: Any) -> Any:
-        result = measure(name, *arguments)
+    def evaluate_worse(name: str, *arguments: Any, **options: Any) -> Any:
+        result = evaluate(name, *arguments, **options)
         rates = (1.0,) * 8 if name == "trained policy" else (1.0, 1.0, *[0.0] * 6)
         return dataclasses.replace(result, pass_at_1=sum(rates) / 8, pass_rates=rates)
 
-    monkeypatch.setattr(pipeline, "_measure", measure_worse)
+    monkeypatch.setattr(pipeline, "evaluate", evaluate_worse)
     folder = tmp_path / "model"
     size = ["--prompts", "2", "--problems", "8", "--output", str(folder)]
     done = CliRunner().invoke(main, ["export", str(nf4_run.path), *options.split(), *size])

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import shlex
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from popo_lite.policy.tokens import open_renderer
 from popo_lite.recipe import LoraRecipe, ModelRecipe, Recipe
 from popo_lite.run_folder import RunFolder, checkpoint_step
 from popo_lite.samplers.hf import HFSampler
-from popo_lite.tasks import Task, open_tasks
+from popo_lite.tasks import open_tasks
 from popo_lite.tasks.rendering import Renderer
 from popo_lite.tools.console.output import notify
 from popo_lite.tools.export import EXPORTS, REPORT_FILE, adapter_hash, verify
@@ -44,7 +44,7 @@ from popo_lite.tools.export.gguf import BLOCK_KINDS, EXACT_KINDS, GGUF_KINDS, ch
 from popo_lite.tools.export.merge import BASES, load_unmerged, merge, write_model
 from popo_lite.tools.public import known_as
 from popo_lite.trust import GRADING_CODE, MODEL_CODE, refuse_untrusted
-from popo_lite.types import EvalResult, Problem
+from popo_lite.types import EvalResult
 
 UNMERGED_ANSWERS = 4
 """Answers on which the merge itself is checked, on the CPU, if the policy was trained on another base."""
@@ -67,16 +67,10 @@ def export_run(
     trust: bool = False,
     progress: verify.Progress = lambda *_: nullcontext(lambda _: None),
 ) -> ExportReport:
-    """Write the run's model to `output` (default `RUN/export/<gguf or what>-<weights>`) and describe it in its card.
+    """Write the run's model to `output` and describe it in its card; `popo_lite.export` has the same options.
 
-    `what` is "merged" or "adapter", `weights` "policy" or "siamese", `dtype` the precision of a merged model (default:
-    the recipe's, for a GGUF file "float32"). `base` is what the adapter is merged into: the "trained" base,
-    dequantised, or the "original" weights. `gguf` is the type of the weights in a GGUF file ("bf16", "q8_0", ...),
-    written instead of safetensors.
     A merged model is loaded again and compared with the trained policy: greedily on `prompts` prompts of the run's
     task, at most `eval.problems`, and in pass@1 on `problems` held-out problems (default: `eval.problems`).
-    `checkpoint` is a number of steps or "best", by default the end or, before the end, the newest checkpoint.
-    With `trust`, code that the run names is run and remembered.
 
     Raises CheckpointError if there is no such checkpoint, UserInputError for code that is not trusted, for an unknown
     option or one that does not go with `what`, or if `output` is not empty, and ExportError if the merged model is not
@@ -177,24 +171,22 @@ def _export_merged(
     batch = min(verify.BATCH, recipe.rollout.max_num_seqs)  # the memory plan counts on it
     plain |= {"train.packing": False, "rollout.max_num_seqs": batch}
     recipe = recipe.with_values(plain | {"eval.samples_per_problem": 1})
-    questions = _questions(recipe, prompts, problems)
     opened = open_renderer(recipe).opens_thinking
     with (
         Grader(recipe.grading, thinking_open=opened) as grader,
         TemporaryDirectory(dir=folder, prefix=".") as temporary,
     ):
-        grader.check(questions.held_out)
-        scratch = Path(temporary)
+        check, scratch = _Check(recipe, prompts, problems, grader, progress), Path(temporary)
         if report.gguf:
             save_tokenizer(recipe, scratch)
             check_gguf(load_config(recipe.model).to_dict(), scratch, report.gguf)
         with progress("loading the trained policy", None):
             policy = load_trained_policy(recipe, adapter)
-        generation = policy.model.get_base_model().generation_config  # _ask replaces it
+        generation = policy.model.get_base_model().generation_config  # the check replaces it
         bases = _bases(recipe.model, policy, report, scratch / "base")
         if policy.quantized_modules and "trained" in bases:
             write_dequantized_base(policy, scratch / "base")
-        check = _ask(recipe, policy, questions, grader, progress)
+        check.ask(policy)
         del policy
         release_memory()
         found: list[dict[str, Any]] = []
@@ -249,18 +241,42 @@ def is_stored_quantized(model: ModelRecipe) -> bool:
     return getattr(load_config(model), "quantization_config", None) is not None
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Check:
-    """Hold the trained policy's answers, and its pass@1 if it is measured, to compare merged models with."""
+    """The trained policy's answers to problems of its task, to compare merged models with."""
 
-    recipe: Recipe
-    task: Task
-    asked: list[Problem]
     trained: verify.Trained
-    held_out: list[Problem]
     result: EvalResult | None
-    grader: Grader
-    progress: verify.Progress
+
+    def __init__(
+        self, recipe: Recipe, prompts: int, problems: int | None, grader: Grader, progress: verify.Progress
+    ) -> None:
+        """Choose the problems to ask and to measure pass@1 on. Raises DataError if fewer are held out."""
+        self.recipe, self.grader, self.progress = recipe, grader, progress
+        train, self.task = open_tasks(recipe)
+        asked = self.task.held_out(min(prompts, recipe.eval.problems))
+        self.asked = asked or [train.train_problem(recipe.train.seed, index) for index in range(prompts)]
+        self.held_out = held_out(self.task, recipe, problems)
+        grader.check(self.held_out)
+
+    def ask(self, policy: Policy) -> None:
+        """Let the trained policy answer: greedily, and once to each held-out problem."""
+        renderer, limit = Renderer(self.recipe, policy.tokenizer), self.recipe.rollout.max_completion_length
+        self.trained = verify.ask_trained(policy, list(map(renderer.token_ids, self.asked)), limit, self.progress)
+        self.held_out = fitting(self.held_out, renderer, self.recipe)
+        self.result = self.measure("trained policy", self.recipe, policy)
+
+    def measure(self, name: str, recipe: Recipe, policy: Policy) -> EvalResult | None:
+        """Return pass@1 on the held-out problems, if there are any. Draws depend on the recipe's seed and problem."""
+        if not self.held_out:
+            return None
+        renderer = Renderer(recipe, policy.tokenizer, stop_ids=policy.stop_ids)
+        with (
+            HFSampler(policy, recipe, text=renderer.text) as sampler,
+            self.progress(f"pass@1 of the {name}", len(self.held_out)) as done,
+        ):
+            worker = RolloutWorker(recipe=recipe, renderer=renderer, sampler=sampler, grader=self.grader)
+            seed = recipe.train.seed
+            return evaluate(name, worker, policy.version, self.task, self.held_out, seed=seed, progress=done)
 
     def compare(self, folder: Path, dtype: str) -> tuple[dict[str, Any], list[Tensor]]:
         """Load the model in `folder`; return the figures and its log-probs of the policy's answers."""
@@ -277,53 +293,11 @@ class _Check:
         base: Any = policy.model.get_base_model()
         with policy.model.disable_adapter():
             found, logps = verify.compare(base, self.trained, recipe.rollout.max_completion_length, self.progress)
-            found["pass_at_1"] = None
-            if self.result is not None:
-                name, problems = "merged model", self.held_out
-                result = _measure(name, recipe, policy, self.task, problems, self.grader, self.progress)
-                found["pass_at_1"] = verify.pass_rates(self.result, result)
+            result = self.measure("merged model", recipe, policy)
+            found["pass_at_1"] = verify.pass_rates(self.result, result) if self.result and result else None
         del policy, base
         release_memory()
         return found, logps
-
-
-class _Questions(NamedTuple):
-    """Problems of the run's task: to answer greedily, and to measure pass@1 on."""
-
-    task: Task
-    asked: list[Problem]
-    held_out: list[Problem]
-
-
-def _questions(recipe: Recipe, prompts: int, problems: int | None) -> _Questions:
-    """Return the problems. Raises DataError if fewer than `problems` are held out."""
-    train, task = open_tasks(recipe)
-    asked = task.held_out(min(prompts, recipe.eval.problems))
-    asked = asked or [train.train_problem(recipe.train.seed, index) for index in range(prompts)]
-    return _Questions(task, asked, held_out(task, recipe, problems))
-
-
-def _ask(recipe: Recipe, policy: Policy, questions: _Questions, grader: Grader, progress: verify.Progress) -> _Check:
-    """Let the trained policy answer: greedily, and once to each held-out problem."""
-    task, asked, problems = questions
-    renderer, limit = Renderer(recipe, policy.tokenizer), recipe.rollout.max_completion_length
-    trained = verify.ask_trained(policy, list(map(renderer.token_ids, asked)), limit, progress)
-    problems = fitting(problems, renderer, recipe)
-    result = _measure("trained policy", recipe, policy, task, problems, grader, progress) if problems else None
-    return _Check(recipe=recipe, task=task, asked=asked, trained=trained, held_out=problems, result=result,
-                  grader=grader, progress=progress)  # fmt: skip
-
-
-def _measure(name: str, recipe: Recipe, policy: Policy, task: Task, problems: list[Problem], grader: Grader,
-             progress: verify.Progress) -> EvalResult:  # fmt: skip
-    """Return the accuracy on `problems`, one answer each. The draws depend on the recipe's seed and the problem."""
-    renderer, seed = Renderer(recipe, policy.tokenizer, stop_ids=policy.stop_ids), recipe.train.seed
-    with (
-        HFSampler(policy, recipe, text=renderer.text) as sampler,
-        progress(f"pass@1 of the {name}", len(problems)) as done,
-    ):
-        worker = RolloutWorker(recipe=recipe, renderer=renderer, sampler=sampler, grader=grader)
-        return evaluate(name, worker, policy.version, task, problems, seed=seed, progress=done)
 
 
 def _merge(check: _Check, base: ModelRecipe, adapter: Path, folder: Path, dtype: str, generation: Any) -> list[Tensor]:
