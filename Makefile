@@ -90,7 +90,6 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/python -m popo_lite.tools.recipe_docs
 	$(BIN)/python -m popo_lite.cli.docs
 
 outputs: $(VENV)/.installed-dev

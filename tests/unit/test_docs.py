@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from popo_lite.cli import docs as cli_docs
 from popo_lite.resuming import RULES
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +60,6 @@ def test_quoted_messages_are_in_the_code():
 def test_options_set_keys_that_exist(page):
     keys = re.findall(r"--set [\"'\\]*([a-z_]+(?:\.[a-z_]+)+)=", page.read_text(encoding="utf-8"))
     assert set(keys) - {"section.key"} <= RULES.keys()
-
-
-def test_the_reference_of_the_commands_is_fresh():
-    assert (ROOT / cli_docs.PAGE).read_text(encoding="utf-8") == cli_docs.commands_markdown(), "run: make docs"
 
 
 def test_outputs_are_filled_and_kept(tmp_path, monkeypatch):

@@ -6,9 +6,10 @@ import re
 import tomllib
 from pathlib import Path
 
+from popo_lite.cli.docs import generated_files
 from popo_lite.recipe import OBJECTIVES, Recipe
 from popo_lite.recipe_file import SECTIONS, keys_of, load_recipe, sections_of
-from popo_lite.tools.recipe_docs import DESCRIBED, generated_files, meaning, settings_markdown, template_toml
+from popo_lite.tools.recipe_docs import DESCRIBED, meaning, settings_markdown, template_toml
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -61,4 +62,4 @@ def test_the_committed_files_are_the_generated_ones() -> None:
         for path, text in generated_files(CHECKOUT).items()
         if path.read_text(encoding="utf-8") != text
     ]
-    assert stale == [], "run: python -m popo_lite.tools.recipe_docs"
+    assert stale == [], "run: make docs"
