@@ -28,6 +28,7 @@ from popo_lite.recipe import (
 )
 from popo_lite.redaction import has_login, redact
 
+CURRICULUM_OFF = "is used only with data.curriculum.enabled = true; set that too"
 IMPOSSIBLE = {
     "model.dtype=float64 model.quantization=nf4": 'NF4 computes in "bfloat16", "float16" or "float32"',
     "model.attn_implementation=flash_attention_2 model.dtype!=bfloat16|float16":
@@ -74,6 +75,8 @@ IMPOSSIBLE = {
         ),
         "is used only with rollout.environment.name; set that too",
     ),
+    "data.curriculum.levels!=() data.curriculum.enabled=False": CURRICULUM_OFF,
+    "data.curriculum.column!=<unset> data.curriculum.enabled=False": CURRICULUM_OFF,
     "objective.skip_all_right=True rollout.adaptive.enabled=True":
         "would skip prompts that the adaptive budget stopped before their first wrong answer; use one of the two",
     "optimizer.name=paged_adamw8bit train.device=cpu": 'paging needs a GPU; use "adamw8bit" or "adamw" on a CPU',
@@ -203,10 +206,6 @@ def impossible_combinations(recipe: Recipe) -> Iterator[tuple[list[str], str]]:
             ["data.curriculum.column", "data.dataset"],
             "names a column, and these problems are generated; leave it out",
         )
-    for key in ("levels", "column"):
-        if getattr(curriculum, key) and not curriculum.enabled:
-            keys = [f"data.curriculum.{key}", "data.curriculum.enabled"]
-            yield keys, "is used only with data.curriculum.enabled = true; set that too"
     if curriculum.enabled and not is_gym(recipe.data) and not curriculum.column:
         column = "has no levels; name tasks of reasoning-gym, or a file or Hub dataset and data.curriculum.column"
         keys = ["data.curriculum.enabled", "data.dataset", "data.curriculum.column", "data.curriculum.levels"]
