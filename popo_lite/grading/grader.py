@@ -33,7 +33,7 @@ from popo_lite.types import Outcome, Problem, Reward, count_outcomes
 STARTUP_SECONDS = 120.0  # for importing the reward functions; not charged to any answer
 TRIED_PROBLEMS = 3  # of the first training rows, with the answers below
 TRIED_ANSWERS = ("{}", "no idea", "<think>\nIt is {0}.\n</think>\nThe answer is \\boxed{{{0}}}. Right?")
-CHECKED_AT_ONCE = 50  # references in one request
+CHECKED_AT_ONCE = 10  # references in one request
 STDERR_TAIL_BYTES = 4096  # of what a worker wrote to stderr, for the detail of an ERROR
 READ_BYTES = 2**16  # the capacity of a pipe
 POSIX = os.name == "posix"
@@ -154,7 +154,7 @@ class Grader(AbstractContextManager["Grader"]):
         for problem, form in product(problems, TRIED_ANSWERS):
             text = form.format(problem.answer)
             line = _line("try", [text, self._content(problem) | {"completion_ids": [0] * len(text.split())}])
-            reply = await self._ask(0, line)
+            reply = await self._ask(0, line, attempts=1)
             if isinstance(reply, Reward):
                 if self._own:
                     what = f"{self._names}: the answer {text!r:.60} to problem {problem.id}: {reply.detail}"
@@ -231,18 +231,19 @@ class Grader(AbstractContextManager["Grader"]):
         reward = cast("Reward", await self._ask(slot, line))
         return reward if reward.answer is not None else replace(reward, answer=final_answer(text))
 
-    async def _ask(self, slot: int, line: bytes) -> dict[str, Any] | Reward:
-        """Send one request; retry it once if its worker dies, but not if it hangs, as it would hang again.
+    async def _ask(self, slot: int, line: bytes, attempts: int = 2) -> dict[str, Any] | Reward:
+        """Send one request; retry it if its worker dies, but not if it hangs, as it would hang again.
 
         Return the reply, or the reward that it holds; one without a verdict if there is no reply.
         """
-        for _ in range(2):
+        for _ in range(attempts):
             worker = await self._ready_worker(slot)
             try:
                 reply = await worker.ask(line, self._reward.timeout_seconds)
             except TimeoutError:
                 self._workers.pop(slot).kill()
                 detail = f"no verdict within reward.timeout_seconds = {self._reward.timeout_seconds:g}"
+                detail += worker.stderr_note()
                 return Reward(value=0.0, outcome=Outcome.TIMEOUT, detail=detail)
             if reply is None or reply.get("leaving"):
                 how = self._workers.pop(slot).kill()
@@ -253,7 +254,8 @@ class Grader(AbstractContextManager["Grader"]):
                 if verdict["outcome"] == Outcome.ERROR:
                     verdict["detail"] += worker.stderr_note()
                 return Reward(**verdict | {"outcome": Outcome(verdict["outcome"])})
-        detail = f"grading this answer ended the worker twice ({how}){worker.stderr_note()}"
+        times = " twice" if attempts == 2 else ""
+        detail = f"grading this answer ended the worker{times} ({how}){worker.stderr_note()}"
         return Reward(value=0.0, outcome=Outcome.ERROR, detail=detail)
 
     async def _ready_worker(self, slot: int) -> _Worker:
