@@ -108,6 +108,12 @@ def test_an_architecture_unknown_to_the_plan_is_judged_by_simulation_alone(gemma
     assert invoke(*of_folder, "--vram", "7GiB").exit_code == 1
 
 
+def test_the_plan_says_what_it_cannot_simulate_before_it_looks_for_the_model():
+    missing = CliRunner().invoke(command.plan, ["tiny_cpu", "--simulate", "--set", "model.id=nobody/nothing"]).exception
+    assert isinstance(missing, UserInputError)
+    assert missing.what == "it cannot be simulated: the recipe trains on a CPU"
+
+
 @pytest.mark.usefixtures("simulated")
 def test_what_can_neither_be_planned_nor_simulated_says_both(gemma):
     on_cpu = ("qwen_1_5b_lora", "--set", *gemma, "--set", "train.device=cpu", "--set", "rollout.engine=hf")
@@ -124,7 +130,7 @@ def test_the_plan_simulates_no_divided_base(gemma):
     assert invoke("qwen_1_5b_lora", *sharded).exit_code == 0
     refused = invoke("qwen_1_5b_lora", *sharded, "--ranks", "2").exception
     assert isinstance(refused, UserInputError)
-    assert refused.what == "it cannot be simulated: a simulation is that of one process with a whole base"
+    assert refused.what == "it cannot be simulated: its base is divided over ranks (fsdp2)"
     assert refused.next_step == "leave out --ranks"
     unknown = CliRunner().invoke(command.plan, ["qwen_1_5b_lora", *sharded, "--set", *gemma, "--ranks", "2"]).exception
     assert isinstance(unknown, UserInputError)
@@ -176,6 +182,7 @@ def test_a_run_goes_on_unplanned_if_the_simulation_fails(starts, monkeypatch, er
     monkeypatch.setattr(FakeSimulator, "error", error)
     last = starts(7)[-1]
     assert last.startswith("no memory plan: model_type is 'gemma3_text'")
+    assert ", and the simulation failed: " in last
     assert last.endswith("its process ended; the run goes on without a check")
     assert "a line" not in last
 
@@ -186,7 +193,7 @@ def test_a_base_that_ranks_divide_is_not_simulated(starts, monkeypatch):
     sharded = ("distributed.strategy=fsdp2", "rollout.engine=hf")
     [said] = starts(7, 0, *sharded)  # a whole base would be refused
     assert said.startswith("no memory plan: model_type is 'gemma3_text'")
-    assert said.endswith("of one process with a whole base; the run goes on without a check")
+    assert said.endswith("its base is divided over ranks (fsdp2); the run goes on without a check")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserInputError, match=r"there are 7\.00 GiB"):
         starts(7, 0, *sharded)

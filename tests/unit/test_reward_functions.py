@@ -255,8 +255,9 @@ def test_a_missing_column_is_named_with_those_there_are(module):
 @pytest.mark.parametrize(
     ("body", "said"),
     [("return text.nothing", "AttributeError: 'str' object has no attribute 'nothing' (own.py:3)"),
-     ("time.sleep(99)", "no verdict within reward.timeout_seconds = 1"),
-     ("os._exit(3)", "ended the worker twice (exit code 3)")],
+     ("print('Waiting', flush=True); time.sleep(99)",
+      "no verdict within reward.timeout_seconds = 1; the worker wrote:\nWaiting"),
+     ("os._exit(3)", "ended the worker (exit code 3)")],
 )  # fmt: skip
 def test_the_trial_of_your_own_form(module, body, said):
     module(f"import os, time\ndef f(text, problem):\n    {body}\n")
@@ -273,7 +274,7 @@ def test_the_trial_of_your_own_form(module, body, said):
     ("body", "said"),
     [
         ("time.sleep(99)", "no verdict within reward.timeout_seconds = 1"),
-        ("os._exit(3)", "ended the worker twice (exit code 3)"),
+        ("os._exit(3)", "ended the worker (exit code 3)"),
     ],
 )
 def test_the_trial_of_an_environment(module, body, said):

@@ -149,11 +149,15 @@ def _refuse_by_simulation(recipe: Recipe, notify: Callable[[str], None], why: st
         return
     try:
         refuse(recipe, machine.ranks)
-        notify(f"{why}; simulating a step instead, which takes some 20 seconds")
+    except UserInputError as error:
+        notify(f"no memory plan: {why}, and {error.what}; the run goes on without a check")
+        return
+    notify(f"{why}; simulating a step instead, which takes some 20 seconds")
+    try:
         found = simulate_step(recipe, None, machine)
     except (PopoError, RuntimeError) as error:
         reason = error.what if isinstance(error, PopoError) else str(error).strip().splitlines()[-1]
-        notify(f"no memory plan: {why}; {reason}; the run goes on without a check")
+        notify(f"no memory plan: {why}, and the simulation failed: {reason}; the run goes on without a check")
         return
     others, total = machine.others_bytes, memory(machine.vram_bytes)
     need = memory(found["smallest_bytes"]["expandable"] - others)

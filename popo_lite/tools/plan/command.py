@@ -81,18 +81,17 @@ def plan(
         raise UserInputError(what, where="--ranks", next_step="give the ranks of all machines together")
     settings, ranks_here = load_recipe(recipe, overrides), ranks // machines
     refuse_untrusted(settings, recipe, trust, overrides=overrides, only=MODEL_CODE)
-    shape, unknown = None, ""
+    if simulate:
+        refuse(settings, ranks)  # before the model is looked for
     try:
         shape = load_shape(settings.model)
     except UnknownArchitectureError as error:
-        unknown = error.what
-    if simulate or unknown:
+        shape, unknown = None, error.what
         try:
             refuse(settings, ranks)
-        except UserInputError as error:
-            error.what = f"{unknown}, and {error.what}" if unknown else error.what
+        except UserInputError as refused:
+            refused.what = f"{unknown}, and {refused.what}"
             raise
-    if unknown:
         notify(f"{unknown}; simulating a step instead, which takes some 20 seconds")
     host_bytes, host_source = (None, "not judged") if host is None else (parse_size(host, "--host"), "--host")
     vram_bytes, others_bytes, source, others_source = 24 * 2**30, 0, "--vram", "none counted"
@@ -131,7 +130,7 @@ def plan(
                 train_command = shlex.join([*starter(ranks_here, machines), "train", recipe, *changed])
                 sources = (source, others_source, host_source)
                 plan_report(planned, advice, sources, command, train_command, console)
-        if simulate or unknown:
+        if simulate or shape is None:
             found = data["simulation"] = simulate_step(settings, shape, machine)
             fits = fits and found["fits"]
             if not as_json:

@@ -94,11 +94,11 @@ class HubUploads(Reporter):
             self._waiting = _Snapshot(step, folder, call)
         self._go_on()
 
-    def is_done(self) -> bool:  # noqa: D102
+    def is_done(self) -> bool:
         self._go_on()
         return self._sending is None and self._waiting is None
 
-    def give_up(self, why: str) -> None:  # noqa: D102
+    def give_up(self, why: str) -> None:
         self._failure = why
         for snapshot in filter(None, (self._sending, self._waiting)):
             snapshot.folder.cleanup()

@@ -23,7 +23,7 @@ class Reporter(Callback, ABC):
     def __init__(self) -> None:
         self.say: Callable[[str], None] = notify
 
-    def attach(self, controls: Controls) -> None:  # noqa: D102
+    def attach(self, controls: Controls) -> None:
         self.say = controls.say
 
     def finish(self) -> None:

@@ -104,7 +104,7 @@ class Tracker(Reporter):
         self._tokens: dict[int, int] = {}  # step -> tokens of it
 
     @_contained
-    def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:  # noqa: ARG002, D102
+    def start(self, *, title: str, facts: Mapping[str, str], total_steps: int, first_step: int) -> None:  # noqa: ARG002
         if first_step:
             self._tokens = {line["step"]: line["tokens_of_all"] for line in read_lines(self._run.metrics_path)}
         self._child = Child(self.name)
@@ -126,30 +126,30 @@ class Tracker(Reporter):
         self.say(f"{self.name}: {view}")
 
     @_contained
-    def step(self, record: StepRecord) -> None:  # noqa: D102
+    def step(self, record: StepRecord) -> None:
         step = record["step"]
         self._tokens = {past: count for past, count in self._tokens.items() if past < step}  # it may come again
         self._tokens[step] = record["tokens_of_all"]
         self._send("scalars", step=step + 1, values=step_scalars(record, sum(self._tokens.values())))
 
     @_contained
-    def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:  # noqa: D102
+    def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         rows = [[printable(str(view[name] or ""))[:LONGEST_TEXT] for name in COLUMNS] for view in samples]
         if rows:
             self._send("table", step=samples[0]["step"] + 1, name="samples", columns=COLUMNS, rows=rows)
 
     @_contained
-    def evaluated(self, record: Mapping[str, Any]) -> None:  # noqa: D102
+    def evaluated(self, record: Mapping[str, Any]) -> None:
         self._send("scalars", step=record["step"], values=evaluation_scalars(record))
 
     @_contained
-    def finish(self) -> None:  # noqa: D102
+    def finish(self) -> None:
         self._is_ending = True
         self._send("close")
         if self._child is not None:
             self._child.end_input()
 
-    def is_done(self) -> bool:  # noqa: D102
+    def is_done(self) -> bool:
         return self._child is None or not self._child.is_alive
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ class Simulator:
             pickle.dump((recipe, options), jobs)
             jobs.flush()
             answer: dict[str, Any] | Exception = pickle.load(answers)  # noqa: S301 - our own process wrote it
-        except (BrokenPipeError, EOFError) as error:
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
             raise PopoError("the simulation's process ended; its output above says why") from error
         if isinstance(answer, Exception):
             raise answer
@@ -51,7 +51,6 @@ class Simulator:
 def refuse(recipe: Recipe, ranks: int = 1) -> None:
     """Raise UserInputError for what cannot be simulated."""
     model = recipe.model
-    whole = "a simulation is that of one process with a whole base"
     for is_refused, reason, key, next_step in (
         (recipe.train.device == "cpu", "the recipe trains on a CPU", "train.device", "--set train.device=auto"),
         (model.backend == "unsloth", "unsloth's own kernels are not known to it", "model.backend",
@@ -60,7 +59,8 @@ def refuse(recipe: Recipe, ranks: int = 1) -> None:
          "model.attn_implementation", "--set model.attn_implementation=sdpa"),
         (model.id.endswith(".gguf"), "its model is a GGUF file", "model.id",
          "set model.id to the model that the file was made from"),
-        (ranks > 1 and recipe.distributed.strategy == "fsdp2", whole, "distributed.strategy", "leave out --ranks"),
+        (ranks > 1 and recipe.distributed.strategy == "fsdp2", "its base is divided over ranks (fsdp2)",
+         "distributed.strategy", "leave out --ranks"),
     ):  # fmt: skip
         if is_refused:
             raise UserInputError(f"it cannot be simulated: {reason}", where=key, next_step=next_step)
