@@ -38,9 +38,11 @@ BEAT_SECONDS = 1.0
 LOST_SECONDS = 20.0
 """A rank that has said nothing for so long is lost."""
 COLLECTIVE_LIMIT = datetime.timedelta(seconds=30)
-"""Longest time that gloo may wait for another rank after the meeting: it cannot be stopped."""
+"""Longest time of one of gloo's collectives after the meeting: a rank may freeze in it, and it cannot be stopped."""
+PIECE_BYTES = 2**24
+"""Most bytes in one collective, apart from gradients: then the limit holds for slow networks, too."""
 PASS_LIMIT = datetime.timedelta(minutes=10)
-"""Longest time that a rank may wait for another within `together`."""
+"""Longest time that a rank may wait for another to join, or within `together`."""
 CLOSED = "closed"
 """Last beat of a rank."""
 FAREWELL_SECONDS = 5.0
@@ -129,7 +131,8 @@ class ProcessGroup(Ranks):
             longest = max(int(size) for size in sizes)
             parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
             padded = torch.nn.functional.pad(data, (0, longest - data.numel()))
-            distributed.all_gather(parts, padded, group=self._group)
+            for mine, *theirs in zip(*(each.split(PIECE_BYTES) for each in (padded, *parts)), strict=True):
+                distributed.all_gather(theirs, mine, group=self._group)
         # Pickles of ranks of the same run, which may run any code anyway.
         return [pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]  # noqa: S301
 
@@ -140,7 +143,8 @@ class ProcessGroup(Ranks):
             distributed.broadcast(size, 0, group=self._group)
             if not self.first:
                 data = torch.empty(int(size), dtype=torch.uint8)
-            distributed.broadcast(data, 0, group=self._group)
+            for piece in data.split(PIECE_BYTES):
+                distributed.broadcast(piece, 0, group=self._group)
         received: T = pickle.loads(data.numpy().tobytes())  # noqa: S301
         return received
 
@@ -427,8 +431,11 @@ def join() -> Ranks:
             distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PASS_LIMIT)
         _joined += 1
         rank, size = distributed.get_rank(), distributed.get_world_size()
-        group = distributed.new_group(backend=backend, timeout=COLLECTIVE_LIMIT)
         store = PrefixStore(f"popo-lite-{_joined}", distributed.distributed_c10d._get_default_store())
+        # Before a second training rank 0 may evaluate or export the first, while the others are here.
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{each}" for each in range(size)], PASS_LIMIT)
+        group = distributed.new_group(backend=backend, timeout=COLLECTIVE_LIMIT)
         lines = open_lines(store, rank, size)
     except (RuntimeError, ValueError, OSError) as error:
         next_step = "docs/scaling.md has the commands and network settings; for one process unset WORLD_SIZE"

@@ -71,6 +71,10 @@ class NotFiniteError(EngineError):
     """Raised if log-probs, gradients or weights are not finite, or if gradients explode."""
 
 
+class BadGradientsError(NotFiniteError):
+    """Raised after several updates in a row that were skipped for their gradient: by all ranks, in the same step."""
+
+
 class GradingError(PopoError):
     """Raised if more answers than allowed could not be graded."""
 

@@ -32,8 +32,9 @@ def started_run(
 ) -> Iterator[Opened]:
     """Lock a new folder for a run of `recipe`, as `new_run` does; yield as `resumed_run` does.
 
-    Before anything is loaded; a run that cannot start leaves nothing behind. Raises UserInputError for an error in the
-    recipe, a folder that is taken, or code that is not trusted. A `Recipe` counts as the user's own.
+    The folder is taken before anything is loaded, and a run that cannot start leaves nothing behind. Raises
+    UserInputError for an error in the recipe, a folder that is taken, or code that is not trusted. A `Recipe` counts as
+    the user's own.
     """
     if isinstance(recipe, Recipe):
         settings, name = recipe, "run"

@@ -17,6 +17,7 @@ from typing import Any
 from popo_lite.checkpoint import load_checkpoint, save_checkpoint, sync_folder
 from popo_lite.distributed import RankLostError
 from popo_lite.errors import (
+    BadGradientsError,
     CheckpointError,
     DataError,
     EngineError,
@@ -198,7 +199,7 @@ class RunLoop(OpenRun, ABC):
         from weights that went wrong. Several ranks recover from bad gradients, which all of them have: any other error
         may be that of one alone.
         """
-        if self.ranks.size > 1 and self.cursor.not_finite_in_a_row < BAD_GRADIENTS:
+        if self.ranks.size > 1 and not isinstance(error, BadGradientsError):
             return None
         step, what = self.cursor.next_step, error.what
         if isinstance(error, EngineFailedError):
@@ -283,7 +284,7 @@ class RunLoop(OpenRun, ABC):
             what = f"the gradients of {bad} updates in a row are not finite, or explode"
             next_step = f"{self.folder.resume_command} with an earlier --checkpoint and a lower "
             next_step += "--set optimizer.learning_rate"
-            raise NotFiniteError(what, where=f"step {done}", next_step=next_step)
+            raise BadGradientsError(what, where=f"step {done}", next_step=next_step)
         is_best = False
         if every and done % every == 0 and self.cursor.evaluated < done < train.steps and self.held_out:
             pass_at_1 = self.evaluate(f"step {done}").pass_at_1

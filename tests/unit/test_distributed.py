@@ -210,7 +210,7 @@ with distributed.join() as ranks:
 
 @posix
 def test_ranks_that_stood_still_together_go_on(start):
-    """So Ctrl-Z stops a run under torchrun, and `fg` goes on with it."""
+    """Such as in a container that was paused. (Ctrl-Z stops torchrun alone.)"""
     processes = start(2, STAND_STILL)
     for process in processes:
         assert process.stdout.readline() == "begun\n"
@@ -221,6 +221,55 @@ def test_ranks_that_stood_still_together_go_on(start):
         process.send_signal(signal.SIGCONT)
         time.sleep(1)
     assert [process.communicate(timeout=60)[0] for process in processes] == ["done\n"] * 2
+
+
+IN_PIECES = """
+from popo_lite import distributed
+
+distributed.PIECE_BYTES, largest = 1000, 0
+
+def measured(collective):
+    def call(tensors, *arguments, **options):
+        global largest
+        largest = max(largest, *(each.nbytes for each in (tensors if isinstance(tensors, list) else [tensors])), 0)
+        return collective(tensors, *arguments, **options)
+    return call
+
+for name in ("all_gather", "broadcast"):
+    setattr(distributed.distributed, name, measured(getattr(distributed.distributed, name)))
+with distributed.join() as ranks:
+    for size in (0, 900, 5000, 12345):
+        mine = bytes((ranks.rank + index) % 256 for index in range(size * (1 + ranks.rank)))
+        theirs = [bytes((rank + index) % 256 for index in range(size * (1 + rank))) for rank in range(2)]
+        assert ranks.gather(mine) == theirs
+        assert ranks.from_first(mine) == theirs[0]
+    print(largest)
+"""
+
+
+def test_large_objects_are_sent_in_pieces(start):
+    """The time limit of a collective is one for its data: a checkpoint may take minutes."""
+    for process in start(2, IN_PIECES):
+        assert process.communicate(timeout=60)[0] == "1000\n"
+
+
+JOIN_AGAIN = """
+import datetime, time
+from popo_lite import distributed
+
+distributed.COLLECTIVE_LIMIT = datetime.timedelta(seconds=2)
+for training in range(2):
+    with distributed.join() as ranks:
+        assert ranks.gather(ranks.rank) == [0, 1]
+    time.sleep(4 * ranks.first * (training == 0))
+print("done")
+"""
+
+
+def test_rank_0_may_be_late_for_a_second_training(start):
+    """It evaluates the first one, for instance."""
+    for process in start(2, JOIN_AGAIN):
+        assert process.communicate(timeout=60)[0] == "done\n"
 
 
 JOIN = """
