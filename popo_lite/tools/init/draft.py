@@ -59,7 +59,7 @@ class Card(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What the recipe is made from."""
+    """All that decides the recipe: facts about the model and the data, the reward, and the card."""
 
     model: ModelFacts
     data: DataFacts
@@ -68,7 +68,7 @@ class Answers(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """What is to be known of model and data."""
+        """Notes on the model and the data, for the user."""
         return [*self.model.notes, *self.data.notes]
 
 
